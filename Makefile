@@ -21,7 +21,7 @@ kept = 2>&1 | sed -u 's,$(CURDIR),CLONE,g' | tee bench/results/$(1)-$(STAMP).log
 # What depends on the kernel: its cgroups, AppArmor, file systems.
 VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings.py container_life.py \
                    survival_of_containers.py cgroup_v2.py apparmor.py escapes.py escapes_beside_docker.py \
-                   trees_with_mounts.py) tests/unit/linux/test_trees.py tests/unit/node/oci/test_apparmor.py
+                   trees_with_mounts.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-run demo demo-down check test unit contract sim mutants conformance integration escapes soak bench bench-networks bare virtual reference lock
@@ -57,10 +57,10 @@ contract: setup ## one suite per interface, on the fake and on the real thing
 	@$(PYTEST) tests/contract
 
 sim: setup ## whole clusters on simulated time; SEEDS=10000 lives as many, SEED=7 lives that one and tells all
-	@$(BIN)/python -m skep.sim $(if $(SEED),$(SEED),--seeds $(or $(SEEDS),500))
+	@$(BIN)/python -m sim $(if $(SEED),$(SEED),--seeds $(or $(SEEDS),500))
 
 mutants: setup ## break named rules one by one: the simulation has to notice each within 200 seeds
-	@$(BIN)/python -m skep.sim.mutants
+	@$(BIN)/python -m sim.mutants
 
 conformance: setup ## the API as docker, docker-py and a recorded engine see it
 	@$(PYTEST) tests/conformance

@@ -1,9 +1,9 @@
 """The routing mesh of skep nodes: what it adds to a request beside asking the task's own node.
 
-Three nodes and a client are network namespaces on one bridge; the rules are the product's (``tests/mesh_lab.py``).  A
-pair is one kept connection from the client each way, in turn: *direct* to the task on node 3 by a port in host mode of
+Three nodes and a client are network namespaces on one bridge; the product's rules (``tests/support/mesh_lab.py``).
+A pair is one kept connection from the client each way, *direct* to the task on node 3 by a port in host mode of
 that node; by the *mesh* through node 1 to the same task.  A request is answered by an HTTP server in Python, of which
-the network is a small part, and by an echo, of which it is nearly all; the issue's limit is on the first.  *Update* is
+the network is a small part, and by an echo, of which it is nearly all.  *Update* is
 the time from a changed table until the rules of one node are in force.
 """
 
@@ -15,9 +15,9 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
-from skep.node.network.overlay import tables
-from skep.node.network.rules import HostPort, gateway_table
-from tests.mesh_lab import NETWORK, LabNode, MeshLab
+from skep.dataplane.overlay import tables
+from skep.dataplane.rules import HostPort, gateway_table
+from tests.support.mesh_lab import NETWORK, LabNode, MeshLab
 
 REQUESTS = 1500
 TURNS = 5

@@ -19,8 +19,8 @@ from bench.machine import processor_s
 from skep.model.tables import Table
 from skep.node.supervision.identity import read_pid_file
 from skep.paths import Paths
-from tests.names_lab import NamesLab, Resolver, forks
-from tests.tables import a_network, a_served
+from tests.support.names_lab import NamesLab, Resolver, forks
+from tests.support.tables import a_network, a_served
 
 SERVICES = 500
 RATE = 5000

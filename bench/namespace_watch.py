@@ -11,10 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench.names_load import question
-from skep.node.network import netlink
-from skep.node.network.namespaces import inside
-from skep.node.virtual import rules
-from skep.node.virtual.healing import Notifications, open_notifications
+from skep.dataplane.netns import netlink
+from skep.dataplane.netns.namespaces import inside
+from skep.dataplane.vip import rules
+from skep.dataplane.vip.healing import Notifications, open_notifications
 
 _NICENESS = -15
 """What is heard late counts as late, and the machine is busy with the change."""

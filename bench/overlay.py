@@ -21,10 +21,10 @@ from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
 from bench.machine import resident_mib
 from bench.packets import packet_us
 from bench.stream import gigabits
+from skep.dataplane.connecting import ContainerNetwork
+from skep.engine.container import Endpoint
 from skep.model.ids import NetworkId, TaskId
 from skep.model.tables import NetworkHead, Segment, TableEndpoint
-from skep.node.network.connecting import ContainerNetwork
-from skep.node.oci.container import Endpoint
 from tests.integration.node.overlay_lab import LabNode, OverlayLab, place, shell
 
 SECONDS = 1.0

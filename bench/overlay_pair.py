@@ -15,19 +15,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from skep.aio.clock import SystemClock
+from skep.dataplane.encrypted.client import ForwarderClient
+from skep.dataplane.encrypted.forwarder import Status
+from skep.dataplane.encrypted.frames import GSO_BYTES_MAX, inner_mtu
+from skep.dataplane.encrypted.plan import Plan, PlannedEndpoint, PlannedPeer, PlannedSegment
 from skep.model.ids import NodeId
 from skep.model.pair_keys import PairKey
-from skep.node.network.encrypted.client import ForwarderClient
-from skep.node.network.encrypted.forwarder import Status
-from skep.node.network.encrypted.frames import GSO_BYTES_MAX, inner_mtu
-from skep.node.network.encrypted.plan import Plan, PlannedEndpoint, PlannedPeer, PlannedSegment
 from skep.paths import Paths
 
 VNI = 4097
 DEVICE = "enc4097"
 FORWARDER_PROGRAM = (
     "import sys; from pathlib import Path; from skep.paths import Paths;"
-    "from skep.node.network.encrypted.process import run; run(Paths(Path(sys.argv[1]), Path(sys.argv[2])))"
+    "from skep.dataplane.encrypted.process import run; run(Paths(Path(sys.argv[1]), Path(sys.argv[2])))"
 )
 _END_S = 10.0
 

@@ -24,9 +24,9 @@ import msgspec
 from dnslib import QTYPE, DNSRecord
 
 from bench.engine import Engine, EngineError
-from skep.node.network.namespaces import inside
-from skep.node.network.overlay import actual
-from skep.node.network.overlay.state import State
+from skep.dataplane.netns.namespaces import inside
+from skep.dataplane.overlay import actual
+from skep.dataplane.overlay.state import State
 from skep.playground.description import Node
 
 NETWORKS: dict[str, dict[str, str]] = {"plain": {}, "other": {}, "secret": {"encrypted": ""}}

@@ -22,6 +22,7 @@ import msgspec
 import structlog
 
 from skep import logs
+from skep.agent.last_heard import LastHeardFile
 from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import SystemClock
 from skep.aio.groups import first_alone
@@ -30,6 +31,8 @@ from skep.api.swarm_requests import Founding
 from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
 from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
+from skep.dataplane import process as net_process
+from skep.dataplane.encrypted import process as forwarder
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.linux.processes import boot_id
@@ -52,11 +55,8 @@ from skep.node.conditions import Conditions
 from skep.node.features import Features, detect
 from skep.node.founding import NewCluster, bind_error, chosen_peer_addr, peer_warning
 from skep.node.isolation import check_isolation
-from skep.node.last_heard import LastHeardFile
 from skep.node.local import LocalNode
 from skep.node.machine import this_machine
-from skep.node.netprocess import process as net_process
-from skep.node.network.encrypted import process as forwarder
 from skep.node.orphans import adopt_orphans
 from skep.node.restoring import Restored
 from skep.node.supervision import zygote

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.alone import Turns
-from tests.whole_run import WholeRun
+from tests.support.alone import Turns
+from tests.support.whole_run import WholeRun
 
 # How long an example takes says something of the machine, not of the code.
 settings.register_profile("skep", deadline=None)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.alone import Turns
+from tests.support.alone import Turns
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import PAGES, ROOT, links, make_targets, quoted, shell_blocks
+from tests.support.documents import PAGES, ROOT, links, make_targets, quoted, shell_blocks
 from tests.test_status import exists
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -71,7 +71,7 @@ class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     is_serving: bool = False
     """It is to get new connections: it runs, is healthy, and is not to stop."""
     is_left_out: bool = False
-    """On a node alone: it serves, but its node does not answer and no manager is there (``node/tables/silence.py``)."""
+    """It serves, but its node does not answer and no manager is there (``dataplane/tables/silence.py``)."""
 
 
 class TablePort(msgspec.Struct, frozen=True, kw_only=True, order=True):

@@ -12,11 +12,29 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from skep.agent.last_heard import LastHeard
+from skep.agent.path_stream import NodePaths
+from skep.agent.reports import Reports
+from skep.agent.task_files import TaskFiles
+from skep.agent.worker import Worker
 from skep.aio.clock import Clock
 from skep.aio.guard import contain
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
+from skep.dataplane.client import NetClient
+from skep.dataplane.dns.truth import NameChecks
+from skep.dataplane.encrypted.client import ForwarderClient
+from skep.dataplane.encrypted.methods import chosen
+from skep.dataplane.encrypted.overlays import EncryptedOverlays
+from skep.dataplane.encrypted.process import NAME as FORWARDER
+from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.netns.neighbours import NeighbourTables
+from skep.dataplane.tables import silence
+from skep.dataplane.tables.files import SharedTables, StoredTables
+from skep.dataplane.tables.keeper import TableKeeper
+from skep.engine import apparmor
+from skep.engine.api.plain_containers import own_container_routes, plain_container_routes
 from skep.model.ids import new_container_id, new_id
 from skep.node import info
 from skep.node.conditions import Conditions
@@ -29,38 +47,20 @@ from skep.node.founding import NewCluster
 from skep.node.front.server import Front, tls_context
 from skep.node.isolation import keep_profile
 from skep.node.keeping import after, keep_running, within
-from skep.node.last_heard import LastHeard
 from skep.node.local import LocalNode
 from skep.node.local_api import LocalApi
 from skep.node.machine import Machine
 from skep.node.management import ManagerProcess
 from skep.node.membership import Membership
-from skep.node.names.truth import NameChecks
-from skep.node.netprocess.client import NetClient
-from skep.node.network.encrypted.client import ForwarderClient
-from skep.node.network.encrypted.methods import chosen
-from skep.node.network.encrypted.overlays import EncryptedOverlays
-from skep.node.network.encrypted.process import NAME as FORWARDER
-from skep.node.network.local.keeper import LocalNetworks
-from skep.node.network.neighbours import NeighbourTables
-from skep.node.oci import apparmor
 from skep.node.orphans import reap_orphans
 from skep.node.parts import NodeParts
-from skep.node.path_stream import NodePaths
-from skep.node.reports import Reports
 from skep.node.restoring import Restored
 from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkParts, network_routes
-from skep.node.routes.plain_containers import own_container_routes, plain_container_routes
 from skep.node.supervision.identity import read_pid_file
 from skep.node.system import NodeSystem, engine_id
-from skep.node.tables import silence
-from skep.node.tables.files import SharedTables, StoredTables
-from skep.node.tables.keeper import TableKeeper
-from skep.node.task_files import TaskFiles
-from skep.node.worker import Worker
 from skep.node.workload import Workload, forward_container_events, oci_workload, policy, process_workload
 from skep.security.locking import KeyLock
 

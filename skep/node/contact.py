@@ -8,9 +8,9 @@ import asyncio
 
 import structlog
 
+from skep.agent.last_heard import LastHeard
 from skep.aio.clock import Clock
 from skep.aio.first import Overtaken, unless
-from skep.node.last_heard import LastHeard
 
 log = structlog.get_logger()
 

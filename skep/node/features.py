@@ -16,8 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from skep.node.network.encrypted.taps import try_carrier
-from skep.node.network.forwarding import ipv6_refusal
+from skep.dataplane.encrypted.taps import try_carrier
+from skep.dataplane.netns.forwarding import ipv6_refusal
 
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000

@@ -13,10 +13,10 @@ import msgspec
 
 from skep import __version__
 from skep.configuration.configuration import Configuration
+from skep.engine import apparmor
 from skep.model.times import Timestamp
 from skep.node.features import Features
 from skep.node.machine import Machine
-from skep.node.oci import apparmor
 
 API_VERSION_MIN = "1.24"
 _INDEX = "https://index.docker.io/v1/"

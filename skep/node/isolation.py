@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 from skep.aio.clock import Clock
+from skep.engine import apparmor, runc_flaws
 from skep.node import requirements
 from skep.node.conditions import Conditions
-from skep.node.oci import apparmor, runc_flaws
 
 PROFILE_S = 30.0
 """Between two looks at the AppArmor profile."""

@@ -20,10 +20,10 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.engine.cgroups import Cgroups
+from skep.engine.stats import flat_keyed
 from skep.model.times import SECOND_NS
 from skep.node.machine import Machine
-from skep.node.oci.cgroups import Cgroups
-from skep.node.oci.stats import flat_keyed
 
 log = structlog.get_logger()
 

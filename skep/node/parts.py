@@ -10,11 +10,23 @@ import msgspec
 import structlog
 
 from skep import __version__
+from skep.agent.agent import Agent
+from skep.agent.assignments import LogSource
+from skep.agent.executor.attaching import ClusterAttachments, is_attachment
+from skep.agent.executor.interface import Executor
+from skep.agent.managers import ManagerList
+from skep.agent.path_stream import PathSource
+from skep.agent.reports import Reports
+from skep.agent.revisions import SeenRevision
+from skep.agent.worker import Worker
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Joining, advertised
 from skep.configuration.configuration import Configuration
+from skep.dataplane.encrypted.methods import Refusal, label
+from skep.dataplane.tables.keeper import TableKeeper
+from skep.engine.cgroups import Cgroups
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.linux.routes import read_routes
 from skep.model.addresses import host_of
@@ -24,12 +36,8 @@ from skep.model.pair_keys import KeysTold, Method
 from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL, PATHS_LABEL
 from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.service import Platform, Resources
-from skep.node.agent import Agent
-from skep.node.assignments import LogSource
 from skep.node.conditions import Conditions
 from skep.node.contact import Contact
-from skep.node.executor.attaching import ClusterAttachments, is_attachment
-from skep.node.executor.interface import Executor
 from skep.node.features import Features, labels
 from skep.node.founding import NewCluster, check_listening, peer_warning
 from skep.node.interfaces import read_interfaces
@@ -38,18 +46,10 @@ from skep.node.load import LoadMeter, reader_of
 from skep.node.local import LocalNode, Peer
 from skep.node.machine import Machine
 from skep.node.management import ManagerProcess
-from skep.node.managers import ManagerList
-from skep.node.network.encrypted.methods import Refusal, label
-from skep.node.oci.cgroups import Cgroups
 from skep.node.participation import AgentConnection
-from skep.node.path_stream import PathSource
 from skep.node.renewal import KeyPairCredentials
-from skep.node.reports import Reports
 from skep.node.resigning import resign
 from skep.node.restoring import Restored
-from skep.node.revisions import SeenRevision
-from skep.node.tables.keeper import TableKeeper
-from skep.node.worker import Worker
 from skep.security import keypair
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock

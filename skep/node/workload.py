@@ -8,40 +8,40 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
+from skep.agent.assignments import LogLine, LogQuery, LogSource
+from skep.agent.executor.assembly import Programs, find_programs, oci_executor
+from skep.agent.executor.attaching import ClusterAttachments
+from skep.agent.executor.interface import Executor
+from skep.agent.executor.process import ProcessExecutor
+from skep.agent.task_logs import TaskLogs
+from skep.agent.worker import PayloadSink
 from skep.aio.clock import Clock
 from skep.configuration.configuration import Configuration
+from skep.dataplane.ingress.mesh import Mesh
+from skep.dataplane.local.keeper import GatewayBridge, LocalNetworks
+from skep.dataplane.naming import NameService, Naming
+from skep.dataplane.overlay.overlays import Overlays
+from skep.dataplane.ports import PortReservations
+from skep.dataplane.probe.prober import PathProber
+from skep.engine.api import absent
+from skep.engine.api.containers import container_routes, image_users
+from skep.engine.api.disk_usage import DiskUsage
+from skep.engine.api.images import image_routes
+from skep.engine.api.volumes import volume_routes
+from skep.engine.container import Container, ContainerState
+from skep.engine.containers import Containers
+from skep.engine.images.local import ImageEvent
+from skep.engine.images.registry import Policy
+from skep.engine.images.store import ImageStore
+from skep.engine.mounts.volumes import Volumes
+from skep.engine.plain.containers import PlainContainers
 from skep.errors import NotFound, SkepError, Unimplemented
 from skep.model.meta import Driver
 from skep.model.readable import names_from
-from skep.node.assignments import LogLine, LogQuery, LogSource
 from skep.node.conditions import Conditions
 from skep.node.events import NodeEvents
-from skep.node.executor.assembly import Programs, find_programs, oci_executor
-from skep.node.executor.attaching import ClusterAttachments
-from skep.node.executor.interface import Executor
-from skep.node.executor.process import ProcessExecutor
 from skep.node.info import Counts
 from skep.node.machine import Machine
-from skep.node.mounts.volumes import Volumes
-from skep.node.network.ingress.mesh import Mesh
-from skep.node.network.local.keeper import GatewayBridge, LocalNetworks
-from skep.node.network.naming import NameService, Naming
-from skep.node.network.overlay.overlays import Overlays
-from skep.node.network.paths.prober import PathProber
-from skep.node.network.ports import PortReservations
-from skep.node.oci.container import Container, ContainerState
-from skep.node.oci.containers import Containers
-from skep.node.oci.images.local import ImageEvent
-from skep.node.oci.images.registry import Policy
-from skep.node.oci.images.store import ImageStore
-from skep.node.plain.containers import PlainContainers
-from skep.node.routes import absent
-from skep.node.routes.containers import container_routes, image_users
-from skep.node.routes.disk_usage import DiskUsage
-from skep.node.routes.images import image_routes
-from skep.node.routes.volumes import volume_routes
-from skep.node.task_logs import TaskLogs
-from skep.node.worker import PayloadSink
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,11 +20,11 @@ import msgspec
 
 from skep.aio.clock import Clock, SystemClock
 from skep.api.client import Client
+from skep.dataplane.netns.namespaces import inside
+from skep.dataplane.proxy.relays import RelayPort
+from skep.dataplane.proxy.tcp import TcpRelay
 from skep.errors import SkepError, Unavailable
 from skep.linux.processes import start_ticks_of
-from skep.node.network.ingress.relay_tcp import TcpRelay
-from skep.node.network.ingress.relays import RelayPort
-from skep.node.network.namespaces import inside
 from skep.playground import names, node
 from skep.playground.commands import wait_until
 from skep.playground.description import Cluster, DescriptionFile

@@ -35,7 +35,7 @@ from skep.store.etcd.founding import initialize
 from skep.store.etcd.store import open_store
 from skep.store.interface import Store, Transaction
 from skep.store.memory import MemoryStore
-from tests.etcd_rig import a_member, member_settings
+from tests.support.etcd_rig import a_member, member_settings
 
 
 class CannedLogs:

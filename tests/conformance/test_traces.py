@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from sim.cluster import SimulatedCluster
 from skep.manager.control.service_form import settled
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.manager.orchestrator import restart, update
@@ -21,7 +22,6 @@ from skep.model.ids import ServiceId
 from skep.model.node import Availability
 from skep.model.service import Service
 from skep.model.times import Timestamp, timestamp
-from skep.sim.cluster import SimulatedCluster
 from tests.conformance.traces import (
     CRASHES,
     CRASHES_AFTER_S,

@@ -18,7 +18,7 @@ from skep.store.interface import Store
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.store.proposal import Proposal
 from tests.contract.store_rigs import found
-from tests.etcd_rig import Relay, a_member, member_settings
+from tests.support.etcd_rig import Relay, a_member, member_settings
 
 
 class DamageRig(Protocol):

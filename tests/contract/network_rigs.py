@@ -13,6 +13,8 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from skep.aio.clock import SystemClock
 from skep.api.server import application
+from skep.dataplane.local.keeper import LocalNetworks
+from skep.engine.container import Container
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.routes import ManagerApi
 from skep.manager.routes import application as manager_application
@@ -20,8 +22,6 @@ from skep.model.ids import NetworkId, TaskId, new_container_id
 from skep.model.tables import Table
 from skep.model.task import AssignedTask, TaskStatus
 from skep.node.local_api import LocalApi
-from skep.node.network.local.keeper import LocalNetworks
-from skep.node.oci.container import Container
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkParts, network_routes
 from skep.node.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM

@@ -20,7 +20,7 @@ from skep.store.etcd.store import open_store
 from skep.store.interface import Store, Transaction
 from skep.store.leadership import LeaderRecord
 from skep.store.memory import Loss, MemoryCluster, MemoryStore
-from tests.etcd_rig import Relay, a_member, member_settings
+from tests.support.etcd_rig import Relay, a_member, member_settings
 
 FIRST, SECOND = NodeId("m1"), NodeId("m2")
 

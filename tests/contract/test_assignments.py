@@ -16,7 +16,7 @@ from skep.model.task import Task, TaskState
 from skep.store.kinds import Payload
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from tests.wire_rig import (
+from tests.support.wire_rig import (
     Cluster,
     FakeWorker,
     a_session,

@@ -15,8 +15,8 @@ from skep.model.service import ReplicatedService, Service, ServiceMode
 from skep.model.task import Task, TaskState
 from skep.model.times import Timestamp
 from skep.store.interface import NotLeader, Store, Transaction
-from tests.builders import a_node, a_service, a_task
 from tests.contract.store_rigs import FIRST, Rig
+from tests.support.builders import a_node, a_service, a_task
 
 REPLICAS = 50
 

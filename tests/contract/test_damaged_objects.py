@@ -44,10 +44,10 @@ from skep.store.interface import Deleted, InUse, Store, Transaction
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.store.proposal import Proposal
 from skep.store.schema import SCHEMAS
-from tests.builders import a_node, a_service, a_service_spec, a_task, an_overlay
 from tests.conformance.manager import a_manager_api
 from tests.contract.damage_rigs import DamageRig, etcd_damage, memory_damage
 from tests.contract.test_control_loops import leading, wait_for
+from tests.support.builders import a_node, a_service, a_service_spec, a_task, an_overlay
 
 pytestmark = pytest.mark.timeout(30)
 

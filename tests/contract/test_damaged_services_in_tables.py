@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.dataplane.tables.merging import merged
 from skep.manager.discovery.derive import table_of
 from skep.manager.discovery.ledger import Ledger
 from skep.model.ids import NetworkId, NodeId
@@ -14,12 +15,11 @@ from skep.model.publishing import PublishOptions
 from skep.model.service import Endpoint, EndpointSpec, EndpointVirtualIP, PortConfig, Service
 from skep.model.tables import Table, TablePort, TableSet
 from skep.model.task import NetworkAttachment
-from skep.node.tables.merging import merged
 from skep.store.interface import Store
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.wire.convert.tables import messages_of, pieces_of, table_set_from_pb
-from tests.builders import a_node, a_service, a_task, an_overlay
 from tests.contract.test_damaged_objects import damage
+from tests.support.builders import a_node, a_service, a_task, an_overlay
 
 INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)
 WEB = a_service("web")

@@ -10,6 +10,8 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.dataplane.tables.files import StoredTables
+from skep.dataplane.tables.keeper import TableKeeper
 from skep.errors import Unavailable
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
@@ -22,14 +24,12 @@ from skep.model.tables import Table
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import Timestamp
 from skep.node.local import Peer
-from skep.node.tables.files import StoredTables
-from skep.node.tables.keeper import TableKeeper
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.wire.client import Channel, connected
 from skep.wire.server import serve
-from tests.builders import a_service, a_task, an_overlay
-from tests.wire_rig import MANAGER_ID, Cluster, FakeWorker, an_agent_of, put, until, with_all_methods
+from tests.support.builders import a_service, a_task, an_overlay
+from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, an_agent_of, put, until, with_all_methods
 
 NET = an_overlay("net1")
 SECOND = NodeId("manager0000000000000000m2")

@@ -35,8 +35,8 @@ from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Call, Channel, connected
 from skep.wire.convert.node import description_to_pb
-from tests.builders import a_docker_node, a_service, a_task, an_overlay
-from tests.wire_rig import MANAGER_ID, Cluster, a_worker, describe, put
+from tests.support.builders import a_docker_node, a_service, a_task, an_overlay
+from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, describe, put
 
 pytestmark = pytest.mark.point("3-9")
 

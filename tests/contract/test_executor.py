@@ -10,16 +10,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from skep.agent.executor.interface import Controller, Executor, Rejected
+from skep.agent.executor.process import ProcessExecutor
+from skep.agent.executor.simulated import Behaviour, Machine, SimulatedExecutor
 from skep.aio.clock import SystemClock
 from skep.model.container import ContainerSpec
 from skep.model.ids import ServiceId, TaskId, new_id
 from skep.model.service import TaskSpec
 from skep.model.task import AssignedTask, Task
 from skep.model.times import SECOND_NS
-from skep.node.executor.interface import Controller, Executor, Rejected
-from skep.node.executor.process import ProcessExecutor
-from skep.node.executor.simulated import Behaviour, Machine, SimulatedExecutor
-from tests.runc_lab import IMAGE, Lab
+from tests.support.runc_lab import IMAGE, Lab
 
 FOREVER = ("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done")
 DEAF = ("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")

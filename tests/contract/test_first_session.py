@@ -3,12 +3,12 @@
 import asyncio
 from random import Random
 
+from skep.agent.agent import LONGEST_RETRY_S, Agent
+from skep.agent.managers import ManagerList
 from skep.aio.clock import SystemClock
-from skep.node.agent import LONGEST_RETRY_S, Agent
 from skep.node.local import Peer
-from skep.node.managers import ManagerList
 from skep.node.renewal import KeyPairCredentials
-from tests.wire_rig import MANAGER_ID, Cluster, FakeWorker, a_worker, describe
+from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, a_worker, describe
 
 
 class StandingClock(SystemClock):

@@ -11,8 +11,8 @@ from skep.model.encoding import to_json
 from skep.model.ids import ConfigId
 from skep.model.secret import Config, ConfigSpec
 from skep.store.space import Space
-from tests.builders import a_service, a_service_spec
 from tests.conformance.manager import a_manager_api
+from tests.support.builders import a_service, a_service_spec
 
 QUOTA = 1024**3
 

@@ -8,15 +8,14 @@ from random import Random
 import pytest
 
 from skep.aio.clock import SystemClock
+from skep.dataplane.tables.files import StoredTables
+from skep.dataplane.tables.keeper import TableKeeper
 from skep.model.ids import NodeId
 from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL
 from skep.model.tables import NetworkHead, Table, TableNode, TableSet, whole
-from skep.node.tables.files import StoredTables
-from skep.node.tables.keeper import TableKeeper
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
-from tests.builders import a_service
 from tests.contract.test_network_tables import (
     NET1,
     OTHER,
@@ -25,7 +24,8 @@ from tests.contract.test_network_tables import (
     other_node,
     placed,
 )
-from tests.wire_rig import Cluster, a_session, a_worker, put, until
+from tests.support.builders import a_service
+from tests.support.wire_rig import Cluster, a_session, a_worker, put, until
 
 
 @pytest.fixture

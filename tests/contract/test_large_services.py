@@ -15,7 +15,7 @@ from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 TASKS, REPORTS = 1000, 200
 

@@ -10,16 +10,8 @@ from skep.manager.logbroker.broker import IncompleteLogs
 from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.node import NodeState
 from skep.model.task import Task, TaskState
-from tests.builders import a_task
-from tests.wire_rig import (
-    MANAGER_ID,
-    Cluster,
-    a_worker,
-    an_agent,
-    put,
-    service_task,
-    until,
-)
+from tests.support.builders import a_task
+from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, put, service_task, until
 
 
 @pytest.fixture

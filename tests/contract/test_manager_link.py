@@ -27,7 +27,7 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import connected
 from skep.wire.server import serve
-from tests.wire_rig import Cluster, FakeWorker, a_worker, an_agent_of, put, service_task, until
+from tests.support.wire_rig import Cluster, FakeWorker, a_worker, an_agent_of, put, service_task, until
 
 
 class Manager:

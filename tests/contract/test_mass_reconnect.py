@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from sim.joined import CLUSTER
 from skep.aio.clock import SystemClock
 from skep.errors import ResourceExhausted, RetryLater
 from skep.manager.dispatcher import admission
@@ -15,14 +16,13 @@ from skep.model.ids import NodeId, new_id
 from skep.model.node import Node, NodeRole, NodeState
 from skep.security.identity import Identity
 from skep.security.tls import client_context
-from skep.sim.joined import CLUSTER
 from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
 from skep.wire.client import connected
-from tests.builders import a_node
-from tests.wire_rig import Cluster, Random, a_worker, an_agent, until
+from tests.support.builders import a_node
+from tests.support.wire_rig import Cluster, Random, a_worker, an_agent, until
 
 HELD_S_MAX = 0.25
 

@@ -12,6 +12,9 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.dataplane.tables.files import SharedTables, StoredTables
+from skep.dataplane.tables.keeper import TableKeeper, TableListener
+from skep.dataplane.tables.stream import SET_BYTES_MAX
 from skep.errors import FailedPrecondition, NotFound, Unavailable
 from skep.manager.discovery.derive import table_of
 from skep.model.ids import NetworkId, NodeId
@@ -20,15 +23,12 @@ from skep.model.node import Node, NodeRole, NodeState, NodeStatus
 from skep.model.service import Endpoint, EndpointVirtualIP, PortConfig, Service
 from skep.model.tables import Table, TableSet, whole
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.node.tables.files import SharedTables, StoredTables
-from skep.node.tables.keeper import TableKeeper, TableListener
-from skep.node.tables.stream import SET_BYTES_MAX
 from skep.security.keypair import KeyPair
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.methods import MESSAGE_BYTES_MAX
-from tests.builders import a_node, a_service, a_task, an_overlay
-from tests.wire_rig import Cluster, a_session, a_worker, an_agent, put, until
+from tests.support.builders import a_node, a_service, a_task, an_overlay
+from tests.support.wire_rig import Cluster, a_session, a_worker, an_agent, put, until
 
 NET1, NET2 = an_overlay("net1"), an_overlay("net2", subnet="10.0.2.0/24")
 INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)

@@ -10,6 +10,8 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.dataplane.local.keeper import LocalNetworks
+from skep.engine.container import Container, ContainerConfig, ContainerState, Endpoint
 from skep.manager.allocator.subnets import NetworkBook, allocated
 from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId, new_container_id
 from skep.model.network import Network
@@ -17,11 +19,9 @@ from skep.model.service import Endpoint as ServiceEndpoint
 from skep.model.service import EndpointVirtualIP, NetworkAttachmentConfig
 from skep.model.tables import NetworkHead, Table, TableEndpoint, TableNode, TablePort, TableService
 from skep.model.task import AssignedTask, NetworkAttachment, Task, TaskState
-from skep.node.network.local.keeper import LocalNetworks
-from skep.node.oci.container import Container, ContainerConfig, ContainerState, Endpoint
 from skep.node.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
-from tests.builders import a_node, a_service, a_task, an_overlay
 from tests.contract.network_rigs import Rig, a_rig
+from tests.support.builders import a_node, a_service, a_task, an_overlay
 
 
 @pytest.fixture

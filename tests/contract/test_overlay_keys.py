@@ -8,6 +8,8 @@ from random import SystemRandom
 
 import pytest
 
+from skep.agent.agent import Agent
+from skep.agent.managers import ManagerList
 from skep.aio.clock import SystemClock
 from skep.manager.discovery.key_rotation import OverlayKeyRotation
 from skep.manager.discovery.key_service import KeyService
@@ -17,9 +19,7 @@ from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
 from skep.model.pair_keys import KeysTold, NodeKeys, after
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.node.agent import Agent
 from skep.node.local import Peer
-from skep.node.managers import ManagerList
 from skep.node.renewal import KeyPairCredentials
 from skep.security import keypair
 from skep.security.keypair import KeyPair
@@ -31,8 +31,8 @@ from skep.wire import skep_pb2 as pb
 from skep.wire.client import connected
 from skep.wire.convert.overlay_keys import keys_from_pb
 from skep.wire.server import serve
-from tests.builders import a_task
-from tests.wire_rig import (
+from tests.support.builders import a_task
+from tests.support.wire_rig import (
     MANAGER_ID,
     Cluster,
     FakeWorker,

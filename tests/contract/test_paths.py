@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
+from skep.agent.agent import Agent
 from skep.aio.clock import SystemClock
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.paths.examination import Examinations
@@ -17,13 +18,12 @@ from skep.manager.paths.streams import REPORTS_MAX
 from skep.model.ids import NodeId
 from skep.model.node import FailingPath, Node, NodeRole, NodeState, NodeStatus
 from skep.model.paths import Examined, PathCheck
-from skep.node.agent import Agent
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import Channel
-from tests.builders import a_docker_node
-from tests.path_rig import ScriptedProbes, a_finding, a_report
-from tests.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, an_agent, put, until
+from tests.support.builders import a_docker_node
+from tests.support.path_rig import ScriptedProbes, a_finding, a_report
+from tests.support.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, an_agent, put, until
 
 
 @pytest.fixture

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from skep.agent.agent import Agent
 from skep.manager.ca.rotation import Renewal, ask_to_renew
 from skep.model.node import Node, NodeRole
 from skep.model.times import SECOND_NS
-from skep.node.agent import Agent
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem
 from tests.contract.test_expired import Earlier
-from tests.wire_rig import Cluster, a_worker, an_agent, pair_of, put, until
+from tests.support.wire_rig import Cluster, a_worker, an_agent, pair_of, put, until
 
 
 @pytest.fixture

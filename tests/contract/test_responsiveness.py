@@ -25,7 +25,7 @@ from skep.model.ids import NodeId, ServiceId, TaskId, new_id
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_service, a_task, an_overlay
+from tests.support.builders import a_node, a_service, a_task, an_overlay
 
 TASKS = 100_000
 HELD_S_MAX = 0.1

@@ -17,8 +17,8 @@ from skep.security.tls import client_context, joining_context
 from skep.wire import server
 from skep.wire.client import connected
 from skep.wire.methods import Access
-from tests.wire_calls import GUARDED, call
-from tests.wire_rig import CLOCK, Cluster, a_session, a_worker, an_agent, put, until
+from tests.support.wire_calls import GUARDED, call
+from tests.support.wire_rig import CLOCK, Cluster, a_session, a_worker, an_agent, put, until
 
 NOW_NS = CLOCK.now_ns()
 FOR_MANAGERS = sorted(name for name, method in GUARDED.items() if method.access is not Access.NODE)

@@ -21,8 +21,8 @@ from skep.security.tls import client_context
 from skep.security.trust import is_issued_by, tls_info_of
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 from skep.wire.client import connected
-from tests.wire_calls import call
-from tests.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, pair_of, put, service_task, until
+from tests.support.wire_calls import call
+from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, pair_of, put, service_task, until
 
 
 @pytest.fixture

@@ -23,15 +23,7 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel
-from tests.wire_rig import (
-    MANAGER_ID,
-    Cluster,
-    a_session,
-    a_worker,
-    an_agent,
-    put,
-    until,
-)
+from tests.support.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, an_agent, put, until
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from skep.store.interface import (
     Transaction,
 )
 from skep.store.kinds import Payload
-from tests.builders import a_node, a_service, a_task
 from tests.contract.store_rigs import FIRST, Rig
 from tests.contract.store_words import (
     a_secret,
@@ -33,6 +32,7 @@ from tests.contract.store_words import (
     put,
     using,
 )
+from tests.support.builders import a_node, a_service, a_task
 
 pytestmark = pytest.mark.point("3")
 

@@ -29,7 +29,6 @@ from skep.store.interface import (
     Store,
     Transaction,
 )
-from tests.builders import a_service_spec
 from tests.contract.store_rigs import Rig
 from tests.contract.store_words import (
     a_network,
@@ -41,6 +40,7 @@ from tests.contract.store_words import (
     put,
     using,
 )
+from tests.support.builders import a_service_spec
 
 pytestmark = pytest.mark.point("3")
 

@@ -25,7 +25,6 @@ from skep.store.interface import (
     NotLeader,
     Transaction,
 )
-from tests.builders import a_node, a_service, a_service_spec, a_task
 from tests.contract.store_rigs import FIRST, Rig
 from tests.contract.store_words import (
     a_secret,
@@ -35,6 +34,7 @@ from tests.contract.store_words import (
     put,
     using,
 )
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
 pytestmark = pytest.mark.point("3")
 

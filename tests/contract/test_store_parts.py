@@ -20,7 +20,6 @@ from skep.store.interface import (
     Transaction,
 )
 from skep.store.kinds import SpecVersion
-from tests.builders import a_node, a_service, a_service_spec, a_task
 from tests.contract.store_rigs import Rig
 from tests.contract.store_words import (
     a_secret,
@@ -28,6 +27,7 @@ from tests.contract.store_words import (
     delete,
     put,
 )
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
 pytestmark = pytest.mark.point("3")
 

@@ -15,7 +15,6 @@ from skep.store.interface import (
     Updated,
     Watch,
 )
-from tests.builders import a_task
 from tests.contract.store_rigs import Rig
 from tests.contract.store_words import (
     a_secret,
@@ -24,6 +23,7 @@ from tests.contract.store_words import (
     eventually,
     put,
 )
+from tests.support.builders import a_task
 
 pytestmark = pytest.mark.point("3")
 

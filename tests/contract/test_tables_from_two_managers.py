@@ -12,6 +12,8 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from skep.aio.clock import SystemClock
+from skep.dataplane.tables.files import StoredTables
+from skep.dataplane.tables.keeper import TableKeeper
 from skep.errors import Unavailable
 from skep.manager.discovery.derive import table_of
 from skep.manager.discovery.loop import Discovery
@@ -22,13 +24,11 @@ from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
 from skep.model.tables import TableSet
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.node.local import Peer
-from skep.node.tables.files import StoredTables
-from skep.node.tables.keeper import TableKeeper
 from skep.security.tls import ServerTls
 from skep.store.memory import MemoryStore
 from skep.wire.server import serve
-from tests.builders import a_service, a_task, an_overlay
-from tests.wire_rig import MANAGER_ID, Cluster, FakeWorker, an_agent_of, put, until, with_all_methods
+from tests.support.builders import a_service, a_task, an_overlay
+from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, an_agent_of, put, until, with_all_methods
 
 NET = an_overlay("net1", subnet="10.0.0.0/16")
 SECOND = NodeId("manager0000000000000000m2")

@@ -16,7 +16,7 @@ from skep.model.ids import NodeId, ServiceId, TaskId, new_id
 from skep.model.task import NetworkAttachment, Task
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_service, a_task, an_overlay
+from tests.support.builders import a_node, a_service, a_task, an_overlay
 
 NODES, SERVICES, REPLICAS = 20, 100, 20
 CALLS_MAX = 90

@@ -22,8 +22,8 @@ from skep.model.node import Node
 from skep.model.task import NetworkAttachment, Task
 from skep.store.interface import Object, Transaction
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_service, a_task, an_overlay
-from tests.wire_rig import until
+from tests.support.builders import a_node, a_service, a_task, an_overlay
+from tests.support.wire_rig import until
 
 CLOCK = SystemClock()
 NETWORK = an_overlay("net1", subnet="10.0.1.0/24")

@@ -17,8 +17,8 @@ from skep.model.service import ReplicatedService, Resources, Service, ServiceMod
 from skep.model.task import Task, TaskState
 from skep.store.interface import Object, Transaction
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_service, a_task
 from tests.contract.test_control_loops import leading, wait_for
+from tests.support.builders import a_node, a_service, a_task
 
 NODES, REPLICAS = 20, 10
 

@@ -20,7 +20,7 @@ from skep.store.etcd.founding import initialize
 from skep.store.etcd.member import Member
 from skep.store.etcd.store import EtcdStore, open_store
 from skep.store.interface import Transaction
-from tests.etcd_rig import a_member
+from tests.support.etcd_rig import a_member
 
 CLOCK = SystemClock()
 KEY = new_wrapping_key()

@@ -20,7 +20,7 @@ from skep.security import keypair
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context
 from skep.wire.client import connected, split_address
-from tests.wire_calls import call
+from tests.support.wire_calls import call
 
 AGAIN = 10
 LONGEST_S = 60.0

@@ -19,9 +19,9 @@ from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import GOSSIP_KEYS_ID, Payload
-from tests.builders import a_service, a_service_spec, a_task
-from tests.engine_rig import ADDRESS, IMAGE, Engine, an_engine, network_namespace
-from tests.wire_rig import MANAGER_ID, Cluster, until
+from tests.support.builders import a_service, a_service_spec, a_task
+from tests.support.engine_rig import ADDRESS, IMAGE, Engine, an_engine, network_namespace
+from tests.support.wire_rig import MANAGER_ID, Cluster, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("dockerd"), pytest.mark.timeout(240)]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import PAGES, ROOT, shell_blocks
 from tests.integration.cluster import (
     SKEP,
     TestCluster,
@@ -21,6 +20,7 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
+from tests.support.documents import PAGES, ROOT, shell_blocks
 
 pytestmark = pytest.mark.timeout(240)
 

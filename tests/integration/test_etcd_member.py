@@ -26,7 +26,6 @@ from skep.store.etcd.flags import MemberSettings
 from skep.store.etcd.member import Member, MemberFailed, MemberRemoved
 from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.orphans import write_pid
-from tests.etcd_rig import a_member, member_settings, peer_files
 from tests.integration.etcd_words import (
     CLOCK,
     a_fake_etcd,
@@ -36,6 +35,7 @@ from tests.integration.etcd_words import (
     until,
     wait_ended,
 )
+from tests.support.etcd_rig import a_member, member_settings, peer_files
 
 pytestmark = pytest.mark.point("3")
 
@@ -57,7 +57,7 @@ async def test_etcd_dies_with_its_manager(tmp_path: Path) -> None:
     program = (
         "import asyncio, sys\n"
         "from pathlib import Path\n"
-        "from tests.etcd_rig import a_member, member_settings\n"
+        "from tests.support.etcd_rig import a_member, member_settings\n"
         "async def main():\n"
         "    async with a_member(member_settings(Path(sys.argv[1]))).running() as member:\n"
         "        print('pid', member.pid, flush=True)\n"

@@ -23,7 +23,6 @@ from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload
 from skep.store.leadership import LeaderRecord
-from tests.etcd_rig import a_member, member_settings
 from tests.integration.etcd_words import (
     CLOCK,
     KEY,
@@ -36,6 +35,7 @@ from tests.integration.etcd_words import (
     put_secret,
     until,
 )
+from tests.support.etcd_rig import a_member, member_settings
 
 pytestmark = pytest.mark.point("3")
 

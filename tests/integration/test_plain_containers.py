@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.node.oci import apparmor
+from skep.engine import apparmor
 from tests.integration.cluster import (
     CLIS,
     IDLE,

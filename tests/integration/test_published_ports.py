@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 
-from skep.node.network.namespaces import Namespaces
+from skep.dataplane.netns.namespaces import Namespaces
 from tests.integration.cluster import (
     IMAGE,
     TestCluster,

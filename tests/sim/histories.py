@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from sim.rules.observer import Rule
+from sim.truth import Change
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.network import Network
@@ -17,14 +19,12 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS
-from skep.sim.rules.observer import Rule
-from skep.sim.truth import Change
 from skep.store.interface import Transaction
 from skep.store.proposal import Proposal
 from skep.store.state import State
 from skep.store.tables import KeyChange
 from skep.store.transaction import Writing
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 LEADER, OTHER = NodeId("m1"), NodeId("m2")
 W1, W2 = NodeId("w1"), NodeId("w2")

@@ -6,19 +6,19 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
+from sim.cluster import SimulatedCluster
+from sim.truth import Change
 from skep.errors import Unavailable
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
 from skep.model.overlays import VXLAN_OPTION
 from skep.model.service import ReplicatedService, Service, ServiceMode
-from skep.sim.cluster import SimulatedCluster
-from skep.sim.truth import Change
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import etcd_key
 from skep.store.interface import Created, Updated, View
 from skep.store.keys import LEADER
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 
 def put(number: int) -> pb.TxnRequest:

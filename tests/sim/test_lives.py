@@ -2,8 +2,8 @@
 
 import pytest
 
-from skep.sim.life import live
-from skep.sim.run import chunked, outcomes, report
+from sim.life import live
+from sim.run import chunked, outcomes, report
 
 SEEDS = 200
 QUICK = 40

@@ -5,18 +5,18 @@ from collections.abc import Coroutine
 import pytest
 from msgspec.structs import replace
 
+from sim.cluster import SimulatedCluster
+from sim.operators import Operators
+from sim.restore import restore
+from sim.truth import Change
+from sim.users import Users
+from sim.versions import FIELD, UnknownFieldsAreKept
 from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeRole
-from skep.sim.cluster import SimulatedCluster
-from skep.sim.operators import Operators
-from skep.sim.restore import restore
-from skep.sim.truth import Change
-from skep.sim.users import Users
-from skep.sim.versions import FIELD, UnknownFieldsAreKept
 from skep.store.state import State
 from skep.store.tables import KeyChange
-from tests.builders import a_service_spec
 from tests.sim.words import with_replicas
+from tests.support.builders import a_service_spec
 
 W1, W9, M2, M9 = NodeId("w1"), NodeId("w9"), NodeId("m2"), NodeId("m9")
 

@@ -4,15 +4,15 @@ from collections import Counter
 
 import pytest
 
+from sim.cluster import SimulatedCluster
+from sim.faults import hang_manager
 from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
 from skep.model.service import RestartPolicy
 from skep.model.task import TaskState
 from skep.model.times import SECOND_NS
-from skep.sim.cluster import SimulatedCluster
-from skep.sim.faults import hang_manager
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 SEEDS = range(3)
 ELECTION_S = 2.5

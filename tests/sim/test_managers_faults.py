@@ -4,18 +4,18 @@ from functools import partial
 
 import pytest
 
+from sim.cluster import SimulatedCluster
+from sim.faults import hang_manager
+from sim.links import Port
+from sim.truth import Change
 from skep.errors import Unavailable
 from skep.model.ids import NodeId
-from skep.sim.cluster import SimulatedCluster
-from skep.sim.faults import hang_manager
-from skep.sim.links import Port
-from skep.sim.truth import Change
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import OutOfSpace
 from skep.store.etcd.requests import etcd_key
 from skep.store.interface import View
 from skep.store.space import QUOTA_BYTES, refusal
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 
 def test_a_manager_that_hangs_hears_nothing_and_its_member_goes_on() -> None:

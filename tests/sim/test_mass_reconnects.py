@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 
+from sim.cluster import SimulatedCluster
+from sim.truth import Change
 from skep.manager.dispatcher import admission
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
-from skep.sim.cluster import SimulatedCluster
-from skep.sim.truth import Change
 from skep.store.interface import Updated, View
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 
 def falls(cluster: SimulatedCluster) -> list[NodeId]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.sim.mutants import MUTANTS, SEEDS, Mutant, broken, judged
+from sim.mutants import MUTANTS, SEEDS, Mutant, broken, judged
 from skep.store.transaction import Writing
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import pytest
 from msgspec.structs import replace
 
+from sim.cluster import SimulatedCluster
+from skep.agent.executor.simulated import Behaviour
 from skep.manager.control import swarm as control
 from skep.manager.control.tasks import known_status
 from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
@@ -15,9 +17,7 @@ from skep.model.service import RestartPolicy, ServiceSpec
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import TaskState
 from skep.model.times import timestamp
-from skep.node.executor.simulated import Behaviour
-from skep.sim.cluster import SimulatedCluster
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 SEEDS = range(2)
 STAMP = timestamp(1_700_000_000_000_000_000)

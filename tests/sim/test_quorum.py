@@ -5,15 +5,15 @@ from functools import partial
 
 import pytest
 
+from sim.cluster import SimulatedCluster
 from skep.errors import Unavailable
 from skep.manager.control.services import create_service
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.service import Service, ServiceSpec
 from skep.model.times import timestamp
-from skep.sim.cluster import SimulatedCluster
 from skep.store.etcd.store import EtcdStore
 from skep.store.updates import NO_LEADER
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 TOLERATED = {1: 0, 2: 0, 3: 1, 4: 1, 5: 2, 6: 2, 7: 3, 8: 3, 9: 4}
 """Managers -> how many may be lost.  Source: Docker's documentation, "Administer and maintain a swarm"."""

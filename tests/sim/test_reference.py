@@ -7,6 +7,22 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from sim import wishes
+from sim.answers import BY_HAND, Answers
+from sim.reference import (
+    Accepted,
+    Create,
+    Held,
+    Refused,
+    Remove,
+    Request,
+    Rollback,
+    SetNode,
+    State,
+    Update,
+    answer,
+    fault_of,
+)
 from skep.model.container import SecretReference
 from skep.model.ids import NodeId, SecretId, ServiceId
 from skep.model.meta import Version
@@ -27,24 +43,8 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.sim import wishes
-from skep.sim.answers import BY_HAND, Answers
-from skep.sim.reference import (
-    Accepted,
-    Create,
-    Held,
-    Refused,
-    Remove,
-    Request,
-    Rollback,
-    SetNode,
-    State,
-    Update,
-    answer,
-    fault_of,
-)
-from tests.builders import a_service_spec
 from tests.sim.histories import OTHER, W1, History, a_node
+from tests.support.builders import a_service_spec
 
 RECORDED = Path(__file__).parents[1] / "conformance" / "recorded" / "in_swarm.json"
 WEB = ServiceId("web")

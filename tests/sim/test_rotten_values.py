@@ -2,12 +2,12 @@
 
 import pytest
 
+from sim.cluster import SimulatedCluster
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task
-from skep.sim.cluster import SimulatedCluster
 from skep.store.etcd.requests import etcd_key
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 REPLICAS = 6
 

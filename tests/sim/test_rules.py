@@ -3,6 +3,19 @@
 import msgspec
 import pytest
 
+from sim.rules.liveness import NoFalseAlarm, lease_violations
+from sim.rules.promises import Promises
+from sim.rules.rest import replica_violations, rest_violations
+from sim.rules.tasks import (
+    TasksAreSpread,
+    UpdatesKeepServing,
+    jobs_keep_within_bounds,
+    names_are_unique,
+    nodes_are_not_overcommitted,
+    slots_are_filled_once,
+    tasks_move_forward,
+)
+from sim.rules.writers import one_leader_writes, owners_speak_for_their_nodes, sessions_are_taken
 from skep.model.ids import ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.node import NodeState
@@ -15,23 +28,10 @@ from skep.model.service import (
     UpdateOrder,
 )
 from skep.model.task import TaskState, TaskStatus
-from skep.sim.rules.liveness import NoFalseAlarm, lease_violations
-from skep.sim.rules.promises import Promises
-from skep.sim.rules.rest import replica_violations, rest_violations
-from skep.sim.rules.tasks import (
-    TasksAreSpread,
-    UpdatesKeepServing,
-    jobs_keep_within_bounds,
-    names_are_unique,
-    nodes_are_not_overcommitted,
-    slots_are_filled_once,
-    tasks_move_forward,
-)
-from skep.sim.rules.writers import one_leader_writes, owners_speak_for_their_nodes, sessions_are_taken
 from skep.store.state import State
 from skep.store.transaction import Writing
-from tests.builders import a_service_spec
 from tests.sim.histories import LEADER, OTHER, W1, W2, History, a_node, a_run, a_service, a_task
+from tests.support.builders import a_service_spec
 
 
 def test_a_state_that_goes_back_is_rejected() -> None:

@@ -3,6 +3,8 @@
 import pytest
 from msgspec.structs import replace
 
+from sim.rules.allocations import VXLAN, HeldByOne, allocation_violations, networks_are_apart
+from sim.rules.restarts import RestartsAsAsked
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
@@ -16,11 +18,9 @@ from skep.model.service import (
 )
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import SECOND_NS
-from skep.sim.rules.allocations import VXLAN, HeldByOne, allocation_violations, networks_are_apart
-from skep.sim.rules.restarts import RestartsAsAsked
 from skep.store.transaction import Writing
-from tests.builders import a_service_spec
 from tests.sim.histories import W1, History, a_node, a_service, a_task
+from tests.support.builders import a_service_spec
 
 NET = NetworkId("x1")
 

@@ -4,16 +4,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from sim.cluster import TIMERS_MAX, SimulatedCluster
+from sim.manager import SimulatedManager
+from sim.rules.books import book_differences
 from skep.manager.allocator.loop import Allocator
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.scheduler.loop import Scheduler
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.service import PortConfig
-from skep.sim.cluster import TIMERS_MAX, SimulatedCluster
-from skep.sim.manager import SimulatedManager
-from skep.sim.rules.books import book_differences
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 M1 = NodeId("m1")
 

@@ -3,10 +3,10 @@
 import pytest
 from msgspec.structs import replace
 
+from sim.cluster import LED_S, SimulatedCluster
+from sim.rules.causes import StopsHaveACause
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import TaskState
-from skep.sim.cluster import LED_S, SimulatedCluster
-from skep.sim.rules.causes import StopsHaveACause
 from tests.sim.histories import W1, History, a_node, a_service, a_task
 
 

@@ -5,6 +5,10 @@ from collections.abc import Iterable
 import pytest
 from msgspec.structs import replace
 
+from sim.rules.containers import Containers
+from sim.rules.disconnection import PlacesAreKept
+from sim.rules.placement import global_jobs_run_once, meets, port_violations
+from sim.settled import unmet
 from skep.model.ids import NodeId, ServiceId
 from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.meta import Version
@@ -24,12 +28,8 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp
-from skep.sim.rules.containers import Containers
-from skep.sim.rules.disconnection import PlacesAreKept
-from skep.sim.rules.placement import global_jobs_run_once, meets, port_violations
-from skep.sim.settled import unmet
-from tests.builders import a_service_spec
 from tests.sim.histories import W1, W2, History, a_node, a_run, a_task
+from tests.support.builders import a_service_spec
 
 HOST_PORT = EndpointSpec(
     ports=(PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST),)

@@ -1,10 +1,10 @@
 """The rule that updates take turns rejects what it should, and nothing else."""
 
+from sim.rules.serving import UpdatesTakeTurns
 from skep.model.service import UpdateConfig
 from skep.model.task import TaskState
-from skep.sim.rules.serving import UpdatesTakeTurns
-from tests.builders import a_service_spec
 from tests.sim.histories import W1, History, a_node, a_service, a_task
+from tests.support.builders import a_service_spec
 
 RUNNING, SHUTDOWN = TaskState.RUNNING, TaskState.SHUTDOWN
 

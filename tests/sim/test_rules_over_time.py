@@ -5,6 +5,9 @@ from collections import Counter
 import msgspec
 import pytest
 
+from sim.rules.attempts import OneAttempt
+from sim.rules.containers import Containers
+from sim.rules.damping import DecisionsStand, surplus_violations
 from skep.model.ids import ServiceId, TaskId
 from skep.model.node import NodeState
 from skep.model.service import (
@@ -12,11 +15,8 @@ from skep.model.service import (
     UpdateOrder,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.sim.rules.attempts import OneAttempt
-from skep.sim.rules.containers import Containers
-from skep.sim.rules.damping import DecisionsStand, surplus_violations
-from tests.builders import a_service_spec
 from tests.sim.histories import W1, W2, History, a_node, a_run, a_service, a_task
+from tests.support.builders import a_service_spec
 
 
 def test_more_tasks_than_a_fault_took_are_rejected() -> None:

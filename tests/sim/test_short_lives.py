@@ -2,8 +2,8 @@
 
 import pytest
 
-from skep.sim import short
-from skep.sim.run import Live, outcomes, report
+from sim import short
+from sim.run import Live, outcomes, report
 
 QUICK, SEEDS = 5, 100
 

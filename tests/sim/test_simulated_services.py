@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from msgspec.structs import replace
 
+from sim.cluster import SimulatedCluster
 from skep.model.ids import NodeId
 from skep.model.node import Availability
 from skep.model.service import (
@@ -18,9 +19,8 @@ from skep.model.service import (
 )
 from skep.model.task import TaskState
 from skep.model.times import SECOND_NS
-from skep.sim.cluster import SimulatedCluster
-from tests.builders import a_service_spec
 from tests.sim.words import state_of, with_image, with_replicas
+from tests.support.builders import a_service_spec
 
 SEEDS = range(8)
 AT_ONCE = RestartPolicy(delay=0)

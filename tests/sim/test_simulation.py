@@ -5,13 +5,13 @@ from collections.abc import Iterable
 
 import pytest
 
+from sim.cluster import SimulatedCluster
+from sim.time import Deadlock, Spinning, VirtualLoop
+from sim.truth import Change
 from skep.model.node import Availability
 from skep.model.service import Service
-from skep.sim.cluster import SimulatedCluster
-from skep.sim.time import Deadlock, Spinning, VirtualLoop
-from skep.sim.truth import Change
 from skep.store.interface import View
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 
 def test_an_hour_takes_no_time() -> None:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from skep.sim.alone.life import StoreLife, live
-from skep.sim.alone.managers import WANT
-from skep.sim.run import chunked, outcomes, report
+from sim.alone.life import StoreLife, live
+from sim.alone.managers import WANT
+from sim.run import chunked, outcomes, report
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.follow import Follower
 from skep.store.kinds import Payload

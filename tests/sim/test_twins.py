@@ -2,9 +2,9 @@
 
 import pytest
 
-from skep.sim import twins
-from skep.sim.mutants import judged
-from skep.sim.run import outcomes, report
+from sim import twins
+from sim.mutants import judged
+from sim.run import outcomes, report
 from tests.sim.test_mutants import by_name
 
 SEEDS = 60

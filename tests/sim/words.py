@@ -2,8 +2,8 @@
 
 from msgspec.structs import replace
 
+from sim.cluster import SimulatedCluster
 from skep.model.service import ReplicatedService, ServiceMode, ServiceSpec, UpdateState
-from skep.sim.cluster import SimulatedCluster
 
 
 def with_replicas(spec: ServiceSpec, replicas: int) -> ServiceSpec:

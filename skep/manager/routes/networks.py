@@ -1,4 +1,4 @@
-"""``/networks``: those of the cluster.  The node adds its own (``node/routes/networks.py``).
+"""``/networks``: those of the cluster.  The node adds its own (``engine/api/networks.py``).
 
 Source: moby 20.10, api/server/router/network/network_routes.go, daemon/cluster/convert/network.go, daemon/prune.go.
 """

@@ -11,13 +11,13 @@ from skep.aio.clock import Clock
 from skep.api import network_form
 from skep.api.networks import PREDEFINED_LABEL, SWARM, Facts, fits
 from skep.api.server import Filters, flag
+from skep.engine.container import Container
 from skep.errors import AlreadyExists, Unavailable
 from skep.model.ids import NetworkId, TaskId
 from skep.model.network import Network
 from skep.model.tables import Table
 from skep.model.task import AssignedTask, TaskStatus
 from skep.node.local_api import Answer, LocalApi
-from skep.node.oci.container import Container
 from skep.node.routes.network_tables import peers, services
 from skep.node.routes.network_users import meant_by, networks_in_use, on_overlay
 

@@ -5,13 +5,13 @@ from ipaddress import IPv4Interface, ip_interface
 from typing import Any
 
 from skep.api.network_form import endpoint_id
+from skep.dataplane.addresses import mac_of
+from skep.dataplane.local.objects import LocalNetwork
+from skep.engine.container import Container
 from skep.model.ids import TaskId
 from skep.model.network import Network
 from skep.model.planes import is_overlay
 from skep.model.task import AssignedTask, TaskState, TaskStatus
-from skep.node.network.addresses import mac_of
-from skep.node.network.local.objects import LocalNetwork
-from skep.node.oci.container import Container
 
 _TASK_LABEL = "com.docker.swarm.task.id"
 

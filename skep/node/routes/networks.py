@@ -31,6 +31,13 @@ from skep.api.networks import (
     fits,
 )
 from skep.api.server import Filters, Routes, json_answer, read_body
+from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
+from skep.engine.api.pruning import is_prunable
+from skep.engine.container import Container
+from skep.engine.plain.containers import PlainContainers
+from skep.engine.plain.requests import read_connect
+from skep.engine.plain.wish import network_wish
 from skep.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -42,15 +49,8 @@ from skep.errors import (
 )
 from skep.linux.routes import read_routes
 from skep.node.local_api import Answer, LocalApi
-from skep.node.network.local.keeper import LocalNetworks
-from skep.node.network.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
-from skep.node.oci.container import Container
-from skep.node.plain.containers import PlainContainers
-from skep.node.plain.requests import read_connect
-from skep.node.plain.wish import network_wish
 from skep.node.routes.cluster_networks import FROM_A_WORKER, ClusterNetworks, passed_headers
 from skep.node.routes.network_users import on_bridge, on_builtin, on_gateway
-from skep.node.routes.pruning import is_prunable
 
 log = structlog.get_logger()
 

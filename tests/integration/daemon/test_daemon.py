@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from skep.node.oci.cgroups import Cgroups
+from skep.engine.cgroups import Cgroups
 from skep.playground.busybox import busybox_archive
 from tests.integration.cluster import CLIS
 from tests.integration.daemon.rig import INIT, DaemonRig, children_named, daemon_rig, is_running, wait_until

@@ -12,15 +12,15 @@ import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
+from skep.dataplane.client import NetClient
+from skep.dataplane.ports import AddressNotHere
+from skep.dataplane.proxy.relays import RelayPort
 from skep.errors import AlreadyExists, Unavailable
 from skep.linux.files import replace_file
-from skep.node.netprocess.client import NetClient
-from skep.node.network.ingress.relays import RelayPort
-from skep.node.network.ports import AddressNotHere
 from skep.node.supervision.identity import identify
 from skep.node.supervision.supervisor import terminate, wait_end
 from skep.paths import Paths
-from tests.names_lab import forks, net, net_process
+from tests.support.names_lab import forks, net, net_process
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import pytest
 
 from skep.linux.processes import start_ticks_of
 from skep.node.supervision import zygote
-from tests import zygote_rig
 from tests.integration.daemon.rig import is_running, wait_until
-from tests.zygote_rig import StartedZygote
+from tests.support import zygote_rig
+from tests.support.zygote_rig import StartedZygote
 
 
 def _end(_: Sequence[str]) -> None:

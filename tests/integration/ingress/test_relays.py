@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.node.conftest import eventually
-from tests.mesh_lab import CLIENT, CLIENT_IPV6, LabNode, MeshLab
+from tests.support.mesh_lab import CLIENT, CLIENT_IPV6, LabNode, MeshLab
 
 PORTS = (("tcp", 8080, 80), ("udp", 8080, 80))
 

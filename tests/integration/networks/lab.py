@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from skep.node.network.namespaces import inside
+from skep.dataplane.netns.namespaces import inside
 from tests.integration.cluster import (
     TestCluster,
     TestNode,

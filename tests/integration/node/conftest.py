@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from skep.node.executor.oci import OciExecutor
-from skep.node.oci.container import Container, ContainerConfig, ContainerWish, LogWish, Stream
-from skep.node.oci.containers import Containers
-from skep.node.oci.images.store import ImageStore
-from tests.runc_lab import IMAGE, IMAGE_ID, Lab
+from skep.agent.executor.oci import OciExecutor
+from skep.engine.container import Container, ContainerConfig, ContainerWish, LogWish, Stream
+from skep.engine.containers import Containers
+from skep.engine.images.store import ImageStore
+from tests.support.runc_lab import IMAGE, IMAGE_ID, Lab
 
 
 @pytest.fixture

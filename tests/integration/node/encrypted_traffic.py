@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.overlay_pair import OverlayPair, Side
 from skep.aio.clock import SystemClock
-from skep.node.network.namespaces import inside
+from skep.dataplane.netns.namespaces import inside
 
 TEXT = b"the queen is dead, long live the queen "
 PORT = 7000

@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+from skep.agent.executor.assembly import container_network
 from skep.aio.clock import SystemClock
+from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.ports import OwnReservations
+from skep.engine.container import Container, ContainerConfig, Endpoint, NodePort, Place
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId, new_container_id
 from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode
-from skep.node.executor.assembly import container_network
-from skep.node.network.connecting import ContainerNetwork
-from skep.node.network.namespaces import Namespaces
-from skep.node.network.ports import OwnReservations
-from skep.node.oci.container import Container, ContainerConfig, Endpoint, NodePort, Place
 from skep.paths import Paths
 
 WEB = NetworkHead(id=NetworkId("webnet"), name="web", segments=(Segment("10.0.1.0/24", "10.0.1.1", 4097),))

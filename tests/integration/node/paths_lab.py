@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.encrypted.forwarder import Forwarder
+from skep.dataplane.encrypted.plan import Plan, PlannedPeer
 from skep.model.paths import PathCheck, PathPeer, PathReport, PathWish
-from skep.node.network.connecting import ContainerNetwork
-from skep.node.network.encrypted.forwarder import Forwarder
-from skep.node.network.encrypted.plan import Plan, PlannedPeer
-from tests.etcd_rig import peer_files
 from tests.integration.node.overlay_lab import LabNode, OverlayLab
+from tests.support.etcd_rig import peer_files
 
 CONTROL_PORT, ETCD_PORT, GOSSIP_PORT, VXLAN_PORT, ENCRYPTED_PORT = 2377, 2378, 7946, 4789, 4799
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from skep.agent.executor.oci import OciExecutor
+from skep.engine import apparmor
+from skep.engine.api.container_answers import inspected
+from skep.engine.container import ExecConfig
+from skep.engine.containers import Containers
 from skep.errors import SkepError
-from skep.node.executor.oci import OciExecutor
-from skep.node.oci import apparmor
-from skep.node.oci.container import ExecConfig
-from skep.node.oci.containers import Containers
-from skep.node.routes.container_answers import inspected
 from tests.integration.node.conftest import Runner
 from tests.integration.node.test_escapes import python
 

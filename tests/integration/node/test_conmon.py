@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from skep.node.oci.cgroups import Cgroups
-from skep.node.oci.conmon import Conmons, StartError, read_pid
+from skep.engine.cgroups import Cgroups
+from skep.engine.conmon import Conmons, StartError, read_pid
 
 
 async def test_a_conmon_that_ends_at_once_is_a_failed_start_and_no_broken_pipe(tmp_path: Path) -> None:

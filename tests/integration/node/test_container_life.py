@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from skep.engine.conmon import StartError
+from skep.engine.container import ContainerState, NotRunning, StillRunning, WaitCondition
+from skep.engine.containers import Containers
+from skep.engine.processes import is_alive
 from skep.errors import AlreadyExists, InvalidArgument, NotFound
-from skep.node.oci.conmon import StartError
-from skep.node.oci.container import ContainerState, NotRunning, StillRunning, WaitCondition
-from skep.node.oci.containers import Containers
-from skep.node.oci.processes import is_alive
 from tests.integration.node.conftest import Runner, eventually
-from tests.runc_lab import Lab
+from tests.support.runc_lab import Lab
 
 POLITE = ("sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.05; done")
 DEAF = ("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from skep.dataplane.gateway import BRIDGE
+from skep.dataplane.netns import nft
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.ports import AddressNotHere
+from skep.engine.container import Container, NodePort
+from skep.engine.containers import Containers
 from skep.errors import AlreadyExists
 from skep.model.service import PublishMode
-from skep.node.network import nft
-from skep.node.network.gateway import BRIDGE
-from skep.node.network.namespaces import Namespaces
-from skep.node.network.ports import AddressNotHere
-from skep.node.oci.container import Container, NodePort
-from skep.node.oci.containers import Containers
 from tests.integration.node.conftest import Runner
-from tests.runc_lab import Lab
+from tests.support.runc_lab import Lab
 
 SERVE = ("httpd", "-f", "-p", "80", "-h", "/etc")
 

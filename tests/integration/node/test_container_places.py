@@ -1,11 +1,11 @@
 """Containers under runc on overlay networks of their node."""
 
+from skep.engine.container import Place
+from skep.engine.containers import Containers
 from skep.model.ids import NetworkId
 from skep.model.tables import NetworkHead, Segment
-from skep.node.oci.container import Place
-from skep.node.oci.containers import Containers
 from tests.integration.node.conftest import Runner, eventually
-from tests.runc_lab import Lab
+from tests.support.runc_lab import Lab
 
 WEB = NetworkHead(id=NetworkId("webnet"), name="web", segments=(Segment("10.0.1.0/24", "10.0.1.1", 4097),))
 INNER = NetworkHead(

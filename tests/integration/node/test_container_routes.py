@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from skep.node.executor.oci import OciExecutor
-from tests.api_lab import Api, serving
+from skep.agent.executor.oci import OciExecutor
 from tests.integration.node.conftest import Runner, eventually
+from tests.support.api_lab import Api, serving
 
 pytestmark = pytest.mark.point("7")
 

@@ -8,16 +8,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from skep.agent.executor.assembly import Programs, capacity_of
 from skep.aio.clock import SystemClock
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound
-from skep.model.ids import ContainerId
-from skep.model.times import timestamp
-from skep.node.executor.assembly import Programs, capacity_of
-from skep.node.oci.attachment import Attachment
-from skep.node.oci.bundle import Bundles
-from skep.node.oci.cgroups import Cgroups
-from skep.node.oci.conmon import StartError
-from skep.node.oci.container import (
+from skep.engine.attachment import Attachment
+from skep.engine.bundle import Bundles
+from skep.engine.cgroups import Cgroups
+from skep.engine.conmon import StartError
+from skep.engine.container import (
     Container,
     ContainerConfig,
     ContainerState,
@@ -28,11 +25,14 @@ from skep.node.oci.container import (
     NotRunning,
     Stream,
 )
-from skep.node.oci.containers import Containers
-from skep.node.oci.reading import ContainerReader
-from skep.node.oci.registry import Registry
+from skep.engine.containers import Containers
+from skep.engine.reading import ContainerReader
+from skep.engine.registry import Registry
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.model.ids import ContainerId
+from skep.model.times import timestamp
 from tests.integration.node.conftest import Runner
-from tests.runc_lab import Lab
+from tests.support.runc_lab import Lab
 
 
 async def everything(attachment: Attachment) -> dict[Stream, bytes]:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from skep.engine.container import MountPoint
+from skep.engine.containers import Containers
 from skep.errors import InvalidArgument
 from skep.model.container import Ulimit
-from skep.node.oci.container import MountPoint
-from skep.node.oci.containers import Containers
 from tests.integration.node.conftest import Runner, eventually
-from tests.runc_lab import Lab
+from tests.support.runc_lab import Lab
 
 DOCKERS_CAPABILITIES = 0xA80425FB
 """CapBnd of a container that a Docker Engine starts without options."""

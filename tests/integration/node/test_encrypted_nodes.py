@@ -15,17 +15,17 @@ import pytest
 from bench.overlay_pair import FORWARDER_PROGRAM
 from skep.aio.backoff import Backoff
 from skep.aio.clock import SystemClock
+from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.encrypted.client import ForwarderClient
+from skep.dataplane.encrypted.frames import GSO_BYTES_MAX
+from skep.dataplane.encrypted.methods import Refusal
+from skep.dataplane.encrypted.overlays import EncryptedOverlays
 from skep.errors import FailedPrecondition
 from skep.manager.discovery.overlay_keys import KeyRing, first_ring, pair_keys
 from skep.model.ids import NodeId
 from skep.model.pair_keys import KeysTold, Method, PeerKeys
 from skep.model.tables import Segment
 from skep.model.times import timestamp
-from skep.node.network.connecting import ContainerNetwork
-from skep.node.network.encrypted.client import ForwarderClient
-from skep.node.network.encrypted.frames import GSO_BYTES_MAX
-from skep.node.network.encrypted.methods import Refusal
-from skep.node.network.encrypted.overlays import EncryptedOverlays
 from tests.integration.node.overlay_lab import (
     DUAL,
     TWO_SUBNETS,

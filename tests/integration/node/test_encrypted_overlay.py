@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from bench.overlay_pair import DEVICE, VNI, OverlayPair, overlay_pair, sh
+from skep.dataplane.encrypted.frames import GREETING, HEADER, PIECE, parse
+from skep.dataplane.netns.namespaces import inside
 from skep.errors import FailedPrecondition
-from skep.node.network.encrypted.frames import GREETING, HEADER, PIECE, parse
-from skep.node.network.namespaces import inside
 from tests.integration.node.encrypted_traffic import (
     CLOCK,
     PORT,

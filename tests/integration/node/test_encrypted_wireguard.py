@@ -12,17 +12,10 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.generic.wireguard import AsyncWireGuard
 
 from bench.overlay_pair import VNI, OverlayPair, Side, in_namespace, overlay_pair, sh
+from skep.dataplane.encrypted.wireguard import DEVICE, WireGuardDevice, device, inner_address, program, rules
+from skep.dataplane.netns.namespaces import inside
 from skep.model.pair_keys import NodeKeys, PairKey, PeerKeys
 from skep.node.features import detect
-from skep.node.network.encrypted.wireguard import (
-    DEVICE,
-    WireGuardDevice,
-    device,
-    inner_address,
-    program,
-    rules,
-)
-from skep.node.network.namespaces import inside
 from tests.integration.node.encrypted_traffic import TEXT, Pings, captured, transfer, udp_to
 
 pytestmark = pytest.mark.needs("root", "ip", "nsenter", "nft")

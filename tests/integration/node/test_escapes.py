@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from skep.engine import apparmor
+from skep.engine.container import ExecConfig, MountPoint
+from skep.engine.containers import Containers
 from skep.errors import SkepError
-from skep.node.oci import apparmor
-from skep.node.oci.container import ExecConfig, MountPoint
-from skep.node.oci.containers import Containers
 from tests.integration.node.conftest import Runner
 from tests.integration.node.escapes import (
     CALLS,
@@ -28,7 +28,7 @@ from tests.integration.node.escapes import (
     lead_etc_out,
     spoil_users,
 )
-from tests.runc_lab import Lab
+from tests.support.runc_lab import Lab
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="calls have other numbers")
 

@@ -17,8 +17,8 @@ from typing import Any, Final
 
 import pytest
 
+from skep.engine import apparmor, seccomp_default
 from skep.errors import SkepError
-from skep.node.oci import apparmor, seccomp_default
 from tests.integration.node import test_escapes
 from tests.integration.node.conftest import Runner
 from tests.integration.node.escapes import (
@@ -30,7 +30,7 @@ from tests.integration.node.escapes import (
 )
 from tests.integration.node.test_apparmor import unload_default
 from tests.integration.plain_engine import docker, plain_engine
-from tests.runc_lab import Lab, busybox_tree
+from tests.support.runc_lab import Lab, busybox_tree
 
 pytestmark = [
     pytest.mark.slow,

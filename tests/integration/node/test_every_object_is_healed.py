@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from skep.dataplane.encrypted.overlays import NoEncryption
+from skep.dataplane.netns.namespaces import Namespaces
 from skep.model.ids import NetworkId
 from skep.model.tables import NetworkHead, Segment
-from skep.node.network.encrypted.overlays import NoEncryption
-from skep.node.network.namespaces import Namespaces
 from tests.integration.node.overlay_lab import DUAL, INGRESS, OverlayLab, place, shell, tried
 from tests.integration.node.test_overlay_healing import Scene
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from skep.node.executor.oci import OciExecutor
-from tests.api_lab import Api, serving
+from skep.agent.executor.oci import OciExecutor
 from tests.integration.node.conftest import Runner
+from tests.support.api_lab import Api, serving
 
 pytestmark = pytest.mark.point("7")
 

@@ -4,14 +4,14 @@ import asyncio
 
 import pytest
 
+from skep.agent.executor.oci import OciExecutor
+from skep.engine.api.container_answers import status
+from skep.engine.health import HealthStatus
 from skep.errors import SkepError
 from skep.model.container import HealthConfig
 from skep.model.times import SECOND_NS
-from skep.node.executor.oci import OciExecutor
-from skep.node.oci.health import HealthStatus
-from skep.node.routes.container_answers import status
 from tests.integration.node.test_oci_tasks import a_task
-from tests.runc_lab import Lab
+from tests.support.runc_lab import Lab
 
 TENTH_NS = SECOND_NS // 10
 

@@ -19,14 +19,15 @@ import zstandard
 from aiohttp.test_utils import TestClient, TestServer
 
 from skep.api.server import application
+from skep.engine.api.images import image_routes
+from skep.engine.images.archive import Unpackaged, write_archive
+from skep.engine.images.layers import Limits, UnpackFailed
+from skep.engine.images.reference import parse_reference
+from skep.engine.images.removal import ImageUser
+from skep.engine.images.store import ImageStore
 from skep.errors import ResourceExhausted, SkepError
-from skep.node.oci.images.archive import Unpackaged, write_archive
-from skep.node.oci.images.layers import Limits, UnpackFailed
-from skep.node.oci.images.reference import parse_reference
-from skep.node.oci.images.removal import ImageUser
-from skep.node.oci.images.store import ImageStore
-from skep.node.routes.images import image_routes
-from tests.archives import (
+from tests.conformance.record_image_loads import RECORDED, Answer, answer_of
+from tests.support.archives import (
     GOOD,
     HOSTILE,
     a_config,
@@ -37,8 +38,7 @@ from tests.archives import (
     an_entry,
     sha256,
 )
-from tests.conformance.record_image_loads import RECORDED, Answer, answer_of
-from tests.own_time import own_time
+from tests.support.own_time import own_time
 
 pytestmark = pytest.mark.point("6")
 

@@ -12,9 +12,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from skep.errors import InvalidArgument, NotFound, SkepError
-from skep.node.oci.images.progress import Message
-from skep.node.oci.images.registry import (
+from skep.engine.images.progress import Message
+from skep.engine.images.registry import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
     OCI_INDEX,
@@ -22,9 +21,10 @@ from skep.node.oci.images.registry import (
     Policy,
     RegistryError,
 )
-from skep.node.oci.images.store import ImageStore
-from tests.archives import sha256
-from tests.registry_rig import BLOBS, CONFIG, a_manifest
+from skep.engine.images.store import ImageStore
+from skep.errors import InvalidArgument, NotFound, SkepError
+from tests.support.archives import sha256
+from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
 
 pytestmark = pytest.mark.point("6")
 

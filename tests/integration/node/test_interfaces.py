@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from skep.dataplane.netns.namespaces import Namespaces
 from skep.node.interfaces import read_interfaces
-from skep.node.network.namespaces import Namespaces
 
 pytestmark = pytest.mark.needs("root", "ip")
 

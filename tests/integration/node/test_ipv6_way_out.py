@@ -10,14 +10,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from skep.agent.executor.oci import OciExecutor
+from skep.dataplane.gateway import BRIDGE
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.engine.container import Endpoint, Place
 from skep.model.ids import NetworkId
 from skep.model.tables import NetworkHead, Segment
-from skep.node.executor.oci import OciExecutor
-from skep.node.network.gateway import BRIDGE
-from skep.node.network.namespaces import Namespaces
-from skep.node.oci.container import Endpoint, Place
 from tests.integration.node.conftest import Runner
-from tests.runc_lab import Lab
+from tests.support.runc_lab import Lab
 
 DUAL = NetworkHead(
     id=NetworkId("dualnet"),

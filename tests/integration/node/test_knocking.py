@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.node.network.namespaces import Namespaces
-from skep.node.network.paths.knocking import TRIES, Knocking
-from skep.node.network.paths.outcomes import Outcome
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.probe.knocking import TRIES, Knocking
+from skep.dataplane.probe.outcomes import Outcome
 
 
 class Answering(asyncio.Protocol):

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from skep.agent.assignments import AssignmentSet
+from skep.agent.executor.oci import OciExecutor
+from skep.agent.reports import Reports
+from skep.agent.task_files import TaskFiles
+from skep.agent.worker import Worker
 from skep.aio.clock import SystemClock
+from skep.engine.container import ContainerState
 from skep.errors import SkepError
 from skep.model.ids import new_container_id
 from skep.model.task import TaskState
-from skep.node.assignments import AssignmentSet
-from skep.node.executor.oci import OciExecutor
-from skep.node.oci.container import ContainerState
-from skep.node.reports import Reports
-from skep.node.task_files import TaskFiles
-from skep.node.worker import Worker
 from tests.integration.node.conftest import eventually
 from tests.integration.node.test_oci_tasks import a_task
-from tests.runc_lab import Lab
+from tests.support.runc_lab import Lab
 
 
 def held(lab: Lab, executor: OciExecutor) -> set[str]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.netns.checksums import offloads, set_offloads
+from skep.dataplane.probe.places import address_of
+from skep.engine.container import Endpoint
 from skep.model.paths import PathCheck, PathWish
-from skep.node.network.checksums import offloads, set_offloads
-from skep.node.network.connecting import ContainerNetwork
-from skep.node.network.paths.places import address_of
-from skep.node.oci.container import Endpoint
 from tests.integration.node.overlay_lab import WEB, LabNode, OverlayLab, carried, place, reaches, shell
 from tests.integration.node.paths_lab import a_peer, report_until, wish_all
 

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from skep.node.network import nft
-from skep.node.oci.syscalls import CLONE_NEWNET, unshare
+from skep.dataplane.netns import nft
+from skep.engine.syscalls import CLONE_NEWNET, unshare
 
 _THREADS, _ROUNDS = 8, 60
 

@@ -6,6 +6,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from skep.agent.assignments import ConfigFile, LogQuery, LogStream, SecretFile
+from skep.agent.executor.interface import Rejected
+from skep.agent.executor.oci import OciExecutor
+from skep.agent.task_logs import TaskLogs
+from skep.engine.container import LogWish
+from skep.engine.images.image import ContainerDefaults
 from skep.errors import SkepError
 from skep.model.container import (
     ConfigReference,
@@ -20,13 +26,7 @@ from skep.model.ids import ConfigId, NodeId, SecretId, ServiceId, TaskId, new_id
 from skep.model.meta import Driver
 from skep.model.service import Limits, PortConfig, PublishMode, ResourceRequirements, TaskSpec
 from skep.model.task import AssignedTask, Task
-from skep.node.assignments import ConfigFile, LogQuery, LogStream, SecretFile
-from skep.node.executor.interface import Rejected
-from skep.node.executor.oci import OciExecutor
-from skep.node.oci.container import LogWish
-from skep.node.oci.images.image import ContainerDefaults
-from skep.node.task_logs import TaskLogs
-from tests.runc_lab import IMAGE, Lab, with_defaults
+from tests.support.runc_lab import IMAGE, Lab, with_defaults
 
 
 def a_task(*command: str, ports: tuple[PortConfig, ...] = (), slot: int = 2, **spec: object) -> AssignedTask:

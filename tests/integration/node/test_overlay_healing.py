@@ -10,18 +10,18 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.netns import nft
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.overlay import tables
+from skep.dataplane.overlay.domain import Domain
+from skep.dataplane.overlay.repairs import Repairs
+from skep.dataplane.overlay.rules import strangers
+from skep.dataplane.overlay.state import Address, Link, State
+from skep.dataplane.tables.sound import sound_table
+from skep.engine.container import Endpoint
 from skep.model.ids import NodeId
 from skep.model.tables import TableNode
-from skep.node.network import nft
-from skep.node.network.connecting import ContainerNetwork
-from skep.node.network.namespaces import Namespaces
-from skep.node.network.overlay import tables
-from skep.node.network.overlay.domain import Domain
-from skep.node.network.overlay.repairs import Repairs
-from skep.node.network.overlay.rules import strangers
-from skep.node.network.overlay.state import Address, Link, State
-from skep.node.oci.container import Endpoint
-from skep.node.tables.sound import sound_table
 from tests.integration.node.overlay_lab import DUAL, INGRESS, OverlayLab, place, reaches, shell
 
 HEALED_SECONDS_MAX = 5.0

@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from skep.engine.container import Endpoint
 from skep.model.tables import TableNode
-from skep.node.oci.container import Endpoint
 from tests.integration.node.overlay_lab import (
     DUAL,
     INGRESS,

@@ -9,16 +9,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from skep.dataplane.addresses import mac_of
+from skep.dataplane.overlay.home import home_domain
+from skep.dataplane.overlay.repairs import Repairs
+from skep.dataplane.overlay.state import State
+from skep.dataplane.overlay.wanted import INGRESS_BRIDGE
+from skep.engine.container import NodePort
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError
 from skep.model.ids import NetworkId, TaskId, new_container_id
 from skep.model.service import PublishMode
 from skep.model.tables import TableEndpoint
-from skep.node.network.addresses import mac_of
-from skep.node.network.overlay.home import home_domain
-from skep.node.network.overlay.repairs import Repairs
-from skep.node.network.overlay.state import State
-from skep.node.network.overlay.wanted import INGRESS_BRIDGE
-from skep.node.oci.container import NodePort
 from tests.integration.node.overlay_lab import (
     DUAL,
     INGRESS,

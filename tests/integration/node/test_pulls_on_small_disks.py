@@ -11,14 +11,14 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from skep.engine.images.layers import Limits
+from skep.engine.images.registry import DOCKER_MANIFEST
+from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from skep.linux.files import allocate
-from skep.node.oci.images.layers import Limits
-from skep.node.oci.images.registry import DOCKER_MANIFEST
-from skep.node.oci.images.store import ImageStore
-from tests.archives import sha256
 from tests.integration.node.test_image_pulls import Rogue
-from tests.registry_rig import BLOBS, CONFIG, a_manifest
+from tests.support.archives import sha256
+from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
 
 pytestmark = pytest.mark.point("6")
 DISK_BYTES = 64 << 20

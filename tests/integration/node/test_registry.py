@@ -14,15 +14,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from skep.api.server import application, runner
-from skep.node.oci.images.registry import (
-    DOCKER_MANIFEST,
-)
-from skep.node.oci.images.store import ImageStore
-from skep.node.routes.images import image_routes
-from tests.archives import sha256
+from skep.engine.api.images import image_routes
+from skep.engine.images.registry import DOCKER_MANIFEST
+from skep.engine.images.store import ImageStore
 from tests.conftest import SEARCHED
 from tests.integration.cluster import CLIS
-from tests.registry_rig import BLOBS, CONFIG, a_manifest
+from tests.support.archives import sha256
+from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
 
 pytestmark = [pytest.mark.point("6"), pytest.mark.needs("docker-registry")]
 

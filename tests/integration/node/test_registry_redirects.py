@@ -10,13 +10,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from yarl import URL
 
+from skep.engine.images.reference import parse_reference
+from skep.engine.images.registry import Credentials, Endpoint, Policy, RegistryError, Repository
+from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
-from skep.node.oci.images.reference import parse_reference
-from skep.node.oci.images.registry import Credentials, Endpoint, Policy, RegistryError, Repository
-from skep.node.oci.images.store import ImageStore
-from tests.archives import sha256
 from tests.integration.node.test_image_pulls import Rogue, auth, wants_token
-from tests.registry_rig import CONFIG
+from tests.support.archives import sha256
+from tests.support.registry_rig import CONFIG
 
 pytestmark = pytest.mark.point("6")
 
@@ -113,7 +113,7 @@ async def test_what_roots_netrc_says_is_for_nobody(
     (tmp_path / "netrc").write_text("default login root password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     # By a name, which is no loopback address: what is asked there may go through a proxy.
-    monkeypatch.setattr("skep.node.oci.images.registry.is_loopback", lambda _: False)
+    monkeypatch.setattr("skep.engine.images.registry.is_loopback", lambda _: False)
     insecure = ImageStore(tmp_path / "insecure", policy=Policy(insecure=frozenset({rogue.address})))
     await insecure.open()
     await insecure.pull(f"{rogue.address}/app:1")

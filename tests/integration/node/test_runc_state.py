@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from skep.engine.conmon import StartError
+from skep.engine.container import ProcessName
+from skep.engine.containers import Containers
+from skep.engine.processes import find, wait_gone
+from skep.engine.runc_state import ProcessEnded, RuncState
 from skep.model.ids import ContainerId
-from skep.node.oci.conmon import StartError
-from skep.node.oci.container import ProcessName
-from skep.node.oci.containers import Containers
-from skep.node.oci.processes import find, wait_gone
-from skep.node.oci.runc_state import ProcessEnded, RuncState
 from tests.integration.node.conftest import Runner, eventually
-from tests.runc_lab import Lab
+from tests.support.runc_lab import Lab
 
 ID = ContainerId("c1")
 

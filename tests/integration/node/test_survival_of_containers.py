@@ -8,11 +8,11 @@ import sys
 import textwrap
 from pathlib import Path
 
-from skep.node.oci.container import ContainerState, LogWish
-from skep.node.oci.containers import Containers
-from skep.node.oci.processes import is_alive
+from skep.engine.container import ContainerState, LogWish
+from skep.engine.containers import Containers
+from skep.engine.processes import is_alive
 from tests.integration.node.conftest import Runner, eventually
-from tests.runc_lab import Lab
+from tests.support.runc_lab import Lab
 
 
 async def test_a_restart_finds_running_containers_and_their_exit_code(lab: Lab) -> None:
@@ -55,9 +55,9 @@ async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> Non
         import asyncio, random, sys
         from pathlib import Path
         from skep.aio.clock import SystemClock
-        from skep.node.executor.assembly import oci_executor
-        from skep.node.network.namespaces import Namespaces
-        from skep.node.oci.container import ContainerConfig, ContainerWish
+        from skep.agent.executor.assembly import oci_executor
+        from skep.dataplane.netns.namespaces import Namespaces
+        from skep.engine.container import ContainerConfig, ContainerWish
         from skep.paths import Paths
 
         async def main():

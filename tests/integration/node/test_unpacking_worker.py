@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
+from skep.engine.images.layers import Limits, unpack
 from skep.errors import InvalidArgument
-from skep.node.oci.images.layers import Limits, unpack
-from tests.archives import a_file, a_tar
+from tests.support.archives import a_file, a_tar
 
 _INSIDE = """
 import ctypes, json, os, socket, sys
 from pathlib import Path
-from skep.node.oci.images.confinement import confine
+from skep.engine.images.confinement import confine
 import http.client
 def tried(act):
     try:

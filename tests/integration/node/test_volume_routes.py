@@ -8,10 +8,10 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from skep.api.server import application
-from skep.node.mounts.volumes import Volumes
-from skep.node.oci.container import Container, ContainerConfig, MountPoint
-from skep.node.routes import absent
-from skep.node.routes.volumes import volume_routes
+from skep.engine.api import absent
+from skep.engine.api.volumes import volume_routes
+from skep.engine.container import Container, ContainerConfig, MountPoint
+from skep.engine.mounts.volumes import Volumes
 
 Api = TestClient[Any, Any]
 

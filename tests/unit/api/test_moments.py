@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.api.moments import parse_moment
+from skep.engine.api.ages import age
 from skep.errors import InvalidArgument
-from skep.node.routes.ages import age
 
 NOW = 1_800_000_000_000_000_000
 SECOND = 1_000_000_000

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 
 import pytest
 
+from skep.dataplane.netns import nft
 from skep.linux.descriptors import SELECT_MAX, Listener, lowest_free, set_aside
-from skep.node.network import nft
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,8 @@
 import asyncio
 import math
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.manager.agenda import Agenda
-from skep.sim.time import VirtualClock, VirtualLoop
 
 
 def run(work: "asyncio.Future[object] | object", loop: VirtualLoop) -> object:

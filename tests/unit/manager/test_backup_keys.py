@@ -14,7 +14,7 @@ from skep.manager.backup import Backups
 from skep.manager.config import ManagerConfig
 from skep.model.ids import NodeId
 from skep.store.etcd.cipher import KEY_BYTES
-from tests.wire_rig import Cluster
+from tests.support.wire_rig import Cluster
 
 PRESENT, NEXT = b"a" * KEY_BYTES, b"b" * KEY_BYTES
 DATABASE = bytes(16) + bytes.fromhex("edda0ced") + bytes(1000)

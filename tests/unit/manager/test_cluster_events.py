@@ -19,7 +19,7 @@ from skep.model.task import NetworkAttachment, TaskState
 from skep.model.times import SECOND_NS, Timestamp
 from skep.store.interface import Created, Deleted, Updated
 from skep.store.memory import MemoryStore
-from tests.builders import a_service, a_task, an_overlay
+from tests.support.builders import a_service, a_task, an_overlay
 
 NOW_NS = 1_700_000_000 * SECOND_NS
 

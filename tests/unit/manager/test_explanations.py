@@ -13,7 +13,7 @@ from skep.model.node import Availability, Node, NodeState
 from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, Resources, Service, ServiceMode
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.times import timestamp
-from tests.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 
 def verdicts(task: Task, *nodes: Node, others: tuple[Task, ...] = ()) -> list[NodeVerdict]:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.manager.follow import follow
 from skep.model.ids import NodeId
-from skep.sim.time import VirtualClock, VirtualLoop
 from skep.store.interface import Term, Transaction
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore

@@ -5,12 +5,12 @@ from random import Random
 import pytest
 from structlog.testing import capture_logs
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.errors import NotFound, Unavailable
 from skep.manager.guard import BadObject, Guard, contained, each_apart, write_each
 from skep.model.ids import ConfigId, NodeId
 from skep.model.secret import Config, ConfigSpec
-from skep.sim.time import VirtualClock, VirtualLoop
 from skep.store.interface import NotLeader, Transaction
 from skep.store.memory import MemoryStore
 

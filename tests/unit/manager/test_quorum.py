@@ -8,7 +8,7 @@ from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus
 from skep.model.times import Timestamp
 from skep.store.memory import MemoryStore
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 
 async def test_it_names_the_managers_that_do_not_answer_and_not_the_workers() -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.dispatcher.adoption import Adoption
@@ -22,9 +23,8 @@ from skep.model.swarm import RootRotation, Swarm, SwarmSpec
 from skep.security.authority import Authority
 from skep.security.tokens import new_join_tokens
 from skep.security.trust import tls_info
-from skep.sim.time import VirtualClock, VirtualLoop
 from skep.store.memory import MemoryStore
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 OWN = NodeId("m1")
 

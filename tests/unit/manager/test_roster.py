@@ -15,7 +15,7 @@ from skep.model.node import (
     Reachability,
 )
 from skep.store.interface import Commit, Created, Deleted, Event, Updated
-from tests.builders import a_node, a_service
+from tests.support.builders import a_node, a_service
 
 WORKER = a_node("w1")
 BACK = replace(WORKER, status=NodeStatus(state=NodeState.DOWN))

@@ -13,7 +13,7 @@ from skep.model.encoding import to_json
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
-from tests.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 STARTED = Timestamp("2026-01-31T12:00:00Z")
 

@@ -9,7 +9,7 @@ from skep.errors import InvalidArgument
 from skep.model.constraints import Constraint, is_satisfied, label_of, parse
 from skep.model.node import EngineDescription, Node, NodeRole
 from skep.model.service import Platform
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 
 def the_node() -> Node:

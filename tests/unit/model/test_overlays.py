@@ -7,7 +7,7 @@ from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions
 from skep.model.overlays import VXLAN_OPTION, head_of, vxlan_ids
 from skep.model.tables import Segment
-from tests.builders import an_overlay
+from tests.support.builders import an_overlay
 
 
 def test_the_head_says_what_the_network_is_made_of() -> None:

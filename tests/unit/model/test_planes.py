@@ -6,7 +6,7 @@ from skep.model.meta import Driver
 from skep.model.network import NetworkSpec
 from skep.model.node import EngineDescription, NodeCertificate
 from skep.model.planes import DOCKER, NODE_LABEL, PLANE_OPTION, SKEP, is_docker_node, plane_of, plane_of_node
-from tests.builders import a_docker_node, a_node, an_overlay
+from tests.support.builders import a_docker_node, a_node, an_overlay
 
 
 def test_a_node_is_what_it_says_of_itself() -> None:

@@ -16,7 +16,7 @@ from skep.model.routes import (
     routes_of,
     routes_of_all,
 )
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 
 def reporting(label: str) -> Node:

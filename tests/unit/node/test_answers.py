@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.node.supervision import answers
 from skep.node.supervision.answers import is_answered, wait_past_help
-from skep.sim.time import VirtualClock, VirtualLoop
 
 
 async def test_a_server_that_says_anything_answers(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_mess
 from skep.model.node import EngineDescription, NodeDescription, NodeState, NodeStatus
 from skep.node.conditions import TOLD_SECONDS_MIN, Conditions
 from skep.store.interface import Updated
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 
 class HandClock(SystemClock):

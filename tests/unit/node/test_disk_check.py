@@ -11,7 +11,7 @@ from skep.manager.process import _tell
 from skep.node import disk_check
 from skep.node.conditions import Conditions
 from skep.node.disk_check import DiskCheck
-from tests.file_faults import ERRNOS, file_faults
+from tests.support.file_faults import ERRNOS, file_faults
 
 
 class SlowlessClock(SystemClock):

@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import pytest
 from structlog.testing import capture_logs
 
+from skep.agent.revisions import Revision, SeenRevision
 from skep.api.networks import NetworkBody
+from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.tables.files import SharedTables, StoredTables
+from skep.dataplane.tables.keeper import TableKeeper
+from skep.engine.images import layers, pulling
+from skep.engine.images.layers import Unpacked
+from skep.engine.images.reference import Reference
+from skep.engine.images.registry import DOCKER_MANIFEST, Document
+from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.manager.ca.peer_files import REVOKED_FILE, PeerFiles
@@ -29,26 +38,17 @@ from skep.model.ids import ClusterId, NodeId, new_container_id
 from skep.model.node import NodeRole
 from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
 from skep.node.membership import Membership
-from skep.node.network.local.keeper import LocalNetworks
-from skep.node.oci.images import layers, pulling
-from skep.node.oci.images.layers import Unpacked
-from skep.node.oci.images.reference import Reference
-from skep.node.oci.images.registry import DOCKER_MANIFEST, Document
-from skep.node.oci.images.store import ImageStore
-from skep.node.revisions import Revision, SeenRevision
-from skep.node.tables.files import SharedTables, StoredTables
-from skep.node.tables.keeper import TableKeeper
 from skep.paths import Paths
 from skep.security import keypair
 from skep.security.crl import listed_serials
 from skep.security.locking import KeyLock
 from skep.store.etcd.peers import Peer as EtcdPeer
 from skep.store.etcd.peers import load_peers, save_peers
-from tests.archives import a_config, a_file, a_tar, sha256
-from tests.file_faults import Faults, file_faults, walk
-from tests.oci_rig import QuickClock
-from tests.registry_rig import a_manifest
-from tests.unit.node.tables.test_keeper import Part, a_table, told
+from tests.support.archives import a_config, a_file, a_tar, sha256
+from tests.support.file_faults import Faults, file_faults, walk
+from tests.support.oci_rig import QuickClock
+from tests.support.registry_rig import a_manifest
+from tests.unit.dataplane.tables.test_keeper import Part, a_table, told
 from tests.unit.node.test_participation import FakeParts
 from tests.unit.security.test_keypair import a_pair
 

@@ -12,14 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from skep.agent.task_files import TaskFiles
+from skep.agent.worker import Worker
+from skep.engine.container import ContainerState
 from skep.errors import Unavailable
 from skep.model.task import TaskState
-from skep.node.oci.container import ContainerState
-from skep.node.task_files import TaskFiles
-from skep.node.worker import Worker
-from tests.file_faults import ERRNOS, Faults, file_faults
-from tests.oci_rig import ContainersExecutor, Machine, QuickClock, memory_containers
-from tests.unit.node.test_worker import Reports, assigned, complete, difference
+from tests.support.file_faults import ERRNOS, Faults, file_faults
+from tests.support.oci_rig import ContainersExecutor, Machine, QuickClock, memory_containers
+from tests.unit.agent.test_worker import Reports, assigned, complete, difference
 
 DEADLINE_S = 30
 

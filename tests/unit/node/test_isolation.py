@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from skep.aio.clock import SystemClock
+from skep.engine import apparmor
 from skep.node.conditions import Conditions
 from skep.node.isolation import check_isolation, keep_profile
-from skep.node.oci import apparmor
-from tests.oci_rig import QuickClock
+from tests.support.oci_rig import QuickClock
 
 
 def a_runc(directory: Path, version: str) -> str:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.aio.clock import SystemClock
+from skep.engine.cgroups import Cgroups
 from skep.node import load as module
 from skep.node.load import (
     SAMPLE_S,
@@ -21,7 +22,6 @@ from skep.node.load import (
     smoothed,
 )
 from skep.node.machine import this_machine
-from skep.node.oci.cgroups import Cgroups
 
 STAT = "cpu  100 20 30 700 50 5 5 90 11 2\ncpu0 1 2 3 4 5 6 7 8 9 10\nctxt 12\n"
 MEMINFO = (

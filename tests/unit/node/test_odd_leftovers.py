@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from skep.agent.task_files import RememberedTask, TaskFiles
 from skep.aio.clock import SystemClock
+from skep.dataplane.tables.files import StoredTables
+from skep.engine.images.store import ImageStore
 from skep.linux.trees import remove_tree
 from skep.model.ids import TaskId
 from skep.model.task import TaskStatus
-from skep.node.oci.images.store import ImageStore
 from skep.node.supervision.identity import read_pid_file
-from skep.node.tables.files import StoredTables
-from skep.node.task_files import RememberedTask, TaskFiles
-from tests.oci_rig import ContainersExecutor, Machine, memory_containers, wish
+from tests.support.oci_rig import ContainersExecutor, Machine, memory_containers, wish
+from tests.unit.agent.test_worker import assigned
 from tests.unit.linux.test_trees import nest
-from tests.unit.node.test_worker import assigned
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from skep.rpc.frames import Code, Violation
 from skep.rpc.headers import Request
 from skep.rpc.server import ServerConnection, ServerStream
 from skep.rpc.status import CallFailed, Status
-from tests.http2_rig import BROKEN, LIMITS, REQUEST, Rig, Wire, framed, of
+from tests.support.http2_rig import BROKEN, LIMITS, REQUEST, Rig, Wire, framed, of
 
 
 @pytest.fixture

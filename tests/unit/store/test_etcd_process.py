@@ -15,7 +15,7 @@ from skep.store.etcd.compile import DESCRIPTORS, HERE, STUB, compile_into
 from skep.store.etcd.errors import Busy, Compacted, NotServing, OutOfSpace, Refused, Uncertain, meaning_of
 from skep.store.etcd.flags import MemberSettings, PeerFiles, arguments, environment
 from skep.store.etcd.output import Output
-from tests.etcd_rig import member_settings
+from tests.support.etcd_rig import member_settings
 
 
 def settings(*, is_solo: bool = True) -> MemberSettings:

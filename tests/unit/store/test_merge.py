@@ -18,7 +18,7 @@ from skep.store.schema import SCHEMA_BY_TYPE
 from skep.store.state import State, differences
 from skep.store.tables import KeyChange, Table
 from skep.store.transaction import Writing
-from tests.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 
 def parts_of(object: msgspec.Struct) -> dict[str, bytes | None]:

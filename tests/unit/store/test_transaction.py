@@ -33,7 +33,7 @@ from skep.store.memory import MemoryCluster, MemoryStore
 from skep.store.proposal import Exists, NothingSince, Unchanged
 from skep.store.state import State, differences
 from skep.store.transaction import Writing
-from tests.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 NOW = Timestamp("2026-01-01T00:00:00Z")
 IDS = st.sampled_from(["a", "b", "c"])

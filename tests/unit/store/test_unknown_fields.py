@@ -26,7 +26,7 @@ from skep.store.schema import SCHEMA_BY_TYPE
 from skep.store.state import State
 from skep.store.tables import KeyChange
 from skep.store.transaction import Writing
-from tests.builders import a_node, a_service, a_task, an_overlay
+from tests.support.builders import a_node, a_service, a_task, an_overlay
 from tests.unit.store.test_merge import changes_of, parts_of
 
 MOUNTS = tuple(Mount(type="volume", source=f"v{n}", target=f"/v{n}") for n in range(3))

@@ -6,15 +6,15 @@ from typing import Any, cast
 
 import pytest
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
-from skep.sim.time import VirtualClock, VirtualLoop
 from skep.store.interface import Transaction
 from skep.store.leadership import TermState
 from skep.store.proposal import Proposal
 from skep.store.replica import Replica
 from skep.store.state import State
 from skep.store.updates import DEADLINE_S, LEFT_S, SHOWN_S, TERM_DEADLINE_S, Committed, Conflict, Updater
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 REVISION = 7
 """Of everything that is written here."""

@@ -71,7 +71,7 @@ from skep.wire.convert.task import (
 )
 from skep.wire.convert.task_spec import task_spec_from_pb, task_spec_to_pb
 from skep.wire.convert.values import duration_from_pb, duration_to_pb, timestamp_from_pb, timestamp_to_pb
-from tests.builders import an_overlay
+from tests.support.builders import an_overlay
 
 WITHOUT_WORDS: dict[type, dict[str, Any]] = {
     Mount: {"image_options": None, "cluster_options": None},

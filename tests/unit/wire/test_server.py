@@ -15,7 +15,7 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Access, Caller
 from skep.wire.server import _Connection, _Server
 from skep.wire.service import unary
-from tests.http2_rig import Rig, of
+from tests.support.http2_rig import Rig, of
 
 CLUSTER = ClusterId("cluster")
 WORKER = Identity(node_id=NodeId("n1"), cluster_id=CLUSTER, role=NodeRole.WORKER)

@@ -10,11 +10,11 @@ import msgspec
 import pytest
 from dnslib import RCODE, DNSHeader, DNSQuestion, DNSRecord
 
+from skep.dataplane.protocol import Named, NameServer, Place
 from skep.errors import FailedPrecondition
-from skep.node.netprocess.protocol import Named, NameServer, Place
-from tests.names_lab import NamesLab, net_process, shell, wait_until
-from tests.tables import a_network, a_served
-from tests.upstream import fails, knows, upstream
+from tests.support.names_lab import NamesLab, net_process, shell, wait_until
+from tests.support.tables import a_network, a_served
+from tests.support.upstream import fails, knows, upstream
 
 WEB = a_served("web", "10.0.1.2", ["10.0.1.3", "10.0.1.4"], aliases=["www"])
 FRONT = a_network(WEB)

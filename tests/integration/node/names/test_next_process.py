@@ -9,15 +9,15 @@ from typing import Any
 from dnslib import DNSRecord
 from msgspec.structs import replace
 
+from skep.dataplane.naming import Naming, named_of
+from skep.dataplane.protocol import NameServer
+from skep.engine.container import ConnectedPlace, Container, ContainerConfig, Endpoint, Place
 from skep.model.ids import ContainerId
 from skep.model.labels import LABEL_TASK_ID
-from skep.node.netprocess.protocol import NameServer
-from skep.node.network.naming import Naming, named_of
-from skep.node.oci.container import ConnectedPlace, Container, ContainerConfig, Endpoint, Place
 from skep.node.supervision.supervisor import wait_end
-from tests.names_lab import NamesLab, net_process
-from tests.tables import a_network, a_served
-from tests.upstream import knows, upstream
+from tests.support.names_lab import NamesLab, net_process
+from tests.support.tables import a_network, a_served
+from tests.support.upstream import knows, upstream
 
 FRONT = a_network(a_served("web", "10.0.1.2", ["10.0.1.3", "10.0.1.4"]))
 

@@ -4,20 +4,13 @@ import asyncio
 from collections.abc import Mapping
 
 from skep.aio.clock import SystemClock
+from skep.dataplane.dns.truth import NameChecks
+from skep.engine.container import ConnectedPlace, Container, ContainerConfig, ContainerState, Endpoint, Place
 from skep.model.ids import ContainerId
 from skep.model.paths import NetworkNames, PathCheck
 from skep.model.tables import NetworkHead
-from skep.node.names.truth import NameChecks
-from skep.node.oci.container import (
-    ConnectedPlace,
-    Container,
-    ContainerConfig,
-    ContainerState,
-    Endpoint,
-    Place,
-)
-from tests.names_lab import NamesLab
-from tests.tables import a_network, a_served
+from tests.support.names_lab import NamesLab
+from tests.support.tables import a_network, a_served
 
 WEB = a_served("web", "10.0.1.2", ["10.0.1.3"], aliases=["www"])
 SIX = a_served("six", ["10.0.1.9", "fd00:1::9"], ["10.0.1.8"])

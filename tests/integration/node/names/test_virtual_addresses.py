@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 
 from skep.node.supervision.supervisor import wait_end
-from tests.names_lab import Conversation, NamesLab, net_process, shell, wait_until
-from tests.tables import a_network, a_served
-from tests.virtual_lab import BACKENDS, CLIENT, VIRTUAL, flow, say, started, web, who
+from tests.support.names_lab import Conversation, NamesLab, net_process, shell, wait_until
+from tests.support.tables import a_network, a_served
+from tests.support.virtual_lab import BACKENDS, CLIENT, VIRTUAL, flow, say, started, web, who
 
 
 async def test_connections_reach_all_that_serve_evenly_and_show_who_calls(lab: NamesLab) -> None:

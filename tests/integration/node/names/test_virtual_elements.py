@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from skep.node.network import nft
-from skep.node.network.namespaces import inside
-from skep.node.virtual.elements import ElementSocket
-from skep.node.virtual.plan import Plan, plan
-from skep.node.virtual.rules import FAMILIES, NAME, noted
-from skep.node.virtual.wanted import Leads
-from tests.names_lab import NamesLab
+from skep.dataplane.netns import nft
+from skep.dataplane.netns.namespaces import inside
+from skep.dataplane.vip.elements import ElementSocket
+from skep.dataplane.vip.plan import Plan, plan
+from skep.dataplane.vip.rules import FAMILIES, NAME, noted
+from skep.dataplane.vip.wanted import Leads
+from tests.support.names_lab import NamesLab
 
 MANY = tuple(f"10.0.{2 + number // 200}.{1 + number % 200}" for number in range(600))
 """More than one message takes."""

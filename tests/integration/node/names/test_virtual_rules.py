@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from skep.dataplane.vip.rules import whole
 from skep.node.supervision.supervisor import wait_end
-from skep.node.virtual.rules import whole
-from tests.names_lab import NamesLab, net_process, wait_until
-from tests.tables import a_network, a_served
-from tests.virtual_lab import BACKENDS, CLIENT, VIRTUAL, client_knows, started, web, who
+from tests.support.names_lab import NamesLab, net_process, wait_until
+from tests.support.tables import a_network, a_served
+from tests.support.virtual_lab import BACKENDS, CLIENT, VIRTUAL, client_knows, started, web, who
 
 
 async def test_rules_that_are_left_from_a_crash_are_replaced(lab: NamesLab) -> None:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from skep.manager.allocator.addresses import AddressBook, NoAddress
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network
-from tests.builders import an_overlay
+from tests.support.builders import an_overlay
 
 NET = an_overlay("net1", subnet="10.0.1.0/29")
 

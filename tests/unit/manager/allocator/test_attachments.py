@@ -9,7 +9,7 @@ from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, PortConfig, PublishMode, ServiceSpec
 from skep.model.task import NetworkAttachment
-from tests.builders import a_service_spec, an_overlay
+from tests.support.builders import a_service_spec, an_overlay
 
 HOST = Network(id=NetworkId("host"), spec=NetworkSpec(name="host", driver_configuration=Driver(name="host")))
 OVERLAY = an_overlay("net1", subnet="10.0.1.0/24")

@@ -7,7 +7,7 @@ from skep.manager.allocator.subnets import allocated
 from skep.model.network import Network
 from skep.model.service import Endpoint, EndpointVirtualIP
 from skep.model.task import NetworkAttachment, Task, TaskState
-from tests.builders import a_docker_node, a_service, a_task, an_overlay
+from tests.support.builders import a_docker_node, a_service, a_task, an_overlay
 
 POOLS = ("10.0.0.0/8",)
 NET = an_overlay("net1", subnet="10.0.0.0/24")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.errors import AlreadyExists, SkepError, Unavailable
 from skep.manager.allocator.grants import Claim
 from skep.manager.allocator.loop import Allocator
@@ -16,12 +17,11 @@ from skep.manager.guard import AWAY_S_MAX, LONGEST_DELAY_S
 from skep.model.meta import Driver
 from skep.model.network import Network
 from skep.model.overlays import VXLAN_OPTION
-from skep.sim.time import VirtualClock, VirtualLoop
 from skep.store.interface import Transaction
 from skep.store.keys import subnet_claim, vxlan_claim
 from skep.store.memory import MemoryStore
 from skep.store.proposal import Proposal
-from tests.builders import an_overlay
+from tests.support.builders import an_overlay
 
 CLAIMED = (vxlan_claim(4097), subnet_claim("10.0.1.0/24"))
 

@@ -4,7 +4,7 @@ from structlog.testing import capture_logs
 
 from skep.manager.allocator.addresses import AddressBook
 from skep.manager.allocator.fullness import Fullness
-from tests.builders import an_overlay
+from tests.support.builders import an_overlay
 
 NET = an_overlay("net1", subnet="10.0.1.0/29")  # five addresses
 

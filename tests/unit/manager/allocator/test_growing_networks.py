@@ -12,7 +12,7 @@ from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network
 from skep.model.overlays import vxlan_ids
 from skep.model.routes import overlap
-from tests.builders import an_overlay
+from tests.support.builders import an_overlay
 
 POOLS = ("10.0.0.0/24", "10.0.4.0/25")
 ROUTES = [ip_network("10.0.0.32/28"), ip_network("10.0.4.0/24")]

@@ -7,7 +7,7 @@ from skep.manager.allocator.nodes import networks_of_node, node_attachments
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.task import NetworkAttachment, Task, TaskState
-from tests.builders import a_docker_node, a_node, a_task, an_overlay
+from tests.support.builders import a_docker_node, a_node, a_task, an_overlay
 
 INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)
 NET1, NET2 = an_overlay("net1"), an_overlay("net2", subnet="10.0.2.0/24")

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.manager.allocator.ports import FIRST_DYNAMIC, LAST_DYNAMIC, PortBook, PortsExhausted, endpoint_for
 from skep.model.service import EndpointSpec, PortConfig, PublishMode
-from tests.builders import a_service, a_service_spec
+from tests.support.builders import a_service, a_service_spec
 
 
 def a_port(

@@ -19,7 +19,7 @@ from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.overlays import VXLAN_OPTION
 from skep.model.planes import DOCKER, PLANE_OPTION, SKEP
-from tests.builders import an_overlay
+from tests.support.builders import an_overlay
 
 POOLS = ("10.0.0.0/8",)
 

@@ -12,7 +12,7 @@ from skep.model.node import NodeRole
 from skep.model.planes import PLANE_OPTION
 from skep.model.times import ZERO_TIME
 from skep.store.memory import MemoryStore
-from tests.builders import a_docker_node, an_overlay
+from tests.support.builders import a_docker_node, an_overlay
 
 
 async def test_a_plane_that_does_not_exist_is_refused_at_creation() -> None:

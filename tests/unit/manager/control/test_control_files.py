@@ -24,7 +24,7 @@ from skep.model.service import NetworkAttachmentConfig, PortConfig, ServiceSpec,
 from skep.model.times import Timestamp
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 NOW = Timestamp("2026-01-02T03:04:05Z")
 

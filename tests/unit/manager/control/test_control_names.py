@@ -8,7 +8,7 @@ from skep.errors import InvalidArgument
 from skep.manager.control.images import is_image_reference
 from skep.manager.control.names import check_dns_name, check_file_name
 from skep.model.readable import names_from
-from tests.own_time import own_time
+from tests.support.own_time import own_time
 
 
 @pytest.mark.parametrize("name", ["web", "Web-1", "a", "a--b__c", "1", "w" * 63])

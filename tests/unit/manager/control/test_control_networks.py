@@ -18,7 +18,7 @@ from skep.model.service import NetworkAttachmentConfig, NetworkAttachmentSpec, T
 from skep.model.task import Task
 from skep.model.times import Timestamp
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_service_spec
+from tests.support.builders import a_node, a_service_spec
 
 NOW = Timestamp("2026-01-02T03:04:05Z")
 MTU = "com.docker.network.driver.mtu"

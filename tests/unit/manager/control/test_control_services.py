@@ -32,7 +32,7 @@ from skep.model.service import (
 from skep.model.times import Timestamp
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
-from tests.builders import a_service_spec
+from tests.support.builders import a_service_spec
 
 NO_NAMES: Iterator[str] = iter(())
 NOW = Timestamp("2026-01-02T03:04:05Z")

@@ -10,7 +10,7 @@ from skep.model.task import Task, TaskState
 from skep.model.times import Timestamp
 from skep.store.interface import View
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 SINCE = Timestamp("2026-01-02T03:04:05Z")
 

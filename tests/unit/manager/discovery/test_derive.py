@@ -26,7 +26,7 @@ from skep.model.tables import Table, TablePort
 from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
 from skep.store.memory import MemoryStore
-from tests.builders import a_docker_node, a_node, a_service, a_task, an_overlay
+from tests.support.builders import a_docker_node, a_node, a_service, a_task, an_overlay
 
 NET = an_overlay("net1")
 INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)

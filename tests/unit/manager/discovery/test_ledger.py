@@ -24,7 +24,7 @@ from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_service, a_task, an_overlay
+from tests.support.builders import a_node, a_service, a_task, an_overlay
 
 NETWORKS = [
     an_overlay("net1"),

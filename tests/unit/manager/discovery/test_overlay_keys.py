@@ -34,7 +34,7 @@ from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import SECOND_NS, timestamp
 from skep.store.interface import Commit, Created, Deleted, Updated
 from skep.wire.convert.overlay_keys import keys_from_pb, keys_to_pb
-from tests.builders import a_task
+from tests.support.builders import a_task
 
 T0 = 1_700_000_000
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")

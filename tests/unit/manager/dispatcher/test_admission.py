@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.errors import RetryLater
 from skep.manager.crowd import HEARD_S, SUSPENDED_S_MAX, Crowd, patience_left
 from skep.manager.dispatcher.admission import (
@@ -18,7 +19,6 @@ from skep.manager.dispatcher.admission import (
     time_to_come,
 )
 from skep.model.ids import NodeId
-from skep.sim.time import VirtualClock, VirtualLoop
 
 NODES = 5000
 

@@ -15,7 +15,7 @@ from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import timestamp
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
-from tests.builders import a_service, a_service_spec, a_task
+from tests.support.builders import a_service, a_service_spec, a_task
 
 N1 = NodeId("n1")
 replace = msgspec.structs.replace

@@ -20,7 +20,7 @@ from skep.manager.dispatcher.sessions import LiveSession
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node, NodeSession
 from skep.store.memory import MemoryCluster, MemoryStore
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 
 def a_session(node: str, load: float | None) -> LiveSession:

@@ -8,7 +8,7 @@ from skep.model.meta import TLSInfo
 from skep.model.node import ManagerStatus, NodeCertificate
 from skep.model.swarm import Swarm
 from skep.wire import swarm_pb2 as pb
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 OWN = ManagerPeer(node_id=NodeId("m1"), addr="10.0.0.1:2377")
 SWARM = Swarm(id=ClusterId("c1"), tls_info=TLSInfo(trust_root="root\n"), data_path_port=4790)

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 from skep.manager.dispatcher.adoption import PATIENCE_S, PATIENCE_S_MAX, ProofsOfLife, orphans
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import ManagerStatus, Node, NodeSession
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 LEADER, CUT, DEAD = NodeId("m1"), NodeId("m2"), NodeId("m3")
 MANAGERS = [replace(a_node(id), manager_status=ManagerStatus()) for id in (LEADER, CUT, DEAD)]

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 import pytest
 from msgspec.structs import replace
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.manager.dispatcher.repeats import AT_ONCE, PER_S, Repeats
 from skep.manager.dispatcher.sessions import LiveSession
 from skep.manager.dispatcher.statuses import Report, record_status
 from skep.model.ids import NodeId, SessionId, TaskId
 from skep.model.node import NodeSession
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.sim.time import VirtualClock, VirtualLoop
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_task
+from tests.support.builders import a_node, a_task
 
 NODE, SESSION = NodeId("n1"), SessionId("s1")
 

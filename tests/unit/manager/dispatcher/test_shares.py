@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from skep.manager.dispatcher.shares import WEIGHT, WEIGHT_HEAVY, WEIGHT_LIGHT, held, sent_on, weights
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import ManagerStatus, Node, NodeSession, NodeState, NodeStatus, Reachability
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 M1, M2, M3 = NodeId("m1"), NodeId("m2"), NodeId("m3")
 

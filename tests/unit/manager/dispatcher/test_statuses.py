@@ -26,7 +26,7 @@ from skep.model.service import PortConfig
 from skep.model.task import ContainerStatus, PortStatus, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 NOW_NS = 1_700_000_000 * SECOND_NS
 STATUSES = st.builds(TaskStatus, state=st.sampled_from(TaskState), message=st.sampled_from(["", "x"]))

@@ -17,7 +17,7 @@ from skep.model.service import Service
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import Timestamp
 from skep.store.memory import MemoryStore
-from tests.builders import a_docker_node, a_node, a_service, a_task, an_overlay
+from tests.support.builders import a_docker_node, a_node, a_service, a_task, an_overlay
 
 NET = an_overlay("net1")
 WEB = a_service("web")

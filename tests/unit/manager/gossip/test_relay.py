@@ -2,7 +2,7 @@
 
 from skep.manager.gossip.relay import peers_of
 from skep.model.node import NodeState
-from tests.builders import a_docker_node
+from tests.support.builders import a_docker_node
 
 D1, D2, D3 = a_docker_node("d1"), a_docker_node("d2"), a_docker_node("d3", state=NodeState.DOWN)
 

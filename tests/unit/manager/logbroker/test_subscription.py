@@ -9,7 +9,7 @@ from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.task import TaskState
 from skep.store.memory import MemoryStore
-from tests.builders import a_service, a_task
+from tests.support.builders import a_service, a_task
 
 N1 = NodeId("n1")
 

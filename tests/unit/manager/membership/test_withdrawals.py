@@ -13,7 +13,7 @@ from skep.model.node import NodeRole
 from skep.store.etcd.membership import RaftMember
 from skep.store.interface import NotLeader
 from skep.store.memory import MemoryCluster, MemoryStore
-from tests.builders import a_node
+from tests.support.builders import a_node
 from tests.unit.manager.membership.test_votes import HandClock
 
 OWN, OTHER, THIRD, FOURTH = (NodeId(f"m{number}") for number in range(1, 5))

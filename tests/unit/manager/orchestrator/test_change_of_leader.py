@@ -20,9 +20,9 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
-from tests.builders import a_node, a_service, a_service_spec, a_task
-from tests.rollouts import a_spec, state
-from tests.worlds import World
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.rollouts import a_spec, state
+from tests.support.worlds import World
 
 RUNNING, FAILED = TaskState.RUNNING, TaskState.FAILED
 FOR_EVER = 10_000

@@ -21,7 +21,7 @@ from skep.model.labels import (
 )
 from skep.model.node import ANSWER_SECONDS_MAX
 from skep.model.times import SECOND_NS
-from tests.builders import a_task
+from tests.support.builders import a_task
 
 
 def test_without_labels_tasks_are_replaced_at_once() -> None:

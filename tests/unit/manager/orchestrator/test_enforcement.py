@@ -17,8 +17,8 @@ from skep.model.service import (
     RestartPolicy,
 )
 from skep.model.task import Task
-from tests.builders import a_node, a_service, a_task
-from tests.worlds import World
+from tests.support.builders import a_node, a_service, a_task
+from tests.support.worlds import World
 
 NORTH = a_service("web", constraints=("node.labels.zone == north",))
 

@@ -8,8 +8,8 @@ from skep.manager.orchestrator.changes import FillSlot, RetireTask
 from skep.manager.orchestrator.global_services import reconcile
 from skep.model.node import Availability, Node, NodeState
 from skep.model.task import Task, TaskState
-from tests.builders import a_node, a_service, a_task
-from tests.worlds import World
+from tests.support.builders import a_node, a_service, a_task
+from tests.support.worlds import World
 
 AGENT = a_service("agent", is_global=True)
 

@@ -16,7 +16,7 @@ from skep.model.meta import Version
 from skep.model.service import RestartPolicy
 from skep.model.task import Task, TaskState
 from skep.store.kinds import SpecVersion
-from tests.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 FAILED, REMOVE, SHUTDOWN = TaskState.FAILED, TaskState.REMOVE, TaskState.SHUTDOWN
 

@@ -19,8 +19,8 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState
 from skep.model.times import Timestamp
-from tests.builders import a_node, a_service, a_task
-from tests.worlds import World
+from tests.support.builders import a_node, a_service, a_task
+from tests.support.worlds import World
 
 ASKED_AT = Timestamp("2026-01-02T00:00:00Z")
 

@@ -12,8 +12,8 @@ from skep.aio.slices import Sliced
 from skep.manager.orchestrator.convergence import deciding
 from skep.model.service import Service, UpdateConfig, UpdateState, UpdateStatus
 from skep.model.task import Task
-from tests.builders import a_node, a_service, a_service_spec, a_task
-from tests.worlds import World
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.worlds import World
 
 SLOTS = 4000
 CALLS_MAX = 2 * SLOTS

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.errors import ResourceExhausted
 from skep.manager.orchestrator import changes
 from skep.manager.orchestrator.changes import FillSlot
@@ -17,10 +18,9 @@ from skep.model.ids import SecretId
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Service, TaskSpec, UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import Task, TaskState
-from skep.sim.time import VirtualClock, VirtualLoop
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_service, a_service_spec
+from tests.support.builders import a_node, a_service, a_service_spec
 
 
 class Led:

@@ -20,8 +20,8 @@ from skep.model.node import Availability, NodeState
 from skep.model.service import Resources, Service, UpdateConfig, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, timestamp
-from tests.builders import a_node, a_service, a_service_spec, a_task
-from tests.worlds import World
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.worlds import World
 
 NODES = (
     a_node("good", labels={"zone": "a"}),

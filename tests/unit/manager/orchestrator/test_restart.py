@@ -14,8 +14,8 @@ from skep.model.node import Availability, NodeState
 from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, timestamp, unix_ns
-from tests.builders import a_node, a_service, a_service_spec, a_task
-from tests.worlds import World
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.worlds import World
 
 READY, RUNNING, SHUTDOWN = TaskState.READY, TaskState.RUNNING, TaskState.SHUTDOWN
 AT_ONCE = RestartPolicy(delay=0)

@@ -11,9 +11,9 @@ from skep.model.node import Availability, NodeState
 from skep.model.service import Resources, RestartPolicy
 from skep.model.task import Restart, Task, TaskState
 from skep.model.times import SECOND_NS
-from tests.builders import a_node, a_service, a_service_spec, a_task
-from tests.rollouts import advance
-from tests.worlds import World
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.rollouts import advance
+from tests.support.worlds import World
 
 READY, RUNNING = TaskState.READY, TaskState.RUNNING
 DELAYED = RestartPolicy(delay=3 * SECOND_NS)

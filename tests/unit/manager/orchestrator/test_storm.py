@@ -11,7 +11,7 @@ from skep.manager.orchestrator.storm import Fall, NodeHistory, Trip, held_until,
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node, NodeSession, NodeState, NodeStatus
 from skep.store.interface import Commit, Updated
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 GRACE_S = 3.0
 

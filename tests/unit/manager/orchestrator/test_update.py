@@ -23,9 +23,9 @@ from skep.model.service import (
 )
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import SECOND_NS
-from tests.builders import a_node, a_service, a_service_spec, a_task
-from tests.rollouts import a_spec, a_world, advance, image_of, message, state, wanted
-from tests.worlds import World
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.rollouts import a_spec, a_world, advance, image_of, message, state, wanted
+from tests.support.worlds import World
 
 RUNNING = TaskState.RUNNING
 

@@ -16,8 +16,8 @@ from skep.model.service import (
 )
 from skep.model.task import TaskState
 from skep.model.times import SECOND_NS
-from tests.builders import a_node
-from tests.rollouts import a_spec, a_world, advance, message, state, wanted
+from tests.support.builders import a_node
+from tests.support.rollouts import a_spec, a_world, advance, message, state, wanted
 
 RUNNING = TaskState.RUNNING
 

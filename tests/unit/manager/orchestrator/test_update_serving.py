@@ -10,9 +10,9 @@ from skep.model.ids import NodeId
 from skep.model.service import UpdateConfig, UpdateOrder, UpdateState
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
-from tests.builders import a_node, a_service, a_task
-from tests.rollouts import a_spec, state, wanted
-from tests.worlds import World
+from tests.support.builders import a_node, a_service, a_task
+from tests.support.rollouts import a_spec, state, wanted
+from tests.support.worlds import World
 
 READY, RUNNING = TaskState.READY, TaskState.RUNNING
 

@@ -9,7 +9,7 @@ from skep.model.ids import NodeId
 from skep.model.node import Availability, CutOff, EngineDescription, FailingPath, Node, NodeState, NodeStatus
 from skep.model.planes import NODE_LABEL, PATHS_LABEL
 from skep.model.times import timestamp
-from tests.builders import a_docker_node, a_node
+from tests.support.builders import a_docker_node, a_node
 
 NODES = st.lists(st.integers(0, 12).map(lambda number: f"n{number:02}"), unique=True, min_size=1)
 

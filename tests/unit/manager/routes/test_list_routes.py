@@ -16,9 +16,9 @@ from skep.model.service import ReplicatedJob, Service, ServiceMode, ServiceSpec
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState
 from skep.store.updates import NO_LEADER
-from tests.builders import a_node, a_service_spec, a_task
 from tests.conformance.manager import a_manager_api
-from tests.own_time import own_time
+from tests.support.builders import a_node, a_service_spec, a_task
+from tests.support.own_time import own_time
 
 
 @pytest.fixture

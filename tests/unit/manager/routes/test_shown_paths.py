@@ -6,7 +6,7 @@ from skep.manager.routes.shown import Trouble, shown_node
 from skep.model.ids import NodeId
 from skep.model.labels import IGNORE_PATHS
 from skep.model.node import CutOff, FailingPath, NodeState
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 NO_TROUBLE = Trouble(freeze=None, damages={})
 CUT_OFF = CutOff(check="overlay", port="4789/udp", peers=("w2",))

@@ -35,7 +35,7 @@ from skep.model.service import (
     Service,
 )
 from skep.model.task import Task, TaskState
-from tests.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 GIB = 1 << 30
 PORT = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)

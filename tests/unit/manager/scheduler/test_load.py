@@ -17,7 +17,7 @@ from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.service import Resources
 from skep.model.task import TaskState
-from tests.builders import a_docker_node, a_node, a_service, a_task
+from tests.support.builders import a_docker_node, a_node, a_service, a_task
 
 GIB = 1 << 30
 LOADS = st.floats(0, 1)

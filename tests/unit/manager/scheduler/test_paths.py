@@ -13,7 +13,7 @@ from skep.model.network import Network
 from skep.model.node import CutOff, EngineDescription, EnginePlugin, Node
 from skep.model.overlays import ENCRYPTED_OPTION
 from skep.model.task import NetworkAttachment, Task
-from tests.builders import a_node, a_service, a_task, an_overlay
+from tests.support.builders import a_node, a_service, a_task, an_overlay
 from tests.unit.manager.scheduler.test_placement import ALL, PENDING, accounting_of, nodes_of, reason
 
 OVERLAY = CutOff(check="overlay", port="4789/udp", peers=("w2",))

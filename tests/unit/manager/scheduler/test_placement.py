@@ -26,7 +26,7 @@ from skep.model.service import (
     Service,
 )
 from skep.model.task import Task, TaskState
-from tests.builders import a_docker_node, a_node, a_service, a_task
+from tests.support.builders import a_docker_node, a_node, a_service, a_task
 
 PENDING = TaskState.PENDING
 ALL = 10_000

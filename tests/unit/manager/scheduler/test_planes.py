@@ -10,7 +10,7 @@ from skep.model.network import Network
 from skep.model.planes import DOCKER, SKEP
 from skep.model.service import Service
 from skep.model.task import NetworkAttachment, Task
-from tests.builders import a_docker_node, a_node, a_service, a_task, an_overlay
+from tests.support.builders import a_docker_node, a_node, a_service, a_task, an_overlay
 from tests.unit.manager.scheduler.test_placement import ALL, PENDING, accounting_of, nodes_of, reason
 
 

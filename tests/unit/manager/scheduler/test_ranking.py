@@ -2,7 +2,7 @@
 
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.ranking import STALE_MAX, Ranking, rank_of
-from tests.builders import a_node
+from tests.support.builders import a_node
 
 
 def test_a_node_that_changes_again_and_again_and_never_comes_first_takes_no_more_room() -> None:

@@ -19,7 +19,7 @@ from skep.model.service import Resources
 from skep.model.task import Task, TaskState
 from skep.store.interface import Object, Transaction
 from skep.store.memory import MemoryStore
-from tests.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 
 def put(tx: Transaction, object: Object) -> None:

@@ -11,7 +11,7 @@ from skep.manager.scheduler.requirements import requirements_of
 from skep.manager.scheduler.spread import Choices
 from skep.model.service import Resources
 from skep.model.task import TaskState
-from tests.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_task
 
 GIB = 1 << 30
 

@@ -1,0 +1,573 @@
+"""A whole cluster on virtual time: production managers and nodes on a simulated etcd and network, from one seed.
+
+::
+
+    with SimulatedCluster(managers=3, workers=5, seed=seed) as cluster:
+        cluster.create(spec)
+        cluster.run_until(lambda: cluster.running("web") == 20, within_s=60)
+        cluster.crash(cluster.leader)
+        cluster.check_invariants()
+
+The same seed gives the same run, to the last commit.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from itertools import combinations
+from math import inf
+from random import Random
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from msgspec.structs import replace
+
+from sim.etcd.client import SimulatedClient
+from sim.etcd.raft import Raft
+from sim.joined import CLUSTER, address_of, joined
+from sim.links import Isolation, Links, Port, Uptime
+from sim.manager import SimulatedManager
+from sim.network import Network
+from sim.node import SimulatedNode, image_of
+from sim.rules.observer import Observer
+from sim.rules.rest import rest_violations
+from sim.time import VirtualClock, VirtualLoop
+from sim.trace import Trace
+from sim.truth import Truth
+from sim.versions import UnknownFieldsAreKept
+from skep.agent.executor.simulated import Behaviour
+from skep.errors import Unavailable
+from skep.model.ids import NodeId, ServiceId, base36
+from skep.model.node import (
+    Availability,
+    EngineDescription,
+    EnginePlugin,
+    Node,
+    NodeDescription,
+    NodeRole,
+    NodeState,
+)
+from skep.model.service import Resources, Service, ServiceSpec
+from skep.model.task import Task, TaskState
+from skep.model.times import timestamp
+from skep.node.local import Peer
+from skep.security.identity import Identity
+from skep.store.etcd.cipher import Cipher
+from skep.store.etcd.founding import founded, initialize_on
+from skep.store.etcd.requests import etcd_key
+from skep.store.interface import Transaction, View
+
+T = TypeVar("T")
+
+ENGINE = EngineDescription(plugins=(EnginePlugin(type="Network", name="overlay"),))
+"""Of every worker: it can be on networks of the cluster."""
+STEP_S = 0.05
+"""How often ``run_until`` looks."""
+WRAPPING_KEY = bytes(32)
+LED_S = 10.0
+"""With a majority of managers well, somebody leads after this time."""
+SLOW_S = 0.2
+TIMERS_MAX = 25
+"""Of one machine at rest, for its loops, streams and deadlines."""
+WRITE_S = 30.0
+"""How long ``create`` and its like try."""
+
+
+class SimulatedCluster:
+    """Managers m1, m2, ... and workers w1, w2, ..., a machine each; to be used as a context manager.
+
+    Managers are drained: tasks run on workers only.
+    """
+
+    def __init__(
+        self,
+        *,
+        managers: int = 1,
+        workers: int = 3,
+        seed: int = 0,
+        behaviour: Behaviour | None = None,
+        capacity: Resources | None = None,
+        latency_s: float = 0.002,
+        skew: bool = False,
+        turns_max: int | None = None,
+        history_limit: int | None = None,
+    ) -> None:
+        """
+        Args:
+            capacity: of each worker.
+            latency_s: what a write to the store takes, on average.
+            skew: whether the machines' clocks disagree.
+            turns_max: of the event loop, for a run that may spin.
+            history_limit: see ``joined``.
+        """
+        self.random = Random(seed)
+        self.loop = VirtualLoop(turns_max)
+        self._history_limit = history_limit
+        self.poisoned: set[str] = set()
+        """Services whose decisions raise."""
+        self.links = Links()
+        self.network = Network(self.loop, self.links)
+        self.raft = Raft(self.loop, self.random, self.links, latency_s)
+        self.truth = Truth(self.loop.time)
+        self.raft.committed.append(self.truth.take)
+        self.trace = Trace(self.loop.time)
+        self.disturbances = 0
+        """Faults that last at present."""
+        self._disturbed_at = 0.0
+        self._led_at = 0.0
+        """When a manager was last seen to lead, or no majority of them to be well."""
+        self._uptime = Uptime(self.loop.time, self.links, lambda: self.raft.asked_at)
+        self._manager_uptime = Uptime(self.loop.time, self.links, lambda: self.raft.asked_at)
+        self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
+        self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
+        self._isolation = Isolation(self.loop.time, self.links, lambda: self.workers, lambda: self.managers)
+        self.observer = self._observer()
+        self.newer: set[NodeId] = set()
+        """Managers of a version that the others do not know, from their next start on."""
+        self.observer.rules.append(UnknownFieldsAreKept(self._cannot_read))
+        self.changing: set[NodeId] = set()
+        """Machines that come in, go out or change their role, which have no other trouble meanwhile."""
+        self.renew: Callable[[NodeId], None] = lambda _: None
+        """Called when a node is asked to renew its certificate."""
+        self._skew = skew
+        self._capacity = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
+        self._behaviour = behaviour or Behaviour()
+        self.clocks: dict[NodeId, VirtualClock] = {}
+        self.nodes: dict[NodeId, SimulatedNode] = {}
+        for id in self.managers:
+            self.add_machine(id)
+        for id in self.workers:
+            self.add_node(id)
+        self.links.changed.append(self.disturb)
+        self.running_managers: dict[NodeId, SimulatedManager] = {}
+        self._processes: dict[str, asyncio.Task[None]] = {}
+        """Node processes by id, those of managers by ``_manager``."""
+
+    def __enter__(self) -> Self:
+        asyncio.set_event_loop(self.loop)
+        for id in self.managers:
+            self.raft.add(id)
+            self.raft.start(id)
+        self.do(self._found())
+        for id in self.managers:
+            self.start_manager(id)
+        for id in self.workers:
+            self.start_node(id)
+        self.run_until(lambda: all(map(self.is_ready, self.workers)), within_s=15)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.links.mend()
+        tasks = [*self._processes.values(), *(asyncio.all_tasks(self.loop) - set(self._processes.values()))]
+        for task in tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.close()
+        asyncio.set_event_loop(None)
+
+    # -- what users do -----------------------------------------------------------------------------------------
+
+    def create(self, spec: ServiceSpec) -> ServiceId:
+        """Create a service whose id is its name."""
+        id = ServiceId(spec.name)
+        self.write(lambda tx: tx.put(Service(id=id, spec=spec)))
+        return id
+
+    def update(self, name: str, change: Callable[[ServiceSpec], ServiceSpec]) -> None:
+        """Update the spec as a client would: the old one becomes the previous one."""
+
+        def body(tx: Transaction) -> None:
+            service = tx.get(Service, name)
+            spec = change(service.spec)
+            tx.put(replace(service, spec=spec, previous_spec=service.spec, update_status=None))
+
+        self.write(body)
+
+    def remove(self, name: str) -> None:
+        """``service rm``."""
+        now = timestamp(self.clocks[self.managers[0]].now_ns())
+        self.write(lambda tx: tx.put(replace(tx.get(Service, name), removed_at=now)))
+
+    def set_availability(self, id: NodeId, availability: Availability) -> None:
+        """``node update --availability``."""
+
+        def body(tx: Transaction) -> None:
+            node = tx.get(Node, id)
+            tx.put(replace(node, spec=replace(node.spec, availability=availability)))
+
+        self.write(body)
+
+    def label(self, id: NodeId, **labels: str) -> None:
+        """``node update --label-add``."""
+
+        def body(tx: Transaction) -> None:
+            node = tx.get(Node, id)
+            tx.put(replace(node, spec=replace(node.spec, labels={**node.spec.labels, **labels})))
+
+        self.write(body)
+
+    def forget(self, id: NodeId) -> None:
+        """``node rm --force``."""
+        self.write(lambda tx: tx.delete(Node, id))
+
+    def write(self, body: Callable[[Transaction], object]) -> None:
+        """Commit ``body`` by way of whichever manager takes it."""
+        self.do(self._write(body))
+
+    async def write_probe(self, name: str) -> None:
+        """Have the store come to its next revision, however long that takes; no object changes."""
+        while True:
+            member = self.random.choice(list(self.raft.members.values()))
+            try:
+                client = SimulatedClient(self.raft, member, self.links, self.random)
+                await client.put(etcd_key(f"probe/{name}"), b"")
+            except Unavailable:
+                await asyncio.sleep(STEP_S)
+            else:
+                return
+
+    # -- machines ----------------------------------------------------------------------------------------------
+
+    def add_machine(self, id: NodeId) -> None:
+        """A machine that nothing runs on."""
+        self.clocks[id] = self._clock(id, self._skew)
+
+    def add_node(self, id: NodeId) -> SimulatedNode:
+        """A machine that may be a worker; its node process does not run yet."""
+        self.add_machine(id)
+        node = self.nodes[id] = SimulatedNode(
+            Identity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER),
+            NodeDescription(hostname=id, resources=self._capacity, engine=ENGINE),
+            self.network,
+            tuple(Peer(manager, address_of(manager)) for manager in self.managers),
+            clock=self.clocks[id],
+            random=self.random,
+            behaviour=self._behaviour,
+            renew=lambda: self.renew(id),
+        )
+        node.watchers.append(self.observer)
+        return node
+
+    async def end_node(self, id: NodeId) -> None:
+        """A machine goes out for good, with everything on it."""
+        self.disturb()
+        process = self._processes.pop(id)
+        process.cancel()
+        await asyncio.wait([process])
+        self._uptime.stop(id)
+        self.nodes.pop(id).lose_power()
+        self.disturb()
+
+    async def end_manager(self, id: NodeId) -> None:
+        """A manager process ends for good, and its member, whether that has its vote still or not."""
+        self.disturb()
+        process = self._processes.pop(_manager(id), None)
+        self.running_managers.pop(id, None)
+        if id in self.raft.members:
+            self.raft.crash(id)
+        if process is not None:
+            process.cancel()
+            await asyncio.wait([process])
+        self.disturb()
+
+    # -- faults ------------------------------------------------------------------------------------------------
+
+    @property
+    def leader(self) -> NodeId:
+        """The manager that leads."""
+        assert self.raft.current is not None, "nobody leads"
+        return self.raft.current.member.id
+
+    def start_manager(self, id: NodeId) -> None:
+        """Start a manager that does not run, with its member of the store."""
+        self.disturb()
+        if not self.raft.members[id].is_running:
+            self.raft.start(id)
+        manager = self.running_managers[id] = SimulatedManager(
+            id,
+            address_of(id),
+            SimulatedClient(self.raft, self.raft.members[id], self.links, self.random),
+            WRAPPING_KEY,
+            self.network,
+            clock=self.clocks[id],
+            new_id=self.new_id,
+            random=self.random,
+            poisoned=self.poisoned,
+            is_newer=id in self.newer,
+        )
+        self._processes[_manager(id)] = self.loop.create_task(manager.run(), name=_manager(id))
+        self._manager_uptime.start(id)
+
+    def crash(self, id: NodeId) -> None:
+        """kill -9 of a manager and its member: its nodes find another one, and another one leads."""
+        self.disturb()
+        self.raft.crash(id)
+        self._stop(_manager(id))
+        self.running_managers.pop(id, None)
+
+    def kill_manager(self, id: NodeId) -> asyncio.Task[None]:
+        """The same, from within the loop: what the process has begun ends without having written anything more.
+
+        Gives the process, which has to have ended before another one begins.
+        """
+        self.disturb()
+        self.raft.crash(id)
+        self.running_managers.pop(id, None)
+        self._processes[_manager(id)].cancel()
+        return self._processes[_manager(id)]
+
+    def watch_over(self, task: asyncio.Task[None]) -> None:
+        """Its failure fails the run."""
+        self._processes[task.get_name()] = task
+
+    def depose(self, *, quietly: bool = False) -> None:
+        """Another manager leads from now on.  ``quietly``: the old leader hears of it late."""
+        self.disturb()
+        if self.raft.current is None:
+            return  # they are electing
+        old = self.leader
+        voters = self.raft.voters
+        others = [
+            voter.id for voter in voters if voter.id in self.managers and voter.id != old and voter.is_running
+        ]
+        if others and self.raft.transfer(self.random.choice(others)) and quietly:
+            self.raft.members[old].deaf_until = self.loop.time() + self.random.uniform(0.2, 2.0)
+
+    def start_node(self, id: NodeId) -> None:
+        """Start a worker's node process."""
+        self.disturb()
+        self._processes[id] = self.loop.create_task(self.nodes[id].run(), name=id)
+        self._uptime.start(id)
+
+    def start_all(self) -> None:
+        """Start every machine that does not run."""
+        for id in self.workers:
+            if id not in self._processes:
+                self.start_node(id)
+
+    def kill_node(self, id: NodeId, *, keeps_containers: bool = False) -> None:
+        """Power loss of a worker, or (``keeps_containers``) only the end of its node process."""
+        self.disturb()
+        self._stop(id)
+        self._uptime.stop(id)
+        if not keeps_containers:
+            self.nodes[id].lose_power()
+
+    def kill_container(self, task: Task, exit_code: int = 137) -> None:
+        """The process of a running task ends."""
+        self.disturb()
+        self.nodes[task.node_id].machine.crash(task.id, exit_code)
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def view(self) -> View:
+        """The cluster's objects as they are committed."""
+        return self.truth.view
+
+    def is_ready(self, id: NodeId) -> bool:
+        """Whether the managers believe the node to be there."""
+        node = self.truth.view.lookup(Node, id)
+        return node is not None and node.status.state is NodeState.READY
+
+    def service(self, name: str) -> Service | None:
+        """The service, or None when even its hidden record is gone."""
+        return self.truth.view.lookup(Service, name)
+
+    def tasks(self, name: str) -> list[Task]:
+        """All tasks of a service, history included."""
+        return list(self.truth.view.find(Task, service_id=name))
+
+    def wanted(self, name: str) -> list[Task]:
+        """Tasks of a service that are meant to run."""
+        return [task for task in self.tasks(name) if task.desired_state <= TaskState.RUNNING]
+
+    def running(self, name: str, image: str | None = None) -> int:
+        """How many tasks of a service run and are meant to (of one image)."""
+        return sum(
+            1
+            for task in self.wanted(name)
+            if task.status.state is TaskState.RUNNING and image in (None, image_of(task))
+        )
+
+    def created(self, name: str) -> int:
+        """How many tasks the service has been given in all."""
+        return self.observer.created[ServiceId(name)]
+
+    def containers(self, name: str) -> int:
+        """How many containers of a service run anywhere."""
+        return sum(
+            1 for node in self.nodes.values() for task in node.containers.values() if task.service_id == name
+        )
+
+    def check_invariants(self, *, at_rest: bool = True) -> None:
+        """Raise AssertionError for anything that was ever wrong; ``at_rest``: for leftovers too."""
+        violations = list(self.observer.violations)
+        if at_rest:
+            violations += self.rest_violations()
+        assert not violations, "\n".join(violations)
+
+    def rest_violations(self) -> list[str]:
+        """Containers that belong to nobody, and tasks that are said to run and do not."""
+        nodes = self.nodes.values()
+        containers = [(node.id, task) for node in nodes for task in node.containers.values()]
+        kept = [(node.id, task_id) for node in nodes for task_id in node.kept]
+        return list(rest_violations(self.truth.view, containers, kept))
+
+    def leftovers(self) -> list[str]:
+        """What managers still have of what is over, and more timers than there is reason for; asked at rest."""
+        found = [
+            f"{id} {text}" for id, manager in self.running_managers.items() for text in manager.leftovers()
+        ]
+        timers = self.loop.timers()
+        if timers > TIMERS_MAX * (len(self.managers) + len(self.workers)):
+            found.append(f"{timers} timers run, more than {TIMERS_MAX} for each machine")
+        return found
+
+    def observe_with(self, kind: type[Observer]) -> None:
+        """Another observer goes on, which knows nothing of what was before."""
+        before = self.observer
+        self.truth.watchers.remove(before._check)
+        self.observer = self._observer(kind)
+        self.observer.violations, self.observer.traced = before.violations, before.traced
+        for node in self.nodes.values():
+            node.watchers = [self.observer]
+
+    def disturb(self) -> None:
+        """Something breaks, or is mended: nobody may be blamed for a while."""
+        self._disturbed_at = self.loop.time()
+
+    # -- time --------------------------------------------------------------------------------------------------
+
+    def run_for(self, seconds: float) -> None:
+        """Let virtual time pass."""
+        self.do(asyncio.sleep(seconds))
+        self.observer.look()
+        self.observer.note(self.loop.time(), self._leaderless())
+        for id, manager in self.running_managers.items():
+            is_asked = manager.loops and not manager.writes and not self.links.is_frozen(id)
+            if is_asked and manager.store is not None:
+                self.observer.note(
+                    self.loop.time(), self.observer.books(id, manager.loops, manager.store.view())
+                )
+
+    def run_until(self, condition: Callable[[], bool], *, within_s: float) -> float:
+        """Let time pass until ``condition``; the seconds it took.  AssertionError: it did not come."""
+        began = self.loop.time()
+        while not condition():
+            waited_s = self.loop.time() - began
+            assert waited_s < within_s, f"not within {within_s} s"
+            self.run_for(STEP_S)
+        return self.loop.time() - began
+
+    def new_id(self) -> str:
+        """An id of the same length as everybody's, by this seed."""
+        return base36(self.random.getrandbits(128), 25)
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        """Let time pass until ``work`` is done.  Raises: what it, or a part that failed meanwhile, raised."""
+        result = self.loop.run_until_complete(work)
+        for task in self._processes.values():
+            if task.done() and not task.cancelled():
+                task.result()  # a part that failed fails the run
+        return result
+
+    def _observer(self, kind: type[Observer] = Observer) -> Observer:
+        return kind(
+            self.truth, self.trace, self._calm_since, self._uptime, self._manager_uptime, self._isolation
+        )
+
+    def _cannot_read(self, id: NodeId) -> bool:
+        return id in self.raft.members and bool(self.raft.members[id].rotten)
+
+    def _leaderless(self) -> Iterable[str]:
+        """A majority of managers that are well has a leader soon."""
+        now = self.loop.time()
+        if self._is_majority_well() and not any(one.leads for one in self.running_managers.values()):
+            if now - self._led_at > LED_S:
+                self._led_at = inf  # it is said once
+                yield f"nobody leads, though a majority of managers has been well for {LED_S} s"
+        else:
+            self._led_at = now
+
+    def _is_majority_well(self) -> bool:
+        well = [
+            id
+            for id, member in self.raft.members.items()
+            if id in self.running_managers
+            and not self.links.is_frozen(id)
+            and member.is_running
+            and member.held is None
+            and max(member.stall_s, member.lag_s, member.watch_lag_s) < SLOW_S
+        ]
+        return any(
+            all(self.links.is_joined(one, other, Port.PEER) for one, other in combinations(some, 2))
+            for some in combinations(well, self.raft.majority)
+        )
+
+    def _calm_since(self) -> float:
+        """When the last fault was over; infinity while there is one."""
+        is_whole = self.links.is_whole and self._processes.keys() >= {
+            *map(_manager, self.managers),
+            *self.workers,
+        }
+        return self._disturbed_at if is_whole and not self.disturbances else inf
+
+    async def _write(self, body: Callable[[Transaction], object]) -> None:
+        async with asyncio.timeout(WRITE_S):
+            while True:
+                stores = [manager.store for manager in self.running_managers.values() if manager.store]
+                if stores:
+                    try:
+                        await self.random.choice(stores).update(body)
+                    except Unavailable:
+                        pass
+                    else:
+                        return
+                await asyncio.sleep(STEP_S)
+
+    async def _found(self) -> None:
+        """What an init and the joins leave in the store."""
+        first = self.managers[0]
+        client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
+        self.raft.committed.remove(self.truth.take)  # what comes before the keys are known is read afterwards
+        await self.raft.wait_readable(self.raft.members[first])
+        await initialize_on(
+            client,
+            WRAPPING_KEY,
+            self.clocks[first],
+            joined,
+            self.managers,
+            self.workers,
+            self._history_limit,
+        )
+        self.truth.begin(Cipher((await founded(client)).ring, WRAPPING_KEY))
+        self.truth.take(first, self.raft.kv.revision, self.raft.kv.events(2, self.raft.kv.revision))
+        self.raft.committed.append(self.truth.take)
+
+    def _stop(self, name: str) -> None:
+        process = self._processes.pop(name, None)
+        if process is not None:
+            process.cancel()
+            self.loop.run_until_complete(asyncio.gather(process, return_exceptions=True))
+
+    def _clock(self, id: NodeId, skew: bool) -> VirtualClock:
+        chance = self.random.uniform if skew else lambda low, high: (low + high) / 2
+        return VirtualClock(
+            self.loop,
+            drift=chance(0.998, 1.002),
+            began_s=chance(-1000.0, 1000.0),
+            wall_off_s=chance(-1.0, 1.0),
+            wait_running=lambda: self.links.wait_thawed(id),
+        )
+
+
+def _manager(id: NodeId) -> str:
+    """The name of a manager process; a machine may have a node process beside it."""
+    return f"manager {id}"

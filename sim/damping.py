@@ -1,0 +1,149 @@
+"""One fault in a cluster at rest: what it took is begun again, nothing else moves, and nobody says that it runs on."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from sim.cluster import SimulatedCluster
+from sim.node import image_of
+from sim.rules.damping import surplus_violations
+from sim.rules.liveness import lease_violations
+from sim.wishes import HOPELESS
+from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
+from skep.model.ids import NodeId, ServiceId
+from skep.model.labels import OnDisconnect, disconnect_policy
+from skep.model.node import Node
+from skep.model.service import UNDER_WAY, Service
+from skep.model.task import Task, TaskState
+
+Lost = Counter[ServiceId]
+"""How many running tasks of each service a fault took."""
+
+LEASE_S = RECOVERY_GRACE_S + 6.0
+"""An election, two seconds until the leader adopts the session, the grace where that leader has itself come back a
+moment ago, and room."""
+AFTERMATH_S = 20.0
+"""After a fault: until its node counts as down, and what it took runs elsewhere."""
+LOOK_S = 0.5
+WITHIN_GRACE_S = 0.5
+BEYOND_GRACE_S = 15.0
+
+
+def one_more_fault(cluster: SimulatedCluster) -> None:
+    """A fault that ends: no more tasks are begun than it took."""
+    fault = cluster.random.choice(
+        (_container_ends, _process_restarts, _power_is_back, _manager_restarts, _leadership_moves, _cut_off)
+    )
+    _damped(cluster, fault)
+
+
+def lose_a_node(cluster: SimulatedCluster) -> None:
+    """A node dies for good, with the manager that has its session if the others can do without."""
+    _damped(cluster, _node_dies)
+
+
+def _damped(cluster: SimulatedCluster, fault: Callable[[SimulatedCluster], Lost]) -> None:
+    steady = [service.id for service in cluster.view.find(Service) if is_steady(cluster, service)]
+    name = fault.__name__.strip("_").replace("_", " ")
+    created, started = cluster.observer.created.copy(), cluster.observer.started.copy()
+    cluster.trace.add(f"fault: {name}, in a cluster at rest")
+    lost = fault(cluster)
+    pass_time(cluster, AFTERMATH_S)
+    expected = {id: lost[id] for id in steady}
+    note, now = cluster.observer.note, cluster.loop.time()
+    note(now, surplus_violations(f"'{name}'", expected, created, cluster.observer.created))
+    note(now, surplus_violations(f"'{name}'", expected, started, cluster.observer.started))
+
+
+def is_steady(cluster: SimulatedCluster, service: Service) -> bool:
+    """Whether nothing of the service is under way, and nothing ends by itself or is stopped by its node."""
+    status = service.update_status
+    return (
+        service.removed_at is None
+        and disconnect_policy(service.spec.labels).action is not OnDisconnect.STOP
+        and service.job_status is None
+        and (status is None or status.state not in UNDER_WAY)
+        and all(_is_steady(task) for task in cluster.wanted(service.id))
+    )
+
+
+def _is_steady(task: Task) -> bool:
+    return task.status.state is TaskState.RUNNING and image_of(task) not in HOPELESS
+
+
+def _on(cluster: SimulatedCluster, node: NodeId) -> Lost:
+    return Counter(task.service_id for task in cluster.view.find(Task, node_id=node) if task.is_wanted)
+
+
+def pass_time(cluster: SimulatedCluster, seconds: float) -> None:
+    """Let virtual time pass, and look now and then."""
+    until = cluster.loop.time() + seconds
+    while (left_s := until - cluster.loop.time()) > 0:
+        cluster.run_for(min(left_s, LOOK_S))
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+def _container_ends(cluster: SimulatedCluster) -> Lost:
+    running = [task for node in cluster.nodes.values() for task in node.containers.values()]
+    if not running:
+        return Counter()
+    task = cluster.random.choice(running)
+    cluster.kill_container(task)
+    return Counter([task.service_id])
+
+
+def _process_restarts(cluster: SimulatedCluster) -> Lost:
+    id = cluster.random.choice(cluster.workers)
+    cluster.kill_node(id, keeps_containers=True)
+    cluster.run_for(WITHIN_GRACE_S)
+    cluster.start_node(id)
+    return Counter()
+
+
+def _power_is_back(cluster: SimulatedCluster) -> Lost:
+    id = cluster.random.choice(cluster.workers)
+    lost = _on(cluster, id)
+    cluster.kill_node(id)
+    pass_time(cluster, cluster.random.choice((WITHIN_GRACE_S, BEYOND_GRACE_S)))
+    cluster.start_node(id)
+    return lost
+
+
+def _manager_restarts(cluster: SimulatedCluster) -> Lost:
+    id = cluster.random.choice(cluster.managers)
+    cluster.crash(id)
+    pass_time(cluster, cluster.random.choice((WITHIN_GRACE_S, BEYOND_GRACE_S)))
+    cluster.start_manager(id)
+    return Counter()
+
+
+def _leadership_moves(cluster: SimulatedCluster) -> Lost:
+    cluster.depose(quietly=True)
+    return Counter()
+
+
+def _cut_off(cluster: SimulatedCluster) -> Lost:
+    """Within the grace nothing moves; beyond it, what ran there does, once."""
+    id = cluster.random.choice(cluster.workers)
+    lasts_s = cluster.random.choice((WITHIN_GRACE_S, BEYOND_GRACE_S))
+    lost = _on(cluster, id) if lasts_s > WITHIN_GRACE_S else Counter[ServiceId]()
+    cut = cluster.links.cut([id], [*cluster.managers, *(other for other in cluster.workers if other != id)])
+    pass_time(cluster, lasts_s)
+    cluster.links.mend(cut)
+    return lost
+
+
+def _node_dies(cluster: SimulatedCluster) -> Lost:
+    """Once its lease is over nobody says any more that a task runs on it."""
+    id = cluster.random.choice(cluster.workers)
+    lost = _on(cluster, id)
+    session = cluster.view.get(Node, id).session
+    if session is not None and len(cluster.managers) > 2:
+        cluster.crash(session.manager_id)
+    cluster.kill_node(id)
+    pass_time(cluster, LEASE_S)
+    stores = [manager.store for manager in cluster.running_managers.values() if manager.store is not None]
+    for view in (cluster.view, *(store.view() for store in stores)):
+        cluster.observer.note(cluster.loop.time(), lease_violations(view, id))
+    return lost

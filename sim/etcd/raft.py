@@ -1,0 +1,458 @@
+"""Consensus by arithmetic: who leads, which entries are committed, how far each member has come.
+
+No messages are exchanged and no log is kept: there is one history of keys (``KeyValues``), and of each member it
+is known how much of it lies on its disk.  What raft guarantees is asked of the links at each step: an entry is
+committed when more than half of the voters are joined to the leader; a member becomes leader when more than half
+would vote for it, none of which has more on its disk or still hears a leader.  So a cut-off leader commits nothing,
+loses its office after an election timeout (check-quorum), and what it had accepted is lost, or
+survives if the next leader had received it: the writer does not know which.
+
+Source: etcd 3.5, raft with PreVote and CheckQuorum; see docs/design/store.md.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from itertools import takewhile
+from random import Random
+
+from sim.etcd.kv import KeyValues
+from sim.etcd.member import Entry, Leadership, Member, resolve
+from sim.etcd.space import Space
+from sim.links import Links, Port
+from skep.model.ids import NodeId
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.errors import Uncertain, meaning_of
+
+REFUSED_S = 0.0002
+"""How long it takes to find out that nobody listens: whoever asks again at once lets some time pass all the same."""
+PROMOTED_AT = 0.9
+"""How much of the history a learner has to show for its vote.  Source: etcd 3.5, server/etcdserver/server.go."""
+ELECTION_S = (0.5, 1.0)
+"""How long a member waits for its leader before it stands itself; as long a leader does for its quorum."""
+
+Committed = Callable[[NodeId, int, "list[pb.Event]"], None]
+"""Called with each entry that wrote something: whose it was, its revision, what it wrote."""
+
+
+class Raft:
+    """All members of one cluster."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, random: Random, links: Links, latency_s: float
+    ) -> None:
+        """``latency_s``: what an entry takes with everybody there, on average."""
+        self.kv = KeyValues()
+        self.space = Space()
+        self.members: dict[NodeId, Member] = {}
+        self._numbered = 0
+        self.committed: list[Committed] = []
+        self.moved: list[Callable[[NodeId, int], None]] = []
+        """Called with each new leader and its term."""
+        self.current: Leadership | None = None
+        """The latest to be elected."""
+        self.asked_at = 0.0
+        """When the entry that was committed last was asked for."""
+        self.loop = loop
+        self._later = loop.call_later
+        self._now = loop.time
+        self._random = random
+        self._links = links
+        self._latency_s = latency_s
+        self._term = 0
+        self._older: list[Leadership] = []
+        self._orphans: list[Entry] = []
+        """Entries whose leader is gone: the next one may have received them."""
+        self._changed: list[asyncio.Future[None]] = []
+        links.changed.append(self.look)
+
+    # -- members -------------------------------------------------------------------------------------------
+
+    def add(self, id: NodeId, *, is_voter: bool = True) -> Member:
+        """A further member, which does not run yet."""
+        self._numbered += 1
+        member = self.members[id] = Member(id, self._numbered)
+        member.is_voter = is_voter
+        return member
+
+    def start(self, id: NodeId, *, less: int = 0) -> None:
+        """Start a member that does not run, with what lies on its disk; at first it shows ``less`` revisions of it."""
+        member = self.members[id]
+        member.is_running = True
+        member.applied = max(min(member.applied, member.logged - less), self.kv.compacted, 1)
+        self.look()
+
+    def promote(self, id: NodeId) -> bool:
+        """Give a learner its vote; gives whether it has come far enough for that."""
+        member = self.members[id]
+        if not member.is_running or member.applied < PROMOTED_AT * self.kv.revision:
+            return False
+        member.is_voter = True
+        self.look()
+        return True
+
+    def remove(self, id: NodeId) -> None:
+        """Put a member out: its process ends."""
+        self.crash(id)
+        del self.members[id]
+        self.look()
+
+    def restore(self, id: NodeId, revision: int) -> None:
+        """Make a store of its own for one member of a snapshot; no member runs."""
+        self.kv = self.kv.as_of(revision)
+        self._older, self._orphans = [], []
+        self.members = {id: Member(id, self.members[id].number)}
+        self.members[id].logged = self.members[id].applied = revision
+
+    def rot(self, id: NodeId, key: bytes) -> bool:
+        """Flip a bit of the value of ``key`` on the disk of one member; gives whether there is a value.
+
+        Its manager meets it when it loads the store the next time: at a start, or after a compaction it has missed.
+        """
+        found = self.kv.range(pb.RangeRequest(key=key), self.kv.revision).kvs
+        for kv in found:
+            self.members[id].rotten[key] = kv.mod_revision
+        return bool(found)
+
+    def crash(self, id: NodeId) -> None:
+        """kill -9: who waits for its answers never gets them."""
+        member = self.members[id]
+        member.is_running = False
+        for watching in list(member.watchers):
+            watching.lose("the store is gone")
+        if member.held:
+            member.held.clear()  # what was not written never will be
+        self._lose_answers(member)
+        if member.leadership is not None and member.leadership.member is member:
+            self._end(member.leadership)
+        member.leadership = None
+        self.look()
+
+    def reset_connections(self, id: NodeId) -> None:
+        """Whoever is connected to a member that runs is not any more; what was asked of it goes on."""
+        member = self.members[id]
+        for watching in list(member.watchers):
+            watching.lose("connection reset")
+        self._lose_answers(member)
+
+    def numbered(self, number: int) -> Member:
+        """The member that etcd calls so.  Raises: NoMember."""
+        found = [member for member in self.members.values() if member.number == number]
+        if not found:
+            raise meaning_of("etcdserver: member not found")
+        return found[0]
+
+    @property
+    def voters(self) -> list[Member]:
+        return [member for member in self.members.values() if member.is_voter]
+
+    @property
+    def majority(self) -> int:
+        """How many voters are more than half."""
+        return len(self.voters) // 2 + 1
+
+    @property
+    def has_quorum(self) -> bool:
+        """Whether somebody leads and can commit."""
+        return self.current is not None and self._can_commit(self.current)
+
+    def transfer(self, id: NodeId) -> bool:
+        """Move leadership to ``id``, as a planned stop does; gives whether it could be."""
+        old, member = self.current, self.members[id]
+        if old is None or member is old.member or not self._votes(member, moving=True):
+            return False
+        self._elect(member)
+        return True
+
+    # -- writing -------------------------------------------------------------------------------------------
+
+    async def write(self, member: Member, request: pb.TxnRequest) -> pb.TxnResponse:
+        """Put ``request`` into the log by way of ``member``; returns when ``member`` has applied it.
+
+        May never return: its leader is gone or cut off.  Raises: Uncertain: ``member`` crashed; Busy: it knows of no
+        leader, and raft drops the proposal; OutOfSpace: the quota is reached, and it writes outside of a nested
+        transaction.
+        """
+        await self._wait_connected(member)
+        if self.space.has_alarm and any(one.HasField("request_put") for one in request.success):
+            raise meaning_of("etcdserver: mvcc: database space exceeded")
+        if member.leadership is None:
+            await asyncio.sleep(REFUSED_S)
+            raise meaning_of("etcdserver: raft proposal dropped")
+        entry = Entry(member, request, self.loop.create_future(), self._now())
+        member.entries.append(entry)
+        leadership = member.leadership
+        if leadership is not None and self._links.reaches(member.id, leadership.member.id, Port.PEER):
+            delay_s = self._latency_s * self._random.uniform(0.5, 1.5) + leadership.member.stall_s
+            leadership.free_at = max(leadership.free_at, self._now() + delay_s)
+            self._later(leadership.free_at - self._now(), lambda: self._append(leadership, entry))
+        try:
+            return await entry.answer
+        finally:
+            if entry in member.entries:
+                member.entries.remove(entry)
+
+    async def _wait_connected(self, member: Member) -> None:
+        """Raises: Uncertain: ``member`` does not run."""
+        if not member.is_running:
+            await asyncio.sleep(REFUSED_S)
+            raise Uncertain("the store does not answer: connection refused")
+
+    def _lose_answers(self, member: Member) -> None:
+        entries, member.entries = member.entries, []
+        for entry in entries:
+            if not entry.answer.done():
+                entry.answer.set_exception(Uncertain("the store does not answer: connection lost"))
+
+    def hang(self, id: NodeId) -> None:
+        """The disk of a member writes nothing until ``resume``; it keeps its office all the same."""
+        member = self.members[id]
+        if member.held is None:
+            member.held = []
+
+    def resume(self, id: NodeId) -> None:
+        """The disk writes everything that waits for it, in order."""
+        member = self.members.get(id)
+        if member is None:
+            return  # it was put out
+        held, member.held = member.held or [], None
+        for leadership, entry in held:
+            self._append(leadership, entry)
+
+    def _append(self, leadership: Leadership, entry: Entry) -> None:
+        if leadership.is_over:
+            return  # dropped: etcd answers nothing
+        leader = leadership.member
+        if leader.held is not None:
+            leader.held.append((leadership, entry))
+            return
+        reached = (other for other in self._running() if self._links.reaches(leader.id, other.id, Port.PEER))
+        entry.holders = {leader.id, *(other.id for other in reached)}
+        leadership.pending.append(entry)
+        self._advance(leadership)
+
+    def _advance(self, leadership: Leadership) -> None:
+        """Commit what is pending, for as long as there is a quorum."""
+        while leadership.pending and not leadership.is_over and self._can_commit(leadership):
+            entry = leadership.pending.pop(0)
+            before = self.kv.revision
+            response = self.kv.execute(entry.request)
+            revision = self.kv.revision
+            self._apply(leadership.member, revision)
+            self._spread(leadership, late=True)
+            self.asked_at = entry.asked_at
+            if revision > before:
+                for committed in self.committed:
+                    committed(entry.origin.id, revision, self.kv.events(revision, revision))
+            self._answer(entry, response, revision)
+
+    def _answer(self, entry: Entry, response: pb.TxnResponse, revision: int) -> None:
+        """``entry`` is in: its origin answers when it has applied it."""
+        answer = entry.answer
+
+        def give() -> None:
+            if not answer.done():
+                answer.set_result(response)
+
+        if entry.origin.applied >= revision:
+            give()
+        else:
+            arrived: asyncio.Future[None] = self.loop.create_future()
+            arrived.add_done_callback(lambda _: give())
+            entry.origin.waiting.append((revision, arrived))
+
+    def _spread(self, leadership: Leadership, *, late: bool) -> None:
+        """Bring the other members what is committed."""
+        leader, revision = leadership.member, self.kv.revision
+        for member in self._running():
+            if member.applied < revision and self._links.is_joined(leader.id, member.id, Port.PEER):
+                delay_s = self._latency_s * 0.3 + member.lag_s if late else member.lag_s
+                self._later(delay_s, lambda member=member: self._catch_up(member, revision))  # type: ignore[misc]
+
+    def _catch_up(self, member: Member, revision: int) -> None:
+        if member.is_running:
+            self._apply(member, revision)
+
+    def _apply(self, member: Member, revision: int) -> None:
+        if revision <= member.applied:
+            return
+        member.applied = revision
+        member.logged = max(member.logged, revision)
+        due = [future for wanted, future in member.waiting if wanted <= revision]
+        if due:
+            member.waiting = [one for one in member.waiting if one[0] > revision]
+        for future in due:
+            resolve(future)
+        for watching in member.watchers:
+            watching.show(revision, member.watch_lag_s)
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    async def wait_readable(self, member: Member) -> None:
+        """Return when ``member`` shows all that was committed before this call.  May never return."""
+        await self._wait_connected(member)
+        while True:
+            leadership = member.leadership
+            if (
+                leadership is not None
+                and leadership is self.current
+                and self._links.is_joined(member.id, leadership.member.id, Port.PEER)
+                and self._can_commit(leadership)
+            ):
+                return await member.reached(self.kv.revision)
+            await self.wait_changed()
+
+    async def wait_changed(self, timeout_s: float | None = None) -> None:
+        """Return after the next change between members, or after ``timeout_s``."""
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changed.append(waiting)
+        timer = None
+        if timeout_s is not None:
+            timer = asyncio.get_running_loop().call_later(timeout_s, resolve, waiting)
+        try:
+            await waiting
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if waiting in self._changed:
+                self._changed.remove(waiting)
+
+    # -- elections -----------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Something changed between members: who follows whom, who has lost whom, what can go on."""
+        if self.current is not None:
+            self._lead(self.current)
+        for old in list(self._older):
+            if self._is_outdated(old):
+                self._end(old)
+        for leadership in (*self._older, *([self.current] if self.current else [])):
+            if not self._can_commit(leadership):
+                self._doubt(leadership)
+        for member in self._running():
+            if not self._hears_leader(member):
+                self._stand(member)
+        changed, self._changed = self._changed, []
+        for waiting in changed:
+            resolve(waiting)
+
+    def _lead(self, leadership: Leadership) -> None:
+        """Whoever hears the leader follows it, and gets what it missed."""
+        for member in self._running():
+            if (
+                self._links.reaches(leadership.member.id, member.id, Port.PEER)
+                and member.term <= leadership.term
+            ):
+                own = member.leadership
+                if own is not None and own is not leadership and own.member is member:
+                    self._end(own)
+                member.leadership, member.term = leadership, leadership.term
+        self._spread(leadership, late=False)
+        self._advance(leadership)
+
+    def _is_outdated(self, leadership: Leadership) -> bool:
+        """Whether the leader hears of a later term."""
+        others = (
+            other
+            for other in self._running()
+            if self._links.reaches(other.id, leadership.member.id, Port.PEER)
+        )
+        return any(other.term > leadership.term for other in others)
+
+    def _can_commit(self, leadership: Leadership) -> bool:
+        leader = leadership.member
+        followers = (
+            member.is_voter
+            and member.term <= leadership.term
+            and self._links.is_joined(leader.id, member.id, Port.PEER)
+            for member in self._running()
+        )
+        return leader.is_running and not leadership.is_over and sum(followers) >= self.majority
+
+    def _doubt(self, leadership: Leadership) -> None:
+        if leadership.is_doubted or leadership.is_over:
+            return
+        leadership.is_doubted = True
+
+        def decide() -> None:
+            leadership.is_doubted = False
+            if not leadership.is_over and not self._can_commit(leadership):
+                self._end(leadership)
+                self.look()
+
+        self._later(self._random.uniform(*ELECTION_S), decide)
+
+    def _end(self, leadership: Leadership) -> None:
+        if leadership.is_over:
+            return
+        leadership.is_over = True
+        if self.current is leadership:
+            self._orphans = leadership.pending
+            self.current = None
+        else:
+            self._older.remove(leadership)
+        leadership.pending = []
+        if leadership.member.leadership is leadership:
+            self._forget_leader(leadership.member)
+
+    def _hears_leader(self, member: Member) -> bool:
+        leadership = member.leadership
+        return (
+            leadership is not None
+            and not leadership.is_over
+            and leadership.member.is_running
+            and self._links.reaches(leadership.member.id, member.id, Port.PEER)
+        )
+
+    def _stand(self, member: Member) -> None:
+        """After an election timeout without a leader, ``member`` asks for votes; again until there is one."""
+        if member.is_standing:
+            return
+        member.is_standing = True
+
+        def decide() -> None:
+            member.is_standing = False
+            if not member.is_running or self._hears_leader(member):
+                return
+            self._forget_leader(member)
+            if self._votes(member):
+                self._elect(member)
+            else:
+                self._stand(member)
+
+        self._later(self._random.uniform(*ELECTION_S), decide)
+
+    def _forget_leader(self, member: Member) -> None:
+        member.leadership = None
+        for watching in list(member.watchers):
+            watching.lose("no leader")
+
+    def _votes(self, candidate: Member, *, moving: bool = False) -> bool:
+        """Whether more than half of the voters would elect ``candidate``."""
+        if not candidate.is_voter or not candidate.is_running:
+            return False
+        votes = sum(
+            voter.is_running
+            and self._links.is_joined(candidate.id, voter.id, Port.PEER)
+            and voter.logged <= candidate.logged
+            and (moving or not self._hears_leader(voter))
+            for voter in self.voters
+        )
+        return votes >= self.majority
+
+    def _elect(self, member: Member) -> None:
+        self._term += 1
+        received, old = self._orphans, self.current
+        self._orphans = []
+        if old is not None:
+            received = [*received, *old.pending]
+            old.pending = []
+            self._older.append(old)
+        leadership = self.current = Leadership(self._term, member)
+        member.leadership, member.term = leadership, self._term
+        leadership.pending = list(takewhile(lambda entry: member.id in entry.holders, received))
+        for moved in self.moved:
+            moved(member.id, self._term)
+        self.look()
+
+    def _running(self) -> Iterable[Member]:
+        return [member for member in self.members.values() if member.is_running]

@@ -1,0 +1,148 @@
+"""Faults that are not of machines: objects that make whoever decides raise, managers that show the past or hang."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from math import inf
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import msgspec
+
+from sim.time import VirtualClock
+from skep.errors import SkepError
+from skep.manager.follow import State
+from skep.model.ids import NodeId
+from skep.node.supervision.answers import wait_past_help
+from skep.store.interface import Object, Store, Transaction, View, Watch
+
+if TYPE_CHECKING:
+    from sim.cluster import SimulatedCluster
+
+T = TypeVar("T", bound=msgspec.Struct)
+R = TypeVar("R")
+Item = TypeVar("Item")
+P = ParamSpec("P")
+
+
+class Poison(Exception):
+    """What nobody foresaw."""
+
+
+class PoisonedState:
+    """A term whose view raises whenever the tasks of certain services are looked up."""
+
+    def __init__(self, term: State, poisoned: set[str]) -> None:
+        """``poisoned``: ids of services; may change at any time."""
+        self._term = term
+        self._poisoned = poisoned
+
+    def view(self) -> View:
+        return _PoisonedView(self._term.view(), self._poisoned)
+
+    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
+        return self._term.watch(*kinds)
+
+    async def update(
+        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        return await self._term.update(body, *args, **kwargs)
+
+    async def update_each(
+        self, body: Callable[[Transaction, Item], R], items: Iterable[Item], /
+    ) -> Sequence[R | SkepError]:
+        return await self._term.update_each(body, items)
+
+
+class _PoisonedView:
+    """Implements ``store.interface.View``."""
+
+    def __init__(self, view: View, poisoned: set[str]) -> None:
+        self._view = view
+        self._poisoned = poisoned
+
+    @property
+    def revision(self) -> int:
+        return self._view.revision
+
+    @property
+    def level(self) -> int:
+        return self._view.level
+
+    def get(self, kind: type[T], id: str) -> T:
+        return self._view.get(kind, id)
+
+    def lookup(self, kind: type[T], id: str) -> T | None:
+        return self._view.lookup(kind, id)
+
+    def find(self, kind: type[T], **by: str) -> Sequence[T]:
+        if self._poisoned.intersection(by.values()):
+            raise Poison(f"{kind.__name__} by {by}")
+        return self._view.find(kind, **by)
+
+    def ids(self, kind: type[Object]) -> Sequence[str]:
+        return self._view.ids(kind)
+
+    def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
+        return self._view.unreadable(kind)
+
+    def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
+        return self._view.damaged(kind)
+
+    def resolve(self, kind: type[T], word: str) -> T:
+        return self._view.resolve(kind, word)
+
+
+class Rewindable:
+    """A store whose view can be set back to an old state, as a manager shows that was restored from an old copy."""
+
+    def __init__(self, store: Store) -> None:
+        self.past: View | None = None
+        self._store = store
+
+    def view(self) -> View:
+        return self.past if self.past is not None else self._store.view()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def hang_manager(cluster: "SimulatedCluster", id: NodeId, *, for_s: float = inf) -> Callable[[], None]:
+    """A manager process stands still and its member of etcd goes on, until who supervises it replaces both.
+
+    ``for_s``: or until it goes on by itself.  Gives what ends it at once.
+    """
+    cluster.disturbances += 1
+    cluster.links.hang(id)
+
+    async def is_answered() -> bool:
+        return not cluster.links.is_frozen(id)
+
+    async def hand_over() -> None:
+        if cluster.raft.current is not None and cluster.leader == id:
+            cluster.depose()
+
+    def thaw() -> None:
+        if cluster.links.is_frozen(id):
+            cluster.links.thaw(id)
+            cluster.disturbances -= 1
+
+    async def supervise() -> None:
+        try:
+            async with asyncio.timeout(for_s if for_s < inf else None):
+                await wait_past_help(is_answered, hand_over, VirtualClock(cluster.loop))
+        except TimeoutError:
+            thaw()
+            return
+        process = cluster.kill_manager(id)
+        thaw()  # what is killed ends, however still it stood
+        await asyncio.wait([process], timeout=1.0)
+        cluster.start_manager(id)
+
+    def end() -> None:
+        if cluster.links.is_frozen(id):
+            supervising.cancel()
+            thaw()
+
+    supervising = cluster.loop.create_task(supervise(), name=f"supervisor of {id}")
+    cluster.watch_over(supervising)
+    return end

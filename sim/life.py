@@ -1,0 +1,183 @@
+"""One random life of a cluster: users and fate do as they like, then all is healed, and all must be as was asked for.
+
+``live(seed)`` says everything that was wrong.  The same seed gives the same life.
+"""
+
+import traceback
+from collections.abc import Callable, Iterable
+from random import Random
+from typing import cast
+
+import msgspec
+
+from sim.cluster import SimulatedCluster
+from sim.damping import lose_a_node, one_more_fault
+from sim.drills import (
+    cut_off_for_long,
+    move_while_a_report_is_on_its_way,
+    restart_before_it_runs,
+    show_the_past,
+    take_an_update_back,
+)
+from sim.fate import Fate
+from sim.operators import Operators
+from sim.restore import restore
+from sim.rules.allocations import allocation_violations
+from sim.rules.rest import replica_violations
+from sim.settled import unmet
+from sim.users import Users
+from sim.wishes import BROKEN, ENDING_IMAGES, HANGING
+from skep.agent.executor.simulated import Behaviour
+from skep.model.ids import NodeId
+from skep.model.service import Service
+from skep.store.space import COMPACT_AT, QUOTA_BYTES
+from skep.store.state import State
+
+STEPS = 20
+PAUSES_S = (0.01, 0.05, 0.2, 0.8, 2.0)
+CONVERGED_S = 90.0
+"""From the last fault until everything is as was asked for, at most."""
+TURNS_MAX = 240_000
+"""Of the event loop in one life, which takes 24,000 on average: one that takes more than ten times that spins."""
+LOOK_S = 0.5
+STOPPED_S = 2.0
+"""The longest stop of a container, and the report of it."""
+
+
+class Outcome(msgspec.Struct):
+    """What came of one life."""
+
+    seed: int
+    violations: list[str]
+    trace: list[str]
+    """What happened before the end, or before the first violation if that is still known."""
+
+
+def live(seed: int, steps: int = STEPS) -> Outcome:
+    """Live the life of ``seed``."""
+    shape = Random(seed ^ 0x5EED)
+    behaviour = Behaviour(
+        prepare_s=shape.choice((0.02, 0.1)), start_s=0.05, shutdown_s=shape.choice((0.05, 0.3, 1.0))
+    )
+    cluster = SimulatedCluster(
+        managers=shape.choice((1, 3, 3, 3, 5)),
+        workers=shape.randint(2, 5),
+        seed=seed,
+        behaviour=behaviour,
+        skew=True,
+        turns_max=TURNS_MAX,
+        history_limit=shape.choice((None, 0, 1, 3)),
+    )
+    try:
+        with cluster:
+            _live(cluster, steps)
+    except Exception as error:
+        cluster.observer.note(
+            cluster.loop.time(), [f"{type(error).__name__}: {error}", traceback.format_exc()]
+        )
+    return Outcome(seed, list(cluster.observer.violations), cluster.observer.traced or cluster.trace.lines())
+
+
+def _live(cluster: SimulatedCluster, steps: int) -> None:
+    for node in cluster.nodes.values():
+        node.broken_images.add(BROKEN)
+        node.hanging_images.add(HANGING)
+        node.ending_images.update(ENDING_IMAGES)
+    users, fate, random = Users(cluster), Fate(cluster), cluster.random
+    operators = Operators(cluster, users, fate.well)
+    users.create()
+    cluster.run_for(0.5)
+    for _ in range(steps):
+        match random.choices(("user", "operator", "fate"), (55, 12, 33))[0]:
+            case "user":
+                users.act()
+            case "operator":
+                operators.act()
+            case _:
+                fate.act()
+        cluster.run_for(random.choice(PAUSES_S))
+        fate.pass_by()
+        if cluster.observer.violations:
+            return
+    fate.heal()
+    cluster.trace.add("all is healed")
+    _until(cluster, lambda: [f"{name} does not end" for name in operators.under_way])
+    cluster.do(users.finished())
+    cluster.do(users.activate_all())
+    _converge(cluster)
+    if random.random() < 0.3:
+        cluster.do(users.remove_all())
+        _until(cluster, lambda: [f"service {one.id} is still there" for one in cluster.view.find(Service)])
+    cluster.run_for(2.0)
+    _check_rest(cluster)
+    revision = cluster.raft.kv.revision
+    if random.random() < 0.4:
+        one_more_fault(cluster)
+    cut_off_for_long(cluster)
+    restart_before_it_runs(cluster)
+    take_an_update_back(cluster, users)
+    show_the_past(cluster)
+    move_while_a_report_is_on_its_way(cluster)
+    lose_a_node(cluster)
+    if random.random() < 0.3 and not cluster.observer.violations:
+        _go_on_from(cluster, revision)
+
+
+def _go_on_from(cluster: SimulatedCluster, revision: int) -> None:
+    """Nodes come out of the future of a snapshot: all is as was asked for before it was taken."""
+    restore(cluster, revision)
+    _converge(cluster)
+    cluster.run_for(STOPPED_S)
+    before = set(cluster.rest_violations())
+    cluster.run_for(STOPPED_S)
+    note, now = cluster.observer.note, cluster.loop.time()
+    note(now, [violation for violation in cluster.rest_violations() if violation in before])
+    note(now, allocation_violations(cluster.view))
+
+
+def _converge(cluster: SimulatedCluster) -> None:
+    given_up = cluster.observer.restarts.given_up
+
+    def missing() -> Iterable[str]:
+        for one in cluster.view.find(Service):
+            yield from unmet(cluster.view, one, given_up(one))
+        if cluster.raft.space.has_alarm or cluster.raft.space.in_use > COMPACT_AT * QUOTA_BYTES:
+            yield "the store has not been given its room back"
+        yield from (f"{id} has no session" for id in cluster.workers if not cluster.nodes[id].has_session)
+        if (voters := {member.id for member in cluster.raft.voters}) != set(cluster.managers):
+            yield f"{sorted(voters)} vote, and {sorted(cluster.managers)} are managers"
+
+    _until(cluster, missing)
+
+
+def _until(cluster: SimulatedCluster, missing: Callable[[], Iterable[str]]) -> None:
+    """Let time pass until nothing is missing; too long is a violation."""
+    until = cluster.loop.time() + CONVERGED_S
+    while lacking := list(missing()):
+        if cluster.loop.time() > until:
+            cluster.observer.note(cluster.loop.time(), [f"not after {CONVERGED_S} s: {lacking}"])
+            return
+        cluster.run_for(LOOK_S)
+
+
+def _check_rest(cluster: SimulatedCluster) -> None:
+    """Everything that holds once nothing happens any more."""
+    note, now = cluster.observer.note, cluster.loop.time
+    # Services whose containers crash never rest: what is being stopped, or not reported yet, is no violation.
+    before = {*cluster.rest_violations(), *cluster.leftovers()}
+    cluster.run_for(STOPPED_S)
+    after = [*cluster.rest_violations(), *cluster.leftovers()]
+    note(now(), [violation for violation in after if violation in before])
+    note(now(), allocation_violations(cluster.view))
+    promises = cluster.observer.promises
+    note(now(), promises.broken(cluster.view, promises.given()))
+    for id in cluster.managers:
+        note(now(), cluster.do(_replica_violations(cluster, id)))
+
+
+async def _replica_violations(cluster: SimulatedCluster, id: NodeId) -> list[str]:
+    store = cluster.running_managers[id].store
+    if store is None:
+        return [f"{id} serves nothing"]
+    await store.barrier()
+    return list(replica_violations(id, cast("State", store.view()), cluster.truth.view))

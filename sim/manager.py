@@ -1,0 +1,225 @@
+"""A simulated manager: the production store, dispatcher, link and control loops on a simulated member of etcd."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from random import Random
+from typing import Concatenate, ParamSpec, TypeVar, cast
+
+from sim.faults import PoisonedState, Rewindable
+from sim.network import Network
+from sim.rules.books import leftovers
+from sim.versions import write_as_tomorrow
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import SkepError, Unavailable
+from skep.manager.crowd import Crowd
+from skep.manager.discovery.loop import Discovery
+from skep.manager.dispatcher.adoption import Adoption
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.follow import State
+from skep.manager.link.loop import ManagerLink
+from skep.manager.logbroker.broker import LogBroker
+from skep.manager.loops import Loop, loops
+from skep.manager.membership.consensus import Consensus
+from skep.manager.membership.loop import Managers
+from skep.manager.presence import Presence
+from skep.manager.store_space import StoreSpace
+from skep.model.ids import ClusterId, IdSource, NodeId
+from skep.model.node import NodeRole
+from skep.model.task import Task
+from skep.security.identity import Identity
+from skep.store.etcd.client import Client
+from skep.store.etcd.member import Member
+from skep.store.etcd.membership import RaftMembers
+from skep.store.etcd.store import EtcdStore, store_on
+from skep.store.interface import NotLeader, Object, Store, Term, Transaction, View, Watch
+from skep.wire.client import Channel
+
+R = TypeVar("R")
+Item = TypeVar("Item")
+P = ParamSpec("P")
+
+
+class SimulatedManager:
+    """One manager process.  Users call its control functions on ``store`` while it is there."""
+
+    def __init__(
+        self,
+        id: NodeId,
+        addr: str,
+        client: Client,
+        wrapping_key: bytes,
+        network: Network,
+        *,
+        clock: Clock,
+        new_id: IdSource,
+        random: Random,
+        poisoned: set[str],
+        is_newer: bool = False,
+    ) -> None:
+        """
+        Args:
+            poisoned: services whose decisions raise; may change at any time.
+            is_newer: whether it is of a version that the others do not know.
+        """
+        self._is_newer = is_newer
+        self.store: EtcdStore | None = None
+        """None: not loaded yet."""
+        self.members: Consensus
+        """Of the store, from when it was loaded first."""
+        self._shown: Rewindable | None = None
+        """What nodes are told from."""
+        self._dispatcher: Dispatcher | None = None
+        self._logs: LogBroker | None = None
+        self.leads = False
+        self.loops: Sequence[Loop] = ()
+        """Of the term, while there is one."""
+        self.writes = 0
+        """Updates of these loops that are under way."""
+        self._id = id
+        self._addr = addr
+        self._client = client
+        self._wrapping_key = wrapping_key
+        self._network = network
+        self._clock = clock
+        self._new_id = new_id
+        self._random = random
+        self._poisoned = poisoned
+
+    async def run(self) -> None:
+        """Serve nodes, and lead when elected, until cancelled.  Without a quorum there is nothing to serve yet."""
+        backoff = Backoff(0.1, 1.0, chance=self._random.random)
+        while True:
+            try:
+                async with store_on(
+                    self._client, self._id, self._wrapping_key, self._clock, chance=self._random.random
+                ) as store:
+                    self.store = store
+                    await self._serve(store)
+            except Unavailable:
+                assert self.store is None, "a part of the manager failed"
+                await backoff.sleep(self._clock)
+            finally:
+                self.store = None
+
+    def show_the_past(self, past: View) -> bool:
+        """Tell nodes what was true in ``past`` from now on, all of it; gives whether anybody is told anything."""
+        if self.store is None or self._shown is None or self._dispatcher is None:
+            return False
+        present = self.store.view()
+        self._shown.past = past
+        for session in self._dispatcher._sessions.all():
+            session.wake_assignments([task.id for task in present.find(Task, node_id=session.node_id)])
+        return True
+
+    def leftovers(self) -> Iterable[str]:
+        """What it still has of what is over; asked at rest."""
+        if self.store is None or self._dispatcher is None or self._logs is None:
+            return ["it serves nothing"]
+        return leftovers(self.store, self._dispatcher, self._logs, self.loops)
+
+    async def _serve(self, store: EtcdStore) -> None:
+        if self._is_newer:
+            write_as_tomorrow(store._cipher)
+        own, crowd = ManagerPeer(node_id=self._id, addr=self._addr), Crowd()
+        self._shown = Rewindable(store)
+        dispatcher = self._dispatcher = Dispatcher(
+            cast("Store", self._shown), own, self._clock, self._new_id, self._random, crowd=crowd
+        )
+        logs = self._logs = LogBroker(store, self._new_id, self._clock)
+        discovery = Discovery(store, dispatcher.session, self._clock)
+        link = ManagerLink(store, self._id, self._connect, self._clock, self._random, crowd=crowd)
+        self.members = RaftMembers(self._client, cast("Member", _Etcd()))
+        space = StoreSpace(store, self._id, self.members, link.channel, self._clock)
+        presence = Presence(store, self._id, self._addr, "", self._clock, self._random)
+        handlers = (
+            *dispatcher.services(),
+            *discovery.services(),
+            *logs.services(),
+            *link.services(),
+            *space.services(),
+        )
+        async with self._network.listening(self._addr, handlers), asyncio.TaskGroup() as group:
+            group.create_task(dispatcher.run(), name=f"{self._id} dispatcher")
+            group.create_task(discovery.run(), name=f"{self._id} discovery")
+            group.create_task(link.run(), name=f"{self._id} link")
+            group.create_task(presence.run(), name=f"{self._id} presence")
+            group.create_task(self._stand(store, link, space, presence), name=f"{self._id} election")
+
+    def _connect(self, addr: str) -> AbstractAsyncContextManager[Channel]:
+        """A connection to another manager."""
+        identity = Identity(node_id=self._id, cluster_id=ClusterId("sim"), role=NodeRole.MANAGER)
+        # It has the calls of a real one.
+        return cast("AbstractAsyncContextManager[Channel]", self._network.connected(addr, identity))
+
+    async def _stand(
+        self, store: EtcdStore, link: ManagerLink, space: StoreSpace, presence: Presence
+    ) -> None:
+        async for term in store.terms(self._id, self._addr):
+            self.leads = True
+            presence.lead(term)
+            try:
+                await self._lead(term, link, space)
+            except* NotLeader:
+                pass  # the next term, if there is one
+            finally:
+                self.leads = False
+                presence.lead(None)
+
+    async def _lead(self, term: Term, link: ManagerLink, space: StoreSpace) -> None:
+        state = PoisonedState(_Counted(term, self), self._poisoned)
+        adoption = Adoption(term, self._id, link.silent, self._clock, self._new_id, self._random)
+        managers = Managers(term, self._id, self.members, link, self._clock, self._random)
+        own = self.loops = (*loops(state, self._clock, self._new_id, self._random), adoption, managers)
+        try:
+            async with asyncio.TaskGroup() as group:
+                running = [
+                    group.create_task(loop.run(), name=f"{self._id} {type(loop).__name__}") for loop in own
+                ]
+                running.append(group.create_task(space.keep(), name=f"{self._id} store's space"))
+                await term.wait_lost()
+                for task in running:
+                    task.cancel()
+        finally:
+            self.loops = ()
+
+
+class _Counted:
+    """A term that counts what is being written."""
+
+    def __init__(self, term: State, manager: SimulatedManager) -> None:
+        self._term = term
+        self._manager = manager
+
+    def view(self) -> View:
+        return self._term.view()
+
+    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
+        return self._term.watch(*kinds)
+
+    async def update(
+        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        self._manager.writes += 1
+        try:
+            return await self._term.update(body, *args, **kwargs)
+        finally:
+            self._manager.writes -= 1
+
+    async def update_each(
+        self, body: Callable[[Transaction, Item], R], items: Iterable[Item], /
+    ) -> Sequence[R | SkepError]:
+        self._manager.writes += 1
+        try:
+            return await self._term.update_each(body, items)
+        finally:
+            self._manager.writes -= 1
+
+
+class _Etcd:
+    """What the membership tells the process of its member."""
+
+    def is_one_of_several(self) -> None:
+        """A simulated member finds out by itself."""

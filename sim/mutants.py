@@ -1,0 +1,514 @@
+"""Do the rules find what they are there for?  Named rules of the product are broken, one at a time.
+
+Each mutant replaces production functions at run time, and lives are lived until one goes wrong.  A mutant that lives
+through all of them means that the workload, the faults or the rules of the simulation are too weak.
+
+``python -m sim.mutants`` prints the table.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import msgspec
+from msgspec.structs import replace
+
+from sim import life, short, twins
+from sim.alone import life as alone
+from sim.etcd.client import SimulatedClient
+from sim.run import Live, outcomes
+from skep.agent import revisions, worker
+from skep.agent.reports import Reports
+from skep.agent.worker import Worker
+from skep.aio.clock import SystemClock
+from skep.manager.allocator.books import Books
+from skep.manager.control import services, tasks
+from skep.manager.dispatcher import adoption, statuses
+from skep.manager.dispatcher import loop as dispatcher_loop
+from skep.manager.dispatcher.registration import SessionInvalid
+from skep.manager.orchestrator import jobs, restart, sightings, situation, update
+from skep.manager.orchestrator import loop as orchestrator_loop
+from skep.manager.orchestrator.changes import FillSlot
+from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.slots import Slot, age
+from skep.manager.scheduler import requirements, spread
+from skep.manager.scheduler.accounting import Account
+from skep.model.assignment import AssignmentSet
+from skep.model.ids import IdSource, NodeId, ServiceId, SessionId, TaskId
+from skep.model.labels import DisconnectPolicy
+from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.service import ReplicatedJob, Service, ServiceSpec
+from skep.model.task import Task, TaskStatus
+from skep.store import transaction
+from skep.store.draft import Draft
+from skep.store.etcd import batcher, election, store
+from skep.store.etcd.follow import Follower
+from skep.store.interface import Event, Transaction
+from skep.store.leadership import LeaderRecord
+from skep.store.proposal import Compare, Exists, Footprint, NothingSince
+from skep.store.state import State
+from skep.store.updates import Committed, Updater
+
+SEEDS = 200
+STORE_SEEDS = 2000
+"""Of the store alone, whose lives cost a twentieth."""
+
+
+class Patch(msgspec.Struct, frozen=True):
+    """``owner.name`` becomes ``value``."""
+
+    owner: Any
+    name: str
+    value: Any
+
+
+class Mutant(msgspec.Struct, frozen=True):
+    """One broken rule."""
+
+    name: str
+    rule: str
+    """What the product no longer does."""
+    patches: Callable[[], list[Patch]]
+    life: Live = life.live
+    seeds: int = SEEDS
+    """It is noticed within so many."""
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """How long a mutant lived.  ``seed`` None: through all lives."""
+
+    mutant: str
+    seed: int | None
+    lives: int
+    seconds: float
+    violation: str = ""
+
+
+def judged(mutant: Mutant, seeds: int | None = None) -> Verdict:
+    """Live lives (``seeds`` None: as many as the mutant may live through) with the rule broken until one goes wrong."""
+    clock = SystemClock()
+    began = clock.monotonic()
+    seeds = mutant.seeds if seeds is None else seeds
+    with broken(mutant):
+        for lives, outcome in enumerate(outcomes(range(seeds), mutant.life), 1):
+            if outcome.violations:
+                took_s = clock.monotonic() - began
+                return Verdict(mutant.name, outcome.seed, lives, took_s, outcome.violations[0])
+    return Verdict(mutant.name, None, seeds, clock.monotonic() - began)
+
+
+@contextmanager
+def broken(mutant: Mutant) -> Iterator[None]:
+    """Run the block with the rule broken."""
+    with ExitStack() as patches:
+        for patch in mutant.patches():
+            patches.enter_context(mock.patch.object(patch.owner, patch.name, patch.value))
+        yield
+
+
+# -- the mutants -----------------------------------------------------------------------------------------------------
+
+
+def _unfenced() -> list[Patch]:
+    real = batcher.Pending
+    return [Patch(batcher, "Pending", lambda proposal, fence: real(proposal, None))]
+
+
+def _any_session() -> list[Patch]:
+    def careless(tx: Transaction, node_id: NodeId, session_id: SessionId) -> Node:
+        node = tx.lookup(Node, node_id)  # unlike `get`, which would compare the whole node at the commit
+        if node is None:
+            raise SessionInvalid
+        return node
+
+    return [Patch(statuses, "require_session", careless)]
+
+
+def _any_state() -> list[Patch]:
+    def latest(stored: TaskStatus, reported: TaskStatus) -> TaskStatus | None:
+        return reported if reported != stored else None
+
+    return [Patch(statuses, "newer_status", latest)]
+
+
+def _packed() -> list[Patch]:
+    def fullest(self: spread.Spread) -> Account | None:
+        accounts = self._accounting.accounts
+        able = [accounts[id] for id, passes in self._candidates.can_pass.items() if passes]
+        with_room = [account for account in able if self.has_room(account)]
+        return max(with_room, key=self.copies, default=None)
+
+    return [Patch(spread.Spread, "next", fullest)]
+
+
+def _other_order() -> list[Patch]:
+    real = update._Rollout.__init__
+
+    def turned(self: update._Rollout, *args: Any) -> None:
+        real(self, *args)
+        self._starts_first = not self._starts_first
+
+    return [Patch(update._Rollout, "__init__", turned)]
+
+
+def _impatient() -> list[Patch]:
+    return [Patch(dispatcher_loop, "grace_period", lambda period_s, **_: 0.8 * period_s)]
+
+
+def _no_claims() -> list[Patch]:
+    return [Patch(transaction.Writing, "_claim", lambda *_: None)]
+
+
+def _any_revision() -> list[Patch]:
+    return [Patch(revisions, "advanced", lambda seen, offered: offered)]
+
+
+def _no_delay() -> list[Patch]:
+    return [Patch(restart, "delay_s", lambda task: 0.0)]
+
+
+def _stale_reads() -> list[Patch]:
+    async def at_once(self: store.EtcdStore) -> None:
+        return None
+
+    return [Patch(store.EtcdStore, "barrier", at_once)]
+
+
+def _sent_again() -> list[Patch]:
+    async def settle(self: batcher.Batcher, entry: batcher.Entry, loads: int) -> None:
+        self._requeue(entry.pending)
+
+    return [Patch(batcher.Batcher, "_settle", settle)]
+
+
+def _crowded_slots() -> list[Patch]:
+    return [Patch(restart, "_waited_for", lambda slot, situation: [])]
+
+
+def _all_runs_at_once() -> list[Patch]:
+    real = jobs._missing_runs
+
+    def unbounded(
+        service: Service, job: ReplicatedJob, slots: Mapping[int, Slot], situation: Situation
+    ) -> list[FillSlot]:
+        return real(service, replace(job, max_concurrent=job.total_completions), slots, situation)
+
+    return [Patch(jobs, "_missing_runs", unbounded)]
+
+
+def _last_word_stands() -> list[Patch]:
+    return [Patch(tasks, "known_status", lambda view, task: task.status)]
+
+
+def _no_adoption() -> list[Patch]:
+    return [Patch(adoption, "orphans", lambda nodes, silent, own: [])]
+
+
+def _no_patience() -> list[Patch]:
+    def impatient(period_s: float, **_: object) -> float:
+        return 0.8 * period_s
+
+    return [
+        Patch(dispatcher_loop, name, impatient) for name in ("grace_after_absence", "grace_after_adoption")
+    ]
+
+
+def _crowding_out() -> list[Patch]:
+    def all_but_the_oldest(node: Node, tasks: Iterable[Task]) -> frozenset[TaskId]:
+        held = sorted((task for task in tasks if task.is_active), key=age)
+        return frozenset(task.id for task in held[1:])
+
+    return [Patch(orchestrator_loop, "overcommitted", all_but_the_oldest)]
+
+
+def _one_too_many() -> list[Patch]:
+    return [Patch(restart, "_is_superfluous", lambda task, current, situation: False)]
+
+
+def _keepsakes() -> list[Patch]:
+    real = Worker.assign
+
+    async def assign(self: Worker, change: AssignmentSet) -> None:
+        await real(self, replace(change, complete=False))
+
+    return [Patch(Worker, "assign", assign)]
+
+
+def _any_version() -> list[Patch]:
+    real = services._changeable
+
+    def careless(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int) -> Service:
+        present = tx.lookup(Service, id)
+        return real(tx, id, spec, present.version.index if present is not None else version)
+
+    return [Patch(services, "_changeable", careless)]
+
+
+def _shared_ports() -> list[Patch]:
+    return [Patch(requirements, "host_ports", lambda spec: ())]
+
+
+def _anywhere() -> list[Patch]:
+    return [Patch(requirements, "parsed", lambda constraints: ())]
+
+
+def _always_replaced() -> list[Patch]:
+    return [Patch(situation, "disconnect_policy", lambda labels: DisconnectPolicy())]
+
+
+def _never_stopped() -> list[Patch]:
+    return [Patch(worker, "stop_reason", lambda assigned, silence_s: "")]
+
+
+def _again_and_again() -> list[Patch]:
+    return [Patch(jobs, "is_done", lambda slot: False)]
+
+
+def _adopts_whatever_is_there() -> list[Patch]:
+    def careless(tx: Transaction, orphan: adoption.Orphan, own: NodeId, new_id: IdSource) -> bool:
+        node = tx.lookup(Node, orphan.node_id)
+        if node is None:
+            return False
+        session = replace(orphan.session, manager_id=own, session_id=SessionId(new_id()))
+        tx.put(replace(node, session=session))
+        return True
+
+    return [Patch(adoption, "adopt", careless)]
+
+
+def _reports_once() -> list[Patch]:
+    return [Patch(Reports, "put_back", lambda self, batch: None)]
+
+
+def _suspects_all() -> list[Patch]:
+    return [Patch(update._Rollout, "_has_failed", lambda self, lead: True)]
+
+
+def _gives_back_early() -> list[Patch]:
+    real = Books.enter_task
+
+    def enter_task(self: Books, task: Task) -> bool:
+        return real(self, task) if task.is_wanted else self.leave_task(task.id)
+
+    return [Patch(Books, "enter_task", enter_task)]
+
+
+def _gives_back_never() -> list[Patch]:
+    return [Patch(Books, "leave_task", lambda self, task_id: False)]
+
+
+def _keeps_removed_networks() -> list[Patch]:
+    return [Patch(Books, "_forget_gone", lambda self, ids: None)]
+
+
+def _forgets_removed_networks() -> list[Patch]:
+    def leave_network(self: Books, network: Network) -> None:
+        self.networks.leave(network.id)
+
+    return [Patch(Books, "leave_network", leave_network)]
+
+
+# -- of the store alone ------------------------------------------------------------------------------------------------
+
+
+def _admits_all() -> list[Patch]:
+    return [Patch(Footprint, "admits", lambda self, other: True)]
+
+
+def _settles_at_once() -> list[Patch]:
+    async def settle(self: batcher.Batcher, entry: batcher.Entry, loads: int) -> None:
+        await self._move_ticket()
+        for pending in entry.pending:
+            if pending in self._seen:
+                pending.resolve(Committed(self._seen[pending]))
+        self._requeue([pending for pending in entry.pending if pending not in self._seen])
+
+    return [Patch(batcher.Batcher, "_settle", settle)]
+
+
+def _observes_nothing() -> list[Patch]:
+    return [Patch(batcher.Batcher, "observe", lambda self, key, value, revision: None)]
+
+
+def _without_compares(kind: type[Compare]) -> Callable[[], list[Patch]]:
+    real = Draft.proposal
+
+    def proposal(self: Draft) -> Any:
+        whole = real(self)
+        return replace(whole, compares=tuple(one for one in whole.compares if not isinstance(one, kind)))
+
+    return lambda: [Patch(Draft, "proposal", proposal)]
+
+
+def _barrier_of_before() -> list[Patch]:
+    async def passed(self: store.SharedBarrier) -> None:
+        needed = self._begun  # the one under way, or the last one, is as good
+        while self._passed < needed:
+            async with self._turn:
+                if self._passed >= needed:
+                    return
+                self._begun += 1
+                mine = self._begun
+                await self._round_trip()
+                self._passed = max(self._passed, mine)
+
+    return [Patch(store.SharedBarrier, "passed", passed)]
+
+
+def _skips_a_revision() -> list[Patch]:
+    real = SimulatedClient.watch
+    return [Patch(SimulatedClient, "watch", lambda self, prefix, after: real(self, prefix, after + 1))]
+
+
+def _no_difference() -> list[Patch]:
+    async def nothing(self: Follower, state: State) -> list[Event]:
+        return []
+
+    return [Patch(Follower, "_difference", nothing)]
+
+
+def _decides_on_the_past() -> list[Patch]:
+    """What is acknowledged is done, whatever the replica shows."""
+
+    async def at_once(self: Updater, *_: object) -> None:
+        return None
+
+    return [Patch(Updater, name, at_once) for name in ("_shown", "_earlier_shown", "_left")]
+
+
+def _any_term() -> list[Patch]:
+    """A manager whose member slept through an election takes the leader key back."""
+    real = msgspec.json.decode
+
+    def decode(stored: bytes, type: Any) -> Any:
+        record = real(stored, type=type)
+        return replace(record, term=0) if type is LeaderRecord else record
+
+    class Json:
+        encode = staticmethod(msgspec.json.encode)
+
+    Json.decode = staticmethod(decode)  # type: ignore[attr-defined]
+
+    class Msgspec:
+        json = Json
+
+    return [Patch(election, "msgspec", Msgspec)]
+
+
+# -- of changes of leader ------------------------------------------------------------------------------------------
+
+
+def _counts_what_it_never_saw() -> list[Patch]:
+    return [Patch(sightings.Sightings, "saw_created", lambda self, task: True)]
+
+
+def _judges_what_it_never_saw() -> list[Patch]:
+    return [Patch(sightings.Sightings, name, lambda self, task: True) for name in ("saw_start", "saw_end")]
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant("fence", "the leader's writes compare the leader key", _unfenced),
+    Mutant("session compare", "what a node says is written for its present session only", _any_session),
+    Mutant("monotone states", "of two reports the further one stands", _any_state),
+    Mutant("spread", "tasks of a service go to the nodes that have the fewest", _packed),
+    Mutant("update order", "start-first and stop-first are what they say", _other_order),
+    Mutant("grace period", "a node is down after three missed heartbeats, not after one", _impatient),
+    Mutant("name claims", "a name belongs to one service", _no_claims),
+    Mutant("revisions", "a node takes no assignments older than those it has seen", _any_revision),
+    Mutant("restart delay", "a failed task is replaced after its delay", _no_delay),
+    Mutant("barrier reads", "a read shows everything acknowledged before it", _stale_reads),
+    Mutant("ticket", "a write of unknown outcome is settled before it is sent again", _sent_again),
+    Mutant("one at a time", "a successor waits until what it replaces has stopped", _crowded_slots),
+    Mutant("job bounds", "of a job no more runs are under way than may be at a time", _all_runs_at_once),
+    Mutant("unknown since", "what ran on a node whose lease is over is shown as unknown", _last_word_stands),
+    Mutant("adoption", "the leader takes over the sessions of a manager that has gone", _no_adoption),
+    Mutant("patience", "a node whose manager went away gets time to find another one", _no_patience),
+    Mutant("room", "a placed task leaves its node only when that has too little room for it", _crowding_out),
+    Mutant("one attempt", "a slot that has a task of the present spec gets no second one", _one_too_many),
+    Mutant("clean return", "a node that is back forgets what is no longer its own", _keepsakes),
+    Mutant("sequence", "a service is changed only as it is at the version that is named", _any_version),
+    Mutant("host ports", "a port of a node is held by one task", _shared_ports),
+    Mutant("constraints", "tasks are on nodes that meet their constraints", _anywhere),
+    Mutant("keep", "on-disconnect: tasks of a node that is down keep their places", _always_replaced),
+    Mutant("stop", "on-disconnect: a node that nobody hears stops its tasks by itself", _never_stopped),
+    Mutant("done once", "a run of a job that is completed is not begun again", _again_and_again),
+    Mutant("reports kept", "what could not be reported is reported later", _reports_once),
+    Mutant("causes", "an update is stopped for a failure", _suspects_all),
+    Mutant(
+        "adopt",
+        "a session is adopted only if it is still the one of the manager that is silent",
+        _adopts_whatever_is_there,
+        short.sessions,
+    ),
+    *(
+        Mutant(name, rule, patches, short.allocations)
+        for name, rule, patches in (
+            ("address held", "a task holds its address until it has ended", _gives_back_early),
+            ("address given back", "what a task held is free when it has ended", _gives_back_never),
+            (
+                "subnet given back",
+                "a removed network's subnet is free after its last task",
+                _keeps_removed_networks,
+            ),
+            (
+                "subnet held",
+                "a removed network's subnet is taken until its last task has ended",
+                _forgets_removed_networks,
+            ),
+        )
+    ),
+    Mutant(
+        "counts", "a new leader counts the restarts that it has seen", _counts_what_it_never_saw, twins.live
+    ),
+    Mutant("judgement", "a new leader judges by what it has seen", _judges_what_it_never_saw, twins.live),
+    *(
+        Mutant(name, rule, patches, alone.live, STORE_SEEDS)
+        for name, rule, patches in (
+            ("footprints", "what reads what another writes does not share its entry", _admits_all),
+            ("settling", "what became of a write is asked when the replica shows it", _settles_at_once),
+            ("witnesses", "a write whose answer was lost is recognized in the watch", _observes_nothing),
+            ("existence", "what is referred to still exists", _without_compares(Exists)),
+            ("no users", "what is removed is referred to by nothing", _without_compares(NothingSince)),
+            (
+                "own barrier",
+                "a round trip that began before a read does not count for it",
+                _barrier_of_before,
+            ),
+            ("no gap", "a watch goes on where the one before it ended", _skips_a_revision),
+            ("differences", "watchers hear what a load has changed", _no_difference),
+            ("shown first", "a leader decides when it sees what it wrote before", _decides_on_the_past),
+            ("raft's term", "a leader of an older term does not take the key back", _any_term),
+        )
+    ),
+)
+
+
+def main() -> int:
+    """Print the table; gives 1 if a mutant lived."""
+    clock = SystemClock()
+    began = clock.monotonic()
+    sys.stdout.write(f"{'mutant':<18}{'found by seed':>14}{'lives':>7}{'seconds':>9}  violation\n")
+    with ProcessPoolExecutor() as pool:
+        verdicts = [pool.submit(_judged, number) for number in range(len(MUTANTS))]
+        for verdict in (future.result() for future in verdicts):
+            seed = "never" if verdict.seed is None else verdict.seed
+            sys.stdout.write(
+                f"{verdict.mutant:<18}{seed:>14}{verdict.lives:>7}{verdict.seconds:>9.1f}  "
+                f"{verdict.violation.splitlines()[0] if verdict.violation else ''}\n"
+            )
+            sys.stdout.flush()
+    lived = sum(future.result().seed is None for future in verdicts)
+    sys.stdout.write(f"{len(verdicts)} mutants, {lived} lived, {clock.monotonic() - began:.0f} s\n")
+    return 1 if lived else 0
+
+
+def _judged(number: int) -> Verdict:
+    return judged(MUTANTS[number])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""A simulated node: the real agent, worker and tasks, on a pretended machine.
+
+The machine (what runs, what is on its disk) outlives the node process, as real ones do; power loss ends what
+runs and keeps the disk.
+"""
+
+import asyncio
+from collections.abc import Callable
+from random import Random
+from typing import Protocol
+
+from sim.credentials import NoLogs, SimulatedCredentials
+from sim.network import Network
+from sim.time import VirtualClock
+from skep.agent.agent import Agent
+from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
+from skep.agent.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
+from skep.agent.last_heard import LastHeard
+from skep.agent.managers import ManagerList
+from skep.agent.reports import Reports
+from skep.agent.revisions import SeenRevision
+from skep.agent.task_files import RememberedTask, TaskFiles
+from skep.agent.worker import Worker
+from skep.aio.clock import Clock
+from skep.aio.first import wait_first
+from skep.dataplane.tables.files import StoredTables
+from skep.dataplane.tables.keeper import TableKeeper
+from skep.model.ids import NodeId, TaskId
+from skep.model.node import NodeDescription
+from skep.model.task import AssignedTask, Task
+from skep.node.contact import Contact
+from skep.node.local import Peer
+from skep.security.identity import Identity
+
+
+class SimulatedNode:
+    """One worker machine."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        description: NodeDescription,
+        network: Network,
+        managers: tuple[Peer, ...],
+        *,
+        clock: VirtualClock,
+        random: Random,
+        behaviour: Behaviour,
+        renew: Callable[[], None],
+    ) -> None:
+        """``renew``: called when managers ask for another certificate."""
+        self.id = identity.node_id
+        self.broken_images: set[str] = set()
+        """Images that cannot be prepared here."""
+        self.hanging_images: set[str] = set()
+        """Images whose preparation does not end."""
+        self.ending_images: dict[str, tuple[float, int]] = {}
+        """Images whose containers end after so many seconds, with this exit code."""
+        self.machine = WatchedMachine(self)
+        self.watchers: list[ContainerWatcher] = []
+        self.tasks: dict[TaskId, AssignedTask] = {}
+        """What each process on the machine was made for, for whoever looks at it from outside."""
+        self.disk = MemoryFiles()
+        self._last_heard = LastHeard(clock.since_boot)
+        self._seen = SeenRevision(None, identity.cluster_id)
+        """On the disk too."""
+        self._identity = identity
+        self._description = description
+        self._network = network
+        self._managers = managers
+        self._clock = clock
+        self._random = random
+        self._behaviour = behaviour
+        self._renew = renew
+        self._registered: asyncio.Event | None = None
+
+    @property
+    def has_session(self) -> bool:
+        """Whether its node process runs and a manager has taken it in."""
+        return self._registered is not None and self._registered.is_set()
+
+    @property
+    def containers(self) -> dict[TaskId, Task]:
+        """Tasks whose process runs on this machine, whether anybody knows of it or not."""
+        return {
+            id: self.tasks[id].task
+            for id, process in self.machine.processes.items()
+            if process.started and process.exit_code is None
+        }
+
+    @property
+    def kept(self) -> list[TaskId]:
+        """Tasks of which the machine keeps anything: on its disk, or a container that may have ended."""
+        remembered = (one.assigned.task.id for one in self.disk.written())
+        return sorted({*remembered, *self.machine.processes})
+
+    async def run(self) -> None:
+        """Be a node process until cancelled; what runs then goes on alone."""
+        reports = Reports()
+        executor = ImageExecutor(self, self._clock, self._random, self._behaviour)
+        contact = Contact(self._clock, self._last_heard)
+        worker = Worker(
+            executor=executor, files=self.disk, reports=reports, clock=self._clock, contact=contact
+        )
+        tables = TableKeeper(StoredTables(None, self._clock), (), self._clock, self._random.random)
+        managers = ManagerList(self._managers)
+        agent = Agent(
+            credentials=SimulatedCredentials(self._identity, self._network, self._renew),
+            managers=managers,
+            describe=lambda: self._description,
+            sink=worker,
+            reports=reports,
+            logs=NoLogs(),
+            clock=self._clock,
+            random=self._random,
+            contact=contact,
+            seen=self._seen,
+            tables=tables,
+        )
+        self._registered = agent.registered
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(worker.run(), name=f"{self.id} worker")
+                group.create_task(tables.run(), name=f"{self.id} tables")
+                group.create_task(agent.run(), name=f"{self.id} agent")
+        finally:
+            self._registered = None
+            self._managers = managers.peers  # a node keeps what it was told last
+
+    def lose_power(self) -> None:
+        """Every process is gone; the disk stays."""
+        self._last_heard.forget()
+        self.machine.lose_power()
+
+
+class ContainerWatcher(Protocol):
+    """Hears what becomes of containers."""
+
+    def container_started(self, node_id: NodeId, task: Task) -> None: ...
+
+    def container_stopped(self, node_id: NodeId, task_id: TaskId) -> None:
+        """The node stops it, before it does."""
+
+    def container_ended(self, node_id: NodeId, task_id: TaskId) -> None:
+        """It is gone, however that came."""
+
+
+class WatchedMachine(Machine):
+    """A machine that tells what becomes of its processes."""
+
+    def __init__(self, node: SimulatedNode) -> None:
+        super().__init__()
+        self._node = node
+
+    def has_started(self, id: TaskId) -> None:
+        for watcher in self._node.watchers:
+            watcher.container_started(self._node.id, self._node.tasks[id].task)
+
+    def is_stopping(self, id: TaskId) -> None:
+        """The node is about to stop it, if it runs."""
+        process = self.processes.get(id)
+        if process is not None and process.started and process.exit_code is None:
+            for watcher in self._node.watchers:
+                watcher.container_stopped(self._node.id, id)
+
+    def has_ended(self, id: TaskId) -> None:
+        for watcher in self._node.watchers:
+            watcher.container_ended(self._node.id, id)
+
+    def crash(self, id: TaskId, exit_code: int = 137) -> None:
+        super().crash(id, exit_code)
+        self.has_ended(id)
+
+    def lose_power(self) -> None:
+        """Every process is gone."""
+        for id in list(self.processes):
+            self.has_ended(id)
+        self.processes.clear()
+
+
+class ImageExecutor(SimulatedExecutor):
+    """Behaves as the images of its node do."""
+
+    def __init__(self, node: SimulatedNode, clock: Clock, chance: Random, behaviour: Behaviour) -> None:
+        super().__init__(clock, chance, node.machine, behaviour)
+        self.node = node
+
+    def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
+        self.node.tasks[task.task.id] = task
+        return _ImageController(self, task)
+
+    async def discard(self, task_id: TaskId) -> None:
+        self.node.machine.is_stopping(task_id)
+        await super().discard(task_id)
+        self.node.machine.has_ended(task_id)
+        self.node.tasks.pop(task_id, None)
+
+
+class _ImageController(SimulatedController):
+    def __init__(self, executor: ImageExecutor, task: AssignedTask) -> None:
+        super().__init__(executor, task)
+        self._node = executor.node
+        self._task = task
+        self._clock = executor.clock
+        self._image = image_of(task.task)
+
+    async def prepare(self) -> None:
+        if self._image in self._node.broken_images:
+            await self._clock.sleep(0.01)
+            raise Rejected(f"No such image: {self._image}")
+        if self._image in self._node.hanging_images:
+            await asyncio.Event().wait()
+        self._node.tasks[self._task.task.id] = self._task  # again, if it was removed before another attempt
+        if self._id in self._node.machine.processes:
+            await self._executor.take(self._executor.behaviour.prepare_s)  # to find out that it was prepared
+        await super().prepare()
+
+    async def start(self) -> Running:
+        process = self._require()
+        was_started = process.started
+        running = await super().start()
+        if not was_started:
+            self._node.machine.has_started(self._id)
+        return running
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        self._node.machine.is_stopping(self._id)
+        await super().shutdown(drain_s)
+        self._node.machine.has_ended(self._id)
+
+    async def terminate(self) -> None:
+        self._node.machine.is_stopping(self._id)
+        await super().terminate()
+        self._node.machine.has_ended(self._id)
+
+    async def wait(self) -> TaskExit:
+        if (end := self._node.ending_images.get(self._image)) is not None:
+            lasts_s, exit_code = end
+            process = self._require()
+            await wait_first(self._clock.sleep(lasts_s), process.ended.wait())
+            process.end(exit_code)
+        ended = await super().wait()
+        self._node.machine.has_ended(self._id)
+        return ended
+
+
+class MemoryFiles(TaskFiles):
+    """The disk of a simulated machine.
+
+    While it is full, files can be removed and none be written: what was to be is written when there is room, unless
+    the node process has ended by then.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: dict[TaskId, RememberedTask] = {}
+        self._unwritten: dict[TaskId, RememberedTask] = {}
+        self._is_full = False
+
+    def load(self) -> list[RememberedTask]:
+        """A node process begins: it knows what is written."""
+        self._unwritten.clear()
+        return self.written()
+
+    def written(self) -> list[RememberedTask]:
+        return [self._tasks[id] for id in sorted(self._tasks)]
+
+    def remember(self, task: RememberedTask) -> None:
+        files = self._unwritten if self._is_full else self._tasks
+        files[task.assigned.task.id] = task
+
+    def forget(self, id: TaskId) -> None:
+        self._unwritten.pop(id, None)
+        self._tasks.pop(id, None)
+
+    def fill(self) -> None:
+        """Nothing can be written any more."""
+        self._is_full = True
+
+    def make_room(self) -> None:
+        """What could not be written is."""
+        self._is_full = False
+        self._tasks |= self._unwritten
+        self._unwritten.clear()
+
+    async def run(self) -> None:
+        """Everything is written at once: there is nothing to do, until cancelled."""
+        await asyncio.Event().wait()
+
+
+def image_of(task: Task) -> str:
+    """The image a task runs."""
+    container = task.spec.container_spec
+    return container.image if container else ""

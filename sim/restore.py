@@ -1,0 +1,59 @@
+"""The last thing that may happen to a cluster: all managers are lost, and one goes on from a snapshot."""
+
+from inspect import isfunction
+from typing import Any
+
+from sim.cluster import SimulatedCluster
+from sim.etcd.client import SimulatedClient
+from sim.joined import address_of
+from sim.rules.observer import Observer
+from skep.manager.recovery import show_survivor
+from skep.model.ids import NodeId, TaskId
+from skep.model.task import Task
+from skep.model.times import SECOND_NS
+from skep.store.etcd.founding import raise_incarnation_on
+
+WITHOUT_S = 5.0
+"""From the loss of the managers to the restore; nodes run on."""
+
+
+def restore(cluster: SimulatedCluster, revision: int) -> None:
+    """Go on from what was true at ``revision`` with one manager, as ``manager.recovery`` does.
+
+    What was promised since then is not kept: of the rules those go on that remember nothing.
+    """
+    plain = [id for id in cluster.managers if id not in cluster.nodes]
+    survivor = cluster.random.choice(plain or cluster.managers)
+    cluster.trace.add(f"fault: all managers are lost, {survivor} goes on from revision {revision}")
+    cluster.start_all()
+    for id in cluster.managers:
+        cluster.crash(id)
+    cluster.managers = (survivor,)
+    cluster.run_for(WITHOUT_S)
+    cluster.raft.restore(survivor, revision)
+    cluster.truth.restore(cluster.raft.kv.events(2, revision))
+    cluster.observe_with(Newcomer)
+    cluster.raft.start(survivor)
+    member = cluster.raft.members[survivor]
+    client = SimulatedClient(cluster.raft, member, cluster.links, cluster.random)
+    now_s = cluster.clocks[survivor].now_ns() // SECOND_NS
+    cluster.do(raise_incarnation_on(client, now_s))
+    cluster.start_manager(survivor)
+    cluster.write(lambda tx: show_survivor(tx, survivor, address_of(survivor)))
+
+
+class Newcomer(Observer):
+    """Asks what needs no memory alone."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.rules = [rule for rule in self.rules if isfunction(rule)]
+
+    def look(self) -> None:
+        """Nothing is known of what runs since when."""
+
+    def container_started(self, node_id: NodeId, task: Task) -> None:
+        self._trace.add(f"{node_id} starts task {task.id[:6]}")
+
+    def container_stopped(self, node_id: NodeId, task_id: TaskId) -> None:
+        self._trace.add(f"{node_id} stops task {task_id[:6]}")

@@ -1,0 +1,89 @@
+"""The last things that happened in a run, for whoever has to understand how it went wrong."""
+
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from sim.truth import Change
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.store.interface import Created, Deleted, Event, Updated, View
+
+LINES = 400
+
+
+class Trace:
+    """Commits, faults and what users did, in order of time.  Commits become text only when somebody asks."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._kept: deque[tuple[float, str | Change]] = deque(maxlen=LINES)
+
+    def add(self, text: str) -> None:
+        """Something happened."""
+        self._kept.append((self._now(), text))
+
+    def commit(self, change: Change, view: View) -> None:
+        """Something was committed."""
+        self._kept.append((change.time_s, change))
+
+    def lines(self) -> list[str]:
+        """What is kept, one line each."""
+        return [f"{at:9.3f}  {_said(what)}" for at, what in self._kept]
+
+
+def _said(what: str | Change) -> str:
+    if isinstance(what, str):
+        return what
+    said = [text for event in what.events if (text := _event(event))]
+    claims = [
+        f"{'-' if one.value is None else '+'}{one.key}" for one in what.keys if not one.key.startswith("o/")
+    ]
+    return f"r{what.revision} by {what.origin}: " + "; ".join([*said, *claims])
+
+
+def _event(event: Event) -> str:
+    match event:
+        case Created(object):
+            return f"new {_named(object)}"
+        case Deleted(object):
+            return f"gone {_named(object)}"
+        case Updated(old, new):
+            changed = [
+                f"{name} {_brief(before)} -> {_brief(after)}"
+                for name in _TOLD.get(type(new), ())
+                if (before := getattr(old, name)) != (after := getattr(new, name))
+            ]
+            return f"{_named(new)}: " + (", ".join(changed) or "other fields")
+
+
+_TOLD: dict[type[msgspec.Struct], tuple[str, ...]] = {
+    Task: ("desired_state", "status", "node_id"),
+    Service: ("spec", "update_status", "removed_at"),
+    Node: ("spec", "status", "session"),
+}
+
+
+def _named(object: msgspec.Struct) -> str:
+    match object:
+        case Task():
+            return f"task {object.id[:6]} ({object.service_id}.{object.slot or object.node_id} on {object.node_id})"
+        case Service():
+            return f"service {object.id} at {object.version.index}"
+    return f"{type(object).__name__.lower()} {getattr(object, 'id', '')}"
+
+
+def _brief(value: object) -> str:
+    """A value in a few words."""
+    for name in ("state", "availability", "session_id", "mode"):
+        inner = getattr(value, name, None)
+        if inner is not None:
+            if name == "mode":
+                container = value.task_template.container_spec  # type: ignore[attr-defined]
+                return (
+                    f"{inner.name} x{getattr(value, 'replicas', '')} {container.image if container else ''}"
+                )
+            return str(getattr(inner, "value", inner))[:12]
+    return str(getattr(value, "value", value))[:30]

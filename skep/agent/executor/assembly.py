@@ -1,0 +1,252 @@
+"""Puts the ``oci`` executor together from its pieces."""
+
+import os
+import resource
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from skep.agent.executor.attaching import ClusterAttachments
+from skep.agent.executor.oci import OciExecutor
+from skep.agent.executor.pulling import Images
+from skep.aio.clock import Clock
+from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.gateway import BRIDGE, Gateway
+from skep.dataplane.ingress.mesh import Mesh
+from skep.dataplane.joining import Joining
+from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.local.places import LocalPlaces
+from skep.dataplane.naming import NameService, Naming
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.node_tables import NodeTables
+from skep.dataplane.overlay.healing import Healing
+from skep.dataplane.overlay.home import home_domain
+from skep.dataplane.overlay.overlays import Overlays
+from skep.dataplane.overlay.repairs import Repairs
+from skep.dataplane.overlay.settling import Settling
+from skep.dataplane.ports import OwnReservations, PortReservations
+from skep.dataplane.probe.data_path import DataPath
+from skep.dataplane.probe.knocking import Knocking
+from skep.dataplane.probe.place import ProbePlace
+from skep.dataplane.probe.port_checks import PortChecks
+from skep.dataplane.probe.prober import PathProber
+from skep.engine import apparmor, capabilities, seccomp
+from skep.engine.bundle import Bundles
+from skep.engine.cgroups import Cgroups
+from skep.engine.containers import Containers
+from skep.engine.machine_paths import is_in_user_namespace, thermal_throttles
+from skep.engine.mounts.payloads import Payloads
+from skep.engine.mounts.volumes import Volumes
+from skep.engine.runtime import Runtime
+from skep.engine.spec import Capacity
+from skep.model.ids import new_container_id
+from skep.model.meta import Driver
+from skep.node.conditions import Conditions
+from skep.paths import Paths
+
+_CAP_SYS_RESOURCE = "CAP_SYS_RESOURCE"
+_INITS = ("/usr/bin/tini-static", "/usr/bin/catatonit")
+"""Static ones only: a dynamic init finds no loader in most images."""
+
+
+class Programs(msgspec.Struct, frozen=True, kw_only=True):
+    """The programs of the machine that containers need."""
+
+    runc: Path = Path("/usr/sbin/runc")
+    conmon: Path = Path("/usr/bin/conmon")
+    init: str = ""
+
+
+def find_programs() -> Programs:
+    """What this machine has."""
+    return Programs(init=next((path for path in _INITS if os.access(path, os.X_OK)), ""))
+
+
+def oci_executor(
+    paths: Paths,
+    images: Images,
+    *,
+    clock: Clock,
+    chance: Callable[[], float],
+    hostname: str,
+    cgroup_parent: str = "skep",
+    ports: PortReservations | None = None,
+    names: NameService | None = None,
+    mesh_ports: PortReservations | None = None,
+    namespaces: Namespaces | None = None,
+    log_default: Driver | None = None,
+    programs: Programs | None = None,
+    resolver: Path = Path("/etc/resolv.conf"),
+    conditions: Conditions | None = None,
+) -> OciExecutor:
+    """The executor of one node.
+
+    Args:
+        cgroup_parent: below each cgroup hierarchy; two nodes on one machine need two.
+        ports: holds published ports in host mode; None: this process does, for as long as it lives.
+        mesh_ports: the same for those of the routing mesh.
+        names: answers for names in containers' namespaces; None: nobody does.
+        namespaces: None: containers' in ``paths.netns``, the node's own being this process's.
+        log_default: log driver and options of tasks that name none.
+        resolver: name servers for containers that name none.
+    """
+    programs = programs or find_programs()
+    namespaces = namespaces or Namespaces(paths.netns)
+    cgroups = Cgroups(cgroup_parent)
+    capacity = capacity_of(cgroups, programs)
+    bundles = Bundles(paths.containers, paths.bundles, cgroups, capacity, resolver)
+    runtime = Runtime(
+        runc=programs.runc,
+        conmon=programs.conmon,
+        root=paths.runc,
+        bundles=bundles,
+        cgroups=cgroups,
+        capacity=capacity,
+    )
+    naming = Naming(names, resolver) if names is not None else None
+    attachments = ClusterAttachments()
+    network = container_network(
+        paths,
+        attachments=attachments,
+        names=names,
+        namespaces=namespaces,
+        ports=ports or OwnReservations(namespaces),
+        mesh_ports=mesh_ports,
+        clock=clock,
+        chance=chance,
+        naming=naming,
+        conditions=conditions,
+    )
+    containers = Containers(
+        bundles=bundles,
+        runtime=runtime,
+        cgroups=cgroups,
+        network=network,
+        clock=clock,
+        new_id=new_container_id,
+        starts_max=2 * (os.cpu_count() or 1),
+        conditions=conditions,
+    )
+    return OciExecutor(
+        containers=containers,
+        bundles=bundles,
+        images=images,
+        payloads=Payloads(paths.secrets),
+        volumes=Volumes(paths.volumes),
+        clock=clock,
+        hostname=hostname,
+        log_default=log_default,
+        gateway=network.gateway,
+        overlays=network.overlays,
+        naming=naming,
+        mesh=network.mesh,
+        prober=network.prober,
+        attachments=attachments,
+        network=network,
+    )
+
+
+def container_network(
+    paths: Paths,
+    *,
+    namespaces: Namespaces,
+    ports: PortReservations,
+    mesh_ports: PortReservations | None = None,
+    clock: Clock,
+    chance: Callable[[], float],
+    naming: Naming | None = None,
+    names: NameService | None = None,
+    attachments: ClusterAttachments | None = None,
+    conditions: Conditions | None = None,
+) -> ContainerNetwork:
+    """All networks of one node's containers.
+
+    ``attachments``: plain containers' places on the cluster's networks; None: there are none.
+    """
+    repairs, settling = Repairs(), Settling(clock)
+    healing = Healing(namespaces, clock, repairs, chance=chance)
+    home = home_domain(namespaces, repairs)
+    overlays = Overlays(
+        namespaces=namespaces,
+        pins=Namespaces(paths.overlays, namespaces.home),
+        home=home,
+        repairs=repairs,
+        healing=healing,
+        settling=settling,
+        bridges=(BRIDGE,),
+    )
+    gateway = Gateway(
+        namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.networks / "gateway"
+    )
+    local = LocalNetworks(paths.networks / "local", gateway, clock=clock, new_id=new_container_id)
+    attachments = attachments or ClusterAttachments()
+    mesh = Mesh(
+        namespaces=namespaces,
+        tables=NodeTables(namespaces, clock, chance),
+        ports=mesh_ports or OwnReservations(namespaces),
+        relays=paths.relays,
+        clock=clock,
+        chance=chance,
+    )
+    place = ProbePlace(
+        pins=Namespaces(paths.probes, namespaces.home),
+        home=home,
+        repairs=repairs,
+        healing=healing,
+        bridges=(BRIDGE,),
+    )
+    prober = PathProber(
+        DataPath(place, namespaces, clock, _random_number),
+        PortChecks(Knocking(namespaces, clock, _random_number)),
+        paths.measured_paths,
+        overlays.remeasured,
+        clock,
+        chance,
+    )
+    overlays.measure_with(prober)
+    return ContainerNetwork(
+        local=local,
+        joining=Joining(LocalPlaces(local, paths.tables, names), attachments),
+        namespaces=namespaces,
+        home=home,
+        gateway=gateway,
+        overlays=overlays,
+        mesh=mesh,
+        healing=healing,
+        settling=settling,
+        prober=prober,
+        naming=naming,
+        clock=clock,
+        chance=chance,
+        say=conditions.say("networks") if conditions is not None else lambda _: None,
+    )
+
+
+def _random_number() -> int:
+    return secrets.randbits(64)
+
+
+def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:
+    """What this process can give to containers; found out once."""
+    bounding = capabilities.bounding_set()
+    may_raise = _CAP_SYS_RESOURCE in bounding
+    limits = {
+        name: resource.getrlimit(getattr(resource, name))[1]
+        for name in dir(resource)
+        if name.startswith("RLIMIT_")
+    }
+    return Capacity(
+        capabilities=bounding,
+        hard_limits={} if may_raise else {name: hard for name, hard in limits.items() if hard >= 0},
+        controllers=cgroups.controllers,
+        has_swap_accounting=cgroups.has_swap_accounting,
+        may_lower_oom_score=may_raise,
+        is_cgroup_v2=cgroups.is_v2,
+        init_binary=programs.init,
+        has_x32=seccomp.runs_x32(),
+        has_apparmor=apparmor.is_supported(),
+        masked_paths=thermal_throttles(),
+        has_keyrings=not is_in_user_namespace(),
+    )

@@ -1,0 +1,213 @@
+"""Tasks as plain commands of the node: no image, no runc, no network of their own.
+
+A small shell waits for the command and writes its exit code to a file, so that a task outlives the node
+process and is found again, as a container is.  Each task has a directory: ``pid`` and ``exit`` (written by
+that shell), ``started`` (by us), ``output``.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
+from skep.agent.executor.wish import stop_signal
+from skep.aio.trees import remove_tree
+from skep.engine.container import ProcessName
+from skep.engine.processes import is_alive, named, send_signal, wait_gone
+from skep.engine.signals import signal_number
+from skep.errors import NotFound, SkepError, Unavailable
+from skep.linux.files import replace_file
+from skep.model.container import ContainerSpec
+from skep.model.ids import NodeId, TaskId
+from skep.model.task import AssignedTask, ContainerStatus
+
+_START_DEADLINE_S = 10.0
+_WRAPPER = """\
+cd "$1" || exit 126
+directory=$2
+shift 2
+cat /proc/$$/stat
+setsid /bin/sh -c '
+  cat /proc/$$/stat
+  exec "$@" >"$0/output" 2>&1
+' "$directory" "$@" </dev/null &
+exec >/dev/null
+wait $!
+echo $? >"$directory/.exit"
+mv "$directory/.exit" "$directory/exit"
+"""
+"""Working directory, task directory, command.  ``setsid`` gives the command a process group of its own."""
+
+
+class _Started(msgspec.Struct, frozen=True):
+    """The command, and the shell that waits for it."""
+
+    command: ProcessName
+    waiting: ProcessName
+
+
+class ProcessExecutor:
+    """Runs tasks as commands.  ``directory``: where their state is kept."""
+
+    name = "process"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        yield
+
+    def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
+        return ProcessController(self.directory, task)
+
+    async def leftovers(self) -> Sequence[TaskId]:
+        return sorted(TaskId(entry.name) for entry in self.directory.iterdir())
+
+    async def discard(self, task_id: TaskId) -> None:
+        path = self.directory / task_id
+        await _kill(path)
+        await remove_tree(path)
+
+    def identify(self, node_id: NodeId) -> None:
+        """Nothing here carries the node's id."""
+
+
+class ProcessController:
+    """One command."""
+
+    def __init__(self, directory: Path, task: AssignedTask) -> None:
+        self._task = task
+        self._path = directory / task.task.id
+
+    def observed(self) -> Running | None:
+        if not self._path.is_dir():
+            return None
+        started, code = _started(self._path), _exit_code(self._path)
+        is_running = started is not None and code is None and is_alive(started.command)
+        return Running(
+            container=ContainerStatus(
+                container_id=self._task.task.id,
+                pid=started.command.pid if started is not None and is_running else 0,
+                exit_code=code or 0,
+            )
+        )
+
+    async def prepare(self) -> None:
+        spec = self._spec()
+        arguments = (*spec.command, *spec.args)
+        if not arguments:
+            raise Rejected("No command specified")
+        stop_signal(spec.stop_signal)
+        if spec.mounts or spec.secrets or spec.configs:
+            raise Rejected("this node runs plain commands: they have no mounts, secrets or configs")
+        self._path.mkdir(mode=0o700, exist_ok=True)
+
+    async def start(self) -> Running:
+        if not self._path.is_dir():
+            raise NotFound(f"No such process: {self._task.name}")
+        if _started(self._path) is None:
+            spec = self._spec()
+            program = shutil.which((*spec.command, *spec.args)[0])
+            if program is None:
+                replace_file(self._path / "exit", b"127", is_durable=False)
+                raise Unavailable(
+                    f'starting process failed: exec: "{(*spec.command, *spec.args)[0]}":'
+                    " executable file not found in $PATH"
+                )
+            await self._launch(spec)
+        observed = self.observed()
+        assert observed is not None
+        return observed
+
+    async def wait(self) -> TaskExit:
+        started = _started(self._path)
+        if started is None:
+            raise NotFound(f"No such process: {self._task.name}")
+        await wait_gone(started.waiting)
+        code = _exit_code(self._path)
+        if code is None:
+            await wait_gone(started.command)
+            code = 255  # the shell that waits was killed: nobody saw the end
+        return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        started = _started(self._path)
+        if started is None or not is_alive(started.command):
+            return
+        spec = self._spec()
+        send_signal(started.command, signal_number(spec.stop_signal or "SIGTERM"))
+        try:
+            async with asyncio.timeout(spec.stop_grace_ns / 1e9):
+                await wait_gone(started.command)
+        except TimeoutError:
+            await _kill(self._path)
+        await wait_gone(started.waiting)
+
+    async def terminate(self) -> None:
+        await _kill(self._path)
+
+    async def update(self, task: AssignedTask) -> None:
+        """A plain command has no limits."""
+
+    async def remove(self) -> None:
+        await _kill(self._path)
+        await remove_tree(self._path)
+
+    def _spec(self) -> ContainerSpec:
+        spec = self._task.task.spec.container_spec
+        if spec is None:
+            raise Rejected("this node runs plain commands: the task has none")
+        return spec
+
+    async def _launch(self, spec: ContainerSpec) -> None:
+        process = await asyncio.create_subprocess_exec(
+            *("/bin/sh", "-c", _WRAPPER, "sh", spec.dir or "/", str(self._path), *spec.command, *spec.args),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, **dict(entry.partition("=")[::2] for entry in spec.env)},
+        )
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(_START_DEADLINE_S):
+                waiting = await process.stdout.readline()
+                command = await process.stdout.readline()
+        except TimeoutError as error:
+            raise Unavailable(f"the command did not start in {_START_DEADLINE_S:g} s") from error
+        if not command:
+            raise SkepError(f"starting process failed: cannot run in {spec.dir or '/'}")
+        started = _Started(named(command), named(waiting))
+        replace_file(self._path / "started", msgspec.json.encode(started), is_durable=False)
+
+
+def _started(path: Path) -> _Started | None:
+    with suppress(FileNotFoundError, msgspec.DecodeError):
+        return msgspec.json.decode((path / "started").read_bytes(), type=_Started)
+    return None
+
+
+def _exit_code(path: Path) -> int | None:
+    with suppress(FileNotFoundError, ValueError):
+        return int((path / "exit").read_text())
+    return None
+
+
+async def _kill(path: Path) -> None:
+    """Kill the command with its process group; return when it is gone."""
+    started = _started(path)
+    if started is None:
+        return
+    if is_alive(started.command):
+        with suppress(ProcessLookupError):
+            os.killpg(started.command.pid, signal.SIGKILL)
+        await wait_gone(started.command)
+    await wait_gone(started.waiting)

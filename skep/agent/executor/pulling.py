@@ -1,0 +1,123 @@
+"""When a task's image is fetched, and what happens when that fails.
+
+As in Docker every task asks its registry, so that a tag that moved is noticed, and runs the local image if
+the registry does not answer.  Tasks that come together share a fetch and its failure, and a registry that
+failed is not asked again for a while as long as there is a local image: starting must not wait for a
+time-out again and again.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from skep.agent.executor.interface import Rejected
+from skep.aio.clock import Clock
+from skep.engine.images.image import Image
+from skep.errors import SkepError, Unavailable
+
+log = structlog.get_logger()
+
+RETRY_AFTER_S = 30.0
+
+
+class Images(Protocol):
+    """The node's images, as far as tasks need them (``engine/images/store.py``)."""
+
+    def resolve(self, word: str) -> Image | None: ...
+
+    def layers(self, image: Image) -> Sequence[Path]: ...
+
+    def pinned(self, chain: Sequence[str]) -> AbstractAsyncContextManager[None]:
+        """Keep the layers of ``chain`` for the block."""
+
+    async def pull(self, word: str, auth: str = "") -> Image: ...
+
+
+class Pulling:
+    """Fetches images for tasks."""
+
+    def __init__(self, images: Images, clock: Clock) -> None:
+        self._images = images
+        self._clock = clock
+        self._fetches: dict[tuple[str, str], asyncio.Future[Image | SkepError | None]] = {}
+        self._failed_at: dict[str, float] = {}
+
+    async def image(self, reference: str, auth: str) -> Image:
+        """The image to run.
+
+        Raises: Rejected: ``No such image: x: ...``, neither here nor to be had, and why the registry gave none.
+        """
+        try:
+            local = self._images.resolve(reference)
+            if local is not None and self._needs_no_registry(reference, local):
+                return local
+            await self._pull(reference, auth)
+        except SkepError as error:
+            log.info("image not pulled", image=reference, reason=str(error))
+            return self._local(reference, error)
+        return self._local(reference, None)
+
+    def _needs_no_registry(self, reference: str, local: Image) -> bool:
+        """Named by content, or its registry failed a moment ago."""
+        if "@sha256:" in reference or local.id.removeprefix("sha256:").startswith(
+            reference.removeprefix("sha256:")
+        ):
+            return True
+        failed_at = self._failed_at.get(_registry_of(reference))
+        return failed_at is not None and self._clock.monotonic() - failed_at < RETRY_AFTER_S
+
+    async def _pull(self, reference: str, auth: str) -> None:
+        """Fetch, or share the fetch that is under way, however it ends."""
+        key = reference, auth
+        while (under_way := self._fetches.get(key)) is not None:
+            if (outcome := await asyncio.shield(under_way)) is None:
+                continue  # whoever fetched was cancelled: this task has to look itself
+            if isinstance(outcome, SkepError):
+                raise outcome
+            return
+        fetch = self._fetches[key] = asyncio.get_running_loop().create_future()
+        try:
+            outcome = await self._fetched(reference, auth)
+            fetch.set_result(outcome)
+        finally:
+            del self._fetches[key]
+            if not fetch.done():
+                fetch.set_result(None)
+        if isinstance(outcome, SkepError):
+            raise outcome
+
+    async def _fetched(self, reference: str, auth: str) -> Image | SkepError:
+        registry = _registry_of(reference)
+        try:
+            image = await self._images.pull(reference, auth)
+        except SkepError as error:
+            if isinstance(error, Unavailable):
+                self._failed_at[registry] = self._clock.monotonic()
+            return error
+        self._failed_at.pop(registry, None)
+        return image
+
+    def _local(self, reference: str, error: SkepError | None) -> Image:
+        try:
+            image = self._images.resolve(reference)
+        except SkepError as invalid:
+            raise Rejected(str(invalid)) from invalid
+        if image is None:
+            raise Rejected(_why_not(reference, error)) from error
+        return image
+
+
+def _why_not(reference: str, error: SkepError | None) -> str:
+    words = f"No such image: {reference}"
+    return f"{words}: {error}" if error is not None and str(error) != words else words
+
+
+def _registry_of(reference: str) -> str:
+    """The host part of a reference; empty for the default registry."""
+    first, separator, _ = reference.partition("/")
+    is_host = separator and ("." in first or ":" in first or first == "localhost")
+    return first if is_host else ""

@@ -1,0 +1,182 @@
+"""Tasks that only pretend: for whole clusters on simulated time, and for load without containers.
+
+Time and chance are arguments.  What "runs" is kept in a ``Machine`` that outlives executors, as a real
+machine outlives its node process.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+
+from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
+from skep.aio.clock import Clock
+from skep.aio.first import wait_first
+from skep.errors import NotFound
+from skep.model.ids import NodeId, TaskId
+from skep.model.task import AssignedTask, ContainerStatus
+
+
+class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
+    """How long things take (seconds, each spread by up to half) and how often they go wrong (0 to 1)."""
+
+    prepare_s: float = 0.05
+    start_s: float = 0.05
+    shutdown_s: float = 0.05
+    run_s: float | None = None
+    """How long a task runs until it ends by itself; None: for ever."""
+    exit_code: int = 0
+    rejected: float = 0.0
+    crashed: float = 0.0
+    """How often a run ends with exit code 1 instead."""
+
+
+class Process:
+    """A pretended process."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.exit_code: int | None = None
+        self.started = False
+        self.ended = asyncio.Event()
+
+    def end(self, exit_code: int) -> None:
+        if self.exit_code is None:
+            self.exit_code = exit_code
+            self.ended.set()
+
+
+class Machine:
+    """What exists on one simulated machine."""
+
+    def __init__(self) -> None:
+        self.processes: dict[TaskId, Process] = {}
+        self._last_pid = 1
+
+    def new_process(self, id: TaskId) -> Process:
+        self._last_pid += 1
+        self.processes[id] = Process(self._last_pid)
+        return self.processes[id]
+
+    def crash(self, id: TaskId, exit_code: int = 137) -> None:
+        """End a task's process from outside."""
+        self.processes[id].end(exit_code)
+
+
+class SimulatedExecutor:
+    """Runs tasks in pretence."""
+
+    name = "simulated"
+
+    def __init__(
+        self,
+        clock: Clock,
+        chance: random.Random,
+        machine: Machine | None = None,
+        behaviour: Behaviour | None = None,
+    ) -> None:
+        self.clock = clock
+        self.chance = chance
+        self.machine = machine or Machine()
+        self.behaviour = behaviour or Behaviour()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        yield
+
+    def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
+        return SimulatedController(self, task)
+
+    async def leftovers(self) -> Sequence[TaskId]:
+        return sorted(self.machine.processes)
+
+    async def discard(self, task_id: TaskId) -> None:
+        process = self.machine.processes.pop(task_id, None)
+        if process is not None:
+            process.end(137)
+
+    def identify(self, node_id: NodeId) -> None:
+        """Nothing here carries the node's id."""
+
+    async def take(self, seconds: float) -> None:
+        """Spend about ``seconds``."""
+        await self.clock.sleep(seconds * self.chance.uniform(0.5, 1.5))
+
+
+class SimulatedController:
+    """One pretended task."""
+
+    def __init__(self, executor: SimulatedExecutor, task: AssignedTask) -> None:
+        self._executor = executor
+        self._id = task.task.id
+
+    def observed(self) -> Running | None:
+        process = self._executor.machine.processes.get(self._id)
+        if process is None:
+            return None
+        is_alive = process.started and process.exit_code is None
+        return Running(
+            container=ContainerStatus(
+                container_id=f"simulated-{self._id}",
+                pid=process.pid if is_alive else 0,
+                exit_code=process.exit_code or 0,
+            )
+        )
+
+    async def prepare(self) -> None:
+        if self._id in self._executor.machine.processes:
+            return
+        await self._executor.take(self._executor.behaviour.prepare_s)
+        if self._executor.chance.random() < self._executor.behaviour.rejected:
+            raise Rejected("the simulated node has no such image")
+        self._executor.machine.new_process(self._id)
+
+    async def start(self) -> Running:
+        process = self._require()
+        if not process.started:
+            await self._executor.take(self._executor.behaviour.start_s)
+            process.started = True
+        observed = self.observed()
+        assert observed is not None
+        return observed
+
+    async def wait(self) -> TaskExit:
+        process, behaviour = self._require(), self._executor.behaviour
+        if behaviour.run_s is None:
+            await process.ended.wait()
+        elif process.exit_code is None:
+            await self._run_for(process, behaviour.run_s)
+        code = process.exit_code or 0
+        return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        process = self._executor.machine.processes.get(self._id)
+        if process is not None and process.exit_code is None:
+            if process.started:
+                await self._executor.take(self._executor.behaviour.shutdown_s)
+            process.end(143)
+
+    async def terminate(self) -> None:
+        process = self._executor.machine.processes.get(self._id)
+        if process is not None:
+            process.end(137)
+
+    async def update(self, task: AssignedTask) -> None:
+        """Limits mean nothing here."""
+
+    async def remove(self) -> None:
+        await self._executor.discard(self._id)
+
+    async def _run_for(self, process: Process, seconds: float) -> None:
+        """Let it run its time, unless it is ended before."""
+        await wait_first(self._executor.take(seconds), process.ended.wait())
+        behaviour = self._executor.behaviour
+        process.end(1 if self._executor.chance.random() < behaviour.crashed else behaviour.exit_code)
+
+    def _require(self) -> Process:
+        process = self._executor.machine.processes.get(self._id)
+        if process is None:
+            raise NotFound(f"No such process: {self._id}")
+        return process

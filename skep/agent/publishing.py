@@ -1,0 +1,82 @@
+"""Answers a manager's questions for logs.
+
+Each subscription is published on a stream of its own, so a reader that is slow holds up only itself.
+"""
+
+import asyncio
+
+import structlog
+
+from skep.agent.assignments import LogSource
+from skep.aio.guard import report
+from skep.errors import SkepError, Unavailable, Unimplemented
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.client import Channel
+from skep.wire.convert.logs import line_to_pb, query_from_pb
+
+log = structlog.get_logger(__name__)
+
+SUBSCRIPTIONS_MAX = 80
+"""Answered at one time: the manager allows 100 streams per connection, and some are needed for the rest."""
+
+
+class LogPublisher:
+    """Log subscriptions of one session."""
+
+    def __init__(self, channel: Channel, logs: LogSource) -> None:
+        self._channel = channel
+        self._logs = logs
+        self._publishing: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Listen until the session ends.  A manager without a log broker is none that we need to leave."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._listen(group), name="log subscriptions")
+        except* Unimplemented:
+            log.warning("the manager takes no logs", manager=self._channel.address)
+        await asyncio.get_running_loop().create_future()  # the session's other parts go on
+
+    async def _listen(self, group: asyncio.TaskGroup) -> None:
+        async with self._channel.stream(methods.LISTEN_SUBSCRIPTIONS) as call:
+            await call.send(pb.ListenSubscriptionsRequest(), end=True)
+            async for message in call:
+                task = self._publishing.get(message.id)
+                if message.close and task is not None:
+                    task.cancel()
+                elif not message.close and task is None:
+                    self._start(message, group)
+        raise Unavailable(f"{self._channel.address} ended the log subscriptions")
+
+    def _start(self, message: pb.SubscriptionMessage, group: asyncio.TaskGroup) -> None:
+        if len(self._publishing) >= SUBSCRIPTIONS_MAX:
+            log.warning("log subscription refused: too many", subscription=message.id)
+            return
+        task = group.create_task(self._publish(message), name=f"logs {message.id}")
+        self._publishing[message.id] = task
+        task.add_done_callback(lambda _: self._publishing.pop(message.id, None))
+
+    async def _publish(self, message: pb.SubscriptionMessage) -> None:
+        subscription_id = message.id
+        try:
+            query = query_from_pb(message)
+            async with self._channel.stream(methods.PUBLISH_LOGS) as call:
+                lines = self._logs.read(query)
+                try:
+                    async for line in lines:
+                        entry = pb.PublishLogsMessage(
+                            subscription_id=subscription_id, messages=[line_to_pb(line)]
+                        )
+                        await call.send(entry)
+                finally:
+                    close = getattr(lines, "aclose", None)
+                    if close is not None:
+                        await close()
+                await call.send(pb.PublishLogsMessage(subscription_id=subscription_id, close=True), end=True)
+                await call.receive()
+        except SkepError as error:
+            # The reader has gone, or the logs cannot be read; neither is a reason to leave the session.
+            log.info("log subscription ended", subscription=subscription_id, reason=str(error))
+        except Exception as error:
+            report(error, "log subscription failed", subscription=subscription_id)

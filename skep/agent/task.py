@@ -1,0 +1,274 @@
+"""One task on its node: from what is observed and what is desired follows the next step.
+
+``next_step`` is the whole state machine; ``TaskDriver`` carries its steps out, one at a time, and reports
+each state it reaches.  States only move forward.  A change of what is desired interrupts the verb that is
+under way; every verb may be interrupted, and asked again.
+
+Source: swarmkit, agent/exec/controller.go (Do); messages and the choice between REJECTED and FAILED are its
+own.
+"""
+
+import asyncio
+from collections.abc import Callable
+from enum import Enum
+from typing import TypeAlias
+
+import msgspec
+import structlog
+
+from skep.agent.attempts import CUT_OFF_S, next_attempt
+from skep.agent.executor.interface import Controller, TaskExit
+from skep.aio.clock import Clock
+from skep.aio.first import Overtaken, unless
+from skep.aio.guard import explain, persist, report
+from skep.errors import SkepError
+from skep.model.ids import TaskId
+from skep.model.labels import drain_s
+from skep.model.task import AssignedTask, ContainerStatus, PortStatus, TaskState, TaskStatus
+from skep.model.times import timestamp
+from skep.node.contact import Contact
+
+log = structlog.get_logger()
+
+
+class Verb(Enum):
+    """What a controller is asked to do."""
+
+    PREPARE = "prepare"
+    START = "start"
+    WAIT = "wait"
+    SHUTDOWN = "shutdown"
+
+
+class Move(msgspec.Struct, frozen=True):
+    """Go on to ``state``; nothing has to be done for it."""
+
+    state: TaskState
+    message: str
+
+
+class Do(msgspec.Struct, frozen=True):
+    """Carry out ``verb``; when it has worked, the task is in ``state``."""
+
+    verb: Verb
+    state: TaskState
+    message: str
+
+
+class Rest(msgspec.Struct, frozen=True):
+    """Nothing to do until something else is desired."""
+
+
+Step: TypeAlias = Move | Do | Rest
+
+
+def next_step(observed: TaskState, desired: TaskState) -> Step:
+    """What brings a task from ``observed`` nearer to ``desired``.
+
+    A verb that was begun may end beyond what is desired; between verbs the task waits for the desired
+    state: READY holds a prepared task back until its start is wanted.
+    """
+    if desired >= TaskState.SHUTDOWN:
+        if observed.is_terminal:
+            return Rest()
+        return Do(Verb.SHUTDOWN, TaskState.SHUTDOWN, "shutdown")
+    if observed > desired:
+        return Rest()
+    match observed:
+        case TaskState.PREPARING:
+            return Do(Verb.PREPARE, TaskState.READY, "prepared")
+        case TaskState.STARTING:
+            return Do(Verb.START, TaskState.RUNNING, "started")
+        case TaskState.RUNNING:
+            return Do(Verb.WAIT, TaskState.COMPLETE, "finished")
+    if observed >= desired:
+        return Rest()
+    match observed:
+        case TaskState.NEW | TaskState.PENDING | TaskState.ASSIGNED:
+            return Move(TaskState.ACCEPTED, "accepted")
+        case TaskState.ACCEPTED:
+            return Move(TaskState.PREPARING, "preparing")
+        case TaskState.READY:
+            return Move(TaskState.STARTING, "starting")
+        case _:
+            return Rest()
+
+
+def failed_state(observed: TaskState) -> TaskState:
+    """What a task becomes whose verb failed: before its start it was never accepted by this node."""
+    return TaskState.REJECTED if observed < TaskState.STARTING else TaskState.FAILED
+
+
+class TaskDriver:
+    """Drives one task through its states."""
+
+    def __init__(
+        self,
+        task: AssignedTask,
+        status: TaskStatus,
+        controller: Controller,
+        *,
+        clock: Clock,
+        on_status: Callable[[TaskId, TaskStatus], None],
+        contact: Contact | None = None,
+        attempts: int = 0,
+    ) -> None:
+        """
+        Args:
+            status: the furthest that is known of the task; ``on_status`` hears every state reached from there.
+            contact: whether there is a manager; without one the task follows its restart policy itself.  None: it
+                never does.
+            attempts: how often it did so before this process began.
+        """
+        self.task = task
+        self.status = status
+        self.controller = controller
+        self._clock = clock
+        self._on_status = on_status
+        self._contact = contact
+        self._attempts = [clock.monotonic()] * attempts
+        self._stopped = ""
+        self._desired_changed = asyncio.Event()
+
+    @property
+    def attempts(self) -> int:
+        """How often the process was started again without a manager."""
+        return len(self._attempts)
+
+    @property
+    def drain_s(self) -> float:
+        """How long a stop waits for the task's clients, as its service says now."""
+        return drain_s(self.task.service_labels)
+
+    def stop(self, reason: str) -> None:
+        """Stop the task for good, whatever is desired: its node is cut off, and its service wants that.
+
+        Asked again, it changes nothing: a stop that is under way would begin anew, and the container's time with it.
+        """
+        if not self._stopped:
+            self._stopped = reason
+            self._desired_changed.set()
+
+    def assign(self, task: AssignedTask) -> bool:
+        """Take over a newer assignment; whether its limits differ, so that the container needs an update."""
+        before, self.task = self.task, task
+        if before.task.desired_state is not task.task.desired_state:
+            self._desired_changed.set()
+        return before.task.spec.resources != task.task.spec.resources
+
+    async def run(self) -> None:
+        """Take one step after the other until cancelled."""
+        while True:
+            self._desired_changed.clear()
+            desired = TaskState.SHUTDOWN if self._stopped else self.task.task.desired_state
+            match next_step(self.status.state, desired):
+                case Rest():
+                    await self._desired_changed.wait()
+                case Move(state, message):
+                    self._reach(state, message)
+                case Do() as step:
+                    await self._carry_out(step)
+
+    async def _carry_out(self, step: Do) -> None:
+        """Do it, unless something else is desired meanwhile.
+
+        The one broad ``except`` of a task: a bug met by one task ends that task, never its neighbours.
+        """
+        try:
+            error = await unless(self._ask(step.verb), self._desired_changed.wait())
+        except Overtaken:
+            return
+        except SkepError as failure:
+            error = str(failure)
+        except Exception as failure:
+            log.exception("task failed by a bug", task=self.task.task.id, verb=step.verb.value)
+            error = explain(failure)
+        if error:
+            self._reach(failed_state(self.status.state), self.status.message, error)
+        else:
+            self._reach(step.state, self._stopped or step.message)
+
+    async def _ask(self, verb: Verb) -> str:
+        """Carry out ``verb``; gives what went wrong with the task's process, empty if nothing."""
+        match verb:
+            case Verb.PREPARE:
+                await self.controller.prepare()
+            case Verb.START:
+                await self.controller.start()
+            case Verb.WAIT:
+                return await self._watch()
+            case Verb.SHUTDOWN:
+                await self.controller.shutdown(self.drain_s)
+        return ""
+
+    async def _watch(self) -> str:
+        """Until the process has ended, and no further attempt is to be made; gives what went wrong."""
+        ended = await self._ended()
+        while await self._may_try_again(ended):
+            try:
+                await self._start_again()
+            except SkepError as error:
+                ended = TaskExit(exit_code=1, message=str(error))
+            else:
+                ended = await self._ended()
+        return ended.message
+
+    async def _ended(self) -> TaskExit:
+        """Return when the process has ended.  That this cannot be seen at present says nothing of it."""
+        return await persist(
+            self.controller.wait,
+            "end of task not seen",
+            clock=self._clock,
+            longest_s=10.0,
+            passes=(SkepError,),
+            task=self.task.task.id,
+        )
+
+    async def _may_try_again(self, ended: TaskExit) -> bool:
+        """Whether there is no manager to replace the task, and its policy allows an attempt; returns when it is due."""
+        contact = self._contact
+        if contact is None or contact.has_manager:
+            return False
+        code = ended.exit_code or (1 if ended.message else 0)
+        delay_s = next_attempt(self.task.task, code, self._attempts, self._clock.monotonic())
+        if delay_s is None:
+            return False
+        try:
+            wait_s = max(delay_s, CUT_OFF_S - contact.silence_s())
+            await unless(self._clock.sleep(wait_s), contact.wait_gained())
+        except Overtaken:
+            return False  # the manager that is back decides
+        return True
+
+    async def _start_again(self) -> None:
+        """Replace what has ended by a new process of the same task."""
+        self._attempts.append(self._clock.monotonic())
+        log.info("task tried again without a manager", task=self.task.task.id, attempt=self.attempts)
+        await self.controller.remove()
+        await self.controller.prepare()
+        await self.controller.start()
+        self._reach(TaskState.RUNNING, f"started again without a manager (attempt {self.attempts})")
+
+    def _reach(self, state: TaskState, message: str, error: str = "") -> None:
+        assert state >= self.status.state, f"{self.task.task.id} would go back to {state}"
+        container, ports = self._container(state)
+        self.status = TaskStatus(
+            timestamp=timestamp(self._clock.now_ns()),
+            state=state,
+            message=message,
+            err=error,
+            container_status=container,
+            port_status=ports,
+        )
+        self._on_status(self.task.task.id, self.status)
+
+    def _container(self, state: TaskState) -> tuple[ContainerStatus | None, PortStatus]:
+        """The container as it is, from STARTING on; once it was seen it is not forgotten."""
+        observed = None
+        try:
+            observed = self.controller.observed() if state >= TaskState.STARTING else None
+        except Exception as error:
+            report(error, "task's container not looked at", task=self.task.task.id)
+        if observed is None:
+            return self.status.container_status, self.status.port_status
+        return observed.container, PortStatus(ports=observed.ports)

@@ -1,0 +1,308 @@
+"""The tasks assigned to this node: one driver each, remembered over restarts, removed when no longer assigned.
+
+A complete set of assignments is the truth: what it does not name goes, also what an earlier process left
+and nobody remembers.  A difference adds and removes.  Until the first complete set nothing unknown is
+touched: without a manager the node goes on with what it remembers.
+
+Source: swarmkit, agent/worker.go.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import structlog
+
+from skep.agent.assignments import AssignmentSet, ConfigFile, SecretFile, StatusReports
+from skep.agent.executor.interface import Controller, Executor, Rejected, Running, TaskExit
+from skep.agent.task import TaskDriver
+from skep.agent.task_files import RememberedTask, TaskFiles
+from skep.aio.clock import Clock
+from skep.aio.guard import contain, explain, persist, report
+from skep.model.ids import ConfigId, SecretId, TaskId
+from skep.model.labels import ON_DISCONNECT, OnDisconnect, disconnect_policy
+from skep.model.task import AssignedTask, TaskState, TaskStatus
+from skep.node.contact import Contact
+
+log = structlog.get_logger()
+
+CUT_OFF_CHECK_S = 0.5
+"""How often is looked, while there is no manager, whose tasks have to stop."""
+
+
+def stop_reason(assigned: AssignedTask, silence_s: float) -> str:
+    """Why a task stops on a node that no manager has heard for ``silence_s``; empty: it runs on."""
+    policy = disconnect_policy(assigned.service_labels)
+    if policy.action is not OnDisconnect.STOP or silence_s < policy.delay_s:
+        return ""
+    return f"stopped by its node: no manager was reached for {policy.delay_s:g} s ({ON_DISCONNECT}=stop)"
+
+
+class PayloadSink(Protocol):
+    """Keeps the data of secrets and configs (``engine/mounts/payloads.py``)."""
+
+    def put(self, secrets: Iterable[SecretFile], configs: Iterable[ConfigFile]) -> None: ...
+
+    def drop(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None: ...
+
+    def keep_only(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None: ...
+
+
+class Worker:
+    """Runs the tasks assigned to this node; the agent's ``AssignmentSink``.
+
+    Nothing that an executor raises about one task ends more than that task's work.
+    """
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        files: TaskFiles,
+        reports: StatusReports,
+        clock: Clock,
+        payloads: PayloadSink | None = None,
+        contact: Contact | None = None,
+    ) -> None:
+        """``payloads``: None for an executor that mounts nothing; ``contact``: with the managers, None: unknown."""
+        self._executor = executor
+        self._files = files
+        self._reports = reports
+        self._clock = clock
+        self._payloads = payloads
+        self._contact = contact
+        self._drivers: dict[TaskId, TaskDriver] = {}
+        self._running: dict[TaskId, asyncio.Task[None]] = {}
+        self._removing: dict[TaskId, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._ready = asyncio.Event()
+
+    async def run(self) -> None:
+        """Take up the remembered tasks, then work until cancelled.  Containers go on afterwards."""
+        async with self._executor.running(), asyncio.TaskGroup() as group:
+            self._group = group
+            load = partial(asyncio.to_thread, self._files.load)
+            for remembered in await persist(load, "task files not read", clock=self._clock, longest_s=10.0):
+                self._add(remembered.assigned, remembered.status, attempts=remembered.attempts)
+            # A session may have begun before, and then nobody told it how these are.
+            for id, status in self.statuses().items():
+                self._reports.report(id, status)
+            if self._contact is not None:
+                self._spawn(self._stop_when_cut_off(self._contact), "stop-when-cut-off")
+            self._spawn(self._files.run(), "task-files")
+            self._ready.set()
+
+    async def wait_ready(self) -> None:
+        """Return once everything that an earlier process left is known: before that, what is here cannot be said."""
+        await self._ready.wait()
+
+    async def assign(self, change: AssignmentSet) -> None:
+        """Take over ``change``; return when it is accepted, not when its tasks run."""
+        await self._ready.wait()
+        if self._payloads is not None:
+            self._put_payloads(self._payloads, change)
+        named = {assigned.task.id for assigned in change.tasks}
+        if change.complete:
+            found = await contain(self._executor.leftovers(), "leftovers not looked for")
+            unknown = set(found or ()) - set(self._drivers) - named
+            for id in sorted(unknown - set(self._removing)):
+                log.info("leftover removed", task=id)
+                self._spawn_removal(id, None)
+            gone: Iterable[TaskId] = sorted(set(self._drivers) - named)
+        else:
+            gone = change.removed_tasks
+        for id in gone:
+            self._remove(id)
+        for assigned in change.tasks:
+            self._assign_one(assigned, change.registry_auths.get(assigned.task.id, ""))
+        await contain(self._drop_payloads(change), "secrets and configs not dropped")
+
+    async def clear(self) -> None:
+        """Kill and remove every task, without a grace period: this node leaves its swarm.  Returns when that is begun.
+
+        Source: moby 20.10, daemon/cluster/swarm.go (Leave).
+        """
+        await self._ready.wait()
+        for id in sorted(self._drivers):
+            self._remove(id, at_once=True)
+        await self.assign(AssignmentSet(complete=True))
+
+    def statuses(self) -> Mapping[TaskId, TaskStatus]:
+        """The present status of every task here."""
+        return {id: driver.status for id, driver in self._drivers.items()}
+
+    def tasks(self) -> Mapping[TaskId, AssignedTask]:
+        """Every task here, as it is assigned now."""
+        return {id: driver.task for id, driver in self._drivers.items()}
+
+    # --- single tasks -----------------------------------------------------------------------------------------
+
+    def _assign_one(self, assigned: AssignedTask, registry_auth: str) -> None:
+        id = assigned.task.id
+        driver = self._drivers.get(id)
+        if driver is None:
+            self._add(assigned, assigned.task.status, registry_auth)
+            self._remember(id)
+            return
+        if driver.task == assigned:
+            return
+        if driver.assign(assigned) and driver.status.state is TaskState.RUNNING:
+            self._spawn(self._update(driver), f"update-{id}")
+        self._remember(id)
+
+    def _add(
+        self, assigned: AssignedTask, status: TaskStatus, registry_auth: str = "", attempts: int = 0
+    ) -> None:
+        id = assigned.task.id
+        try:
+            controller: Controller = self._executor.controller(assigned, registry_auth)
+        except Exception as error:
+            report(error, "task without a controller", task=id)
+            controller = BrokenController(error)
+        driver = TaskDriver(
+            assigned,
+            status,
+            controller,
+            clock=self._clock,
+            on_status=self._on_status,
+            contact=self._contact,
+            attempts=attempts,
+        )
+        self._drivers[id] = driver
+        self._running[id] = self._spawn(self._drive(driver), f"task-{id}")
+
+    async def _drive(self, driver: TaskDriver) -> None:
+        removal = self._removing.get(driver.task.task.id)
+        if removal is not None:  # assigned again while its remains are being removed
+            await asyncio.wait([removal])
+        await persist(driver.run, "task not driven", clock=self._clock, task=driver.task.task.id)
+
+    async def _update(self, driver: TaskDriver) -> None:
+        """New limits for a running container; a refusal leaves the old ones."""
+        await contain(driver.controller.update(driver.task), "task not updated", task=driver.task.task.id)
+
+    def _remove(self, id: TaskId, *, at_once: bool = False) -> None:
+        """No longer assigned: stop it in its own way (``at_once``: kill it) and free what it holds."""
+        driver = self._drivers.pop(id, None)
+        if driver is not None:
+            running = self._running.pop(id)
+            running.cancel()
+            self._spawn_removal(id, driver, running, at_once=at_once)
+        self._files.forget(id)
+
+    def _spawn_removal(
+        self,
+        id: TaskId,
+        driver: TaskDriver | None,
+        running: asyncio.Task[None] | None = None,
+        *,
+        at_once: bool = False,
+    ) -> None:
+        task = self._spawn(self._free(id, driver, running, at_once=at_once), f"remove-{id}")
+        self._removing[id] = task
+        task.add_done_callback(lambda done: self._forget_removal(id, done))
+
+    def _forget_removal(self, id: TaskId, done: asyncio.Task[None]) -> None:
+        if self._removing.get(id) is done:  # the task may have been assigned, and be removed, again
+            del self._removing[id]
+
+    async def _free(
+        self, id: TaskId, driver: TaskDriver | None, running: asyncio.Task[None] | None, *, at_once: bool
+    ) -> None:
+        """Free what a task holds, once its driver (``running``) has ended; again after a while if that fails."""
+        if running is not None:
+            # A verb that is not cut off may still be making what is to be freed.
+            await asyncio.wait([running])
+
+        async def free() -> None:
+            if driver is None:
+                await self._executor.discard(id)
+                return
+            if not at_once:
+                await driver.controller.shutdown(driver.drain_s)
+            await driver.controller.remove()
+
+        await persist(free, "task not removed", clock=self._clock, task=id)
+
+    async def _stop_when_cut_off(self, contact: Contact) -> None:
+        """Stop the tasks of services that want it so, each when this node was cut off for its service's delay."""
+        while True:
+            await contact.wait_lost()
+            silence_s = contact.unheard_s()
+            for driver in self._drivers.values():
+                reason = stop_reason(driver.task, silence_s)
+                if reason and not driver.status.state.is_terminal:
+                    driver.stop(reason)
+            await self._clock.sleep(CUT_OFF_CHECK_S)
+
+    # --- around them ------------------------------------------------------------------------------------------
+
+    def _on_status(self, id: TaskId, status: TaskStatus) -> None:
+        log.info("task", task=id, state=status.state.value, error=status.err)
+        self._reports.report(id, status)
+        # What lies before the start is found again in the container's own record.
+        if status.state >= TaskState.RUNNING:
+            self._remember(id)
+
+    def _remember(self, id: TaskId) -> None:
+        driver = self._drivers.get(id)
+        if driver is not None:
+            self._files.remember(RememberedTask(driver.task, driver.status, driver.attempts))
+
+    def _put_payloads(self, payloads: PayloadSink, change: AssignmentSet) -> None:
+        """Keep the data of secrets and configs.  What cannot be kept now is tried again; a task that needs it fails."""
+        try:
+            payloads.put(change.secrets, change.configs)
+        except Exception as error:
+            report(error, "secrets and configs not kept, trying again")
+
+            async def put() -> None:
+                payloads.put(change.secrets, change.configs)
+
+            self._spawn(persist(put, "secrets and configs not kept", clock=self._clock), "payloads")
+
+    async def _drop_payloads(self, change: AssignmentSet) -> None:
+        if self._payloads is None:
+            return
+        if change.complete:
+            self._payloads.keep_only(
+                [secret.id for secret in change.secrets], [config.id for config in change.configs]
+            )
+        else:
+            self._payloads.drop(change.removed_secrets, change.removed_configs)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        assert self._group is not None, "the worker is used before it runs"
+        return self._group.create_task(contain(work, "work of the worker ended", name=name), name=name)
+
+
+class BrokenController:
+    """Of a task that the executor cannot even begin with: every verb says why."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def observed(self) -> None:
+        """There is nothing."""
+
+    async def prepare(self) -> None:
+        raise Rejected(explain(self._error)) from self._error
+
+    async def start(self) -> Running:
+        raise Rejected(explain(self._error)) from self._error
+
+    async def wait(self) -> TaskExit:
+        return TaskExit(exit_code=1, message=explain(self._error))
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        """Nothing runs."""
+
+    async def terminate(self) -> None:
+        """Nothing runs."""
+
+    async def update(self, task: AssignedTask) -> None:
+        """Nothing runs."""
+
+    async def remove(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,129 @@
+"""Asks the net process: one kept connection, opened again when the process was replaced."""
+
+import secrets
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+from skep.aio.clock import Clock
+from skep.dataplane.ports import AddressNotHere
+from skep.dataplane.protocol import (
+    FRAME_BYTES_MAX,
+    Answer,
+    Done,
+    Forget,
+    List,
+    Listing,
+    Named,
+    Refresh,
+    Refused,
+    Release,
+    Request,
+    Reserve,
+    Reserved,
+    Serve,
+    decode_answer,
+)
+from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
+from skep.model.ids import NetworkId
+from skep.node.conversation import Conversation
+
+
+class NetClient:
+    """The node process's end: ``PortReservations`` of ``dataplane/ports.py`` that outlive the node process.
+
+    While the net process restarts a call waits; after 10 s it raises ``Unavailable``.  ``owner``: a word for whom
+    ports are held; each owner sees its own only.
+    """
+
+    def __init__(self, path: Path, clock: Clock, chance: Callable[[], float], owner: str = "") -> None:
+        self._owner = owner
+        self._conversation = Conversation(
+            path, clock, chance, whom="the net process", bytes_max=FRAME_BYTES_MAX
+        )
+
+    async def reserve(self, protocol: str, port: int, address: str = "") -> int:
+        """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
+
+        Raises: AlreadyExists: somebody has it; AddressNotHere; FailedPrecondition: it cannot be had here; Unavailable.
+        """
+        token = f"{self._owner}:{secrets.token_hex(8)}"
+        match await self._ask(Reserve(protocol, port, token, address)):
+            case Reserved(held):
+                return held
+            case Refused(message, is_taken, is_elsewhere):
+                if is_taken:
+                    raise AlreadyExists(message)
+                raise AddressNotHere(message) if is_elsewhere else FailedPrecondition(message)
+            case other:
+                raise _unexpected(other)
+
+    async def release(self, protocol: str, port: int, address: str = "") -> None:
+        """Let ``port`` go; ignored when it is not held.  Raises: Unavailable."""
+        answer = await self._ask(Release(protocol, port, address))
+        if not isinstance(answer, Done):
+            raise _unexpected(answer)
+
+    async def held(self) -> Iterable[tuple[str, int, str]]:
+        """What is held for this owner: (protocol, port, address).  Raises: Unavailable."""
+        return tuple(
+            (held.protocol, held.port, held.address)
+            for held in (await self.listing()).reservations
+            if _owner(held.token) == self._owner
+        )
+
+    async def listing(self) -> Listing:
+        """Everything it holds and serves.  Raises: Unavailable."""
+        answer = await self._ask(List())
+        if not isinstance(answer, Listing):
+            raise _unexpected(answer)
+        return answer
+
+    async def serve(self, named: Named) -> None:
+        """Have names and virtual addresses in a container's namespace; they are there when this returns.
+
+        Doing it again changes what they are.  Raises: FailedPrecondition: they cannot be had there; Unavailable.
+        """
+        match await self._ask(Serve(named)):
+            case Done():
+                return
+            case Refused(message):
+                raise FailedPrecondition(message)
+            case other:
+                raise _unexpected(other)
+
+    async def forget(self, id: str) -> None:
+        """A container needs no names any more; ignored when it has none.  Raises: Unavailable."""
+        answer = await self._ask(Forget(id))
+        if not isinstance(answer, Done):
+            raise _unexpected(answer)
+
+    async def refresh(self, networks: Iterable[NetworkId] = ()) -> None:
+        """The tables of ``networks`` (none: all) are others now; returns when every namespace is as they say.
+
+        Raises: Unavailable: some namespace is not; the net process goes on trying.
+        """
+        match await self._ask(Refresh(tuple(networks))):
+            case Done():
+                return
+            case Refused(message):
+                raise Unavailable(message)
+            case other:
+                raise _unexpected(other)
+
+    def close(self) -> None:
+        """Drop the connection; the next call opens another."""
+        self._conversation.close()
+
+    async def _ask(self, request: Request) -> Answer:
+        return decode_answer(await self._conversation.ask(msgspec.msgpack.encode(request)))
+
+
+def _owner(token: str) -> str:
+    """Who had a port held; the tokens of former versions name nobody."""
+    return token.rpartition(":")[0]
+
+
+def _unexpected(answer: Answer) -> Unavailable:
+    return Unavailable(f"the net process answered {type(answer).__name__}, which was not asked for")

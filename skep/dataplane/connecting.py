@@ -1,0 +1,371 @@
+"""A container's whole network: a namespace, its networks, and the gateway bridge last."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import msgspec
+import structlog
+from pyroute2.netlink.exceptions import NetlinkError
+
+from skep.aio.clock import Clock
+from skep.aio.groups import errors_as_they_are
+from skep.aio.guard import contain, explain, persist, report
+from skep.dataplane.gateway import Gateway
+from skep.dataplane.ingress.mesh import Mesh
+from skep.dataplane.ingress.return_path import SYSCTLS as RETURN_SYSCTLS
+from skep.dataplane.joining import Joining
+from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.naming import Naming
+from skep.dataplane.netns.conntrack import SYSCTLS as TRACKING_SYSCTLS
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.overlay.domain import Domain
+from skep.dataplane.overlay.healing import Healing
+from skep.dataplane.overlay.overlays import Overlays
+from skep.dataplane.overlay.settling import Settling
+from skep.dataplane.overlay.wanted import check_endpoint
+from skep.dataplane.probe.prober import PathProber
+from skep.engine.container import Container, Endpoint, Place
+from skep.engine.options import NetworkMode, NetworkWish
+from skep.errors import SkepError, Unavailable
+from skep.model.ids import ContainerId
+
+log = structlog.get_logger()
+
+_CONTAINER_SYSCTLS = {
+    "net/ipv4/conf/all/rp_filter": "0",
+    "net/ipv4/conf/default/rp_filter": "0",
+    "net/ipv6/conf/all/disable_ipv6": "1",
+    "net/ipv6/conf/default/disable_ipv6": "1",
+    "net/ipv6/conf/lo/disable_ipv6": "1",
+}
+
+
+class ContainerNetwork:
+    """Gives containers their places (``oci.networking.Networking``)."""
+
+    def __init__(
+        self,
+        *,
+        namespaces: Namespaces,
+        home: Domain,
+        gateway: Gateway,
+        overlays: Overlays,
+        mesh: Mesh,
+        local: LocalNetworks,
+        healing: Healing,
+        settling: Settling,
+        prober: PathProber,
+        joining: Joining,
+        clock: Clock,
+        chance: Callable[[], float],
+        naming: Naming | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """
+        Args:
+            joining: takes plain containers' places.
+            naming: None where nobody answers for names.
+            say: told whose networks are not kept; an empty text when it is nobody's.
+        """
+        self.namespaces = namespaces
+        self._home = home
+        self.gateway = gateway
+        self.overlays = overlays
+        self.mesh = mesh
+        self.prober = prober
+        self.local = local
+        self._healing = healing
+        self._naming = naming
+        self._settling = settling
+        self._joining = joining
+        self._clock = clock
+        self._chance = chance
+        self._say = say
+        self._left_out: dict[ContainerId, str] = {}
+        self.repairs = healing.repairs
+
+    @property
+    def home(self) -> Path:
+        """The node's own network namespace."""
+        return self._home.path
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keep what containers are given, whatever others change, until the block ends.
+
+        A part that fails is begun again, later and later; the others go on.
+        """
+        parts: dict[str, Callable[[], Awaitable[None]]] = {
+            "healing of networks": self._healing.run,
+            "clearing of networks": self._settling.run,
+            "published ports": self.mesh.run,
+            "probes of other nodes": self.prober.run,
+        }
+        keep = partial(persist, clock=self._clock, chance=self._chance)
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(keep(run, "part of the network failed", part=name), name=name)
+                for name, run in parts.items()
+            ]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    async def restore(self, live: Collection[Container]) -> None:
+        """Make the node ready, keep what belongs to the ``live`` containers, free all other containers' things.
+
+        A container whose record says what no network can be is left alone as it is, and out of what others get.
+        Raises: SkepError: this node cannot network containers.
+        """
+        theirs = {one.id for one in live if one.endpoint is not None}
+        live = [one for one in live if self._is_sound(one)]
+        endpoints = {one.id: one.endpoint for one in live if one.endpoint is not None}
+        await self._joining.restore(live)
+        self.overlays.restore(endpoints)
+        await self.gateway.restore(endpoints)
+        await self._healing.watch(self._home)
+        await self.prober.restore()
+        await self.overlays.begin(endpoints)
+        for id, endpoint in endpoints.items():  # a container may have made its namespace unusable for it
+            joining = self._join_mesh(id, endpoint)
+            await contain(joining, "return path not there yet, tried again with the next ports", container=id)
+        if self._naming is not None:
+            await self._naming.restore(live)
+        for pinned in self.namespaces.pinned():
+            if pinned not in theirs:
+                await contain(self.namespaces.destroy(pinned), "namespace not removed", container=pinned)
+
+    def _is_sound(self, container: Container) -> bool:
+        if container.endpoint is None or container.id in self._left_out:
+            return container.endpoint is None
+        try:
+            check_endpoint(container.endpoint)
+        except Exception as error:  # whatever it is, it is one container
+            report(error, "network of a container left out", container=container.id)
+            self._left_out[container.id] = explain(error)
+            self._say_left_out()
+            return False
+        return True
+
+    def _say_left_out(self) -> None:
+        reasons = (f"{id[:12]} ({reason})" for id, reason in sorted(self._left_out.items()))
+        names = ", ".join(reasons)
+        self._say(f"the networks of these containers are not kept, start them anew: {names}" if names else "")
+
+    async def attach(self, container: Container) -> Endpoint:
+        """A namespace with ``eth0`` and so on: its places in their order, then the gateway bridge; and names in it.
+
+        Who is on internal networks only has no way out, and no ports of the node.  Raises: AlreadyExists: a port is
+        taken; SkepError.
+        """
+        if _mode_of(container) is NetworkMode.HOST:
+            return Endpoint(netns="")
+        container_id, places = container.id, container.config.places
+        endpoint = Endpoint(netns=str(self.namespaces.path(container_id)), sysctls=_sysctls_of(container))
+        if container.plain is not None:
+            places = await self._joining.join(container)
+        try:
+            netns = await self.namespaces.create(container_id, endpoint.sysctls)
+            connected = await self.overlays.connect(container_id, netns, places)
+            endpoint = msgspec.structs.replace(endpoint, places=connected)
+            if needs_way_out(container, places):
+                endpoint = await self._way_out(container, endpoint)
+            await self.overlays.settle_container(container_id, endpoint)
+            await self._join_mesh(container_id, endpoint, is_new=True)
+            if self._naming is not None:
+                await self._naming.attach(msgspec.structs.replace(container, endpoint=endpoint))
+        except BaseException as error:
+            await asyncio.shield(self._undo(container_id, endpoint, places))
+            if isinstance(error, OSError | NetlinkError):
+                raise Unavailable(f"cannot connect the container to its networks: {error}") from error
+            raise
+        return endpoint
+
+    async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """Free everything that ``attach`` gave; harmless when it is free already."""
+        undoing = self._undo(container_id, endpoint, [one.place for one in endpoint.places])
+        if self._left_out.pop(container_id, None) is None:
+            await undoing
+        else:
+            await contain(undoing, "network of a container not wholly freed", container=container_id)
+            self._say_left_out()
+
+    async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
+        """Free namespaces, addresses, ports and names of containers that ``is_needed`` denies; gives their ids.
+
+        Raises: SkepError, OSError.
+        """
+        served = await self._naming.served() if self._naming is not None else frozenset[str]()
+        holders = {*self.namespaces.pinned(), *self.overlays.holders(), *self.gateway.users(), *served}
+        freed = []
+        for id in sorted(map(ContainerId, holders)):
+            if is_needed(id):
+                continue
+            held = self.gateway.endpoint_of(id) or Endpoint(netns=str(self.namespaces.path(id)))
+            connected = self.overlays.connected(id)
+            log.warning(
+                "network of a container that is gone removed",
+                container=id,
+                namespace=id in self.namespaces.pinned(),
+                addresses=[held.address, *(address for one in connected for address in one.place.addresses)],
+            )
+            endpoint = msgspec.structs.replace(held, places=connected)
+            await self._undo(id, endpoint, [one.place for one in connected])
+            if self._naming is not None and id in served:
+                await self._naming.detach(id)
+            freed.append(id)
+        await self.overlays.sweep()
+        return freed
+
+    # --- while it runs ------------------------------------------------------------------------------------------
+
+    async def connect(self, container: Container, wish: NetworkWish) -> Endpoint:
+        """One more network for a running plain container.
+
+        Raises: FailedPrecondition: it is on that network; NotFound: no such network; SkepError.
+        """
+        endpoint = container.endpoint
+        assert endpoint is not None, "a running container has one"
+        place = await self._joining.join_one(container, wish, [one.place for one in endpoint.places])
+        joined, netns = endpoint, Path(endpoint.netns)
+        try:
+            (connected,) = await self.overlays.connect(
+                container.id, netns, (place,), first=_free_interface(endpoint)
+            )
+            joined = msgspec.structs.replace(endpoint, places=(*endpoint.places, connected))
+            if not joined.address and needs_way_out(container, [place]):
+                joined = await self._way_out(container, joined)
+            await self.overlays.change(container.id, (), joined)
+            if self._naming is not None:
+                await self._naming.attach(msgspec.structs.replace(container, endpoint=joined))
+        except BaseException:
+            await asyncio.shield(self._cut(container, joined, endpoint, (place,)))
+            raise
+        return joined
+
+    async def disconnect(self, container: Container, network_id: str) -> Endpoint:
+        """Take a running plain container from one of its networks.  Raises: SkepError."""
+        endpoint = container.endpoint
+        assert endpoint is not None, "a running container has one"
+        gone = [one.place for one in endpoint.places if one.network_id == network_id]
+        places = tuple(one for one in endpoint.places if one.network_id != network_id)
+        left = msgspec.structs.replace(endpoint, places=places)
+        if not needs_way_out(container, [one.place for one in places]):
+            left = Endpoint(netns=endpoint.netns, places=places, sysctls=endpoint.sysctls)
+        await asyncio.shield(self._cut(container, endpoint, left, gone))
+        return left
+
+    async def rename(self, container: Container) -> None:
+        """Others find it by ``container.name`` from now on.  Raises: FailedPrecondition; SkepError."""
+        await self._joining.rename(container)
+
+    async def _cut(
+        self, container: Container, before: Endpoint, left: Endpoint, gone: Iterable[Place]
+    ) -> None:
+        """Make ``left`` of what a running container had."""
+        kept = {one.port for one in left.places}
+        try:
+            if before.address and not left.address:
+                await self.gateway.cut(container.id, before)
+            await self.overlays.change(
+                container.id, [one for one in before.places if one.port not in kept], left
+            )
+            if self._naming is not None:
+                if left.places:
+                    await self._naming.attach(msgspec.structs.replace(container, endpoint=left))
+                else:
+                    await self._naming.detach(container.id)
+        finally:
+            await self._joining.leave(container.id, gone)
+
+    async def _way_out(self, container: Container, endpoint: Endpoint) -> Endpoint:
+        """``endpoint`` with a place on the gateway bridge.  Raises: SkepError."""
+        found = await self.gateway.connect(
+            container.id,
+            Path(endpoint.netns),
+            _free_interface(endpoint),
+            container.config.ports,
+            is_open=_mode_of(container) is NetworkMode.BRIDGE
+            or (container.plain is None and not endpoint.places),
+            wants_ipv6=has_way_out_by_ipv6([one.place for one in endpoint.places]),
+        )
+        return msgspec.structs.replace(found, places=endpoint.places, sysctls=endpoint.sysctls)
+
+    async def _join_mesh(
+        self, container_id: ContainerId, endpoint: Endpoint, *, is_new: bool = False
+    ) -> None:
+        """Answers of a container that serves published ports go back the way their questions came."""
+        for one in endpoint.places:
+            if one.place.head.is_ingress:
+                await self.mesh.joined(
+                    container_id,
+                    Path(endpoint.netns),
+                    one.interface,
+                    endpoint.address,
+                    way_out6=endpoint.address6,
+                    is_new=is_new,
+                )
+
+    async def _undo(self, container_id: ContainerId, endpoint: Endpoint, places: Iterable[Place]) -> None:
+        self.mesh.left(container_id)
+        self.overlays.disconnect(container_id, endpoint.places)
+        try:
+            if self._naming is not None and endpoint.places:
+                await self._naming.detach(container_id)
+        except SkepError as error:  # a namespace that is gone is noticed there, too
+            log.warning("names not forgotten", container=container_id, reason=str(error))
+        finally:
+            try:
+                await self.gateway.disconnect(container_id, endpoint)
+            finally:
+                await self.namespaces.destroy(container_id)
+                await self._joining.leave(container_id, places)
+
+
+def needs_way_out(container: Container, places: Sequence[Place]) -> bool:
+    """Whether a container on ``places`` gets the gateway bridge.
+
+    Source: moby, libnetwork/default_gateway.go (needDefaultGW).
+    """
+    leads_out = any(not place.head.is_internal for place in places)
+    match _mode_of(container):
+        case NetworkMode.BRIDGE:
+            return True
+        case NetworkMode.NETWORKS:
+            return leads_out or (container.plain is None and not places)
+        case NetworkMode.NONE | NetworkMode.HOST:
+            return False
+
+
+def _mode_of(container: Container) -> NetworkMode:
+    return container.plain.mode if container.plain is not None else NetworkMode.NETWORKS
+
+
+def _sysctls_of(container: Container) -> Mapping[str, str]:
+    """What the node wants in the container's namespace where its user says nothing else."""
+    said = {name.replace(".", "/") for name in container.config.sysctls}
+    if "net/ipv6/conf/all/disable_ipv6" in said:
+        said.add("net/ipv6/conf/lo/disable_ipv6")  # lo follows
+    wanted = {**_CONTAINER_SYSCTLS, **TRACKING_SYSCTLS}
+    if any(place.head.is_ingress for place in container.config.places):
+        wanted = {**wanted, **RETURN_SYSCTLS}
+    return {name: value for name, value in wanted.items() if name not in said}
+
+
+def has_way_out_by_ipv6(places: Sequence[Place]) -> bool:
+    """Whether the gateway bridge is to lead the container out by IPv6, too: a network with a way out has IPv6."""
+    return any(
+        ":" in address for place in places if not place.head.is_internal for address in place.addresses
+    )
+
+
+def _free_interface(endpoint: Endpoint) -> str:
+    """The first name that none of a container's interfaces has."""
+    used = {one.interface for one in endpoint.places} | ({endpoint.interface} if endpoint.address else set())
+    return next(name for number in count() if (name := f"eth{number}") not in used)

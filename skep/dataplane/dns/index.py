@@ -1,0 +1,154 @@
+"""A network's table as questions need it.
+
+A table changes often and is large, and of its names few are asked for: so what is made for each version is only what a
+lookup starts from (services, containers and tasks by name), and a name is worked out when it is first asked for.
+"""
+
+import socket
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from ipaddress import IPv4Network, IPv6Network, ip_network
+
+import msgspec
+
+from skep.dataplane.dns.messages import key
+from skep.model.ids import ServiceId
+from skep.model.tables import Table, TableEndpoint
+
+_IPV4_BYTES = 4
+_TASKS, _ALL_TASKS = "tasks.", "all.tasks."
+
+
+class Known(msgspec.Struct, frozen=True):
+    """What a name stands for.  Addresses are packed.
+
+    ``services``: those whose virtual addresses are among them.
+    """
+
+    ipv4: tuple[bytes, ...] = ()
+    ipv6: tuple[bytes, ...] = ()
+    services: frozenset[ServiceId] = frozenset()
+
+
+class Index:
+    """One version of ``table``.  Names are spelled as in questions, without the network's own as a suffix.
+
+    The ingress network has no names.  Source: moby, libnetwork/network.go (addSvcRecords).
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.id = table.head.id
+        self.name = key(table.head.name)
+        self._table = table if not table.head.is_ingress else Table(head=table.head)
+        self._found: dict[str, Known] = {}
+        self._tasks: dict[ServiceId, list[TableEndpoint]] = defaultdict(list)
+        self._containers: dict[str, list[TableEndpoint]] = defaultdict(list)
+        self._services: dict[str, list[ServiceId]] = defaultdict(list)
+        for endpoint in self._table.endpoints.values():
+            self._tasks[endpoint.service_id].append(endpoint)
+            for name in (endpoint.name, *endpoint.aliases):
+                self._containers[key(name)].append(endpoint)
+        self._containers.pop("", None)
+        for id, service in self._table.services.items():
+            for name in dict.fromkeys(map(key, (service.name, *service.aliases))):
+                self._services[name].append(id)
+
+    def find(self, name: str) -> Known | None:
+        """What ``name`` stands for; None: nothing here has it.
+
+        A name that several things claim stands for all of them, as with Docker; one whose tasks do not serve is
+        known, and has no address.  Source: moby, libnetwork/service_common.go (addEndpointNameResolution).
+        """
+        known = self._found.get(name)
+        if known is None:
+            addresses = [*self._of_containers(name), *self._of_services(name), *self._of_tasks(name)]
+            if not addresses:
+                return None
+            virtual = [id for id in self._services.get(name, ()) if self._table.services[id].virtual_ips]
+            known = self._found[name] = _known([one for some in addresses for one in some], virtual)
+        return known
+
+    def is_service(self, name: str) -> bool:
+        """Whether a service has ``name``, or an alias."""
+        return name in self._services
+
+    def serving(self, name: str) -> Sequence[TableEndpoint]:
+        """The tasks of the services called ``name`` that serve, in the order of their ids."""
+        return [task for id in self._services.get(name, ()) for task in self._ordered(id) if task.is_serving]
+
+    @cached_property
+    def reverse(self) -> dict[str, tuple[str, ServiceId]]:
+        """From an address to what is there, and the service if the address is virtual."""
+        found: dict[str, tuple[str, ServiceId]] = {}
+        for _, endpoint in sorted(self._table.endpoints.items()):
+            for address in endpoint.addresses:
+                if endpoint.name:
+                    found.setdefault(address, (endpoint.name, ServiceId("")))
+        for id, service in sorted(self._table.services.items()):
+            for address in service.virtual_ips:
+                found[address] = (service.name, id)
+        return found
+
+    @cached_property
+    def subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        found = []
+        for segment in self._table.head.segments:
+            with suppress(ValueError):  # what is no subnet has no addresses
+                found.append(ip_network(segment.subnet, strict=False))
+        return tuple(found)
+
+    def _of_containers(self, name: str) -> Iterator[Sequence[str]]:
+        for endpoint in self._containers.get(name, ()):
+            yield endpoint.addresses if endpoint.is_serving else ()
+
+    def _of_services(self, name: str) -> Iterator[Sequence[str]]:
+        """Virtual addresses; without any, those of the tasks."""
+        for id in self._services.get(name, ()):
+            service = self._table.services[id]
+            yield service.virtual_ips
+            if not service.virtual_ips:
+                yield from (task.addresses for task in self._ordered(id) if task.is_serving)
+
+    def _of_tasks(self, name: str) -> Iterator[Sequence[str]]:
+        """``tasks.<service>``, ``all.tasks.<service>`` and ``<slot>.<service>``."""
+        slot, _, rest = name.partition(".")
+        if name.startswith(_TASKS):
+            ids, wanted = self._services.get(name.removeprefix(_TASKS), ()), _serves
+        elif name.startswith(_ALL_TASKS):
+            ids, wanted = self._services.get(name.removeprefix(_ALL_TASKS), ()), _runs
+        else:
+            tasks = [task for id in self._services.get(rest, ()) for task in self._ordered(id)]
+            yield from (
+                task.addresses if task.is_serving else ()
+                for task in tasks
+                if task.slot and str(task.slot) == slot
+            )
+            return
+        for id in ids:
+            yield ()
+            yield from (task.addresses for task in self._ordered(id) if wanted(task))
+
+    def _ordered(self, id: ServiceId) -> Sequence[TableEndpoint]:
+        return sorted(self._tasks.get(id, ()), key=lambda task: task.task_id)
+
+
+def _serves(task: TableEndpoint) -> bool:
+    return task.is_serving
+
+
+def _runs(task: TableEndpoint) -> bool:
+    return task.is_running
+
+
+def _known(addresses: Iterable[str], services: Iterable[ServiceId]) -> Known:
+    packed: list[bytes] = []
+    for one in dict.fromkeys(addresses):
+        with suppress(OSError):  # what is no address is nobody's
+            packed.append(socket.inet_pton(socket.AF_INET6 if ":" in one else socket.AF_INET, one))
+    return Known(
+        tuple(one for one in packed if len(one) == _IPV4_BYTES),
+        tuple(one for one in packed if len(one) != _IPV4_BYTES),
+        frozenset(services),
+    )

@@ -1,0 +1,87 @@
+"""The tables that the node process keeps on tmpfs, as names and virtual addresses need them.
+
+Each is read once per version, for all containers.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.dataplane.dns.index import Index
+from skep.dataplane.vip.wanted import Leads, leads_of
+from skep.model.ids import NetworkId, ServiceId
+from skep.model.tables import NetworkHead, Table
+
+log = structlog.get_logger()
+
+Services = frozenset[tuple[NetworkId, ServiceId]]
+
+
+class _Read:
+    """One version of a table.  Its index is made for a question."""
+
+    def __init__(self, table: Table) -> None:
+        self.leads = leads_of(table)
+        self._table = table
+
+    @cached_property
+    def index(self) -> Index:
+        return Index(self._table)
+
+
+class Networks:
+    """``directory``: has a file per network, whose name is the network's id."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._read: dict[NetworkId, _Read] = {}
+
+    def index(self, id: NetworkId) -> Index:
+        return self._of(id).index
+
+    def leads(self, id: NetworkId) -> Mapping[ServiceId, Leads]:
+        """Where the virtual addresses of each service lead."""
+        return self._of(id).leads
+
+    def refresh(self, ids: Iterable[NetworkId]) -> Services:
+        """Read these again; which services lead elsewhere than before.
+
+        A network that nobody has asked about has nothing that could be out of date.
+        """
+        changed: set[tuple[NetworkId, ServiceId]] = set()
+        for id in ids:
+            if id in self._read:
+                before = self._read[id].leads
+                self._read[id] = self._from_file(id)
+                after = self._read[id].leads
+                changed |= {
+                    (id, one) for one in before.keys() | after.keys() if before.get(one) != after.get(one)
+                }
+        return frozenset(changed)
+
+    def known(self) -> tuple[NetworkId, ...]:
+        return tuple(self._read)
+
+    def keep(self, ids: Iterable[NetworkId]) -> None:
+        """Forget all but these."""
+        wanted = set(ids)
+        self._read = {id: read for id, read in self._read.items() if id in wanted}
+
+    def _of(self, id: NetworkId) -> _Read:
+        if id not in self._read:
+            self._read[id] = self._from_file(id)
+        return self._read[id]
+
+    def _from_file(self, id: NetworkId) -> _Read:
+        try:
+            return _Read(msgspec.msgpack.decode((self._directory / id).read_bytes(), type=Table))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:  # not a table, or one with addresses that are none
+            log.error("table of a network cannot be read", network=id, reason=str(error))
+            if id in self._read:
+                return self._read[id]
+        return _Read(Table(head=NetworkHead(id=id, name="")))

@@ -1,0 +1,158 @@
+"""What a question is answered with: pure.
+
+A name is looked for in the container's networks in their order, as it stands; then with its last labels taken for
+a network's name: ``web.front`` is ``web`` on ``front``.  The first network that knows it answers, for all types, so a
+name of ours is never asked for elsewhere.  Source: moby, libnetwork/sandbox.go (ResolveName).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import TypeAlias, TypeVar
+
+import msgspec
+
+from skep.dataplane.dns.index import Index, Known
+from skep.dataplane.dns.messages import AAAA, ANY, IN, PTR, SRV, A, Query, Record, encoded
+from skep.model.ids import NetworkId, ServiceId
+
+T = TypeVar("T")
+
+TTL_S = 1
+"""Docker says 600, and names of its go stale in programs that believe it.  A task that goes is let finish for the
+grace time of its service (1 s by default): that long an old answer may be used."""
+_SERVICE_PORT = re.compile(r"_([0-9]{1,5})\._(?:tcp|udp|sctp)\.(.+)")
+_REVERSE_IPV4, _REVERSE_IPV6 = ".in-addr.arpa", ".ip6.arpa"
+
+
+class Found(msgspec.Struct, frozen=True):
+    """The name is ours; without ``answers`` it has nothing of the type.
+
+    ``virtual``: services whose virtual addresses are given away, with their networks.
+    """
+
+    answers: tuple[Record, ...] = ()
+    extra: tuple[Record, ...] = ()
+    virtual: frozenset[tuple[NetworkId, ServiceId]] = frozenset()
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """The name could only be ours, and there is no such thing."""
+
+
+class Foreign(msgspec.Struct, frozen=True):
+    """Not ours.  ``is_single_label``: nor anybody's in the public DNS."""
+
+    is_single_label: bool
+
+
+Decision: TypeAlias = Found | Missing | Foreign
+
+
+def decide(query: Query, networks: Sequence[Index], chance: float) -> Decision:
+    """The answer to ``query`` of a container on ``networks``, which are in its order.
+
+    ``chance``: in [0, 1); where among several addresses the answer begins.
+    """
+    name = query.name
+    foreign = Foreign("." not in name and name != "")
+    if query.class_ != IN:
+        return foreign
+    if query.type == PTR or name.endswith((_REVERSE_IPV4, _REVERSE_IPV6)):
+        return _reverse(query, networks) or foreign
+    for index, local in _readings(name, networks):
+        known = index.find(local)
+        if known is not None:
+            return _addresses(query.type, index.id, known, chance)
+        if query.type == SRV:
+            found = _targets(local, index, chance)
+            if found is not None:
+                return found
+        slot, _, service = local.partition(".")
+        if slot.isdecimal() and index.is_service(service):
+            return Missing()
+    return foreign
+
+
+def _readings(name: str, networks: Sequence[Index]) -> Iterator[tuple[Index, str]]:
+    """Where ``name`` may be found, and under which name there."""
+    for index in networks:
+        yield index, name
+    end = name.rfind(".")
+    while end > 0:
+        for index in networks:
+            if index.name == name[end + 1 :]:
+                yield index, name[:end]
+        end = name.rfind(".", 0, end)
+
+
+def _addresses(type_: int, network: NetworkId, known: Known, chance: float) -> Found:
+    records: list[Record] = []
+    if type_ in (A, ANY):
+        records += [Record(A, packed) for packed in rotated(known.ipv4, chance)]
+    if type_ in (AAAA, ANY):
+        records += [Record(AAAA, packed) for packed in rotated(known.ipv6, chance)]
+    virtual = frozenset((network, service) for service in known.services) if records else frozenset()
+    return Found(tuple(records), virtual=virtual)
+
+
+def _reverse(query: Query, networks: Sequence[Index]) -> Found | Missing | None:
+    address = reversed_address(query.name)
+    if address is None:
+        return None
+    for index in networks:
+        found = index.reverse.get(str(address))
+        if found is not None:
+            name, service = found
+            if query.type not in (PTR, ANY):
+                return Found()
+            try:
+                record = Record(PTR, encoded(f"{name}.{index.name}"))
+            except ValueError:
+                return Found()
+            return Found((record,), virtual=frozenset({(index.id, service)}) if service else frozenset())
+    if any(address in subnet for index in networks for subnet in index.subnets):
+        return Missing()
+    return None
+
+
+def _targets(name: str, index: Index, chance: float) -> Found | None:
+    """``_<port>._<protocol>.<service>``: its serving tasks with that port.  None: it is something else."""
+    matched = _SERVICE_PORT.fullmatch(name)
+    if matched is None:
+        return None
+    port = int(matched[1])
+    if not index.is_service(matched[2]) or not 0 < port <= 65535:
+        return None
+    answers, extra = [], []
+    for task in rotated(tuple(index.serving(matched[2])), chance):
+        try:
+            target = encoded(f"{task.name}.{index.name}")
+        except ValueError:
+            continue
+        answers.append(Record(SRV, b"\0\0\0\0" + port.to_bytes(2, "big") + target))
+        extra += [
+            Record(A if address.version == 4 else AAAA, address.packed, target)
+            for address in map(ip_address, task.addresses)
+        ]
+    return Found(tuple(answers), tuple(extra))
+
+
+def rotated(values: tuple[T, ...], chance: float) -> tuple[T, ...]:
+    """``values`` beginning somewhere else."""
+    start = int(chance * len(values))
+    return values[start:] + values[:start]
+
+
+def reversed_address(name: str) -> IPv4Address | IPv6Address | None:
+    """The address that a name below in-addr.arpa or ip6.arpa stands for; None: none, or a part of one."""
+    try:
+        if name.endswith(_REVERSE_IPV4):
+            return IPv4Address(".".join(reversed(name.removesuffix(_REVERSE_IPV4).split("."))))
+        if name.endswith(_REVERSE_IPV6):
+            digits = name.removesuffix(_REVERSE_IPV6).split(".")
+            if len(digits) == 32 and all(len(digit) == 1 for digit in digits):
+                return IPv6Address(bytes.fromhex("".join(reversed(digits))))
+    except ValueError:
+        pass
+    return None

@@ -1,0 +1,351 @@
+"""The gateway bridge: every container's way out, and the way in by host-mode ports.
+
+One bridge per node with a subnet that collides with no route of the machine.  Each container gets an address on it,
+and an interface with the default route.  What of it is in the kernel is a part of the wish for the node's own
+namespace (``Domain``), so that it is healed as everything else.
+
+A container on a network with IPv6 gets out by IPv6 too, where the machine has it: from a unique local /64 that the node
+chose once, under the node's own address.  While no such container is there, the node is left as it was.
+"""
+
+import asyncio
+import secrets
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from pathlib import Path
+
+import msgspec
+import structlog
+from pyroute2 import AsyncIPRoute
+
+from skep.api.errors import Forbidden
+from skep.dataplane.addresses import UNIQUE_LOCAL_BITS, Addresses, beside, free_subnet, mac_of, unique_local
+from skep.dataplane.netns.forwarding import forward_ipv6, ipv6_refusal
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.overlay.changing import carry_out
+from skep.dataplane.overlay.difference import DeleteLink
+from skep.dataplane.overlay.domain import Domain
+from skep.dataplane.overlay.rules import Owner, spoofing
+from skep.dataplane.overlay.settling import Settling
+from skep.dataplane.overlay.state import Address, Link, Peer, State
+from skep.dataplane.overlay.wanted import USUAL_MTU
+from skep.dataplane.ports import PortReservations
+from skep.dataplane.remembered import Network, kept_subnet, remember
+from skep.dataplane.rules import HostPort, between_table, gateway_table, gateway_table_ipv6
+from skep.engine.container import Endpoint, NodePort
+from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.model.ids import ContainerId
+from skep.model.service import PublishMode
+
+log = structlog.get_logger()
+
+BRIDGE = "skep-gw"
+_PART = "gateway"
+_FAMILIES = {IPv4Network: socket.AF_INET, IPv6Network: socket.AF_INET6}
+_HOME_SYSCTLS = {
+    "net/ipv4/ip_forward": "1",
+    # Bridged frames are not the node's own traffic: its nat chains must not see them.
+    "net/bridge/bridge-nf-call-iptables": "0",
+    "net/bridge/bridge-nf-call-ip6tables": "0",
+    "net/bridge/bridge-nf-call-arptables": "0",
+}
+
+
+class Gateway:
+    """The gateway bridge of one node.  ``state``: file that remembers the chosen subnet, another the IPv6 one."""
+
+    def __init__(
+        self,
+        *,
+        namespaces: Namespaces,
+        home: Domain,
+        settling: Settling,
+        ports: PortReservations,
+        state: Path,
+        bridge: str = BRIDGE,
+    ) -> None:
+        self._namespaces = namespaces
+        self._home = home
+        self._settling = settling
+        self._reservations = ports
+        self._state = state
+        self._state6 = state.with_name(f"{state.name}6")
+        self._bridge = bridge
+        self._addresses: Addresses | None = None
+        self._subnet6: IPv6Network | None = None
+        self._forwards_ipv6 = False
+        self._endpoints: dict[ContainerId, Endpoint] = {}
+        self._changing = asyncio.Lock()
+
+    async def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
+        """Make bridge and rules, keep what belongs to the ``live`` containers and free all other ports.
+
+        Raises: SkepError: this node cannot network containers.
+        """
+        async with self._changing:
+            subnet, self._subnet6 = await self._choose_subnets()
+            self._addresses = Addresses(subnet)
+            for id, endpoint in live.items():
+                if endpoint.address:
+                    self._addresses.claim(IPv4Address(endpoint.address), id)
+                    self._endpoints[id] = endpoint
+            await self._restore_ports()
+            await self._settle()
+
+    async def connect(
+        self,
+        container_id: ContainerId,
+        netns: Path,
+        interface: str,
+        ports: Sequence[NodePort],
+        *,
+        is_open: bool = False,
+        wants_ipv6: bool = False,
+    ) -> Endpoint:
+        """A way out for a container, bare of address and route yet, and its host-mode ``ports`` published.
+
+        ``is_open``: it and others like it reach each other by the bridge; ``wants_ipv6``: out by IPv6 too, where the
+        machine has it.  Raises: AlreadyExists: a port is taken; SkepError.
+        """
+        addresses = self._opened()
+        address = addresses.take(container_id)
+        reserved: list[NodePort] = []
+        try:
+            for port in ports:
+                if port.publish_mode is PublishMode.HOST:
+                    number = await self._reservations.reserve(
+                        port.protocol, port.published_port, port.host_ip
+                    )
+                    reserved.append(msgspec.structs.replace(port, published_port=number))
+            subnet6 = self._subnet6 if wants_ipv6 else None
+            endpoint = Endpoint(
+                netns=str(netns),
+                address=str(address),
+                prefix_length=addresses.subnet.prefixlen,
+                gateway=str(addresses.gateway),
+                mac_address=mac_of(address),
+                network=self._bridge,
+                interface=interface,
+                port=new_port_name(),
+                is_open=is_open,
+                ports=tuple(reserved),
+                address6=str(beside(address, subnet6)) if subnet6 is not None else "",
+                gateway6=str(subnet6[1]) if subnet6 is not None else "",
+            )
+            self._endpoints[container_id] = endpoint
+            await self._settle()
+        except BaseException:
+            await asyncio.shield(self._undo(container_id, str(address), reserved))
+            raise
+        return endpoint
+
+    async def disconnect(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """Free everything that ``connect`` gave; harmless when it is free already."""
+        if endpoint.address:
+            await self._undo(container_id, endpoint.address, endpoint.ports)
+
+    async def cut(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """The same for a container that runs on: its interface goes, too.  Raises: SkepError."""
+        if endpoint.port:
+            await carry_out(self._namespaces, self._namespaces.home, [DeleteLink(endpoint.port)])
+        await self.disconnect(container_id, endpoint)
+
+    def endpoint_of(self, container_id: ContainerId) -> Endpoint | None:
+        """What ``connect`` gave a container that was not disconnected since; None: nothing."""
+        return self._endpoints.get(container_id)
+
+    # --- another subnet ---------------------------------------------------------------------------------------
+
+    @property
+    def bridge(self) -> str:
+        """Name of its link."""
+        return self._bridge
+
+    @property
+    def subnet(self) -> IPv4Network | None:
+        """None: it is not made yet."""
+        return self._addresses.subnet if self._addresses is not None else None
+
+    def users(self) -> Sequence[str]:
+        """Ids of the containers on it."""
+        return self._addresses.owners() if self._addresses is not None else ()
+
+    async def move(self, subnet: IPv4Network | None) -> None:
+        """Give the bridge another subnet; None: one that is free.
+
+        Raises: FailedPrecondition: a container is on it; Forbidden: the machine has that network; SkepError.
+        """
+        if subnet is not None:
+            async with self._namespaces.netlink(self._namespaces.home) as home:
+                taken = await _networks_except(home, await _index(home, self._bridge), IPv4Network)
+            for network in taken:
+                if network.prefixlen and network.overlaps(subnet):
+                    raise Forbidden(
+                        f"Pool overlaps with other one on this address space: {subnet} and {network}, "
+                        "which this machine reaches by itself"
+                    )
+        if self.users():
+            raise FailedPrecondition("containers are on the node's gateway bridge")
+        self._addresses = None  # nobody gets an address of the old subnet any more
+        # With all addresses it has: the node's own namespace may hold more than is known here.
+        await self._home.remove(self._bridge)
+        if subnet is None:
+            self._state.unlink(missing_ok=True)
+        else:
+            remember(self._state, subnet)
+        await self.restore({})
+
+    async def _undo(self, container_id: ContainerId, address: str, ports: Sequence[NodePort]) -> None:
+        endpoint = self._endpoints.pop(container_id, None)
+        if endpoint is not None:
+            self._home.let_go(endpoint.port)
+            self._wish()
+        if any(port.publish_mode is PublishMode.HOST for port in ports):
+            try:
+                await self._home.settle()  # before somebody else gets the port
+            except SkepError as error:  # the next comparison removes it
+                log.warning("the gateway was not cleared", container=container_id, error=str(error))
+        else:
+            self._settling.soon(_PART, self._home.settle)
+        for port in ports:
+            if port.publish_mode is PublishMode.HOST:
+                await self._reservations.release(port.protocol, port.published_port, port.host_ip)
+        self._opened().release(IPv4Address(address), container_id)
+
+    async def _settle(self) -> None:
+        """Bring bridge, ports and rules about.  Raises: SkepError."""
+        self._wish()
+        if self._used_subnet6() is not None and not self._forwards_ipv6:
+            await self._namespaces.run(self._namespaces.home, forward_ipv6)
+            self._forwards_ipv6 = True
+        await self._home.settle()
+
+    def _wish(self) -> None:
+        subnet, subnet6, endpoints = self._opened().subnet, self._used_subnet6(), self._endpoints.values()
+        state = gateway_state(self._bridge, subnet, endpoints, subnet6)
+        owners = [
+            Owner(one.port, one.mac_address, tuple(filter(None, (one.address, one.address6))))
+            for one in endpoints
+            if one.port
+        ]
+        host_ports = [port for one in endpoints for port in _host_ports(one.address, one.ports)]
+        between = between_table((one.port, one.is_open) for one in endpoints if one.port)
+        rules = [gateway_table(self._bridge, subnet, host_ports), spoofing(owners), between]
+        if subnet6 is not None:
+            rules.append(gateway_table_ipv6(self._bridge, subnet6))
+        self._home.wish(_PART, state, *rules)
+
+    def _used_subnet6(self) -> IPv6Network | None:
+        """None: nobody gets out by IPv6 at present."""
+        return self._subnet6 if any(one.address6 for one in self._endpoints.values()) else None
+
+    # --- ports ------------------------------------------------------------------------------------------------
+
+    async def _restore_ports(self) -> None:
+        held = set(await self._reservations.held())
+        wanted = {
+            (port.protocol, port.published_port, port.host_ip)
+            for one in self._endpoints.values()
+            for port in one.ports
+        }
+        for protocol, number, address in sorted(wanted - held):
+            try:
+                await self._reservations.reserve(protocol, number, address)
+            except SkepError as error:  # the container has it by the rules all the same
+                log.warning("host port not reserved again", protocol=protocol, port=number, error=str(error))
+        for protocol, number, address in sorted(held - wanted):  # of containers that are gone
+            await self._reservations.release(protocol, number, address)
+
+    # --- subnet -----------------------------------------------------------------------------------------------
+
+    async def _choose_subnets(self) -> tuple[IPv4Network, IPv6Network | None]:
+        """For IPv4, and for IPv6 where this machine leads anybody out by it."""
+        at_home = self._namespaces.home
+        refusal = await self._namespaces.run(at_home, ipv6_refusal)
+        if refusal:
+            log.info("no way out by IPv6 for containers", reason=refusal)
+        async with self._namespaces.netlink(at_home) as home:
+            index = await _index(home, self._bridge)
+            taken = await _networks_except(home, index, IPv4Network)
+            subnet = kept_subnet(self._state, taken, IPv4Network, lambda: free_subnet(taken))
+            if refusal:
+                return subnet, None
+            taken6 = await _networks_except(home, index, IPv6Network)
+            return subnet, kept_subnet(self._state6, taken6, IPv6Network, _fresh_unique_local)
+
+    def _opened(self) -> Addresses:
+        if self._addresses is None:
+            raise Unavailable("the node's network is not set up yet")
+        return self._addresses
+
+
+def gateway_state(
+    bridge: str, subnet: IPv4Network, endpoints: Iterable[Endpoint], subnet6: IPv6Network | None = None
+) -> State:
+    """What the node's own namespace has to hold of the gateway network.  ``subnet6``: None while nobody uses IPv6.
+
+    The bridge has a MAC address of its own: without one it takes its lowest port's, and changes it with the ports.
+    """
+    links = {bridge: Link(name=bridge, kind="bridge", mtu=USUAL_MTU, mac=mac_of(subnet[1]))}
+    for one in endpoints:
+        if one.port:
+            peer = Peer(netns=one.netns, interface=one.interface, mac=one.mac_address)
+            links[one.port] = Link(name=one.port, kind="veth", mtu=USUAL_MTU, master=bridge, peer=peer)
+    addresses, sysctls6 = {Address(bridge, f"{subnet[1]}/{subnet.prefixlen}")}, {}
+    if subnet6 is not None:
+        addresses.add(Address(bridge, f"{subnet6[1]}/{subnet6.prefixlen}"))
+        sysctls6 = {
+            "net/ipv6/conf/all/forwarding": "1",
+            f"net/ipv6/conf/{bridge}/accept_dad": "0",
+            f"net/ipv6/conf/{bridge}/accept_ra": "0",
+            f"net/ipv6/conf/{bridge}/addr_gen_mode": "0",
+            f"net/ipv6/conf/{bridge}/disable_ipv6": "0",
+        }
+    return State(
+        links=links,
+        addresses=frozenset(addresses),
+        sysctls={
+            **_HOME_SYSCTLS,
+            # A client on the node may use 127.0.0.1; nothing from outside gets there (chain ``raw``).
+            f"net/ipv4/conf/{bridge}/route_localnet": "1",
+            f"net/ipv4/conf/{bridge}/rp_filter": "0",
+            **sysctls6,
+        },
+    )
+
+
+def new_port_name() -> str:
+    """Name of a container's port on the bridge; the kernel takes 15 characters.
+
+    Not made from the container's id: the port of an earlier start may take the kernel a moment to vanish.
+    """
+    return f"vs{secrets.token_hex(6)}"
+
+
+def _host_ports(address: str, ports: Sequence[NodePort]) -> list[HostPort]:
+    return [
+        HostPort(port.protocol, port.published_port, address, port.target_port, port.host_ip)
+        for port in ports
+        if port.publish_mode is PublishMode.HOST
+    ]
+
+
+async def _index(route: AsyncIPRoute, name: str) -> int:
+    """Index of a link, 0 when there is none."""
+    found = await route.link_lookup(ifname=name)
+    return found[0] if found else 0
+
+
+async def _networks_except(route: AsyncIPRoute, index: int, version: type[Network]) -> list[Network]:
+    """What the node's routes reach, leaving out those through the link ``index``."""
+    networks = []
+    async for answer in await route.route("dump", family=_FAMILIES[version]):
+        destination = answer.get("dst")
+        if destination and answer.get("oif") != index:
+            networks.append(version(f"{destination}/{answer['dst_len']}", strict=False))
+    return networks
+
+
+def _fresh_unique_local() -> IPv6Network:
+    return unique_local(secrets.randbits(UNIQUE_LOCAL_BITS))

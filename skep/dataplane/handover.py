@@ -1,0 +1,93 @@
+"""Sockets from one net process to the next, so that nothing is missed while the version changes."""
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.dataplane.protocol import (
+    FRAME_BYTES_MAX,
+    HandedOver,
+    HandOver,
+    Label,
+    Waiting,
+    decode_answer,
+    frame,
+)
+from skep.dataplane.reservations import PROTOCOL_NUMBERS, Held
+from skep.linux.descriptors import set_aside_descriptor
+from skep.node.conversation import LENGTH_BYTES
+
+log = structlog.get_logger()
+
+_TIMEOUT_S = 5.0
+_SOCKETS_PER_MESSAGE = 200
+"""The kernel passes at most 253 descriptors at once."""
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """What a predecessor had."""
+
+    held: Held
+    named: Mapping[Label, socket.socket] = {}
+    waiting: tuple[Waiting, ...] = ()
+
+
+def give(connection: socket.socket, sockets: tuple[socket.socket, ...]) -> None:
+    """Send ``sockets`` behind a ``HandedOver``.  Blocks for up to 5 s.  Raises: OSError."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as blocking:
+        blocking.settimeout(_TIMEOUT_S)
+        for start in range(0, len(sockets), _SOCKETS_PER_MESSAGE):
+            batch = sockets[start : start + _SOCKETS_PER_MESSAGE]
+            socket.send_fds(blocking, [b"s"], [sock.fileno() for sock in batch])
+
+
+def take(path: Path) -> Taken | None:
+    """Everything that the process serving ``path`` holds; None: nobody serves it.  Blocks for up to 5 s."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_TIMEOUT_S)
+            connection.connect(str(path))
+            connection.sendall(frame(HandOver()))
+            length = int.from_bytes(_exactly(connection, LENGTH_BYTES), "big")
+            answer = decode_answer(_exactly(connection, min(length, FRAME_BYTES_MAX)))
+            if not isinstance(answer, HandedOver):
+                raise ConnectionError(f"unexpected answer {type(answer).__name__}")
+            received = _sockets(connection)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+    except OSError as error:
+        log.warning("predecessor does not hand over", reason=str(error))
+        return None
+    # One of a version before sends no labels.
+    named = dict(zip(answer.labels, received, strict=False))
+    by_name = {(sock.proto, *sock.getsockname()[:2]): sock for sock in received[len(named) :]}
+    names = {
+        one: (PROTOCOL_NUMBERS[one.protocol], one.address or "0.0.0.0", one.port)
+        for one in answer.reservations
+    }
+    held = {one: by_name[name] for one, name in names.items() if name in by_name}
+    return Taken(held, named, answer.waiting)
+
+
+def _sockets(connection: socket.socket) -> list[socket.socket]:
+    """All sockets until the other end closes."""
+    sockets: list[socket.socket] = []
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(connection, 1, _SOCKETS_PER_MESSAGE)
+        if not data:
+            return sockets
+        sockets += [socket.socket(fileno=set_aside_descriptor(one)) for one in descriptors]
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = connection.recv(count - len(data))
+        if not piece:
+            raise ConnectionError("closed in the middle of an answer")
+        data += piece
+    return data

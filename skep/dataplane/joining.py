@@ -1,0 +1,98 @@
+"""Where a plain container's networks come from: this node's bridge networks, or the cluster's."""
+
+from collections.abc import Collection, Iterable
+from typing import Protocol
+
+import msgspec
+
+from skep.dataplane.local.objects import is_local
+from skep.dataplane.local.places import LocalPlaces
+from skep.engine.container import Container, Place
+from skep.engine.options import NetworkWish
+from skep.errors import FailedPrecondition
+from skep.model.ids import ContainerId, TaskId
+
+
+class ClusterPlaces(Protocol):
+    """Places on the cluster's networks (``executor.attaching.ClusterAttachments``)."""
+
+    def restore(self, held: Iterable[tuple[TaskId, ContainerId]]) -> None: ...
+
+    async def take(self, container_id: ContainerId, wish: NetworkWish) -> Place: ...
+
+    async def give_back(self, id: TaskId) -> None: ...
+
+
+class Joining:
+    """Takes places for plain containers and gives them back."""
+
+    def __init__(self, local: LocalPlaces, cluster: ClusterPlaces) -> None:
+        self._local = local
+        self._cluster = cluster
+
+    async def restore(self, live: Collection[Container]) -> None:
+        """Keep what ``live`` containers hold."""
+        self._cluster.restore(
+            (connected.place.attachment, container.id)
+            for container in live
+            if container.endpoint is not None
+            for connected in container.endpoint.places
+            if connected.place.attachment
+        )
+        await self._local.restore(live)
+
+    async def join(self, container: Container) -> tuple[Place, ...]:
+        """The places that a plain container asks for, in the order of its interfaces.
+
+        Raises: NotFound: no such network; SkepError, in Docker's words.
+        """
+        taken: list[Place] = []
+        try:
+            for wish in container.plain.networks if container.plain is not None else ():
+                taken.append(await self.join_one(container, wish, taken))
+        except BaseException:
+            await self.leave(container.id, taken)
+            raise
+        return tuple(taken)
+
+    async def join_one(self, container: Container, wish: NetworkWish, others: Collection[Place]) -> Place:
+        """One more place beside ``others``.  Raises: FailedPrecondition: it is on that network; as ``join``."""
+        ids = {other.head.id for other in others}
+        network = self._local.find(wish.network)
+        if network is not None:
+            if network.id in ids:
+                raise _is_there(container, network.name)
+            return await self._local.take(container, network, wish)
+        named = msgspec.structs.replace(wish, aliases=(container.name, *wish.aliases))
+        place = await self._cluster.take(container.id, named)
+        if place.head.id in ids:
+            await self._cluster.give_back(place.attachment)
+            raise _is_there(container, place.head.name)
+        return place
+
+    async def leave(self, container_id: ContainerId, places: Iterable[Place]) -> None:
+        """Give places back.  Those of a task are the cluster's own business."""
+        for place in places:
+            if place.attachment:
+                await self._cluster.give_back(place.attachment)
+            elif is_local(place.head.id):
+                await self._local.give_back(container_id, place)
+
+    async def rename(self, container: Container) -> None:
+        """Its names change with ``container.name``.
+
+        Raises: FailedPrecondition: it is on a network of the cluster, which knows it by the one before; SkepError.
+        """
+        places = container.endpoint.places if container.is_running and container.endpoint is not None else ()
+        for one in places:
+            if one.place.attachment:
+                raise FailedPrecondition(
+                    f"the cluster knows the container on network {one.network_name} by its name: stop it first, or "
+                    f"take it from there (docker network disconnect)"
+                )
+        await self._local.rename(container)
+
+
+def _is_there(container: Container, network: str) -> FailedPrecondition:
+    """Source: moby 20.10, daemon/container_operations.go (ConnectToNetwork)."""
+    return FailedPrecondition(f"endpoint with name {container.name} already exists in network {network}")

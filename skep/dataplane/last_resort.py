@@ -1,0 +1,141 @@
+"""Stops tasks that are to stop without a manager (``skep.on-disconnect=stop``) when the node process cannot.
+
+A node process that is dead, or ends again and again, hears no manager, so others take the places of these tasks when
+their time has come.  What is to be known stands on the disk: when a manager last heard this node, the tasks with their
+services' labels, and the containers' records.  A node process that lives stops them itself, a moment earlier.
+"""
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.agent.last_heard import heard_at
+from skep.agent.task_files import read_tasks
+from skep.aio.clock import SystemClock
+from skep.aio.guard import persist, report
+from skep.engine import records
+from skep.engine.container import Container, ProcessName
+from skep.engine.processes import send_signal
+from skep.engine.signals import signal_number
+from skep.errors import InvalidArgument, Unavailable
+from skep.linux.processes import boot_id
+from skep.model.ids import TaskId
+from skep.model.labels import LABEL_TASK_ID, OnDisconnect, disconnect_policy
+from skep.paths import Paths
+
+log = structlog.get_logger()
+
+LOOK_S = 1.0
+AWAKE_S = 3.0
+"""A silence that is shorter concerns no task."""
+RESCAN_S = 5.0
+LATER_S = 2.0
+"""What a node process that lives would have ended is killed so much later."""
+
+
+class Doomed(msgspec.Struct, frozen=True):
+    """A container that stops when no manager has heard the node for ``delay_s``."""
+
+    id: str
+    process: ProcessName
+    delay_s: float
+    grace_s: float
+    stop_signal: int
+
+
+def due(one: Doomed, silence_s: float, *, has_node_process: bool, was_asked: bool) -> int:
+    """The signal that the container gets now; 0: none."""
+    if silence_s >= one.delay_s + one.grace_s + LATER_S:
+        return signal.SIGKILL
+    if silence_s >= one.delay_s and not has_node_process and not was_asked:
+        return one.stop_signal
+    return 0
+
+
+class LastResort:
+    """``send``: signals exactly this process; False: it is gone."""
+
+    def __init__(
+        self, paths: Paths, clock: SystemClock, *, send: Callable[[ProcessName, int], bool] = send_signal
+    ) -> None:
+        self._paths = paths
+        self._clock = clock
+        self._send = send
+        self._boot_id = boot_id()
+        self._doomed: tuple[Doomed, ...] = ()
+        self._scan_at = 0.0
+        self._asked: set[ProcessName] = set()
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+
+        async def look() -> None:
+            while True:
+                await self._clock.sleep(LOOK_S)
+                await asyncio.to_thread(self.look)
+
+        await persist(look, "tasks of a node without managers not looked after", clock=self._clock)
+
+    def look(self) -> None:
+        """Signal whose time has come.  Blocks."""
+        at = heard_at(self._paths.last_heard, self._boot_id)
+        silence_s = self._clock.since_boot() - at if at is not None else 0.0
+        if silence_s < AWAKE_S:
+            self._doomed, self._scan_at = (), 0.0
+            self._asked.clear()
+            return
+        if self._clock.monotonic() >= self._scan_at:
+            self._doomed = tuple(_doomed(self._paths))
+            self._scan_at = self._clock.monotonic() + RESCAN_S
+        has_node_process = bool(self._doomed) and is_locked(self._paths.data_lock)
+        for one in self._doomed:
+            self._treat(one, silence_s, has_node_process=has_node_process)
+
+    def _treat(self, one: Doomed, silence_s: float, *, has_node_process: bool) -> None:
+        number = due(one, silence_s, has_node_process=has_node_process, was_asked=one.process in self._asked)
+        if number and self._send(one.process, number):
+            self._asked.add(one.process)
+            log.warning("container stopped without a node process", container=one.id, signal=number)
+
+
+def _doomed(paths: Paths) -> Iterator[Doomed]:
+    delays = {
+        one.assigned.task.id: policy.delay_s
+        for one in read_tasks(paths.tasks)
+        if (policy := disconnect_policy(one.assigned.service_labels)).action is OnDisconnect.STOP
+    }
+    if not delays or not paths.containers.is_dir():
+        return
+    for directory in sorted(paths.containers.iterdir()):
+        try:
+            container = records.read(directory / records.NAME)
+        except Unavailable as error:  # the next scan reads it again
+            report(error, "container not looked after", directory=str(directory))
+            continue
+        if container is None or container.process is None or not container.is_running:
+            continue
+        delay_s = delays.get(TaskId(container.labels.get(LABEL_TASK_ID, "")))
+        if delay_s is not None:
+            yield _doomed_one(container, container.process, delay_s)
+
+
+def _doomed_one(container: Container, process: ProcessName, delay_s: float) -> Doomed:
+    try:
+        stop_signal = signal_number(container.config.stop_signal or "SIGTERM")
+    except InvalidArgument:
+        stop_signal = signal.SIGTERM
+    return Doomed(container.id, process, delay_s, container.config.stop_grace_ns / 1e9, stop_signal)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds ``path`` (flock), without disturbing who is about to."""
+    try:
+        inode = path.stat().st_ino
+    except FileNotFoundError:
+        return False
+    locks = Path("/proc/locks").read_text().splitlines()
+    return any(f":{inode} " in line and "FLOCK" in line and "->" not in line for line in locks)

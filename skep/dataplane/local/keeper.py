@@ -1,0 +1,286 @@
+"""Keeps the node's own networks over restarts, and gives the gateway bridge the subnet that the user wants."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import structlog
+from msgspec.structs import replace
+
+from skep.aio.clock import Clock
+from skep.aio.guard import explain, report
+from skep.aio.trees import discard_tree_now
+from skep.api.errors import Forbidden
+from skep.api.networks import NetworkBody, SubnetBody
+from skep.dataplane.local.objects import GATEWAY, LocalNetwork, find, subnet_of
+from skep.dataplane.local.wishes import bridge_of
+from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented
+from skep.linux.files import is_no_file, replace_file
+from skep.model.times import Timestamp, timestamp
+
+log = structlog.get_logger()
+
+_PREDEFINED = {"bridge": "bridge", "host": "host", "none": "null"}
+_CONFIGURATIONS_MAX = 1000
+_BRIDGES_MAX = 1000
+
+
+class GatewayBridge(Protocol):
+    """The bridge itself (``dataplane/gateway.py``)."""
+
+    @property
+    def bridge(self) -> str:
+        """Name of its link."""
+
+    @property
+    def subnet(self) -> IPv4Network | None:
+        """None: it is not made yet."""
+
+    def users(self) -> Sequence[str]:
+        """Ids of the containers on it."""
+
+    async def move(self, subnet: IPv4Network | None) -> None:
+        """Give it another subnet; None: one that is free.
+
+        Raises: FailedPrecondition: a container is on it; Forbidden: the machine has that network; SkepError.
+        """
+
+
+class _Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """What lies on disk."""
+
+    created_at: Timestamp
+    ids: Mapping[str, str]
+    """Of the predefined networks, by name."""
+    gateway: LocalNetwork
+    is_gateway_removed: bool = False
+    configurations: tuple[LocalNetwork, ...] = ()
+    bridges: tuple[LocalNetwork, ...] = ()
+
+
+class LocalNetworks:
+    """The node's own networks.
+
+    Args:
+        file: where they are kept.
+        gateway: None: this node networks no containers.
+        new_id: makes ids of 64 hexadecimal digits.
+    """
+
+    def __init__(
+        self, file: Path, gateway: GatewayBridge | None, *, clock: Clock, new_id: Callable[[], str]
+    ) -> None:
+        self._file = file
+        self._gateway = gateway
+        self._clock = clock
+        self._new_id = new_id
+        self._kept: _Kept | None = None
+
+    def open(self) -> None:
+        """Read what an earlier process kept, as the first use does; what cannot be decoded is begun anew.
+
+        Raises: Unavailable: it cannot be read now, and is not written over.
+        """
+        try:
+            self._kept = msgspec.json.decode(self._file.read_bytes(), type=_Kept)
+        except FileNotFoundError:
+            pass
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and not is_no_file(error):
+                raise Unavailable(f"the node's networks cannot be read: {explain(error)}") from error
+            aside = self._file.with_suffix(".damaged")
+            report(error, "the node's networks are begun anew", file=str(self._file), kept_as=str(aside))
+            discard_tree_now(aside)
+            with suppress(OSError):
+                self._file.rename(aside)
+        if self._kept is None:
+            now = self._now()
+            ids = {name: self._new_id() for name in _PREDEFINED}
+            kept = _Kept(created_at=now, ids=ids, gateway=self._new_gateway(NetworkBody(name=GATEWAY)))
+            try:
+                self._keep(kept)
+            except OSError as error:  # the next change writes it, too
+                report(error, "the node's networks are not kept")
+                self._kept = kept
+
+    def predefined(self) -> list[LocalNetwork]:
+        """Those that every node has."""
+        kept = self._opened()
+        return [
+            LocalNetwork(id=kept.ids[name], name=name, driver=driver, created_at=kept.created_at)
+            for name, driver in _PREDEFINED.items()
+        ]
+
+    def configurations(self) -> list[LocalNetwork]:
+        """Settings kept for other networks."""
+        return list(self._opened().configurations)
+
+    def gateway(self) -> LocalNetwork | None:
+        """The gateway bridge; None: there is none, or the user removed it and nobody needed it since.
+
+        Who finds a container on a removed one notes that it is back.
+        """
+        kept = self._opened()
+        if self._gateway is None or self._gateway.subnet is None:
+            return None
+        if kept.is_gateway_removed:
+            if not self._gateway.users():
+                return None
+            kept = replace(kept, is_gateway_removed=False)
+            self._keep(kept)
+        subnet = self._gateway.subnet
+        config = SubnetBody(subnet=str(subnet), gateway=str(subnet[1]))
+        options = {**kept.gateway.options, "com.docker.network.bridge.name": self._gateway.bridge}
+        return replace(kept.gateway, configs=(config,), options=options)
+
+    def gateway_users(self) -> Sequence[str]:
+        """Ids of the containers on the gateway bridge."""
+        return self._gateway.users() if self._gateway is not None else ()
+
+    def add_configuration(self, body: NetworkBody) -> LocalNetwork:
+        """Keep settings for other networks.  Raises: AlreadyExists."""
+        kept = self._opened()
+        if any(one.name == body.name for one in kept.configurations):
+            raise AlreadyExists(f"network with name {body.name} already exists")
+        if len(kept.configurations) >= _CONFIGURATIONS_MAX:
+            raise Forbidden(f"this node has {_CONFIGURATIONS_MAX} configuration networks already")
+        ipam = body.ipam
+        network = LocalNetwork(
+            id=self._new_id(),
+            name=body.name,
+            driver="null",
+            created_at=self._now(),
+            configs=ipam.config if ipam is not None else (),
+            ipam_driver=(ipam.driver if ipam is not None else "") or "default",
+            ipam_options=ipam.options if ipam is not None else None,
+            is_configuration=True,
+            has_ipv6=body.enable_ipv6,
+            options=body.options,
+            labels=body.labels,
+        )
+        self._keep(replace(kept, configurations=(*kept.configurations, network)))
+        return network
+
+    def remove_configuration(self, id: str) -> None:
+        """Forget settings.  Raises: NotFound."""
+        kept = self._opened()
+        rest = tuple(one for one in kept.configurations if one.id != id)
+        if len(rest) == len(kept.configurations):
+            raise NotFound(f"network {id} not found")
+        self._keep(replace(kept, configurations=rest))
+
+    def bridges(self) -> list[LocalNetwork]:
+        """The users' bridge networks."""
+        return list(self._opened().bridges)
+
+    def add_bridge(self, body: NetworkBody, routes: Sequence[IPv4Network]) -> LocalNetwork:
+        """Make a user's bridge network.  ``routes``: subnets that the machine reaches.
+
+        Raises: AlreadyExists; InvalidArgument, Forbidden, Unimplemented: it cannot be so.
+        """
+        kept = self._opened()
+        if any(one.name == body.name for one in (*kept.bridges, *kept.configurations)):
+            raise AlreadyExists(f"network with name {body.name} already exists")
+        if self._gateway is None:
+            raise Unimplemented("this node networks no containers: it makes no bridge networks")
+        if len(kept.bridges) >= _BRIDGES_MAX:
+            raise Forbidden(f"this node has {_BRIDGES_MAX} bridge networks already")
+        configuration = find(kept.configurations, body.config_source) if body.config_source else None
+        if body.config_source and configuration is None:
+            raise NotFound(f"configuration network {body.config_source} not found")
+        own = self._gateway.subnet
+        taken = [*routes, *map(subnet_of, kept.bridges), *([own] if own is not None else [])]
+        network = bridge_of(
+            body, id=self._new_id(), created_at=self._now(), taken=taken, configuration=configuration
+        )
+        self._keep(replace(kept, bridges=(*kept.bridges, network)))
+        log.info("bridge network made", network=network.name, subnet=network.configs[0].subnet)
+        return network
+
+    def remove_bridge(self, id: str) -> None:
+        """Forget a bridge network that nobody uses.  Raises: NotFound."""
+        kept = self._opened()
+        rest = tuple(one for one in kept.bridges if one.id != id)
+        if len(rest) == len(kept.bridges):
+            raise NotFound(f"network {id} not found")
+        self._keep(replace(kept, bridges=rest))
+
+    async def make_gateway(self, body: NetworkBody) -> LocalNetwork:
+        """The gateway bridge as the user wants it.
+
+        Raises: AlreadyExists: it is there; InvalidArgument, Forbidden, Unimplemented: it cannot be so.
+        """
+        if self.gateway() is not None:
+            raise AlreadyExists(f"network with name {GATEWAY} already exists")
+        if self._gateway is None:
+            raise Unimplemented("this node networks no containers: it has no gateway bridge")
+        if body.driver not in ("", "bridge"):
+            raise Forbidden(f"{GATEWAY} is this node's gateway bridge and cannot be of driver {body.driver}")
+        subnet = _wished_subnet(body)
+        await self._gateway.move(subnet)
+        network = self._new_gateway(body)
+        self._keep(replace(self._opened(), gateway=network, is_gateway_removed=False))
+        log.info("gateway bridge made", subnet=str(self._gateway.subnet))
+        return network
+
+    def remove_gateway(self) -> None:
+        """Take it from the list.  The next container that needs it, or the user, has it made again.
+
+        Raises: NotFound; Forbidden: containers are on it.
+        """
+        present = self.gateway()
+        if present is None:
+            raise NotFound(f"network {GATEWAY} not found")
+        if self.gateway_users():
+            raise Forbidden(
+                f"error while removing network: network {GATEWAY} id {present.id} has active endpoints"
+            )
+        self._keep(replace(self._opened(), gateway=self._new_gateway(NetworkBody()), is_gateway_removed=True))
+
+    def _new_gateway(self, body: NetworkBody) -> LocalNetwork:
+        options = {
+            "com.docker.network.bridge.enable_icc": "false",
+            "com.docker.network.bridge.enable_ip_masquerade": "true",
+        }
+        return LocalNetwork(
+            id=self._new_id(),
+            name=GATEWAY,
+            driver="bridge",
+            created_at=self._now(),
+            options={**options, **body.options},
+            labels=body.labels,
+        )
+
+    def _opened(self) -> _Kept:
+        if self._kept is None:
+            self.open()
+        assert self._kept is not None, "opened just now"
+        return self._kept
+
+    def _keep(self, kept: _Kept) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self._file, msgspec.json.encode(kept))
+        self._kept = kept
+
+    def _now(self) -> Timestamp:
+        return timestamp(self._clock.now_ns())
+
+
+def _wished_subnet(body: NetworkBody) -> IPv4Network | None:
+    """Raises: InvalidArgument: not one IPv4 subnet with its first address as the gateway, and room in it."""
+    configs = [one for one in (body.ipam.config if body.ipam is not None else ()) if one != SubnetBody()]
+    if not configs:
+        return None
+    try:
+        (config,) = configs
+        subnet = IPv4Network(config.subnet, strict=False)
+    except ValueError:
+        raise InvalidArgument(f"{GATEWAY} has one IPv4 subnet") from None
+    if subnet.num_addresses < 4 or config.ip_range or config.auxiliary_addresses:
+        raise InvalidArgument(f"{GATEWAY} takes a whole subnet of four addresses or more")
+    if config.gateway not in ("", str(subnet[1])):
+        raise InvalidArgument(f"the gateway of {GATEWAY} is the first address of its subnet, {subnet[1]}")
+    return subnet

@@ -1,0 +1,129 @@
+"""What a user's bridge network is to be: pure.
+
+Options that would change who reaches whom and that nothing here acts on are refused, so that nobody relies on them.
+
+Source: moby 20.10, libnetwork/network.go, libnetwork/ipam/allocator.go, drivers/bridge/bridge.go (the words).
+"""
+
+from collections.abc import Iterable, Mapping
+from ipaddress import IPv4Address, IPv4Network
+
+import msgspec
+
+from skep.api.errors import Forbidden
+from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
+from skep.dataplane.addresses import free_subnet
+from skep.dataplane.local.objects import LocalNetwork
+from skep.errors import InvalidArgument, Unimplemented
+from skep.model.network import MTU_OPTION, MTUS
+from skep.model.times import Timestamp
+
+_BRIDGE = "com.docker.network.bridge."
+_NEUTRAL: Mapping[str, frozenset[str]] = {
+    f"{_BRIDGE}enable_icc": frozenset({"", "true"}),
+    f"{_BRIDGE}enable_ip_masquerade": frozenset({"", "true"}),
+    f"{_BRIDGE}host_binding_ipv4": frozenset({"", "0.0.0.0"}),
+    f"{_BRIDGE}default_bridge": frozenset({"", "false"}),
+}
+"""Options whose value says what is done anyway."""
+
+
+def bridge_of(
+    body: NetworkBody,
+    *,
+    id: str,
+    created_at: Timestamp,
+    taken: Iterable[IPv4Network],
+    configuration: LocalNetwork | None = None,
+) -> LocalNetwork:
+    """The network that ``body`` asks for.
+
+    Args:
+        taken: subnets of the machine's routes and of its other networks.
+        configuration: where its settings are from; None: the body itself.
+
+    Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
+    """
+    _check_driver(body)
+    ipam = body.ipam or IPAMBody()
+    configs = configuration.configs if configuration is not None else ipam.config
+    options = configuration.options if configuration is not None else body.options
+    if body.enable_ipv6 or (configuration is not None and configuration.has_ipv6):
+        raise Unimplemented("bridge networks of this node have IPv4 only (--ipv6)")
+    if ipam.driver not in ("", "default"):
+        raise InvalidArgument(f"could not resolve driver {ipam.driver} in registry")
+    _check_options(options)
+    return LocalNetwork(
+        id=id,
+        name=body.name,
+        driver="bridge",
+        created_at=created_at,
+        configs=(_settled([one for one in configs if one != SubnetBody()], list(taken)),),
+        ipam_options=ipam.options,
+        config_from=body.config_source,
+        is_internal=body.internal,
+        is_attachable=body.attachable,
+        options=options,
+        labels=body.labels,
+    )
+
+
+def _check_driver(body: NetworkBody) -> None:
+    match body.driver:
+        case "" | "bridge":
+            return
+        case "host" | "null":
+            raise Forbidden(f'only one instance of "{body.driver}" network is allowed')
+        case driver:
+            raise Unimplemented(
+                f"this node makes bridge networks for its containers, none of driver {driver}: "
+                "give skep a Docker Engine (--engine-socket) for these"
+            )
+
+
+def _check_options(options: Mapping[str, str]) -> None:
+    for name, value in sorted(options.items()):
+        if name == MTU_OPTION:
+            if not (value.isascii() and value.isdigit() and int(value) in MTUS):
+                raise InvalidArgument(f"invalid value for {name}: {value}")
+        elif value not in _NEUTRAL.get(name, ()):
+            raise Unimplemented(f"bridge networks of this node do not know the option {name}={value}")
+
+
+def _settled(configs: list[SubnetBody], taken: list[IPv4Network]) -> SubnetBody:
+    """The network's one subnet, with its gateway."""
+    if len(configs) > 1 or any(":" in config.subnet for config in configs):
+        raise Unimplemented("a bridge network of this node has one IPv4 subnet")
+    config = configs[0] if configs else SubnetBody()
+    if config.subnet:
+        subnet = IPv4Network(config.subnet, strict=False)
+        if subnet.num_addresses < 4:
+            raise InvalidArgument(f"subnet {subnet} has no room for a gateway and a container")
+        if any(subnet.overlaps(other) for other in taken if other.prefixlen):
+            raise Forbidden("Pool overlaps with other one on this address space")
+    else:
+        subnet = free_subnet(taken)
+    gateway = _inside(config.gateway, subnet, "gateway") if config.gateway else subnet[1]
+    for address in config.auxiliary_addresses.values():
+        _inside(address, subnet, "auxiliary address")
+    if config.ip_range:
+        _check_range(config.ip_range, subnet)
+    return msgspec.structs.replace(config, subnet=str(subnet), gateway=str(gateway))
+
+
+def _check_range(text: str, subnet: IPv4Network) -> None:
+    try:
+        if not IPv4Network(text, strict=False).subnet_of(subnet):
+            raise ValueError
+    except ValueError:
+        raise InvalidArgument(f"no matching subnet for range {text}") from None
+
+
+def _inside(text: str, subnet: IPv4Network, what: str) -> IPv4Address:
+    try:
+        address = IPv4Address(text)
+    except ValueError:
+        raise InvalidArgument(f"invalid {what} {text}") from None
+    if not int(subnet[0]) < int(address) < int(subnet[-1]):
+        raise InvalidArgument(f"no matching subnet for {what} {text}")
+    return address

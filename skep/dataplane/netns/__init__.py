@@ -1,0 +1,1 @@
+"""Kernel objects of one network namespace: namespaces, links, nftables, connection tracking, neighbours."""

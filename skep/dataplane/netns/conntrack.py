@@ -1,0 +1,128 @@
+"""Connection tracking over netlink (ctnetlink): the flows of the calling thread's namespace, listed and deleted.
+
+Source: linux, include/uapi/linux/netfilter/nfnetlink_conntrack.h.
+"""
+
+import errno
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from skep.dataplane.netns import netlink
+
+_GET, _DELETE = 0x0101, 0x0102
+_ORIGINAL, _REPLY, _ID, _ZONE = 1, 2, 12, 18
+_IP, _PROTOCOL = 1, 2
+_NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
+_SOURCE = {socket.AF_INET: 1, socket.AF_INET6: 3}
+_DESTINATION = {socket.AF_INET: 2, socket.AF_INET6: 4}
+_RECEIVE_BYTES = 1 << 18
+
+SYSCTLS = {
+    # An idle connection is forgotten by nobody before its ends forget it.
+    "net/netfilter/nf_conntrack_tcp_timeout_established": "432000",
+    # One end has closed, the other still works on its answer.  The kernel's own are 120 s and 60 s.
+    "net/netfilter/nf_conntrack_tcp_timeout_fin_wait": "7200",
+    "net/netfilter/nf_conntrack_tcp_timeout_close_wait": "7200",
+    # A segment that looks out of its window belongs to the connection all the same: let the ends judge.
+    "net/netfilter/nf_conntrack_tcp_be_liberal": "1",
+}
+"""Of a container's namespace: a new one has the kernel's values, whatever the node's are."""
+
+
+class Refused(OSError):
+    """The kernel said no, which is something else than not answering."""
+
+
+class Tuple(msgspec.Struct, frozen=True):
+    """One direction of a flow.  Ports are 0 where the protocol has none."""
+
+    protocol: int
+    source: str
+    source_port: int
+    destination: str
+    destination_port: int
+
+
+class Flow(msgspec.Struct, frozen=True):
+    """``name``: what it is deleted by, with its id, so that it is not the flow that came after it."""
+
+    original: Tuple
+    reply: Tuple
+    name: bytes
+
+
+def opened(timeout_s: float) -> socket.socket:
+    """For the calls below; the caller closes it.  ``timeout_s``: for each answer.  Raises: OSError."""
+    return netlink.opened(netlink.NETFILTER, timeout_s)
+
+
+def flows(
+    connection: socket.socket, family: int, *, concerns: Callable[[bytes], bool] = lambda entry: True
+) -> Iterator[Flow]:
+    """All flows of ``family``; the connection is busy until the last.
+
+    ``concerns``: whether a flow may matter, by what the kernel says of it, before it is taken apart.  Blocks for as
+    long as the kernel takes to go through its entries, of all namespaces (9 ms of processor time).  Raises: Refused:
+    this kernel does not list them; OSError.
+    """
+    connection.send(netlink.request(_GET, netlink.DUMP, _head(family)))
+    while True:
+        for kind, body in netlink.messages(connection.recv(_RECEIVE_BYTES)):
+            if kind == netlink.DONE:
+                return
+            if kind == netlink.ERROR:
+                raise Refused(netlink.error_number(body), "flows cannot be listed")
+            if concerns(body) and (flow := _flow(_parts(body[4:]), family)) is not None:
+                yield flow
+
+
+def delete(connection: socket.socket, family: int, found: list[Flow]) -> None:
+    """Delete flows; one that has ended by itself is gone, too.
+
+    All are tried.  Raises: Refused: some flow stays (an offloaded one does); OSError.
+    """
+    refused = 0
+    for number, flow in enumerate(found, start=1):
+        connection.send(netlink.request(_DELETE, netlink.ACK, _head(family) + flow.name, number=number))
+        for kind, body in netlink.messages(connection.recv(_RECEIVE_BYTES)):
+            code = netlink.error_number(body) if kind == netlink.ERROR else 0
+            if code not in (0, errno.ENOENT):
+                refused = code
+    if refused:
+        raise Refused(refused, "a flow cannot be deleted")
+
+
+def _flow(entry: dict[int, bytes], family: int) -> Flow | None:
+    """None: it does not say from where to where."""
+    original, reply = (_tuple(_parts(entry.get(number, b"")), family) for number in (_ORIGINAL, _REPLY))
+    if original is None or reply is None:
+        return None
+    name = b"".join(
+        netlink.attribute(number | (netlink.NESTED if number == _ORIGINAL else 0), entry[number])
+        for number in (_ORIGINAL, _ZONE, _ID)
+        if number in entry
+    )
+    return Flow(original, reply, name)
+
+
+def _tuple(parts: dict[int, bytes], family: int) -> Tuple | None:
+    addresses, protocol = _parts(parts.get(_IP, b"")), _parts(parts.get(_PROTOCOL, b""))
+    try:
+        source = socket.inet_ntop(family, addresses[_SOURCE[socket.AddressFamily(family)]])
+        destination = socket.inet_ntop(family, addresses[_DESTINATION[socket.AddressFamily(family)]])
+        number = protocol[_NUMBER][0]
+    except (KeyError, ValueError, IndexError):
+        return None
+    ports = (int.from_bytes(protocol.get(one, b"")[:2], "big") for one in (_SOURCE_PORT, _DESTINATION_PORT))
+    return Tuple(number, source, next(ports), destination, next(ports))
+
+
+def _parts(data: bytes) -> dict[int, bytes]:
+    return dict(netlink.attributes(data))
+
+
+def _head(family: int) -> bytes:
+    return struct.pack("=BBH", family, 0, 0)

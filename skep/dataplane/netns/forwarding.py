@@ -1,0 +1,43 @@
+"""Whether the present network namespace leads others' packets by IPv6, and that it does.  Blocks."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from skep.dataplane.netns import nft
+
+_IPV6 = Path("/proc/sys/net/ipv6/conf")
+_PROBE = """
+add table ip6 skep_probe
+add chain ip6 skep_probe post { type nat hook postrouting priority 100; }
+add rule ip6 skep_probe post masquerade
+delete table ip6 skep_probe
+"""
+"""One transaction: nothing of it is ever in force."""
+
+
+def ipv6_refusal() -> str:
+    """Why containers cannot be led out by IPv6 here; empty: they can."""
+    try:
+        if (_IPV6 / "all/disable_ipv6").read_text().strip() != "0":
+            return "net.ipv6.conf.all.disable_ipv6 is set"
+    except OSError:
+        return "the kernel has no IPv6"
+    try:
+        nft.run(_PROBE)
+    except (nft.NftFailed, OSError) as error:
+        return f"no address translation for IPv6: {str(error).partition(chr(10))[0]}"
+    return ""
+
+
+def forward_ipv6(settings: Path = _IPV6) -> None:
+    """Let packets of others pass.  ``settings``: where the kernel shows them.
+
+    A router takes no default route from other routers, unless it is told to go on doing so.  That comes first: the
+    moment it becomes one, such routes are dropped.
+    """
+    for setting in settings.glob("*/accept_ra"):
+        with suppress(OSError):  # a device that goes at this moment: a container's, perhaps
+            if setting.read_text().strip() == "1":
+                setting.write_text("2")
+    with suppress(FileNotFoundError):
+        (settings / "all/forwarding").write_text("1")

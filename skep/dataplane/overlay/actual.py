@@ -1,0 +1,221 @@
+"""What a network namespace holds, read from the kernel.
+
+Only what can be ours is kept: bridges, VXLAN devices, veths and loopback, their addresses, routes that a program made,
+and permanent entries.  What the kernel makes by itself (routes of addresses, link-local addresses, rules) is kept as
+far as it is wanted; what it learned is left out.
+"""
+
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from socket import AF_INET, AF_INET6, inet_ntop
+
+import msgspec
+
+from skep.dataplane.netns.checksums import offloads
+from skep.dataplane.netns.netlink import (
+    AF_BRIDGE,
+    GETADDR,
+    GETLINK,
+    GETNEIGH,
+    GETROUTE,
+    GETRULE,
+    attributes,
+    dumped,
+)
+from skep.dataplane.overlay.state import (
+    LOCAL_TABLE,
+    MAIN_TABLE,
+    Address,
+    Entry,
+    EntryKind,
+    Link,
+    Route,
+    RouteKind,
+    Rule,
+    State,
+    Vxlan,
+)
+
+_KINDS = frozenset({"bridge", "vxlan", "tun", "veth", "loopback"})
+_IFINFO = struct.Struct("=BxHiII")
+_IFADDR = struct.Struct("=BBBBi")
+_NDMSG = struct.Struct("=BxxxiHBB")
+_RTMSG = struct.Struct("=BBBBBBBBI")
+_RULE = struct.Struct("=BBBBBBBBI")
+_KINDS_OF_ROUTES = frozenset(map(int, RouteKind))
+_UP, _LOOPBACK = 0x1, 0x8
+_NTF_SELF, _NTF_MASTER = 0x02, 0x04
+_PERMANENT, _STATIC = 0x80, 0x40
+BY_KERNEL = 2
+"""RTPROT_KERNEL."""
+_BY_ADVERTISEMENT = 9
+_PRIORITY, _RULE_TABLE = 6, 15
+_SAYS_NOTHING = frozenset({_PRIORITY, _RULE_TABLE, 14, 21})
+"""Attributes of a rule that choose no packets: these, the suppressed length of prefixes, the protocol."""
+_VLAN = 5
+"""NDA_VLAN: of an entry of a bridge for one VLAN, of which ours have none."""
+_DF = 29
+"""IFLA_VXLAN_DF."""
+
+Selection = Callable[[Link], bool]
+"""Whether a link is looked at."""
+
+
+class Found(msgspec.Struct, frozen=True):
+    """``state``: of the selected links; ``indices``: of all links of the namespace by name."""
+
+    state: State
+    indices: dict[str, int]
+
+
+def read(selects: Selection, wanted: State) -> Found:
+    """The namespace of the calling thread.  Blocks.  Raises: OSError.
+
+    ``wanted``: says which sysctls are looked at, and what of the kernel's own.
+    """
+    indices, links = _links()
+    chosen = {index: link for index, link in links.items() if selects(link)}
+    names = {index: link.name for index, link in chosen.items()}
+    state = State(
+        links={link.name: link for link in chosen.values()},
+        addresses=frozenset(_addresses(names)),
+        routes=frozenset(_routes(names, wanted.routes)),
+        entries=frozenset(_entries(chosen)),
+        rules=frozenset(_rules()) & wanted.rules if wanted.rules else frozenset(),
+        sysctls=_sysctls(wanted.sysctls),
+    )
+    return Found(state, indices)
+
+
+def _links() -> tuple[dict[str, int], dict[int, Link]]:
+    answers = dumped(GETLINK, _IFINFO.pack(0, 0, 0, 0, 0))
+    indices: dict[str, int] = {}
+    details: dict[int, tuple[int, dict[int, memoryview]]] = {}
+    for _, body in answers:
+        _, _, index, flags, _ = _IFINFO.unpack_from(body)
+        found = dict(attributes(body[_IFINFO.size :]))
+        indices[_text(found[3])] = index
+        details[index] = (flags, found)
+    names = {index: name for name, index in indices.items()}
+    links = {}
+    for index, (flags, found) in details.items():
+        info = dict(attributes(found[18])) if 18 in found else {}
+        kind = "loopback" if flags & _LOOPBACK else _text(info[1]) if 1 in info else ""
+        if kind in _KINDS:
+            master = names.get(_number(found[10]), "") if 10 in found else ""
+            links[index] = Link(
+                name=names[index],
+                kind=kind,
+                mtu=_number(found[4]),
+                mac=bytes(found[1]).hex(":"),
+                master=master,
+                is_up=bool(flags & _UP),
+                is_closed_port=_is_closed(info),
+                vxlan=_vxlan(dict(attributes(info[2]))) if kind == "vxlan" else None,
+                offloads=offloads(names[index]) if kind == "vxlan" else None,
+            )
+    return indices, links
+
+
+def _is_closed(info: dict[int, memoryview]) -> bool:
+    port = dict(attributes(info[5])) if 5 in info else {}
+    learning, flooding = port.get(8), port.get(9)
+    return learning is not None and flooding is not None and not learning[0] and not flooding[0]
+
+
+def _vxlan(data: dict[int, memoryview]) -> Vxlan | None:
+    """None: of a kind that we never make: it learns, or does not answer for neighbours, or has no address."""
+    local = inet_ntop(AF_INET, data[4]) if 4 in data else inet_ntop(AF_INET6, data[17]) if 17 in data else ""
+    is_ours = local and not data[7][0] and data[11][0]
+    if not is_ours:
+        return None
+    is_whole = _DF in data and bool(data[_DF][0])
+    return Vxlan(vni=_number(data[1]), port=int.from_bytes(data[15], "big"), local=local, is_whole=is_whole)
+
+
+def _addresses(names: dict[int, str]) -> Iterable[Address]:
+    for _, body in dumped(GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
+        family, length, _, _, index = _IFADDR.unpack_from(body)
+        if index not in names:
+            continue
+        found = dict(attributes(body[_IFADDR.size :]))
+        if value := found.get(2) or found.get(1):
+            yield Address(names[index], f"{inet_ntop(family, value)}/{length}")
+
+
+def _routes(names: dict[int, str], wanted: frozenset[Route]) -> Iterable[Route]:
+    for _, body in dumped(GETROUTE, _RTMSG.pack(0, 0, 0, 0, 0, 0, 0, 0, 0)):
+        family, length, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(body)
+        if family not in (AF_INET, AF_INET6) or table not in (MAIN_TABLE, LOCAL_TABLE):
+            continue
+        found = dict(attributes(body[_RTMSG.size :]))
+        index = _number(found[4]) if 4 in found else 0
+        if index not in names or kind not in _KINDS_OF_ROUTES or protocol == _BY_ADVERTISEMENT:
+            continue
+        any_address = "0.0.0.0" if family == AF_INET else "::"
+        destination = f"{inet_ntop(family, found[1]) if 1 in found else any_address}/{length}"
+        gateway = inet_ntop(family, found[5]) if 5 in found else ""
+        source = inet_ntop(family, found[7]) if 7 in found and family == AF_INET else ""
+        own = Route(names[index], destination, gateway, RouteKind(kind), table, source, is_kernels=True)
+        if own in wanted:
+            yield own
+        elif protocol != BY_KERNEL and kind == RouteKind.UNICAST and table == MAIN_TABLE:
+            yield Route(names[index], destination, gateway)
+
+
+def _rules() -> Iterable[Rule]:
+    """Those that choose all packets."""
+    for version, family in ((4, AF_INET), (6, AF_INET6)):
+        for _, body in dumped(GETRULE, _RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):
+            answered, *lengths, _, table, _, _, _, _ = _RULE.unpack_from(body)
+            found = dict(attributes(body[_RULE.size :]))
+            if answered == family and not any(lengths) and found.keys() <= _SAYS_NOTHING:
+                priority = _number(found[_PRIORITY]) if _PRIORITY in found else 0
+                yield Rule(version, priority, table)
+
+
+def _entries(links: dict[int, Link]) -> Iterable[Entry]:
+    devices = {index: link.name for index, link in links.items() if link.kind == "vxlan"}
+    ports = {index: link.name for index, link in links.items() if link.master}
+    bridges = {index: link.name for index, link in links.items() if link.kind == "bridge"}
+    for family in (AF_BRIDGE, AF_INET, AF_INET6) if devices else (AF_BRIDGE,):
+        for _, body in dumped(GETNEIGH, _NDMSG.pack(family, 0, 0, 0, 0)):
+            _, index, state, flags, _ = _NDMSG.unpack_from(body)
+            if index not in ports and index not in devices and index not in bridges:
+                continue
+            found = dict(attributes(body[_NDMSG.size :]))
+            mac = bytes(found[2]).hex(":") if 2 in found else ""
+            address = _address(found[1]) if 1 in found else ""
+            if family == AF_BRIDGE:
+                if flags & _NTF_SELF and index in devices and address:
+                    yield Entry(EntryKind.FORWARD, devices[index], mac, address)
+                elif index in ports and state & _STATIC and not state & _PERMANENT:
+                    yield Entry(EntryKind.PORT, ports[index], mac)
+                elif index in bridges and state & _PERMANENT and not flags & _NTF_SELF and _VLAN not in found:
+                    yield Entry(EntryKind.OWN, bridges[index], mac)
+            elif state & _PERMANENT and index in devices:
+                yield Entry(EntryKind.NEIGHBOUR, devices[index], mac, address)
+
+
+def _sysctls(names: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        with suppress(OSError):
+            found[name] = Path("/proc/sys", name).read_text().strip()
+    return found
+
+
+def _address(value: memoryview) -> str:
+    return inet_ntop(socket.AF_INET if len(value) == 4 else socket.AF_INET6, value)
+
+
+def _text(value: memoryview) -> str:
+    return bytes(value).rstrip(b"\0").decode(errors="replace")
+
+
+def _number(value: memoryview) -> int:
+    return int.from_bytes(value, sys.byteorder)

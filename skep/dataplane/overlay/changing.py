@@ -1,0 +1,351 @@
+"""Carries operations out in one network namespace.
+
+What is there already is as good as added, and what is gone as good as removed: two who do the same do no harm.
+"""
+
+import asyncio
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from skep.dataplane.encrypted.taps import open_tap
+from skep.dataplane.netns import netlink
+from skep.dataplane.netns.checksums import set_offloads
+from skep.dataplane.netns.namespaces import Namespaces, set_sysctl
+from skep.dataplane.overlay import actual
+from skep.dataplane.overlay.difference import (
+    AddLink,
+    ChangeLink,
+    DeleteLink,
+    Operation,
+    Put,
+    Remove,
+    SetSysctl,
+)
+from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, Route, RouteKind, Rule, State
+from skep.errors import Unavailable
+
+log = structlog.get_logger()
+
+_DEADLINE_S = 10.0
+"""For all calls of the kernel for one namespace; a quiet machine needs a millisecond."""
+_PRESENT = frozenset({errno.EEXIST})
+_ABSENT = frozenset({errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL, errno.ESRCH, errno.ENXIO})
+_NDMSG = struct.Struct("=BxxxiHBB")
+_SELF, _MASTER = 0x02, 0x04
+_PERMANENT, _STATIC = 0x80, 0x40
+_DESTINATION, _MAC = 1, 2
+_SCOPE_LINK, _SCOPE_HOST = 253, 254
+_KERNEL_METRIC6 = 256
+"""IP6_RT_PRIO_ADDRCONF."""
+
+
+class KernelRefused(Unavailable):
+    """The kernel did not do what the overlay needs; it is tried again."""
+
+
+async def carry_out(namespaces: Namespaces, path: Path, operations: Sequence[Operation]) -> None:
+    """Do ``operations`` in the namespace at ``path``, in their order.
+
+    VXLAN devices are made by the node's own namespace, where their UDP socket stays.  Raises: KernelRefused.
+    """
+    if not operations:
+        return
+    try:
+        async with asyncio.timeout(_DEADLINE_S):
+            await _carry_out(namespaces, path, operations)
+    except TimeoutError as error:
+        raise KernelRefused(f"the kernel did not answer in {_DEADLINE_S:g} s") from error
+    except (OSError, NetlinkError) as error:
+        raise KernelRefused(f"the kernel refused a change of the network: {error}") from error
+
+
+async def remove_vxlans(namespaces: Namespaces, path: Path) -> None:
+    """Remove the VXLAN devices of the namespace at ``path``, which is to go itself.
+
+    The kernel frees a namespace later, and what is in it; a VXLAN's id and port are to be free at once.  What fails is
+    logged.
+    """
+    try:
+        found = await namespaces.run(path, actual.read, _is_vxlan, State())
+        await carry_out(namespaces, path, [DeleteLink(name) for name in found.state.links])
+    except (Unavailable, OSError) as error:
+        log.warning("network not cleared", path=str(path), error=str(error))
+
+
+def _is_vxlan(link: Link) -> bool:
+    return link.kind == "vxlan"
+
+
+async def _carry_out(namespaces: Namespaces, path: Path, operations: Sequence[Operation]) -> None:
+    entries: list[Put | Remove] = []
+
+    async def flush() -> None:
+        if entries:
+            await namespaces.run(path, _write_entries, tuple(entries))
+            entries.clear()
+
+    async with AsyncExitStack() as stack:
+        changes: _Changes | None = None
+        for operation in operations:
+            if isinstance(operation, Put | Remove) and isinstance(operation.item, Entry):
+                entries.append(operation)
+                continue
+            await flush()
+            if isinstance(operation, SetSysctl):
+                await namespaces.run(path, set_sysctl, operation.name, operation.value)
+                continue
+            if changes is None:
+                route = await stack.enter_async_context(namespaces.netlink(path))
+                changes = _Changes(namespaces, path, route)
+            await changes.do(operation)
+        await flush()
+
+
+class _Changes:
+    """What changes one namespace through ``route``."""
+
+    def __init__(self, namespaces: Namespaces, path: Path, route: AsyncIPRoute) -> None:
+        self._namespaces = namespaces
+        self._path = path
+        self._route = route
+        self._indices: dict[str, int] = {}
+
+    async def do(self, operation: Operation) -> None:
+        match operation:
+            case AddLink(link):
+                await self._add(link)
+            case ChangeLink(link):
+                await self._set(link)
+            case DeleteLink(name):
+                index = await self._index(name)
+                if index:
+                    await _tolerating(_ABSENT, self._route.link("del", index=index))
+                self._indices.pop(name, None)
+            case Put(Address(link, interface)):
+                address, _, length = interface.partition("/")
+                options = _address_options(address, int(length))
+                call = self._route.addr("add", index=await self._require(link), **options)
+                await _tolerating(_PRESENT, call)
+            case Remove(Address(link, interface)):
+                address, _, length = interface.partition("/")
+                call = self._route.addr(
+                    "del", index=await self._index(link), address=address, prefixlen=int(length)
+                )
+                await _tolerating(_ABSENT, call)
+            case Put(Rule() as rule):
+                await _tolerating(_PRESENT, self._route.rule("add", **_rule_options(rule)))
+            case Put(Route() as route):
+                # Another link may have the kernel's route to the same place (multicast, link-local).
+                how = "append" if route.is_kernels and not route.source else "add"
+                call = self._route.route(how, **_route_options(route, await self._require(route.link)))
+                await _tolerating(_PRESENT, call)
+            case Remove(Route() as route):
+                call = self._route.route("del", **_route_options(route, await self._index(route.link)))
+                await _tolerating(_ABSENT, call)
+            case _:
+                raise AssertionError(f"not an operation on a link: {operation}")
+
+    async def _add(self, link: Link) -> None:
+        options: dict[str, Any] = {"ifname": link.name, "kind": link.kind}
+        if link.mtu:
+            options["mtu"] = link.mtu
+        if link.mac:
+            options["address"] = link.mac
+        match link.kind:
+            case "bridge":
+                # Only an MTU that is set afterwards is the user's; another follows the ports, and is 1500 without any.
+                options.pop("mtu", None)
+                await _tolerating(_PRESENT, self._route.link("add", br_mcast_snooping=0, **options))
+            case "vxlan":
+                await self._add_vxlan(link, options)
+            case "tun":
+                await asyncio.to_thread(_add_tap, self._path, link.name)
+            case _ if link.peer is not None:
+                if not os.path.ismount(link.peer.netns):  # its container ends at this moment
+                    log.warning("no namespace for the other end", link=link.name, namespace=link.peer.netns)
+                    return
+                with _opened(link.peer.netns) as namespace:
+                    far = {"ifname": link.peer.interface, "net_ns_fd": namespace}
+                    far |= {"address": link.peer.mac} if link.peer.mac else {}
+                    far |= {"mtu": link.mtu} if link.mtu else {}
+                    far |= {"gso_max_size": link.gso_bytes} if link.gso_bytes else {}
+                    # Nothing is tolerated: a name that is taken on either side is another device.
+                    await self._route.link("add", peer=far, **options)
+            case _:
+                raise KernelRefused(f"nobody says where the other end of {link.name} is")
+        await self._set(link)
+
+    async def _add_vxlan(self, link: Link, options: dict[str, Any]) -> None:
+        assert link.vxlan is not None, "a wish for a VXLAN says which"
+        local = "vxlan_local6" if ":" in link.vxlan.local else "vxlan_local"
+        options |= {
+            "vxlan_id": link.vxlan.vni,
+            "vxlan_port": link.vxlan.port,
+            local: link.vxlan.local,
+            "vxlan_learning": False,
+            "vxlan_proxy": True,
+        }
+        if link.vxlan.is_whole:
+            options["vxlan_df"] = 1
+        async with self._namespaces.netlink(self._namespaces.home) as home:
+            if self._path == self._namespaces.home:
+                await _tolerating(_PRESENT, home.link("add", **options))
+            else:
+                with _opened(self._path) as namespace:
+                    call = home.link("add", net_ns_fd=namespace, **options)
+                    await _tolerating(_PRESENT, call)
+
+    async def _set(self, link: Link) -> None:
+        index = await self._require(link.name)
+        options: dict[str, Any] = {"mtu": link.mtu} if link.mtu else {}
+        if link.mac:
+            options["address"] = link.mac
+        if link.master:
+            options["master"] = await self._require(link.master)
+        await self._route.link("set", index=index, state="up" if link.is_up else "down", **options)
+        if link.is_closed_port and link.master:
+            await self._route.brport("set", index=index, learning=0, unicast_flood=0)
+        if link.offloads is not None:
+            await self._namespaces.run(self._path, set_offloads, link.name, link.offloads)
+
+    async def _index(self, name: str) -> int:
+        """Index of a link, 0 when there is none."""
+        if name not in self._indices:
+            found = await self._namespaces.run(self._path, _index_of, name)
+            if not found:
+                return 0
+            self._indices[name] = found
+        return self._indices[name]
+
+    async def _require(self, name: str) -> int:
+        index = await self._index(name)
+        if not index:
+            raise OSError(errno.ENODEV, f"there is no link {name}")
+        return index
+
+
+def _add_tap(namespace: Path, name: str) -> None:
+    """It stays when the descriptor is closed; the forwarder opens it when it is told of it, or has it open already."""
+    try:
+        os.close(open_tap(namespace, name))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[int]:
+    """Descriptor of a namespace; to open one waits for nothing."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+async def _tolerating(numbers: frozenset[int], call: Any) -> None:
+    try:
+        await call
+    except NetlinkError as error:
+        if error.code not in numbers:
+            raise
+
+
+def _address_options(address: str, length: int) -> dict[str, Any]:
+    options = {
+        "address": address,
+        "prefixlen": length,
+        "family": socket.AF_INET6 if ":" in address else socket.AF_INET,
+    }
+    return options | {"scope": _SCOPE_HOST} if address.startswith("127.") else options
+
+
+def _route_options(route: Route, index: int) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "dst": route.destination,
+        "oif": index,
+        "family": socket.AF_INET6 if ":" in route.destination else socket.AF_INET,
+    }
+    if route.gateway:
+        options["gateway"] = route.gateway
+    else:
+        options["scope"] = _SCOPE_HOST if route.kind is RouteKind.LOCAL else _SCOPE_LINK
+    if route.is_kernels:
+        options |= {"proto": actual.BY_KERNEL, "table": route.table, "type": int(route.kind)}
+    if route.source:
+        options["prefsrc"] = route.source
+    elif route.is_kernels and route.kind is not RouteKind.LOCAL:
+        options["priority"] = _KERNEL_METRIC6
+    return options
+
+
+def _rule_options(rule: Rule) -> dict[str, Any]:
+    family = socket.AF_INET6 if rule.version == 6 else socket.AF_INET
+    return {
+        "family": family,
+        "priority": rule.priority,
+        "table": rule.table,
+        "protocol": actual.BY_KERNEL,
+    }
+
+
+# --- entries --------------------------------------------------------------------------------------------------
+
+
+def _write_entries(changes: Iterable[Put | Remove]) -> None:
+    indices = {name: index for index, name in socket.if_nameindex()}
+    requests, tolerated = [], []
+    for change in changes:
+        entry = change.item
+        assert isinstance(entry, Entry), "sorted out before"
+        is_put = isinstance(change, Put)
+        index = indices.get(entry.link, 0)
+        is_of_bridge = entry.kind in (EntryKind.PORT, EntryKind.OWN)
+        if not index and (not is_put or is_of_bridge):
+            continue  # gone, or a port that its container does not need any more
+        kind = netlink.NEWNEIGH if is_put else netlink.DELNEIGH
+        # One that the kernel made stays the kernel's, and follows the bridge's address.
+        how = netlink.EXCL if entry.kind is EntryKind.OWN else netlink.REPLACE
+        requests.append((kind, netlink.CREATE | how if is_put else 0, entry_message(entry, index)))
+        if is_of_bridge or not is_put:
+            tolerated.append(_PRESENT | _ABSENT)  # as above, if it goes at this moment
+        else:
+            tolerated.append(_PRESENT)
+    for number, fine in zip(netlink.carried_out(requests), tolerated, strict=True):
+        if number and number not in fine:
+            raise OSError(number, f"entry of a neighbour: {os.strerror(number)}")
+
+
+def entry_message(entry: Entry, index: int) -> bytes:
+    """The kernel's form of an entry of the link ``index``.
+
+    A bridge's entry is ``static``: ``permanent`` means the bridge itself, which swallows the frames.  A VXLAN's
+    says ``self``, without which it is silently not made; so does a bridge's own.
+    """
+    mac = netlink.attribute(_MAC, bytes.fromhex(entry.mac.replace(":", "")))
+    if entry.kind is EntryKind.PORT:
+        return _NDMSG.pack(netlink.AF_BRIDGE, index, _STATIC, _MASTER, 0) + mac
+    if entry.kind is EntryKind.OWN:
+        return _NDMSG.pack(netlink.AF_BRIDGE, index, _PERMANENT, _SELF, 0) + mac
+    family = socket.AF_INET6 if ":" in entry.address else socket.AF_INET
+    address = netlink.attribute(_DESTINATION, socket.inet_pton(family, entry.address))
+    if entry.kind is EntryKind.FORWARD:
+        return _NDMSG.pack(netlink.AF_BRIDGE, index, _PERMANENT | _STATIC, _SELF, 0) + mac + address
+    return _NDMSG.pack(family, index, _PERMANENT, 0, 0) + mac + address
+
+
+def _index_of(name: str) -> int:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0

@@ -1,0 +1,161 @@
+"""From what a namespace holds to what it shall hold: the operations, in an order that the kernel takes.
+
+What goes is removed before anything is added, because an address that moved from one place to another can have one
+place only.  A device that differs in what cannot be changed is made anew, and takes all that was on it along: its
+addresses, routes and entries are in the list again.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+
+import msgspec
+
+from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, Route, RouteKind, Rule, State
+
+
+class AddLink(msgspec.Struct, frozen=True):
+    """Make a device, with all that its wish says."""
+
+    link: Link
+
+
+class ChangeLink(msgspec.Struct, frozen=True):
+    """Bring a device that is there to its wish."""
+
+    link: Link
+
+
+class DeleteLink(msgspec.Struct, frozen=True):
+    """Remove a device."""
+
+    name: str
+
+
+class SetSysctl(msgspec.Struct, frozen=True):
+    """Set ``net/...``."""
+
+    name: str
+    value: str
+
+
+class Put(msgspec.Struct, frozen=True):
+    """Add an address, a route, an entry or a rule."""
+
+    item: Address | Route | Entry | Rule
+
+
+class Remove(msgspec.Struct, frozen=True):
+    """Remove one."""
+
+    item: Address | Route | Entry
+
+
+Operation = AddLink | ChangeLink | DeleteLink | SetSysctl | Put | Remove
+
+_LINK_ORDER = ("bridge", "vxlan", "tun", "veth")
+"""What has ports is made before its ports."""
+
+
+def difference(wanted: State, actual: State, *, is_ours: bool = True) -> list[Operation]:
+    """What brings a namespace from ``actual`` to ``wanted``.
+
+    ``is_ours``: nothing else belongs into what ``actual`` shows.  A container's namespace is not ours: what is missing
+    is added, and what its processes added stays.  A sysctl that ``actual`` does not show is one this kernel does not
+    have, unless its device is still to be made.  Applying the result and asking again gives ``[]``.
+    """
+    renewed = {
+        name
+        for name, link in wanted.links.items()
+        if name in actual.links and _is_other(link, actual.links[name])
+    }
+    surplus = set(actual.links) - set(wanted.links) if is_ours else set()
+    gone = renewed | surplus
+    kept = {name: link for name, link in actual.links.items() if name not in gone}
+    # A port that changes its bridge loses its entries there.
+    moved = {
+        name
+        for name, link in kept.items()
+        if name in wanted.links and wanted.links[name].master not in ("", link.master)
+    }
+    moved |= {name for name, link in kept.items() if link.master in gone}
+    held_entries = (
+        frozenset(
+            one
+            for one in actual.entries
+            if one.link in kept and not (one.kind is EntryKind.PORT and one.link in moved)
+        )
+        if gone or moved
+        else actual.entries
+    )
+    held_addresses = frozenset(one for one in actual.addresses if one.link not in gone)
+    held_routes = frozenset(one for one in actual.routes if one.link not in gone)
+    operations: list[Operation] = []
+    if is_ours:
+        operations += [Remove(one) for one in sorted(held_routes - wanted.routes) if not one.is_kernels]
+        operations += [Remove(one) for one in sorted(held_entries - wanted.entries)]
+        operations += [Remove(one) for one in sorted(held_addresses - wanted.addresses)]
+        operations += [Remove(one) for one in sorted(held_routes - wanted.routes) if one.is_kernels]
+    operations += [DeleteLink(name) for name in sorted(gone)]
+    missing = [link for name, link in wanted.links.items() if name not in kept]
+    operations += [AddLink(link) for link in sorted(missing, key=_link_order)]
+    operations += _changes(wanted.links, kept, gone)
+    operations += [
+        SetSysctl(name, value)
+        for name, value in wanted.sysctls.items()
+        if actual.sysctls.get(name, value) != value or _is_of(name, {one.name for one in missing})
+    ]
+    operations += [Put(one) for one in sorted(wanted.rules - actual.rules)]
+    operations += [Put(one) for one in sorted(wanted.addresses - held_addresses)]
+    # With an address, and with a link that comes up, the kernel makes its own routes itself.
+    made_anew = {one.link for one in wanted.addresses - held_addresses} | {
+        name for name in wanted.links if name not in kept or not kept[name].is_up
+    }
+    missing_routes = [
+        one for one in wanted.routes - held_routes if not (one.is_kernels and one.link in made_anew)
+    ]
+    operations += [Put(one) for one in sorted(missing_routes, key=_route_order)]
+    operations += [Put(one) for one in sorted(wanted.entries - held_entries)]
+    return operations
+
+
+def _changes(
+    wanted: Mapping[str, Link], kept: Mapping[str, Link], gone: Collection[str]
+) -> Iterable[ChangeLink]:
+    for name in sorted(wanted.keys() & kept.keys()):
+        found = kept[name]
+        if found.master in gone:
+            found = msgspec.structs.replace(found, master="")
+        if _differs(wanted[name], found):
+            # A device whose address is set, to the same one even, forgets its neighbours.
+            mac = "" if wanted[name].mac == found.mac else wanted[name].mac
+            yield ChangeLink(msgspec.structs.replace(wanted[name], mac=mac))
+
+
+def _is_other(wanted: Link, found: Link) -> bool:
+    """Whether it takes a new device."""
+    return wanted.kind != found.kind or wanted.vxlan != found.vxlan
+
+
+def _differs(wanted: Link, found: Link) -> bool:
+    return (
+        wanted.is_up != found.is_up
+        or (wanted.mtu not in (0, found.mtu))
+        or (wanted.mac not in ("", found.mac))
+        or (wanted.master not in ("", found.master))
+        or (wanted.offloads not in (None, found.offloads))
+        or (wanted.is_closed_port and not found.is_closed_port)
+    )
+
+
+def _route_order(route: Route) -> tuple[bool, bool, Route]:
+    """What another route needs comes before it: an address that is local, a network that the gateway is in."""
+    return bool(route.gateway), route.kind is not RouteKind.LOCAL, route
+
+
+def _link_order(link: Link) -> tuple[int, str]:
+    return _LINK_ORDER.index(link.kind) if link.kind in _LINK_ORDER else len(_LINK_ORDER), link.name
+
+
+def _is_of(sysctl: str, links: Collection[str]) -> bool:
+    """Whether ``net/ipv4/conf/<link>/...`` is of one of these devices."""
+    words = sysctl.split("/")
+    return len(words) > 3 and words[2] in ("conf", "neigh") and words[3] in links

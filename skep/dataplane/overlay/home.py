@@ -1,0 +1,28 @@
+"""The node's own network namespace, in which others have devices and routes too."""
+
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.overlay.domain import Domain
+from skep.dataplane.overlay.repairs import Repairs
+from skep.dataplane.overlay.state import Link
+from skep.dataplane.overlay.wanted import INGRESS_BRIDGE, INGRESS_VXLAN, TAP
+
+
+def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:
+    """What is ours there.
+
+    Until tables have come nobody knows what there belongs to no one, so nothing is removed.
+    """
+    return Domain(
+        "node",
+        namespaces.home,
+        namespaces,
+        repairs,
+        is_ours=False,
+        selects=_is_of_ingress,
+        has_own_routes=False,
+    )
+
+
+def _is_of_ingress(link: Link) -> bool:
+    is_ours = link.name == INGRESS_BRIDGE or link.name.startswith(INGRESS_VXLAN)
+    return is_ours or (link.kind in ("veth", TAP) and link.master == INGRESS_BRIDGE)

@@ -1,0 +1,414 @@
+"""The overlay networks of one node: a namespace for each, with bridge and VXLAN; the ingress network's at home.
+
+A network's namespace is made by whichever comes first, its table or a container on it, and removed with the last of
+them.  Pins lie in a folder beside the containers'.  What earlier processes of this node left is used as it is; it is
+cleared up when the first tables have come, because before that nobody knows what belongs to whom.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from skep.aio.guard import contain
+from skep.dataplane.encrypted.overlays import Encryption, NoEncryption
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.overlay import pinned
+from skep.dataplane.overlay.changing import KernelRefused
+from skep.dataplane.overlay.connected import connected_place
+from skep.dataplane.overlay.domain import Domain, every_link
+from skep.dataplane.overlay.healing import Healing
+from skep.dataplane.overlay.repairs import Repairs
+from skep.dataplane.overlay.rules import owner, spoofing, strangers
+from skep.dataplane.overlay.settling import Settling
+from skep.dataplane.overlay.state import Entry, State
+from skep.dataplane.overlay.underlays import Measurements, Underlays, find
+from skep.dataplane.overlay.wanted import (
+    LocalPlace,
+    Underlay,
+    container_state,
+    just_made,
+    mtu_of,
+    network_state,
+    remote_entries,
+)
+from skep.engine.container import ConnectedPlace, Endpoint, Place
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError
+from skep.model.ids import ContainerId, NetworkId, NodeId
+from skep.model.tables import NetworkHead, Table
+
+log = structlog.get_logger()
+
+_AT_ONCE = 8
+"""Networks that are changed at the same time: the kernel makes each wait, above all when devices go."""
+_STRANGERS_PART = "strangers"
+
+
+class Overlays:
+    """All overlay networks of this node, and the insides of its containers' namespaces.
+
+    ``pins``: where networks' namespaces are pinned.  ``home``: the node's own namespace.  ``bridges``: those in it that
+    packets of containers come from.
+    """
+
+    def __init__(
+        self,
+        *,
+        namespaces: Namespaces,
+        pins: Namespaces,
+        home: Domain,
+        repairs: Repairs,
+        healing: Healing,
+        settling: Settling,
+        bridges: Iterable[str] = (),
+    ) -> None:
+        self._namespaces = namespaces
+        self._pins = pins
+        self._home = home
+        self.repairs = repairs
+        self._healing = healing
+        self._settling = settling
+        self._bridges = tuple(bridges)
+        self._node_id = NodeId("")
+        self._tables: Mapping[NetworkId, Table] = {}
+        self._knows_tables = False
+        self._is_cleared = False
+        self._restored = asyncio.Event()
+        self._identified = asyncio.Event()
+        self._applying = asyncio.Lock()
+        self._heads: dict[NetworkId, NetworkHead] = {}
+        self._places: dict[NetworkId, dict[ContainerId, LocalPlace]] = {}
+        self._domains: dict[NetworkId, Domain] = {}
+        self._containers: dict[ContainerId, tuple[Domain, Endpoint]] = {}
+        self._underlays = Underlays()
+        self._locks: dict[NetworkId, asyncio.Lock] = {}
+        self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
+        self._encrypted: Encryption = NoEncryption()
+
+    def encrypt_with(self, encrypted: Encryption) -> None:
+        """Who carries encrypted networks; until then containers are refused on them."""
+        self._encrypted = encrypted
+
+    def measure_with(self, measurements: Measurements) -> None:
+        """Who knows what the ways to other nodes carry; until then that is what the devices say."""
+        self._underlays.measurements = measurements
+
+    def identify(self, node_id: NodeId) -> None:
+        """Who this node is in the tables."""
+        self._node_id = node_id
+        if node_id:
+            self._identified.set()
+
+    # --- tables -----------------------------------------------------------------------------------------------
+
+    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+        """All ``tables`` of this node's networks, of which those ``changed`` since the last call.
+
+        Every network is tried.  Raises: SkepError: one was refused by the kernel; it is tried again by itself, too.
+        """
+        async with self._applying:
+            # Who is here already has to be known first: their ports would be taken for nobody's.
+            await self._restored.wait()
+            if tables:
+                await self._identified.wait()
+            await self._apply(tables, changed)
+
+    async def apply_nothing(self) -> None:
+        """This node has no tables: what earlier processes left of networks is cleared up."""
+        try:
+            await self.apply({}, frozenset())
+        except SkepError as error:
+            log.warning("networks not cleared", error=str(error))
+
+    async def remeasured(self) -> None:
+        """Have networks follow what was measured by now.  Every one is tried.  Raises: SkepError."""
+        async with self._applying:
+            if self._is_cleared:  # otherwise the first tables bring it about
+                refused: list[SkepError] = []
+                await self._tried(self._find_underlays(), refused)
+                await self._settle_all([id for id in self._tables if self._lies_on_another(id)], refused)
+                if refused:
+                    raise refused[0]
+
+    async def _apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+        is_first = not self._is_cleared
+        self._tables, self._knows_tables = dict(tables), True
+        if is_first:
+            for domain in (self._home, *self._domains.values()):
+                domain.doubt()
+        refused: list[SkepError] = []
+        await self._tried(self._find_underlays(), refused)
+        await self._tried(self._settle_home(), refused)
+        concerned = changed | (tables.keys() | self._places.keys() if is_first else frozenset())
+        await self._settle_all(concerned, refused)
+        if is_first:
+            await self._tried(self._clear_pins(), refused)
+        if is_first and not refused:
+            await self._tried(self._clear_home(), refused)
+        if refused:
+            raise refused[0]
+        self._is_cleared = True
+        self._encrypted.restored()
+
+    async def _find_underlays(self) -> None:
+        wanted = self._underlays.addresses(self._node_id, self._tables.values())
+        self._underlays.found = await self._namespaces.run(self._namespaces.home, find, wanted)
+
+    async def _settle_all(self, ids: Iterable[NetworkId], refused: list[SkepError]) -> None:
+        limit = asyncio.Semaphore(_AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            for id in sorted(ids):
+                group.create_task(self._settle_whole(id, limit, refused), name=f"network {id}")
+
+    async def _settle_whole(self, id: NetworkId, limit: asyncio.Semaphore, refused: list[SkepError]) -> None:
+        async with limit:
+            await self._tried(self._settle(id), refused)
+            await self._tried(self._settle_containers(id), refused)
+
+    async def _tried(self, work: Coroutine[Any, Any, None], refused: list[SkepError]) -> None:
+        try:
+            await work
+        except SkepError as error:
+            refused.append(error)
+        except OSError as error:
+            refused.append(KernelRefused(str(error)))
+        except ValueError as error:  # the other networks go on
+            refused.append(InvalidArgument(f"the table of a network is invalid: {error}"))
+
+    async def _settle_home(self) -> None:
+        """Who may send VXLAN here, before any device takes it."""
+        if self._tables:
+            table = strangers(self._tables, self._node_id, self._bridges)
+            self._home.wish(_STRANGERS_PART, State(), table)
+        else:
+            self._home.unwish(_STRANGERS_PART)
+        await self._home.settle()
+
+    async def _clear_home(self) -> None:
+        """Remove what no network wants at home; not before all have said what they want there."""
+        self._home.is_ours = True
+        self._home.doubt()
+        await self._home.settle()
+
+    # --- containers -------------------------------------------------------------------------------------------
+
+    def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
+        """Containers of earlier processes that go on; nothing of them is touched."""
+        for id, endpoint in live.items():
+            for connected in endpoint.places:
+                self._enter(id, endpoint.netns, connected)
+
+    async def begin(self, live: Mapping[ContainerId, Endpoint]) -> None:
+        """The node's own network is there: keep the insides of the ``live`` containers, and take tables."""
+        for id, endpoint in live.items():
+            domain = self._container_domain(id, endpoint)
+            domain.adopt()
+            watching = self._healing.watch(domain)
+            await contain(watching, "changes in a container's namespace are not heard of", container=id)
+            self._healing.expect(domain)
+        self._restored.set()
+
+    async def connect(
+        self, container_id: ContainerId, netns: Path, places: Sequence[Place], *, first: str = "eth0"
+    ) -> tuple[ConnectedPlace, ...]:
+        """A port on the bridge of each network, with ``first`` and so on in the container's namespace as far ends.
+
+        Addresses come with ``settle_container``.  Raises: SkepError.
+        """
+        for place in places:
+            if reason := self._encrypted.refusal(place.head):
+                raise FailedPrecondition(reason)
+        numbered = enumerate(places, int(first.removeprefix("eth")))
+        connected = tuple(connected_place(place, f"eth{number}") for number, place in numbered)
+        try:
+            for one in connected:
+                self._enter(container_id, str(netns), one)
+                await self._settle(one.network_id)
+        except BaseException:
+            self.disconnect(container_id, connected)
+            raise
+        return connected
+
+    async def settle_container(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
+        domain = await self._watch_container(container_id, endpoint)
+        domain.believe(just_made(domain.wanted, endpoint.sysctls))
+        await domain.settle()
+
+    async def change(self, id: ContainerId, gone: Iterable[ConnectedPlace], endpoint: Endpoint) -> None:
+        """Take a container that runs on from networks; it has ``endpoint`` now.  Raises: SkepError; OSError."""
+        if (before := self._containers.pop(id, None)) is not None:
+            self._healing.forget(before[0])
+        for one in gone:
+            if self._places.get(one.network_id, {}).pop(id, None) is not None:
+                await self._settle(one.network_id)
+        await (await self._watch_container(id, endpoint)).settle()
+
+    def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
+        """Its ports go with its namespace; networks that nobody needs any more are removed in a moment.
+
+        Harmless when all of that is gone.
+        """
+        found = self._containers.pop(container_id, None)
+        if found is not None:
+            self._healing.forget(found[0])
+        for one in connected:
+            id = one.network_id
+            if self._places.get(id, {}).pop(container_id, None) is None:
+                continue
+            domain = self._home if self._head_of(id).is_ingress else self._domains.get(id)
+            if domain is not None:
+                domain.let_go(one.port)
+            self._settling.soon(id, partial(self._settle, id))
+
+    def holders(self) -> frozenset[ContainerId]:
+        """Containers that have a place on a network of this node."""
+        return frozenset(self._containers).union(*self._places.values())
+
+    def connected(self, container_id: ContainerId) -> tuple[ConnectedPlace, ...]:
+        """The places of one container."""
+        return tuple(
+            places[container_id].connected for places in self._places.values() if container_id in places
+        )
+
+    async def sweep(self) -> None:
+        """Remove namespaces of networks that this node has no part in any more.  Raises: OSError."""
+        if self._is_cleared:
+            await self._clear_pins()
+
+    def _enter(self, container_id: ContainerId, netns: str, connected: ConnectedPlace) -> None:
+        self._heads.setdefault(connected.network_id, connected.place.head)
+        places = self._places.setdefault(connected.network_id, {})
+        places[container_id] = LocalPlace(netns, connected)
+
+    async def _watch_container(self, container_id: ContainerId, endpoint: Endpoint) -> Domain:
+        domain = self._container_domain(container_id, endpoint)
+        await self._healing.watch(domain)
+        return domain
+
+    def _container_domain(self, container_id: ContainerId, endpoint: Endpoint) -> Domain:
+        domain = Domain(
+            f"container {container_id[:12]}",
+            Path(endpoint.netns),
+            self._namespaces,
+            self.repairs,
+            is_ours=False,
+            remake=partial(self._remake, endpoint),
+        )
+        domain.wish("container", container_state(endpoint, self._networks_of(endpoint)))
+        self._containers[container_id] = (domain, endpoint)
+        return domain
+
+    async def _remake(self, endpoint: Endpoint, interface: str) -> None:
+        """Make an interface of a container anew, from its bridge."""
+        for one in endpoint.places:
+            if one.interface == interface:
+                is_ingress = self._head_of(one.network_id).is_ingress
+                domain = self._home if is_ingress else self._domains.get(one.network_id)
+                if domain is None:
+                    raise KernelRefused(f"nothing is known of network {one.network_name} yet")
+                await domain.remake(one.port)
+        if interface == endpoint.interface and endpoint.port:
+            await self._home.remake(endpoint.port)
+
+    async def _settle_containers(self, id: NetworkId) -> None:
+        """The MTU may be another one now."""
+        for container_id in tuple(self._places.get(id, {})):
+            if container_id in self._containers:
+                domain, endpoint = self._containers[container_id]
+                state = container_state(endpoint, self._networks_of(endpoint))
+                if state != domain.wanted:
+                    domain.wish("container", state)
+                    await domain.settle()
+
+    def _networks_of(self, endpoint: Endpoint) -> dict[NetworkId, tuple[NetworkHead, int]]:
+        found = {}
+        for one in endpoint.places:
+            head, table = self._head_of(one.network_id), self._tables.get(one.network_id)
+            found[one.network_id] = (head, mtu_of(head, self._underlays.of(self._node_id, table)))
+        return found
+
+    # --- networks ---------------------------------------------------------------------------------------------
+
+    async def _settle(self, id: NetworkId) -> None:
+        """Bring about what is known of one network by now.  Raises: SkepError; OSError."""
+        async with self._locks.setdefault(id, asyncio.Lock()):
+            table, places = self._tables.get(id), tuple(self._places.get(id, {}).values())
+            if table is None and not places:
+                await self._remove(id)
+                return
+            head, underlay = self._head_of(id), self._underlays.of(self._node_id, table)
+            state = network_state(
+                head,
+                table,
+                places,
+                node_id=self._node_id,
+                underlay=underlay,
+                remote=self._remote_entries(table, underlay) if table is not None else frozenset(),
+            )
+            domain = await self._domain(id, head)
+            domain.wish(id, state, spoofing(owner(place.connected) for place in places))
+            await domain.settle()
+            if head.is_encrypted and table is not None and underlay is not None:
+                mtu = self._underlays.encrypted_mtu(self._node_id, self._tables.values(), underlay)
+                self._encrypted.place(self._node_id, underlay.address, mtu)
+                self._encrypted.carry(table, domain.path)
+
+    def _remote_entries(self, table: Table, underlay: Underlay | None) -> frozenset[Entry]:
+        """Remembered for each table, of which a large network's is long, and many containers start on it."""
+        known = self._remote.get(table.head.id)
+        if known is None or known[0] is not table or known[1:3] != (self._node_id, underlay):
+            entries = remote_entries(table, self._node_id, underlay)
+            known = self._remote[table.head.id] = (table, self._node_id, underlay, entries)
+        return known[3]
+
+    def _lies_on_another(self, id: NetworkId) -> bool:
+        """Whether what is under a network differs from what it was made for."""
+        known = self._remote.get(id)
+        return known is None or known[2] != self._underlays.of(self._node_id, self._tables.get(id))
+
+    async def _domain(self, id: NetworkId, head: NetworkHead) -> Domain:
+        if head.is_ingress:
+            return self._home
+        if not id.isalnum():  # it becomes the name of a file
+            raise InvalidArgument(f"invalid network id {id!r}")
+        domain = self._domains.get(id)
+        if domain is None:
+            domain = self._domains[id] = Domain(
+                f"network {head.name}", self._pins.path(id), self._pins, self.repairs, selects=every_link
+            )
+        await pinned.make_where_missing(self._pins, id, domain, self._healing)
+        domain.is_ours = self._knows_tables
+        await self._healing.watch(domain)
+        return domain
+
+    async def _remove(self, id: NetworkId) -> None:
+        self._encrypted.drop(id)
+        self._heads.pop(id, None)
+        self._remote.pop(id, None)
+        self._places.pop(id, None)
+        domain = self._domains.pop(id, None)
+        if domain is not None:
+            self._healing.forget(domain)
+            await pinned.remove(self._pins, id)
+        elif self._home.has(id):
+            self._home.unwish(id)
+            await self._home.settle()
+
+    async def _clear_pins(self) -> None:
+        """Remove namespaces of networks that this node has no part in any more."""
+        for id in self._pins.pinned():
+            if id not in self._domains and not self._locks.setdefault(NetworkId(id), asyncio.Lock()).locked():
+                log.info("namespace of a network that is gone removed", network=id)
+                await pinned.remove(self._pins, id)
+
+    def _head_of(self, id: NetworkId) -> NetworkHead:
+        """Raises: KernelRefused: the network was removed meanwhile."""
+        if id in self._tables:
+            return self._tables[id].head
+        if id not in self._heads:
+            raise KernelRefused(f"nothing is known of network {id} any more")
+        return self._heads[id]

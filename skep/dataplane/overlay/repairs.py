@@ -1,0 +1,56 @@
+"""What was found changed by others and was put right, for metrics."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from skep.dataplane.overlay.difference import AddLink, ChangeLink, DeleteLink, Operation, Put, Remove
+from skep.dataplane.overlay.state import Address, Entry, EntryKind, Rule
+
+_ENTRIES = {
+    EntryKind.FORWARD: "forwarding",
+    EntryKind.PORT: "bridge entry",
+    EntryKind.NEIGHBOUR: "neighbour",
+    EntryKind.OWN: "bridge entry",
+}
+
+
+class Repairs:
+    """Repairs since the start of the process, by kind: link, address, route, rule, forwarding, bridge entry, neighbour,
+    sysctl, rules, namespace."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self.comparisons = 0
+        """Of a namespace with its wish, whatever came of it."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Number by kind; kinds that never occurred are absent."""
+        return dict(self._counts)
+
+    @property
+    def total(self) -> int:
+        return self._counts.total()
+
+    def count(self, kinds: Iterable[str]) -> None:
+        """Note one repair for each of ``kinds``."""
+        self._counts.update(kinds)
+
+
+def kind_of(operation: Operation) -> str:
+    """Which kind of deviation ``operation`` puts right."""
+    match operation:
+        case AddLink() | ChangeLink() | DeleteLink():
+            return "link"
+        case Put(item) | Remove(item):
+            match item:
+                case Entry():
+                    return _ENTRIES[item.kind]
+                case Address():
+                    return "address"
+                case Rule():
+                    return "rule"
+                case _:
+                    return "route"
+        case _:
+            return "sysctl"

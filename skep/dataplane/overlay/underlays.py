@@ -1,0 +1,78 @@
+"""Which device has an address of the underlay, and what it carries, alone and on the way to other nodes."""
+
+import struct
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from socket import inet_ntop
+from typing import Protocol
+
+from skep.dataplane.netns.netlink import GETADDR, GETLINK, attributes, dumped
+from skep.dataplane.overlay.wanted import Underlay, plain_address
+from skep.model.ids import NodeId
+from skep.model.tables import Table
+
+_IFINFO = struct.Struct("=BxHiII")
+_IFADDR = struct.Struct("=BBBBi")
+_MTU, _ADDRESS, _LOCAL = 4, 1, 2
+
+
+class Measurements(Protocol):
+    """Who knows what the underlay carries between nodes (``paths.prober.PathProber``)."""
+
+    def measured(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
+        """``underlay``, found at this ``node``'s device, as it is between ``nodes``."""
+
+
+class NoMeasurements:
+    """Of who measures nothing."""
+
+    def measured(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
+        return underlay
+
+
+class Underlays:
+    """What a node's VXLANs leave from.  ``found``: its own addresses, as ``find`` gives them."""
+
+    def __init__(self) -> None:
+        self.found: Mapping[str, Underlay] = {}
+        self.measurements: Measurements = NoMeasurements()
+
+    def addresses(self, own: NodeId, tables: Iterable[Table]) -> frozenset[str]:
+        """Those that node ``own`` has in its ``tables``."""
+        nodes = (table.nodes.get(own) for table in tables)
+        return frozenset(node.underlay for node in nodes if node is not None and node.underlay)
+
+    def of(self, own: NodeId, table: Table | None) -> Underlay | None:
+        """Of one network: what arrives at all of its nodes; None: node ``own`` has no address there."""
+        node = table.nodes.get(own) if table is not None else None
+        if table is None or node is None or not node.underlay:
+            return None
+        return self._between(own, table.nodes, node.underlay)
+
+    def encrypted_mtu(self, own: NodeId, tables: Iterable[Table], underlay: Underlay) -> int:
+        """Of all encrypted networks together: the forwarder cuts their frames alike."""
+        nodes = {id for table in tables if table.head.is_encrypted for id in table.nodes}
+        return self._between(own, nodes, underlay.address).mtu
+
+    def _between(self, own: NodeId, nodes: Collection[NodeId], address: str) -> Underlay:
+        return self.measurements.measured(own, nodes, self.found.get(address, Underlay(address)))
+
+
+def find(addresses: Collection[str]) -> dict[str, Underlay]:
+    """Those of ``addresses`` that the calling thread's namespace has.  Blocks.  Raises: OSError."""
+    if not addresses:
+        return {}
+    wanted = {plain_address(one): one for one in addresses}
+    mtus = {}
+    for _, body in dumped(GETLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
+        found = dict(attributes(body[_IFINFO.size :]))
+        mtus[_IFINFO.unpack_from(body)[2]] = int.from_bytes(found[_MTU], sys.byteorder)
+    underlays = {}
+    for _, body in dumped(GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
+        family, _, _, _, index = _IFADDR.unpack_from(body)
+        found = dict(attributes(body[_IFADDR.size :]))
+        value = found.get(_LOCAL) or found.get(_ADDRESS)
+        address = inet_ntop(family, value) if value else ""
+        if address in wanted and index in mtus:
+            underlays[wanted[address]] = Underlay(wanted[address], mtus[index])
+    return underlays

@@ -1,0 +1,327 @@
+"""What the node's namespaces have to hold, from tables and local containers.  Pure.
+
+An overlay network has one bridge on a node, whatever number of subnets it has, and one VXLAN device for each subnet's
+VXLAN id; an encrypted network has TAPs of the forwarder in their place, and the forwarder knows what they would.
+Everything is known beforehand: where a frame for an address goes (``FORWARD``, ``PORT``) and what a
+container that asks for an address is answered (``NEIGHBOUR``), so nothing is flooded and nothing learned; who is in no
+table cannot be reached.  An endpoint is on the device of the subnet that its first address is in.  All subnets of a
+network are on the link of each of its containers, so that frames between them need no router.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
+
+import msgspec
+
+from skep.dataplane.addresses import mac_for
+from skep.dataplane.encrypted.frames import GSO_BYTES_MAX, inner_mtu
+from skep.dataplane.encrypted.plan import device_of as encrypted_device_of
+from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, Peer, Route, State, Vxlan
+from skep.engine.container import ConnectedPlace, Endpoint
+from skep.model.ids import NetworkId, NodeId
+from skep.model.tables import NetworkHead, Segment, Table
+
+INGRESS_BRIDGE = "skep-ingress"
+"""The ingress network's bridge, in the node's own namespace."""
+INGRESS_VXLAN = "skep-vx"
+BRIDGE = "br0"
+VXLAN = "vx"
+TAP = "tun"
+"""What the kernel calls the kind of a TAP."""
+OVERHEAD_V4, OVERHEAD_V6 = 50, 70
+"""Bytes that VXLAN puts around a frame: its own header, UDP, IP, and the inner Ethernet header."""
+USUAL_MTU = 1500
+IPV6_MTU_MIN = 1280
+LOOPBACK, LOOPBACK_MTU = "lo", 65536
+"""As the kernel makes it."""
+
+OVERLAY_SYSCTLS = {
+    "net/ipv4/conf/all/rp_filter": "0",
+    "net/ipv4/conf/default/rp_filter": "0",
+    "net/ipv4/ip_forward": "0",
+    "net/ipv6/conf/all/disable_ipv6": "1",
+    "net/ipv6/conf/default/disable_ipv6": "1",
+    "net/bridge/bridge-nf-call-iptables": "0",
+    "net/bridge/bridge-nf-call-ip6tables": "0",
+    "net/bridge/bridge-nf-call-arptables": "0",
+}
+"""Of a network's namespace.  Bridged frames are nobody's routed traffic: no chain of the kernel's may see them."""
+INGRESS_SYSCTLS = {
+    # A client on the node may use 127.0.0.1; nothing from outside gets there (chain ``raw`` of the mesh).
+    f"net/ipv4/conf/{INGRESS_BRIDGE}/route_localnet": "1",
+}
+"""Of the node's own namespace."""
+
+
+class LocalPlace(msgspec.Struct, frozen=True):
+    """A container of this node on a network: its namespace and its connection."""
+
+    netns: str
+    connected: ConnectedPlace
+
+
+class Underlay(msgspec.Struct, frozen=True):
+    """The node's address on the network between the nodes, and the MTU of the device that has it.
+
+    As overlays see it, the MTU is what arrives at the other nodes.  ``offloads``: whether checksums inside VXLAN may be
+    left to the network card; None: where they are left now.
+    """
+
+    address: str
+    mtu: int = USUAL_MTU
+    offloads: bool | None = None
+
+
+def mtu_of(head: NetworkHead, underlay: Underlay | None) -> int:
+    """MTU of a network's interfaces: as wished, else what the underlay leaves.
+
+    One with IPv6 has what IPv6 needs at least (RFC 8200, section 5): with less the kernel takes the addresses away.
+    """
+    if head.mtu:
+        return head.mtu
+    least = IPV6_MTU_MIN if any(":" in one.subnet for one in head.segments) else 0
+    of_underlay = underlay or Underlay("")
+    if head.is_encrypted:
+        return max(least, inner_mtu(of_underlay.mtu, is_ipv6=":" in of_underlay.address))
+    return max(least, of_underlay.mtu - (OVERHEAD_V6 if ":" in of_underlay.address else OVERHEAD_V4))
+
+
+def network_state(
+    head: NetworkHead,
+    table: Table | None,
+    places: Sequence[LocalPlace],
+    *,
+    node_id: NodeId,
+    underlay: Underlay | None,
+    remote: frozenset[Entry],
+) -> State:
+    """One network on this node.  ``remote``: its ``remote_entries``.
+
+    Without a table there are only the local containers on their bridge; without an ``underlay`` no other node can be
+    reached.  An encrypted network leaves the node by no plain VXLAN.
+    """
+    bridge, mtu = bridge_of(head), mtu_of(head, underlay)
+    devices = _devices(head, underlay, bridge, mtu) if table is not None else {}
+    own = _own_addresses(head, table, node_id)
+    links = {bridge: Link(name=bridge, kind="bridge", mtu=mtu, mac=mac_for(one.split("/")[0] for one in own))}
+    links |= devices
+    links |= {
+        place.connected.port: Link(
+            name=place.connected.port,
+            kind="veth",
+            mtu=mtu,
+            master=bridge,
+            is_closed_port=True,
+            gso_bytes=GSO_BYTES_MAX if head.is_encrypted else 0,
+            peer=Peer(
+                netns=place.netns, interface=place.connected.interface, mac=place.connected.mac_address
+            ),
+        )
+        for place in places
+    }
+    entries = _one_place_each(remote if devices else frozenset(), places, table, node_id)
+    return State(
+        links=links,
+        addresses=frozenset(Address(bridge, one) for one in own),
+        entries=entries,
+        sysctls=(INGRESS_SYSCTLS if head.is_ingress else OVERLAY_SYSCTLS)
+        | _sysctls(
+            bridge,
+            () if head.is_encrypted else devices,
+            is_dual=any(":" in one.subnet for one in head.segments),
+        ),
+    )
+
+
+def bridge_of(head: NetworkHead) -> str:
+    """Name of the network's bridge."""
+    return INGRESS_BRIDGE if head.is_ingress else BRIDGE
+
+
+def device_of(head: NetworkHead, segment: Segment) -> str:
+    """Name of the device that carries a subnet to other nodes."""
+    if head.is_encrypted:
+        return encrypted_device_of(segment)
+    return f"{INGRESS_VXLAN if head.is_ingress else VXLAN}{segment.vni}"
+
+
+def remote_entries(table: Table, node_id: NodeId, underlay: Underlay | None) -> frozenset[Entry]:
+    """How every endpoint, and every other node's own address, is reached over VXLAN."""
+    if underlay is None:
+        return frozenset()
+    family = ":" in underlay.address
+    reached = {
+        node.id: node.underlay
+        for node in table.nodes.values()
+        if node.id != node_id and (":" in node.underlay) == family
+    }
+    found: set[Entry] = set()
+    for endpoint in table.endpoints.values():
+        if endpoint.node_id in reached:
+            found.update(_entries(table.head, endpoint.addresses, reached[endpoint.node_id]))
+    for node in table.nodes.values():
+        if node.id in reached:
+            found.update(_entries(table.head, node.addresses, reached[node.id]))
+    return frozenset(found)
+
+
+def check_endpoint(endpoint: Endpoint) -> None:
+    """Whether networks can be made of what a record says.  Raises: ValueError, or any other error: they cannot."""
+    for one in endpoint.places:
+        place = LocalPlace(endpoint.netns, one)
+        network_state(one.place.head, None, (place,), node_id=NodeId(""), underlay=None, remote=frozenset())
+    container_state(endpoint, {one.network_id: (one.place.head, USUAL_MTU) for one in endpoint.places})
+    if endpoint.address:
+        IPv4Address(endpoint.address)
+
+
+def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[NetworkHead, int]]) -> State:
+    """A container's namespace: its interfaces with their addresses, and its routes.
+
+    ``networks``: its networks as they are known by now, with their MTU.
+    """
+    links = {LOOPBACK: Link(name=LOOPBACK, kind="loopback", mtu=LOOPBACK_MTU)}
+    addresses = {Address(LOOPBACK, "127.0.0.1/8")}
+    routes: set[Route] = set()
+    sysctls = dict(endpoint.sysctls)
+    for place in endpoint.places:
+        name, (head, mtu) = place.interface, networks[place.network_id]
+        links[name] = Link(name=name, kind="veth", mtu=mtu, mac=place.mac_address)
+        held = [ip_interface(one) for one in place.place.addresses]
+        addresses |= {Address(name, str(one)) for one in held}
+        if any(one.version == 6 for one in held):
+            sysctls |= _ipv6_sysctls(name)
+        versions = {one.version for one in held}
+        reached = {one.network for one in held}
+        for segment in head.segments:
+            subnet = subnet_of(segment.subnet)
+            if subnet not in reached and subnet.version in versions:
+                routes.add(Route(name, str(subnet)))
+    if endpoint.interface and endpoint.address:
+        links[endpoint.interface] = Link(
+            name=endpoint.interface, kind="veth", mtu=USUAL_MTU, mac=endpoint.mac_address
+        )
+        addresses.add(Address(endpoint.interface, f"{endpoint.address}/{endpoint.prefix_length}"))
+        routes.add(Route(endpoint.interface, "0.0.0.0/0", endpoint.gateway))
+    if endpoint.interface and endpoint.address6:
+        addresses.add(Address(endpoint.interface, f"{endpoint.address6}/64"))
+        routes.add(Route(endpoint.interface, "::/0", endpoint.gateway6))
+        sysctls |= _ipv6_sysctls(endpoint.interface)
+    return State(links=links, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=sysctls)
+
+
+def _ipv6_sysctls(interface: str) -> dict[str, str]:
+    """Of an interface with an IPv6 address that we know to be free, and whose routes we know."""
+    return {
+        f"net/ipv6/conf/{interface}/accept_dad": "0",
+        f"net/ipv6/conf/{interface}/accept_ra": "0",
+        f"net/ipv6/conf/{interface}/addr_gen_mode": "0",
+        f"net/ipv6/conf/{interface}/disable_ipv6": "0",
+    }
+
+
+def just_made(wanted: State, sysctls: Mapping[str, str]) -> State:
+    """A container's namespace when its interfaces have just been made: they are down, and bare.
+
+    ``sysctls``: those that it was made with.
+    """
+    return State(
+        links={name: msgspec.structs.replace(link, is_up=False) for name, link in wanted.links.items()},
+        # The kernel gives them as soon as the interfaces are up.
+        addresses=frozenset(one for one in wanted.addresses if one.interface.startswith(("127.", "fe80:"))),
+        rules=wanted.rules,
+        sysctls={**dict.fromkeys(wanted.sysctls, ""), **sysctls},
+    )
+
+
+def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int) -> dict[str, Link]:
+    if underlay is None:
+        return {}
+    found = {}
+    for segment in head.segments:
+        name = device_of(head, segment)
+        if head.is_encrypted:
+            found[name] = Link(name=name, kind=TAP, mtu=mtu, master=bridge, is_closed_port=True)
+            continue
+        found[name] = Link(
+            name=name,
+            kind="vxlan",
+            mtu=mtu,
+            master=bridge,
+            is_closed_port=True,
+            vxlan=Vxlan(vni=segment.vni, port=head.port, local=plain_address(underlay.address)),
+            offloads=underlay.offloads,
+        )
+    return found
+
+
+def _own_addresses(head: NetworkHead, table: Table | None, node_id: NodeId) -> list[str]:
+    """The bridge's: the networks' gateways, the same on every node; on the ingress network the node's own."""
+    if not head.is_ingress:
+        return [f"{one.gateway}/{subnet_of(one.subnet).prefixlen}" for one in head.segments if one.gateway]
+    node = table.nodes.get(node_id) if table is not None else None
+    found = []
+    for address in node.addresses if node is not None else ():
+        segment = _segment_of(head, address)
+        if segment is not None:
+            found.append(f"{address}/{subnet_of(segment.subnet).prefixlen}")
+    return found
+
+
+def _sysctls(bridge: str, devices: Iterable[str], *, is_dual: bool) -> dict[str, str]:
+    sysctls = {f"net/ipv4/conf/{bridge}/rp_filter": "0"}
+    if is_dual:
+        for (
+            device
+        ) in devices:  # a device answers for neighbours only where IPv6 is on; it needs no address for that
+            sysctls[f"net/ipv6/conf/{device}/addr_gen_mode"] = "1"
+            sysctls[f"net/ipv6/conf/{device}/disable_ipv6"] = "0"
+        sysctls[f"net/ipv6/conf/{bridge}/accept_dad"] = "0"
+        sysctls[f"net/ipv6/conf/{bridge}/disable_ipv6"] = "0"
+    return sysctls
+
+
+def _entries(head: NetworkHead, addresses: Sequence[str], underlay: str) -> Iterable[Entry]:
+    segment = next((found for one in addresses if (found := _segment_of(head, one)) is not None), None)
+    if segment is None:
+        return
+    device, mac = device_of(head, segment), mac_for(addresses)
+    yield Entry(EntryKind.PORT, device, mac)
+    if head.is_encrypted:
+        return
+    yield Entry(EntryKind.FORWARD, device, mac, plain_address(underlay))
+    for address in addresses:
+        yield Entry(EntryKind.NEIGHBOUR, device, mac, plain_address(address))
+
+
+def _one_place_each(
+    remote: frozenset[Entry], places: Sequence[LocalPlace], table: Table | None, node_id: NodeId
+) -> frozenset[Entry]:
+    """All entries, with one place for each MAC.
+
+    What the table gives to another node is there: a container that has not heard yet that it is to end may still hold
+    the address here.  Of two containers here the later one has it.
+    """
+    endpoints = table.endpoints.values() if table is not None else ()
+    local = {mac_for(one.addresses) for one in endpoints if one.node_id == node_id}
+    elsewhere = {one.mac for one in remote} - local
+    ports = {place.connected.mac_address: place.connected.port for place in places}
+    here = {Entry(EntryKind.PORT, port, mac) for mac, port in ports.items() if mac not in elsewhere}
+    return frozenset(one for one in remote if one.mac not in local) | here if local else remote | here
+
+
+def _segment_of(head: NetworkHead, address: str) -> Segment | None:
+    wanted = ip_address(address)
+    return next((one for one in head.segments if wanted in subnet_of(one.subnet)), None)
+
+
+@lru_cache(maxsize=4096)
+def subnet_of(text: str) -> IPv4Network | IPv6Network:
+    """``ip_network``, remembered: a table names few subnets and many addresses."""
+    return ip_network(text)
+
+
+def plain_address(text: str) -> str:
+    """``text`` as the kernel's answers are spelled; IPv4 has one spelling only."""
+    return str(ip_address(text)) if ":" in text else text

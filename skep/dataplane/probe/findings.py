@@ -1,0 +1,115 @@
+"""From what came of asking to what is said of it.  Pure; ports are always named."""
+
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
+from skep.dataplane.probe.outcomes import Outcome
+from skep.model.paths import (
+    DETAIL_CHARACTERS_MAX,
+    MTU_MIN,
+    PathCheck,
+    PathFinding,
+    PathPeer,
+    PathReport,
+)
+
+
+def overlay_finding(peer: PathPeer, outcome: Outcome, *, is_heard: bool) -> PathFinding:
+    """Small packets through VXLAN.  ``is_heard``: what the peer sends arrives here."""
+    port = _vxlan_port(peer)
+    detail = ""
+    if not outcome.arrived:
+        detail = f"nothing comes back through VXLAN (UDP port {peer.vxlan_port}) from {_name(peer)}"
+        if outcome.error:
+            detail += f": {outcome.error}"
+        elif is_heard:
+            detail += "; what it sends arrives, so the way to it is closed"
+    elif outcome.answered < outcome.sent:
+        lost = outcome.sent - outcome.answered
+        detail = f"{lost} of {outcome.sent} packets to {_name(peer)} through VXLAN were lost"
+    return _finding(PathCheck.OVERLAY, port, outcome, detail)
+
+
+def large_finding(peer: PathPeer, mtu: int, device_mtu: int, tried: int) -> PathFinding:
+    """Large packets.  ``mtu``: what arrives in one piece, 0: not even ``MTU_MIN``; ``tried``: that many packets."""
+    detail = ""
+    if not mtu:
+        detail = (
+            f"small packets arrive, those of {MTU_MIN} bytes do not, through VXLAN (UDP port {peer.vxlan_port}) to"
+            f" {_name(peer)}: something on the way drops them"
+        )
+    elif mtu < device_mtu:
+        detail = (
+            f"packets of up to {mtu} bytes arrive at {_name(peer)}, the device says {device_mtu}: overlays send no"
+            " larger ones"
+        )
+    outcome = Outcome(sent=tried, answered=tried if mtu else 0)
+    return _finding(PathCheck.LARGE_PACKETS, _vxlan_port(peer), outcome, detail)
+
+
+def checksum_finding(peer: PathPeer, outcome: Outcome, *, is_off: bool) -> PathFinding:
+    """Packets whose checksum is left to the network card, unless that ``is_off``."""
+    detail = ""
+    if is_off:
+        detail = (
+            "the network card computed wrong checksums of packets inside VXLAN: it is not asked to any more"
+        )
+    if not outcome.arrived:
+        detail = (
+            f"packets with a checksum are lost on the way to {_name(peer)} through VXLAN (UDP port {peer.vxlan_port}),"
+            " whoever computes it; those without arrive"
+        )
+    return _finding(PathCheck.CHECKSUM_OFFLOAD, _vxlan_port(peer), outcome, detail)
+
+
+def port_finding(
+    check: PathCheck, peer: PathPeer, address: str, port: int, outcome: Outcome, *, protocol: str
+) -> PathFinding:
+    """A port of the underlay."""
+    detail = ""
+    if not outcome.arrived:
+        detail = (
+            f"{protocol.upper()} port {port} of {peer.hostname} ({address}) cannot be used: {outcome.error}"
+        )
+    return _finding(check, f"{port}/{protocol}", outcome, detail)
+
+
+def reported(
+    peer: PathPeer, findings: Iterable[PathFinding], mtu: int, before: PathReport | None
+) -> PathReport:
+    """The report of a round after ``before``'s."""
+    report = PathReport(peer=peer.node_id, findings=tuple(findings), mtu=mtu)
+    if before is not None and _verdict(before) == _verdict(report):
+        return replace(report, rounds=before.rounds + 1)
+    return report
+
+
+def is_news(before: PathReport | None, report: PathReport) -> bool:
+    """Whether ``report`` says more than that all is as it was: another verdict, one that is settled now, an MTU."""
+    if before is None or _verdict(before) != _verdict(report) or before.mtu != report.mtu:
+        return True
+    return report.is_settled and not before.is_settled
+
+
+def _verdict(report: PathReport) -> frozenset[PathCheck]:
+    return frozenset(one.check for one in report.failing)
+
+
+def _finding(check: PathCheck, port: str, outcome: Outcome, detail: str) -> PathFinding:
+    return PathFinding(
+        check=check,
+        port=port,
+        sent=outcome.sent,
+        lost=outcome.sent - outcome.answered,
+        round_trip_ms=None if outcome.round_trip_s is None else round(outcome.round_trip_s * 1000, 3),
+        detail=detail[:DETAIL_CHARACTERS_MAX],
+    )
+
+
+def _vxlan_port(peer: PathPeer) -> str:
+    return f"{peer.vxlan_port}/udp"
+
+
+def _name(peer: PathPeer) -> str:
+    return f"{peer.hostname} ({peer.data_path})"

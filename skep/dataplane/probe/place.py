@@ -1,0 +1,85 @@
+"""The namespace of a node's probes, made and kept like an overlay's."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from skep.dataplane.netns.checksums import offloads
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.overlay import pinned, underlays
+from skep.dataplane.overlay.domain import Domain, every_link
+from skep.dataplane.overlay.healing import Healing
+from skep.dataplane.overlay.repairs import Repairs
+from skep.dataplane.overlay.rules import probing
+from skep.dataplane.overlay.state import State
+from skep.dataplane.overlay.wanted import Underlay
+from skep.dataplane.probe.echoes import Sockets
+from skep.dataplane.probe.places import DEVICE, probe_state
+from skep.model.paths import PathWish
+
+_NAME = "probe"
+_PART = "probes"
+
+
+class ProbePlace:
+    """A pinned namespace with a VXLAN device, and the rules at home that let its peers' packets in.
+
+    ``pins``: where it is pinned; ``home``: the node's own namespace; ``bridges``: those that containers' packets come
+    by.
+    """
+
+    def __init__(
+        self,
+        *,
+        pins: Namespaces,
+        home: Domain,
+        repairs: Repairs,
+        healing: Healing,
+        bridges: Iterable[str],
+    ) -> None:
+        self._pins = pins
+        self._home = home
+        self._healing = healing
+        self._bridges = tuple(bridges)
+        self._domain = Domain("probes", self.path, pins, repairs, selects=every_link)
+
+    @property
+    def path(self) -> Path:
+        return self._pins.path(_NAME)
+
+    async def settle(self, wish: PathWish, *, left_to_card: bool | None) -> Underlay:
+        """Bring ``wish`` about; what its probes leave from.
+
+        ``left_to_card``: checksums of what the device sends; None: as it is.  Raises: KernelRefused, NftFailed,
+        OSError.
+        """
+        own = wish.node.data_path
+        found = await self._pins.run(self._pins.home, underlays.find, {own})
+        underlay = found.get(own, Underlay(own))
+        self._home.wish(_PART, State(), probing(wish, self._bridges))
+        await self._home.settle()
+        await pinned.make_where_missing(self._pins, _NAME, self._domain, self._healing)
+        self._domain.wish(_PART, probe_state(wish, underlay, offloads=left_to_card))
+        await self._domain.settle()
+        await self._healing.watch(self._domain)
+        return underlay
+
+    async def remove(self) -> None:
+        """Leave nothing; harmless when nothing is there.  Raises: KernelRefused, NftFailed, OSError."""
+        self._healing.forget(self._domain)
+        if self._home.has(_PART):
+            self._home.unwish(_PART)
+            await self._home.settle()
+        await pinned.remove(self._pins, _NAME)
+        self._domain.forget()
+
+    async def is_left_to_card(self) -> bool:
+        """Whether the device leaves checksums to the card at present.  Raises: OSError."""
+        return await self._pins.run(self.path, offloads, DEVICE)
+
+    async def sockets(self, address: str) -> Sockets:
+        """New ones at ``address``; the caller closes them.  Raises: OSError."""
+        return await self._pins.run(self.path, Sockets, address)
+
+    def identity(self) -> int:
+        """Another number where the namespace is another one.  Raises: OSError."""
+        return self.path.stat().st_ino

@@ -1,0 +1,38 @@
+"""The ports of the underlay that a peer is asked at, and what is found there."""
+
+from collections.abc import Sequence
+
+from skep.dataplane.encrypted.plan import PORT_OFFSET
+from skep.dataplane.probe.findings import port_finding
+from skep.dataplane.probe.knocking import Knocking
+from skep.dataplane.probe.wishes import host_and_port
+from skep.model.paths import PathCheck, PathFinding, PathPeer, PathWish
+
+
+class PortChecks:
+    """A manager's ports, a docker node's gossip, the forwarder of encrypted networks: those that the peer has."""
+
+    def __init__(self, knocking: Knocking) -> None:
+        self._knocking = knocking
+
+    async def findings(self, wish: PathWish | None, peer: PathPeer) -> Sequence[PathFinding]:
+        """One after the other: most peers have one at most."""
+        found = []
+        if peer.control:
+            address, port = host_and_port(peer.control)
+            outcome = await self._knocking.hello(address, port)
+            found.append(port_finding(PathCheck.CONTROL, peer, address, port, outcome, protocol="tcp"))
+        if peer.etcd:
+            # No hello: what etcd says of a connection alone is left out of the log (``store.etcd.output``).
+            address, port = host_and_port(peer.etcd)
+            outcome = await self._knocking.connect(address, port)
+            found.append(port_finding(PathCheck.ETCD, peer, address, port, outcome, protocol="tcp"))
+        if peer.gossip:
+            address, port = host_and_port(peer.gossip)
+            outcome = await self._knocking.connect(address, port)
+            found.append(port_finding(PathCheck.GOSSIP, peer, address, port, outcome, protocol="tcp"))
+        if peer.encrypted and peer.data_path and wish is not None and wish.node.data_path:
+            address, port = peer.data_path, peer.vxlan_port + PORT_OFFSET
+            outcome = await self._knocking.forwarder(wish.node.data_path, address, port)
+            found.append(port_finding(PathCheck.ENCRYPTED, peer, address, port, outcome, protocol="udp"))
+        return found

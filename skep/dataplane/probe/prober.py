@@ -1,0 +1,281 @@
+"""The probes of one node: who is asked when, what is known of each way, and what follows from it.
+
+Each peer has a task, which asks it every ten seconds, at once when it is new.  What was measured is told in three
+directions: to the managers (reports), to the other nodes (in answers), and to this node's overlays (their MTU, and
+whether they leave checksums to the network card).
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.first import is_set_within
+from skep.aio.guard import persist
+from skep.dataplane.overlay.wanted import Underlay
+from skep.dataplane.probe.data_path import DataPath
+from skep.dataplane.probe.findings import is_news, reported
+from skep.dataplane.probe.kept import Kept, load, save
+from skep.dataplane.probe.mtu import Measured, path_mtu
+from skep.dataplane.probe.offload import Offload
+from skep.dataplane.probe.pace import PERIOD_S, pause_s
+from skep.dataplane.probe.port_checks import PortChecks
+from skep.dataplane.probe.wishes import PEERS_MAX, sound
+from skep.errors import SkepError
+from skep.model.ids import NodeId
+from skep.model.paths import PathPeer, PathReport, PathWish
+
+log = structlog.get_logger()
+
+EXAMINATION_S = 15.0
+AT_ONCE = 16
+"""Peers that are asked at the same time."""
+_GUEST_S = 2 * EXAMINATION_S
+_RETRY_S_MAX = 5.0
+
+
+class PathProber:
+    """``interface.PathProbes``, and what overlays ask for (``overlays.Measurements``).
+
+    Args:
+        kept: file for the next process of this node, on tmpfs.
+        remeasured: has all overlays follow what is known now; may raise SkepError, and is called again then.
+        chance: from 0 to 1, spreads rounds.
+    """
+
+    def __init__(
+        self,
+        data_path: DataPath,
+        ports: PortChecks,
+        kept: Path,
+        remeasured: Callable[[], Awaitable[None]],
+        clock: Clock,
+        chance: Callable[[], float],
+    ) -> None:
+        self._data_path = data_path
+        self._ports = ports
+        self._file = kept
+        self._kept: Kept | None = None
+        self._keeping = asyncio.Lock()
+        self._remeasured = remeasured
+        self._clock = clock
+        self._chance = chance
+        self._wish: PathWish | None = None
+        self._is_told = False
+        self._changed = asyncio.Event()
+        self._tasks: dict[NodeId, tuple[PathPeer, asyncio.Task[None]]] = {}
+        self._guests: dict[NodeId, tuple[PathPeer, float]] = {}
+        self._limit = asyncio.Semaphore(AT_ONCE)
+        self._reports: dict[NodeId, PathReport] = {}
+        self._news: dict[NodeId, PathReport] = {}
+        self._has_news = asyncio.Event()
+        self._acted_on: tuple[Measured, Offload] | None = None
+        self._is_measured = asyncio.Event()
+
+    # --- asked by the agent -----------------------------------------------------------------------------------
+
+    def wish(self, wish: PathWish | None) -> None:
+        """Probe these from now on, new ones at once; the latest wish wins.  None: nobody, and leave nothing."""
+        self._wish, self._is_told = sound(wish) if wish is not None else None, True
+        self._changed.set()
+
+    @property
+    def reports(self) -> Mapping[NodeId, PathReport]:
+        """The latest of each peer."""
+        return dict(self._reports)
+
+    def latest(self) -> Mapping[NodeId, PathReport]:
+        """``reports``, for who asks again and again."""
+        return self.reports
+
+    async def next_reports(self) -> tuple[PathReport, ...]:
+        """Wait for verdicts that changed or settled, or another MTU; the latest of each peer concerned."""
+        await self._has_news.wait()
+        self._has_news.clear()
+        news, self._news = self._news, {}
+        return tuple(news.values())
+
+    async def examine(self, peers: Iterable[PathPeer], *, throughput: bool = False) -> tuple[PathReport, ...]:
+        """Probe these now; those that took longer than ``EXAMINATION_S`` are not in the answer."""
+        if self._wish is None:
+            return ()
+        asked = PathWish(node=self._wish.node, peers=tuple(peers))
+        chosen = {peer.node_id: peer for peer in sound(asked).peers}
+        until = self._clock.monotonic() + _GUEST_S
+        self._guests |= {id: (peer, until) for id, peer in chosen.items()}
+        found: dict[NodeId, PathReport] = {}
+
+        async def look(peer: PathPeer) -> None:
+            async with self._limit:
+                found[peer.node_id] = await self._round(peer, None, is_thorough=True)
+
+        try:
+            async with asyncio.timeout(EXAMINATION_S):
+                await self._settle()
+                async with asyncio.TaskGroup() as group:
+                    for peer in chosen.values():
+                        group.create_task(look(peer), name=f"examination of {peer.node_id}")
+                for peer in chosen.values() if throughput else ():
+                    per_s = await self._data_path.throughput(peer)
+                    found[peer.node_id] = msgspec.structs.replace(found[peer.node_id], throughput=per_s)
+        except TimeoutError:
+            log.warning("examination cut short", asked=len(chosen), answered=len(found))
+        return tuple(found[id] for id in chosen if id in found)
+
+    def warnings(self) -> tuple[str, ...]:
+        """Of what was put right and has a price, for ``docker info``."""
+        if not self._data_path.offload.is_off:
+            return ()
+        return (
+            "the network card computes wrong checksums inside VXLAN: checksum offload is switched off on overlays",
+        )
+
+    # --- asked by the overlays --------------------------------------------------------------------------------
+
+    def measured(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
+        """``underlay`` as it is between ``nodes``, ``node`` (this one) among them."""
+        mtu = path_mtu(self._data_path.measured, nodes, node, underlay.mtu)
+        offloads = False if self._data_path.offload.is_off else None
+        return msgspec.structs.replace(underlay, mtu=mtu, offloads=offloads)
+
+    # --- keeping ----------------------------------------------------------------------------------------------
+
+    async def restore(self) -> None:
+        """Go on where an earlier process of this node ended, unless it was told otherwise already."""
+        self._kept = await asyncio.to_thread(load, self._file)
+        if self._kept is not None and not self._is_told:
+            self._data_path.measured = self._kept.measured
+            self.wish(self._kept.wish)
+
+    async def run(self) -> None:
+        """Probe until cancelled; what is in the kernel then stays for the next process."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                keep = partial(persist, clock=self._clock, chance=self._chance)
+                keeping = keep(self._keep_overlays, "overlays do not follow what was measured")
+                group.create_task(keeping, name="measured overlays")
+                await keep(partial(self._keep_place, group), "probes have failed")
+        finally:
+            self._data_path.close()
+
+    async def _keep_place(self, group: asyncio.TaskGroup) -> None:
+        backoff = Backoff(0.2, _RETRY_S_MAX, chance=self._chance)
+        while True:
+            self._changed.clear()
+            now = self._clock.monotonic()
+            self._guests = {id: guest for id, guest in self._guests.items() if guest[1] > now}
+            is_settled = await self._settle()
+            self._keep_peers(group)
+            await self._keep()
+            if is_settled:
+                backoff.reset()
+                # The device under it may have another MTU by then.
+                await is_set_within(self._changed, PERIOD_S)
+            else:
+                await backoff.sleep(self._clock)
+
+    async def _keep(self) -> None:
+        if not self._is_told:
+            return
+        async with self._keeping:
+            kept = Kept(self._wish, self._data_path.measured) if self._wish is not None else None
+            try:
+                if kept != self._kept or kept is None:
+                    await asyncio.to_thread(save, self._file, kept)
+                    self._kept = kept
+            except OSError as error:
+                log.warning("what was measured of paths is not kept", reason=str(error))
+
+    async def _settle(self) -> bool:
+        if not self._is_told:
+            return True
+        wish = self._wish
+        if wish is not None:
+            known = {peer.node_id for peer in wish.peers} | {wish.node.node_id}
+            guests = [peer for id, (peer, _) in sorted(self._guests.items()) if id not in known]
+            wish = msgspec.structs.replace(wish, peers=(*wish.peers, *guests)[: 2 * PEERS_MAX])
+        before = self._data_path.trouble
+        trouble = await self._data_path.settle(wish)
+        if trouble and trouble != before:
+            log.warning("no way to probe the data path, trying again", reason=trouble)
+        if trouble:
+            return False
+        self._follow()
+        return True
+
+    def _keep_peers(self, group: asyncio.TaskGroup) -> None:
+        wanted = {peer.node_id: peer for peer in self._wish.peers} if self._wish is not None else {}
+        for id, (peer, task) in tuple(self._tasks.items()):
+            if wanted.get(id) != peer or task.done():
+                task.cancel()
+                del self._tasks[id]
+            if id not in wanted:
+                self._reports.pop(id, None)
+                self._news.pop(id, None)
+        for id, peer in wanted.items():
+            if id not in self._tasks:
+                asking = persist(
+                    partial(self._keep_asking, peer),
+                    "probes have failed",
+                    clock=self._clock,
+                    chance=self._chance,
+                    peer=id,
+                )
+                task = group.create_task(asking, name=f"probes of {id}")
+                self._tasks[id] = (peer, task)
+
+    async def _keep_asking(self, peer: PathPeer) -> None:
+        while True:
+            async with self._limit:
+                before = self._reports.get(peer.node_id)
+                report = await self._round(peer, before, is_thorough=False)
+            self._reports[peer.node_id] = report
+            if is_news(before, report):
+                self._news[peer.node_id] = report
+                self._has_news.set()
+                _say(peer, report)
+            pause = pause_s(len(self._tasks), self._chance(), is_settled=report.is_settled)
+            await self._clock.sleep(pause)
+
+    async def _round(self, peer: PathPeer, before: PathReport | None, *, is_thorough: bool) -> PathReport:
+        async with asyncio.TaskGroup() as group:
+            inside = group.create_task(self._data_path.findings(peer, is_thorough=is_thorough))
+            outside = group.create_task(self._ports.findings(self._wish, peer))
+        self._follow()
+        mtu = self._data_path.measured.own.get(peer.node_id, 0)
+        return reported(peer, (*outside.result(), *inside.result()), mtu, before)
+
+    # --- what follows -----------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Overlays follow what is known by now, if that is something else."""
+        if (self._data_path.measured, self._data_path.offload) != self._acted_on:
+            self._is_measured.set()
+
+    async def _keep_overlays(self) -> None:
+        backoff = Backoff(0.2, _RETRY_S_MAX, chance=self._chance)
+        while True:
+            await self._is_measured.wait()
+            self._is_measured.clear()
+            known = self._data_path.measured, self._data_path.offload
+            await self._keep()
+            try:
+                await self._remeasured()
+            except (SkepError, OSError) as error:
+                log.warning("overlays do not follow what was measured yet", reason=str(error))
+                self._is_measured.set()
+                await backoff.sleep(self._clock)
+            else:
+                self._acted_on = known
+                backoff.reset()
+
+
+def _say(peer: PathPeer, report: PathReport) -> None:
+    """To this node's log, once nobody can take it for chance."""
+    for one in report.failing if report.is_settled else ():
+        log.warning("path fails", peer=peer.hostname, check=one.check.value, port=one.port, why=one.detail)

@@ -1,0 +1,202 @@
+"""The net process itself: takes over from its predecessor, then answers on ``net.sock`` until SIGTERM."""
+
+import asyncio
+import random
+import resource
+import secrets
+import signal
+from collections.abc import Awaitable
+from contextlib import closing
+
+import msgspec
+import structlog
+
+from skep.aio.clock import SystemClock
+from skep.aio.guard import persist
+from skep.dataplane import handover
+from skep.dataplane.handover import Taken
+from skep.dataplane.last_resort import LastResort
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.ports import AddressNotHere
+from skep.dataplane.protocol import (
+    FRAME_BYTES_MAX,
+    Answer,
+    Done,
+    Forget,
+    HandedOver,
+    HandOver,
+    List,
+    Listing,
+    Refresh,
+    Refused,
+    Release,
+    Request,
+    Reserve,
+    Reserved,
+    Serve,
+    Waiting,
+    decode_request,
+    frame,
+)
+from skep.dataplane.proxy.relay import Relays
+from skep.dataplane.reservations import Reservations, reopened
+from skep.dataplane.serving import Serving
+from skep.errors import AlreadyExists, SkepError
+from skep.node.conversation import read_frame, serve
+from skep.node.supervision.detached import detached
+from skep.paths import Paths
+
+log = structlog.get_logger()
+
+_PREDECESSOR_ENDS_S = 5.0
+
+
+def run(paths: Paths) -> None:
+    """Be the net process of this node.  Blocks until SIGTERM, or until a successor has taken over."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # three sockets per container
+    taken = handover.take(paths.net_socket)
+    with detached(paths, "net", lock_wait_s=_PREDECESSOR_ENDS_S):
+        if taken is None:
+            taken = Taken(reopened(paths.net_ports))
+        reservations = Reservations(paths.net_ports, dict(taken.held))
+        asyncio.run(_run(paths, reservations, taken))
+
+
+async def _run(paths: Paths, reservations: Reservations, taken: Taken) -> None:
+    tasks: set[asyncio.Task[None]] = set()
+    namespaces = Namespaces(paths.netns)
+    async with asyncio.TaskGroup() as group:
+
+        def start_task(work: Awaitable[None]) -> asyncio.Task[None]:
+            task = group.create_task(_kept_apart(work))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            return task
+
+        serving = Serving(
+            paths,
+            namespaces,
+            clock=SystemClock(),
+            chance=random.random,
+            new_id=lambda: secrets.randbits(16),
+            own_name=f"skep-net-{secrets.token_hex(3)}",
+            start_task=start_task,
+        )
+        try:
+            relays = Relays(paths.relays, SystemClock(), random.random)
+            start_task(persist(relays.run, "relays of ports failed", clock=SystemClock()))
+            start_task(LastResort(paths, SystemClock()).run())
+            serving.take_over(taken.named, taken.waiting)
+            await _serve(paths, reservations, serving)
+        finally:
+            serving.close()
+            for task in tasks:
+                task.cancel()
+            namespaces.close()
+
+
+async def _kept_apart(work: Awaitable[None]) -> None:
+    """One container's trouble is not the others': a mistake of ours costs an answer, not the process."""
+    try:
+        await work
+    except Exception:
+        log.exception("unexpected")
+
+
+async def _serve(paths: Paths, reservations: Reservations, serving: Serving) -> None:
+    over = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
+    open_now: set[asyncio.StreamWriter] = set()
+    all_closed = asyncio.Event()
+    is_leaving = False  # what is asked from now on, the next process answers: who asks tries again
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal is_leaving
+        open_now.add(writer)
+        try:
+            while (
+                not is_leaving
+                and (body := await read_frame(reader, FRAME_BYTES_MAX)) is not None
+                and not is_leaving
+            ):
+                request = decode_request(body)
+                if isinstance(request, HandOver):
+                    is_leaving = True
+                    try:
+                        await _hand_over(writer, reservations, serving)
+                    except OSError:
+                        is_leaving = False
+                        raise
+                    over.set()
+                    break
+                writer.write(frame(await _answer(request, reservations, serving)))
+                await writer.drain()
+        except (SkepError, msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+            log.warning("conversation ended", reason=str(error))
+        finally:
+            writer.close()
+            open_now.discard(writer)
+            if not open_now:
+                all_closed.set()
+
+    server = await serve(converse, paths.net_socket)
+    with closing(server):  # only that: waiting for it would be waiting for the conversations
+        reservations.write_down()
+        log.info("net process serves", ports=len(reservations.list()), containers=len(serving.list()))
+        await over.wait()
+        is_leaving = True
+    all_closed.clear()
+    for writer in open_now:
+        writer.close()
+    if open_now:
+        await all_closed.wait()
+
+
+async def _hand_over(writer: asyncio.StreamWriter, reservations: Reservations, serving: Serving) -> None:
+    """Give everything to the other end.  Raises: OSError: it did not take it, and all goes on as before."""
+    waiting: tuple[Waiting, ...] = serving.pause()
+    try:
+        named = serving.sockets()
+        writer.transport.set_write_buffer_limits(0)  # sockets follow when all of the answer is out
+        writer.write(frame(HandedOver(tuple(reservations.list()), tuple(named), waiting)))
+        await writer.drain()
+        handover.give(writer.get_extra_info("socket"), (*named.values(), *reservations.sockets()))
+    except OSError:
+        serving.resume(waiting)
+        raise
+
+
+async def _answer(request: Request, reservations: Reservations, serving: Serving) -> Answer:
+    match request:
+        case Reserve(kind, port, token, address):
+            try:
+                return Reserved(reservations.reserve(kind, port, token, address))
+            except SkepError as error:
+                return Refused(
+                    str(error),
+                    is_taken=isinstance(error, AlreadyExists),
+                    is_elsewhere=isinstance(error, AddressNotHere),
+                )
+        case Release(kind, port, address):
+            reservations.release(kind, port, address)
+            return Done()
+        case List():
+            return Listing(tuple(reservations.list()), tuple(serving.list()), serving.repairs)
+        case Serve(named):
+            return await _done(serving.serve(named))
+        case Forget(id):
+            serving.forget(id)
+            return Done()
+        case Refresh(networks):
+            return await _done(serving.refresh(networks))
+        case HandOver():
+            raise AssertionError("handing over is a conversation of its own")
+
+
+async def _done(work: Awaitable[None]) -> Done | Refused:
+    try:
+        await work
+    except SkepError as error:
+        return Refused(str(error), is_taken=False)
+    return Done()

@@ -1,0 +1,133 @@
+"""Relays the published ports that the kernel cannot lead to tasks (``relays.py``), in the net process.
+
+What is to be served stands in a file; a change of it changes who gets new connections, and open ones go on.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.guard import explain
+from skep.dataplane.proxy.relays import RelayPort
+from skep.dataplane.proxy.tcp import TcpRelay
+from skep.dataplane.proxy.udp import UdpRelay
+from skep.engine.filewatch import FileWatch
+from skep.linux.descriptors import set_aside
+
+log = structlog.get_logger()
+
+_FIRST_RETRY_S, _RETRY_S_MAX = 0.05, 30.0
+
+_Key = tuple[str, str, int]
+
+
+class Relays:
+    """All relays of one node.
+
+    Args:
+        plan: the file; missing: nothing is served.  It has a directory of its own.
+        in_namespace: calls a function in the node's own network namespace (sockets opened there stay there).
+    """
+
+    def __init__(
+        self,
+        plan: Path,
+        clock: Clock,
+        chance: Callable[[], float],
+        in_namespace: Callable[[Callable[[], socket.socket]], socket.socket] = lambda call: call(),
+    ) -> None:
+        self._plan = plan
+        self._planned: tuple[RelayPort, ...] = ()
+        self._clock = clock
+        self._chance = chance
+        self._in_namespace = in_namespace
+        self._open: dict[_Key, TcpRelay | UdpRelay] = {}
+        self._refused: set[_Key] = set()
+
+    async def run(self) -> None:
+        """Serve until cancelled; open connections end then."""
+        self._plan.parent.mkdir(parents=True, exist_ok=True)
+        backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, chance=self._chance)
+        try:
+            while True:
+                try:
+                    with closing(FileWatch(self._plan.parent)) as watch:
+                        await self._follow_changes(watch, backoff)
+                except OSError as error:
+                    log.warning("changes of relays are not told", reason=str(error))
+                    await self._follow()
+                    await backoff.sleep(self._clock)
+        finally:
+            for relay in self._open.values():
+                relay.close(ends_connections=True)
+
+    async def _follow_changes(self, watch: FileWatch, backoff: Backoff) -> None:
+        while True:
+            await self._follow()
+            if not self._refused:
+                backoff.reset()
+                await watch.wait_changed()
+                continue
+            with suppress(TimeoutError):  # a port may be free by then
+                async with asyncio.timeout(backoff.next_delay_s()):
+                    await watch.wait_changed()
+
+    async def _follow(self) -> None:
+        wanted = {(one.protocol, one.address, one.port): one for one in self._read()}
+        for key in self._open.keys() - wanted.keys():
+            self._open.pop(key).close()
+        refused = set()
+        for key, port in wanted.items():
+            try:
+                if (relay := self._open.get(key)) is not None:
+                    relay.update(port)
+                else:
+                    self._open[key] = await self._opened(port)
+            except Exception as error:  # whatever it is, it is one port
+                refused.add(key)
+                if key not in self._refused:
+                    log.warning("port is not relayed", port=key, reason=explain(error))
+        self._refused = refused
+
+    async def _opened(self, port: RelayPort) -> TcpRelay | UdpRelay:
+        if port.protocol == "udp":
+            return UdpRelay(
+                port, self._in_namespace(lambda: _bound(port)), self._clock, self._chance, self._in_namespace
+            )
+        relay = TcpRelay(port, self._chance, self._in_namespace)
+        await relay.open(self._in_namespace(lambda: _bound(port)))
+        return relay
+
+    def _read(self) -> tuple[RelayPort, ...]:
+        """What is wanted; as it was while that cannot be read."""
+        try:
+            self._planned = msgspec.json.decode(self._plan.read_bytes(), type=tuple[RelayPort, ...])
+        except FileNotFoundError:
+            self._planned = ()
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            log.warning("relays cannot be read", file=str(self._plan), reason=explain(error))
+        return self._planned
+
+
+def _bound(port: RelayPort) -> socket.socket:
+    """Raises: OSError: somebody has the port, or the address is not this node's."""
+    family = socket.AF_INET6 if ":" in port.address else socket.AF_INET
+    kind = socket.SOCK_DGRAM if port.protocol == "udp" else socket.SOCK_STREAM
+    opened = socket.socket(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if kind == socket.SOCK_STREAM:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind((port.address, port.port))
+    except OSError:
+        opened.close()
+        raise
+    return set_aside(opened)

@@ -1,0 +1,72 @@
+"""Published ports that user space serves: which, and with whom behind them.  Pure.
+
+The kernel cannot lead ``[::1]`` to a container, nor IPv6 to tasks that have IPv4 addresses only, nor begin a connection
+with a PROXY header.  The net process serves these (``relay.py``), so that they go on without the node process, which
+writes down for it what is to be served.
+"""
+
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+
+import msgspec
+
+from skep.dataplane.ingress.plan import STICKY_SLOTS, MeshPort, Plan, sticky_slots
+
+
+class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
+    """One port on one address.
+
+    ``backends``: address and port, as the client's choice of them goes: a client's address has always the same place
+    among them where ``is_sticky``.  ``proxy_protocol``: version of the header each connection begins with, or 0.
+    """
+
+    protocol: str
+    address: str
+    port: int
+    backends: tuple[tuple[str, int], ...]
+    proxy_protocol: int = 0
+    is_sticky: bool = False
+
+
+def relay_ports(plan: Plan) -> tuple[RelayPort, ...]:
+    """What the net process serves for ``plan``."""
+    return tuple(relay for port in plan.ports if port.protocol != "sctp" for relay in _relays(port))
+
+
+def _relays(port: MeshPort) -> Iterator[RelayPort]:
+    addresses = []
+    if port.answers_ipv4 and port.options.proxy_protocol:
+        addresses.append(port.only_address or "0.0.0.0")
+    if port.answers_ipv6:
+        addresses.append(port.only_address or "::")
+    serving = port.ipv4 or port.ipv6
+    chosen = sticky_slots(serving) if port.options.is_sticky else serving
+    for address in addresses:
+        yield RelayPort(
+            protocol=port.protocol,
+            address=address,
+            port=port.published,
+            backends=tuple((backend.address, backend.port) for backend in chosen),
+            proxy_protocol=port.options.proxy_protocol,
+            is_sticky=port.options.is_sticky,
+        )
+
+
+def sticky_slot(client: str) -> int:
+    """The slot of a client's address; the same on all nodes."""
+    packed = ip_address(client).packed
+    number = 2166136261
+    for byte in packed:  # FNV-1a
+        number = (number ^ byte) * 16777619 & 0xFFFFFFFF
+    return number % STICKY_SLOTS
+
+
+def backend_order(port: RelayPort, client: str, chance: Callable[[], float]) -> tuple[tuple[str, int], ...]:
+    """All tasks that serve, each once; the first is the client's, the others in case it cannot be reached.
+
+    ``chance``: numbers from 0 to 1, less than 1.
+    """
+    if not port.backends:
+        return ()
+    first = sticky_slot(client) if port.is_sticky else int(chance() * len(port.backends))
+    return tuple(dict.fromkeys((*port.backends[first:], *port.backends[:first])))

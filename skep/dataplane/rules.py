@@ -1,0 +1,114 @@
+"""The node's nftables rules for containers: data only.
+
+In ``ip skep`` the map ``host_ports`` leads from a published port of the node to a container, ``bound_ports`` from one
+that answers on one address only; everything else is fixed.  ``ip6 skep`` is the way out alone.  ``bridge skep_gateway``
+says which containers reach each other by the gateway bridge: those that have no other network do, as on Docker's
+``bridge``; for all others it is the way out alone, or two networks would meet there.
+"""
+
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network
+
+import msgspec
+
+from skep.dataplane.overlay.tables import RuleTable
+
+TABLE, TABLE_IPV6 = "ip skep", "ip6 skep"
+BETWEEN = "bridge skep_gateway"
+_BOUND = "ip daddr . meta l4proto . th dport"
+
+
+class HostPort(msgspec.Struct, frozen=True, order=True):
+    """A port of the node that leads to a port of a container."""
+
+    protocol: str
+    published_port: int
+    address: str
+    target_port: int
+    host_ip: str = ""
+    """The only address of the node that it answers on; empty: all."""
+
+
+def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPort]) -> RuleTable:
+    """The whole table with all ``host_ports``.
+
+    Packets to a published port are led to the container, from outside (``pre``) and from the node itself
+    (``out``).  What containers send elsewhere leaves under the node's address.  A container answers to the
+    bridge's address where its client is the node itself or a container that went round by the node's
+    address, because the answer must come back the same way.  Nothing else is forwarded to containers, from outside or
+    from one to another.
+    """
+    return RuleTable(
+        name=TABLE,
+        sets=(
+            ("host_ports", "type inet_proto . inet_service : ipv4_addr . inet_service"),
+            ("bound_ports", "type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service"),
+        ),
+        chains=(
+            ("raw", "{ type filter hook prerouting priority -300; }"),
+            ("pre", "{ type nat hook prerouting priority -100; }"),
+            ("out", "{ type nat hook output priority -100; }"),
+            ("post", "{ type nat hook postrouting priority 100; }"),
+            ("forward", "{ type filter hook forward priority 0; }"),
+        ),
+        rules=(
+            ("raw", 'iifname != "lo" ip daddr 127.0.0.0/8 drop'),
+            ("pre", f"fib daddr type local dnat ip to {_BOUND} map @bound_ports"),
+            ("pre", "fib daddr type local dnat ip to meta l4proto . th dport map @host_ports"),
+            ("out", f"fib daddr type local dnat ip to {_BOUND} map @bound_ports"),
+            ("out", "fib daddr type local dnat ip to meta l4proto . th dport map @host_ports"),
+            ("post", f'ip saddr {subnet} oifname != "{bridge}" masquerade'),
+            ("post", f'oifname "{bridge}" fib saddr type local masquerade'),
+            ("post", f'oifname "{bridge}" ip saddr {subnet} ct status dnat masquerade'),
+            *_forward(bridge, "ct state established,related accept", "ct status dnat accept"),
+        ),
+        elements=frozenset(_element(port) for port in host_ports),
+    )
+
+
+def gateway_table_ipv6(bridge: str, subnet: IPv6Network) -> RuleTable:
+    """The way out by IPv6, under the node's address.  From outside nothing but answers is forwarded to containers."""
+    return RuleTable(
+        name=TABLE_IPV6,
+        chains=(
+            ("post", "{ type nat hook postrouting priority 100; }"),
+            ("forward", "{ type filter hook forward priority 0; }"),
+        ),
+        rules=(
+            ("post", f'ip6 saddr {subnet} oifname != "{bridge}" masquerade'),
+            *_forward(bridge, "ct state established,related accept"),
+        ),
+    )
+
+
+def _forward(bridge: str, *welcome: str) -> tuple[tuple[str, str], ...]:
+    """To the bridge is forwarded what is ``welcome``, and not what comes from it."""
+    rules = (f'oifname != "{bridge}" accept', *welcome, "drop")
+    return tuple(("forward", rule) for rule in rules)
+
+
+def between_table(ports: Iterable[tuple[str, bool]]) -> RuleTable:
+    """``ports``: of the gateway bridge, and whether its container may reach others that may."""
+    elements = set()
+    for port, is_open in ports:
+        elements.add(("ports", f'"{port}"'))
+        if is_open:
+            elements.add(("open", f'"{port}"'))
+    return RuleTable(
+        name=BETWEEN,
+        sets=(("ports", "type ifname"), ("open", "type ifname")),
+        chains=(("between", "{ type filter hook forward priority 0; }"),),
+        rules=(
+            ("between", "iifname @open oifname @open accept"),
+            ("between", "iifname @ports oifname @ports drop"),
+        ),
+        elements=frozenset(elements),
+    )
+
+
+def _element(port: HostPort) -> tuple[str, str]:
+    """The name of the map, and the element."""
+    led = f"{port.protocol} . {port.published_port} : {port.address} . {port.target_port}"
+    if port.host_ip in ("", "0.0.0.0"):
+        return "host_ports", led
+    return "bound_ports", f"{port.host_ip} . {led}"

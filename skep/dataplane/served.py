@@ -1,0 +1,337 @@
+"""One container as the net process serves it: its name server and its virtual addresses, in its namespace."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.dataplane.dns import rules as names_rules
+from skep.dataplane.dns.messages import Query
+from skep.dataplane.dns.networks import Networks
+from skep.dataplane.dns.records import Decision, decide
+from skep.dataplane.dns.server import ContainerServer, Forwarding, Sockets, open_sockets
+from skep.dataplane.dns.upstream import Forwarder, NameServer
+from skep.dataplane.netns import nft
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.protocol import Named
+from skep.dataplane.vip import asked, healing, kernel
+from skep.dataplane.vip import rules as virtual_rules
+from skep.dataplane.vip.conntrack import forget_flows, set_times
+from skep.dataplane.vip.elements import ElementSocket
+from skep.dataplane.vip.loader import Services, VirtualAddresses
+from skep.dataplane.vip.neighbours import let_go
+from skep.dataplane.vip.plan import Plan
+from skep.dataplane.vip.wanted import Leads
+from skep.errors import SkepError, Unavailable
+from skep.linux.files import replace_file
+from skep.model.ids import NetworkId, ServiceId
+
+log = structlog.get_logger()
+
+OURS = frozenset({names_rules.NAME, virtual_rules.NAME, asked.NAME})
+
+
+class Written(msgspec.Struct, frozen=True):
+    """What the next process has to know of a container.
+
+    ``namespace``: device and inode of its namespace, so that another one at the same path is not taken for it.
+    """
+
+    named: Named
+    udp_port: int = 0
+    tcp_port: int = 0
+    loaded: tuple[tuple[NetworkId, ServiceId], ...] = ()
+    namespace: tuple[int, int] = (0, 0)
+
+    def is_same_namespace(self) -> bool:
+        """Whether the namespace that was served is still there."""
+        return self.namespace == namespace_at(Path(self.named.netns))
+
+
+class Around(msgspec.Struct, frozen=True):
+    """What all containers share.
+
+    ``own_name``: of threads that write rules for us; ``start_task``: gives a task a parent.
+    """
+
+    directory: Path
+    namespaces: Namespaces
+    networks: Networks
+    forwarder: Forwarder
+    chance: Callable[[], float]
+    own_name: str
+    start_task: Callable[[Awaitable[None]], asyncio.Task[None]]
+
+
+class Served:
+    """One container.  ``written``: as an earlier process or wish had it, or new; ``foreign_change``: somebody else
+    has changed our rules."""
+
+    def __init__(self, around: Around, written: Written, foreign_change: Callable[[], None]) -> None:
+        self.named = written.named
+        self.written = written
+        self.sockets: Sockets | None = None
+        self._around = around
+        self._foreign_change = foreign_change
+        self._server: ContainerServer | None = None
+        self._notifications: socket.socket | None = None
+        self._packets: socket.socket | None = None
+        self._elements: ElementSocket | None = None
+        self._is_closed = False
+        self._opening = asyncio.Lock()
+        self._subnets = self._own_subnets()
+        loaded = frozenset(one for one in written.loaded if one[0] in self._network_ids())
+        self.virtual = VirtualAddresses(around.networks.leads, self._write, loaded)
+
+    def adopt(self, sockets: Sockets) -> None:
+        """Answer at once at sockets that are open already, with rules that lead to them."""
+        self.sockets = sockets
+        self._server = self._new_server(sockets)
+        self._server.start()
+
+    async def open(self) -> None:
+        """Have sockets, rules and notifications in the namespace, and answer.
+
+        Raises: SkepError, OSError: not now, or it was closed meanwhile.
+        """
+        async with self._opening:  # whoever opens again closes what was opened before
+            await self._open()
+
+    async def _open(self) -> None:
+        path = Path(self.named.netns)
+        self._subnets = self._own_subnets()
+        self._stop_listening()  # packets are told to one socket only
+        had = self.sockets
+        sockets, notifications, packets = await self._around.namespaces.run(path, self._opened)
+        if self._is_closed:  # meanwhile: nobody would ever close what is new
+            for one in (notifications, packets, sockets if sockets is not had else None):
+                if one is not None:
+                    one.close()
+            raise Unavailable("the container was forgotten while it was opened")
+        self._notifications, self._packets = notifications, packets
+        if packets is not None:
+            asyncio.get_running_loop().add_reader(packets, self._see, packets)
+        notify = healing.Notifications(OURS, self._around.own_name)
+        asyncio.get_running_loop().add_reader(notifications, self._hear, notifications, notify)
+        if self.sockets is None:
+            self.adopt(sockets)
+        self.virtual.distrust()
+        await self.virtual.settle()
+        udp, tcp = sockets.ports
+        self.written = msgspec.structs.replace(
+            self.written, udp_port=udp, tcp_port=tcp, namespace=namespace_at(path)
+        )
+        self.write_down()
+
+    def is_in_order(self) -> bool:
+        """Whether it is open, in the namespace that is there."""
+        return self._notifications is not None and self.written.is_same_namespace()
+
+    async def repair(self) -> None:
+        """Write all rules again.  Raises: SkepError, OSError."""
+        if self.sockets is not None:
+            text = names_rules.whole(*self.sockets.ports) + (
+                asked.whole(self._subnets) if self._packets else ""
+            )
+            own_name, path = self._around.own_name, Path(self.named.netns)
+            await self._around.namespaces.run(path, kernel.write_text, own_name, text)
+        self.virtual.distrust()
+        await self.virtual.settle()
+
+    def answer(self, message: bytes, client: tuple[str, int]) -> None:
+        """Answer a question that came to an earlier server of this container."""
+        if self._server is not None:
+            self._server.received(message, client)
+
+    def pause(self) -> tuple[tuple[str, int, bytes], ...]:
+        """Answer nothing more; the questions that wait."""
+        return self._server.stop() if self._server is not None else ()
+
+    def resume(self) -> None:
+        """Answer again."""
+        if self._server is not None:
+            self._server.start()
+
+    def give_sockets(self) -> Sockets | None:
+        """The sockets, for another owner."""
+        sockets, self.sockets = self.sockets, None
+        return sockets
+
+    def close(self) -> None:
+        """Let go of everything; the rules stay, and lead nowhere."""
+        self._is_closed = True
+        self.pause()
+        self._server = None
+        self._stop_listening()
+        self._close_elements()
+        if self.sockets is not None:
+            self.sockets.close()
+            self.sockets = None
+
+    def write_down(self) -> None:
+        """Keep for the next process what it has to know; of one that is closed, nothing."""
+        if self._is_closed:
+            return
+        loaded = tuple(sorted(self.virtual.loaded))
+        self.written = msgspec.structs.replace(self.written, loaded=loaded)
+        content = msgspec.msgpack.encode(self.written)
+        replace_file(self._around.directory / self.named.id, content, is_durable=False)
+
+    # --- what names stand for ---------------------------------------------------------------------------------
+
+    def decide(self, query: Query) -> Decision:
+        networks = self._around.networks
+        return decide(query, [networks.index(id) for id in self._network_ids()], self._around.chance())
+
+    def is_loaded(self, virtual: Services) -> bool:
+        return self.virtual.is_usable(virtual)
+
+    async def load(self, virtual: Services) -> None:
+        await self.virtual.load(virtual)
+        self.write_down()
+
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _network_ids(self) -> list[NetworkId]:
+        return [place.network for place in self.named.networks]
+
+    def _own_subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        networks = self._around.networks
+        return tuple(subnet for id in self._network_ids() for subnet in networks.index(id).subnets)
+
+    def has_other_subnets(self) -> bool:
+        """Whether its networks have other subnets than when it was opened."""
+        return self._own_subnets() != self._subnets
+
+    def _opened(self) -> tuple[Sockets, socket.socket, socket.socket | None]:
+        """In the namespace: sockets (unless there are any), the rules that lead to them, times, notifications, and
+        packets to addresses that were not asked for (None: this kernel does not tell)."""
+        had = self.sockets
+        sockets = had or open_sockets(self.written.udp_port, self.written.tcp_port)
+        try:
+            with healing.named(self._around.own_name):
+                try:
+                    nft.run(names_rules.fresh(*sockets.ports))
+                except nft.NftFailed:  # there are rules of an earlier process
+                    nft.run(names_rules.whole(*sockets.ports))
+                packets = _told(self._subnets)
+            set_times()  # now that there is connection tracking
+            try:
+                return sockets, healing.open_notifications(), packets
+            except BaseException:
+                if packets is not None:
+                    packets.close()
+                raise
+        except BaseException:
+            if had is None:
+                sockets.close()
+            raise
+
+    async def _write(self, plan: Plan) -> None:
+        await self._around.namespaces.run(Path(self.named.netns), self._written, plan)
+
+    def _written(self, plan: Plan) -> None:
+        """In the namespace.  Only ``virtual`` writes plans, one after another."""
+        if self._elements is None:
+            self._elements = ElementSocket()
+        try:
+            kernel.write(self._around.own_name, plan, self._elements)
+        except BaseException:
+            self._close_elements()
+            raise
+        if self._is_closed:  # meanwhile
+            self._close_elements()
+
+    def _close_elements(self) -> None:
+        if self._elements is not None:
+            self._elements.close()
+            self._elements = None
+
+    def _new_server(self, sockets: Sockets) -> ContainerServer:
+        around = self._around
+        return ContainerServer(
+            self.named.id, sockets, self, around.forwarder, self._forwarding(), around.start_task
+        )
+
+    def _forwarding(self) -> Forwarding:
+        subnets = [subnet for id in self._network_ids() for subnet in self._around.networks.index(id).subnets]
+        servers = []
+        for one in self.named.servers:
+            try:
+                address = ip_address(one.address.partition("%")[0])
+            except ValueError:
+                continue  # not an address: of no use to anyone
+            is_inside = any(address in subnet for subnet in subnets)
+            if (is_inside or self.named.forwards) and str(address) != names_rules.ADDRESS:
+                servers.append(NameServer(one.address, one.port, is_inside))
+        return Forwarding(tuple(servers), self._open_inside, self.named.forwards_single_labels)
+
+    async def _open_inside(self, kind: socket.SocketKind, family: socket.AddressFamily) -> socket.socket:
+        return await self._around.namespaces.run(Path(self.named.netns), socket.socket, family, kind)
+
+    def _hear(self, opened: socket.socket, notifications: healing.Notifications) -> None:
+        try:
+            healing.read(opened, notifications, self._foreign_change)
+        except OSError:
+            self._stop_listening()
+
+    def _see(self, packets: socket.socket) -> None:
+        """There were packets to addresses that may be virtual, and not be led yet."""
+        for address in asked.read(packets):
+            for network in self._network_ids():
+                _, service = self._around.networks.index(network).reverse.get(address, ("", ServiceId("")))
+                if service and not self.virtual.is_usable(frozenset({(network, service)})):
+                    self._around.start_task(self._load_late(network, service))
+
+    async def _load_late(self, network: NetworkId, service: ServiceId) -> None:
+        try:
+            await self.load(frozenset({(network, service)}))
+            leads = self._around.networks.leads(network).get(service, {})
+            await self._around.namespaces.run(Path(self.named.netns), _start_over, leads)
+        except (SkepError, OSError) as error:  # the next packet comes in half a minute
+            log.warning("a virtual address is not led", container=self.named.id, reason=str(error))
+
+    def _stop_listening(self) -> None:
+        for opened in (self._notifications, self._packets):
+            if opened is not None:
+                asyncio.get_running_loop().remove_reader(opened)
+                opened.close()
+        self._notifications = self._packets = None
+
+
+def _told(subnets: tuple[IPv4Network | IPv6Network, ...]) -> socket.socket | None:
+    """Packets to ``subnets``, in the namespace of the calling thread; None: this kernel does not tell."""
+    try:
+        packets = asked.open_packets()
+    except OSError as error:
+        log.info("virtual addresses have to be asked for by name", reason=str(error))
+        return None
+    try:
+        try:
+            nft.run(asked.fresh(subnets))
+        except nft.NftFailed:  # there are rules of an earlier process
+            nft.run(asked.whole(subnets))
+    except nft.NftFailed as error:
+        packets.close()
+        log.info("virtual addresses have to be asked for by name", reason=str(error))
+        return None
+    return packets
+
+
+def _start_over(leads: Leads) -> None:
+    """What was sent to the addresses of ``leads`` before they were led is forgotten, in the thread's namespace."""
+    forget_flows(leads)
+    let_go(leads.keys())
+
+
+def namespace_at(path: Path) -> tuple[int, int]:
+    """Device and inode of the namespace at ``path``; zeros: there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino

@@ -1,0 +1,190 @@
+"""Tables as files: on the disk for the next start, on tmpfs for the net process.
+
+A file is replaced in one step, and named after its network.  What cannot be decoded is told and dropped: the managers
+say it again.  What cannot be read now stays, and is read again soon.  On tmpfs the tables of the node's own bridge
+networks lie beside them (``dataplane/local/places.py``), which are none of the managers'.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from skep.agent.revisions import Revision
+from skep.aio.clock import Clock
+from skep.aio.guard import persist, report
+from skep.aio.trees import discard_tree_now
+from skep.dataplane.local.objects import is_local
+from skep.dataplane.tables.silence import whole
+from skep.linux.files import is_no_file, replace_file
+from skep.model.ids import NetworkId
+from skep.model.tables import Table
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+WRITE_PAUSE_S = 1.0
+"""Between two writes to the disk: a busy network changes more often than a disk should be written."""
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """A table on the disk, with the life of the cluster that its revision is of."""
+
+    incarnation: int
+    table: Table
+
+
+class SharedTables:
+    """The tables on tmpfs, each a ``Table`` in MessagePack.  A listener of the keeper."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._is_swept = False
+        self.has_unread = False
+        """Whether a table was left out by the last ``load`` that may be read later."""
+
+    def load(self) -> Mapping[NetworkId, Table]:
+        """What an earlier process of this node had in force when it ended; nothing after a reboot."""
+        tables, self.has_unread = _all(self._directory, _decode_table, _itself)
+        return {table.head.id: whole(table) for table in tables}
+
+    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+        """Write what changed, remove what is gone; the first time also what an earlier process left."""
+        await asyncio.to_thread(self._write, tables, changed)
+
+    def _write(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        if not self._is_swept:
+            found = {path.name for path in self._directory.iterdir() if not is_local(path.name)}
+            changed |= {NetworkId(name) for name in found} - tables.keys()
+            self._is_swept = True
+        for id in sorted(changed):
+            table = tables.get(id)
+            if table is None:
+                (self._directory / id).unlink(missing_ok=True)
+            else:
+                replace_file(self._directory / id, msgspec.msgpack.encode(table), is_durable=False)
+
+
+class StoredTables:
+    """The tables on the disk."""
+
+    def __init__(self, directory: Path | None, clock: Clock) -> None:
+        """``directory``: None keeps nothing."""
+        self._directory = directory
+        self._clock = clock
+        self._dirty: dict[NetworkId, Kept | None] = {}
+        self._is_dirty = asyncio.Event()
+        self._flushing = asyncio.Lock()
+        self._writing = threading.Lock()
+        self._has_ended = False
+        """No thread that is late writes over what was written last."""
+        self.has_unread = False
+        """As in ``SharedTables``."""
+
+    def load(self) -> tuple[Mapping[NetworkId, Table], Revision]:
+        """What was kept, and the newest revision among it."""
+        if self._directory is None:
+            return {}, Revision()
+        found, self.has_unread = _all(self._directory, _decode_kept, lambda kept: kept.table)
+        newest = max((Revision(one.incarnation, one.table.revision) for one in found), default=Revision())
+        return {one.table.head.id: one.table for one in found}, newest
+
+    def note(self, id: NetworkId, table: Table | None, incarnation: int) -> None:
+        """Have ``table`` written soon; None: have it removed."""
+        self._dirty[id] = Kept(incarnation, table) if table is not None else None
+        self._is_dirty.set()
+
+    async def run(self) -> None:
+        """Write until cancelled, and once more then; what the disk refuses is written when it can be."""
+        if self._directory is None:
+            await asyncio.Event().wait()
+        self._has_ended = False
+        try:
+            while True:
+                await self._is_dirty.wait()
+                await persist(self.flush, "network tables not kept", clock=self._clock, first_s=WRITE_PAUSE_S)
+                await self._clock.sleep(WRITE_PAUSE_S)
+        finally:
+            with self._writing:
+                try:
+                    self._write(self._dirty)
+                except OSError as error:
+                    report(error, "network tables not kept", path=str(self._directory))
+                self._has_ended = True
+
+    async def flush(self) -> None:
+        """Write now what is to be written; returns when it is, and when nothing else is being written.
+
+        Raises: OSError: the disk refused some of it, which is written the next time.
+        """
+        async with self._flushing:
+            self._is_dirty.clear()
+            batch, self._dirty = self._dirty, {}
+            if not batch or self._directory is None:
+                return
+            try:
+                await asyncio.to_thread(self._write_unless_ended, batch)
+            except BaseException:
+                self._dirty = {**batch, **self._dirty}  # the thread may have written it or not
+                raise
+
+    def _write_unless_ended(self, batch: Mapping[NetworkId, Kept | None]) -> None:
+        with self._writing:
+            if not self._has_ended:
+                self._write(batch)
+
+    def _write(self, batch: Mapping[NetworkId, Kept | None]) -> None:
+        assert self._directory is not None, "nothing is written without a directory"
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for id, kept in batch.items():
+            if kept is None:
+                (self._directory / id).unlink(missing_ok=True)
+            else:
+                replace_file(self._directory / id, msgspec.msgpack.encode(kept))
+
+
+def _all(
+    directory: Path, decode: Callable[[bytes], T], table_of: Callable[[T], Table]
+) -> tuple[Sequence[T], bool]:
+    """What the files say, and whether there may be more that cannot be read now; what is no table is gone."""
+    found, has_unread = [], False
+    try:
+        paths = sorted(directory.iterdir())
+    except OSError as error:
+        return (), not is_no_file(error)
+    for path in paths:
+        if is_local(path.name):
+            continue
+        try:
+            one = decode(path.read_bytes())
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and not is_no_file(error):
+                report(error, "network table not read", path=str(path))
+                has_unread = True
+            else:
+                _drop(path, str(error))
+            continue
+        if table_of(one).head.id == path.name:
+            found.append(one)
+        else:
+            _drop(path, f"it is the table of network {table_of(one).head.id!r}")
+    return found, has_unread
+
+
+def _itself(table: Table) -> Table:
+    return table
+
+
+def _drop(path: Path, reason: str) -> None:
+    log.warning("network table cannot be read: dropped", path=str(path), error=reason)
+    discard_tree_now(path)  # it may be anything
+
+
+_decode_kept = msgspec.msgpack.Decoder(Kept).decode
+_decode_table = msgspec.msgpack.Decoder(Table).decode

@@ -1,0 +1,101 @@
+"""Virtual addresses that a container uses without having asked for their names.
+
+Programs learn them from the API (a proxy that is configured by it), from a cache, from another container.  So the first
+packet to each address of the container's networks is told to this process, at most once in half a minute; if it is a
+virtual address, its service is loaded, and the packet's connection tracking entry removed, so that the next attempt
+(of TCP: after a second) is led.
+"""
+
+import socket
+import struct
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network
+
+from skep.dataplane.netns import netlink
+
+NAME = "skep_asked"
+FAMILIES = ("ip", "ip6")
+_GROUP = 11
+_BYTES = 40
+"""As much of a packet as has its destination."""
+_LOG = f"log group {_GROUP} snaplen {_BYTES}"
+_TOLD_MAX = 512
+"""The kernel makes room for as many from the start: 8 KiB."""
+_SUBSYSTEM_LOG = 4
+_PACKET, _CONFIGURE = _SUBSYSTEM_LOG << 8, _SUBSYSTEM_LOG << 8 | 1
+_COMMAND, _MODE, _AT_ONCE = 1, 2, 5
+_BIND, _COPY_PACKET = 1, 2
+_PAYLOAD = 9
+_TIMEOUT_S = 2.0
+_READS_MAX = 64
+
+
+def whole(subnets: Iterable[IPv4Network | IPv6Network]) -> str:
+    """The tables as they are to be, whatever they were, as one transaction."""
+    removed = "".join(f"add table {family} {NAME}\ndelete table {family} {NAME}\n" for family in FAMILIES)
+    return removed + fresh(subnets)
+
+
+def fresh(subnets: Iterable[IPv4Network | IPv6Network]) -> str:
+    """The tables where there are none; refused where there are."""
+    lines = []
+    for family, version in zip(FAMILIES, (4, 6), strict=True):
+        own = sorted({str(one) for one in subnets if one.version == version})
+        if own:
+            table = f"{family} {NAME}"
+            kind = f"ip{'v4' if version == 4 else 'v6'}_addr"
+            told = f"{family} daddr != @told add @told {{ {family} daddr }}"
+            lines += [
+                f"create table {table}",
+                f"add set {table} told {{ type {kind}; flags dynamic,timeout; timeout 30s; size {_TOLD_MAX}; }}",
+                f"add chain {table} out {{ type filter hook output priority -149; }}",
+                f"add rule {table} out {family} daddr {{ {', '.join(own)} }} ct state new {told} {_LOG}",
+            ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def open_packets() -> socket.socket:
+    """A socket that is told of packets in the namespace of the calling thread.  Raises: OSError."""
+    opened = netlink.opened(netlink.NETFILTER, _TIMEOUT_S)
+    try:
+        _configure(opened, _COMMAND, struct.pack("=B", _BIND))
+        _configure(opened, _MODE, struct.pack("!IBB", _BYTES, _COPY_PACKET, 0))
+        _configure(opened, _AT_ONCE, struct.pack("!I", 1))
+        opened.setblocking(False)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def read(opened: socket.socket) -> frozenset[str]:
+    """The addresses to which there were packets."""
+    found: set[str] = set()
+    for _ in range(_READS_MAX):
+        try:
+            data = opened.recv(1 << 16)
+        except OSError:  # nothing more, or more than there was room for: the next packet tells it again
+            break
+        found |= destinations(data)
+    return frozenset(found)
+
+
+def destinations(data: bytes) -> frozenset[str]:
+    """The destinations of the packets in ``data``, messages of nfnetlink_log."""
+    found = set()
+    for type_, body in netlink.messages(data):
+        packet = dict(netlink.attributes(body[4:])).get(_PAYLOAD, b"") if type_ == _PACKET else b""
+        if len(packet) >= 20 and packet[0] >> 4 == 4:
+            found.add(socket.inet_ntop(socket.AF_INET, packet[16:20]))
+        elif len(packet) >= 40 and packet[0] >> 4 == 6:
+            found.add(socket.inet_ntop(socket.AF_INET6, packet[24:40]))
+    return frozenset(found)
+
+
+def _configure(opened: socket.socket, type_: int, value: bytes) -> None:
+    head = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(_GROUP))
+    opened.send(netlink.request(_CONFIGURE, netlink.ACK, head + netlink.attribute(type_, value)))
+    for kind, answer in netlink.messages(opened.recv(1 << 12)):
+        code = netlink.error_number(answer) if kind == netlink.ERROR else 0
+        if code:
+            raise OSError(code, "packets cannot be listened to")

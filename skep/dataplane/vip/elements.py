@@ -1,0 +1,142 @@
+"""Elements of nftables' maps, changed without libnftables, over a socket that is kept.
+
+A change of one service's backends is a change of a few elements in each namespace that uses it.  By libnftables that
+takes 0.2 ms of processor time, since it learns first what is there, and then 7 to 15 ms of waiting: whoever closes a
+netlink socket of netfilter waits until what was deleted before is freed.  So the socket stays open here, and the same
+bytes serve all containers: a change in 100 namespaces took 130 ms, 100 of them of a processor, and takes 35.
+
+Source: linux, include/uapi/linux/netfilter/{nfnetlink,nf_tables}.h; net/netfilter/nfnetlink.c (batches),
+nf_tables_api.c (``nft_rcv_nl_event`` is what waits).
+"""
+
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from skep.dataplane.netns import netlink
+from skep.dataplane.netns.nft import NftFailed
+from skep.dataplane.vip.rules import DATAGRAMS, NAME, Elements
+from skep.dataplane.vip.wanted import is_ipv6
+from skep.linux.descriptors import set_aside
+
+_SUBSYSTEM = 10
+_NEW_ELEMENTS, _GET_ELEMENTS, _DELETE_ELEMENTS = (_SUBSYSTEM << 8 | one for one in (12, 13, 14))
+_TABLE, _SET, _ELEMENTS = 1, 2, 3
+_ELEMENT = 1
+_KEY, _VALUE = 1, 2
+_DATA_BYTES, _DATA_VERDICT = 1, 2
+_VERDICT_CODE, _VERDICT_CHAIN = 1, 2
+_GOTO = -4
+_FAMILIES = {"ip": (2, socket.AF_INET), "ip6": (10, socket.AF_INET6)}
+_ELEMENTS_MAX = 256
+"""In one message: the length of an attribute is 16 bits."""
+_EDGE = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(_SUBSYSTEM))
+_BEGIN, _END = (netlink.request(kind, 0, _EDGE) for kind in (0x10, 0x11))
+"""Of a batch: what is between them comes into force at once."""
+_TIMEOUT_S = 5.0
+_ANSWER_BYTES = 1 << 16
+
+
+class ElementSocket:
+    """Of the namespace in which it was opened.  One thread's at a time; of no use any more after an error."""
+
+    def __init__(self) -> None:
+        """In the namespace of the calling thread.  Raises: OSError."""
+        self._socket = set_aside(netlink.opened(netlink.NETFILTER, _TIMEOUT_S))
+
+    def close(self) -> None:
+        """May wait for some milliseconds."""
+        self._socket.close()
+
+    def change(self, changes: Sequence[Elements]) -> None:
+        """Make all changes, or none.  Blocks.  Raises: NftFailed: the kernel refuses; OSError."""
+        if not changes:
+            return
+        messages = encoded(tuple(changes))
+        self._socket.send(_BEGIN + b"".join(messages) + _END)
+        missing = len(messages)
+        while missing:
+            for kind, answer in netlink.messages(self._socket.recv(_ANSWER_BYTES)):
+                code = netlink.error_number(answer) if kind == netlink.ERROR else 0
+                if code:
+                    raise NftFailed(f"elements of {NAME} cannot be changed: {os.strerror(code)}")
+                missing -= kind == netlink.ERROR
+
+    def datagrams(self, family: str) -> frozenset[str]:
+        """To which virtual addresses UDP flows go, as the rules have noted.  Blocks.  Raises: OSError."""
+        number, kind = _FAMILIES[family]
+        body = _head(number) + _named(_TABLE, NAME) + _named(_SET, DATAGRAMS)
+        self._socket.send(netlink.request(_GET_ELEMENTS, netlink.DUMP, body))
+        found: set[str] = set()
+        while True:
+            for type_, answer in netlink.messages(self._socket.recv(_ANSWER_BYTES)):
+                if type_ == netlink.DONE:
+                    return frozenset(found)
+                if type_ == netlink.ERROR:
+                    code = netlink.error_number(answer)
+                    raise OSError(code, f"elements of {NAME} cannot be listed")
+                found |= {socket.inet_ntop(kind, key) for key in _keys(answer)}
+
+
+@lru_cache(maxsize=8)
+def encoded(changes: tuple[Elements, ...]) -> tuple[bytes, ...]:
+    """Messages that are acknowledged each; the same for all namespaces, which are told one after another."""
+    return tuple(
+        netlink.request(
+            _NEW_ELEMENTS if change.is_added else _DELETE_ELEMENTS,
+            netlink.ACK | (netlink.CREATE if change.is_added else 0),
+            _body(change, start),
+        )
+        for change in changes
+        for start in range(0, len(change.elements), _ELEMENTS_MAX)
+    )
+
+
+def _body(change: Elements, start: int) -> bytes:
+    number, _ = _FAMILIES[change.family]
+    listed = b"".join(
+        _nested(_ELEMENT, _element(key, value if change.is_added else ""))
+        for key, value in change.elements[start : start + _ELEMENTS_MAX]
+    )
+    return _head(number) + _named(_TABLE, NAME) + _named(_SET, change.map) + _nested(_ELEMENTS, listed)
+
+
+def _element(key: str, value: str) -> bytes:
+    """``key``: an address, or an address and a number drawn; ``value``: empty, an address, or ``goto`` a chain."""
+    address, _, drawn = key.partition(" . ")
+    # What the kernel draws is in the machine's byte order.
+    packed = _packed(address) + (struct.pack("=I", int(drawn)) if drawn else b"")
+    parts = _nested(_KEY, netlink.attribute(_DATA_BYTES, packed))
+    if value.startswith("goto "):
+        code = netlink.attribute(_VERDICT_CODE, struct.pack("!i", _GOTO))
+        verdict = code + _named(_VERDICT_CHAIN, value.removeprefix("goto "))
+        parts += _nested(_VALUE, _nested(_DATA_VERDICT, verdict))
+    elif value:
+        parts += _nested(_VALUE, netlink.attribute(_DATA_BYTES, _packed(value)))
+    return parts
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6 if is_ipv6(address) else socket.AF_INET, address)
+
+
+def _keys(answer: bytes) -> Iterator[bytes]:
+    """Keys of the elements that a message lists."""
+    listed = dict(netlink.attributes(answer[4:])).get(_ELEMENTS, b"")
+    for _, element in netlink.attributes(listed):
+        key = dict(netlink.attributes(element)).get(_KEY, b"")
+        yield dict(netlink.attributes(key)).get(_DATA_BYTES, b"")
+
+
+def _head(family: int) -> bytes:
+    return struct.pack("=BBH", family, 0, 0)
+
+
+def _named(kind: int, name: str) -> bytes:
+    return netlink.attribute(kind, name.encode() + b"\0")
+
+
+def _nested(kind: int, value: bytes) -> bytes:
+    return netlink.attribute(kind | netlink.NESTED, value)

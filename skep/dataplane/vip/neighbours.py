@@ -1,0 +1,50 @@
+"""Packets to a virtual address that wait for a neighbour whom nobody is.
+
+A packet that left before the address was led waits for three seconds to be told where the address is, then fails; and
+TCP sends nothing again while it waits.  So it is let go, to nobody: the next attempt is led.
+"""
+
+import socket
+import struct
+from collections.abc import Collection, Iterator
+
+from skep.dataplane.netns import netlink
+from skep.dataplane.vip.wanted import is_ipv6
+
+_DESTINATION, _LINK_ADDRESS = 1, 2
+_INCOMPLETE, _STALE = 0x01, 0x04
+_HEADER = struct.Struct("=BBHiHBB")
+_NOBODY = bytes.fromhex("02ffffffffff")
+_TIMEOUT_S = 2.0
+
+
+def let_go(addresses: Collection[str]) -> None:
+    """Let go what waits for ``addresses``, in the namespace of the calling thread.  Blocks.  Raises: OSError."""
+    for family in sorted({socket.AF_INET6 if is_ipv6(one) else socket.AF_INET for one in addresses}):
+        packed = {
+            socket.inet_pton(family, one) for one in addresses if is_ipv6(one) == (family == socket.AF_INET6)
+        }
+        with netlink.opened(socket.NETLINK_ROUTE, _TIMEOUT_S) as connection:
+            for interface, address in list(_awaited(connection, family)):
+                if address in packed:
+                    body = _HEADER.pack(family, 0, 0, interface, _STALE, 0, 0)
+                    body += netlink.attribute(_DESTINATION, address)
+                    body += netlink.attribute(_LINK_ADDRESS, _NOBODY)
+                    connection.send(netlink.request(netlink.NEWNEIGH, netlink.ACK | netlink.REPLACE, body))
+                    connection.recv(1 << 12)  # who is no neighbour any more does not matter
+
+
+def _awaited(connection: socket.socket, family: int) -> Iterator[tuple[int, bytes]]:
+    """(interface, address) of neighbours that are being looked for."""
+    head = _HEADER.pack(family, 0, 0, 0, 0, 0, 0)
+    connection.send(netlink.request(netlink.GETNEIGH, netlink.DUMP, head))
+    while True:
+        for type_, body in netlink.messages(connection.recv(1 << 16)):
+            if type_ == netlink.DONE:
+                return
+            if type_ == netlink.ERROR:
+                raise OSError(netlink.error_number(body), "neighbours cannot be listed")
+            _, _, _, interface, state, _, _ = _HEADER.unpack_from(body)
+            address = dict(netlink.attributes(body[_HEADER.size :])).get(_DESTINATION)
+            if state & _INCOMPLETE and address is not None:
+                yield interface, address

@@ -1,0 +1,354 @@
+"""Containers as the Engine API shows them: ``docker inspect`` and a line of ``docker ps``.
+
+Whatever the node does not know of a container has the value that the engine writes for "nothing".
+
+Source: moby 20.10, api/types/types.go (ContainerJSON), api/types/container/host_config.go, container/view.go.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from skep.engine import apparmor
+from skep.engine.api.ages import age
+from skep.engine.api.network_answers import network_settings, networks
+from skep.engine.bundle import Bundles
+from skep.engine.container import Container, ContainerConfig, ContainerState, MountPoint
+from skep.engine.health import HealthStatus
+from skep.engine.images.store import ImageStore
+from skep.model.times import ZERO_TIME, unix_ns
+
+_NS = 1_000_000_000
+
+_MASKED = (
+    "asound",
+    "acpi",
+    "kcore",
+    "keys",
+    "latency_stats",
+    "timer_list",
+    "timer_stats",
+    "sched_debug",
+    "scsi",
+)
+_READ_ONLY = ("bus", "fs", "irq", "sys", "sysrq-trigger")
+
+_HOST_DEFAULTS: Mapping[str, Any] = {
+    "Binds": None,
+    "ContainerIDFile": "",
+    "NetworkMode": "default",
+    "PortBindings": {},
+    "RestartPolicy": {"Name": "", "MaximumRetryCount": 0},
+    "AutoRemove": False,
+    "VolumeDriver": "",
+    "VolumesFrom": None,
+    "CgroupnsMode": "private",
+    "IpcMode": "private",
+    "Cgroup": "",
+    "Links": None,
+    "PidMode": "",
+    "Privileged": False,
+    "PublishAllPorts": False,
+    "UTSMode": "",
+    "UsernsMode": "",
+    "Runtime": "runc",
+    "ConsoleSize": [0, 0],
+    "CpuShares": 0,
+    "CgroupParent": "",
+    "BlkioWeight": 0,
+    "BlkioWeightDevice": None,
+    "BlkioDeviceReadBps": None,
+    "BlkioDeviceWriteBps": None,
+    "BlkioDeviceReadIOps": None,
+    "BlkioDeviceWriteIOps": None,
+    "CpuPeriod": 0,
+    "CpuQuota": 0,
+    "CpuRealtimePeriod": 0,
+    "CpuRealtimeRuntime": 0,
+    "CpusetCpus": "",
+    "CpusetMems": "",
+    "Devices": None,
+    "DeviceCgroupRules": None,
+    "DeviceRequests": None,
+    "KernelMemory": 0,
+    "KernelMemoryTCP": 0,
+    "MemorySwap": 0,
+    "MemorySwappiness": None,
+    "OomKillDisable": False,
+    "CpuCount": 0,
+    "CpuPercent": 0,
+    "IOMaximumIOps": 0,
+    "IOMaximumBandwidth": 0,
+    "MaskedPaths": [*(f"/proc/{name}" for name in _MASKED), "/sys/firmware"],
+    "ReadonlyPaths": [f"/proc/{name}" for name in _READ_ONLY],
+}
+
+
+def inspected(container: Container, bundles: Bundles, exec_ids: Sequence[str]) -> dict[str, Any]:
+    """``GET /containers/{id}/json``."""
+    config = container.config
+    path = bundles.path(container.id)
+    return {
+        "Id": container.id,
+        "Created": container.created_at,
+        "Path": config.path,
+        "Args": list(config.args),
+        "State": _state(container),
+        "Image": container.image_id,
+        "ResolvConfPath": str(path / "resolv.conf"),
+        "HostnamePath": str(path / "hostname"),
+        "HostsPath": str(path / "hosts"),
+        "LogPath": str(bundles.log(container.id)),
+        "Name": f"/{container.name}",
+        "RestartCount": container.plain.restarts if container.plain is not None else 0,
+        "Driver": "overlay2",
+        "Platform": "linux",
+        "MountLabel": "",
+        "ProcessLabel": "",
+        "AppArmorProfile": _apparmor_profile(config),
+        "ExecIDs": list(exec_ids) or None,
+        "HostConfig": _host_config(container),
+        "GraphDriver": {
+            "Data": {
+                "LowerDir": ":".join(container.layers),
+                "MergedDir": str(bundles.rootfs(container.id)),
+                "UpperDir": str(path / "upper"),
+                "WorkDir": str(path / "work"),
+            },
+            "Name": "overlay2",
+        },
+        "Mounts": _mounts(container),
+        "Config": _config(container),
+        "NetworkSettings": network_settings(container),
+    }
+
+
+def _apparmor_profile(config: ContainerConfig) -> str:
+    """Empty where the machine has no AppArmor, as in Docker."""
+    if not apparmor.is_supported():
+        return ""
+    return apparmor.DEFAULT_PROFILE if config.apparmor == "default" else config.apparmor
+
+
+def summary(container: Container, images: ImageStore, now_ns: int) -> dict[str, Any]:
+    """One line of ``docker ps``."""
+    return {
+        "Id": container.id,
+        "Names": [f"/{container.name}"],
+        "Image": _shown_image(container, images),
+        "ImageID": container.image_id,
+        "Command": _command(container),
+        "Created": unix_ns(container.created_at) // _NS,
+        "Ports": ports(container),
+        "Labels": dict(container.labels),
+        "State": container.state.value,
+        "Status": status(container, now_ns),
+        "HostConfig": {"NetworkMode": container.plain.network_mode if container.plain else "default"},
+        "NetworkSettings": {"Networks": networks(container)},
+        "Mounts": _mounts(container),
+    }
+
+
+def status(container: Container, now_ns: int) -> str:
+    """``Up 3 minutes``, ``Exited (1) 2 hours ago``.
+
+    Source: moby 20.10, container/state.go (String).
+    """
+    match container.state:
+        case ContainerState.RUNNING:
+            return f"Up {age(now_ns - unix_ns(container.started_at))}{_health(container)}"
+        case ContainerState.PAUSED:
+            return f"Up {age(now_ns - unix_ns(container.started_at))} (Paused)"
+        case ContainerState.REMOVING:
+            return "Removal In Progress"
+        case _ if container.was_started and container.finished_at != ZERO_TIME:
+            return f"Exited ({container.exit_code}) {age(now_ns - unix_ns(container.finished_at))} ago"
+        case _:
+            return "Created"
+
+
+def _health(container: Container) -> str:
+    if container.health is None:
+        return ""
+    word = container.health.status.value
+    return f" (health: {word})" if container.health.status is HealthStatus.STARTING else f" ({word})"
+
+
+def ports(container: Container) -> list[dict[str, Any]]:
+    """Published and exposed ports."""
+    published = [
+        {
+            "IP": port.host_ip or "0.0.0.0",
+            "PrivatePort": port.target_port,
+            "PublicPort": port.published_port,
+            "Type": port.protocol,
+        }
+        for port in (container.endpoint.ports if container.endpoint else ())
+    ]
+    known = {(port["PrivatePort"], port["Type"]) for port in published}
+    exposed = [
+        {"PrivatePort": number, "Type": protocol}
+        for number, protocol in map(_split_port, container.config.exposed_ports)
+        if (number, protocol) not in known
+    ]
+    return exposed + published if container.is_running else []
+
+
+def _split_port(text: str) -> tuple[int, str]:
+    number, _, protocol = text.partition("/")
+    return int(number.partition("-")[0]) if number.partition("-")[0].isdigit() else 0, protocol or "tcp"
+
+
+def _state(container: Container) -> dict[str, Any]:
+    state = container.state
+    answer: dict[str, Any] = {
+        "Status": state.value,
+        "Running": container.is_running,
+        "Paused": state is ContainerState.PAUSED,
+        "Restarting": False,
+        "OOMKilled": container.oom_killed,
+        "Dead": False,
+        "Pid": container.pid,
+        "ExitCode": container.exit_code,
+        "Error": container.error,
+        "StartedAt": container.started_at,
+        "FinishedAt": container.finished_at,
+    }
+    if container.health is not None:
+        answer["Health"] = container.health
+    return answer
+
+
+def _config(container: Container) -> dict[str, Any]:
+    config = container.config
+    attached = container.plain.attached if container.plain is not None else ()
+    answer: dict[str, Any] = {
+        "Hostname": config.hostname or container.id[:12],
+        "Domainname": "",
+        "User": config.user,
+        "AttachStdin": "stdin" in attached,
+        "AttachStdout": "stdout" in attached,
+        "AttachStderr": "stderr" in attached,
+        "Tty": config.tty,
+        "OpenStdin": config.open_stdin,
+        "StdinOnce": config.stdin_once,
+        "Env": list(config.env),
+        "Cmd": list(config.command) or None,
+        "Image": container.image,
+        "Volumes": {mount.destination: {} for mount in config.mounts if mount.type == "volume"} or None,
+        "WorkingDir": config.working_dir,
+        "Entrypoint": list(config.entrypoint) or None,
+        "OnBuild": None,
+        "Labels": dict(container.labels),
+    }
+    if config.exposed_ports:
+        answer["ExposedPorts"] = {port: {} for port in config.exposed_ports}
+    if config.healthcheck is not None:
+        answer["Healthcheck"] = config.healthcheck
+    if config.stop_signal:
+        answer["StopSignal"] = config.stop_signal
+    return answer
+
+
+def _host_config(container: Container) -> dict[str, Any]:
+    config = container.config
+    mounts = [_mount_wish(mount) for mount in config.mounts if not mount.internal]
+    return {
+        **_HOST_DEFAULTS,
+        **_plain_host_config(container),
+        "LogConfig": {"Type": config.log.type, "Config": dict(config.log.options)},
+        "PortBindings": _bindings(container),
+        "CapAdd": list(config.capability_add) or None,
+        "CapDrop": list(config.capability_drop) or None,
+        "Dns": list(config.nameservers) or None,
+        "DnsOptions": list(config.dns_options) or None,
+        "DnsSearch": list(config.search_domains) or None,
+        "ExtraHosts": extra_hosts(config.hosts) or None,
+        "GroupAdd": list(config.groups) or None,
+        "OomScoreAdj": config.oom_score_adj,
+        "ReadonlyRootfs": config.read_only,
+        "SecurityOpt": _security_options(container) or None,
+        "ShmSize": config.shm_bytes,
+        "Isolation": "default",
+        "Memory": config.memory_bytes,
+        "NanoCpus": config.nano_cpus,
+        "MemoryReservation": config.memory_reservation_bytes,
+        "PidsLimit": config.pids or None,
+        "Ulimits": list(config.ulimits),
+        "Init": config.init,
+        **({"Sysctls": dict(config.sysctls)} if config.sysctls else {}),
+        **({"Mounts": mounts} if mounts else {}),
+    }
+
+
+def _security_options(container: Container) -> list[str]:
+    if container.plain is not None and container.plain.security_options:
+        return list(container.plain.security_options)
+    config = container.config
+    found = ["no-new-privileges"] if config.no_new_privileges else []
+    found += [f"seccomp={config.seccomp}"] if config.seccomp != "default" else []
+    return found + ([f"apparmor={config.apparmor}"] if config.apparmor != "default" else [])
+
+
+def _plain_host_config(container: Container) -> dict[str, Any]:
+    plain = container.plain
+    if plain is None:
+        return {}
+    return {
+        "NetworkMode": plain.network_mode,
+        "RestartPolicy": {"Name": plain.restart.name, "MaximumRetryCount": plain.restart.attempts_max},
+        "AutoRemove": plain.auto_remove,
+    }
+
+
+def _bindings(container: Container) -> dict[str, Any]:
+    has_opened = container.endpoint is not None and container.plain is None
+    published = container.endpoint.ports if has_opened and container.endpoint else container.config.ports
+    bindings: dict[str, Any] = {}
+    for port in published:
+        binding = {"HostIp": port.host_ip, "HostPort": str(port.published_port)}
+        bindings.setdefault(f"{port.target_port}/{port.protocol}", []).append(binding)
+    return bindings
+
+
+def _mount_wish(mount: MountPoint) -> dict[str, Any]:
+    answer: dict[str, Any] = {"Type": mount.type, "Target": mount.destination}
+    if source := mount.name or mount.source:
+        answer["Source"] = source
+    if mount.read_only:
+        answer["ReadOnly"] = True
+    return answer
+
+
+def _mounts(container: Container) -> list[dict[str, Any]]:
+    return [_mount(mount) for mount in container.config.mounts if not mount.internal]
+
+
+def _mount(mount: MountPoint) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "Type": mount.type,
+        "Name": mount.name,
+        "Source": mount.source,
+        "Destination": mount.destination,
+        "Driver": mount.driver,
+        "Mode": "",
+        "RW": not mount.read_only,
+        "Propagation": mount.propagation,
+    }
+    return {key: value for key, value in answer.items() if value != "" or key not in ("Name", "Driver")}
+
+
+def _command(container: Container) -> str:
+    words = (container.config.path, *(f"'{arg}'" if " " in arg else arg for arg in container.config.args))
+    return " ".join(words)
+
+
+def _shown_image(container: Container, images: ImageStore) -> str:
+    """The name it was made from, or the id where that name means something else by now."""
+    image = images.lookup(container.image)
+    return container.image if image is not None and image.id == container.image_id else container.image_id
+
+
+def extra_hosts(lines: Sequence[str]) -> list[str]:
+    """Lines of /etc/hosts, ``address name...``, as ``HostConfig`` has them: ``name:address`` for each name."""
+    words = [line.split() for line in lines]
+    return [f"{name}:{address}" for address, *names in words for name in names]

@@ -1,0 +1,167 @@
+"""Which containers ``docker ps`` means.
+
+Pure: from all containers and filters follows the selection.
+
+Source: moby 20.10, daemon/list.go.
+"""
+
+import re
+from collections.abc import Callable, Collection, Sequence
+
+import msgspec
+
+from skep.api.errors import Untranslated
+from skep.api.filters import Filters
+from skep.engine.container import Container, ContainerState
+from skep.engine.images.image import Image
+from skep.errors import InvalidArgument
+
+FILTERS = (
+    *("ancestor", "before", "exited", "expose", "health", "id", "is-task", "isolation", "label", "name"),
+    *("network", "publish", "since", "status", "volume"),
+)
+_STATES = frozenset({*(state.value for state in ContainerState), "restarting", "dead"})
+_HEALTH = frozenset({"none", "starting", "healthy", "unhealthy"})
+_TASK = "com.docker.swarm.task.id"
+_REPETITIONS_MAX = 3
+"""More of them in a pattern could keep Python's matcher busy for a long time."""
+
+
+class Wish(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked for.  ``limit`` 0: no limit.  ``ancestors``: image ids, None: any."""
+
+    filters: Filters
+    all: bool = False
+    limit: int = 0
+    ancestors: frozenset[str] | None = None
+
+
+def ancestors(words: Sequence[str], lookup: Callable[[str], Image | None]) -> frozenset[str] | None:
+    """The ids of the images that an ``ancestor`` filter names; what names none is left out."""
+    if not words:
+        return None
+    return frozenset(image.id for word in words if (image := lookup(word)) is not None)
+
+
+def select(containers: Sequence[Container], wish: Wish) -> Sequence[Container]:
+    """The containers that ``wish`` asks for, in the order given (the newest first).
+
+    Raises:
+        InvalidArgument: a filter's value cannot be.
+    """
+    filters = wish.filters
+    _check(filters)
+    exits = _exit_codes(filters)
+    name_is, id_is = _patterns(filters["name"]), _patterns(filters["id"])
+    shows_all = wish.all or wish.limit > 0 or "status" in filters
+    found = []
+    for container in _between(containers, filters):
+        if (
+            (shows_all or container.is_running)
+            and name_is(container.name, f"/{container.name}")
+            and id_is(container.id)
+            and filters.matches("status", container.state.value)
+            and filters.matches("health", container.health.status.value if container.health else "none")
+            and filters.matches_labels("label", container.labels)
+            and (exits is None or (container.exit_code in exits and container.state is ContainerState.EXITED))
+            and (wish.ancestors is None or container.image_id in wish.ancestors)
+            and _is_task(container, filters["is-task"])
+            and _matches_volume(container, filters["volume"])
+            and filters.matches("network", *_networks(container))
+            and filters.matches("isolation", "default", "")
+            and _matches_ports(filters["publish"], _published(container))
+            and _matches_ports(filters["expose"], container.config.exposed_ports)
+        ):
+            found.append(container)
+            if wish.limit > 0 and len(found) == wish.limit:
+                break
+    return found
+
+
+def _check(filters: Filters) -> None:
+    filters.refuse_unknown(*FILTERS)
+    for value in filters["status"]:
+        if value not in _STATES:
+            raise InvalidArgument(f"Invalid filter 'status={value}'")
+    for value in filters["health"]:
+        if value not in _HEALTH:
+            raise InvalidArgument(f"Unrecognised filter value for health: {value}")
+    tasks = filters["is-task"]
+    if tasks and tasks not in (("true",), ("1",), ("false",), ("0",)):
+        raise InvalidArgument(f"Invalid filter 'is-task=[{' '.join(tasks)}]'")
+
+
+def _exit_codes(filters: Filters) -> frozenset[int] | None:
+    if "exited" not in filters:
+        return None
+    for value in filters["exited"]:
+        if not re.fullmatch(r"[+-]?[0-9]{1,9}", value, re.ASCII):
+            raise Untranslated(f'strconv.Atoi: parsing "{value}": invalid syntax')
+    return frozenset(int(value) for value in filters["exited"])
+
+
+def _between(containers: Sequence[Container], filters: Filters) -> Sequence[Container]:
+    """What is older than ``before`` and newer than ``since``.  ``containers``: newest first."""
+    start, end = 0, len(containers)
+    if filters["before"]:
+        start = _position(containers, filters["before"][-1]) + 1
+    if filters["since"]:
+        end = _position(containers, filters["since"][-1])
+    return containers[start:end]
+
+
+def _position(containers: Sequence[Container], word: str) -> int:
+    for number, container in enumerate(containers):
+        if word in (container.name, f"/{container.name}") or container.id.startswith(word or "-"):
+            return number
+    raise Untranslated(f"no such container {word}")
+
+
+def _patterns(values: Collection[str]) -> Callable[..., bool]:
+    """Whether one of some names contains one of the patterns, or is it."""
+    if not values:
+        return lambda *_: True
+    expressions = [_pattern(value) for value in values]
+    return lambda *names: any(expression.search(name) for expression in expressions for name in names)
+
+
+def _pattern(value: str) -> re.Pattern[str]:
+    """A regular expression, unless it is none or one that could take forever: then the text itself."""
+    is_simple = (
+        not re.search(r"\)[*+?{]|\(\?", value) and len(re.findall(r"[*+{]", value)) <= _REPETITIONS_MAX
+    )
+    if is_simple and len(value) <= 1024:
+        try:
+            return re.compile(value, re.ASCII)
+        except (re.error, OverflowError, RecursionError):
+            pass
+    return re.compile(re.escape(value))
+
+
+def _is_task(container: Container, wanted: Sequence[str]) -> bool:
+    return not wanted or (_TASK in container.labels) == (wanted[0] in ("true", "1"))
+
+
+def _matches_volume(container: Container, wanted: Sequence[str]) -> bool:
+    mounts = container.config.mounts
+    return not wanted or any(value in (mount.name, mount.destination) for value in wanted for mount in mounts)
+
+
+def _networks(container: Container) -> Sequence[str]:
+    endpoint = container.endpoint
+    if endpoint is None:
+        return ()
+    if endpoint.places:
+        return [word for one in endpoint.places for word in (one.network_name, one.network_id)]
+    return (endpoint.network,)
+
+
+def _published(container: Container) -> Sequence[str]:
+    ports = container.endpoint.ports if container.endpoint else ()
+    return [
+        f"{number}/{port.protocol}" for port in ports for number in (port.published_port, port.target_port)
+    ]
+
+
+def _matches_ports(wanted: Sequence[str], found: Sequence[str]) -> bool:
+    return not wanted or any((value if "/" in value else f"{value}/tcp") in found for value in wanted)

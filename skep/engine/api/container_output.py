@@ -1,0 +1,172 @@
+"""What containers say and use, as streams: ``logs``, ``attach``, ``stats``.
+
+Source: moby 20.10, api/server/router/container/container_routes.go, api/server/httputils/write_log_stream.go,
+daemon/stats.go.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import msgspec
+from aiohttp import web
+
+from skep.aio.clock import Clock, SystemClock
+from skep.api.server import (
+    ApiVersion,
+    JsonLines,
+    OutputFrames,
+    OutputStream,
+    Routes,
+    api_version,
+    flag,
+    json_answer,
+)
+from skep.api.timestamps import parse_unix_time
+from skep.engine.api.detach import DetachKeys, parse_keys
+from skep.engine.api.hijack import MULTIPLEXED, RAW, Duplex, Hijacked, hijacked
+from skep.engine.api.terminal import join
+from skep.engine.container import Container, LogEntry, LogWish, NotRunning, Stream
+from skep.engine.containers import Containers
+from skep.engine.stats import Stats
+from skep.errors import InvalidArgument, NotFound
+from skep.model.times import ZERO_TIME, timestamp
+
+_NAMES_ITS_FORM = ApiVersion("1.42")
+_STATS_PERIOD_S = 1.0
+
+
+def output_routes(containers: Containers, *, clock: Clock | None = None) -> Routes:
+    """``/containers/{id}/logs``, ``.../attach``, ``.../stats``."""
+    table = Routes()
+    clock = clock or SystemClock()
+
+    @table.get("/containers/{id}/logs")
+    async def show_logs(request: web.Request) -> web.StreamResponse:
+        wish = _log_wish(request, follow=flag(request, "follow"))
+        container = containers.get(request.match_info["id"])
+        frames = OutputFrames(
+            request, tty=container.config.tty, content_type=_content_type(request, container)
+        )
+        async with aclosing(containers.logs(container.id, wish)) as entries, frames:
+            async for entry in entries:
+                await frames.send(OutputStream(entry.stream.value), _line(entry, request, container))
+        return frames.response
+
+    @table.post("/containers/{id}/attach")
+    async def attach(request: web.Request) -> web.StreamResponse:
+        container = containers.get(request.match_info["id"])
+        keys = parse_keys(request.query.get("detachKeys", ""))
+        async with hijacked(request, tty=container.config.tty) as client:
+            if flag(request, "logs"):
+                wish = _log_wish(request, follow=False)
+                async with aclosing(containers.logs(container.id, wish)) as entries:
+                    async for entry in entries:
+                        await client.send(OutputStream(entry.stream.value), entry.data)
+            if flag(request, "stream"):
+                await _follow(request, container, client, keys)
+        return Hijacked()
+
+    async def _follow(request: web.Request, container: Container, client: Duplex, keys: bytes) -> None:
+        try:
+            process = await containers.attach(container.id)
+        except (NotRunning, NotFound):
+            return  # it ended before: there is nothing to see
+        try:
+            await join(
+                client,
+                process,
+                takes_input=flag(request, "stdin") and container.config.open_stdin,
+                streams=_streams(request),
+                keys=DetachKeys(keys) if container.config.tty else None,
+            )
+        finally:
+            process.close()
+
+    @table.get("/containers/{id}/stats")
+    async def show_stats(request: web.Request) -> web.StreamResponse:
+        container = containers.get(request.match_info["id"])
+        streams = flag(request, "stream") if "stream" in request.query else True
+        if not streams and (flag(request, "one-shot") or not container.is_running):
+            return json_answer(await containers.stats(container.id))
+        samples = _samples(containers, container, clock)
+        if not streams:
+            return json_answer(await anext(samples))
+        async with JsonLines(request) as lines:
+            async for sample in samples:
+                await lines.send(sample)
+        return lines.response
+
+    return table
+
+
+async def _samples(containers: Containers, container: Container, clock: Clock) -> AsyncIterator[Stats]:
+    """A sample each second, each with the one before it, until the container is gone."""
+    try:
+        before = await containers.stats(container.id)
+        while True:
+            await clock.sleep(_STATS_PERIOD_S)
+            sample = await containers.stats(container.id)
+            if sample.read != ZERO_TIME and before.read != ZERO_TIME:
+                yield msgspec.structs.replace(sample, preread=before.read, precpu_stats=before.cpu_stats)
+            else:
+                yield sample
+            before = sample
+    except NotFound:
+        return
+
+
+def _log_wish(request: web.Request, *, follow: bool) -> LogWish:
+    streams = _streams(request)
+    if not streams:
+        raise InvalidArgument("Bad parameters: you must choose at least one stream")
+    tail = request.query.get("tail", "all")
+    return LogWish(
+        streams=streams,
+        follow=follow,
+        tail=int(tail) if tail.isascii() and tail.isdigit() and len(tail) < 10 else None,
+        since_ns=parse_unix_time(request.query.get("since", "")) or 0,
+        until_ns=parse_unix_time(request.query.get("until", "")) or 0,
+    )
+
+
+def _streams(request: web.Request) -> frozenset[Stream]:
+    wanted = {Stream.STDOUT: flag(request, "stdout"), Stream.STDERR: flag(request, "stderr")}
+    return frozenset(stream for stream, is_wanted in wanted.items() if is_wanted)
+
+
+def _line(entry: LogEntry, request: web.Request, container: Container) -> bytes:
+    prefix = b""
+    if flag(request, "timestamps"):
+        prefix += _fixed_timestamp(entry.timestamp_ns).encode() + b" "
+    if flag(request, "details"):
+        prefix += _details(container).encode() + b" "
+    return prefix + entry.data
+
+
+def _fixed_timestamp(moment_ns: int) -> str:
+    """With all nine decimals, so that lines stand below each other."""
+    return f"{timestamp(moment_ns - moment_ns % 1_000_000_000)[:-1]}.{moment_ns % 1_000_000_000:09d}Z"
+
+
+def _details(container: Container) -> str:
+    """Labels and variables that the log options ask for: ``env=a,labels=b``.
+
+    Source: moby 20.10, daemon/logger/loginfo.go (ExtraAttributes).
+    """
+    options = container.config.log.options
+    variables = dict(variable.partition("=")[::2] for variable in container.config.env)
+    found = {
+        name: container.labels[name] for name in _names(options.get("labels")) if name in container.labels
+    }
+    found |= {name: variables[name] for name in _names(options.get("env")) if name in variables}
+    return ",".join(f"{name}={value}" for name, value in sorted(found.items()))
+
+
+def _names(text: str | None) -> list[str]:
+    return [name for name in (text or "").split(",") if name]
+
+
+def _content_type(request: web.Request, container: Container) -> str | None:
+    if api_version(request) < _NAMES_ITS_FORM:
+        return None
+    return RAW if container.config.tty else MULTIPLEXED

@@ -1,0 +1,91 @@
+"""``docker system df``: what the images, containers and volumes of this node take.
+
+Source: moby 20.10, api/server/router/system/system_routes.go (getDiskUsage), daemon/disk_usage.go.
+"""
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+
+from skep.aio.clock import Clock
+from skep.api.errors import Untranslated
+from skep.api.server import Routes, api_version, json_answer
+from skep.engine.api import container_answers, image_answers
+from skep.engine.api import volumes as volume_answers
+from skep.engine.api.images import shared_bytes
+from skep.engine.bundle import Bundles
+from skep.engine.containers import Containers
+from skep.engine.images.listing import Wish, select
+from skep.engine.images.store import ImageStore
+from skep.engine.images.untar import tree_bytes
+from skep.engine.mounts.volumes import Volumes
+
+_TYPES = ("container", "image", "volume", "build-cache")
+
+
+class DiskUsage:
+    """Counts when asked; nothing is kept, since a count is old at once."""
+
+    def __init__(
+        self, images: ImageStore, containers: Containers, bundles: Bundles, volumes: Volumes, clock: Clock
+    ) -> None:
+        self._images = images
+        self._containers = containers
+        self._bundles = bundles
+        self._volumes = volumes
+        self._clock = clock
+
+    def routes(self) -> Routes:
+        table = Routes()
+
+        @table.get("/system/df")
+        async def show(request: web.Request) -> web.StreamResponse:
+            wanted = request.query.getall("type", _TYPES)
+            for type in wanted:
+                if type not in _TYPES:
+                    raise Untranslated(f"unknown object type: {type}")
+            answer: dict[str, Any] = {"LayersSize": 0, "Images": None, "Containers": None, "Volumes": None}
+            if "image" in wanted:
+                answer["LayersSize"] = self._images.bytes_used()
+                answer["Images"] = self._image_lines(request)
+            if "container" in wanted:
+                answer["Containers"] = await self._container_lines()
+            if "volume" in wanted:
+                answer["Volumes"] = await self._volume_lines()
+            return json_answer({**answer, "BuildCache": None, "BuilderSize": 0})
+
+        return table
+
+    def _image_lines(self, request: web.Request) -> list[Any]:
+        listed = select(self._images.images(), Wish())
+        shared = shared_bytes(self._images, listed)
+        users = [container.image_id for container in self._containers.list()]
+        return [
+            image_answers.summary(
+                one,
+                api_version(request),
+                shared_bytes=shared[one.image.id],
+                containers=users.count(one.image.id),
+            )
+            for one in listed
+        ]
+
+    async def _container_lines(self) -> list[Any]:
+        lines = []
+        for container in self._containers.list():
+            changed = await asyncio.to_thread(tree_bytes, str(self._bundles.path(container.id) / "upper"))
+            image = self._images.lookup(container.image_id)
+            sizes = {"SizeRw": changed, "SizeRootFs": changed + (image.size_bytes if image else 0)}
+            line = container_answers.summary(container, self._images, self._clock.now_ns())
+            lines.append(line | {name: size for name, size in sizes.items() if size})
+        return lines
+
+    async def _volume_lines(self) -> list[Any]:
+        users = volume_answers.users_by_volume(self._containers.list())
+        lines = []
+        for name in self._volumes.names():
+            size = await asyncio.to_thread(tree_bytes, str(self._volumes.path(name)))
+            usage = {"RefCount": len(users.get(name, ())), "Size": size}
+            lines.append({**volume_answers.answer(self._volumes, name), "UsageData": usage})
+        return lines

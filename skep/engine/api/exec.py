@@ -1,0 +1,141 @@
+"""``docker exec``: create, start, look at and resize further processes in containers.
+
+Source: moby 20.10, api/server/router/container/exec.go.
+"""
+
+from typing import Any
+
+from aiohttp import web
+
+from skep.api.errors import Untranslated
+from skep.api.server import OutputStream, Routes, json_answer, read_body, read_json
+from skep.engine.api.detach import DetachKeys, parse_keys
+from skep.engine.api.hijack import Duplex, Hijacked, hijacked
+from skep.engine.api.queries import integer
+from skep.engine.api.terminal import join
+from skep.engine.container import Exec, ExecConfig
+from skep.engine.containers import Containers
+from skep.errors import InvalidArgument, SkepError
+from skep.model.encoding import ApiObject
+
+
+class ExecWish(ApiObject):
+    """The body of ``POST /containers/{id}/exec``."""
+
+    __go_name__ = "types.ExecConfig"
+
+    user: str = ""
+    privileged: bool = False
+    tty: bool = False
+    attach_stdin: bool = False
+    attach_stderr: bool = False
+    attach_stdout: bool = False
+    detach: bool = False
+    detach_keys: str = ""
+    env: tuple[str, ...] = ()
+    working_dir: str = ""
+    cmd: tuple[str, ...] = ()
+
+
+class ExecStart(ApiObject):
+    """The body of ``POST /exec/{id}/start``."""
+
+    __go_name__ = "types.ExecStartCheck"
+
+    detach: bool = False
+    tty: bool = False
+    console_size: tuple[int, ...] = ()
+    """Height and width (since API 1.42)."""
+
+
+def exec_routes(containers: Containers) -> Routes:
+    """``/containers/{id}/exec`` and ``/exec/...``."""
+    table = Routes()
+    execs = containers.execs
+
+    @table.post("/containers/{id}/exec")
+    async def create_exec(request: web.Request) -> web.StreamResponse:
+        wish = await read_json(request, ExecWish)
+        if not wish.cmd:
+            raise InvalidArgument("No exec command specified")
+        try:
+            parse_keys(wish.detach_keys)
+        except InvalidArgument as error:
+            raise Untranslated(f"Invalid escape keys ({wish.detach_keys}) provided") from error
+        config = ExecConfig(
+            command=wish.cmd,
+            env=wish.env,
+            working_dir=wish.working_dir,
+            user=wish.user,
+            tty=wish.tty,
+            attach_stdin=wish.attach_stdin,
+            attach_stdout=wish.attach_stdout,
+            attach_stderr=wish.attach_stderr,
+            privileged=wish.privileged,
+            detach_keys=wish.detach_keys,
+        )
+        return json_answer({"Id": execs.create(request.match_info["id"], config)}, 201)
+
+    @table.post("/exec/{id}/start")
+    async def start_exec(request: web.Request) -> web.StreamResponse:
+        id = request.match_info["id"]
+        wish = await read_json(request, ExecStart) if await read_body(request) else ExecStart()
+        exec = execs.get(id)
+        if wish.detach:
+            (await execs.start(id)).close()
+            return web.Response()
+        async with hijacked(request, tty=wish.tty) as client:
+            try:
+                await _run(client, exec, wish)
+            except SkepError as error:
+                # Too late for a status: the engine, too, says it where the output would be.
+                await client.send(OutputStream.STDOUT, f"{error}\r\n".encode())
+        return Hijacked()
+
+    async def _run(client: Duplex, exec: Exec, wish: ExecStart) -> None:
+        process = await execs.start(exec.id)
+        try:
+            if exec.config.tty and len(wish.console_size) == 2:
+                execs.resize(exec.id, *wish.console_size)
+            keys = DetachKeys(parse_keys(exec.config.detach_keys)) if exec.config.tty else None
+            has_ended = await join(client, process, takes_input=exec.config.attach_stdin, keys=keys)
+        finally:
+            process.close()
+        if has_ended:
+            await execs.wait(exec.id)  # who sees the connection close asks for the exit code next
+
+    @table.get("/exec/{id}/json")
+    async def inspect_exec(request: web.Request) -> web.StreamResponse:
+        return json_answer(_inspected(execs.get(request.match_info["id"])))
+
+    @table.post("/exec/{id}/resize")
+    async def resize_exec(request: web.Request) -> web.StreamResponse:
+        execs.resize(request.match_info["id"], integer(request, "h"), integer(request, "w"))
+        return web.Response()
+
+    return table
+
+
+def _inspected(exec: Exec) -> dict[str, Any]:
+    config = exec.config
+    process: dict[str, Any] = {
+        "tty": config.tty,
+        "entrypoint": config.command[0],
+        "arguments": list(config.command[1:]),
+        "privileged": config.privileged,
+    }
+    if config.user:
+        process["user"] = config.user
+    return {
+        "ID": exec.id,
+        "Running": exec.running,
+        "ExitCode": exec.exit_code,
+        "ProcessConfig": process,
+        "OpenStdin": config.attach_stdin,
+        "OpenStderr": config.attach_stderr,
+        "OpenStdout": config.attach_stdout,
+        "CanRemove": False,
+        "ContainerID": exec.container_id,
+        "DetachKeys": config.detach_keys,
+        "Pid": exec.pid,
+    }

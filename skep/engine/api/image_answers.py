@@ -1,0 +1,143 @@
+"""Images as the Engine API shows them.
+
+Source: moby 20.10, api/types/types.go (ImageInspect), api/types/image_summary.go, api/types/image/image_history.go.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from skep.api.server import ApiVersion
+from skep.engine.images.image import ContainerDefaults, Image
+from skep.engine.images.listing import Listed, created_ns
+from skep.engine.images.local import LocalImages
+from skep.errors import InvalidArgument
+from skep.model.times import ZERO_TIME, unix_ns
+
+_NS = 1_000_000_000
+_EMPTY_LISTS = ApiVersion("1.43")
+_WITHOUT_VIRTUAL_SIZE = ApiVersion("1.44")
+_WITHOUT_CONTAINER_CONFIG = ApiVersion("1.45")
+
+_CONFIG: Mapping[str, Any] = {
+    "Hostname": "",
+    "Domainname": "",
+    "User": "",
+    "AttachStdin": False,
+    "AttachStdout": False,
+    "AttachStderr": False,
+    "Tty": False,
+    "OpenStdin": False,
+    "StdinOnce": False,
+    "Env": None,
+    "Cmd": None,
+    "Image": "",
+    "Volumes": None,
+    "WorkingDir": "",
+    "Entrypoint": None,
+    "OnBuild": None,
+    "Labels": None,
+}
+"""The fields that Docker writes even when they are empty."""
+
+
+def summary(
+    listed: Listed, version: ApiVersion, *, shared_bytes: int = -1, containers: int = -1
+) -> Mapping[str, Any]:
+    """One line of ``docker images``.  -1: not computed."""
+    image = listed.image
+    tags = [reference.familiar for reference in listed.references if reference.tag]
+    digests = [reference.familiar for reference in listed.references if reference.digest]
+    answer: dict[str, Any] = {
+        "Containers": containers,
+        "Created": created_ns(image) // _NS,
+        "Id": image.id,
+        "Labels": image.config.defaults.labels,
+        "ParentId": image.parent,
+        "RepoDigests": digests,
+        "RepoTags": tags,
+        "SharedSize": shared_bytes,
+        "Size": image.size_bytes,
+    }
+    if version < _EMPTY_LISTS:
+        answer["RepoDigests"] = digests or None
+        answer["RepoTags"] = tags or None
+        if not listed.references:
+            answer["RepoDigests"], answer["RepoTags"] = ["<none>@<none>"], ["<none>:<none>"]
+    if version < _WITHOUT_VIRTUAL_SIZE:
+        answer["VirtualSize"] = image.size_bytes
+    return answer
+
+
+def inspected(image: Image, images: LocalImages, version: ApiVersion) -> Mapping[str, Any]:
+    """``docker image inspect``."""
+    config = image.config
+    answer: dict[str, Any] = {
+        "Id": image.id,
+        "RepoTags": [reference.familiar for reference in image.tags],
+        "RepoDigests": [reference.familiar for reference in image.digests],
+        "Parent": image.parent,
+        "Comment": config.comment,
+        "Created": config.created or ZERO_TIME,
+        "Container": config.container,
+        "ContainerConfig": _container_config(config.container_config),
+        "DockerVersion": config.docker_version,
+        "Author": config.author,
+        "Config": _container_config(config.config) if config.config is not None else None,
+        "Architecture": config.architecture,
+        "Variant": config.variant,
+        "Os": config.os,
+        "OsVersion": config.os_version,
+        "Size": image.size_bytes,
+        "VirtualSize": image.size_bytes,
+        "GraphDriver": {"Data": _graph(image, images), "Name": "overlay2"},
+        "RootFS": {"Type": "layers", "Layers": list(config.diff_ids)},
+        "Metadata": {"LastTagTime": image.tagged_at},
+    }
+    for name in ("Variant", "OsVersion"):
+        if not answer[name]:
+            del answer[name]
+    if version >= _WITHOUT_VIRTUAL_SIZE:
+        del answer["VirtualSize"]
+    if version >= _WITHOUT_CONTAINER_CONFIG:
+        del answer["Container"], answer["ContainerConfig"]
+    return answer
+
+
+def history(image: Image, images: LocalImages) -> Sequence[Mapping[str, Any]]:
+    """``docker history``: the steps, the latest first."""
+    sizes = [images.layer_store.all()[chain_id].size_bytes for chain_id in image.chain]
+    steps: list[dict[str, Any]] = [
+        {
+            "Comment": entry.comment,
+            "Created": _unix_s(entry.created),
+            "CreatedBy": entry.created_by,
+            "Id": "<missing>",
+            "Size": 0 if entry.empty_layer or not sizes else sizes.pop(0),
+            "Tags": None,
+        }
+        for entry in image.config.history or ()
+    ]
+    steps.reverse()
+    if steps:
+        tags = [reference.familiar for reference in image.tags]
+        steps[0] |= {"Id": image.id, "Tags": tags or None}
+    return steps
+
+
+def _container_config(defaults: ContainerDefaults | None) -> Mapping[str, Any]:
+    return {**_CONFIG, **msgspec.to_builtins(defaults or ContainerDefaults())}
+
+
+def _graph(image: Image, images: LocalImages) -> Mapping[str, str]:
+    lower = [str(path) for path in images.layers(image)]
+    data = {"UpperDir": lower[0]} if lower else {}
+    return data | ({"LowerDir": ":".join(lower[1:])} if lower[1:] else {})
+
+
+def _unix_s(stamp: str | None) -> int:
+    try:
+        return unix_ns(stamp or ZERO_TIME) // _NS
+    except InvalidArgument:
+        return unix_ns(ZERO_TIME) // _NS

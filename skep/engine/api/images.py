@@ -1,0 +1,274 @@
+"""Images of this node in the Engine API.
+
+Source: moby 20.10, api/server/router/image/image_routes.go, api/server/router/distribution/distribution_routes.go.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from skep.aio.clock import Clock, SystemClock
+from skep.api.errors import Untranslated
+from skep.api.moments import parse_moment
+from skep.api.server import Filters, api_version, flag, json_answer, json_list_answer
+from skep.api.tables import Table
+from skep.engine.api import image_answers
+from skep.engine.api.progress import answer_with_progress
+from skep.engine.images import pulling
+from skep.engine.images.digest import is_digest
+from skep.engine.images.image import Image
+from skep.engine.images.listing import Listed, Wish, prunable, select
+from skep.engine.images.progress import Message, Report
+from skep.engine.images.reference import Reference, parse_reference
+from skep.engine.images.registry import decode_credentials
+from skep.engine.images.removal import ImageUser
+from skep.engine.images.store import ImageStore, Removed
+from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
+
+_PIECE_BYTES = 1 << 18
+_UPLOAD_REST_BYTES_MAX = 64 << 20
+"""How much of a refused upload is still read, so that its sender sees the answer and not a broken pipe."""
+
+Users = Callable[[], Collection[ImageUser]]
+"""Gives every container of this node, as what keeps its image from being removed."""
+
+
+class Served(msgspec.Struct, frozen=True):
+    """What these routes are about."""
+
+    images: ImageStore
+    users: Users
+    clock: Clock
+
+
+_table = Table[Served]()
+
+
+def image_routes(
+    images: ImageStore, users: Users, *, clock: Clock | None = None
+) -> Iterable[web.AbstractRouteDef]:
+    """``/images/...`` and ``/distribution/...``."""
+    return _table.bound(Served(images, users, clock or SystemClock()))
+
+
+@_table.get("/images/json")
+async def list_images(node: Served, request: web.Request) -> web.StreamResponse:
+    filters = Filters.of(request)
+    filters.refuse_unknown("dangling", "label", "before", "since", "reference", "until")
+    wish = _wish(node.images, filters, node.clock)
+    listed = select(node.images.images(), _replaced(wish, all=flag(request, "all")))
+    version = api_version(request)
+    shared = shared_bytes(node.images, listed) if flag(request, "shared-size") else {}
+    return json_list_answer(
+        [image_answers.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]
+    )
+
+
+@_table.post("/images/create")
+async def create_image(node: Served, request: web.Request) -> web.StreamResponse:
+    if "fromImage" not in request.query:
+        raise Unimplemented('This node imports no file systems: use "docker load", or an engine beside it.')
+    reference = _wanted(request.query["fromImage"], request.query.get("tag", ""))
+    auth = request.headers.get("X-Registry-Auth", "")
+    platform = request.query.get("platform", "")
+
+    async def pull(report: Report) -> None:
+        await node.images.pull_all(reference, auth, report, platform=platform)
+
+    return await answer_with_progress(request, pull, early_errors=True)
+
+
+@_table.post("/images/load")
+async def load_images(node: Served, request: web.Request) -> web.StreamResponse:
+    is_quiet = flag(request, "quiet") if "quiet" in request.query else True
+
+    async def load(report: Report) -> None:
+        def told(message: Message) -> None:
+            if not is_quiet or message.stream:
+                report(message)
+
+        try:
+            await node.images.load(_pieces(request), told)
+        except SkepError:
+            await _drain(request)
+            raise
+
+    return await answer_with_progress(request, load, early_errors=False)
+
+
+@_table.get("/images/get")
+async def save_images(node: Served, request: web.Request) -> web.StreamResponse:
+    return await _saved(node, request, request.query.getall("names", []))
+
+
+@_table.get("/images/{name:.+}/get")
+async def save_image(node: Served, request: web.Request) -> web.StreamResponse:
+    return await _saved(node, request, [request.match_info["name"]])
+
+
+async def _saved(node: Served, request: web.Request, names: list[str]) -> web.StreamResponse:
+    async with aclosing(node.images.save(names)) as pieces:
+        first = await anext(pieces, b"")  # an unknown image is still a status
+        response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
+        await response.prepare(request)
+        await response.write(first)
+        async for piece in pieces:
+            await response.write(piece)
+    return response
+
+
+@_table.post("/images/prune")
+async def prune_images(node: Served, request: web.Request) -> web.StreamResponse:
+    filters = Filters.of(request)
+    filters.refuse_unknown("dangling", "label", "label!", "until")
+    removed, freed_bytes = await node.images.prune(
+        prunable(_wish(node.images, filters, node.clock)), users=node.users()
+    )
+    answer = {"ImagesDeleted": _removed(removed) or None, "SpaceReclaimed": freed_bytes}
+    return json_answer(answer)
+
+
+@_table.get("/images/{name:.+}/json")
+async def inspect_image(node: Served, request: web.Request) -> web.StreamResponse:
+    name = request.match_info["name"]
+    try:
+        image = node.images.get(name)
+    except (NotFound, InvalidArgument) as error:
+        raise type(error)(f"no such image: {name}: {error}") from error
+    return json_answer(image_answers.inspected(image, node.images, api_version(request)))
+
+
+@_table.get("/images/{name:.+}/history")
+async def image_history(node: Served, request: web.Request) -> web.StreamResponse:
+    return json_list_answer(image_answers.history(node.images.get(request.match_info["name"]), node.images))
+
+
+@_table.post("/images/{name:.+}/tag")
+async def tag_image(node: Served, request: web.Request) -> web.StreamResponse:
+    node.images.get(request.match_info["name"])
+    try:
+        reference = parse_reference(request.query.get("repo", ""))
+        tag = request.query.get("tag", "")
+        reference = reference.with_tag(tag) if tag else reference.with_default_tag()
+    except InvalidArgument as error:
+        raise Untranslated(str(error)) from error
+    if reference.digest:
+        raise Untranslated("refusing to create a tag with a digest reference")
+    await node.images.tag(request.match_info["name"], reference)
+    return web.Response(status=201)
+
+
+@_table.post("/images/{name:.+}/push")
+async def push_image(node: Served, request: web.Request) -> web.StreamResponse:
+    raise Unimplemented("This node does not push images: push from where they are built.")
+
+
+@_table.delete("/images/{name:.+}")
+async def remove_image(node: Served, request: web.Request) -> web.StreamResponse:
+    name = request.match_info["name"]
+    if not name.strip():
+        raise InvalidArgument("image name cannot be blank")
+    removed = await node.images.remove(
+        name, force=flag(request, "force"), prune=not flag(request, "noprune"), users=node.users()
+    )
+    return json_answer(_removed(removed))
+
+
+@_table.get("/distribution/{name:.+}/json")
+async def inspect_distribution(node: Served, request: web.Request) -> web.StreamResponse:
+    name = request.match_info["name"]
+    if is_digest(name):
+        raise InvalidArgument(f"unknown image reference format: {name}")
+    reference = parse_reference(name).with_default_tag()
+    credentials = decode_credentials(request.headers.get("X-Registry-Auth", ""))
+    found = await pulling.inspect(node.images.policy, reference, credentials, node.images.limits)
+    return json_answer(found)
+
+
+def _wanted(name: str, tag: str) -> Reference:
+    """What ``docker pull`` names; ``tag`` may be a digest.  Without either, all tags are meant."""
+    reference = parse_reference(name.removesuffix(":"))
+    if not tag:
+        return reference
+    return reference.with_digest(tag) if is_digest(tag) else reference.repository.with_tag(tag)
+
+
+def _wish(images: ImageStore, filters: Filters, clock: Clock) -> Wish:
+    """The filters as a wish.  Raises: InvalidArgument, NotFound."""
+    return Wish(
+        dangling=_dangling(filters),
+        labels=filters["label"],
+        without_labels=filters["label!"],
+        before=_only(images, filters["before"]),
+        since=_only(images, filters["since"]),
+        until_ns=_until(filters, clock),
+        patterns=filters["reference"],
+    )
+
+
+def _dangling(filters: Filters) -> bool | None:
+    match filters["dangling"]:
+        case ():
+            return None
+        case ("true" | "1",):
+            return True
+        case ("false" | "0",):
+            return False
+        case values:
+            raise InvalidArgument(f"Invalid filter 'dangling=[{' '.join(values)}]'")
+
+
+def _only(images: ImageStore, words: tuple[str, ...]) -> Image | None:
+    return images.get(words[-1]) if words else None
+
+
+def _until(filters: Filters, clock: Clock) -> int | None:
+    match filters["until"]:
+        case ():
+            return None
+        case (moment,):
+            return parse_moment(moment, clock.now_ns())
+        case _:
+            raise InvalidArgument("more than one until filter specified")
+
+
+def _replaced(wish: Wish, **fields: Any) -> Wish:
+    return msgspec.structs.replace(wish, **fields)
+
+
+def shared_bytes(images: ImageStore, listed: Collection[Listed]) -> dict[str, int]:
+    """Per image: the size of its layers that other images have, too."""
+    counts: dict[str, int] = {}
+    for image in images.images():
+        for chain_id in image.chain:
+            counts[chain_id] = counts.get(chain_id, 0) + 1
+    layers = images.layer_store.all()
+    return {
+        one.image.id: sum(layers[id].size_bytes for id in one.image.chain if counts[id] > 1) for one in listed
+    }
+
+
+def _removed(removed: Removed) -> list[dict[str, str]]:
+    return [{"Untagged": name} for name in removed.untagged] + [{"Deleted": id} for id in removed.deleted]
+
+
+async def _pieces(request: web.Request) -> AsyncIterator[bytes]:
+    async for piece in request.content.iter_chunked(_PIECE_BYTES):
+        yield piece
+
+
+async def _drain(request: web.Request) -> None:
+    """Read what is left of an upload, within bounds of size and time."""
+    read = 0
+    try:
+        async with asyncio.timeout(10):
+            async for piece in request.content.iter_chunked(_PIECE_BYTES):
+                read += len(piece)
+                if read > _UPLOAD_REST_BYTES_MAX:
+                    return
+    except (TimeoutError, ConnectionError):
+        return

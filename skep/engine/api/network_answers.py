@@ -1,0 +1,135 @@
+"""The networks of a container as the Engine API shows them: ``NetworkSettings``."""
+
+import hashlib
+from ipaddress import ip_interface
+from typing import Any
+
+from skep.engine.container import ConnectedPlace, Container
+from skep.engine.options import NetworkMode
+
+_NO_NETWORK: dict[str, Any] = {
+    "IPAMConfig": None,
+    "Links": None,
+    "Aliases": None,
+    "NetworkID": "",
+    "EndpointID": "",
+    "Gateway": "",
+    "IPAddress": "",
+    "IPPrefixLen": 0,
+    "IPv6Gateway": "",
+    "GlobalIPv6Address": "",
+    "GlobalIPv6PrefixLen": 0,
+    "MacAddress": "",
+    "DriverOpts": None,
+}
+
+
+def network_settings(container: Container) -> dict[str, Any]:
+    """Where it is reached; empty once it has ended, as in the engine."""
+    endpoint = container.endpoint if container.is_running else None
+    settings: dict[str, Any] = {
+        "Bridge": "",
+        "SandboxID": "",
+        "HairpinMode": False,
+        "LinkLocalIPv6Address": "",
+        "LinkLocalIPv6PrefixLen": 0,
+        "Ports": {},
+        "SandboxKey": "",
+        "SecondaryIPAddresses": None,
+        "SecondaryIPv6Addresses": None,
+        "EndpointID": "",
+        "Gateway": "",
+        "GlobalIPv6Address": "",
+        "GlobalIPv6PrefixLen": 0,
+        "IPAddress": "",
+        "IPPrefixLen": 0,
+        "IPv6Gateway": "",
+        "MacAddress": "",
+        "Networks": networks(container),
+    }
+    if endpoint is None:
+        return settings
+    bound: dict[str, Any] = dict.fromkeys(container.config.exposed_ports)
+    for port in endpoint.ports:
+        key = f"{port.target_port}/{port.protocol}"
+        bound[key] = [
+            *(bound.get(key) or ()),
+            {"HostIp": port.host_ip or "0.0.0.0", "HostPort": str(port.published_port)},
+        ]
+    settings |= {"SandboxID": container.id, "SandboxKey": endpoint.netns, "Ports": bound}
+    if endpoint.places or not endpoint.address:  # Docker fills these in for its own bridge only
+        return settings
+    return settings | {
+        "Gateway": endpoint.gateway,
+        "IPAddress": endpoint.address,
+        "IPPrefixLen": endpoint.prefix_length,
+        "MacAddress": endpoint.mac_address,
+    }
+
+
+def networks(container: Container) -> dict[str, Any]:
+    """The container's networks by name; its way out shows only where it is all it has.
+
+    Source: the answers of an engine of version 20.10 for a task on several overlays.
+    """
+    endpoint = container.endpoint if container.plain is None or container.is_running else None
+    if endpoint is None:
+        wished = container.plain.networks if container.plain is not None else ()
+        return {
+            one.network: _NO_NETWORK | {"Aliases": list(one.aliases) or None} for one in wished
+        } or _alone(container)
+    if endpoint.places:
+        return {place.network_name: _overlay(container, place) for place in endpoint.places}
+    is_up = container.is_running
+    name = endpoint.network or "bridge"
+    if container.plain is not None:
+        if container.plain.mode is NetworkMode.NETWORKS:
+            return {}
+        name = container.plain.mode.value
+    return {
+        name: {
+            **_NO_NETWORK,
+            "Gateway": endpoint.gateway if is_up else "",
+            "IPAddress": endpoint.address if is_up else "",
+            "IPPrefixLen": endpoint.prefix_length if is_up else 0,
+            "MacAddress": endpoint.mac_address if is_up else "",
+        }
+    }
+
+
+def _alone(container: Container) -> dict[str, Any]:
+    """Of a plain container that does not run and is to have none of its own."""
+    if container.plain is None or container.plain.mode is NetworkMode.NETWORKS:
+        return {}
+    return {container.plain.mode.value: _NO_NETWORK}
+
+
+def _overlay(container: Container, connected: ConnectedPlace) -> dict[str, Any]:
+    held = [ip_interface(one) for one in connected.place.addresses]
+    v4 = next((one for one in held if one.version == 4), None)
+    v6 = next((one for one in held if one.version == 6), None)
+    wished = {"IPv4Address": str(v4.ip)} if v4 is not None else {}
+    wished |= {"IPv6Address": str(v6.ip)} if v6 is not None else {}
+    answer = _NO_NETWORK | {
+        "IPAMConfig": wished,
+        "Aliases": [*connected.place.aliases, container.id[:12]]
+        if container.plain is not None
+        else [container.id[:12]],
+        "NetworkID": connected.network_id,
+    }
+    if not container.is_running:
+        return answer
+    return answer | {
+        "EndpointID": _endpoint_id(container, connected),
+        "IPAddress": str(v4.ip) if v4 is not None else "",
+        "IPPrefixLen": v4.network.prefixlen if v4 is not None else 0,
+        "GlobalIPv6Address": str(v6.ip) if v6 is not None else "",
+        "GlobalIPv6PrefixLen": v6.network.prefixlen if v6 is not None else 0,
+        "MacAddress": connected.mac_address,
+    }
+
+
+def _endpoint_id(container: Container, connected: ConnectedPlace) -> str:
+    """An id like Docker's, another one for each start: the port is."""
+    text = f"{container.id} {connected.network_id} {connected.port}"
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,120 @@
+"""``docker create`` and ``docker run``: this node's own containers, or those of the Docker Engine beside it.
+
+Without an engine Skep runs them itself.  With one they are the engine's, of images that may be ours; but the engine
+takes no part in the cluster, so a container on a network that only the cluster has is Skep's.
+
+``docker pull`` and ``docker load`` fill this node's own store, since services run from there.  So that ``docker run``
+finds the same images, an image that the engine lacks is handed over to it, once, when a container of it is made.  An
+image that the engine has stays as it is there: its users may have built it.
+"""
+
+from collections.abc import Awaitable, Callable
+from urllib.parse import quote
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from skep.api.server import Routes, json_answer, read_body
+from skep.engine.images.store import ImageStore
+from skep.engine.plain.containers import PlainContainers
+from skep.engine.plain.requests import read_create
+from skep.errors import NotFound
+from skep.node.engine import Engine
+
+log = structlog.get_logger()
+
+_PASSED_ON = ("Content-Type", "User-Agent", "X-Registry-Auth", "X-Registry-Config")
+
+
+NetworkKnown = Callable[[str], Awaitable[bool]]
+"""Whether the cluster has an attachable network of this name or id, or may have one."""
+
+
+class _HostWish(msgspec.Struct):
+    network_mode: str = msgspec.field(name="NetworkMode", default="")
+
+
+class _Wish(msgspec.Struct):
+    """Of a container's wish, what matters here."""
+
+    image: str = msgspec.field(name="Image", default="")
+    host: _HostWish = msgspec.field(name="HostConfig", default_factory=_HostWish)
+
+
+def own_container_routes(plain: PlainContainers) -> Routes:
+    """``POST /containers/create`` of a node without an engine."""
+    table = Routes()
+
+    @table.post("/containers/create")
+    async def create_container(request: web.Request) -> web.StreamResponse:
+        return await _create(plain, request)
+
+    return table
+
+
+async def _create(plain: PlainContainers, request: web.Request) -> web.StreamResponse:
+    body = read_create(await read_body(request))
+    container = await plain.create(request.query.get("name", ""), body)
+    return json_answer({"Id": container.id, "Warnings": []}, 201)
+
+
+def plain_container_routes(
+    engine: Engine, images: ImageStore | None, plain: PlainContainers | None, in_cluster: NetworkKnown
+) -> Routes:
+    """The same beside an engine.
+
+    Args:
+        images: this node's own, None where it has none.
+        plain: the containers that Skep runs itself; None: it runs none.
+    """
+    table = Routes()
+
+    @table.post("/containers/create")
+    async def create_container(request: web.Request) -> web.StreamResponse:
+        body = await read_body(request)
+        wish = _wish_of(body)
+        word = wish.image
+        if plain is not None and await _is_ours(wish.host.network_mode):
+            return await _create(plain, request)
+        if images is not None and word:
+            await _lend(engine, images, word)
+        headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+        answer = await engine.api.post(request.path_qs, body, headers)
+        return web.Response(
+            status=answer.status, body=answer.body, headers={"Content-Type": answer.content_type}
+        )
+
+    async def _is_ours(network: str) -> bool:
+        """Whether the network is one that only the cluster has."""
+        if network in _OF_EVERY_NODE or network.startswith("container:") or not await in_cluster(network):
+            return False
+        try:
+            await engine.api.get(f"/networks/{quote(network, safe='')}")
+        except NotFound:
+            return True
+        return False
+
+    return table
+
+
+_OF_EVERY_NODE = frozenset({"", "default", "bridge", "host", "none"})
+
+
+def _wish_of(body: bytes) -> _Wish:
+    """Empty where it cannot be read, which the engine will say better."""
+    try:
+        return msgspec.json.decode(body, type=_Wish)
+    except msgspec.DecodeError:
+        return _Wish()
+
+
+async def _lend(engine: Engine, images: ImageStore, word: str) -> None:
+    """Have the engine get the image that ``word`` means, if it is ours and not the engine's.  Raises: Unavailable."""
+    if images.resolve(word) is None or await engine.has_image(word):
+        return
+    log.info("image handed to the docker engine", image=word)
+    try:
+        await engine.load(images.save([word]))
+    except NotFound:
+        log.info("image went while it was handed over", image=word)

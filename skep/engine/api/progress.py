@@ -1,0 +1,89 @@
+"""Answers that grow while work goes on: one JSON message per line."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from skep.api.server import JsonLines
+from skep.engine.images.progress import Message, Report, failure
+from skep.errors import SkepError
+
+_PENDING_MAX = 1000
+
+
+class Pending:
+    """Messages on their way to a client that may be slower than the work.
+
+    Of a layer's transfer only the latest figure is kept; other messages beyond the bound are dropped (there
+    are a handful per layer).
+    """
+
+    def __init__(self) -> None:
+        self._messages: OrderedDict[object, Message] = OrderedDict()
+        self._changed = asyncio.Event()
+        self._has_ended = False
+
+    def report(self, message: Message) -> None:
+        """Queue a message; never waits."""
+        is_transfer = message.progress_detail is not None and message.progress
+        key: object = (message.id, message.status) if is_transfer else object()
+        if key in self._messages or len(self._messages) < _PENDING_MAX:
+            self._messages[key] = message
+        self._changed.set()
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        self._has_ended = True
+        self._changed.set()
+
+    async def next(self) -> Message | None:
+        """The oldest message; None after the last."""
+        while not self._messages:
+            if self._has_ended:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        return self._messages.popitem(last=False)[1]
+
+
+async def answer_with_progress(
+    request: web.Request, work: Callable[[Report], Awaitable[object]], *, early_errors: bool
+) -> web.StreamResponse:
+    """Run ``work``, sending what it reports.  A client that goes away stops it.
+
+    Args:
+        early_errors: a failure before the first message becomes the answer's status, as with ``docker pull``;
+            else it is always a message of a 200, as with ``docker load``.
+    """
+    pending = Pending()
+    lines = JsonLines(request)
+    async with asyncio.TaskGroup() as group:
+        outcome = group.create_task(_outcome(work, pending), name="image work")
+        message = await pending.next()
+        if message is not None or not early_errors or await outcome is None:
+            async with lines:
+                try:
+                    while message is not None:
+                        await lines.send(message)
+                        message = await pending.next()
+                    if (error := await outcome) is not None:
+                        await lines.send(failure(str(error)))
+                except ConnectionError:
+                    outcome.cancel()
+                return lines.response
+    early = outcome.result()
+    assert early is not None, "it ended without a message because it failed"
+    raise early
+
+
+async def _outcome(work: Callable[[Report], Awaitable[object]], pending: Pending) -> SkepError | None:
+    """The expected failure of ``work``, if it failed."""
+    try:
+        await work(pending.report)
+    except SkepError as error:
+        return error
+    finally:
+        pending.end()
+    return None

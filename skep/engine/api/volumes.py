@@ -1,0 +1,168 @@
+"""Local volumes of this node in the Engine API: those of services, of plain containers, and made for themselves.
+
+Source: moby 20.10, api/server/router/volume/volume_routes.go, volume/service/{service,store}.go.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from skep.api.server import Filters, Routes, api_version, flag, json_answer, read_json
+from skep.api.versions import ApiVersion
+from skep.engine.api.pruning import has_prunable_labels
+from skep.engine.container import Container
+from skep.engine.images.untar import tree_bytes
+from skep.engine.mounts.volumes import ANONYMOUS, Volumes
+from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError
+from skep.model.encoding import ApiObject
+from skep.model.times import timestamp
+
+log = structlog.get_logger(__name__)
+
+_NAMED_ARE_KEPT = ApiVersion("1.42")
+_TRUTHS = {"1": True, "true": True, "0": False, "false": False}
+
+Listing = Callable[[], Collection[Container]]
+"""Gives every container of this node, as what uses volumes."""
+
+
+class VolumeWish(ApiObject):
+    """Body of ``POST /volumes/create``."""
+
+    name: str = ""
+    driver: str = ""
+    driver_opts: Mapping[str, str] = {}
+    labels: Mapping[str, str] = {}
+    cluster_volume_spec: Mapping[str, Any] | None = None
+
+
+def volume_routes(volumes: Volumes, containers: Listing) -> Routes:
+    """``/volumes``: list, inspect, create, remove, prune."""
+    table = Routes()
+
+    @table.post("/volumes/create")
+    async def create_volume(request: web.Request) -> web.StreamResponse:
+        wish = await read_json(request, VolumeWish)
+        name = wish.name or volumes.new_name()
+        _check(wish, name)
+        volumes.ensure(name, wish.labels if wish.name else {**wish.labels, ANONYMOUS: ""})
+        return json_answer(answer(volumes, name), status=201)
+
+    @table.post("/volumes/prune")
+    async def prune_volumes(request: web.Request) -> web.StreamResponse:
+        filters = Filters.of(request)
+        filters.refuse_unknown("label", "label!", "all")
+        named_too = api_version(request) < _NAMED_ARE_KEPT or _is_true(filters, "all")
+        removed, reclaimed = [], 0
+        for name in volumes.names():
+            labels = volumes.labels(name) or {}
+            if not has_prunable_labels(labels, filters) or not (named_too or ANONYMOUS in labels):
+                continue
+            size = await asyncio.to_thread(tree_bytes, str(volumes.path(name)))
+            if name in users_by_volume(containers()):  # asked last: a container may have come meanwhile
+                continue
+            try:
+                await volumes.remove(name)
+            except SkepError as error:
+                log.warning("volume not pruned", volume=name, reason=str(error))
+                continue
+            removed.append(name)
+            reclaimed += size
+        return json_answer({"VolumesDeleted": removed, "SpaceReclaimed": reclaimed})
+
+    @table.get("/volumes")
+    async def list_volumes(request: web.Request) -> web.StreamResponse:
+        filters = Filters.of(request)
+        filters.refuse_unknown("dangling", "driver", "label", "name")
+        used = users_by_volume(containers())
+        found = [one for name in volumes.names() if _is_wanted(one := answer(volumes, name), filters, used)]
+        return json_answer({"Volumes": found, "Warnings": None})
+
+    @table.get("/volumes/{name}")
+    async def inspect_volume(request: web.Request) -> web.StreamResponse:
+        return json_answer(answer(volumes, _known(volumes, request.match_info["name"])))
+
+    @table.delete("/volumes/{name}")
+    async def remove_volume(request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        if name not in volumes.names() and flag(request, "force"):
+            return web.Response(status=204)
+        if users := users_by_volume(containers()).get(_known(volumes, name)):
+            raise AlreadyExists(f"remove {name}: volume is in use - [{', '.join(users)}]")
+        await volumes.remove(name)
+        return web.Response(status=204)
+
+    return table
+
+
+def users_by_volume(containers: Collection[Container]) -> Mapping[str, Sequence[str]]:
+    """Volume name -> ids of the containers that mount it, running or not."""
+    users: dict[str, list[str]] = {}
+    for container in containers:
+        for name in sorted({mount.name for mount in container.config.mounts if mount.name}):
+            users.setdefault(name, []).append(container.id)
+    return users
+
+
+def answer(volumes: Volumes, name: str) -> dict[str, Any]:
+    """``docker volume inspect``."""
+    return {
+        "CreatedAt": timestamp(volumes.created_ns(name) // _SECOND_NS * _SECOND_NS),
+        "Driver": "local",
+        "Labels": volumes.labels(name),
+        "Mountpoint": str(volumes.path(name)),
+        "Name": name,
+        "Options": None,
+        "Scope": "local",
+    }
+
+
+_SECOND_NS = 1_000_000_000
+
+
+def _known(volumes: Volumes, name: str) -> str:
+    if name not in volumes.names():
+        raise NotFound(f"get {name}: no such volume")
+    return name
+
+
+def _check(wish: VolumeWish, name: str) -> None:
+    """Raises: InvalidArgument, NotFound: what this node has no volumes of."""
+    if wish.cluster_volume_spec is not None:
+        raise InvalidArgument(f"create {name}: cluster volumes (CSI) are not supported")
+    if wish.driver not in ("", "local"):
+        raise NotFound(
+            f'create {name}: error looking up volume plugin {wish.driver}: plugin "{wish.driver}" not found'
+        )
+    for option in wish.driver_opts:
+        if option not in _DOCKERS_OPTIONS:
+            raise InvalidArgument(f'create {name}: invalid option: "{option}"')
+        raise InvalidArgument(
+            f'create {name}: option "{option}" of the driver "local" is not supported: mount it on the machine,'
+            " and into containers as a bind mount"
+        )
+
+
+_DOCKERS_OPTIONS = frozenset({"type", "o", "device", "size"})
+
+
+def _is_true(filters: Filters, name: str) -> bool:
+    """A filter that is either true or false.  Raises: InvalidArgument: it is neither, or both."""
+    given = {_TRUTHS.get(value) for value in filters[name]} or {False}
+    if len(given) > 1 or None in given:
+        raise InvalidArgument(f"invalid filter '{name}=[{' '.join(filters[name])}]'")
+    return given == {True}
+
+
+def _is_wanted(volume: Mapping[str, Any], filters: Filters, used: Mapping[str, Sequence[str]]) -> bool:
+    name = volume["Name"]
+    is_dangling = "true" if name not in used else "false"
+    return (
+        (not filters["name"] or any(part in name for part in filters["name"]))
+        and filters.matches("driver", "local")
+        and filters.matches_labels("label", volume["Labels"] or {})
+        and (not filters["dangling"] or filters["dangling"][0].replace("1", "true") == is_dangling)
+    )

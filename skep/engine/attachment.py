@@ -1,0 +1,131 @@
+"""The standard streams of a process that conmon watches.
+
+conmon listens at ``<bundle>/attach`` (SOCK_SEQPACKET): a received packet is output, its first byte saying which
+stream (2 stdout, 3 stderr); what is sent is input.  Half-closing the socket is end of file for the process.
+"""
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+from skep.engine.container import Stream
+from skep.errors import NotFound, ResourceExhausted, SkepError
+from skep.model.ids import ContainerId
+
+_STREAMS = {2: Stream.STDOUT, 3: Stream.STDERR}
+_PACKET_BYTES_MAX = 8192 + 1  # conmon's STDIO_BUF_SIZE and the leading byte
+_INPUT_BYTES_MAX = 8192
+WAITING_MAX = 64
+"""Clients that wait for the start of one container."""
+
+
+class Attachment:
+    """An open connection to the standard streams of one process.  Close it; leaving it open costs a
+    descriptor."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._was_reset = False
+
+    async def read(self) -> tuple[Stream, bytes] | None:
+        """The next piece of output, None when the process has closed its streams or ended."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                packet = await loop.sock_recv(self._connection, _PACKET_BYTES_MAX)
+            except ConnectionError:
+                if self._was_reset:
+                    return None
+                # conmon ended before it had read all input.  The kernel says so once, and before it gives what is
+                # still to be read.
+                self._was_reset = True
+                continue
+            if not packet:
+                return None
+            stream = _STREAMS.get(packet[0])
+            if stream is not None:
+                return stream, packet[1:]
+
+    async def write(self, data: bytes) -> None:
+        """Give ``data`` to the process as input.  Raises ConnectionError when it is gone."""
+        loop = asyncio.get_running_loop()
+        for start in range(0, len(data), _INPUT_BYTES_MAX):
+            await loop.sock_sendall(self._connection, data[start : start + _INPUT_BYTES_MAX])
+
+    def close_input(self) -> None:
+        """End of input: the process reads end of file, if its input was asked to end with the client."""
+        try:
+            self._connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            return  # it ended first
+
+    def close(self) -> None:
+        """Let go of the streams; the process runs on."""
+        self._connection.close()
+
+
+async def attach(bundle: Path) -> Attachment:
+    """Connect to the process whose conmon has its directory at ``bundle``.  Raises: NotFound: nothing
+    listens."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.setblocking(False)
+    try:
+        # A socket's path has at most 107 bytes; through the directory's descriptor it is always short.
+        directory = os.open(bundle, os.O_PATH | os.O_CLOEXEC)
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, f"/proc/self/fd/{directory}/attach")
+        finally:
+            os.close(directory)
+    except OSError as error:
+        connection.close()
+        raise NotFound(f"nothing to attach to: {error.strerror}") from error
+    except BaseException:
+        connection.close()
+        raise
+    return Attachment(connection)
+
+
+class WaitingClients:
+    """Clients that want the streams of containers which do not run yet: ``docker run`` asks before it starts one."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[ContainerId, list[asyncio.Future[Attachment]]] = {}
+
+    async def wait(self, id: ContainerId) -> Attachment:
+        """The streams, from the container's first byte on.  Raises: ResourceExhausted; what ``fail`` is told."""
+        waiting = self._waiting.setdefault(id, [])
+        if len(waiting) >= WAITING_MAX:
+            raise ResourceExhausted(f"{WAITING_MAX} clients wait for the start of the container already")
+        future: asyncio.Future[Attachment] = asyncio.get_running_loop().create_future()
+        waiting.append(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().close()
+            raise
+        finally:
+            self._forget(id, future)
+
+    async def serve(self, id: ContainerId, bundle: Path) -> None:
+        """The container is made and about to run: everybody gets its streams.  Raises: NotFound."""
+        for future in tuple(self._waiting.get(id, ())):
+            attachment = await attach(bundle)
+            if future.done():  # gone meanwhile
+                attachment.close()
+            else:
+                future.set_result(attachment)
+
+    def fail(self, id: ContainerId, error: SkepError) -> None:
+        """There will be no start."""
+        for future in self._waiting.get(id, ()):
+            if not future.done():
+                future.set_exception(error)
+
+    def _forget(self, id: ContainerId, future: "asyncio.Future[Attachment]") -> None:
+        waiting = self._waiting.get(id, [])
+        if future in waiting:
+            waiting.remove(future)
+        if not waiting:
+            self._waiting.pop(id, None)

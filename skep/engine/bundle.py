@@ -1,0 +1,251 @@
+"""What a container has on disk: a directory below ``<data>/containers``, and one below ``<run>/bundles``.
+
+```
+<data>/containers/<id>/record               what it was asked to be and what became of it
+                       upper/ work/         its changes
+                       hosts hostname resolv.conf
+                       log/                 its output (k8s-file), rotated
+                       <id>                 exit code, by conmon
+                       oom                  by conmon when the kernel killed for memory
+
+<run>/bundles/<id>/config.json              what runc reads
+                   rootfs/                  where its file system is mounted
+                   attach ctl pidfile ...   conmon's socket, pipe and files
+                   exec/<exec id>/          the same for an exec
+```
+
+What only a running container needs lies in the run directory, which a reboot empties and which is memory: of the 33
+inodes of a start on the data's file system, 10 are less, and none is synced there.  What a container can let grow
+stays on the data's file system.
+"""
+
+import asyncio
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.aio.guard import report
+from skep.aio.trees import remove_tree
+from skep.engine import apparmor, overlay, records, spec
+from skep.engine.cgroups import Cgroups
+from skep.engine.container import Container, ContainerConfig, ExecConfig, MountPoint
+from skep.engine.hosts import hosts_file, resolver_file
+from skep.engine.users import identity
+from skep.errors import Unavailable
+from skep.linux.trees import walk
+from skep.model.ids import ContainerId
+
+log = structlog.get_logger()
+
+_FILES_OF_THE_NODE = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"})
+_ID = re.compile("[0-9a-f]{64}")
+
+
+class Found(msgspec.Struct):
+    """Containers of earlier processes.
+
+    ``unknown``: there is no record, or none that means anything: they may still run, and nobody knows as what;
+    ``unreadable``: the disk does not give the record now.
+    """
+
+    known: list[Container] = []
+    unknown: list[ContainerId] = []
+    unreadable: list[ContainerId] = []
+
+
+class Bundles:
+    """The directories of all containers of this node."""
+
+    def __init__(
+        self, directory: Path, run: Path, cgroups: Cgroups, capacity: spec.Capacity, resolver: Path
+    ) -> None:
+        """``directory`` and ``run``: where containers have their directories, on disk and until a reboot.
+
+        ``resolver``: the node's /etc/resolv.conf, copied to containers that name no name servers.
+        """
+        self._directory = directory
+        self._run = run
+        self._cgroups = cgroups
+        self._capacity = capacity
+        self._resolver = resolver
+
+    def path(self, id: ContainerId) -> Path:
+        """The directory of a container on disk; it is there from ``make`` to ``discard``."""
+        return self._directory / id
+
+    def bundle(self, id: ContainerId) -> Path:
+        """runc's and conmon's bundle, in the run directory; it is there from ``make``, after a reboot ``prepare``."""
+        return self._run / id
+
+    def rootfs(self, id: ContainerId) -> Path:
+        return self.bundle(id) / "rootfs"
+
+    def log(self, id: ContainerId) -> Path:
+        """The file conmon writes to at present; older ones have ``.1``, ``.2``, ... behind."""
+        return self.path(id) / "log" / "current"
+
+    def exec_path(self, id: ContainerId, exec_id: str) -> Path:
+        return self.bundle(id) / "exec" / exec_id
+
+    # --- records ----------------------------------------------------------------------------------------------
+
+    def load(self) -> "Found":
+        """What earlier processes left."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = Found()
+        for directory in sorted(self._directory.iterdir()):
+            id = ContainerId(directory.name)
+            if not _ID.fullmatch(id):
+                log.warning("no container's directory: left alone", path=str(directory))
+                continue
+            try:
+                container = self.read(id)
+            except Unavailable as error:
+                report(error, "container left alone", container=id)
+                found.unreadable.append(id)
+                continue
+            if container is None:
+                found.unknown.append(id)
+            else:
+                found.known.append(container)
+        return found
+
+    def read(self, id: ContainerId) -> Container | None:
+        """Its record; None: there is none that means anything.  Raises: Unavailable: the disk does not give it now."""
+        container = records.read(self.path(id) / records.NAME)
+        return container if container is not None and container.id == id else None
+
+    def save(self, container: Container) -> None:
+        """Replace the record on disk."""
+        records.write(self.path(container.id) / records.NAME, container)
+
+    # --- making and unmaking ----------------------------------------------------------------------------------
+
+    def make(self, container: Container) -> None:
+        """The directories; the record follows once the container has a network."""
+        path = self.path(container.id)
+        path.mkdir(mode=0o710, parents=True)
+        for name in ("upper", "work", "log"):
+            (path / name).mkdir(mode=0o755)
+
+    def prepare(self, container: Container) -> tuple[str, ...]:
+        """Mount the root file system and write what runc reads; may be called again after a restart.
+
+        Gives warnings: what of the wish this node could not grant.
+        Raises: OSError; InvalidArgument: unknown user, invalid capability, ...; FailedPrecondition: this node cannot
+        confine it.
+        """
+        config = container.config
+        self._confine(config)
+        self._mount(container)
+        user = identity(self.rootfs(container.id), config.user, config.groups)
+        built = spec.build(
+            container,
+            user,
+            self._capacity,
+            rootfs=str(self.rootfs(container.id)),
+            cgroup=self._cgroups.path_of(container.id),
+            files=self._write_files(container),
+        )
+        (self.bundle(container.id) / "config.json").write_bytes(msgspec.json.encode(built.specification))
+        for warning in built.warnings:
+            log.warning("limit of this node", container=container.name, warning=warning)
+        return built.warnings
+
+    def prepare_exec(self, container: Container, exec_id: str, wish: ExecConfig) -> Path:
+        """Directory and process specification of an exec.  Raises: InvalidArgument: unknown user."""
+        self._confine(container.config)
+        path = self.exec_path(container.id, exec_id)
+        path.mkdir(parents=True)
+        user = identity(
+            self.rootfs(container.id), wish.user or container.config.user, container.config.groups
+        )
+        process = spec.exec_process(container, wish, user, self._capacity)
+        (path / "process.json").write_bytes(msgspec.json.encode(process))
+        return path
+
+    def release(self, id: ContainerId) -> None:
+        """Unmount the root file system of a container that has ended; its changes and its output stay."""
+        overlay.unmount_if_mounted(self.rootfs(id))
+
+    async def discard(self, id: ContainerId) -> None:
+        """Remove the directories with everything in them.
+
+        The record goes last, so what an interrupted removal leaves is still known.
+        Raises: OSError: something of them is left, the record too.
+        """
+        await asyncio.to_thread(self.release, id)
+        await remove_tree(self.bundle(id))
+        await remove_tree(self.path(id), keep=records.NAME)
+
+    def changes(self, container: Container) -> Sequence[tuple[int, str]]:
+        """What differs from the image, sorted by path: 0 modified, 1 added, 2 deleted.
+
+        The places of the files that the node writes are no change of the container's.
+        """
+        upper = self.path(container.id) / "upper"
+        lower = [Path(layer) for layer in container.layers]
+        found = []
+        for inside, status in walk(upper):
+            if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
+                found.append((2, f"/{inside}"))
+            elif any(os.path.lexists(layer / inside) for layer in lower):
+                found.append((0, f"/{inside}"))
+            else:
+                found.append((1, f"/{inside}"))
+        own = [one for one in found if one[1] not in _FILES_OF_THE_NODE]
+        if len(own) < len(found) and not any(inside.startswith("/etc/") for _, inside in own):
+            own = [one for one in own if one[1] != "/etc"]  # it holds nothing but them
+        return sorted(own, key=lambda one: one[1])
+
+    def _confine(self, config: ContainerConfig) -> None:
+        """Have the kernel know the default AppArmor profile: an upgrade of AppArmor may have unloaded it.
+
+        Raises: FailedPrecondition: it cannot be loaded.
+        """
+        if self._capacity.has_apparmor and config.apparmor == "default":
+            apparmor.load_default()
+
+    def _mount(self, container: Container) -> None:
+        path = self.path(container.id)
+        target = self.rootfs(container.id)
+        target.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if not os.path.ismount(target):
+            layers = [Path(layer) for layer in container.layers]
+            overlay.mount_layers(layers, path / "upper", path / "work", target)
+
+    def _write_files(self, container: Container) -> Sequence[MountPoint]:
+        """/etc/hosts, /etc/hostname and /etc/resolv.conf, unless the user mounts his own there."""
+        config, endpoint, path = container.config, container.endpoint, self.path(container.id)
+        addresses = endpoint.own_addresses if endpoint is not None else ()
+        node_resolver = self._resolver.read_text() if self._resolver.is_file() else ""
+        contents: Mapping[str, str] = {
+            "hosts": hosts_file(config.hostname, addresses, config.hosts),
+            "hostname": f"{config.hostname}\n",
+            "resolv.conf": resolver_file(
+                node_resolver,
+                config.nameservers,
+                config.search_domains,
+                config.dns_options,
+                is_named=endpoint is not None and bool(endpoint.places),
+            ),
+        }
+        taken = {point.destination for point in config.mounts}
+        points = []
+        for name, content in contents.items():
+            file = path / name
+            # A task's container may have changed it; a plain one may be on other networks than before.
+            if container.plain is not None or not file.exists():
+                file.write_text(content)
+                file.chmod(0o644)
+            if f"/etc/{name}" not in taken:
+                points.append(
+                    MountPoint(type="bind", source=str(file), destination=f"/etc/{name}", internal=True)
+                )
+        return points

@@ -1,0 +1,221 @@
+"""Starting a conmon and talking to it.
+
+conmon forks itself away from whoever starts it, so that its parent is pid 1.  Until then it is spoken to by
+pipes whose descriptors it finds in its environment: ``_OCI_STARTPIPE`` (it waits for a byte there, until it
+sits in its own cgroup), ``_OCI_SYNCPIPE`` (it answers with a line of JSON: the pid, or a negative number
+and the runtime's words) and, for an exec, ``_OCI_ATTACHPIPE`` (a line when one can connect to its socket).
+Later it takes commands from the pipe ``ctl``.
+
+Source: conmon 2.1, src/conmon.c; podman, libpod/oci_conmon_linux.go.
+"""
+
+import asyncio
+import errno
+import os
+import re
+import subprocess
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import msgspec
+
+from skep.engine.cgroups import Cgroups
+from skep.errors import SkepError, Unavailable
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+RUNTIME_ENVIRONMENT = {"GOGC": "off", "GOMAXPROCS": "2"}
+"""For runc, a Go program that lives for some milliseconds: collecting garbage and a thread for every processor only
+cost it time.  With less than two it needs more threads than a container with a small pids limit may have.
+Containers never see these variables."""
+DEADLINE_S = 60.0
+"""For conmon's answer on an overloaded machine; a healthy one needs 0.05 s."""
+_CONMON_ENDS_S = 10.0
+_LINE_BYTES_MAX = 64 << 10
+
+
+class RuntimeFailed(SkepError):
+    """runc or conmon refused; the message is what they said."""
+
+
+class StartError(RuntimeFailed):
+    """A process could not be started.  ``exit_code`` is what Docker reports: 127 not found, 126 not
+    executable."""
+
+    def __init__(self, message: str, verb: str = "create") -> None:
+        super().__init__(f"OCI runtime {verb} failed: {message}: unknown")
+        self.exit_code = exit_code_of(message)
+
+
+class Pipes(msgspec.Struct, frozen=True):
+    """Our ends of the pipes to one conmon."""
+
+    answers: asyncio.StreamReader
+    attach_ready: asyncio.StreamReader
+    start: int
+
+    def let_go(self) -> None:
+        """The byte it waits for.  One that has ended already shows by its missing answer."""
+        with suppress(BrokenPipeError):
+            os.write(self.start, b"\0")
+
+
+class Conmons:
+    """Starts conmons, in the cgroup of monitors.
+
+    On cgroup v1 a child is born where the *thread* is that forks it, so one thread sits there and starts
+    them all: moving each conmon afterwards would cost several milliseconds per hierarchy, in which no
+    process of the machine can fork.
+    """
+
+    def __init__(self, cgroups: Cgroups) -> None:
+        self._cgroups = cgroups
+        self._thread: ThreadPoolExecutor | None = None
+
+    def close(self) -> None:
+        """End the thread; the next start makes another."""
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    @asynccontextmanager
+    async def started(
+        self, arguments: Sequence[str], directory: Path, *, attach: bool
+    ) -> AsyncIterator[Pipes]:
+        """A conmon waiting for its start byte.  Not to be cancelled before it has answered.
+
+        ``directory``: where it works, and leaves a file ``oom`` when the kernel killed for memory.
+        Raises: Unavailable: it did not answer in time.
+        """
+        answers, conmon_answers = os.pipe()
+        conmon_start, start = os.pipe()
+        ready, conmon_ready = os.pipe()
+        theirs = (conmon_answers, conmon_start, conmon_ready)
+        transports: list[asyncio.BaseTransport] = []
+        process: subprocess.Popen[bytes] | None = None
+        try:
+            environment = RUNTIME_ENVIRONMENT | {
+                "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
+                "TZ": "UTC",  # conmon stamps its log lines in local time
+                "_OCI_SYNCPIPE": str(conmon_answers),
+                "_OCI_STARTPIPE": str(conmon_start),
+            }
+            if attach:
+                environment["_OCI_ATTACHPIPE"] = str(conmon_ready)
+            try:
+                process = await self._on_thread(_spawn, arguments, environment, theirs, directory)
+                self._cgroups.join_monitors(process.pid)
+            finally:
+                for descriptor in theirs:
+                    os.close(descriptor)
+            reader = await _stream(answers, transports)
+            attach_ready = await _stream(ready, transports)
+            async with asyncio.timeout(DEADLINE_S):
+                yield Pipes(reader, attach_ready, start)
+        except TimeoutError as error:
+            raise Unavailable(f"conmon did not answer in {DEADLINE_S:g} s") from error
+        finally:
+            os.close(start)
+            for transport in transports:
+                transport.close()
+            if process is not None:
+                # What we started ended as soon as it had forked the conmon that stays.
+                await self._on_thread(process.wait, _CONMON_ENDS_S)
+
+    async def _on_thread(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "conmon", initializer=self._cgroups.enter_monitors)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: call(*args, **kwargs))
+
+
+def _spawn(
+    arguments: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], directory: Path
+) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        arguments,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=descriptors,
+        start_new_session=True,
+        env=environment,
+        cwd=directory,
+    )
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """One line from conmon; a negative number comes with the runtime's words."""
+
+    data: int = 0
+    pid: int = 0
+    exit_code: int = 0
+    message: str = ""
+
+
+_decode = msgspec.json.Decoder(_Answer).decode
+
+
+async def read_pid(answers: asyncio.StreamReader, verb: str = "create") -> int:
+    line = await answers.readline()
+    if not line:
+        raise StartError("conmon ended without an answer", verb)
+    try:
+        answer = _decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise StartError(f"conmon answered {line[:200]!r}", verb) from error
+    pid = answer.data or answer.pid
+    if pid <= 0:
+        raise StartError(plain(answer.message.encode()), verb)
+    return pid
+
+
+async def _stream(descriptor: int, transports: list[asyncio.BaseTransport]) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader(limit=_LINE_BYTES_MAX)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", 0)
+    )
+    transports.append(transport)
+    return reader
+
+
+def control(path: Path, command: bytes) -> None:
+    """Write a command to the pipe of the conmon at ``path``; one that has ended needs none."""
+    try:
+        descriptor = os.open(path / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENXIO):
+            return
+        raise
+    try:
+        os.write(descriptor, command)
+    finally:
+        os.close(descriptor)
+
+
+def plain(errors: bytes) -> str:
+    """runc's words without its logging dress (``time="..." level=error msg="..."``)."""
+    text = errors.decode(errors="replace").strip()
+    match = _LOGGED.search(text)
+    if match is not None:
+        text = match.group(1).replace('\\"', '"').replace("\\n", "\n")
+    return text.removeprefix("runc: ").strip() or "no reason given"
+
+
+_LOGGED = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
+
+
+def exit_code_of(message: str) -> int:
+    """The exit code Docker gives a container that could not be started.
+
+    Source: moby, daemon/start.go (setExitCodeFromError).
+    """
+    lower = message.lower()
+    if "executable file not found" in lower or "no such file or directory" in lower:
+        return 127
+    if "permission denied" in lower or "is a directory" in lower or "not a directory" in lower:
+        return 126
+    return 128

@@ -1,0 +1,360 @@
+"""What is known of a container: the wish it was made from, where it stands, and its place on the network.
+
+A ``Container`` is one immutable record, written to ``<data>/containers/<id>/container.json`` at every
+change; the Engine API's ``docker ps`` and ``docker inspect`` are renderings of it.  Nothing secret is in it
+but what the user put into the environment.
+"""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+import msgspec
+
+from skep.engine.health import Health
+from skep.engine.options import Plain
+from skep.errors import AlreadyExists
+from skep.model.container import HealthConfig, Ulimit
+from skep.model.ids import ContainerId, NetworkId, TaskId
+from skep.model.service import PortConfig
+from skep.model.tables import NetworkHead
+from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
+
+
+class ContainerState(Enum):
+    """Docker's words for where a container stands (``State.Status``)."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    EXITED = "exited"
+    REMOVING = "removing"
+
+
+class ProcessName(msgspec.Struct, frozen=True):
+    """A process that cannot be mistaken for a later one with the same pid.
+
+    ``start_ticks``: field 22 of /proc/PID/stat; ``boot_id``: the kernel's, since ticks count from the boot.
+    """
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+
+class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A file system placed into the container.
+
+    ``source``: absolute path on the node (empty for tmpfs); ``name``: of a volume.  ``options``: of the
+    mount, as runc takes them.  ``internal``: made by the node itself (secrets), not shown by ``docker
+    inspect``.
+    """
+
+    type: str
+    destination: str
+    source: str = ""
+    name: str = ""
+    driver: str = ""
+    read_only: bool = False
+    propagation: str = ""
+    options: tuple[str, ...] = ()
+    internal: bool = False
+    anonymous: bool = False
+    """A volume made for this container alone; it goes with it."""
+
+
+class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How the output is kept.  ``max_size_bytes`` 0: one file without an end; ``type`` none: not at all."""
+
+    type: str = "json-file"
+    options: Mapping[str, str] = {}
+    max_size_bytes: int = 0
+    max_files: int = 1
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """A network that a container is to be on.  ``addresses``: ``ip/length``, IPv4 first."""
+
+    head: NetworkHead
+    addresses: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    """Further names of this container alone."""
+    attachment: TaskId = TaskId("")
+    """The task by which the cluster holds this place for a plain container; empty: it does not."""
+
+
+class ConnectedPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """A network that a container is on, by ``interface`` in its namespace and ``port`` on the network's bridge."""
+
+    place: Place
+    interface: str
+    port: str
+    mac_address: str
+
+    @property
+    def network_id(self) -> NetworkId:
+        return self.place.head.id
+
+    @property
+    def network_name(self) -> str:
+        return self.place.head.name
+
+    @property
+    def address(self) -> str:
+        """Its first address, without a length."""
+        return self.place.addresses[0].partition("/")[0]
+
+    @property
+    def prefix_length(self) -> int:
+        """Length of the subnet that its first address is in."""
+        return int(self.place.addresses[0].partition("/")[2])
+
+
+class NodePort(PortConfig):
+    """A port of the node, as a container has it.  ``host_ip``: the only address it answers on; empty: all."""
+
+    host_ip: str = ""
+
+
+class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The wish, with the image's defaults already merged in.  Limits: 0 means none."""
+
+    path: str
+    """What is executed; with ``args`` it is entrypoint and command together."""
+    args: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] = ()
+    """``entrypoint`` and ``command`` are kept apart only to be shown."""
+    command: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    working_dir: str = ""
+    user: str = ""
+    groups: tuple[str, ...] = ()
+    hostname: str = ""
+    tty: bool = False
+    open_stdin: bool = False
+    stdin_once: bool = False
+    stop_signal: str = ""
+    stop_grace_ns: Nanoseconds = 10 * SECOND_NS
+    init: bool = False
+    read_only: bool = False
+    mounts: tuple[MountPoint, ...] = ()
+    nano_cpus: int = 0
+    memory_bytes: int = 0
+    memory_reservation_bytes: int = 0
+    pids: int = 0
+    shm_bytes: int = 64 << 20
+    ulimits: tuple[Ulimit, ...] = ()
+    sysctls: Mapping[str, str] = {}
+    capability_add: tuple[str, ...] = ()
+    capability_drop: tuple[str, ...] = ()
+    seccomp: str = "default"
+    """``default``, ``unconfined``, or a profile in Docker's JSON."""
+    apparmor: str = "default"
+    """``default``, ``unconfined``, or a profile that the kernel knows; means nothing where there is no AppArmor."""
+    no_new_privileges: bool = False
+    oom_score_adj: int = 0
+    hosts: tuple[str, ...] = ()
+    """Extra lines of /etc/hosts, as in a service: ``address name...``."""
+    nameservers: tuple[str, ...] = ()
+    search_domains: tuple[str, ...] = ()
+    dns_options: tuple[str, ...] = ()
+    ports: tuple[NodePort, ...] = ()
+    """Host-mode ports to publish on the node."""
+    places: tuple[Place, ...] = ()
+    """Networks it is on, in the order of its interfaces; none: the node's gateway bridge alone."""
+    exposed_ports: tuple[str, ...] = ()
+    healthcheck: HealthConfig | None = None
+    log: LogConfig = LogConfig()
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """The container's places: on its networks, and last on the node's gateway bridge.
+
+    ``netns``: path of its network namespace; ``ports``: host-mode ports as opened.  ``address`` and what follows it
+    are those on the gateway bridge, empty where the container has no way out (internal networks only).
+    """
+
+    netns: str
+    address: str = ""
+    prefix_length: int = 0
+    gateway: str = ""
+    mac_address: str = ""
+    network: str = ""
+    """Name of the bridge network."""
+    interface: str = "eth0"
+    """Of the gateway bridge, in the container's namespace."""
+    port: str = ""
+    """The container's port on the gateway bridge."""
+    address6: str = ""
+    """On the gateway bridge too, in a /64; empty without a way out by IPv6."""
+    gateway6: str = ""
+    is_open: bool = False
+    """It reaches other open ones by the gateway bridge, which is its only network."""
+    ports: tuple[NodePort, ...] = ()
+    places: tuple[ConnectedPlace, ...] = ()
+    """In the order of its interfaces."""
+    sysctls: Mapping[str, str] = {}
+    """Of its namespace (``net/...``), as the node wants them; those that its user has set are not among them."""
+
+    @property
+    def own_addresses(self) -> Sequence[str]:
+        """What its own name means in the container: its addresses on its networks, ingress left out, as in Docker.
+
+        Where that leaves none, the one on the gateway bridge.
+        """
+        found = [
+            one.partition("/")[0]
+            for connected in self.places
+            if not connected.place.head.is_ingress
+            for one in connected.place.addresses
+        ]
+        return found or [one for one in (self.address,) if one]
+
+
+class Container(msgspec.Struct, frozen=True, kw_only=True):
+    """One container.  Times are Docker's; ``ZERO_TIME`` where it has not happened yet."""
+
+    id: ContainerId
+    name: str
+    image: str
+    """The reference as the user wrote it."""
+    image_id: str
+    """``sha256:...`` of the image's configuration."""
+    config: ContainerConfig
+    labels: Mapping[str, str] = {}
+    layers: tuple[str, ...] = ()
+    """Lower directories of the root file system, top first."""
+    created_at: Timestamp = ZERO_TIME
+    endpoint: Endpoint | None = None
+    state: ContainerState = ContainerState.CREATED
+    process: ProcessName | None = None
+    monitor: ProcessName | None = None
+    """The conmon that watches it."""
+    exit_code: int = 0
+    error: str = ""
+    """Why it could not start or what became of its monitor, in the runtime's words."""
+    oom_killed: bool = False
+    health: Health | None = None
+    """None: it has no probe, or never ran."""
+    started_at: Timestamp = ZERO_TIME
+    finished_at: Timestamp = ZERO_TIME
+    plain: Plain | None = None
+    """None: it is a task's."""
+    is_retired: bool = False
+    """It never ran and never will: it has no network any more."""
+
+    @property
+    def pid(self) -> int:
+        """Pid of its first process on the node; 0 when none runs."""
+        return self.process.pid if self.process is not None and self.is_running else 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has a process (a paused one does)."""
+        return self.state in (ContainerState.RUNNING, ContainerState.PAUSED)
+
+    @property
+    def was_started(self) -> bool:
+        """Whether it ever ran."""
+        return self.started_at != ZERO_TIME
+
+
+class ContainerWish(msgspec.Struct, frozen=True, kw_only=True):
+    """What a container is made from.  ``layers``: lower directories of its file system, top first."""
+
+    name: str
+    image: str
+    image_id: str
+    layers: tuple[str, ...]
+    config: ContainerConfig
+    labels: Mapping[str, str] = {}
+    plain: Plain | None = None
+    """A plain container's has no network before its start; None: a task's, which has."""
+
+
+class Stream(Enum):
+    """Where output came from; the values are those of Docker's framing."""
+
+    STDOUT = 1
+    STDERR = 2
+
+
+class LogEntry(NamedTuple):
+    """A piece of a container's output: one line with its newline, or up to 16 KiB of a longer one without."""
+
+    timestamp_ns: int
+    stream: Stream
+    data: bytes
+
+
+class LogWish(msgspec.Struct, frozen=True, kw_only=True):
+    """Which part of a log is wanted.  ``tail`` None: all; ``since_ns``/``until_ns`` 0: no bound (Unix time)."""
+
+    streams: frozenset[Stream] = frozenset(Stream)
+    follow: bool = False
+    tail: int | None = None
+    since_ns: int = 0
+    until_ns: int = 0
+
+
+class ExecConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A further process in a running container (``POST /containers/{id}/exec``)."""
+
+    command: tuple[str, ...]
+    env: tuple[str, ...] = ()
+    working_dir: str = ""
+    user: str = ""
+    tty: bool = False
+    attach_stdin: bool = False
+    attach_stdout: bool = True
+    attach_stderr: bool = True
+    privileged: bool = False
+    detach_keys: str = ""
+
+
+class Exec(msgspec.Struct, frozen=True, kw_only=True):
+    """State of an exec.  ``exit_code`` None: it has not ended."""
+
+    id: str
+    container_id: ContainerId
+    config: ExecConfig
+    running: bool = False
+    pid: int = 0
+    exit_code: int | None = None
+
+
+class ContainerEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """Something happened to a container (``docker events``).
+
+    ``action``: create, start, die, oom, kill, stop, pause, unpause, attach, resize, ``exec_create: <command>``,
+    ``exec_start: <command>``, exec_die, ``health_status: <status>``, update, destroy.  ``attributes``: Docker's
+    (image, name, labels, exitCode, ...).
+    """
+
+    action: str
+    container_id: ContainerId
+    time_ns: int
+    attributes: Mapping[str, str] = {}
+
+
+class Top(NamedTuple):
+    """The processes of a container as ``ps`` prints them."""
+
+    titles: tuple[str, ...]
+    processes: tuple[tuple[str, ...], ...]
+
+
+class WaitCondition(Enum):
+    """What ``docker wait`` waits for."""
+
+    NOT_RUNNING = "not-running"
+    NEXT_EXIT = "next-exit"
+    REMOVED = "removed"
+
+
+class NotRunning(AlreadyExists):
+    """The operation needs a running container.  The Engine API answers 409, as where a name is taken."""
+
+
+class StillRunning(AlreadyExists):
+    """The operation needs a container that does not run.  The Engine API answers 409 here, too."""

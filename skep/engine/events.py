@@ -1,0 +1,87 @@
+"""What happens to the node's containers, for whoever listens (``docker events``).
+
+The last events are kept in memory, as the engine does (256), so that ``--since`` finds the recent past.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+
+from skep.aio.clock import Clock
+from skep.engine.container import Container, ContainerEvent
+from skep.errors import ResourceExhausted
+
+RECENT_MAX = 256
+PENDING_MAX = 4096
+SUBSCRIBERS_MAX = 256
+
+
+class Subscription:
+    """Events from the moment of subscribing on.  One reader."""
+
+    def __init__(self) -> None:
+        self._pending: deque[ContainerEvent] = deque()
+        self._arrived = asyncio.Event()
+        self._lagged = False
+
+    def offer(self, event: ContainerEvent) -> None:
+        """Hand over an event; a reader more than ``PENDING_MAX`` behind is cut off instead of being waited
+        for."""
+        if len(self._pending) >= PENDING_MAX:
+            self._lagged = True
+        else:
+            self._pending.append(event)
+        self._arrived.set()
+
+    async def __aiter__(self) -> AsyncIterator[ContainerEvent]:
+        """Raises: ResourceExhausted: the reader fell behind."""
+        while True:
+            while self._pending:
+                yield self._pending.popleft()
+            if self._lagged:
+                raise ResourceExhausted(f"more than {PENDING_MAX} events were waiting to be read")
+            self._arrived.clear()
+            await self._arrived.wait()
+
+
+class Events:
+    """The node's container events."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._recent: deque[ContainerEvent] = deque(maxlen=RECENT_MAX)
+        self._subscriptions: set[Subscription] = set()
+
+    def publish(self, action: str, container: Container, **attributes: str) -> None:
+        """Tell everyone that ``action`` happened to ``container``; Docker's attributes are filled in."""
+        event = ContainerEvent(
+            action=action,
+            container_id=container.id,
+            time_ns=self._clock.now_ns(),
+            attributes={**attributes_of(container), **attributes},
+        )
+        self._recent.append(event)
+        for subscription in self._subscriptions:
+            subscription.offer(event)
+
+    def recent(self, since_ns: int) -> list[ContainerEvent]:
+        """The events still remembered that happened at or after ``since_ns`` (Unix time), oldest first."""
+        return [event for event in self._recent if event.time_ns >= since_ns]
+
+    @contextmanager
+    def subscribed(self) -> Iterator[Subscription]:
+        """A subscription for as long as the block runs.  Raises: ResourceExhausted: too many listen."""
+        if len(self._subscriptions) >= SUBSCRIBERS_MAX:
+            raise ResourceExhausted(f"{SUBSCRIBERS_MAX} clients follow the events of this node already")
+        subscription = Subscription()
+        self._subscriptions.add(subscription)
+        try:
+            yield subscription
+        finally:
+            self._subscriptions.discard(subscription)
+
+
+def attributes_of(container: Container) -> Mapping[str, str]:
+    """What Docker attaches to every event of a container: its labels, image and name."""
+    return {**container.labels, "image": container.image, "name": container.name}

@@ -1,0 +1,181 @@
+"""Execs: further processes in running containers (``docker exec``).
+
+Each has a conmon, so its exit code and its terminal do not depend on this process; what is known of an exec
+is kept in memory only, as the engine does, and forgotten when its container goes or this process ends.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.guard import persist
+from skep.aio.trees import discard_tree
+from skep.engine.attachment import Attachment
+from skep.engine.bundle import Bundles
+from skep.engine.conmon import StartError
+from skep.engine.container import Container, ContainerState, Exec, ExecConfig, NotRunning, ProcessName
+from skep.engine.events import Events
+from skep.engine.runtime import Runtime
+from skep.errors import FailedPrecondition, NotFound, ResourceExhausted
+from skep.model.ids import ContainerId
+
+log = structlog.get_logger()
+
+STARTS_MAX = 8
+"""Execs of all containers that are started at the same moment: each takes a conmon, a runc and a runc init."""
+EXECS_MAX = 1000
+"""Per container, ended ones included; the oldest ended ones are forgotten first."""
+
+
+class Execs:
+    """All execs of this node, by id."""
+
+    def __init__(
+        self,
+        bundles: Bundles,
+        runtime: Runtime,
+        events: Events,
+        clock: Clock,
+        *,
+        container: Callable[[str], Container],
+        spawn: Callable[..., asyncio.Task[None]],
+    ) -> None:
+        """``container`` finds a container by id or name; ``spawn`` starts a task that somebody waits for."""
+        self._bundles = bundles
+        self._runtime = runtime
+        self._events = events
+        self._clock = clock
+        self._container = container
+        self._spawn = spawn
+        self._execs: dict[str, Exec] = {}
+        self._ended: dict[str, asyncio.Event] = {}
+        self._starting = asyncio.Semaphore(STARTS_MAX)
+
+    def create(self, word: str, wish: ExecConfig) -> str:
+        """A new exec, not started yet; gives its id (64 hexadecimal characters).
+
+        Raises: NotFound: no such container; NotRunning; ResourceExhausted.
+        """
+        container = self._running_container(word)
+        self._make_room(container.id)
+        exec_id = secrets.token_hex(32)
+        self._execs[exec_id] = Exec(id=exec_id, container_id=container.id, config=wish)
+        self._ended[exec_id] = asyncio.Event()
+        self._publish("exec_create", container, self._execs[exec_id])
+        return exec_id
+
+    def get(self, exec_id: str) -> Exec:
+        """Raises: NotFound: ``No such exec instance: <id>``."""
+        try:
+            return self._execs[exec_id]
+        except KeyError:
+            raise NotFound(f"No such exec instance: {exec_id}") from None
+
+    def of(self, container_id: ContainerId) -> tuple[Exec, ...]:
+        """The execs of a container that run (``ExecIDs`` of inspect)."""
+        return tuple(one for one in self._execs.values() if one.container_id == container_id and one.running)
+
+    async def start(self, exec_id: str) -> Attachment:
+        """Start it; gives its standard streams, which the caller closes (at once, to detach).
+
+        Raises: NotFound, also when its container is removed meanwhile; NotRunning: its container has ended;
+        FailedPrecondition: it was started before;
+        StartError: the runtime refused (the exit code stays in the exec).
+        """
+        exec = self.get(exec_id)
+        if exec.running or exec.exit_code is not None:
+            raise FailedPrecondition(f"Error: Exec command {exec_id} is already running")
+        container = self._running_container(exec.container_id)
+        self._execs[exec_id] = msgspec.structs.replace(exec, running=True)
+        self._publish("exec_start", container, exec)
+        try:
+            async with self._starting:
+                path = await asyncio.to_thread(self._bundles.prepare_exec, container, exec_id, exec.config)
+                started = await self._runtime.exec(
+                    container, exec_id, path, terminal=exec.config.tty, stdin=exec.config.attach_stdin
+                )
+        except BaseException as error:
+            self._finish(exec_id, error.exit_code if isinstance(error, StartError) else 126)
+            raise
+        try:
+            self._execs[exec_id] = msgspec.structs.replace(self.get(exec_id), pid=started.pid)
+        except NotFound:  # forgotten with its container, whose end was the process's too
+            started.attachment.close()
+            raise
+        self._spawn(self._watch(container, exec_id, path, started.monitor), name=f"exec-{exec_id[:12]}")
+        return started.attachment
+
+    def resize(self, exec_id: str, height: int, width: int) -> None:
+        """Size of its terminal, in characters.  Raises: NotFound; NotRunning."""
+        exec = self.get(exec_id)
+        if not exec.running:
+            raise NotRunning(f"Exec {exec_id} is not running")
+        self._runtime.resize(self._bundles.exec_path(exec.container_id, exec_id), height, width)
+
+    async def wait(self, exec_id: str) -> Exec:
+        """Return the exec once it has ended; its exit code is set then.  Raises: NotFound."""
+        await self._ended[self.get(exec_id).id].wait()
+        return self.get(exec_id)
+
+    def drop(self, exec_id: str) -> None:
+        """Forget one exec, if it has ended or was never started; a running one is forgotten with its container."""
+        exec = self._execs.get(exec_id)
+        if exec is not None and not exec.running:
+            del self._execs[exec_id], self._ended[exec_id]
+
+    def forget(self, container_id: ContainerId) -> None:
+        """Drop the execs of a container that is being removed."""
+        for exec_id in [one.id for one in self._execs.values() if one.container_id == container_id]:
+            self._finish(exec_id, 137)
+            del self._execs[exec_id], self._ended[exec_id]
+
+    async def _watch(
+        self, container: Container, exec_id: str, path: Path, monitor: ProcessName | None
+    ) -> None:
+        code = await persist(
+            lambda: self._runtime.wait_exec(container, path, monitor),
+            "end of exec not seen",
+            clock=self._clock,
+            longest_s=5.0,
+            exec=exec_id,
+        )
+        self._finish(exec_id, code)
+        await discard_tree(path)
+
+    def _finish(self, exec_id: str, exit_code: int) -> None:
+        exec = self._execs.get(exec_id)
+        if exec is None or exec.exit_code is not None:
+            return
+        self._execs[exec_id] = exec = msgspec.structs.replace(exec, running=False, pid=0, exit_code=exit_code)
+        self._ended[exec_id].set()
+        try:
+            container = self._container(exec.container_id)
+        except NotFound:
+            return
+        self._events.publish("exec_die", container, execID=exec_id, exitCode=str(exit_code))
+
+    def _running_container(self, word: str) -> Container:
+        container = self._container(word)
+        if container.state is ContainerState.PAUSED:
+            raise NotRunning(f"Container {word} is paused, unpause the container before exec")
+        if not container.is_running:
+            raise NotRunning(f"Container {container.id} is not running")
+        return container
+
+    def _make_room(self, container_id: ContainerId) -> None:
+        execs = [one for one in self._execs.values() if one.container_id == container_id]
+        if len(execs) < EXECS_MAX:
+            return
+        ended = next((one for one in execs if not one.running), None)
+        if ended is None:
+            raise ResourceExhausted(f"container {container_id} has {EXECS_MAX} execs already")
+        del self._execs[ended.id], self._ended[ended.id]
+
+    def _publish(self, action: str, container: Container, exec: Exec) -> None:
+        path, *arguments = exec.config.command
+        self._events.publish(f"{action}: {path} {' '.join(arguments)}", container, execID=exec.id)

@@ -1,0 +1,327 @@
+"""Layers as directories for overlayfs: one per chain id, shared by all images that stand on it.
+
+``layers/<chain>/`` holds ``diff`` (the files, whiteouts in overlay form), ``content`` (the layer's tar, compressed,
+so that an image leaves this node with the bytes it came with) and ``layer.json``.  It is made in ``tmp`` and renamed
+when all of it is on the disk: a layer that exists is whole.
+"""
+
+import asyncio
+import ctypes
+import json
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import msgspec
+import structlog
+
+from skep.aio.guard import report
+from skep.aio.trees import discard_tree
+from skep.engine.images import untar
+from skep.engine.images.digest import Digest, hex_of
+from skep.engine.images.turns import Turns
+from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError
+from skep.linux.files import is_no_file, sync_directory
+
+log = structlog.get_logger()
+
+NO_BLOB = Digest("")
+_COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+_UNPACKERS_MAX = 3
+"""Workers at once: decompression is bound by one core each."""
+_PATIENCE_S = 60.0
+_SLOW_UNPACKERS_MAX = 6
+"""Further workers, that had their places for longer than that."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What this node takes from strangers.
+
+    ``layer_bytes_max``: of one layer, unpacked; ``archive_bytes_max``: of an uploaded archive, unpacked;
+    ``spare_bytes``: stays free on the file system, of a small one ``spare_share`` of it; ``unpack_s``: longest time for
+    one layer, in seconds.
+    """
+
+    layer_bytes_max: int = 64 << 30
+    archive_bytes_max: int = 128 << 30
+    entries_max: int = 2_000_000
+    spare_bytes: int = 1 << 30
+    spare_share: float = 0.05
+    unpack_s: float = 1800.0
+    manifest_bytes_max: int = 4 << 20
+
+    def spare_on(self, directory: Path) -> int:
+        """Bytes that stay free on the file system of ``directory``."""
+        space = os.statvfs(directory)
+        return min(self.spare_bytes, round(self.spare_share * space.f_blocks * space.f_frsize))
+
+    def room_on(self, directory: Path) -> int:
+        """Bytes that may still be written there."""
+        space = os.statvfs(directory)
+        return space.f_bavail * space.f_frsize - self.spare_on(directory)
+
+
+class UnpackFailed(SkepError):
+    """The archive could not be unpacked here: no space, or the file system refused."""
+
+
+class Layer(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer on this node.  ``size_bytes``: of its files; ``plain_bytes``: of its tar."""
+
+    chain_id: Digest
+    diff_id: Digest
+    size_bytes: int
+    plain_bytes: int
+    blob: Digest = NO_BLOB
+    """Address of ``content`` in the registry it came from; empty when it was compressed here."""
+
+
+class Unpacked(msgspec.Struct, frozen=True):
+    """What the worker found: the digest and length of the plain tar, and the size of what it wrote."""
+
+    digest: Digest
+    plain_bytes: int
+    size_bytes: int
+
+
+class Layers:
+    """All layers below one directory."""
+
+    def __init__(self, root: Path, scratch: Path, limits: Limits) -> None:
+        """``scratch``: a directory on the same file system, emptied at each start by its owner."""
+        self._root = root
+        self._scratch = scratch
+        self._limits = limits
+        self._layers: dict[str, Layer] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._turns = Turns(_UNPACKERS_MAX, patience_s=_PATIENCE_S, slow_max=_SLOW_UNPACKERS_MAX)
+
+    def open(self) -> None:
+        """Read what is there.  Blocks; call it in a thread.
+
+        Raises: OSError: some of it cannot be read now; the rest was.
+        """
+        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        unread: OSError | None = None
+        for directory in sorted(self._root.iterdir()):
+            try:
+                layer = msgspec.json.decode((directory / "layer.json").read_bytes(), type=Layer)
+            except Exception as error:  # whatever it is, it is one layer
+                report(error, "layer left out", directory=str(directory))
+                if isinstance(error, OSError) and not is_no_file(error):
+                    unread = error
+            else:
+                self._layers[layer.chain_id] = layer
+        if unread is not None:
+            raise unread
+
+    def get(self, chain_id: str) -> Layer | None:
+        return self._layers.get(chain_id)
+
+    def all(self) -> Mapping[str, Layer]:
+        """Every layer by chain id."""
+        return self._layers
+
+    def directory(self, chain_id: str) -> Path:
+        """The files of a layer: a lower directory for overlayfs.  Raises: NotFound."""
+        if chain_id not in self._layers:
+            raise NotFound(f"layer {chain_id} is not on this node")
+        return self._root / hex_of(chain_id) / "diff"
+
+    def content(self, chain_id: str) -> Path:
+        """The layer's compressed tar."""
+        return self._root / hex_of(chain_id) / "content"
+
+    async def add(self, content: Path, *, chain_id: Digest, diff_id: Digest, blob: Digest = NO_BLOB) -> Layer:
+        """Unpack the tar at ``content`` (compressed or not) into a layer; the file is taken over.
+
+        Two who add the same layer at once share the work of the first.
+
+        Raises:
+            InvalidArgument: it is no archive, or not the one that ``diff_id`` names.
+            ResourceExhausted: it is larger than the limits allow.
+            UnpackFailed: the file system refused.
+        """
+        async with self._lock(chain_id):
+            present = self._layers.get(chain_id)
+            if present is not None:
+                return present
+            # Not in a thread: who is cancelled meanwhile would leave it behind.
+            workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
+            try:
+                layer = await self._unpack(content, workspace, chain_id, diff_id, blob)
+                await asyncio.to_thread(_publish, workspace, self._root / hex_of(chain_id), layer)
+            finally:
+                await asyncio.shield(discard_tree(workspace))
+            self._layers[chain_id] = layer
+            return layer
+
+    def detach(self, chain_ids: Iterable[str]) -> Sequence[Path]:
+        """Take layers that nothing stands on out of sight, at once; the caller deletes the returned directories.
+
+        One that the file system refuses stays a layer.
+        """
+        graves = []
+        for chain_id in chain_ids:
+            if chain_id not in self._layers:
+                continue
+            try:
+                graves.append(Path(tempfile.mkdtemp(prefix="gone-", dir=self._scratch)))
+                (self._root / hex_of(chain_id)).rename(graves[-1] / "layer")
+            except OSError as error:
+                report(error, "layer not removed", chain_id=chain_id)
+            else:
+                del self._layers[chain_id]
+        return graves
+
+    async def _unpack(
+        self, content: Path, workspace: Path, chain_id: Digest, diff_id: Digest, blob: Digest
+    ) -> Layer:
+        files, kept = workspace / "diff", workspace / "content"
+        files.mkdir(mode=0o755)
+        is_compressed = await asyncio.to_thread(_is_compressed, content)
+        async with self._turns.of(
+            str(content.parent)
+        ):  # each image has a directory of its own for what comes in
+            with content.open("rb") as source:
+                unpacked = await unpack(
+                    source.fileno(),
+                    files,
+                    limits=self._limits,
+                    is_layer=True,
+                    copy_to=None if is_compressed else kept,
+                )
+        if unpacked.digest != diff_id:
+            raise DigestMismatch(diff_id, unpacked.digest)
+        if is_compressed:
+            content.rename(kept)
+        else:
+            content.unlink()
+        return Layer(
+            chain_id=chain_id,
+            diff_id=diff_id,
+            size_bytes=unpacked.size_bytes,
+            plain_bytes=unpacked.plain_bytes,
+            blob=blob if is_compressed else NO_BLOB,
+        )
+
+    def _lock(self, chain_id: str) -> asyncio.Lock:
+        lock = self._locks.get(chain_id)
+        if lock is None:
+            lock = self._locks[chain_id] = asyncio.Lock()
+        return lock
+
+
+class DigestMismatch(InvalidArgument):
+    """The layer is not what the image's configuration names."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        super().__init__(f"layer has digest {found}, expected {expected}")
+        self.expected = expected
+        self.found = found
+
+
+async def unpack(
+    source: int | AsyncIterable[bytes],
+    target: Path,
+    *,
+    limits: Limits,
+    is_layer: bool,
+    copy_to: Path | None = None,
+) -> Unpacked:
+    """Unpack a tar into the empty directory ``target``, by a confined worker.
+
+    Args:
+        source: an open file's descriptor, or the tar's pieces as they arrive; compressed or not.
+        is_layer: owners, devices and whiteouts count (else: plain files, owned by us, readable by us alone).
+        copy_to: receives the plain tar, compressed.
+
+    Raises:
+        InvalidArgument, ResourceExhausted, UnpackFailed.
+    """
+    settings = untar.Settings(
+        root=str(target),
+        is_layer=is_layer,
+        bytes_max=limits.layer_bytes_max if is_layer else limits.archive_bytes_max,
+        entries_max=limits.entries_max,
+        spare_bytes=limits.spare_on(target),
+        copy_to=str(copy_to or ""),
+    )
+    if limits.room_on(target) < 0:
+        raise UnpackFailed(f"{target}: no space left on device")
+    worker = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-m", untar.__name__, json.dumps(vars(settings))),
+        stdin=source if isinstance(source, int) else asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        cwd="/",
+        env={"LANG": "C.UTF-8"},
+    )
+    try:
+        async with asyncio.timeout(limits.unpack_s):
+            answer = await _fed(worker, source)
+    except TimeoutError as error:
+        raise ResourceExhausted(f"unpacking took longer than {limits.unpack_s:.0f} s") from error
+    finally:
+        if worker.returncode is None:
+            worker.kill()
+            await asyncio.shield(worker.wait())
+    return _judged(answer)
+
+
+async def _fed(worker: asyncio.subprocess.Process, source: int | AsyncIterable[bytes]) -> bytes:
+    """Give the worker its input, if that comes in pieces, and take its answer."""
+    assert worker.stdout is not None, "its output is a pipe"
+    if not isinstance(source, int):
+        assert worker.stdin is not None, "its input is a pipe then"
+        with suppress(ConnectionError):  # it saw enough and said why
+            async for piece in source:
+                worker.stdin.write(piece)
+                await worker.stdin.drain()
+        worker.stdin.close()
+    answer = await worker.stdout.read()
+    await worker.wait()
+    return answer
+
+
+def _judged(answer: bytes) -> Unpacked:
+    """What the worker's line of JSON means."""
+    try:
+        result = msgspec.json.decode(answer, type=dict[str, str | int])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UnpackFailed("the unpacking process ended without an answer") from error
+    message = str(result.get("error", ""))
+    match result.get("kind"):
+        case None:
+            return msgspec.convert(result, Unpacked)
+        case "malformed":
+            raise InvalidArgument(f"Error processing tar file({message}")
+        case "limit":
+            raise ResourceExhausted(f"the archive {message}, the limit of this node")
+        case _:
+            raise UnpackFailed(f"Error processing tar file({message}")
+
+
+def _is_compressed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(6).startswith(_COMPRESSED)
+
+
+def _publish(workspace: Path, final: Path, layer: Layer) -> None:
+    """Put a finished layer on the disk, then give it its name."""
+    (workspace / "layer.json").write_bytes(msgspec.json.encode(layer))
+    directory = os.open(workspace, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # One call instead of an fsync per file.  It has no wrapper in Python; its only failure that matters (an
+        # earlier write error) must not be lost.
+        if ctypes.CDLL(None, use_errno=True).syncfs(directory) != 0:
+            raise UnpackFailed(f"{workspace}: {os.strerror(ctypes.get_errno()).lower()}")
+    finally:
+        os.close(directory)
+    if final.exists():  # what it is could not be read; a container may stand on it until this process ends
+        final.rename(workspace.with_name(f"{workspace.name}-replaced"))
+    workspace.rename(final)
+    sync_directory(final.parent)

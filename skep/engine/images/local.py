@@ -1,0 +1,423 @@
+"""The images of this node, without the ways they come and go.
+
+``<root>/configs/<id>`` holds each image's configuration, the bytes whose digest is its id; ``catalog.json`` says
+which references name which image; ``layers`` has the files.  An image exists when its configuration and all its layers
+do, so it appears and vanishes in one step.  The catalog is written beside, synced and renamed before the
+change is seen by anyone.
+
+What cannot be read at the start (no descriptor is free, the disk fails) is read later: until then no image changes its
+names, or no layer is deleted, since nobody knows what they are for.
+
+Reads are synchronous, from memory.  Layers that a load or pull is about to stand on are *pinned*, so that a
+removal beside it leaves them; what is neither pinned nor part of an image is deleted.
+"""
+
+import asyncio
+import secrets
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock, SystemClock
+from skep.aio.guard import explain, persist, report
+from skep.aio.trees import discard_tree, discard_tree_now
+from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of
+from skep.engine.images.image import Image, ImageConfig, parse_config
+from skep.engine.images.layers import Layers, Limits
+from skep.engine.images.reference import Reference, parse_any, parse_reference
+from skep.errors import InvalidArgument, NotFound, Unavailable
+from skep.linux.files import BESIDE, is_no_file, replace_file
+from skep.model.times import ZERO_TIME, Timestamp, timestamp
+
+log = structlog.get_logger()
+
+_ASIDE = "gone-"
+"""Begins the names of directories that are about to be removed."""
+
+
+class ImageEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """Something happened to an image (``docker events``): pull, load, save, tag, untag, delete.
+
+    ``id``: the image's, or for a pull its reference; ``attributes`` has ``name``.
+    """
+
+    action: str
+    id: str
+    time_ns: int
+    attributes: Mapping[str, str] = {}
+
+
+class Catalog(msgspec.Struct, frozen=True):
+    """What is known of images beyond their configurations.
+
+    ``references``: reference -> image id.  ``tagged_at``, ``parents``: by image id.  ``retired``: images that were
+    removed while containers still stand on their layers; nobody sees them.
+    """
+
+    references: Mapping[str, Digest] = {}
+    tagged_at: Mapping[str, Timestamp] = {}
+    parents: Mapping[str, str] = {}
+    retired: frozenset[str] = frozenset()
+
+
+class LocalImages:
+    """All images below one directory.  One process at a time; ``open`` comes first."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        on_event: Callable[[ImageEvent], None] = lambda _: None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.scratch = root / "tmp"
+        self._root = root
+        self._clock = clock or SystemClock()
+        self._on_event = on_event
+        self._catalog = Catalog()
+        self._knows_catalog = False
+        self._configs: dict[str, ImageConfig] = {}
+        self._images: dict[str, Image] = {}
+        self._by_reference: dict[Reference, Image] = {}
+        self._pinned: Counter[str] = Counter()
+        self._writing = asyncio.Lock()
+        self.trouble = ""
+        """Why images are missing that may be here; empty: all were read."""
+        self.layer_store = Layers(root / "layers", self.scratch, self.limits)
+
+    async def open(self) -> None:
+        """Read what earlier processes left; ``settle`` does the rest."""
+        await asyncio.to_thread(self._set_aside)
+        await self._read_or_say()
+
+    async def settle(self, say: Callable[[str], None] = lambda _: None) -> None:
+        """Read what could not be read, then remove what earlier processes did not finish.
+
+        ``say`` is told what is wrong meanwhile, and an empty text when nothing is.
+        """
+
+        async def read() -> None:
+            if self.trouble:
+                async with self._writing:
+                    await self._read_or_say()
+            say(self.trouble)
+            if self.trouble:
+                raise Unavailable(self.trouble)
+
+        await persist(read, "images not read yet", clock=self._clock, first_s=1.0)
+        for leftover in sorted(self._root.glob(f"{_ASIDE}*")):
+            await discard_tree(leftover)
+        await self._collect()
+
+    # --- looking ---------------------------------------------------------------------------------------------------
+
+    def images(self) -> Sequence[Image]:
+        """All images, sorted by id."""
+        return tuple(self._images[id] for id in sorted(self._images))
+
+    def resolve(self, word: str) -> Image | None:
+        """The image that ``word`` names: id, reference (``latest`` where it has no tag), or unique id prefix.
+
+        Raises:
+            InvalidArgument: it can be no reference ("invalid reference format").
+
+        Source: moby 20.10, daemon/images/image.go (GetImage).
+        """
+        named = parse_any(word)
+        if not isinstance(named, Reference):
+            return self._images.get(named)
+        if named.digest:
+            named = named.with_digest(named.digest)  # the digest decides, a tag beside it says nothing
+        found = self._by_reference.get(named.with_default_tag())
+        return found or self._by_prefix(word)
+
+    def get(self, word: str) -> Image:
+        """Like ``resolve``.  Raises: NotFound: ``No such image: nosuch:latest``; InvalidArgument."""
+        image = self.resolve(word)
+        if image is None:
+            named = parse_any(word)
+            text = named.with_default_tag().familiar if isinstance(named, Reference) else named
+            raise NotFound(f"No such image: {text}")
+        return image
+
+    def lookup(self, word: str) -> Image | None:
+        """Like ``resolve``; what can be no reference names nothing."""
+        try:
+            return self.resolve(word)
+        except InvalidArgument:
+            return None
+
+    def layers(self, image: Image) -> tuple[Path, ...]:
+        """The lower directories of a container of ``image``, top first.
+
+        Raises:
+            NotFound: the image is gone.
+        """
+        return tuple(self.layer_store.directory(chain_id) for chain_id in reversed(image.chain))
+
+    def config(self, image: Image) -> ImageConfig:
+        """What the image says about its containers."""
+        return image.config
+
+    def config_file(self, image: Image) -> Path:
+        """The image's configuration as it came."""
+        return self._root / "configs" / hex_of(image.id)
+
+    def children(self, image_id: str) -> Sequence[Image]:
+        """Images that were made from this one."""
+        return tuple(image for image in self.images() if image.parent == image_id)
+
+    # --- changing --------------------------------------------------------------------------------------------------
+
+    async def add(self, content: bytes, references: Iterable[Reference] = (), *, parent: str = "") -> Image:
+        """Make an image of a configuration whose layers are here; its references move from where they were.
+
+        Raises:
+            InvalidArgument: the configuration is none.
+            NotFound: a layer is missing.
+        """
+        config = parse_config(content)
+        id, chain = digest_of(content), chain_ids(config.diff_ids)
+        async with self.pinned(chain), self._writing:
+            for chain_id in chain:
+                self.layer_store.directory(chain_id)
+            if id not in self._configs:
+                await asyncio.to_thread(replace_file, self._root / "configs" / hex_of(id), content)
+            catalog = _with_references(self._catalog, references, id)
+            catalog = msgspec.structs.replace(catalog, retired=catalog.retired - {id})
+            if parent:
+                catalog = msgspec.structs.replace(catalog, parents={**catalog.parents, id: parent})
+            self._configs[id] = config
+            await self._put(catalog)
+        return self._images[id]
+
+    async def tag(self, word: str, reference: Reference) -> None:
+        """Let ``reference`` name the image ``word``.  Raises: NotFound, InvalidArgument."""
+        image = self.get(word)
+        reference = reference.with_default_tag()
+        async with self._writing:
+            if image.id not in self._images:
+                raise NotFound(f"No such image: {word}")
+            catalog = _with_references(self._catalog, (reference,), image.id)
+            stamps = {**catalog.tagged_at, image.id: timestamp(self._clock.now_ns())}
+            await self._put(msgspec.structs.replace(catalog, tagged_at=stamps))
+        self.announce("tag", image.id, reference.familiar)
+
+    async def discard(
+        self, references: Collection[Reference], image_ids: Collection[str], in_use: Collection[str]
+    ) -> Sequence[Digest]:
+        """Take away references and images; what ``removal`` decided.  Gives the layers that went with them.
+
+        The layers of images ``in_use`` by containers stay until ``sweep`` finds them unused.
+        """
+        async with self._writing:
+            texts = {str(reference) for reference in references}
+            kept = {
+                text: id
+                for text, id in self._catalog.references.items()
+                if text not in texts and id not in image_ids
+            }
+            retired = self._catalog.retired | (set(image_ids) & set(in_use))
+            await self._put(msgspec.structs.replace(self._catalog, references=kept, retired=retired))
+            gone = [id for id in image_ids if id not in retired]
+            await self._forget(gone)
+        return await self._collect()
+
+    async def sweep(self, in_use: Collection[str]) -> None:
+        """Delete what was kept for containers only and is no longer used by any."""
+        unused = self._catalog.retired - set(in_use)
+        if unused:
+            async with self._writing:
+                await self._put(
+                    msgspec.structs.replace(self._catalog, retired=self._catalog.retired - unused)
+                )
+                await self._forget(unused)
+            await self._collect()
+
+    @asynccontextmanager
+    async def pinned(self, chain: Sequence[str]) -> AsyncIterator[None]:
+        """Keep layers, present or to come, from being deleted as long as the block runs."""
+        self._pinned.update(chain)
+        try:
+            yield
+        finally:
+            self._pinned.subtract(chain)
+            self._pinned += Counter()  # drops what is down to zero
+            await asyncio.shield(self._collect())
+
+    @asynccontextmanager
+    async def workspace(self, prefix: str) -> AsyncIterator[Path]:
+        """A directory that exists as long as the block runs.  Raises: Unavailable: no image can be added now."""
+        self._require_catalog()
+        # Not in a thread: who is cancelled meanwhile would leave it behind.
+        path = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=self.scratch))
+        try:
+            yield path
+        finally:
+            await asyncio.shield(discard_tree(path))
+
+    def announce(self, action: str, id: str, name: str) -> None:
+        """Tell that something happened to an image."""
+        image = self._images.get(id)
+        labels = (image.config.defaults.labels if image else None) or {}
+        self._on_event(
+            ImageEvent(
+                action=action, id=id, time_ns=self._clock.now_ns(), attributes={**labels, "name": name}
+            )
+        )
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _set_aside(self) -> None:
+        """What earlier processes did not finish may be large: it is removed once everything else goes on."""
+        try:
+            if self.scratch.exists():
+                self.scratch.rename(self._root / f"{_ASIDE}{secrets.token_hex(8)}")
+        except OSError as error:
+            report(error, "leftovers of images not set aside", directory=str(self.scratch))
+
+    async def _read_or_say(self) -> None:
+        try:
+            await asyncio.to_thread(self._read)
+        except OSError as error:
+            self.trouble = f"images of this node cannot be read: {explain(error)}"
+        else:
+            self.trouble = ""
+        self._index()
+
+    def _read(self) -> None:
+        """Read all that can be read.  Raises: OSError: not all can."""
+        unread: OSError | None = None
+        for directory in (self._root, self._root / "configs", self.scratch):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            if not self._knows_catalog:
+                self._catalog = _read_catalog(self._root / "catalog.json")
+                self._knows_catalog = True
+        except OSError as error:
+            unread = error
+        try:
+            self.layer_store.open()
+        except OSError as error:
+            unread = error
+        for file in sorted((self._root / "configs").iterdir()):
+            if file.suffix == BESIDE:
+                discard_tree_now(file)
+                continue
+            try:
+                self._read_config(file)
+            except Exception as error:  # whatever it is, it is one image
+                report(error, "image left out", file=str(file))
+                if isinstance(error, OSError) and not is_no_file(error):
+                    unread = error
+        if unread is not None:
+            raise unread
+
+    def _read_config(self, file: Path) -> None:
+        """Raises: InvalidArgument; OSError."""
+        content = file.read_bytes()
+        config = parse_config(content)
+        if hex_of(digest_of(content)) != file.name:
+            raise InvalidArgument("its content has changed")
+        if not all(self.layer_store.get(chain_id) for chain_id in chain_ids(config.diff_ids)):
+            raise InvalidArgument("a layer is missing")
+        self._configs[digest_of(content)] = config
+
+    def _index(self) -> None:
+        """Make the images anew from configurations and catalog."""
+        references: dict[str, list[Reference]] = {}
+        for text, id in self._catalog.references.items():
+            references.setdefault(id, []).append(parse_reference(text))
+        self._images = {
+            id: Image(
+                id=Digest(id),
+                config=config,
+                references=tuple(sorted(references.get(id, ()))),
+                size_bytes=self._size(config),
+                parent=self._catalog.parents.get(id, ""),
+                tagged_at=self._catalog.tagged_at.get(id, ZERO_TIME),
+            )
+            for id, config in self._configs.items()
+            if id not in self._catalog.retired
+        }
+        self._by_reference = {
+            reference: image for image in self._images.values() for reference in image.references
+        }
+
+    def _size(self, config: ImageConfig) -> int:
+        layers = (self.layer_store.get(chain_id) for chain_id in chain_ids(config.diff_ids))
+        return sum(layer.size_bytes for layer in layers if layer is not None)
+
+    def _by_prefix(self, word: str) -> Image | None:
+        digits = word.removeprefix("sha256:")
+        found = [image for id, image in self._images.items() if digits and hex_of(id).startswith(digits)]
+        return found[0] if len(found) == 1 else None
+
+    async def _put(self, catalog: Catalog) -> None:
+        """Write the catalog, then show it.  Under ``_writing``.  Raises: Unavailable: nobody knows what is in it."""
+        self._require_catalog()
+        content = msgspec.json.encode(catalog)
+        await asyncio.to_thread(replace_file, self._root / "catalog.json", content)
+        self._catalog = catalog
+        self._index()
+
+    def _require_catalog(self) -> None:
+        """What is in the file must not be lost by writing it anew."""
+        if not self._knows_catalog:
+            raise Unavailable(self.trouble)
+
+    async def _forget(self, image_ids: Iterable[str]) -> None:
+        """Delete configurations.  Under ``_writing``."""
+        for id in image_ids:
+            (self._root / "configs" / hex_of(id)).unlink(missing_ok=True)
+            self._configs.pop(id, None)
+        self._index()
+
+    async def _collect(self) -> Sequence[Digest]:
+        """Delete the layers that no image has and nobody has pinned; their chain ids, top first."""
+        if self.trouble:
+            return ()
+        needed: set[str] = set(self._pinned)
+        for config in self._configs.values():
+            needed.update(chain_ids(config.diff_ids))
+        unneeded = [layer for id, layer in self.layer_store.all().items() if id not in needed]
+        chain = [layer.chain_id for layer in reversed(unneeded)]
+        for grave in self.layer_store.detach(chain):
+            await discard_tree(grave)
+        return chain
+
+
+def _read_catalog(file: Path) -> Catalog:
+    """What an earlier process wrote; one that is damaged is moved aside, and the images have no names.
+
+    Raises: OSError: it cannot be read now.
+    """
+    try:
+        catalog = msgspec.json.decode(file.read_bytes(), type=Catalog)
+        for text in catalog.references:
+            parse_reference(text)
+    except FileNotFoundError:
+        return Catalog()
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, InvalidArgument) as error:
+        if isinstance(error, OSError) and not is_no_file(error):
+            raise
+        aside = file.with_suffix(".damaged")
+        report(error, "names of images lost: their file is damaged", file=str(file), kept_as=str(aside))
+        discard_tree_now(aside)
+        with suppress(OSError):
+            file.rename(aside)
+        return Catalog()
+    return catalog
+
+
+def _with_references(catalog: Catalog, references: Iterable[Reference], id: Digest) -> Catalog:
+    """The catalog after ``references`` were given to the image ``id``."""
+    named = {str(reference): id for reference in references}
+    return msgspec.structs.replace(catalog, references={**catalog.references, **named})

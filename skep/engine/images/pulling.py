@@ -1,0 +1,411 @@
+"""``docker pull``: a reference becomes an image.
+
+Manifest, configuration and layers are each checked against the digest that names them before anything is unpacked;
+layers come in parallel, broken transfers go on where they broke.  Several who pull the same reference at once share
+the work of the first.
+
+Source: moby 20.10, distribution/pull_v2.go, distribution/xfer/download.go.
+"""
+
+import asyncio
+import errno
+import hashlib
+import os
+import platform as machine
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from skep.aio.backoff import Backoff
+from skep.aio.groups import first_alone
+from skep.engine.images.digest import Digest, chain_ids, digest_of, parse_digest, short
+from skep.engine.images.image import Image, ImageConfig, parse_config
+from skep.engine.images.layers import DigestMismatch, Limits, UnpackFailed
+from skep.engine.images.local import LocalImages
+from skep.engine.images.progress import Message, Report, step, transfer
+from skep.engine.images.reference import Reference
+from skep.engine.images.registry import (
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Absent,
+    Credentials,
+    Document,
+    Policy,
+    RegistryError,
+    Repository,
+    connected,
+)
+from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.linux.files import allocate
+
+T = TypeVar("T")
+
+_ATTEMPTS = 5
+_BACKOFF_S = 0.5
+_CONFIG_BYTES_MAX = 8 << 20
+_MISMATCH = "layers from manifest don't match image configuration"
+_REPORT_BYTES = 512 << 10
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386"}
+
+
+class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A reference to content, by digest."""
+
+    media_type: str = ""
+    digest: str
+    size: int
+    platform: Mapping[str, Any] | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A manifest (``config``, ``layers``) or an index (``manifests``)."""
+
+    media_type: str = ""
+    config: Descriptor | None = None
+    layers: tuple[Descriptor, ...] = ()
+    manifests: tuple[Descriptor, ...] | None = None
+
+
+class Platform(msgspec.Struct, frozen=True):
+    """``os/architecture[/variant]``; the variant counts only where it is given."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+
+
+def this_platform() -> Platform:
+    """What this machine runs."""
+    name = machine.machine()
+    return Platform("linux", _ARCHITECTURES.get(name, name))
+
+
+def parse_platform(text: str) -> Platform:
+    """``text`` as a client writes it; empty: this machine's.  Raises: InvalidArgument."""
+    if not text:
+        return this_platform()
+    parts = text.lower().split("/")
+    if len(parts) > 3:
+        raise InvalidArgument(f'"{text}": cannot parse platform specifier: invalid argument')
+    if not all(parts):
+        raise InvalidArgument(f'"{text}": unknown operating system or architecture: invalid argument')
+    if len(parts) == 1:
+        here = this_platform()
+        return Platform(parts[0], here.architecture) if parts[0] == "linux" else Platform("linux", parts[0])
+    return Platform(*parts)
+
+
+def choose(manifests: Sequence[Descriptor], wanted: Platform) -> Descriptor:
+    """The entry of an index for ``wanted``; the first that fits.
+
+    Raises:
+        NotFound: none does.
+    """
+    for descriptor in manifests:
+        found = descriptor.platform or {}
+        if (found.get("os"), found.get("architecture")) != (wanted.os, wanted.architecture):
+            continue
+        if not wanted.variant or found.get("variant", "") in ("", wanted.variant):
+            return descriptor
+    raise NotFound(f"no matching manifest for {wanted} in the manifest list entries")
+
+
+async def pull(
+    images: LocalImages,
+    policy: Policy,
+    reference: Reference,
+    credentials: Credentials,
+    report: Report,
+    *,
+    platform: str = "",
+) -> Image:
+    """Fetch what ``reference`` (with a tag or digest) names.  Raises as ``ImageStore.pull`` says."""
+    wanted = parse_platform(platform)
+    lock = _pulls.get((images, reference))
+    if lock is None:
+        lock = _pulls[images, reference] = asyncio.Lock()
+    async with lock, connected(policy, reference, credentials) as repository:
+        document = await _attempted(
+            lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max)
+        )
+        report(Message(id=reference.tag or reference.digest, status=f"Pulling from {reference.path}"))
+        manifest = await _for_platform(repository, document, wanted, images.limits.manifest_bytes_max)
+        before = images.resolve(str(reference))
+        image = await _pull_image(images, repository, manifest, _names(reference, document.digest), report)
+        if platform and image.config.os and not _fits(image.config, wanted):
+            found = Platform(image.config.os, image.config.architecture)
+            raise NotFound(
+                f"image with reference {reference.familiar} was found but does not match the specified platform:"
+                f" wanted {wanted}, actual: {found}"
+            )
+    is_new = before is None or before.id != image.id
+    report(Message(status=f"Digest: {document.digest}"))
+    state = "Downloaded newer image" if is_new else "Image is up to date"
+    report(Message(status=f"Status: {state} for {reference.familiar}"))
+    images.announce("pull", reference.familiar, reference.familiar_name)
+    return image
+
+
+async def tags(
+    policy: Policy, reference: Reference, credentials: Credentials, limits: Limits
+) -> Sequence[str]:
+    """All tags of a repository.  Raises: NotFound, RegistryError."""
+    async with connected(policy, reference, credentials) as repository:
+        return await repository.tags(limits.manifest_bytes_max)
+
+
+async def inspect(
+    policy: Policy, reference: Reference, credentials: Credentials, limits: Limits
+) -> Mapping[str, Any]:
+    """What the registry says of ``reference``: digest and platforms, as ``GET /distribution`` answers.
+
+    Raises: NotFound, PermissionDenied, RegistryError.
+    """
+    async with connected(policy, reference, credentials) as repository:
+        target = reference.digest or reference.tag
+        try:
+            document = await repository.manifest(target, limits.manifest_bytes_max)
+        except Absent as error:
+            raise NotFound(error.cause) from error
+        manifest = _decoded(document)
+        platforms = [one.platform for one in manifest.manifests or () if one.platform]
+        if manifest.config is not None:
+            async with repository.blob(manifest.config.digest) as (_, pieces):
+                content = await _whole(pieces, _CONFIG_BYTES_MAX)
+            if digest_of(content) != manifest.config.digest:
+                raise InvalidArgument(f"image verification failed for digest {manifest.config.digest}")
+            config = parse_config(content)
+            platforms = [{"architecture": config.architecture, "os": config.os}]
+    return {
+        "Descriptor": {
+            "mediaType": manifest.media_type or document.media_type,
+            "digest": document.digest,
+            "size": len(document.content),
+        },
+        "Platforms": platforms,
+    }
+
+
+async def _whole(pieces: AsyncIterator[bytes], bytes_max: int) -> bytes:
+    content = bytearray()
+    async for piece in pieces:
+        content += piece
+        if len(content) > bytes_max:
+            raise InvalidArgument(f"the image's configuration is larger than {bytes_max} bytes")
+    return bytes(content)
+
+
+_pulls: WeakValueDictionary[tuple[LocalImages, Reference], asyncio.Lock] = WeakValueDictionary()
+"""One lock per reference being pulled; it lives as long as somebody holds or awaits it."""
+
+
+def _names(reference: Reference, manifest_digest: Digest) -> Sequence[Reference]:
+    """What the image is called after the pull: its tag, and its repository at the manifest's digest."""
+    at_digest = reference.with_digest(manifest_digest)
+    return (at_digest,) if reference.digest else (reference, at_digest)
+
+
+def _fits(config: ImageConfig, wanted: Platform) -> bool:
+    return (config.os, config.architecture) == (wanted.os, wanted.architecture)
+
+
+async def _for_platform(
+    repository: Repository, document: Document, wanted: Platform, bytes_max: int
+) -> Manifest:
+    """The manifest that ``document`` is, or that the index in it has for ``wanted``."""
+    manifest = _decoded(document)
+    if manifest.manifests is None:
+        return manifest
+    digest = parse_digest(choose(manifest.manifests, wanted).digest)
+    chosen = _decoded(await _attempted(lambda: repository.manifest(digest, bytes_max)))
+    if chosen.manifests is not None:
+        raise InvalidArgument("invalid manifest: an index within an index")
+    return chosen
+
+
+def _decoded(document: Document) -> Manifest:
+    try:
+        manifest = msgspec.json.decode(document.content, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"invalid manifest: {error}") from error
+    kind = manifest.media_type or document.media_type
+    if kind not in (DOCKER_MANIFEST, DOCKER_LIST, OCI_MANIFEST, OCI_INDEX):
+        raise InvalidArgument(f"unsupported manifest format: {kind}")
+    if (manifest.manifests is None) == (manifest.config is None):
+        raise InvalidArgument("invalid manifest: it must have either a configuration or manifests")
+    return manifest
+
+
+async def _pull_image(
+    images: LocalImages,
+    repository: Repository,
+    manifest: Manifest,
+    names: Sequence[Reference],
+    report: Report,
+) -> Image:
+    assert manifest.config is not None, "an index was resolved before"
+    config_digest = parse_digest(manifest.config.digest)
+    present = images.resolve(config_digest)
+    if present is not None:
+        content = await asyncio.to_thread(images.config_file(present).read_bytes)
+        return await images.add(content, names)
+    async with images.workspace("pull") as directory:
+        content = await _fetched_config(repository, manifest.config, directory, images.limits)
+        config = parse_config(content)
+        if len(config.diff_ids) != len(manifest.layers):
+            raise InvalidArgument(_MISMATCH)
+        chain = chain_ids(config.diff_ids)
+        async with images.pinned(chain):
+            await _pull_layers(images, repository, manifest, config, directory, report)
+            return await images.add(content, names)
+
+
+def _check_room(images: LocalImages, manifest: Manifest, config: ImageConfig, directory: Path) -> None:
+    """Refuse an image before its first byte, if what it says of itself does not fit.
+
+    What is not here takes as much again unpacked, at least.  Raises: UnpackFailed.
+    """
+    missing = [
+        max(descriptor.size, 0)
+        for descriptor, chain_id in zip(manifest.layers, chain_ids(config.diff_ids), strict=True)
+        if images.layer_store.get(chain_id) is None
+    ]
+    room = images.limits.room_on(directory)
+    if sum(missing) > room:
+        raise UnpackFailed(
+            f"{directory}: no space left on device: the image has {sum(missing)} bytes to download, and "
+            f"{max(room, 0)} may be used"
+        )
+
+
+async def _pull_layers(
+    images: LocalImages,
+    repository: Repository,
+    manifest: Manifest,
+    config: ImageConfig,
+    directory: Path,
+    report: Report,
+) -> None:
+    await asyncio.to_thread(_check_room, images, manifest, config, directory)
+    downloads = asyncio.Semaphore(3)  # Docker's max-concurrent-downloads
+
+    async def layer(number: int, descriptor: Descriptor, chain_id: Digest, diff_id: str) -> None:
+        id = short(descriptor.digest)
+        async with downloads:
+            path = await _download(
+                repository, descriptor, directory / f"layer-{number}", images.limits, report
+            )
+        report(step(id, "Download complete"))
+        report(transfer(id, "Extracting", descriptor.size, descriptor.size))
+        try:
+            await images.layer_store.add(
+                path, chain_id=chain_id, diff_id=Digest(diff_id), blob=Digest(descriptor.digest)
+            )
+        except DigestMismatch as error:
+            raise InvalidArgument(_MISMATCH) from error
+        except SkepError as error:
+            raise type(error)(f"failed to register layer: {error}") from error
+        report(step(id, "Pull complete"))
+
+    chain = chain_ids(config.diff_ids)
+    with first_alone(SkepError):  # the others follow from it or say the same
+        async with asyncio.TaskGroup() as group:
+            for number, (descriptor, chain_id, diff_id) in enumerate(
+                zip(manifest.layers, chain, config.diff_ids, strict=True)
+            ):
+                present = images.layer_store.get(chain_id) is not None
+                report(step(short(descriptor.digest), "Already exists" if present else "Pulling fs layer"))
+                if not present:
+                    group.create_task(layer(number, descriptor, chain_id, diff_id), name=f"layer-{number}")
+
+
+async def _fetched_config(
+    repository: Repository, descriptor: Descriptor, directory: Path, limits: Limits
+) -> bytes:
+    if descriptor.size > _CONFIG_BYTES_MAX:
+        raise InvalidArgument(f"the image's configuration is larger than {_CONFIG_BYTES_MAX} bytes")
+    path = await _download(repository, descriptor, directory / "config", limits, lambda _: None)
+    return await asyncio.to_thread(path.read_bytes)
+
+
+async def _download(
+    repository: Repository, descriptor: Descriptor, path: Path, limits: Limits, report: Report
+) -> Path:
+    """The blob's bytes in a file, checked.
+
+    Raises: InvalidArgument: they are not what the digest names; UnpackFailed: there is no space for them.
+    """
+    digest = parse_digest(descriptor.digest)
+    with path.open("w+b") as file:
+        await asyncio.to_thread(_reserve, file, descriptor.size, limits)
+        await _attempted(lambda: _transfer(repository, descriptor, file, report))
+        report(step(short(digest), "Verifying Checksum"))
+        found = await asyncio.to_thread(_digest_of_file, path, digest.partition(":")[0])
+    if found != digest:
+        raise InvalidArgument(f"filesystem layer verification failed for digest {digest}")
+    return path
+
+
+async def _transfer(repository: Repository, descriptor: Descriptor, file: BinaryIO, report: Report) -> None:
+    """Append what is still missing."""
+    id = short(descriptor.digest)
+    present = file.seek(0, os.SEEK_END)
+    async with repository.blob(descriptor.digest, start=present) as (start, pieces):
+        if start < present:  # to cut nothing off would give back what is reserved
+            file.truncate(start)
+        written = reported = file.seek(start)
+        async for piece in pieces:
+            written += len(piece)
+            if written > descriptor.size:
+                raise InvalidArgument(f"blob {descriptor.digest} is larger than its {descriptor.size} bytes")
+            await asyncio.to_thread(file.write, piece)
+            if written - reported >= _REPORT_BYTES or written == descriptor.size:
+                reported = written
+                report(transfer(id, "Downloading", written, descriptor.size))
+    await asyncio.to_thread(file.flush)
+    if written < descriptor.size:
+        raise RegistryError(f"blob {descriptor.digest} ended after {written} of {descriptor.size} bytes")
+
+
+def _reserve(file: BinaryIO, size: int, limits: Limits) -> None:
+    """Have the file system keep ``size`` bytes for ``file``, so that no other download counts on them.
+
+    Raises: InvalidArgument: no blob has such a size; UnpackFailed: there is no space.
+    """
+    if size < 0:
+        raise InvalidArgument(f"invalid manifest: a blob of {size} bytes")
+    directory = Path(file.name).parent
+    if size > limits.room_on(directory):
+        raise UnpackFailed(f"{directory}: no space left on device")
+    try:
+        allocate(file.fileno(), size)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UnpackFailed(f"{directory}: no space left on device") from error
+        # A file system that cannot: then another download may be faster.
+
+
+async def _attempted(action: Callable[[], Awaitable[T]]) -> T:
+    """``action``'s result; a failure of the network is tried again, each time after a longer, jittered wait."""
+    backoff = Backoff(_BACKOFF_S)
+    for attempt in range(_ATTEMPTS):
+        try:
+            return await action()
+        except RegistryError:
+            if attempt == _ATTEMPTS - 1:
+                raise
+            await asyncio.sleep(backoff.next_delay_s())
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _digest_of_file(path: Path, algorithm: str) -> str:
+    with path.open("rb") as file:
+        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"

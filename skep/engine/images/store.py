@@ -1,0 +1,133 @@
+"""The images of this node: what the executor and the Engine API ask.
+
+``LocalImages`` holds them; here are the ways they come in, go out and go away.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection, Sequence
+from pathlib import Path
+
+import msgspec
+
+from skep.aio.clock import Clock
+from skep.engine.images import archive, pulling
+from skep.engine.images.digest import Digest
+from skep.engine.images.image import Image
+from skep.engine.images.layers import Limits
+from skep.engine.images.local import ImageEvent, LocalImages
+from skep.engine.images.progress import Report, quiet
+from skep.engine.images.reference import Reference, parse_reference
+from skep.engine.images.registry import Policy, decode_credentials
+from skep.engine.images.removal import ImageUser, ancestors_to_prune, removal
+
+
+class Removed(msgspec.Struct, frozen=True):
+    """What a removal took: names, then images and layers by digest."""
+
+    untagged: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+
+
+class ImageStore(LocalImages):
+    """All images of this node."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        policy: Policy | None = None,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        on_event: Callable[[ImageEvent], None] = lambda _: None,
+    ) -> None:
+        """``policy``: how registries are reached (mirrors, insecure ones)."""
+        super().__init__(root, limits=limits, clock=clock, on_event=on_event)
+        self.policy = policy or Policy()
+        self._pulls: dict[str, asyncio.Lock] = {}
+
+    async def load(self, pieces: AsyncIterable[bytes], report: Report = quiet) -> Sequence[Image]:
+        """Take in the images of an archive (``docker load``).  Raises: InvalidArgument, ResourceExhausted."""
+        return await archive.load(self, pieces, report)
+
+    def save(self, words: Sequence[str]) -> AsyncGenerator[bytes, None]:
+        """An archive of the images that ``words`` name (``docker save``).  Raises: NotFound."""
+        return archive.save(self, words)
+
+    async def pull(self, word: str, auth: str = "", report: Report = quiet, *, platform: str = "") -> Image:
+        """Fetch an image from its registry; what is here already is not fetched again.
+
+        Args:
+            auth: ``X-Registry-Auth``: base64 of JSON; empty for none.
+            platform: ``os[/architecture[/variant]]`` where the registry has several; empty: this machine's.
+
+        Raises:
+            InvalidArgument: the reference or ``auth`` cannot be parsed.
+            NotFound: the registry has no such image for this platform; PermissionDenied: it refuses.
+            Unavailable: it cannot be reached.
+        """
+        reference = parse_reference(word).with_default_tag()
+        credentials = decode_credentials(auth)
+        return await pulling.pull(self, self.policy, reference, credentials, report, platform=platform)
+
+    async def pull_all(
+        self, reference: Reference, auth: str, report: Report = quiet, *, platform: str = ""
+    ) -> Sequence[Image]:
+        """Like ``pull``; a reference without tag and digest means every tag of its repository."""
+        credentials = decode_credentials(auth)
+        wanted = [reference]
+        if reference.is_name_only:
+            tags = await pulling.tags(self.policy, reference, credentials, self.limits)
+            wanted = [reference.with_tag(tag) for tag in tags]
+        return [
+            await pulling.pull(self, self.policy, one, credentials, report, platform=platform)
+            for one in wanted
+        ]
+
+    async def remove(
+        self, word: str, *, force: bool = False, prune: bool = True, users: Collection[ImageUser]
+    ) -> Removed:
+        """Untag or delete (``docker rmi``).
+
+        Args:
+            prune: parents that nothing needs any more go, too.
+            users: every container of this node.
+
+        Raises:
+            NotFound; Conflict: something needs it.
+        """
+        image = self.get(word)
+        decided = removal(word, image, force=force, users=users, children=self.children(image.id))
+        gone = [image] if decided.image_id else []
+        if gone and prune:
+            gone += ancestors_to_prune(image, self.images(), users)
+        return await self._take([(image.id, name) for name in decided.untagged], gone, users)
+
+    async def prune(
+        self, chosen: Callable[[Image], bool], *, users: Collection[ImageUser]
+    ) -> tuple[Removed, int]:
+        """Delete the images that are ``chosen`` and unused; also: how many bytes that freed."""
+        used = {user.image_id for user in users}
+        gone = [
+            image
+            for image in self.images()
+            if image.id not in used and not self.children(image.id) and chosen(image)
+        ]
+        before = self.bytes_used()
+        names = [(image.id, reference) for image in gone for reference in image.references]
+        removed = await self._take(names, gone, users)
+        return removed, before - self.bytes_used()
+
+    def bytes_used(self) -> int:
+        """Size of all layers, unpacked."""
+        return sum(layer.size_bytes for layer in self.layer_store.all().values())
+
+    async def _take(
+        self, names: Sequence[tuple[Digest, Reference]], gone: Sequence[Image], users: Collection[ImageUser]
+    ) -> Removed:
+        ids = [image.id for image in gone]
+        layers = await self.discard({name for _, name in names}, ids, {user.image_id for user in users})
+        for id, _ in names:
+            self.announce("untag", id, id)  # as in the engine, which does not say which name
+        for id in ids:
+            self.announce("delete", id, id)
+        return Removed(tuple(name.familiar for _, name in names), (*ids, *layers))

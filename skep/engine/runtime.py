@@ -1,0 +1,300 @@
+"""runc under conmon, driven from asyncio.
+
+conmon is started per container, forks itself away from us (its parent becomes pid 1) and runs ``runc
+create``.  It keeps the container's terminal or pipes, writes its output to the log, and when the container
+ends writes the exit code to a file and ends.  So three questions have plain answers, also after a restart
+of this process:
+
+* has it ended?  conmon's pidfd is readable (it ends last);
+* how?  the exit file, written before conmon ends;
+* and if conmon was killed?  there is no exit file: the container runs on unwatched until its own pidfd is
+  readable, and its exit code is unknown: 255.
+"""
+
+import asyncio
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.engine.attachment import Attachment, attach
+from skep.engine.bundle import Bundles
+from skep.engine.cgroups import Cgroups
+from skep.engine.conmon import (
+    RUNTIME_ENVIRONMENT,
+    Conmons,
+    RuntimeFailed,
+    StartError,
+    control,
+    plain,
+    read_pid,
+)
+from skep.engine.container import Container, ContainerConfig, ProcessName
+from skep.engine.processes import find, wait_gone
+from skep.engine.runc_state import ProcessEnded, RuncState
+from skep.engine.spec import Capacity, resources
+from skep.errors import Unavailable
+from skep.linux.commands import communicate
+from skep.model.ids import ContainerId
+
+log = structlog.get_logger()
+
+COMMAND_DEADLINE_S = 60.0
+"""For one runc command on an overloaded machine; a healthy one needs 0.01 s."""
+EXIT_CODE_UNKNOWN = 255
+_CLEAR_TRIES_MAX = 8
+
+
+class Started(msgspec.Struct, frozen=True):
+    """A created container: its first process waits for ``start``."""
+
+    process: ProcessName
+    monitor: ProcessName
+
+
+class StartedExec(msgspec.Struct, frozen=True):
+    """A running exec.  ``monitor`` None: it has ended already."""
+
+    pid: int
+    monitor: ProcessName | None
+    attachment: Attachment
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """How a container ended.  ``error`` is set when nobody saw it."""
+
+    exit_code: int
+    oom_killed: bool = False
+    error: str = ""
+
+
+class Runtime:
+    """runc and conmon of one node.  ``root``: runc's state, on a file system that a reboot empties."""
+
+    def __init__(
+        self, *, runc: Path, conmon: Path, root: Path, bundles: Bundles, cgroups: Cgroups, capacity: Capacity
+    ) -> None:
+        self._runc = runc
+        self._conmon = conmon
+        self._root = root
+        self._bundles = bundles
+        self._cgroups = cgroups
+        self._capacity = capacity
+        self._conmons = Conmons(cgroups)
+        self._state = RuncState(root)
+
+    def close(self) -> None:
+        """Free what starting containers needs; they run on."""
+        self._conmons.close()
+
+    async def create(self, container: Container) -> Started:
+        """``runc create`` under a conmon of its own.
+
+        Raises: StartError: runc refused; Unavailable: no answer in time.
+        """
+        id, path, bundle = container.id, self._bundles.path(container.id), self._bundles.bundle(container.id)
+        for stale in (path / id, path / "oom", bundle / "attach", bundle / "ctl", bundle / "pidfile"):
+            stale.unlink(missing_ok=True)  # of an earlier start
+        arguments = self._conmon_arguments(id, id, bundle, path, terminal=container.config.tty)
+        arguments += ["--persist-dir", str(path), "-P", str(bundle / "conmon.pid")]
+        arguments += ["-l", _log_driver(container, self._bundles.log(id))]
+        if container.config.open_stdin:
+            arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
+        async with self._conmons.started(arguments, path, attach=False) as pipes:
+            pipes.let_go()
+            pid = await read_pid(pipes.answers)
+        process = find(pid)
+        monitor = find(int((bundle / "conmon.pid").read_text()))
+        if process is None or monitor is None:
+            raise StartError("the container's first process ended before it was started")
+        return Started(process, monitor)
+
+    async def start(self, id: ContainerId, process: ProcessName) -> None:
+        """The created ``process`` becomes the container's command.  Raises: StartError; Unavailable."""
+        try:
+            async with asyncio.timeout(COMMAND_DEADLINE_S):
+                if not await self._state.start(id, process):
+                    await self.run("start", id)
+        except (RuntimeFailed, ProcessEnded) as error:
+            raise StartError(str(error), "start") from error
+        except TimeoutError as error:
+            raise Unavailable(f"the container did not begin in {COMMAND_DEADLINE_S:g} s") from error
+
+    async def wait(self, container: Container) -> Ended:
+        """Return when the container has ended; works for containers of an earlier process too."""
+        if container.monitor is not None:
+            await wait_gone(container.monitor)
+        ended = self._read_exit(container)
+        if ended is not None:
+            return ended
+        if container.process is not None:
+            await wait_gone(container.process)
+        log.warning(
+            "container's end was not seen",
+            container=container.name,
+            first_process=msgspec.to_builtins(container.process),
+            monitor=msgspec.to_builtins(container.monitor),
+        )
+        return Ended(
+            EXIT_CODE_UNKNOWN, error="the container's monitor was lost, so its exit code is not known"
+        )
+
+    async def delete(self, id: ContainerId) -> None:
+        """Remove runc's state and the container's cgroups; kills what is left of it.  Harmless on nothing."""
+        if self._state.knows(id):
+            with suppress(RuntimeFailed):
+                await self.run("delete", "--force", id)
+        self._cgroups.remove(id)
+
+    async def clear(self, id: ContainerId) -> None:
+        """The same for a container that has ended: it has no process left, so that no runc is needed."""
+        backoff = Backoff(first_s=0.001, longest_s=0.02)
+        for _ in range(_CLEAR_TRIES_MAX):
+            if await asyncio.to_thread(self._cgroups.remove, id):
+                self._state.forget(id)
+                return
+            # The kernel counts a process as a group's member until a moment after its end was reported.
+            await asyncio.sleep(backoff.next_delay_s())
+        log.warning(
+            "processes of an ended container are killed", container=id, pids=sorted(self._cgroups.pids(id))
+        )
+        await self.delete(id)
+
+    async def pause(self, id: ContainerId) -> None:
+        """Raises: RuntimeFailed."""
+        await self.run("pause", id)
+
+    async def resume(self, id: ContainerId) -> None:
+        """Raises: RuntimeFailed."""
+        await self.run("resume", id)
+
+    async def status(self, id: ContainerId) -> str:
+        """``created``, ``running``, ``paused``, ``stopped``; empty for a container runc does not know.
+
+        Of one that it knows and cannot speak of at the moment (no memory for a process, say), its files do.
+        """
+        try:
+            answer = await self.run("state", id)
+        except RuntimeFailed:
+            return self._state.stage(id)
+        status: str = msgspec.json.decode(answer).get("status", "")
+        return status
+
+    async def update(self, id: ContainerId, config: ContainerConfig) -> None:
+        """Change the limits of a running container.  Raises: RuntimeFailed."""
+        limits = resources(config, self._capacity, [])
+        # What is absent would stay as it is: lifting a limit has to be said.
+        if "memory" in self._capacity.controllers and not config.memory_bytes:
+            limits.setdefault("memory", {})["limit"] = -1
+            if self._capacity.has_swap_accounting:
+                limits["memory"]["swap"] = -1
+        if "cpu" in self._capacity.controllers and not config.nano_cpus:
+            limits["cpu"] = {"quota": -1}
+        if "pids" in self._capacity.controllers and not config.pids:
+            limits["pids"] = {"limit": -1}
+        await self.run("update", "--resources", "-", id, stdin=msgspec.json.encode(limits))
+
+    def resize(self, path: Path, height: int, width: int) -> None:
+        """Size of the terminal of the process whose conmon has its directory at ``path``."""
+        control(path, b"1 %d %d\n" % (height, width))
+
+    def reopen_log(self, id: ContainerId) -> None:
+        """Make conmon open its log file anew, after a rename; nothing is lost."""
+        control(self._bundles.bundle(id), b"2 0 0\n")
+
+    async def run(self, *arguments: str, stdin: bytes | None = None) -> bytes:
+        """One runc command; gives what it printed.  Raises: RuntimeFailed; Unavailable: the deadline passed."""
+        process = await asyncio.create_subprocess_exec(
+            str(self._runc),
+            "--root",
+            str(self._root),
+            *arguments,
+            stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, **RUNTIME_ENVIRONMENT},
+        )
+        try:
+            output, errors = await communicate(process, COMMAND_DEADLINE_S, stdin)
+        except TimeoutError as error:
+            raise Unavailable(f"runc {arguments[0]} did not end in {COMMAND_DEADLINE_S:g} s") from error
+        if process.returncode:
+            raise RuntimeFailed(plain(errors))
+        return output
+
+    async def exec(
+        self, container: Container, exec_id: str, path: Path, *, terminal: bool, stdin: bool
+    ) -> "StartedExec":
+        """Start a further process in a container, under a conmon of its own with its directory at ``path``.
+
+        Raises: StartError: runc refused; Unavailable: no answer in time.
+        """
+        arguments = self._conmon_arguments(container.id, exec_id, path, path, terminal=terminal)
+        arguments += ["-l", "none", "-e", "--exec-attach", "--exec-process-spec", str(path / "process.json")]
+        arguments += ["-P", str(path / "conmon.pid")]
+        if stdin:
+            arguments.append("-i")
+        attachment: Attachment | None = None
+        try:
+            async with self._conmons.started(arguments, path, attach=True) as pipes:
+                pipes.let_go()
+                if await pipes.attach_ready.readline():
+                    attachment = await attach(path)  # before the process starts, so that no output is missed
+                    pipes.let_go()
+                pid = await read_pid(pipes.answers, "exec")
+            if attachment is None:
+                raise StartError("conmon opened no socket to attach to", "exec")
+            monitor = find(int((path / "conmon.pid").read_text()))
+        except BaseException:
+            if attachment is not None:
+                attachment.close()
+            raise
+        return StartedExec(pid, monitor, attachment)
+
+    async def wait_exec(self, container: Container, path: Path, monitor: ProcessName | None) -> int:
+        """Return the exit code of an exec once it has ended."""
+        if monitor is not None:
+            await wait_gone(monitor)
+        try:
+            return int((path / container.id).read_text())
+        except (FileNotFoundError, ValueError):
+            return EXIT_CODE_UNKNOWN
+
+    # --- conmon -----------------------------------------------------------------------------------------------
+
+    def _conmon_arguments(
+        self, id: ContainerId, name: str, path: Path, exits: Path, *, terminal: bool
+    ) -> list[str]:
+        arguments = [str(self._conmon), "--api-version", "1", "-c", id, "-u", name, "-n", name]
+        arguments += [
+            "-r",
+            str(self._runc),
+            "-b",
+            str(path),
+            "-p",
+            str(path / "pidfile"),
+            "--exit-dir",
+            str(exits),
+        ]
+        arguments += ["--full-attach", "--no-sync-log", "--log-level", "error"]
+        if not self._capacity.has_keyrings:
+            arguments.append("--no-new-keyring")
+        arguments += ["--runtime-arg", "--root", "--runtime-arg", str(self._root)]
+        if terminal:
+            arguments.append("-t")
+        return arguments
+
+    def _read_exit(self, container: Container) -> Ended | None:
+        path = self._bundles.path(container.id)
+        try:
+            code = int((path / container.id).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return Ended(code, oom_killed=(path / "oom").exists())
+
+
+def _log_driver(container: Container, path: Path) -> str:
+    return "none" if container.config.log.type == "none" else f"k8s-file:{path}"

@@ -1,0 +1,271 @@
+"""What a container uses, in the words of ``GET /containers/{id}/stats``.
+
+One sample; the previous one that docker subtracts (``precpu_stats``) is whoever asks repeatedly to keep.
+Source: moby, daemon/stats_unix.go; fields of cgroup v1 and v2 are brought to the same names there.
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from skep.engine.cgroups import Cgroups
+from skep.engine.container import Container
+from skep.model.times import ZERO_TIME, Timestamp, timestamp
+
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+_NS_PER_US = 1000
+
+
+class CPUUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Nanoseconds.  ``percpu_usage`` exists on cgroup v1 only."""
+
+    total_usage: int = msgspec.field(default_factory=int)
+    percpu_usage: tuple[int, ...] = ()
+    usage_in_kernelmode: int = msgspec.field(default_factory=int)
+    usage_in_usermode: int = msgspec.field(default_factory=int)
+
+
+class Throttling(msgspec.Struct, frozen=True, kw_only=True):
+    periods: int = 0
+    throttled_periods: int = 0
+    throttled_time: int = 0
+
+
+class CPUStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """``system_cpu_usage``: nanoseconds that all processors of the node have worked."""
+
+    cpu_usage: CPUUsage = msgspec.field(default_factory=CPUUsage)
+    system_cpu_usage: int = 0
+    online_cpus: int = 0
+    throttling_data: Throttling = msgspec.field(default_factory=Throttling)
+
+
+class MemoryStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bytes.  ``stats``: the kernel's own list."""
+
+    usage: int = 0
+    max_usage: int = 0
+    stats: Mapping[str, int] = {}
+    failcnt: int = 0
+    limit: int = 0
+
+
+class PidsStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    current: int = 0
+    limit: int = 0
+
+
+class NetworkStats(msgspec.Struct, frozen=True, kw_only=True):
+    rx_bytes: int = 0
+    rx_packets: int = 0
+    rx_errors: int = 0
+    rx_dropped: int = 0
+    tx_bytes: int = 0
+    tx_packets: int = 0
+    tx_errors: int = 0
+    tx_dropped: int = 0
+
+
+class BlkioEntry(msgspec.Struct, frozen=True):
+    major: int
+    minor: int
+    op: str
+    value: int
+
+
+class BlkioStats(msgspec.Struct, frozen=True, kw_only=True):
+    io_service_bytes_recursive: tuple[BlkioEntry, ...] | None = None
+    io_serviced_recursive: tuple[BlkioEntry, ...] | None = None
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sample, spelled as the API spells it."""
+
+    read: Timestamp
+    preread: Timestamp = msgspec.field(default_factory=lambda: ZERO_TIME)
+    pids_stats: PidsStats = msgspec.field(default_factory=PidsStats)
+    blkio_stats: BlkioStats = msgspec.field(default_factory=BlkioStats)
+    num_procs: int = msgspec.field(default_factory=int)
+    storage_stats: Mapping[str, int] = msgspec.field(default_factory=dict)
+    cpu_stats: CPUStats = msgspec.field(default_factory=CPUStats)
+    precpu_stats: CPUStats = msgspec.field(default_factory=CPUStats)
+    memory_stats: MemoryStats = msgspec.field(default_factory=MemoryStats)
+    name: str = ""
+    id: str = ""
+    networks: Mapping[str, NetworkStats] = {}
+
+
+def sample(container: Container, cgroups: Cgroups, now_ns: int) -> Stats:
+    """What ``container`` has used so far; only its names when it does not run."""
+    if not container.is_running:
+        return Stats(read=ZERO_TIME, name=f"/{container.name}", id=container.id)
+    files = _Files(container, cgroups)
+    cpu = _cpu_v2(files) if cgroups.is_v2 else _cpu_v1(files)
+    return Stats(
+        read=timestamp(now_ns),
+        name=f"/{container.name}",
+        id=container.id,
+        pids_stats=PidsStats(
+            current=files.number("pids", "pids.current"), limit=files.number("pids", "pids.max")
+        ),
+        blkio_stats=_blkio_v2(files) if cgroups.is_v2 else _blkio_v1(files),
+        cpu_stats=cpu,
+        memory_stats=_memory_v2(files) if cgroups.is_v2 else _memory_v1(files),
+        networks=network_counters(_read(Path(f"/proc/{container.pid}/net/dev"))),
+    )
+
+
+class _Files:
+    """Files of one container's groups; what is missing reads as nothing."""
+
+    def __init__(self, container: Container, cgroups: Cgroups) -> None:
+        self._container = container
+        self._cgroups = cgroups
+
+    def text(self, controller: str, name: str) -> str:
+        directory = self._cgroups.directory(self._container.id, controller)
+        return "" if directory is None else _read(directory / name)
+
+    def number(self, controller: str, name: str) -> int:
+        text = self.text(controller, name).strip()
+        return int(text) if text.isdigit() else 0
+
+    def table(self, controller: str, name: str) -> dict[str, int]:
+        """Lines of ``key value``."""
+        return flat_keyed(self.text(controller, name))
+
+
+def flat_keyed(text: str) -> dict[str, int]:
+    """A "flat keyed" file of the kernel: one ``key number`` per line."""
+    pairs = (line.split() for line in text.splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def network_counters(text: str) -> dict[str, NetworkStats]:
+    """/proc/PID/net/dev without the loopback device."""
+    found = {}
+    for line in text.splitlines()[2:]:
+        name, _, counters = line.partition(":")
+        values = [int(word) for word in counters.split()]
+        if name.strip() != "lo" and len(values) >= 12:
+            found[name.strip()] = NetworkStats(
+                rx_bytes=values[0],
+                rx_packets=values[1],
+                rx_errors=values[2],
+                rx_dropped=values[3],
+                tx_bytes=values[8],
+                tx_packets=values[9],
+                tx_errors=values[10],
+                tx_dropped=values[11],
+            )
+    return found
+
+
+def _cpu_v1(files: _Files) -> CPUStats:
+    split = files.table("cpuacct", "cpuacct.stat")  # in ticks
+    throttled = files.table("cpu", "cpu.stat")
+    tick_ns = 1_000_000_000 // _TICKS_PER_SECOND
+    return CPUStats(
+        cpu_usage=CPUUsage(
+            total_usage=files.number("cpuacct", "cpuacct.usage"),
+            percpu_usage=tuple(map(int, files.text("cpuacct", "cpuacct.usage_percpu").split())),
+            usage_in_kernelmode=split.get("system", 0) * tick_ns,
+            usage_in_usermode=split.get("user", 0) * tick_ns,
+        ),
+        system_cpu_usage=_system_cpu_ns(),
+        online_cpus=os.cpu_count() or 1,
+        throttling_data=Throttling(
+            periods=throttled.get("nr_periods", 0),
+            throttled_periods=throttled.get("nr_throttled", 0),
+            throttled_time=throttled.get("throttled_time", 0),
+        ),
+    )
+
+
+def _cpu_v2(files: _Files) -> CPUStats:
+    table = files.table("cpu", "cpu.stat")
+    return CPUStats(
+        cpu_usage=CPUUsage(
+            total_usage=table.get("usage_usec", 0) * _NS_PER_US,
+            usage_in_kernelmode=table.get("system_usec", 0) * _NS_PER_US,
+            usage_in_usermode=table.get("user_usec", 0) * _NS_PER_US,
+        ),
+        system_cpu_usage=_system_cpu_ns(),
+        online_cpus=os.cpu_count() or 1,
+        throttling_data=Throttling(
+            periods=table.get("nr_periods", 0),
+            throttled_periods=table.get("nr_throttled", 0),
+            throttled_time=table.get("throttled_usec", 0) * _NS_PER_US,
+        ),
+    )
+
+
+def _memory_v1(files: _Files) -> MemoryStats:
+    return MemoryStats(
+        usage=files.number("memory", "memory.usage_in_bytes"),
+        max_usage=files.number("memory", "memory.max_usage_in_bytes"),
+        stats=files.table("memory", "memory.stat"),
+        failcnt=files.number("memory", "memory.failcnt"),
+        limit=_at_most_the_node(files.number("memory", "memory.limit_in_bytes")),
+    )
+
+
+def _memory_v2(files: _Files) -> MemoryStats:
+    return MemoryStats(
+        usage=files.number("memory", "memory.current"),
+        stats=files.table("memory", "memory.stat"),
+        failcnt=files.table("memory", "memory.events").get("oom", 0),
+        limit=_at_most_the_node(files.number("memory", "memory.max")),
+    )
+
+
+def _blkio_v1(files: _Files) -> BlkioStats:
+    return BlkioStats(
+        io_service_bytes_recursive=_blkio_entries(
+            files.text("blkio", "blkio.throttle.io_service_bytes_recursive")
+        ),
+        io_serviced_recursive=_blkio_entries(files.text("blkio", "blkio.throttle.io_serviced_recursive")),
+    )
+
+
+def _blkio_entries(text: str) -> tuple[BlkioEntry, ...]:
+    entries = []
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) == 3 and ":" in words[0]:
+            major, _, minor = words[0].partition(":")
+            entries.append(BlkioEntry(int(major), int(minor), words[1], int(words[2])))
+    return tuple(entries)
+
+
+def _blkio_v2(files: _Files) -> BlkioStats:
+    sizes = []
+    for line in files.text("io", "io.stat").splitlines():
+        device, *pairs = line.split()
+        major, _, minor = device.partition(":")
+        values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        for key, operation in (("rbytes", "read"), ("wbytes", "write")):
+            if major.isdigit() and minor.isdigit() and values.get(key, "").isdigit():
+                sizes.append(BlkioEntry(int(major), int(minor), operation, int(values[key])))
+    return BlkioStats(io_service_bytes_recursive=tuple(sizes))
+
+
+def _system_cpu_ns() -> int:
+    """user, nice, system, idle, iowait, irq and softirq time of the whole node."""
+    first = _read(Path("/proc/stat")).partition("\n")[0].split()
+    return sum(map(int, first[1:8])) * (1_000_000_000 // _TICKS_PER_SECOND)
+
+
+def _at_most_the_node(limit: int) -> int:
+    """Without a limit the kernel says a huge number (v1) or ``max`` (v2); docker shows the node's memory."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(limit, total) if limit else total
+
+
+def _read(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text()
+    return ""

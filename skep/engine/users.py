@@ -1,0 +1,111 @@
+"""Who a process in a container is: ``user[:group]`` looked up in the image's own passwd and group files.
+
+Source: moby, daemon/oci_linux.go (getUser), and moby/sys, user (GetExecUser): numbers need no entry, names do; a user
+without a group takes the group of its entry, or 0.  Entries with numbers that are none or too large are passed over.
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from skep.engine.syscalls import open_in_root
+from skep.errors import InvalidArgument
+
+_FILE_BYTES_MAX = 4 << 20
+_ID_MAX = (1 << 31) - 1
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What a process runs as.  ``home`` is where its entry says, ``/`` without one."""
+
+    uid: int = 0
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+    home: str = "/"
+
+
+def identity(root: Path, user: str, extra_groups: Iterable[str] = ()) -> Identity:
+    """Look up ``user`` (``""``, ``name``, ``uid``, ``user:group``) in the file system at ``root``.
+
+    Raises: InvalidArgument: ``unable to find user x: no matching entries in passwd file``, or for its group.
+    """
+    return resolve(user, extra_groups, _read(root, "etc/passwd"), _read(root, "etc/group"))
+
+
+def resolve(user: str, extra_groups: Iterable[str], passwd: str, group: str) -> Identity:
+    """The same, on the contents of the two files."""
+    wanted_user, has_group, wanted_group = user.partition(":")
+    wanted_user = wanted_user or "0"
+    uid = _number(wanted_user)
+    gid, home, name = 0, "/", None
+    for entry in _entries(passwd, 7):
+        # A number is always an id, or an image could have 1000 mean root.
+        if entry[0] == wanted_user if uid is None else _id_of(entry[2]) == uid:
+            name, uid, gid, home = entry[0], _number(entry[2]) or 0, _number(entry[3]) or 0, entry[5] or "/"
+            break
+    if uid is None:
+        raise InvalidArgument(f"unable to find user {wanted_user}: no matching entries in passwd file")
+    groups = _entries(group, 4)
+    if has_group and wanted_group:
+        gid = _group_id(wanted_group, groups)
+        supplementary: list[int] = []
+    else:
+        supplementary = [
+            number
+            for entry in groups
+            if name is not None and name in entry[3].split(",") and (number := _id_of(entry[2])) is not None
+        ]
+    supplementary += [_group_id(one, groups) for one in extra_groups]
+    return Identity(uid, gid, tuple(dict.fromkeys(number for number in supplementary if number != gid)), home)
+
+
+def _group_id(wanted: str, groups: list[list[str]]) -> int:
+    number = _number(wanted)
+    if number is not None:
+        return number
+    for entry in groups:
+        if entry[0] == wanted and (number := _number(entry[2])) is not None:
+            return number
+    raise InvalidArgument(f"unable to find group {wanted}: no matching entries in group file")
+
+
+def _id_of(word: str) -> int | None:
+    """The id of an entry; None: it has none that can be one."""
+    try:
+        return _number(word)
+    except InvalidArgument:
+        return None
+
+
+def _number(word: str) -> int | None:
+    """A user or group id; None for a name.  Raises: InvalidArgument: a number out of range."""
+    if not (word.isascii() and word.isdigit()):
+        return None
+    # Python converts thousands of digits slowly, and more than 4,300 not at all.
+    digits = word.lstrip("0") or "0"
+    if len(digits) > len(str(_ID_MAX)) or (number := int(digits)) > _ID_MAX:
+        raise InvalidArgument(f"uids and gids must be in range 0-{_ID_MAX}")
+    return number
+
+
+def _entries(text: str, fields: int) -> list[list[str]]:
+    """Lines of a passwd-like file with (at least) so many fields; others are skipped."""
+    entries = []
+    for line in text.splitlines():
+        parts = line.strip().split(":")
+        if len(parts) >= fields and not line.startswith("#"):
+            entries.append(parts)
+    return entries
+
+
+def _read(root: Path, path: str) -> str:
+    """A file of the image, without ever leaving it; empty when there is none."""
+    with suppress(OSError):
+        # O_NONBLOCK: an image may hold a FIFO in its place.
+        descriptor = open_in_root(root, path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read(_FILE_BYTES_MAX).decode(errors="replace")
+    return ""

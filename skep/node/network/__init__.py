@@ -1,1 +1,0 @@
-"""The node's networking: namespaces, the gateway bridge, published ports."""

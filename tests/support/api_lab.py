@@ -1,0 +1,101 @@
+"""The routes of one node's containers on a unix socket, asked as clients ask them."""
+
+import asyncio
+import json
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from skep.agent.executor.oci import OciExecutor
+from skep.api.server import Routes, application, runner
+from skep.engine.api.containers import container_routes
+from skep.engine.images.store import ImageStore
+from tests.conftest import SEARCHED
+
+
+class Api:
+    """The routes of one node's containers on a unix socket."""
+
+    def __init__(self, socket: Path, session: aiohttp.ClientSession) -> None:
+        self.socket = socket
+        self._session = session
+
+    async def ask(self, method: str, path: str, body: Any = None, version: str = "1.41") -> tuple[int, Any]:
+        async with self._session.request(method, f"http://node/v{version}{path}", json=body) as response:
+            content = await response.read()
+            is_json = response.content_type == "application/json" and content
+            return response.status, json.loads(content) if is_json else content
+
+    async def hijack(self, path: str, body: Any = None, version: str = "1.41") -> "Raw":
+        raw = Raw(*await asyncio.open_unix_connection(self.socket))
+        content = json.dumps(body).encode() if body is not None else b""
+        raw.writer.write(
+            f"POST /v{version}{path} HTTP/1.1\r\nHost: node\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+            + content
+        )
+        raw.head = (await raw.reader.readuntil(b"\r\n\r\n")).decode()
+        return raw
+
+    async def docker(self, *arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        """The docker command's exit code, output and errors."""
+        process = await asyncio.create_subprocess_exec(
+            *("docker", "-H", f"unix://{self.socket}", *arguments),
+            env={
+                "DOCKER_API_VERSION": "1.41",
+                "HOME": "/nonexistent",
+                "PATH": SEARCHED,
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        output, errors = await asyncio.wait_for(process.communicate(stdin), 20)
+        return process.returncode or 0, output.decode(), errors.decode()
+
+
+class Raw:
+    """A connection that was taken over."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.head = ""
+
+    async def frames(self) -> list[tuple[int, bytes]]:
+        """Everything until the end, as (stream, data), pieces of one stream that follow each other joined."""
+        found: list[tuple[int, bytes]] = []
+        while head := await self.reader.read(1):
+            head += await self.reader.readexactly(7)
+            data = await self.reader.readexactly(int.from_bytes(head[4:], "big"))
+            if found and found[-1][0] == head[0]:
+                found[-1] = (head[0], found[-1][1] + data)
+            else:
+                found.append((head[0], data))
+        return found
+
+
+@asynccontextmanager
+async def serving(directory: Path, executor: OciExecutor) -> AsyncIterator[Api]:
+    """The API of the executor's containers, at a socket in ``directory``."""
+    images = ImageStore(directory / "own-images")
+    await images.open()
+    ping = Routes()
+
+    @ping.head("/_ping")
+    async def _(_: web.Request) -> web.StreamResponse:
+        return web.Response()
+
+    server = runner(application(ping, container_routes(executor.containers, images, executor.bundles)))
+    await server.setup()
+    await web.UnixSite(server, directory / "api.sock").start()
+    connector = aiohttp.UnixConnector(str(directory / "api.sock"))
+    try:
+        async with aiohttp.ClientSession(connector=connector) as session:
+            yield Api(directory / "api.sock", session)
+    finally:
+        await server.cleanup()

@@ -1,0 +1,38 @@
+"""The documents, taken apart: their links, their shell blocks, the paths that they name."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    page
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("bench/*.md"), *ROOT.glob("docs/**/*.md"))
+    if "results" not in page.parts
+)
+_BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_QUOTED = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+
+
+def shell_blocks(page: str) -> list[str]:
+    """What stands in the fenced ``sh`` blocks of a page, in order."""
+    return _BLOCK.findall((ROOT / page).read_text())
+
+
+def links(page: Path) -> list[str]:
+    """Targets of a page's links to other files, without the fragment."""
+    targets = _LINK.findall(_FENCED.sub("", page.read_text()))
+    return [
+        target.partition("#")[0] for target in targets if "://" not in target and not target.startswith("#")
+    ]
+
+
+def quoted(page: Path) -> list[str]:
+    """What a page puts in backquotes outside of its blocks."""
+    return _QUOTED.findall(_FENCED.sub("", page.read_text()))
+
+
+def make_targets() -> set[str]:
+    """What make is told to be able to do."""
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

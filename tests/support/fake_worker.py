@@ -1,0 +1,57 @@
+"""What a session of a node serves: a worker without containers."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+
+from skep.agent.reports import Reports
+from skep.model.assignment import AssignmentSet
+from skep.model.ids import TaskId
+from skep.model.logs import LogLine, LogQuery
+from skep.model.task import AssignedTask, TaskState, TaskStatus
+from skep.model.times import SECOND_NS, timestamp
+
+
+class FakeWorker:
+    """Remembers what it is assigned; reports what it is told to.  Sink and log source in one."""
+
+    def __init__(self) -> None:
+        self.reports = Reports()
+        self.sets: list[AssignmentSet] = []
+        self.tasks: dict[TaskId, AssignedTask] = {}
+        self.known: dict[TaskId, TaskStatus] = {}
+        self.lines: list[LogLine] = []
+        self.queries: list[LogQuery] = []
+        self.more_lines = asyncio.Event()
+        self.closed_logs = 0
+
+    async def assign(self, change: AssignmentSet) -> None:
+        self.sets.append(change)
+        if change.complete:
+            self.tasks.clear()
+        self.tasks.update((task.task.id, task) for task in change.tasks)
+        for id in change.removed_tasks:
+            self.tasks.pop(id, None)
+            self.known.pop(id, None)
+
+    def statuses(self) -> Mapping[TaskId, TaskStatus]:
+        return dict(self.known)
+
+    def report(self, id: TaskId, state: TaskState, message: str = "") -> None:
+        status = TaskStatus(timestamp=timestamp(1_700_000_000 * SECOND_NS), state=state, message=message)
+        self.known[id] = status
+        self.reports.report(id, status)
+
+    async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
+        self.queries.append(query)
+        sent = 0
+        try:
+            while True:
+                while sent < len(self.lines):
+                    sent += 1
+                    yield self.lines[sent - 1]
+                if not query.follow:
+                    return
+                self.more_lines.clear()
+                await self.more_lines.wait()
+        finally:
+            self.closed_logs += 1

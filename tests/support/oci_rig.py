@@ -1,0 +1,239 @@
+"""A worker above real containers' files, with a runtime and a network that are in memory."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from skep.agent.executor.assembly import Programs, capacity_of
+from skep.agent.executor.interface import Controller, Running, TaskExit
+from skep.aio.clock import SystemClock
+from skep.engine import containers as containers_module
+from skep.engine import overlay
+from skep.engine.bundle import Bundles
+from skep.engine.cgroups import Cgroups
+from skep.engine.container import Container, ContainerConfig, ContainerWish, Endpoint, ProcessName
+from skep.engine.containers import Containers
+from skep.engine.runtime import Ended, Runtime, Started
+from skep.errors import NotFound
+from skep.model.ids import ContainerId, NodeId, TaskId, new_container_id
+from skep.model.labels import LABEL_TASK_ID
+from skep.model.task import AssignedTask, ContainerStatus
+
+Fault = Callable[[str, str], None]
+"""Called with a verb and the container's id before each call: raises what it is to meet."""
+
+
+def _none(verb: str, id: str) -> None:
+    """Nothing goes wrong."""
+
+
+class QuickClock(SystemClock):
+    """A thousand times as fast, so that pauses after failures are short."""
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds / 1000)
+
+
+class Machine:
+    """What lives on when the node process ends: processes, and the network's book of them."""
+
+    def __init__(self) -> None:
+        self.ended: dict[str, asyncio.Event] = {}
+        self.next_pid = 1 << 24
+        self.by_pid: dict[int, str] = {}
+        self.attached: set[str] = set()
+        self.fault: Fault = _none
+
+    def end(self, id: str) -> None:
+        self.ended[id].set()
+
+    def signal(self, process: ProcessName, number: int) -> bool:
+        self.end(self.by_pid[process.pid])
+        return True
+
+
+class MemoryRuntime:
+    """In the place of ``Runtime``."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    async def create(self, container: Container) -> Started:
+        self._machine.fault("create", container.id)
+        self._machine.next_pid += 1
+        self._machine.by_pid[self._machine.next_pid] = container.id
+        self._machine.ended[container.id] = asyncio.Event()
+        name = ProcessName(self._machine.next_pid, 1, "boot")
+        return Started(name, name)
+
+    async def start(self, id: ContainerId, process: ProcessName) -> None:
+        self._machine.fault("start", id)
+
+    async def wait(self, container: Container) -> Ended:
+        self._machine.fault("wait", container.id)
+        await self._machine.ended[container.id].wait()
+        self._machine.fault("ended", container.id)
+        return Ended(0)
+
+    async def delete(self, id: ContainerId) -> None:
+        self._machine.fault("delete", id)
+        if id in self._machine.ended:
+            self._machine.end(id)
+
+    async def clear(self, id: ContainerId) -> None:
+        self._machine.fault("clear", id)
+
+    async def status(self, id: ContainerId) -> str:
+        self._machine.fault("status", id)
+        return "running" if id in self._machine.ended and not self._machine.ended[id].is_set() else ""
+
+    def reopen_log(self, id: ContainerId) -> None:
+        self._machine.fault("reopen", id)
+
+
+class MemoryNetwork:
+    """In the place of ``ContainerNetwork``."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        yield
+
+    async def restore(self, live: Collection[Container]) -> None:
+        self._machine.fault("restore", "")
+
+    async def attach(self, container: Container) -> Endpoint:
+        self._machine.fault("attach", container.id)
+        self._machine.attached.add(container.id)
+        return Endpoint(netns="")
+
+    async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
+        return ()
+
+    async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        self._machine.fault("detach", container_id)
+        self._machine.attached.discard(container_id)
+
+
+def memory_containers(directory: Path, machine: Machine, patch: pytest.MonkeyPatch) -> Containers:
+    """Containers whose files lie below ``directory``; nothing is mounted, and signals end processes of ``machine``."""
+    patch.setattr(overlay, "mount_layers", lambda *_: None)
+    patch.setattr(overlay, "unmount_if_mounted", lambda *_: None)
+    patch.setattr(containers_module, "send_signal", machine.signal)
+    cgroups = Cgroups("none")
+    bundles = Bundles(
+        directory / "containers",
+        directory / "bundles",
+        cgroups,
+        capacity_of(cgroups, Programs()),
+        directory / "resolv.conf",
+    )
+    return Containers(
+        bundles=bundles,
+        runtime=cast("Runtime", MemoryRuntime(machine)),
+        cgroups=cgroups,
+        network=MemoryNetwork(machine),
+        clock=QuickClock(),
+        new_id=new_container_id,
+        starts_max=4,
+    )
+
+
+def wish(name: str, **labels: str) -> ContainerWish:
+    return ContainerWish(
+        name=name,
+        image="i",
+        image_id="sha256:i",
+        layers=(),
+        config=ContainerConfig(path="true"),
+        labels={key.replace("_", "."): value for key, value in labels.items()},
+    )
+
+
+class ContainersExecutor:
+    """An executor as thin as it can be above ``Containers``."""
+
+    name = "oci"
+
+    def __init__(self, containers: Containers) -> None:
+        self.containers = containers
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with self.containers.running():
+            yield
+
+    def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
+        return ContainerController(self.containers, task)
+
+    async def leftovers(self) -> Sequence[TaskId]:
+        return [TaskId(one.labels[LABEL_TASK_ID]) for one in self.containers.list()]
+
+    async def discard(self, task_id: TaskId) -> None:
+        found = self.containers.find_by_label(LABEL_TASK_ID, task_id)
+        if found is not None:
+            await self.containers.remove(found.id, force=True)
+
+    def identify(self, node_id: NodeId) -> None:
+        """Nothing here carries it."""
+
+
+class ContainerController:
+    """One task's container."""
+
+    def __init__(self, containers: Containers, task: AssignedTask) -> None:
+        self._containers = containers
+        self._id = task.task.id
+
+    def _container(self) -> Container | None:
+        return self._containers.find_by_label(LABEL_TASK_ID, self._id)
+
+    def _require(self) -> Container:
+        container = self._container()
+        if container is None:
+            raise NotFound(f"No such container: {self._id}")
+        return container
+
+    def observed(self) -> Running | None:
+        found = self._container()
+        return None if found is None else Running(container=ContainerStatus(container_id=found.id))
+
+    async def prepare(self) -> None:
+        if self._container() is None:
+            labels: dict[str, Any] = {LABEL_TASK_ID: self._id}
+            await self._containers.create(wish(f"task-{self._id}", **labels))
+
+    async def start(self) -> Running:
+        container = self._require()
+        if not container.was_started:
+            container = await self._containers.start(container.id)
+        return Running(container=ContainerStatus(container_id=container.id))
+
+    async def wait(self) -> TaskExit:
+        container = await self._containers.wait(self._require().id)
+        return TaskExit(exit_code=container.exit_code)
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        container = self._container()
+        if container is not None:
+            await self._containers.stop(container.id)
+
+    async def terminate(self) -> None:
+        await self.shutdown()
+
+    async def update(self, task: AssignedTask) -> None:
+        """There are no limits."""
+
+    async def remove(self) -> None:
+        container = self._container()
+        if container is not None:
+            await self._containers.remove(container.id, force=True)

@@ -1,0 +1,206 @@
+"""A node's executor for tests: real runc and conmon, in a network namespace and a cgroup of its own."""
+
+import asyncio
+import os
+import random
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from skep.agent.executor.assembly import oci_executor
+from skep.agent.executor.oci import OciExecutor
+from skep.aio.clock import SystemClock
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.ports import OwnReservations
+from skep.engine.cgroups import Cgroups
+from skep.engine.images.digest import Digest
+from skep.engine.images.image import ContainerDefaults, Image, ImageConfig
+from skep.engine.overlay import unmount_if_mounted
+from skep.errors import NotFound, Unavailable
+from skep.model.ids import NodeId
+from skep.paths import Paths
+
+IMAGE = "busybox:1"
+IMAGE_ID = Digest("sha256:" + "b" * 64)
+_APPLETS = (
+    *(
+        "sh",
+        "sleep",
+        "cat",
+        "echo",
+        "id",
+        "ls",
+        "env",
+        "wget",
+        "httpd",
+        "ip",
+        "nc",
+        "grep",
+        "head",
+        "seq",
+        "kill",
+    ),
+    *(
+        "mount",
+        "touch",
+        "pwd",
+        "hostname",
+        "ulimit",
+        "stty",
+        "printf",
+        "dd",
+        "tail",
+        "tr",
+        "true",
+        "false",
+        "ping",
+    ),
+    *("chmod", "mkdir", "ps", "stat", "unshare", "yes"),
+)
+
+
+def busybox_tree(directory: Path) -> Path:
+    """A root file system of busybox with a few users."""
+    (directory / "bin").mkdir(parents=True)
+    (directory / "etc").mkdir()
+    (directory / "tmp").mkdir()
+    shutil.copy(shutil.which("busybox") or "/bin/busybox", directory / "bin/busybox")
+    for applet in _APPLETS:
+        (directory / "bin" / applet).symlink_to("busybox")
+    (directory / "etc/passwd").write_text(
+        "root:x:0:0:root:/root:/bin/sh\nalice:x:1000:1001:Alice:/home/alice:/bin/sh\n"
+    )
+    (directory / "etc/group").write_text("root:x:0:\nalice:x:1001:\nstaff:x:50:alice\nvideo:x:44:\n")
+    return directory
+
+
+class TreeImages:
+    """An image store with one image: an unpacked tree.  There is no registry."""
+
+    def __init__(self, tree: Path, defaults: ContainerDefaults | None = None) -> None:
+        self._tree = tree
+        self.image = Image(id=IMAGE_ID, config=ImageConfig(config=defaults or ContainerDefaults(cmd=("sh",))))
+        self.pulls = 0
+
+    def resolve(self, word: str) -> Image | None:
+        return self.image if word in (IMAGE, "busybox", IMAGE_ID) else None
+
+    def layers(self, image: Image) -> Sequence[Path]:
+        return (self._tree,)
+
+    @asynccontextmanager
+    async def pinned(self, chain: Sequence[str]) -> AsyncIterator[None]:
+        yield
+
+    async def pull(self, word: str, auth: str = "") -> Image:
+        self.pulls += 1
+        raise Unavailable(f"cannot reach the registry of {word}")
+
+
+class Lab:
+    """One machine: directories, a network namespace and cgroups of its own, on which executors come and go."""
+
+    def __init__(self, root: Path) -> None:
+        self.paths = Paths(root / "data", root / "run")
+        self.cgroup_parent = f"skep-test-{secrets.token_hex(4)}"
+        self._homes = Namespaces(root / "home")
+        self.home = self._homes.path("node")
+        self.tree = busybox_tree(root / "tree")
+        self.images = TreeImages(self.tree)
+        self._ports: OwnReservations | None = None
+
+    def executor(self) -> OciExecutor:
+        """A new executor, as a restarted node process makes one; the ports of the one before are let go."""
+        namespaces = Namespaces(self.paths.netns, self.home)
+        if self._ports is not None:
+            self._ports.close()
+        self._ports = OwnReservations(namespaces)
+        executor = oci_executor(
+            self.paths,
+            self.images,
+            clock=SystemClock(),
+            chance=random.random,
+            hostname="lab",
+            cgroup_parent=self.cgroup_parent,
+            namespaces=namespaces,
+            ports=self._ports,
+        )
+        executor.identify(NodeId("node1"))
+        return executor
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Lab"]:
+        """The machine from its first moment to the last; whatever still runs is removed then."""
+        await self._homes.create("node", {})
+        async with self._homes.netlink(self.home) as home:
+            await home.link("set", index=1, state="up")
+        try:
+            yield self
+        finally:
+            executor = self.executor()
+            async with asyncio.timeout(30), executor.running():
+                for container in executor.containers.list():
+                    with suppress(NotFound):
+                        await executor.containers.remove(container.id, force=True)
+            if self._ports is not None:
+                self._ports.close()
+            unmount_if_mounted(self.paths.secrets)
+            await _destroy_pins(self.paths.probes)
+            await _destroy_pins(self.paths.overlays)  # the next process would
+            Cgroups(self.cgroup_parent).remove_parent()
+            await self._homes.destroy("node")
+            self._homes.close()
+
+    def remains(self) -> list[str]:
+        """What is left of containers: directories, mounts, namespaces, cgroups, links, rules."""
+        found = [str(path) for path in (*_entries(self.paths.containers), *_entries(self.paths.netns))]
+        found += [str(path) for path in _entries(self.paths.runc)]
+        found += [
+            line
+            for line in Path("/proc/self/mounts").read_text().splitlines()
+            if self._is_container_mount(line)
+        ]
+        for group in (f"{self.cgroup_parent}/ctr/*/", f"*/{self.cgroup_parent}/ctr/*/"):  # v2; v1
+            found += [str(path) for path in Path("/sys/fs/cgroup").glob(group)]
+        return found
+
+    def _is_container_mount(self, line: str) -> bool:
+        target = line.split()[1]
+        return target.startswith((str(self.paths.containers), str(self.paths.netns)))
+
+    async def in_home(self, *command: str) -> str:
+        """Output of a command in the node's network namespace."""
+        process = await asyncio.create_subprocess_exec(
+            "nsenter",
+            f"--net={self.home}",
+            *command,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await process.communicate()
+        return output.decode(errors="replace")
+
+
+def with_defaults(images: TreeImages, defaults: ContainerDefaults) -> None:
+    """Give the lab's image other defaults."""
+    images.image = msgspec.structs.replace(images.image, config=ImageConfig(config=defaults))
+
+
+def _entries(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+async def _destroy_pins(directory: Path) -> None:
+    spaces = Namespaces(directory)
+    for id in spaces.pinned():
+        await spaces.destroy(id)
+    spaces.close()
+
+
+def is_root() -> bool:
+    """Whether runc can work at all."""
+    return os.geteuid() == 0

@@ -1,0 +1,82 @@
+"""docs/status.md, read: its rows, what they name, and whether the named tests ran and passed."""
+
+import ast
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+STATUS = ROOT / "docs" / "status.md"
+
+
+class Outcomes:
+    """How the tests of a session ended, by id without parameters."""
+
+    def __init__(self) -> None:
+        self.passed: set[str] = set()
+        self.failed: set[str] = set()
+        self.left_out: set[str] = set()
+
+    def add(self, id: str, *, phase: str, has_passed: bool, has_failed: bool) -> None:
+        """What one phase of a test (``setup``, ``call``, ``teardown``) came to."""
+        if has_failed:
+            self.failed.add(bare(id))
+        elif phase == "call" and has_passed:
+            self.passed.add(bare(id))
+
+    def leave_out(self, ids: Iterable[str]) -> None:
+        """These do not run, because they are slow."""
+        self.left_out |= {bare(id) for id in ids}
+
+
+def bare(id: str) -> str:
+    """The id of a test without its parameters."""
+    return id.partition("[")[0]
+
+
+def rows() -> list[list[str]]:
+    """The cells of every row of the page's tables: point, what it asks, what shows it, state."""
+    lines = [line for line in STATUS.read_text().splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [cells for cells in table if cells[0] != "point" and not set(cells[0]) <= set("-: ")]
+
+
+def shown_by(row: list[str]) -> list[str]:
+    """What stands in backquotes in the row's third cell."""
+    return re.findall(r"`([^`]+)`", row[2])
+
+
+def named_tests() -> list[str]:
+    """Ids of all tests that the page names, and files of tests of which it means every one."""
+    return sorted({name for row in rows() for name in shown_by(row) if name.startswith("tests/")})
+
+
+def not_shown(names: Collection[str], outcomes: Outcomes) -> list[str]:
+    """Those of ``names`` that neither passed nor were left out as slow; of a file or folder: some test of it failed."""
+
+    def ran_well(name: str) -> bool:
+        def is_meant(test: str) -> bool:
+            return test == name or test.startswith((f"{name}::", f"{name}/"))
+
+        fine = outcomes.passed | outcomes.left_out
+        return any(map(is_meant, fine)) and not any(map(is_meant, outcomes.failed))
+
+    return [name for name in names if not ran_well(name)]
+
+
+def exists(name: str) -> bool:
+    """Whether a file or (``path::function`` or ``path::Class::method``) a test is there."""
+    path, *inside = name.split("::")
+    file = ROOT / path
+    if not inside:
+        return file.exists()
+    return file.is_file() and _defines(ast.parse(file.read_text()), inside)
+
+
+def _defines(tree: ast.Module | ast.ClassDef, names: list[str]) -> bool:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and [node.name] == names:
+            return True
+        if isinstance(node, ast.ClassDef) and node.name == names[0] and _defines(node, names[1:]):
+            return True
+    return False

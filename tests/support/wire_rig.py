@@ -1,0 +1,387 @@
+"""A manager's gRPC half on loopback, with a store in memory, and nodes that talk to it over real mTLS."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+
+from skep.agent.agent import Agent
+from skep.agent.managers import ManagerList
+from skep.agent.path_stream import PathSource
+from skep.agent.session import unknown_load
+from skep.aio.clock import SystemClock
+from skep.dataplane.tables.stream import TableSink
+from skep.errors import Unavailable, Unimplemented
+from skep.manager.attachments.service import AttachmentService
+from skep.manager.ca.expiry import Expiry
+from skep.manager.ca.loop import CertificateAuthority
+from skep.manager.ca.peer_files import PeerFiles
+from skep.manager.ca.service import CertificateService
+from skep.manager.ca.standing import Standing
+from skep.manager.ca.upkeep import Upkeep
+from skep.manager.discovery.draining import Draining
+from skep.manager.discovery.loop import Discovery
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.eviction.loop import shut_out
+from skep.manager.eviction.steps import is_evicting_manager
+from skep.manager.gossip.keys import first_keys
+from skep.manager.logbroker.broker import LogBroker
+from skep.manager.paths.examination import Examinations
+from skep.manager.paths.streams import PathStreams
+from skep.model.ids import ClusterId, NodeId, new_id
+from skep.model.node import (
+    EngineDescription,
+    ManagerStatus,
+    Node,
+    NodeCertificate,
+    NodeDescription,
+    NodeRole,
+    NodeSpec,
+)
+from skep.model.planes import NODE_LABEL, PATHS_LABEL
+from skep.model.service import Platform, Resources, Service
+from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
+from skep.model.task import Task, TaskState
+from skep.model.times import SECOND_NS, timestamp
+from skep.node.joining import join
+from skep.node.local import Peer
+from skep.node.renewal import KeyPairCredentials
+from skep.security import keypair
+from skep.security.authority import Authority
+from skep.security.identity import Identity
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem, signing_request
+from skep.security.reloading import KeyPairFiles
+from skep.security.tls import ServerTls, client_context
+from skep.security.tokens import new_join_tokens
+from skep.security.trust import tls_info
+from skep.store.interface import Transaction, View
+from skep.store.kinds import GOSSIP_KEYS_ID, ROOT_KEY_ID, Payload
+from skep.store.memory import MemoryStore
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.access import Caller
+from skep.wire.client import Channel, connected
+from skep.wire.methods import Unary
+from skep.wire.server import Bound, serve
+from skep.wire.service import Handler, unary
+from tests.support.builders import a_service, a_task
+from tests.support.fake_worker import FakeWorker
+from tests.support.wire_calls import METHODS
+
+CLOCK = SystemClock()
+MANAGER_ID = NodeId("manager0000000000000000m1")
+
+
+class Cluster:
+    """One manager with its store.  ``serving`` runs it; the store outlives it, as etcd does."""
+
+    def __init__(self, *, heartbeat_s: float = 0.2, host: str = "127.0.0.1") -> None:
+        self.id = ClusterId(new_id())
+        self.host = host
+        self.port = 0
+        self.authority = Authority.create()
+        self.store = MemoryStore(SystemClock())
+        self.heartbeat_s = heartbeat_s
+        self.logs: LogBroker
+        self.dispatcher: Dispatcher
+        self.discovery: Discovery
+        self.draining: Draining
+        self.paths: PathStreams
+        self.examinations: Examinations
+        self.knows_paths = True
+        self.tls: ServerTls
+        self.bound: Bound
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def view(self) -> View:
+        return self.store.view()
+
+    @property
+    def swarm(self) -> Swarm:
+        return self.view.get(Swarm, self.id)
+
+    def node(self, id: NodeId) -> Node:
+        return self.view.get(Node, id)
+
+    def pair(self, node_id: str, role: NodeRole = NodeRole.WORKER, cluster: str = "") -> KeyPair:
+        """A key pair signed by this cluster's root, whatever the store knows."""
+        key = new_private_key()
+        identity = Identity(node_id=NodeId(node_id), cluster_id=ClusterId(cluster or self.id), role=role)
+        return KeyPair(
+            certificate_pem=self.authority.sign(signing_request(key), identity),
+            key_pem=private_pem(key),
+            root_pem=self.authority.root_pem,
+        )
+
+    @asynccontextmanager
+    async def serving(self, port: int = 0) -> AsyncIterator["Cluster"]:
+        """Run store, CA, dispatcher and log broker behind a server."""
+        async with AsyncExitStack() as stack:
+            if not self.view.find(Swarm):
+                await self.store.update(self._found)
+            clock = SystemClock()
+            own = ManagerPeer(node_id=MANAGER_ID, addr=f"{self.host}:{port or self.port}")
+            self.discovery = self.make_discovery(clock)
+            self.draining = Draining(self.store, MANAGER_ID, self.discovery, self.channel, clock, Random(1))
+            self.dispatcher = Dispatcher(
+                self.store, own, clock, new_id, Random(1), wait_unused=self.draining.wait_unused
+            )
+            self.paths = PathStreams(
+                self.store,
+                MANAGER_ID,
+                lambda node, session: self.dispatcher.session(node, session),
+                self.discovery,
+                clock,
+            )
+            self.examinations = Examinations(self.store, MANAGER_ID, self.paths, self.channel)
+            self.logs = LogBroker(self.store, new_id, clock)
+            self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
+            certificates = CertificateService(self.store, new_id)
+            bound = await stack.enter_async_context(
+                serve(
+                    with_all_methods(self._services(certificates, clock)),
+                    host=self.host,
+                    port=port,
+                    tls=self.tls.front,
+                    cluster_id=self.id,
+                    standing=Standing(self.store.view, self.dispatcher.is_current, clock.monotonic).require,
+                )
+            )
+            self.bound = bound
+            self.port = bound.port
+            await self.store.update(self._set_address)
+            for loop in (self.dispatcher.run(), self.logs.run(), self.discovery.run(), self.paths.run()):
+                stack.push_async_callback(_ended, asyncio.create_task(loop))
+            yield self
+
+    def _services(self, certificates: CertificateService, clock: SystemClock) -> Sequence[Handler]:
+        attachments = AttachmentService(self.store, clock, new_id)
+        parts = (
+            certificates,
+            self.dispatcher,
+            self.logs,
+            self.discovery,
+            attachments,
+            *self.path_parts,
+        )
+        return [handler for part in parts for handler in part.services()]
+
+    @property
+    def path_parts(self) -> Sequence[PathStreams | Examinations]:
+        """Of an older manager: none."""
+        return (self.paths, self.examinations) if self.knows_paths else ()
+
+    def make_discovery(self, clock: SystemClock) -> Discovery:
+        return Discovery(self.store, lambda node, session: self.dispatcher.session(node, session), clock)
+
+    def channel(self, manager: NodeId) -> Channel:
+        """The link to another manager; this one has none."""
+        raise Unavailable(f"manager {manager} cannot be reached")
+
+    @asynccontextmanager
+    async def leading(self) -> AsyncIterator[None]:
+        """Run the leader's loop over certificates."""
+        loop = CertificateAuthority(self.store, SystemClock(), new_id, Random(1))
+        running = asyncio.create_task(loop.run())
+        try:
+            yield
+        finally:
+            await _ended(running)
+
+    @asynccontextmanager
+    async def own_agent(self, directory: Path) -> AsyncIterator[tuple[Agent, "FakeWorker"]]:
+        """The agent of the manager's own machine, whose certificate the manager serves with."""
+        pair = self.pair(MANAGER_ID, NodeRole.MANAGER)
+        async with an_agent(self, pair, directory) as own, self.kept_up(directory):
+            yield own
+
+    @asynccontextmanager
+    async def kept_up(
+        self,
+        directory: Path,
+        peers: PeerFiles | None = None,
+        tell: Callable[[Expiry], None] = lambda _: None,
+    ) -> AsyncIterator[None]:
+        """The manager's care for certificates, with its own key pair in ``directory``."""
+        upkeep = Upkeep(
+            self.store,
+            MANAGER_ID,
+            self.tls,
+            KeyPairFiles(directory),
+            SystemClock(),
+            disconnect=self.bound.disconnect,
+            root_gone=partial(shut_out, self.store, self.bound),
+            peers=peers,
+            tell=tell,
+            is_evicting=is_evicting_manager,
+        )
+        running = asyncio.create_task(upkeep.run())
+        try:
+            yield
+        finally:
+            await _ended(running)
+
+    def _found(self, tx: Transaction) -> None:
+        root_pem = self.authority.root_pem
+        dispatcher = msgspec.structs.replace(
+            DEFAULT_SWARM_SPEC.dispatcher, heartbeat_period=int(self.heartbeat_s * SECOND_NS)
+        )
+        tx.put(
+            Swarm(
+                id=self.id,
+                spec=msgspec.structs.replace(DEFAULT_SWARM_SPEC, dispatcher=dispatcher),
+                tls_info=tls_info(root_pem),
+                join_tokens=new_join_tokens(root_pem),
+            )
+        )
+        tx.put(Payload(id=ROOT_KEY_ID, data=self.authority.key_pem))
+        certificate = NodeCertificate(role=NodeRole.MANAGER, state="issued")
+        keys = first_keys(secrets.token_bytes, timestamp(0))
+        tx.put(Payload(id=GOSSIP_KEYS_ID, data=keys.encode()))
+        tx.put(Node(id=MANAGER_ID, spec=NodeSpec(role=NodeRole.MANAGER), certificate=certificate))
+
+    def _set_address(self, tx: Transaction) -> None:
+        node = tx.get(Node, MANAGER_ID)
+        tx.put(msgspec.structs.replace(node, manager_status=ManagerStatus(leader=True, addr=self.address)))
+
+    async def until(self, condition: Callable[[View], object], within_s: float = 10.0) -> None:
+        """Wait for the store to show something."""
+        await until(lambda: condition(self.view), within_s)
+
+
+def with_all_methods(handlers: Sequence[Handler]) -> Sequence[Handler]:
+    """``handlers``, and one that answers UNIMPLEMENTED for each method they leave out: who may call is asked first."""
+    served = {handler.method.path for handler in handlers}
+
+    async def refuse(_request: Any, _caller: Caller) -> Any:
+        raise Unimplemented("not served by this rig")
+
+    left_out = (method for method in METHODS.values() if method.path not in served)
+    return (*handlers, *(unary(Unary(m.path, m.request, m.reply, m.access), refuse) for m in left_out))
+
+
+async def until(condition: Callable[[], object], within_s: float = 10.0) -> None:
+    """Wait for a condition that nothing announces."""
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110 -- the store's view announces nothing to a test
+            await asyncio.sleep(0.005)
+
+
+async def a_worker(cluster: Cluster, directory: Path) -> KeyPair:
+    """The key pair of a node that joined."""
+    pair = await join(cluster.address, cluster.swarm.join_tokens.worker, SystemClock())
+    keypair.save(pair, directory)
+    return pair
+
+
+async def put(cluster: Cluster, *objects: msgspec.Struct) -> None:
+    """Write objects in one transaction."""
+    await cluster.store.update(lambda tx: [tx.put(object) for object in objects])
+
+
+def service_task(node: NodeId) -> tuple[Service, Task]:
+    """A service with a task that was just assigned to ``node``."""
+    service = a_service(f"web{new_id()[:6]}")
+    return service, a_task(new_id(), node=node, service=service, state=TaskState.ASSIGNED)
+
+
+@asynccontextmanager
+async def a_session(cluster: Cluster, pair: KeyPair) -> AsyncIterator[tuple[Channel, str]]:
+    """A connection with a registered session, by hand: gives the channel and the session's id."""
+    async with (
+        connected(cluster.address, client_context(pair), "swarm-manager") as channel,
+        channel.stream(methods.SESSION) as call,
+    ):
+        await call.send(pb.SessionRequest(), end=True)
+        message = await call.receive()
+        assert message is not None
+        yield channel, message.session_id
+
+
+def describe(hostname: str = "worker", *, probes: bool = False) -> NodeDescription:
+    labels = {NODE_LABEL: "true", PATHS_LABEL: "1"} if probes else {}
+    return NodeDescription(
+        hostname=hostname,
+        engine=EngineDescription(engine_version="1" if probes else "", labels=labels),
+        platform=Platform(architecture="x86_64", os="linux"),
+        resources=Resources(nano_cpus=2_000_000_000, memory_bytes=1 << 30),
+    )
+
+
+@asynccontextmanager
+async def an_agent_of(
+    managers: Sequence[Peer],
+    pair: KeyPair,
+    directory: Path,
+    worker: FakeWorker,
+    random: Random,
+    load: Callable[[], float | None] = unknown_load,
+    tables: TableSink | None = None,
+    paths: PathSource | None = None,
+) -> AsyncIterator[Agent]:
+    """An agent with a fake worker, registered with one of ``managers``."""
+    keypair.save(pair, directory)
+    agent = Agent(
+        credentials=KeyPairCredentials(directory, SystemClock(), random),
+        managers=ManagerList(managers),
+        describe=partial(describe, probes=paths is not None),
+        sink=worker,
+        reports=worker.reports,
+        logs=worker,
+        clock=SystemClock(),
+        random=random,
+        load=load,
+        tables=tables,
+        paths=paths,
+    )
+    running = asyncio.create_task(agent.run())
+    try:
+        async with asyncio.timeout(10):
+            await agent.registered.wait()
+        yield agent
+    finally:
+        await _ended(running)
+
+
+def pair_of(agent: Agent) -> KeyPair:
+    """The key pair that an agent has now."""
+    assert isinstance(agent._credentials, KeyPairCredentials)
+    return agent._credentials.pair
+
+
+@asynccontextmanager
+async def an_agent(
+    cluster: Cluster,
+    pair: KeyPair,
+    directory: Path,
+    worker: FakeWorker | None = None,
+    load: Callable[[], float | None] = unknown_load,
+    tables: TableSink | None = None,
+    paths: PathSource | None = None,
+) -> AsyncIterator[tuple[Agent, FakeWorker]]:
+    """An agent with a fake worker, registered with the cluster's manager."""
+    worker = worker or FakeWorker()
+    peers = [Peer(MANAGER_ID, cluster.address)]
+    async with an_agent_of(peers, pair, directory, worker, Random(1), load, tables, paths) as agent:
+        yield agent, worker
+
+
+async def _ended(task: "asyncio.Task[None]") -> None:
+    """Cancel ``task``; a failure of its own comes out."""
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        pass

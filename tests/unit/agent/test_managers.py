@@ -1,0 +1,88 @@
+"""Which manager a node tries next."""
+
+from random import Random
+
+import pytest
+
+from skep.agent.managers import ManagerList, next_manager
+from skep.model.ids import NodeId
+from skep.model.node import ANSWER_SECONDS_MAX
+from skep.node.local import Peer
+
+OWN, M2, M3 = (Peer(NodeId(f"m{number}"), f"10.0.0.{number}:2377") for number in (1, 2, 3))
+
+
+def chosen(failures: dict[str, int]) -> set[str]:
+    random = Random(7)
+    return {next_manager([OWN, M2, M3], failures, OWN.node_id, random).node_id for _ in range(50)}
+
+
+def test_this_machines_own_manager_comes_last():
+    assert chosen({}) == {"m2", "m3"}
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ({M2.addr: 1}, {"m3"}),
+        ({M2.addr: 1, M3.addr: 1}, {"m1"}),
+        ({M2.addr: 1, M3.addr: 1, OWN.addr: 1}, {"m2", "m3"}),
+    ],
+)
+def test_who_failed_is_tried_after_the_others(failures, expected):
+    assert chosen(failures) == expected
+
+
+def test_without_any_manager_there_is_nobody_to_try():
+    assert next_manager([], {}, OWN.node_id, Random(1)) is None
+
+
+def test_a_new_list_replaces_the_old_one_and_is_told_once():
+    heard = []
+    managers = ManagerList([OWN], heard.append)
+    managers.replace([M3, M2, M2])
+    managers.replace([M2, M3])
+    assert managers.peers == (M2, M3)
+    assert heard == [(M2, M3)]
+
+
+def test_an_empty_list_is_nobodys_and_changes_nothing():
+    managers = ManagerList([OWN])
+    managers.replace([])
+    managers.replace([Peer(NodeId("m9"), "")])
+    assert managers.peers == (OWN,)
+
+
+def test_failures_are_forgotten_when_a_session_came_about():
+    managers = ManagerList([OWN, M2])
+    for _ in range(3):
+        managers.failed(M2)
+    assert managers.choose(OWN.node_id, Random(1)) == OWN
+    managers.worked(OWN)
+    assert managers.choose(OWN.node_id, Random(1)) == M2
+
+
+def test_a_round_ends_when_everybody_was_asked_as_often():
+    managers = ManagerList([OWN, M2, M3])
+    managers.failed(M2)
+    assert not managers.is_last_of_round(M2)
+    managers.failed(M3)
+    managers.failed(OWN)
+    assert managers.is_last_of_round(OWN)
+
+
+def test_dead_managers_together_cost_no_longer_than_a_single_one_while_others_answer() -> None:
+    managers = ManagerList([OWN, M2, M3])
+    for _ in range(4):
+        managers.failed(M2, was_there=False)
+        managers.failed(M3, was_there=False)
+    managers.failed(OWN)
+    assert managers.connect_patience(M2) + managers.connect_patience(M3) == ANSWER_SECONDS_MAX
+
+
+def test_where_nobody_answers_each_gets_the_time_that_a_crowded_one_needs() -> None:
+    managers = ManagerList([M2, M3])
+    for _ in range(4):
+        managers.failed(M2, was_there=False)
+        managers.failed(M3, was_there=False)
+    assert managers.connect_patience(M2) == ANSWER_SECONDS_MAX

@@ -1,0 +1,43 @@
+"""Gathering the lines of a node's tasks."""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import cast
+
+from skep.agent.task_logs import LABEL_TASK, TaskLogs
+from skep.aio.clock import SystemClock
+from skep.engine.container import Container, ContainerConfig, LogEntry, LogWish, Stream
+from skep.engine.containers import Containers
+from skep.engine.events import Events
+from skep.errors import NotFound
+from skep.model.ids import ContainerId, TaskId
+from skep.model.logs import LogQuery
+
+
+class SomeUnreadable:
+    """Containers of two tasks, one of which is removed, or has lost its log, while it is read."""
+
+    def __init__(self, error: Exception) -> None:
+        self.events = Events(SystemClock())
+        self._error = error
+
+    def list(self) -> Sequence[Container]:
+        config = ContainerConfig(path="/bin/true")
+        return [
+            Container(
+                id=ContainerId(id), name=id, image="i", image_id="i", config=config, labels={LABEL_TASK: id}
+            )
+            for id in ("gone", "there")
+        ]
+
+    async def logs(self, word: str, _wish: LogWish) -> AsyncGenerator[LogEntry, None]:
+        if word == "gone":
+            raise self._error
+        for number in range(3):
+            yield LogEntry(stream=Stream.STDOUT, timestamp_ns=number, data=b"%d" % number)
+
+
+async def test_a_container_that_cannot_be_read_ends_nobody_elses_lines() -> None:
+    query = LogQuery(tasks=(TaskId("gone"), TaskId("there")))
+    for error in (NotFound("No such container: gone"), FileNotFoundError("log")):
+        logs = TaskLogs(cast("Containers", SomeUnreadable(error)))
+        assert [line.data async for line in logs.read(query)] == [b"0", b"1", b"2"]

@@ -1,0 +1,155 @@
+"""What containers that ask other name servers leave for each other."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from dnslib import DNSRecord
+
+from skep.aio.clock import SystemClock
+from skep.dataplane.dns import upstream
+from skep.dataplane.dns.messages import REFUSED, Query, code_of, parse
+from skep.dataplane.dns.upstream import SEVERAL, Forwarder, NameServer
+from tests.support import upstream as lab
+from tests.support.upstream import knows
+
+QUESTION = bytes(DNSRecord.question("example.org").pack())
+
+
+@asynccontextmanager
+async def serving(answer: Callable[[DNSRecord], bytes | None]) -> AsyncIterator[NameServer]:
+    async with lab.upstream(answer) as server:
+        yield NameServer(server.address, server.port)
+
+
+class Asking:
+    """Containers with one forwarder."""
+
+    def __init__(self) -> None:
+        self.forwarder = Forwarder(SystemClock(), lambda: 7)
+
+    def ask(
+        self, container: str, server: NameServer, deadline_s: float = 60.0
+    ) -> "asyncio.Task[bytes | None]":
+        query = parse(QUESTION)
+        assert isinstance(query, Query)
+
+        async def inside(kind: socket.SocketKind, family: socket.AddressFamily) -> socket.socket:
+            return socket.socket(family, kind)
+
+        return asyncio.create_task(
+            self.forwarder.ask(
+                container, query, QUESTION, [server], inside=inside, is_tcp=False, deadline_s=deadline_s
+            )
+        )
+
+    async def under_way(self, count: int) -> None:
+        async with asyncio.timeout(10):
+            while self.forwarder.in_flight != count:  # noqa: ASYNC110  # nobody is told
+                await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def silent() -> AsyncIterator[NameServer]:
+    async with serving(lambda _: None) as server:
+        yield server
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "IN_FLIGHT_MAX", 8)
+    monkeypatch.setattr(upstream, "IN_FLIGHT_PER_CONTAINER_MAX", 4)
+    monkeypatch.setattr(upstream, "ATTEMPT_S", 60.0)
+
+
+@pytest.mark.usefixtures("few")
+async def test_containers_that_ask_much_leave_room_for_others(silent: NameServer) -> None:
+    asking = Asking()
+    hogs = [asking.ask(container, silent) for container in ("a", "b") for _ in range(4)]
+    await asking.under_way(8)
+    refused = await asking.ask("a", silent)
+    assert refused is not None
+    assert code_of(refused) == REFUSED
+    async with serving(knows("192.0.2.1")) as good:
+        answer = await asking.ask("c", good)
+        assert answer is not None
+        assert code_of(answer) == 0
+    assert await hogs[0] is None  # the oldest of who asked most
+    assert sum(hog.done() for hog in hogs) == 1
+    others = [asking.ask(container, silent) for container in ("c", "d", "e", "f")]
+    await asking.under_way(8)
+    assert sum(one.done() for one in others) == 0
+    for one in (*hogs, *others):
+        one.cancel()
+    await asyncio.wait([*hogs, *others])
+    assert asking.forwarder.in_flight == 0
+    assert asking.forwarder._in_flight == {}
+
+
+@pytest.mark.usefixtures("few")
+async def test_who_has_as_much_as_anybody_is_refused_when_all_is_taken(silent: NameServer) -> None:
+    asking = Asking()
+    under_way = [asking.ask(container, silent) for container in "abcd" for _ in range(2)]
+    await asking.under_way(8)
+    answer = await asking.ask("a", silent)
+    assert answer is not None
+    assert code_of(answer) == REFUSED
+    under_way.append(asking.ask("e", silent))  # it has none, and another two
+    assert await under_way[0] is None
+    await asking.under_way(8)
+    for one in under_way:
+        one.cancel()
+    await asyncio.wait(under_way)
+
+
+@pytest.mark.usefixtures("few")
+async def test_a_place_is_taken_from_a_question_whose_time_is_over_but_which_has_not_left_yet(
+    silent: NameServer,
+) -> None:
+    asking, loop = Asking(), asyncio.get_running_loop()
+    hogs = [asking.ask(container, silent, deadline_s=60.0) for container in ("a", "b") for _ in range(4)]
+    await asking.under_way(8)
+    oldest = next(iter(asking.forwarder._in_flight["a"]))
+    async with serving(knows("192.0.2.1")) as good:
+        new: list[asyncio.Task[bytes | None]] = []
+        loop.call_soon(lambda: new.append(asking.ask("c", good)))
+        oldest.reschedule(loop.time())  # its time is over before that, and its turn to leave comes after it
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        answer = await new[0]
+    assert answer is not None
+    assert code_of(answer) == 0
+    assert await hogs[0] is None
+    for one in hogs:
+        one.cancel()
+    await asyncio.wait(hogs)
+    assert asking.forwarder.in_flight == 0
+
+
+async def test_a_server_that_leaves_one_containers_questions_is_silent_for_that_one_alone(
+    silent: NameServer,
+) -> None:
+    asking = Asking()
+    for number in range(SEVERAL):
+        assert not asking.forwarder.are_silent([silent], "other")
+        assert await asking.ask(f"c{number}", silent, deadline_s=0.05) is None
+        assert asking.forwarder.are_silent([silent], f"c{number}")
+    assert asking.forwarder.are_silent([silent], "other")
+    inside = NameServer(silent.address, silent.port, is_inside=True)
+    for number in range(SEVERAL):
+        assert await asking.ask(f"c{number}", inside, deadline_s=0.05) is None
+    assert not asking.forwarder.are_silent([inside], "other")
+
+
+async def test_a_server_that_answers_anybody_is_there_for_all() -> None:
+    is_deaf = [True]
+    async with serving(lambda question: None if is_deaf[0] else knows("192.0.2.1")(question)) as server:
+        asking = Asking()
+        for number in range(SEVERAL):
+            await asking.ask(f"c{number}", server, deadline_s=0.05)
+        assert asking.forwarder.are_silent([server], "other")
+        is_deaf[0] = False
+        assert await asking.ask("c0", server) is not None
+        assert not any(asking.forwarder.are_silent([server], one) for one in ("other", "c0", "c1"))

@@ -1,0 +1,258 @@
+"""When namespaces are compared, and what that may cost."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.overlay.difference import AddLink, Put, SetSysctl
+from skep.dataplane.overlay.domain import Domain
+from skep.dataplane.overlay.healing import SHARE, Healing
+from skep.dataplane.overlay.repairs import Repairs, kind_of
+from skep.dataplane.overlay.settling import Settling
+from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, Route, State
+from skep.dataplane.overlay.tables import RuleTable, changes, fits, whole
+from skep.errors import Unavailable
+
+
+class Stopwatch:
+    """A clock that stands still but for who sleeps, or says that he worked."""
+
+    def __init__(self) -> None:
+        self.now, self.slept, self.worked = 0.0, 0.0, 0.0
+
+    def now_ns(self) -> int:
+        return round(self.now * 1e9)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += max(seconds, 0)
+        self.slept += max(seconds, 0)
+        await asyncio.sleep(0)
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+        self.worked += seconds
+
+
+class Slow(Domain):
+    """A namespace whose comparison takes ``seconds``."""
+
+    def __init__(self, clock: Stopwatch, seconds: float) -> None:
+        super().__init__("slow", Path("/none"), Namespaces(Path("/none")), Repairs())
+        self._clock, self._seconds, self.compared = clock, seconds, 0
+
+    async def heal(self) -> int:
+        self._clock.work(self._seconds)
+        self.compared += 1
+        return 0
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.01, 0.5])
+async def test_the_slow_round_keeps_to_its_share_and_leaves_none_out(seconds: float) -> None:
+    clock = Stopwatch()
+    healing = Healing(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
+    domains = [Slow(clock, seconds) for _ in range(5)]
+    for domain in domains:
+        healing.take_turns(domain)
+    task = asyncio.get_running_loop().create_task(healing.run())
+    while domains[-1].compared < 20:  # noqa: ASYNC110  # nobody is told
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert clock.worked / (clock.worked + clock.slept) <= SHARE * 1.05
+    assert max(one.compared for one in domains) - min(one.compared for one in domains) <= 1
+
+
+class Broken(Slow):
+    """A namespace in which the node meets a bug of its own."""
+
+    async def heal(self) -> int:
+        await super().heal()
+        raise KeyError("net1")
+
+
+async def test_a_bug_met_in_one_namespace_ends_no_other_ones_healing() -> None:
+    clock = Stopwatch()
+    healing = Healing(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
+    broken, well = Broken(clock, 0.001), Slow(clock, 0.001)
+    for domain in (broken, well):
+        healing.take_turns(domain)
+    healing.expect(broken)
+    task = asyncio.get_running_loop().create_task(healing.run())
+    while min(broken.compared, well.compared) < 5 and not task.done():  # noqa: ASYNC110  # nobody is told
+        await asyncio.sleep(0)
+    assert not task.done()
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_a_namespace_that_cannot_be_put_right_is_tried_less_and_less_often() -> None:
+    clock = Stopwatch()
+    healing = Healing(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 1.0)
+    broken, well = Broken(clock, 0.001), Slow(clock, 0.001)
+    for domain in (broken, well):
+        healing.take_turns(domain)
+        healing.expect(domain)
+    task = asyncio.get_running_loop().create_task(healing.run())
+    while clock.now < 600:  # nobody is told
+        healing.expect(broken)  # whoever changes much in it
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert 7 <= broken.compared <= 6 + 600 / 60
+    assert well.compared > 3 * broken.compared
+
+
+async def test_a_loop_that_meets_a_bug_is_begun_again_and_nothing_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Stopwatch()
+    healing = Healing(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
+    well, go_round, bugs = (
+        Slow(clock, 0.001),
+        healing._go_round,
+        [KeyError("bug"), OSError(24, "no descriptor")],
+    )
+
+    async def failing() -> None:
+        if bugs:
+            raise bugs.pop()
+        await go_round()
+
+    monkeypatch.setattr(healing, "_go_round", failing)
+    healing.take_turns(well)
+    task = asyncio.get_running_loop().create_task(healing.run())
+    while well.compared < 5 and not task.done():  # noqa: ASYNC110  # nobody is told
+        await asyncio.sleep(0)
+    assert not task.done()
+    task.cancel()
+    await asyncio.wait([task])
+
+
+@pytest.mark.parametrize("error", [Unavailable("not now"), KeyError("net1")])
+async def test_what_is_settled_later_is_settled_once_and_a_failure_keeps_nobody_else(
+    error: Exception,
+) -> None:
+    clock, calls = Stopwatch(), []
+    settling = Settling(clock)
+
+    def noting(name: str) -> object:
+        async def settle() -> None:
+            calls.append(name)
+            if name == "bad":
+                raise error
+
+        return settle
+
+    for name in ("bad", "net1", "net1", "net1", "net2"):
+        settling.soon(name, noting(name))  # type: ignore[arg-type]
+    task = asyncio.get_running_loop().create_task(settling.run())
+    while len(calls) < 3 and not task.done():  # noqa: ASYNC110  # nobody is told
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert calls == ["bad", "net1", "net2"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        (AddLink(Link(name="br0", kind="bridge")), "link"),
+        (SetSysctl("net/ipv4/ip_forward", "1"), "sysctl"),
+        (Put(Address("br0", "10.0.0.1/24")), "address"),
+        (Put(Route("br0", "10.0.0.0/24")), "route"),
+        (Put(Entry(EntryKind.FORWARD, "vx", "02:42:0a:00:00:05", "192.0.2.1")), "forwarding"),
+        (Put(Entry(EntryKind.PORT, "vx", "02:42:0a:00:00:05")), "bridge entry"),
+        (Put(Entry(EntryKind.NEIGHBOUR, "vx", "02:42:0a:00:00:05", "10.0.0.5")), "neighbour"),
+    ],
+)
+def test_repairs_are_counted_by_kind(operation: AddLink | SetSysctl | Put, kind: str) -> None:
+    repairs = Repairs()
+    repairs.count([kind_of(operation)] * 2)
+    assert (repairs.counts, repairs.total) == ({kind: 2}, 2)
+
+
+TABLE = RuleTable(
+    name="inet t",
+    sets=(("ports", "type inet_service"), ("targets", "type inet_service : ipv4_addr")),
+    chains=(("c", "{ type filter hook input priority 0; }"), ("d", "")),
+    rules=(("c", "udp dport @ports jump d"), ("d", "drop")),
+    elements=frozenset({("ports", "1"), ("ports", "2"), ("targets", "80 : 10.0.0.1")}),
+)
+LISTING = """table inet t {
+	set ports {
+		type inet_service
+		elements = { 1,
+				2 }
+	}
+
+	map targets {
+		type inet_service : ipv4_addr
+		elements = { 80 : 10.0.0.1 }
+	}
+
+	chain c {
+		type filter hook input priority filter; policy accept;
+		udp dport @ports jump d
+	}
+
+	chain d {
+		drop
+	}
+}
+"""
+
+
+def test_a_table_is_written_whole_and_changed_by_its_elements() -> None:
+    text = whole(TABLE)
+    assert text.startswith("add table inet t\ndelete table inet t\nadd table inet t\n")
+    assert "add map inet t targets { type inet_service : ipv4_addr; }" in text
+    fewer = RuleTable(
+        name=TABLE.name,
+        sets=TABLE.sets,
+        chains=TABLE.chains,
+        rules=TABLE.rules,
+        elements=frozenset({("ports", "2"), ("targets", "81 : 10.0.0.1")}),
+    )
+    assert changes(TABLE, fewer).splitlines() == [
+        "delete element inet t ports { 1 }",
+        "delete element inet t targets { 80 }",
+        "add element inet t targets { 81 : 10.0.0.1 }",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["\t\t\t\t2", "\t\tdrop\n", "\t\tudp dport @ports jump d\n"])
+def test_a_listing_that_lacks_something_is_no_measure(missing: str) -> None:
+    assert fits(LISTING, TABLE)
+    assert not fits(LISTING.replace(missing, "").replace("1,\n", "1\n"), TABLE)
+
+
+def test_a_domains_wish_is_that_of_all_its_parts() -> None:
+    domain = Domain("d", Path("/none"), Namespaces(Path("/none")), Repairs())
+    domain.wish("one", State(links={"a": Link(name="a", kind="bridge")}), TABLE)
+    more = RuleTable(
+        name=TABLE.name,
+        sets=TABLE.sets,
+        chains=TABLE.chains,
+        rules=TABLE.rules,
+        elements=frozenset({("ports", "9")}),
+    )
+    domain.wish("other", State(sysctls={"net/x": "1"}), more)
+    assert (list(domain.wanted.links), domain.wanted.sysctls) == (["a"], {"net/x": "1"})
+    assert domain.wanted_rules["inet t"].elements == TABLE.elements | {("ports", "9")}
+    domain.unwish("one")
+    assert domain.wanted.links == {}
+
+
+def test_a_link_that_goes_by_itself_is_not_wanted_by_the_next_change_of_another_part() -> None:
+    domain = Domain("node", Path("/none"), Namespaces(Path("/none")), Repairs())
+    going, staying = Link(name="vs1", kind="veth"), Link(name="vs2", kind="veth")
+    domain.wish("network", State(links={"vs1": going, "vs2": staying}))
+    domain.adopt()
+    domain.let_go("vs1")
+    domain.wish("strangers", State())
+    assert domain.wanted.links == {"vs2": staying}

@@ -1,0 +1,62 @@
+"""What is under each network, as who measures it says."""
+
+from collections.abc import Collection
+
+import msgspec
+
+from skep.dataplane.overlay.underlays import Underlays
+from skep.dataplane.overlay.wanted import Underlay, mtu_of
+from skep.model.ids import NetworkId, NodeId
+from skep.model.tables import NetworkHead, Segment, Table, TableNode
+
+ME, NEAR, FAR = NodeId("me"), NodeId("near"), NodeId("far")
+
+
+class FarIsNarrow:
+    """``FAR`` is behind a router that carries 1400."""
+
+    def measured(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
+        assert node == ME
+        return msgspec.structs.replace(underlay, mtu=1400) if FAR in nodes else underlay
+
+
+def a_table(name: str, *nodes: NodeId, is_encrypted: bool = False) -> Table:
+    return Table(
+        head=NetworkHead(id=NetworkId(name), name=name, is_encrypted=is_encrypted),
+        nodes={id: TableNode(id=id, underlay=f"192.0.2.{number}") for number, id in enumerate(nodes, 1)},
+    )
+
+
+def narrow() -> Underlays:
+    underlays = Underlays()
+    underlays.found = {"192.0.2.1": Underlay("192.0.2.1", 1500)}
+    underlays.measurements = FarIsNarrow()
+    return underlays
+
+
+def test_each_network_has_the_mtu_between_its_own_nodes() -> None:
+    underlays = narrow()
+    assert underlays.of(ME, a_table("a", ME, NEAR)) == Underlay("192.0.2.1", 1500)
+    assert underlays.of(ME, a_table("b", ME, FAR)) == Underlay("192.0.2.1", 1400)
+
+
+def test_who_has_no_address_on_it_has_nothing_under_it() -> None:
+    assert narrow().of(ME, None) is None
+    assert narrow().of(ME, a_table("a", NEAR)) is None
+    assert narrow().of(ME, Table(head=NetworkHead(id=NetworkId("a"), name="a"))) is None
+
+
+def test_encrypted_networks_share_the_mtu_of_the_narrowest() -> None:
+    """One forwarder cuts the frames of them all."""
+    near, far = a_table("a", ME, NEAR, is_encrypted=True), a_table("b", ME, FAR, is_encrypted=True)
+    plain = a_table("c", ME, FAR)
+    mine = Underlay("192.0.2.1", 1500)
+    assert narrow().encrypted_mtu(ME, (near, far), mine) == 1400
+    assert narrow().encrypted_mtu(ME, (near, plain), mine) == 1500
+
+
+def test_a_network_with_ipv6_has_what_ipv6_needs() -> None:
+    segments = (Segment("10.0.4.0/24", "10.0.4.1", 4100), Segment("fd04::/64", "fd04::1", 4100))
+    dual = NetworkHead(id=NetworkId("d"), name="d", segments=segments)
+    assert mtu_of(dual, Underlay("192.0.2.1", 1280)) == 1280
+    assert mtu_of(msgspec.structs.replace(dual, segments=segments[:1]), Underlay("192.0.2.1", 1280)) == 1230

@@ -1,0 +1,289 @@
+"""The keeper: who is told what, in which order, and what is acknowledged; what lies on the disk."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from skep.agent.revisions import Revision
+from skep.aio.clock import SystemClock
+from skep.dataplane.tables.files import Kept, SharedTables, StoredTables
+from skep.dataplane.tables.keeper import TableKeeper, TableListener
+from skep.errors import FailedPrecondition, Unavailable
+from skep.model.ids import NetworkId, NodeId
+from skep.model.tables import NetworkHead, Table, TableNode, TableSet, difference, whole
+
+A, B = NetworkId("a"), NetworkId("b")
+
+
+def a_table(id: str, *nodes: str, revision: int = 1) -> Table:
+    known = {NodeId(one): TableNode(id=NodeId(one), underlay="192.168.0.1") for one in nodes}
+    return Table(head=NetworkHead(id=NetworkId(id), name=id), revision=revision, nodes=known)
+
+
+def told(*tables: Table, is_complete: bool = True) -> TableSet:
+    revision = max((table.revision for table in tables), default=1)
+    return TableSet(revision=revision, is_complete=is_complete, changes=tuple(map(whole, tables)))
+
+
+class Part:
+    """Notes in ``order`` what it is asked; raises ``error`` while there is one."""
+
+    def __init__(self, name: str = "", order: list[str] | None = None) -> None:
+        self.name = name
+        self.order = order if order is not None else []
+        self.asked: list[frozenset[NetworkId]] = []
+        self.tables: Mapping[NetworkId, Table] = {}
+        self.error: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._moved = asyncio.Event()
+
+    async def wait(self, condition: Callable[[], object]) -> None:
+        """Look whenever this part is asked, or is done with it."""
+        async with asyncio.timeout(10):
+            while not condition():
+                self._moved.clear()
+                await self._moved.wait()
+
+    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+        self.order.append(self.name)
+        self.asked.append(changed)
+        self._moved.set()
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        self.tables = tables
+        self._moved.set()
+
+
+def a_keeper(*parts: TableListener, directory: Path | None = None) -> TableKeeper:
+    clock = SystemClock()
+    return TableKeeper(StoredTables(directory, clock), parts, clock, lambda: 0.0)
+
+
+@asynccontextmanager
+async def running(keeper: TableKeeper) -> AsyncIterator[None]:
+    task = asyncio.create_task(keeper.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def until(keeper: TableKeeper, condition: Callable[[], object]) -> None:
+    """Look whenever something more is in force."""
+    async with asyncio.timeout(10):
+        while not condition():
+            keeper._applied_more.clear()
+            await keeper._applied_more.wait()
+
+
+async def test_parts_are_asked_one_after_another_and_then_it_is_in_force() -> None:
+    order: list[str] = []
+    first, second = Part("first", order), Part("second", order)
+    keeper = a_keeper(first, second)
+    async with running(keeper):
+        second.gate.clear()
+        keeper.take(told(a_table("a", revision=5)), 2)
+        await second.wait(lambda: second.asked)
+        assert keeper.applied == {}
+        second.gate.set()
+        await until(keeper, lambda: keeper.applied)
+    assert order == ["first", "second"]
+    assert keeper.applied == {A: Revision(2, 5)}
+    assert first.tables == second.tables == keeper.tables
+
+
+async def test_what_comes_meanwhile_is_handed_on_at_once_afterwards() -> None:
+    part = Part()
+    keeper = a_keeper(part)
+    async with running(keeper):
+        part.gate.clear()
+        keeper.take(told(a_table("a", revision=1)), 1)
+        await part.wait(lambda: part.asked)
+        for revision in range(2, 6):
+            keeper.take(told(a_table("a", f"n{revision}", revision=revision), is_complete=False), 1)
+        keeper.take(told(a_table("b", revision=6), is_complete=False), 1)
+        part.gate.set()
+        await until(keeper, lambda: keeper.applied.get(B))
+    assert part.asked == [{A}, {A, B}]
+    assert keeper.applied == {A: Revision(1, 5), B: Revision(1, 6)}
+
+
+async def test_the_same_again_is_acknowledged_and_nobody_is_asked() -> None:
+    part = Part()
+    keeper = a_keeper(part)
+    async with running(keeper):
+        keeper.take(told(a_table("a", revision=1)), 1)
+        await until(keeper, lambda: keeper.applied)
+        keeper.take(told(a_table("a", revision=9)), 1)
+        await until(keeper, lambda: keeper.applied[A] == Revision(1, 9))
+    assert part.asked == [{A}]
+
+
+@pytest.mark.parametrize(
+    "error", [Unavailable("the kernel says no"), RuntimeError("a bug")], ids=["told", "bug"]
+)
+async def test_a_part_that_fails_delays_the_acknowledgement_and_nothing_else(error: Exception) -> None:
+    failing, other = Part(), Part()
+    failing.error = error
+    keeper = a_keeper(failing, other)
+    with capture_logs() as logs:
+        async with running(keeper):
+            keeper.take(told(a_table("a", revision=1)), 1)
+            await failing.wait(lambda: len(failing.asked) == 2)
+            assert (other.asked, keeper.applied) == ([{A}], {})
+            keeper.take(told(a_table("b", revision=2), is_complete=False), 1)
+            await other.wait(lambda: other.tables.get(B))
+            failing.error = None
+            await until(keeper, lambda: len(keeper.applied) == 2)
+    assert failing.asked[-1] == {A, B}
+    (said, *_) = [entry for entry in logs if entry["event"] == "network tables not applied"]
+    assert (said["part"], said["networks"], said["error"]) == ("Part", ["a"], str(error))
+
+
+async def test_what_was_in_force_stays_acknowledged_while_something_newer_fails() -> None:
+    part = Part()
+    keeper = a_keeper(part)
+    async with running(keeper):
+        keeper.take(told(a_table("a", revision=1)), 1)
+        await until(keeper, lambda: keeper.applied)
+        part.error = Unavailable("not now")
+        keeper.take(told(a_table("a", "n1", revision=2)), 1)
+        await part.wait(lambda: len(part.asked) == 3)
+        assert keeper.applied == {A: Revision(1, 1)}
+
+
+async def test_a_container_waits_for_its_networks_to_be_in_force() -> None:
+    part = Part()
+    keeper = a_keeper(part)
+    async with running(keeper), asyncio.TaskGroup() as group:
+        waiting = group.create_task(keeper.wait_in_force((A, B)))
+        keeper.take(told(a_table("a", revision=1)), 1)
+        await until(keeper, lambda: A in keeper.applied)
+        part.gate.clear()
+        keeper.take(told(a_table("b", revision=2), is_complete=False), 1)
+        await part.wait(lambda: len(part.asked) == 2)
+        assert not waiting.done()
+        part.gate.set()
+        await waiting
+        await keeper.wait_in_force(())
+
+
+async def test_an_older_set_is_refused_and_a_new_life_of_the_cluster_is_not() -> None:
+    keeper = a_keeper()
+    keeper.take(told(a_table("a", revision=5)), 2)
+    for incarnation, revision in ((2, 4), (1, 100)):
+        with pytest.raises(FailedPrecondition, match="the manager is behind"):
+            keeper.take(told(a_table("b", revision=revision)), incarnation)
+    assert set(keeper.tables) == {A}
+    keeper.take(told(a_table("b", revision=1)), 3)
+    assert set(keeper.tables) == {B}
+
+
+async def test_a_node_that_leaves_its_swarm_forgets_everything(tmp_path: Path) -> None:
+    part = Part()
+    keeper = a_keeper(SharedTables(tmp_path / "run"), part, directory=tmp_path / "disk")
+    async with running(keeper):
+        keeper.take(told(a_table("a", revision=5)), 2)
+        async with asyncio.timeout(10):
+            await keeper.clear()
+        assert part.asked[-1] == {A}
+        assert part.tables == {}
+        assert [*(tmp_path / "run").iterdir(), *(tmp_path / "disk").iterdir()] == []
+        keeper.take(told(a_table("a", revision=1)), 1)  # of the next swarm
+
+
+async def test_tables_are_found_again_and_each_file_is_a_table(tmp_path: Path) -> None:
+    keeper = a_keeper(SharedTables(tmp_path / "run"), directory=tmp_path / "disk")
+    a, b = a_table("a", "n1", revision=5), a_table("b", revision=5)
+    async with running(keeper):
+        keeper.take(told(a, b), 2)
+        await until(keeper, lambda: keeper.applied)
+        shared = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        assert {name: msgspec.msgpack.decode(data, type=Table) for name, data in shared.items()} == {
+            "a": a,
+            "b": b,
+        }
+    part = Part()
+    again = a_keeper(part, directory=tmp_path / "disk")
+    again.load()
+    assert again.tables == {A: a, B: b}
+    with pytest.raises(FailedPrecondition):
+        again.take(told(a_table("a", revision=4)), 2)
+    async with running(again):
+        await until(again, lambda: again.applied)
+    assert part.asked == [{A, B}]
+    change = difference(a, a_table("a", "n2", revision=6))
+    assert change is not None
+    again.take(TableSet(revision=6, changes=(change,)), 2)
+    assert set(again.tables[A].nodes) == {"n2"}
+
+
+async def test_what_was_in_force_is_newer_than_the_disk(tmp_path: Path) -> None:
+    """A process that is killed has written its disk up to a second before."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "a").write_bytes(msgspec.msgpack.encode(Kept(2, a_table("a", revision=5))))
+    (disk / "b").write_bytes(msgspec.msgpack.encode(Kept(2, a_table("b", revision=5))))
+    shared = SharedTables(tmp_path / "run")
+    newer = a_table("a", "n1", revision=7)
+    await shared.apply({A: newer}, frozenset({A}))
+    part = Part()
+    keeper = a_keeper(part, directory=disk)
+    (tmp_path / "run" / "b").write_bytes(b"damaged")
+    keeper.load(shared.load())
+    assert keeper.tables == {A: newer, B: a_table("b", revision=5)}
+    with pytest.raises(FailedPrecondition):
+        keeper.take(told(a_table("a", revision=6)), 2)
+    async with running(keeper):
+        await until(keeper, lambda: keeper.applied)
+    again = a_keeper(directory=disk)
+    again.load()
+    assert again.tables == keeper.tables
+
+
+def test_damaged_files_are_told_and_dropped(tmp_path: Path) -> None:
+    good = msgspec.msgpack.encode(Kept(1, a_table("a")))
+    (tmp_path / "a").write_bytes(good)
+    (tmp_path / "b").write_bytes(good)  # of another network
+    (tmp_path / "c").write_bytes(good[: len(good) // 2])
+    (tmp_path / "a.new").write_bytes(b"")  # what a crash leaves
+    keeper = a_keeper(directory=tmp_path)
+    with capture_logs() as logs:
+        keeper.load()
+    assert set(keeper.tables) == {A}
+    dropped = [entry["path"].rpartition("/")[2] for entry in logs]
+    assert dropped == ["a.new", "b", "c"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+async def test_what_an_earlier_process_left_on_tmpfs_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"")
+    shared = SharedTables(tmp_path)
+    await shared.apply({A: a_table("a")}, frozenset({A}))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+async def test_a_keeper_that_is_begun_again_goes_on_writing(tmp_path: Path) -> None:
+    stored = StoredTables(tmp_path / "tables", SystemClock())
+    keeper = TableKeeper(stored, [], SystemClock(), lambda: 0.5)
+    for number in (1, 2):
+        running = asyncio.create_task(keeper.run())
+        keeper.take(told(a_table("a", f"n{number}", revision=number)), incarnation=1)
+        async with asyncio.timeout(30):
+            while _kept_revision(tmp_path / "tables") != number:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def _kept_revision(directory: Path) -> int:
+    kept, _ = StoredTables(directory, SystemClock()).load()
+    return kept[A].revision if A in kept else 0

@@ -1,0 +1,178 @@
+"""Peers that do not answer serve nothing here while there is no manager."""
+
+import asyncio
+from collections.abc import Mapping
+
+from skep.aio.clock import SystemClock
+from skep.dataplane.tables.silence import (
+    FRESH_SECONDS,
+    LOST_SECONDS,
+    NOBODY,
+    Silence,
+    silent,
+    watch,
+    whole,
+    without,
+)
+from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.paths import PathCheck, PathFinding, PathReport
+from skep.model.tables import NetworkHead, Table, TableEndpoint
+from skep.node.contact import Contact
+from tests.unit.dataplane.tables.test_keeper import Part, a_keeper, running, told
+
+
+def nodes(*names: str) -> frozenset[NodeId]:
+    return frozenset(map(NodeId, names))
+
+
+def a_report(*, fails: bool, rounds: int = 2, check: PathCheck = PathCheck.OVERLAY) -> PathReport:
+    finding = PathFinding(check=check, port="4789/udp", sent=3, lost=3 if fails else 0)
+    return PathReport(peer=NodeId("any"), findings=(finding,), rounds=rounds)
+
+
+def reports(**fails: bool) -> dict[NodeId, PathReport]:
+    return {NodeId(name): a_report(fails=one) for name, one in fails.items()}
+
+
+def a_table(*endpoints: TableEndpoint, is_encrypted: bool = False) -> Table:
+    head = NetworkHead(id=NetworkId("net"), name="net", is_encrypted=is_encrypted)
+    return Table(head=head, revision=1, endpoints={one.task_id: one for one in endpoints})
+
+
+def serving(task: str, node: str, service: str = "web", *, is_serving: bool = True) -> TableEndpoint:
+    return TableEndpoint(
+        task_id=TaskId(task),
+        node_id=NodeId(node),
+        service_id=ServiceId(service),
+        is_running=True,
+        is_serving=is_serving,
+    )
+
+
+def serves(table: Table) -> set[str]:
+    return {str(id) for id, one in table.endpoints.items() if one.is_serving}
+
+
+def test_who_fails_and_is_settled_is_silent() -> None:
+    found = reports(m2=True, m3=True, w1=False) | {NodeId("w2"): a_report(fails=True, rounds=1)}
+    assert silent(found) == Silence(plain=nodes("m2", "m3"))
+
+
+def test_a_node_whom_nobody_answers_has_lost_its_own_cable() -> None:
+    assert silent(reports(m2=True, m3=True)) == NOBODY
+    assert silent({}) == NOBODY
+
+
+def test_encrypted_networks_go_by_the_forwarders_answers() -> None:
+    found = {
+        NodeId("m2"): a_report(fails=True, check=PathCheck.ENCRYPTED),
+        NodeId("m3"): a_report(fails=False, check=PathCheck.ENCRYPTED),
+    }
+    assert silent(found) == Silence(encrypted=nodes("m2"))
+    assert silent(found).of(a_table(is_encrypted=True)) == nodes("m2")
+    assert silent(found).of(a_table()) == nodes()
+
+
+def test_what_silent_nodes_serve_is_left_out_and_comes_back() -> None:
+    table = a_table(serving("t1", "m1"), serving("t2", "m2"), serving("t3", "m3"))
+    left = without(table, nodes("m2", "m3"))
+    assert serves(left) == {"t1"}
+    assert left.endpoints.keys() == table.endpoints.keys(), "they can be reached by their addresses"
+    assert whole(left) == table
+    assert without(table, nodes()) is table
+
+
+def test_the_last_that_serve_a_service_stay() -> None:
+    table = a_table(
+        serving("t2", "m2"),
+        serving("t3", "m3"),
+        serving("t1", "m1", is_serving=False),
+        serving("o", "m1", "other"),
+    )
+    assert without(table, nodes("m2", "m3")) is table
+
+
+def test_a_container_of_nobodys_service_stays() -> None:
+    table = a_table(serving("plain", "m2", ""), serving("t1", "m1", ""))
+    assert without(table, nodes("m2")) is table
+
+
+async def test_the_keeper_hands_on_what_is_left_and_then_all_again() -> None:
+    part = Part()
+    keeper = a_keeper(part)
+    table = a_table(serving("t1", "m1"), serving("t2", "m2"))
+    keeper.take(told(table), 1)
+    async with running(keeper):
+        await part.wait(lambda: part.tables)
+        keeper.leave_out(Silence(plain=nodes("m2")))
+        await part.wait(lambda: serves(part.tables[NetworkId("net")]) == {"t1"})
+        assert keeper.tables[NetworkId("net")] == table, "what the managers said is kept"
+        keeper.leave_out(NOBODY)
+        await part.wait(lambda: part.tables[NetworkId("net")] == table)
+        asked = len(part.asked)
+        keeper.leave_out(NOBODY)
+        keeper.leave_out(Silence(plain=nodes("elsewhere")))
+        await asyncio.sleep(0)
+        assert len(part.asked) == asked, "nothing that concerns a network has changed"
+
+
+class HandClock(SystemClock):
+    """Time passes when somebody sleeps; ``steps`` say what happens at which second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+async def watched(until_s: float, **happens: float) -> list[tuple[float, Silence]]:
+    """What is left out, and when.  ``gained``, ``lost``: when there is a session; ``answers``: m2 from then on."""
+    clock = HandClock()
+    contact = Contact(clock)
+    said: list[tuple[float, Silence]] = []
+
+    def latest() -> Mapping[NodeId, PathReport]:
+        return reports(m2=clock.now < happens.get("answers", 1e9), w1=False)
+
+    def leave_out(silence: Silence) -> None:
+        if not said or said[-1][1] != silence:
+            said.append((clock.now, silence))
+
+    contact.gained()
+    contact.lost()
+    task = asyncio.create_task(watch(contact, latest, leave_out, clock))
+    for _ in range(5000):  # with a manager there is nothing to wait for, and no time passes
+        if clock.now >= until_s or task.done():
+            break
+        if clock.now >= happens.get("gained", 1e9) and not contact.has_manager:
+            contact.gained()
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    return [one for one in said if one[0] < until_s]
+
+
+async def test_probes_count_only_when_no_manager_has_been_heard_for_a_while() -> None:
+    (first, *rest) = await watched(30)
+    assert first == (LOST_SECONDS, Silence(plain=nodes("m2")))
+    assert not rest
+
+
+async def test_the_first_answer_brings_a_peer_back() -> None:
+    assert await watched(30, answers=20) == [(LOST_SECONDS, Silence(plain=nodes("m2"))), (20, NOBODY)]
+
+
+async def test_a_managers_tables_win_when_they_are_fresh() -> None:
+    (_, (at, last)) = await watched(60, gained=20)
+    assert last == NOBODY
+    assert FRESH_SECONDS <= at - 20 <= FRESH_SECONDS + 2
+
+
+async def test_a_session_that_only_moves_leaves_nobody_out() -> None:
+    assert not [one for _, one in await watched(40, gained=2) if one != NOBODY]

@@ -1,0 +1,90 @@
+"""What a user's bridge network is to be, and which addresses are given on it."""
+
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+import pytest
+
+from skep.api.errors import Forbidden
+from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
+from skep.dataplane.addresses import Addresses
+from skep.dataplane.local.objects import LocalNetwork, head_of
+from skep.dataplane.local.wishes import bridge_of
+from skep.dataplane.rules import between_table
+from skep.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, SkepError, Unimplemented
+from skep.model.times import ZERO_TIME
+
+TAKEN = (IPv4Network("172.18.0.0/16"), IPv4Network("192.168.1.0/24"), IPv4Network("0.0.0.0/0"))
+
+
+def made(*subnets: SubnetBody, **words: Any) -> LocalNetwork:
+    body = NetworkBody(name="front", ipam=IPAMBody(config=subnets), **words)
+    return bridge_of(body, id="f" * 64, created_at=ZERO_TIME, taken=TAKEN)
+
+
+def test_a_network_gets_the_first_subnet_that_nobody_has() -> None:
+    (config,) = made().configs
+    assert (config.subnet, config.gateway) == ("172.19.0.0/16", "172.19.0.1")
+    head = head_of(made(internal=True))
+    assert (head.mtu, head.is_internal, head.segments[0].gateway) == (1500, True, "172.19.0.1")
+
+
+@pytest.mark.parametrize(
+    ("subnet", "error", "said"),
+    [
+        (SubnetBody(subnet="172.18.4.0/24"), Forbidden, "Pool overlaps with other one"),
+        (
+            SubnetBody(subnet="10.1.0.0/24", gateway="10.2.0.1"),
+            InvalidArgument,
+            "no matching subnet for gateway",
+        ),
+        (
+            SubnetBody(subnet="10.1.0.0/24", ip_range="10.2.0.0/28"),
+            InvalidArgument,
+            "no matching subnet for range",
+        ),
+        (SubnetBody(subnet="10.1.0.0/31"), InvalidArgument, "no room"),
+        (SubnetBody(subnet="fd00::/64"), Unimplemented, "one IPv4 subnet"),
+    ],
+)
+def test_a_subnet_that_cannot_be_is_refused(subnet: SubnetBody, error: type[SkepError], said: str) -> None:
+    with pytest.raises(error, match=said):
+        made(subnet)
+
+
+def test_options_that_nothing_acts_on_are_refused() -> None:
+    with pytest.raises(Unimplemented, match="enable_icc=false"):
+        made(options={"com.docker.network.bridge.enable_icc": "false"})
+    with pytest.raises(Unimplemented, match="--ipv6"):
+        made(enable_ipv6=True)
+    with pytest.raises(Unimplemented, match="macvlan"):
+        made(driver="macvlan")
+    with pytest.raises(InvalidArgument, match="mtu"):
+        made(options={"com.docker.network.driver.mtu": "9"})
+
+
+def test_addresses_are_the_wished_ones_or_from_the_pool() -> None:
+    addresses = Addresses(
+        IPv4Network("10.1.0.0/24"),
+        gateway=IPv4Address("10.1.0.254"),
+        pool=IPv4Network("10.1.0.8/30"),
+        reserved=(IPv4Address("10.1.0.9"),),
+    )
+    assert [str(addresses.take(name)) for name in "abc"] == ["10.1.0.8", "10.1.0.10", "10.1.0.11"]
+    with pytest.raises(ResourceExhausted):
+        addresses.take("d")
+    assert str(addresses.take_wished(IPv4Address("10.1.0.1"), "d")) == "10.1.0.1"
+    for taken in ("10.1.0.1", "10.1.0.9", "10.1.0.254"):
+        with pytest.raises(FailedPrecondition, match="Address already in use"):
+            addresses.take_wished(IPv4Address(taken), "e")
+    with pytest.raises(InvalidArgument):
+        addresses.take_wished(IPv4Address("10.2.0.1"), "e")
+
+
+def test_by_the_gateway_only_open_containers_reach_each_other() -> None:
+    table = between_table([("vs1", True), ("vs2", False)])
+    assert table.elements == {("ports", '"vs1"'), ("open", '"vs1"'), ("ports", '"vs2"')}
+    assert [rule for _, rule in table.rules] == [
+        "iifname @open oifname @open accept",
+        "iifname @ports oifname @ports drop",
+    ]

@@ -1,0 +1,138 @@
+"""What a node does for the containers of an earlier process, with stand-ins for the parts that touch the kernel."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.netns.nft import NftFailed
+from skep.engine.container import ConnectedPlace, Container, Endpoint, Place
+from skep.model.ids import ContainerId
+from tests.support.oci_rig import QuickClock
+from tests.unit.dataplane.overlay.test_wanted import HEAD
+from tests.unit.engine.test_records import a_container
+
+
+async def nothing(*_: Any) -> None:
+    """Succeeds."""
+
+
+class Mesh:
+    """Of a node on which the first container has made its namespace unusable."""
+
+    def __init__(self) -> None:
+        self.joined_by: list[str] = []
+
+    async def joined(self, id: ContainerId, netns: Path, *_: Any, **__: Any) -> None:
+        if netns == Path("/netns/0"):
+            raise NftFailed("Operation not permitted")
+        self.joined_by.append(id)
+
+
+class Naming:
+    """Notes for whom names are served again."""
+
+    def __init__(self) -> None:
+        self.served: list[str] = []
+
+    async def restore(self, live: Collection[Container]) -> None:
+        self.served = [one.id for one in live]
+
+
+def on_the_ingress_network(number: int) -> Container:
+    place = Place(head=replace(HEAD, is_ingress=True), addresses=(f"10.0.0.{number + 2}/24",))
+    connected = ConnectedPlace(
+        place=place, interface="eth0", port=f"vs{number}", mac_address="02:00:00:00:00:02"
+    )
+    endpoint = Endpoint(netns=f"/netns/{number}", places=(connected,))
+    return replace(a_container(name=f"c{number}", endpoint=endpoint), id=ContainerId(f"{number}" * 64))
+
+
+PARTS = ("namespaces", "home", "gateway", "local", "healing", "settling", "prober", "joining")
+
+
+def network_of(parts: dict[str, Any], **more: Any) -> ContainerNetwork:
+    return ContainerNetwork(**parts, **more, clock=QuickClock(), chance=lambda: 0.5)
+
+
+async def test_a_part_that_fails_is_begun_again_and_ends_no_other() -> None:
+    begun: Counter[str] = Counter()
+    bugs = {name: [KeyError("bug"), OSError(24, "no descriptor")] for name in ("healing", "mesh")}
+
+    def part(name: str) -> Any:
+        async def run() -> None:
+            begun[name] += 1
+            if bugs.get(name):
+                raise bugs[name].pop()
+            await asyncio.Event().wait()
+
+        return SimpleNamespace(run=run, repairs=None, path=Path("/home"))
+
+    parts = {name: part(name) for name in PARTS}
+    network = network_of(parts, overlays=None, mesh=part("mesh"))
+    async with asyncio.timeout(30), network.running():
+        while begun != {"healing": 3, "mesh": 3, "settling": 1, "prober": 1}:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("odd", ["10.0.0.2", "10.0.0.300/24", "", "fd00::/129"])
+async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_restored(odd: str) -> None:
+    mesh, naming, said, destroyed = Mesh(), Naming(), list[str](), list[str]()
+    bad, good = on_the_ingress_network(1), on_the_ingress_network(2)
+    assert bad.endpoint is not None
+    (place,) = bad.endpoint.places
+    places = (replace(place, place=replace(place.place, addresses=(odd, "nothing"))),)
+    bad = replace(bad, endpoint=replace(bad.endpoint, places=places))
+
+    async def destroy(id: str) -> None:
+        destroyed.append(id)
+        raise OSError(5, "Input/output error")
+
+    part = SimpleNamespace(
+        path=Path("/home"),
+        restore=nothing,
+        watch=nothing,
+        repairs=None,
+        pinned=lambda: [bad.id, good.id, "gone", "stray"],
+        destroy=destroy,
+        leave=nothing,
+        disconnect=nothing,
+    )
+    began: list[str] = []
+
+    async def begin(live: dict[ContainerId, Endpoint]) -> None:
+        began.extend(live)
+
+    overlays = SimpleNamespace(restore=lambda _: None, begin=begin, disconnect=lambda *_: None)
+    mesh.left = lambda _: None  # type: ignore[attr-defined]
+    parts = dict.fromkeys(PARTS, part)
+    network = network_of(parts, overlays=overlays, mesh=mesh, naming=naming, say=said.append)
+    for _ in range(2):
+        await network.restore([bad, good])
+    assert began == [good.id] * 2
+    assert naming.served == [good.id]
+    assert destroyed == ["gone", "stray"] * 2
+    assert len(said) == 1
+    assert bad.id[:12] in said[0]
+    await network.detach(bad.id, bad.endpoint)
+    assert said[-1] == ""
+
+
+async def test_a_container_that_made_its_namespace_unusable_keeps_no_other_from_its_network() -> None:
+    mesh, naming = Mesh(), Naming()
+    part = SimpleNamespace(
+        path=Path("/home"), restore=nothing, begin=nothing, watch=nothing, repairs=None, pinned=list
+    )
+    parts: dict[str, Any] = dict.fromkeys(PARTS, part)
+    overlays = SimpleNamespace(restore=lambda _: None, begin=nothing)
+    network = network_of(parts, overlays=overlays, mesh=mesh, naming=naming)
+    live = [on_the_ingress_network(number) for number in (0, 1)]
+    await network.restore(live)
+    assert mesh.joined_by == [live[1].id]
+    assert naming.served == [one.id for one in live]

@@ -1,0 +1,105 @@
+"""Sockets of a container in the net process: forgotten while they are opened, or opened twice."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.dataplane.dns.networks import Networks
+from skep.dataplane.dns.server import Sockets
+from skep.dataplane.dns.upstream import Forwarder
+from skep.dataplane.protocol import Named
+from skep.dataplane.served import Around, Served, Written
+from skep.errors import Unavailable
+
+
+class SlowNamespaces:
+    """A thread that is in the namespace until ``go``, and then has opened what it was to open."""
+
+    def __init__(self, opened: tuple[Sockets, socket.socket, socket.socket | None]) -> None:
+        self.opened = opened
+        self.is_inside = asyncio.Event()
+        self.go = asyncio.Event()
+
+    async def run(self, namespace: Path, call: Callable[..., Any], /, *args: Any) -> Any:
+        self.is_inside.set()
+        await self.go.wait()
+        return self.opened
+
+
+def a_served(tmp_path: Path, namespaces: "SlowNamespaces | QuickNamespaces") -> Served:
+    around = Around(
+        tmp_path,
+        namespaces,  # type: ignore[arg-type]
+        Networks(tmp_path),
+        Forwarder(SystemClock(), lambda: 1),
+        lambda: 0.5,
+        "me",
+        asyncio.ensure_future,
+    )
+    return Served(around, Written(Named(id="c1", netns=str(tmp_path / "ns"), networks=())), lambda: None)
+
+
+def datagrams() -> socket.socket:
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+
+async def test_what_was_opened_for_a_container_that_is_gone_is_closed_and_nothing_written(
+    tmp_path: Path,
+) -> None:
+    opened = Sockets(datagrams(), datagrams()), datagrams(), datagrams()
+    namespaces = SlowNamespaces(opened)
+    served = a_served(tmp_path, namespaces)
+    opening = asyncio.ensure_future(served.open())
+    await namespaces.is_inside.wait()
+    served.close()
+    namespaces.go.set()
+    with pytest.raises(Unavailable, match="forgotten"):
+        await opening
+    sockets, notifications, packets = opened
+    assert [one.fileno() for one in (sockets.udp, sockets.tcp, notifications, packets)] == [-1] * 4
+    served.write_down()
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_sockets_that_have_another_owner_by_then_stay_open(tmp_path: Path) -> None:
+    sockets = Sockets(datagrams(), datagrams())
+    namespaces = SlowNamespaces((sockets, datagrams(), None))
+    served = a_served(tmp_path, namespaces)
+    served.sockets = sockets
+    opening = asyncio.ensure_future(served.open())
+    await namespaces.is_inside.wait()
+    assert served.give_sockets() is sockets
+    served.close()
+    namespaces.go.set()
+    with pytest.raises(Unavailable):
+        await opening
+    assert sockets.udp.fileno() > 0
+    sockets.close()
+
+
+class QuickNamespaces:
+    """What listens is opened anew at each run, one moment later."""
+
+    def __init__(self) -> None:
+        self.sockets = Sockets(datagrams(), datagrams())
+        self.opened = [self.sockets.udp, self.sockets.tcp]
+
+    async def run(self, namespace: Path, call: Callable[..., Any], /, *args: Any) -> Any:
+        listening = [datagrams(), datagrams()]
+        self.opened += listening
+        await asyncio.sleep(0)
+        return self.sockets, *listening
+
+
+async def test_what_is_opened_twice_at_the_same_time_is_closed_in_the_end(tmp_path: Path) -> None:
+    """Tables that name other subnets come while a container is opened: a socket that stays keeps its namespace."""
+    namespaces = QuickNamespaces()
+    served = a_served(tmp_path, namespaces)
+    await asyncio.gather(served.open(), served.open())
+    served.close()
+    assert [one for one in namespaces.opened if one.fileno() >= 0] == []

@@ -1,0 +1,163 @@
+"""Virtual addresses as rules: the difference to what a namespace has, played on a model of nftables."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.dataplane.vip.plan import There, plan
+from skep.dataplane.vip.rules import Elements, fresh, removed
+from skep.dataplane.vip.wanted import Leads, leads_of, placed
+from skep.model.ids import ServiceId
+from tests.support.tables import a_network, a_served
+
+
+class Kernel:
+    """As much of nftables as the rules need; refuses what the kernel would refuse."""
+
+    def __init__(self) -> None:
+        self.maps: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+        self.chains: dict[str, set[str]] = defaultdict(set)
+        self.tables: set[str] = set()
+
+    def apply(self, text: str) -> None:
+        for line in text.splitlines():
+            verb, kind, family, _, *rest = line.split()
+            match verb, kind:
+                case "add", "table":
+                    self.tables.add(family)
+                case "create", "table":
+                    assert family not in self.tables
+                    self.tables.add(family)
+                case "delete", "table":
+                    self.tables.remove(family)
+                    self.chains.pop(family, None)
+                    for key in [key for key in self.maps if key[0] == family]:
+                        del self.maps[key]
+                case "add", "chain":
+                    assert family in self.tables
+                    self.chains[family].add(rest[0])
+                case (("add" | "delete"), "element"):
+                    self._element(verb, family, rest[0], line)
+
+    def _element(self, verb: str, family: str, name: str, line: str) -> None:
+        there = self.maps[family, name]
+        for element in re.findall(r"\{ (.*) \}", line)[0].split(", "):
+            key, _, value = element.partition(" : ")
+            if verb == "delete":
+                del there[key]
+                continue
+            assert key not in there, f"{key} is in {name}"
+            if value.startswith("goto "):
+                assert value.removeprefix("goto ") in self.chains[family]
+            there[key] = value
+
+    def change(self, changes: Iterable[Elements]) -> None:
+        """Elements alone, as they go to the kernel without the language."""
+        for one in changes:
+            there = self.maps[one.family, one.map]
+            for key, value in one.elements:
+                if one.is_added:
+                    assert key not in there, f"{key} is in {one.map}"
+                    there[key] = value
+                else:
+                    del there[key]
+
+    def leads(self) -> dict[str, set[str]]:
+        """Where each address leads, as a packet finds out."""
+        found: dict[str, set[str]] = {}
+        for family in self.tables:
+            for address, guard in self.maps[family, "guards"].items():
+                chain = self.maps[family, "services"].get(address, "goto spread_0")
+                count = int(chain.removeprefix("goto spread_"))
+                assert (guard == "goto empty") is (count == 0)
+                backends = self.maps[family, "backends"]
+                found[address] = {backends[f"{address} . {number}"] for number in range(count)}
+                assert len(found[address]) == count, "no backend has two shares"
+            assert len(self.maps[family, "backends"]) == sum(
+                len(found[address]) for address in self.maps[family, "guards"]
+            ), "nothing is left behind"
+        return found
+
+
+IPV4 = st.integers(2, 9).map(lambda number: f"10.0.1.{number}")
+IPV6 = st.integers(2, 5).map(lambda number: f"fd00::{number}")
+LEADS = st.builds(
+    lambda ipv4, ipv6: ipv4 | ipv6,
+    st.dictionaries(IPV4, st.lists(IPV4.map(lambda one: one.replace("10.", "11.")), unique=True).map(tuple)),
+    st.dictionaries(IPV6, st.lists(IPV6.map(lambda one: one.replace("fd", "fe")), unique=True).map(tuple)),
+)
+
+
+@given(st.lists(LEADS, max_size=5), st.lists(st.booleans(), min_size=5, max_size=5))
+def test_whatever_was_there_the_plan_leads_where_it_should(wishes: list[Leads], forgets: list[bool]) -> None:
+    kernel, there = Kernel(), None
+    for wish, forgotten in zip(wishes, forgets, strict=False):
+        before: There | None = None if forgotten else there
+        planned = plan(before, wish)
+        kernel.apply(planned.text)
+        there = planned.after
+        assert kernel.leads() == {address: set(backends) for address, backends in wish.items()}
+        assert plan(there, wish).text == "", "once is enough"
+
+
+@given(LEADS, LEADS)
+def test_elements_alone_do_what_the_rules_do_unless_there_is_more_to_do(old: Leads, new: Leads) -> None:
+    first = plan({}, old)
+    planned = plan(first.after, new)
+    lines = planned.text.splitlines()
+    assert (planned.elements is None) is any(" element " not in line for line in lines)
+    if planned.elements is not None:
+        by_text, by_elements = Kernel(), Kernel()
+        for kernel in (by_text, by_elements):
+            kernel.apply(first.text)
+        by_text.apply(planned.text)
+        by_elements.change(planned.elements)
+        assert by_elements.maps == by_text.maps
+
+
+@given(LEADS, LEADS)
+def test_flows_to_backends_that_went_are_astray_and_no_others(old: Leads, new: Leads) -> None:
+    planned = plan(plan({}, old).after, new)
+    for address in old.keys() | new.keys():
+        went = set(old.get(address, ())) - set(new.get(address, ()))
+        assert (address in planned.astray) is bool(went)
+        assert set(planned.astray.get(address, ())) == (set(new.get(address, ())) if went else set())
+
+
+@given(st.lists(IPV4, unique=True), st.lists(IPV4, unique=True))
+def test_who_stays_keeps_his_place(before: list[str], after: list[str]) -> None:
+    order = placed(tuple(before), tuple(after))
+    assert sorted(order) == sorted(after)
+    short = min(len(before), len(after))
+    kept = [one for one in before[:short] if one in after]
+    assert [one for one in order[:short] if one in before[:short]] == kept
+
+
+def test_one_change_costs_one_element_however_many_backends_there_are() -> None:
+    many = {"10.0.1.2": tuple(f"10.0.2.{number}" for number in range(200))}
+    one_less = {"10.0.1.2": many["10.0.1.2"][1:]}
+    there = plan({}, many).after
+    text = plan(there, one_less).text
+    elements = [element for line in text.splitlines() if "element" in line for element in line.split(",")]
+    assert len(elements) <= 6
+
+
+def test_a_namespace_without_virtual_addresses_has_no_table() -> None:
+    assert plan({}, {}).text == ""
+    assert plan(None, {}).text == removed("ip") + removed("ip6")
+    assert plan({}, {"10.0.1.2": ()}).text == fresh("ip", {"10.0.1.2": ()})
+
+
+def test_only_who_serves_gets_new_connections() -> None:
+    web = a_served(
+        "web", ["10.0.1.2", "fd00::2"], [("10.0.1.3", "fd00::3"), "10.0.1.4"], unhealthy=["10.0.1.5"]
+    )
+    table = a_network(web, a_served("rr", (), ["10.0.1.9"]), a_served("idle", "10.0.1.6"))
+    assert leads_of(table) == {
+        ServiceId("id-web"): {"10.0.1.2": ("10.0.1.3", "10.0.1.4"), "fd00::2": ("fd00::3",)},
+        ServiceId("id-idle"): {"10.0.1.6": ()},
+    }
+    assert leads_of(a_network(web, is_ingress=True)) == {}

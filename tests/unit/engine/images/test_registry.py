@@ -1,0 +1,78 @@
+import base64
+
+import pytest
+
+from skep.engine.images.pulling import Descriptor, Platform, choose, parse_platform
+from skep.engine.images.registry import Credentials, Endpoint, Policy, decode_credentials
+from skep.errors import InvalidArgument, NotFound
+
+
+@pytest.mark.parametrize("domain", ["127.0.0.1:5000", "localhost:5000", "[::1]:5000", "localhost"])
+def test_a_registry_on_loopback_may_be_asked_without_tls(domain: str):
+    assert [endpoint.url for endpoint in Policy().endpoints(domain)] == [
+        f"https://{domain}",
+        f"http://{domain}",
+    ]
+
+
+def test_any_other_registry_is_asked_with_verified_tls_only():
+    assert Policy().endpoints("reg.example:5000") == (Endpoint("https://reg.example:5000"),)
+
+
+@pytest.mark.parametrize("insecure", ["reg.example:5000", "reg.example"])
+def test_a_configured_registry_may_be_asked_without_tls(insecure: str):
+    policy = Policy(insecure=frozenset({insecure}))
+    assert policy.is_insecure("reg.example:5000")
+    assert not policy.is_insecure("other.example:5000")
+
+
+def test_a_configured_network_makes_its_addresses_insecure():
+    policy = Policy(insecure=frozenset({"10.1.0.0/16"}))
+    assert policy.is_insecure("10.1.2.3:5000")
+    assert not policy.is_insecure("10.2.2.3:5000")
+
+
+def test_mirrors_are_asked_before_docker_hub_and_for_nothing_else():
+    policy = Policy(mirrors=("https://mirror.example/",))
+    assert [one.url for one in policy.endpoints("docker.io")] == [
+        "https://mirror.example",
+        "https://registry-1.docker.io",
+    ]
+    assert [one.url for one in policy.endpoints("reg.example")] == ["https://reg.example"]
+
+
+def test_credentials_are_read_as_clients_write_them():
+    header = base64.urlsafe_b64encode(b'{"username":"u","password":"p?>","serveraddress":"x"}').decode()
+    assert decode_credentials(header) == Credentials(username="u", password="p?>")
+    assert decode_credentials(header.rstrip("=")) == Credentials(username="u", password="p?>")
+
+
+@pytest.mark.parametrize("header", ["", "e30=", "%%%", "bm9uc2Vuc2U=", "W10="])
+def test_unreadable_credentials_are_none(header: str):
+    assert decode_credentials(header) == Credentials()
+
+
+def test_a_password_is_not_shown():
+    assert "geheim" not in repr(Credentials(username="u", password="geheim"))
+
+
+def descriptor(**platform: str) -> Descriptor:
+    return Descriptor(digest="sha256:" + platform["architecture"].ljust(64, "0"), size=1, platform=platform)
+
+
+def test_an_index_gives_the_first_manifest_for_the_platform():
+    arm, amd = descriptor(os="linux", architecture="arm64"), descriptor(os="linux", architecture="amd64")
+    assert choose((arm, amd), Platform("linux", "amd64")) is amd
+
+
+def test_an_index_without_the_platform_says_so():
+    with pytest.raises(NotFound, match=r"no matching manifest for linux/arm/v7 in the manifest list entries"):
+        choose((descriptor(os="linux", architecture="amd64"),), Platform("linux", "arm", "v7"))
+
+
+def test_platforms_are_written_with_one_to_three_parts():
+    assert parse_platform("linux/arm/v7") == Platform("linux", "arm", "v7")
+    assert parse_platform("LINUX/amd64") == Platform("linux", "amd64")
+    for text in ("a/b/c/d", "linux//", "/"):
+        with pytest.raises(InvalidArgument):
+            parse_platform(text)

@@ -1,0 +1,211 @@
+"""From what ``docker run`` sends to a container: what is done, and what is refused by name."""
+
+import json
+from typing import Any
+
+import pytest
+
+from skep.engine.container import ContainerConfig
+from skep.engine.images.image import ContainerDefaults
+from skep.engine.options import NetworkMode, NetworkWish, RestartWish
+from skep.engine.plain.requests import CreateBody, read_connect, read_create
+from skep.engine.plain.wish import config_of, labels_of, mounts_of, plain_of
+from skep.errors import InvalidArgument, SkepError, Unimplemented
+from skep.model.meta import Driver
+
+IMAGE = ContainerDefaults(cmd=("sh",), env=("A=1", "B=2"), exposed_ports={"80/tcp": {}})
+
+
+def body(
+    host: dict[str, Any] | None = None, endpoints: dict[str, Any] | None = None, **config: Any
+) -> CreateBody:
+    wish = {"Image": "busybox", **config, "HostConfig": host or {}}
+    wish["NetworkingConfig"] = {"EndpointsConfig": endpoints or {}}
+    return read_create(json.dumps(wish).encode())
+
+
+def configured(image: ContainerDefaults = IMAGE, **words: Any) -> ContainerConfig:
+    wish = body(**words)
+    return config_of(wish, image, hostname="node", gateway="172.18.0.1", log_default=Driver(name="json-file"))
+
+
+def everything(host: dict[str, Any]) -> None:
+    wish = body(host)
+    plain_of(wish)
+    mounts_of(wish, IMAGE)
+    configured(host=host)
+
+
+def test_what_the_docker_command_always_sends_says_nothing() -> None:
+    host = {
+        "Binds": None,
+        "NetworkMode": "default",
+        "MemorySwappiness": -1,
+        "CgroupnsMode": "",
+        "Privileged": False,
+        "BlkioDeviceReadBps": [],
+        "ConsoleSize": [24, 80],
+        "MaskedPaths": None,
+        "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
+        "Memory": 64 << 20,
+        "MemorySwap": 128 << 20,
+    }
+    wish = body(host, Domainname="", OnBuild=None)
+    assert plain_of(wish).mode is NetworkMode.BRIDGE
+    assert wish.host_config.memory == 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("host", "option"),
+    [
+        ({"Privileged": True}, "--privileged"),
+        ({"Devices": [{"PathOnHost": "/dev/kmsg"}]}, "--device"),
+        ({"PidMode": "host"}, "--pid"),
+        ({"IpcMode": "host"}, "--ipc"),
+        ({"CgroupnsMode": "host"}, "--cgroupns"),
+        ({"MaskedPaths": []}, "systempaths"),
+        ({"MemorySwap": -1}, "--memory-swap"),
+        ({"SomethingOfTomorrow": "on"}, "somethingoftomorrow"),
+        ({"SecurityOpt": ["label=level:s0:c100"]}, "--security-opt label"),
+        ({"SecurityOpt": ["label:type:svirt_apache_t"]}, "--security-opt label"),
+        ({"SecurityOpt": ["writable-cgroups"]}, "--security-opt writable-cgroups"),
+        ({"SecurityOpt": ["writable-cgroups=1"]}, "--security-opt writable-cgroups"),
+        ({"NetworkMode": "container:box"}, "--network container:NAME"),
+    ],
+)
+def test_an_option_that_is_not_acted_on_is_refused_by_its_name(host: dict[str, Any], option: str) -> None:
+    with pytest.raises(Unimplemented, match=option):
+        everything(host)
+
+
+def test_options_of_a_network_that_are_not_acted_on_are_refused_too() -> None:
+    with pytest.raises(Unimplemented, match="--mac-address"):
+        body(endpoints={"net1": {"MacAddress": "02:42:00:00:00:01"}})
+    with pytest.raises(Unimplemented, match="--ip6"):
+        read_connect(b'{"Container": "box", "EndpointConfig": {"IPAMConfig": {"IPv6Address": "fd00::1"}}}')
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ({"RestartPolicy": {"Name": "often"}}, "invalid restart policy 'often'"),
+        (
+            {"RestartPolicy": {"Name": "always", "MaximumRetryCount": 2}},
+            "maximum retry count cannot be used with restart policy 'always'",
+        ),
+        ({"RestartPolicy": {"Name": "always"}, "AutoRemove": True}, "can't create 'AutoRemove' container"),
+        ({"PortBindings": {"80/tcp": [{"HostPort": "99999"}]}}, 'invalid port specification: "99999"'),
+        ({"Binds": ["/a:/b:bogus"]}, "invalid mode: bogus"),
+        ({"Binds": ["/a:/b", "/c:/b"]}, "Duplicate mount point: /b"),
+        ({"ExtraHosts": ["x"]}, "bad format for add-host"),
+        ({"SecurityOpt": ["seccomp"]}, '^invalid --security-opt 1: "seccomp"$'),
+        ({"SecurityOpt": ["no-new-privileges=yes"]}, '^invalid --security-opt 2: "no-new-privileges=yes"$'),
+        ({"SecurityOpt": ["no-new-privileges="]}, '^invalid --security-opt 2: "no-new-privileges="$'),
+        ({"SecurityOpt": ["selinux=off"]}, '^invalid --security-opt 2: "selinux=off"$'),
+        ({"Memory": -1}, "invalid memory"),
+        ({"Memory": 1024}, "^Minimum memory limit allowed is 6MB$"),
+        ({"MemoryReservation": 1024}, "^Minimum memory reservation allowed is 6MB$"),
+        (
+            {"Mounts": [{"Type": "bind", "Target": "/x"}]},
+            '^invalid mount config for type "bind": field Source must not be empty$',
+        ),
+    ],
+)
+def test_what_can_never_work_is_refused(host: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        everything(host)
+
+
+def test_networks_come_with_their_aliases_and_addresses() -> None:
+    plain = plain_of(
+        body(
+            {"NetworkMode": "net1"}, {"net1": {"Aliases": ["db"], "IPAMConfig": {"IPv4Address": "10.0.9.9"}}}
+        )
+    )
+    assert plain.mode is NetworkMode.NETWORKS
+    assert plain.networks == (NetworkWish(network="net1", aliases=("db",), address="10.0.9.9"),)
+    with pytest.raises(InvalidArgument, match="only for containers in user defined networks"):
+        plain_of(body({}, {"bridge": {"Aliases": ["db"]}}))
+    assert plain_of(body({"NetworkMode": "host"})).mode is NetworkMode.HOST
+
+
+def test_ports_lead_from_the_node_into_the_container() -> None:
+    host = {"PortBindings": {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8080"}], "53/udp": [{}]}}
+    ports = configured(host=host).ports
+    assert [(one.protocol, one.target_port, one.published_port, one.host_ip) for one in ports] == [
+        ("udp", 53, 0, ""),
+        ("tcp", 80, 8080, "127.0.0.1"),
+    ]
+    everything = configured(host={"PublishAllPorts": True}).ports
+    assert [(one.target_port, one.published_port) for one in everything] == [(80, 0)]
+    assert configured(host={"NetworkMode": "host", **host}).ports == ()
+
+
+def test_entrypoint_and_command_replace_the_images_as_in_docker() -> None:
+    image = ContainerDefaults(entrypoint=("/init",), cmd=("serve",))
+    asked = [
+        ({}, ("/init", "serve")),
+        ({"Cmd": ["x"]}, ("/init", "x")),
+        ({"Entrypoint": ["/e"]}, ("/e",)),
+        ({"Entrypoint": [""], "Cmd": ["x"]}, ("x",)),
+    ]
+    for words, wanted in asked:
+        config = configured(image, **words)
+        assert (config.path, *config.args) == wanted
+    with pytest.raises(SkepError, match="No command specified"):
+        configured(image, Entrypoint=[""])
+
+
+def test_security_and_the_rest_of_the_wish() -> None:
+    config = configured(
+        host={
+            "SecurityOpt": ["no-new-privileges", "seccomp=unconfined"],
+            "CapAdd": ["NET_ADMIN"],
+            "ExtraHosts": ["gate:host-gateway", "db:10.1.1.1"],
+            "CpuQuota": 50_000,
+        },
+        Env=["B=3"],
+    )
+    assert (config.no_new_privileges, config.seccomp, config.capability_add) == (
+        True,
+        "unconfined",
+        ("NET_ADMIN",),
+    )
+    assert config.hosts == ("172.18.0.1 gate", "10.1.1.1 db")
+    assert (config.nano_cpus, config.env) == (500_000_000, ("A=1", "B=3"))
+    assert plain_of(
+        body({"RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": 3}})
+    ).restart == RestartWish(name="on-failure", attempts_max=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ([], ("default", "default", False)),
+        (["seccomp=unconfined", "apparmor=unconfined"], ("unconfined", "unconfined", False)),
+        (["seccomp:unconfined", "apparmor:mine"], ("unconfined", "mine", False)),
+        (["seccomp=builtin", "apparmor=docker-default"], ("default", "default", False)),
+        (["seccomp=", "apparmor="], ("default", "default", False)),
+        (['seccomp={"defaultAction": "a=b:c"}'], ('{"defaultAction": "a=b:c"}', "default", False)),
+        (["no-new-privileges"], ("default", "default", True)),
+        (["no-new-privileges:true"], ("default", "default", True)),
+        (["no-new-privileges", "no-new-privileges=0"], ("default", "default", False)),
+        (
+            ["label=disable", "label:disable", "disable", "writable-cgroups=false"],
+            ("default", "default", False),
+        ),
+    ],
+)
+def test_security_options_are_read_as_docker_reads_them(
+    options: list[str], found: tuple[str, str, bool]
+) -> None:
+    config = configured(host={"SecurityOpt": options})
+    assert (config.seccomp, config.apparmor, config.no_new_privileges) == found
+    assert plain_of(body({"SecurityOpt": options})).security_options == tuple(options)
+
+
+def test_no_plain_container_says_that_it_is_a_tasks() -> None:
+    with pytest.raises(InvalidArgument, match="for the containers of tasks"):
+        labels_of(body(Labels={"com.docker.swarm.task.id": "t1"}), IMAGE)
+    image = ContainerDefaults(labels={"com.docker.swarm.task.id": "t1", "a": "b"})
+    assert labels_of(body(), image) == {"a": "b"}

@@ -1,0 +1,40 @@
+"""What ``docker diff`` shows of a container's own layer."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from skep.engine.bundle import Bundles
+from skep.engine.container import Container, ContainerConfig
+from skep.model.ids import ContainerId
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (("etc/hosts", "etc/hostname", "etc/resolv.conf"), []),
+        (("etc/hosts", "etc/passwd"), [(0, "/etc"), (1, "/etc/passwd")]),
+        (("etc/hosts", "tmp/new"), [(1, "/tmp"), (1, "/tmp/new")]),
+    ],
+)
+def test_the_places_of_the_nodes_own_files_are_no_changes(
+    tmp_path: Path, written: tuple[str, ...], shown: list[tuple[int, str]]
+) -> None:
+    lower = tmp_path / "lower"
+    (lower / "etc").mkdir(parents=True)
+    container = Container(
+        id=ContainerId("c" * 64),
+        name="c",
+        image="i",
+        image_id="i",
+        config=ContainerConfig(path="sh"),
+        layers=(str(lower),),
+    )
+    unused = cast("Any", None)
+    bundles = Bundles(tmp_path / "containers", tmp_path / "run", unused, unused, unused)
+    for name in written:
+        file = bundles.path(container.id) / "upper" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert bundles.changes(container) == shown

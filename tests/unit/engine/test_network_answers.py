@@ -1,0 +1,75 @@
+"""``NetworkSettings`` of a container on overlay networks, as an engine shows them."""
+
+import msgspec
+
+from skep.engine.api.network_answers import network_settings
+from skep.engine.container import ConnectedPlace, Container, ContainerConfig, ContainerState, Endpoint, Place
+from skep.model.ids import ContainerId, NetworkId
+from skep.model.tables import NetworkHead
+
+
+def connected(name: str, *addresses: str, is_ingress: bool = False) -> ConnectedPlace:
+    head = NetworkHead(id=NetworkId(f"id-{name}"), name=name, is_ingress=is_ingress)
+    place = Place(head=head, addresses=addresses, aliases=("front",))
+    return ConnectedPlace(place=place, interface="eth0", port="vs1", mac_address="02:42:0a:05:01:03")
+
+
+ENDPOINT = Endpoint(
+    netns="/run/netns/c1",
+    address="172.18.0.3",
+    prefix_length=16,
+    gateway="172.18.0.1",
+    mac_address="02:42:ac:12:00:03",
+    network="skep-gw",
+    places=(
+        connected("ingress", "10.0.0.4/24", is_ingress=True),
+        connected("web", "10.5.1.3/24", "fd05::3/64"),
+        connected("inner", "10.5.2.3/24"),
+    ),
+)
+RUNNING = Container(
+    id=ContainerId("adff84fa287f" + "0" * 52),
+    name="s1.1.x",
+    image="i",
+    image_id="sha256:i",
+    config=ContainerConfig(path="sleep"),
+    endpoint=ENDPOINT,
+    state=ContainerState.RUNNING,
+)
+
+
+def test_every_network_is_shown_as_an_engine_shows_it() -> None:
+    settings = network_settings(RUNNING)
+    assert list(settings["Networks"]) == ["ingress", "web", "inner"]
+    inner = settings["Networks"]["inner"]
+    assert len(inner.pop("EndpointID")) == 64
+    assert inner == {
+        "IPAMConfig": {"IPv4Address": "10.5.2.3"},
+        "Links": None,
+        "Aliases": ["adff84fa287f"],
+        "NetworkID": "id-inner",
+        "Gateway": "",
+        "IPAddress": "10.5.2.3",
+        "IPPrefixLen": 24,
+        "IPv6Gateway": "",
+        "GlobalIPv6Address": "",
+        "GlobalIPv6PrefixLen": 0,
+        "MacAddress": "02:42:0a:05:01:03",
+        "DriverOpts": None,
+    }
+    web = settings["Networks"]["web"]
+    assert (web["GlobalIPv6Address"], web["GlobalIPv6PrefixLen"]) == ("fd05::3", 64)
+    assert [settings[key] for key in ("IPAddress", "Gateway", "MacAddress", "IPPrefixLen")] == ["", "", "", 0]
+    assert settings["SandboxKey"] == "/run/netns/c1"
+
+
+def test_what_has_ended_keeps_its_networks_and_has_no_address() -> None:
+    ended = msgspec.structs.replace(RUNNING, state=ContainerState.EXITED)
+    web = network_settings(ended)["Networks"]["web"]
+    assert (web["NetworkID"], web["IPAddress"], web["EndpointID"]) == ("id-web", "", "")
+
+
+def test_its_name_means_its_addresses_on_all_networks_but_ingress() -> None:
+    assert ENDPOINT.own_addresses == ["10.5.1.3", "fd05::3", "10.5.2.3"]
+    only = msgspec.structs.replace(ENDPOINT, places=ENDPOINT.places[:1])
+    assert only.own_addresses == ["172.18.0.3"]

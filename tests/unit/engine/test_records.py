@@ -1,0 +1,64 @@
+"""The record of a container on disk.  The only I/O is a file in memory or in a temporary directory."""
+
+from pathlib import Path
+
+import pytest
+
+from skep.engine import records
+from skep.engine.container import Container, ContainerConfig
+from skep.errors import Unavailable
+from skep.model.ids import ContainerId
+
+
+def a_container(**fields: object) -> Container:
+    defaults = {"name": "c", "image": "i", "image_id": "sha256:i", "config": ContainerConfig(path="true")}
+    return Container(id=ContainerId("c" * 64), **{**defaults, **fields})  # type: ignore[arg-type]
+
+
+def test_the_newest_record_counts(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    for name in ("a", "b", "c"):
+        records.write(path, a_container(name=name))
+    assert records.read(path) == a_container(name="c")
+
+
+def test_a_torn_line_spoils_neither_what_was_before_nor_what_follows(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    records.write(path, a_container(name="a"))
+    with path.open("a") as file:
+        file.write('\n{"id": "')
+    assert records.read(path) == a_container(name="a")
+    records.write(path, a_container(name="b"))
+    assert records.read(path) == a_container(name="b")
+
+
+def test_a_record_that_changes_for_ever_keeps_its_size_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    for number in range(1000):
+        records.write(path, a_container(exit_code=number))
+    newest = records.read(path)
+    assert newest is not None
+    assert newest.exit_code == 999
+    assert path.stat().st_size < 2 * records._BYTES_MAX
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record"]
+
+
+def test_where_no_line_can_be_read_there_is_no_record(tmp_path: Path) -> None:
+    assert records.read(tmp_path / "record") is None
+    (tmp_path / "record").write_bytes(b"\n{\n\n[]")
+    assert records.read(tmp_path / "record") is None
+
+
+def test_a_disk_that_does_not_give_a_record_makes_no_container_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert records.read(tmp_path / "missing") is None
+    (tmp_path / "record").mkdir()
+    assert records.read(tmp_path / "record") is None, "what is no file is no record"
+
+    def fail(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(Unavailable, match="cannot be read"):
+        records.read(tmp_path / "record")
