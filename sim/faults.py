@@ -10,7 +10,7 @@ import msgspec
 
 from sim.time import VirtualClock
 from skep.errors import SkepError
-from skep.manager.follow import State
+from skep.manager.informer import LoopStore
 from skep.model.ids import NodeId
 from skep.node.supervision.answers import wait_past_help
 from skep.store.interface import Object, Store, Transaction, View, Watch
@@ -31,7 +31,7 @@ class Poison(Exception):
 class PoisonedState:
     """A term whose view raises whenever the tasks of certain services are looked up."""
 
-    def __init__(self, term: State, poisoned: set[str]) -> None:
+    def __init__(self, term: LoopStore, poisoned: set[str]) -> None:
         """``poisoned``: ids of services; may change at any time."""
         self._term = term
         self._poisoned = poisoned

@@ -13,18 +13,18 @@ from sim.versions import write_as_tomorrow
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
-from skep.manager.crowd import Crowd
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
-from skep.manager.follow import State
+from skep.manager.informer import LoopStore
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import Loop, loops
+from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.loop import Managers
-from skep.manager.presence import Presence
+from skep.manager.overload import Overload
 from skep.manager.store_space import StoreSpace
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
@@ -123,17 +123,17 @@ class SimulatedManager:
     async def _serve(self, store: EtcdStore) -> None:
         if self._is_newer:
             write_as_tomorrow(store._cipher)
-        own, crowd = ManagerPeer(node_id=self._id, addr=self._addr), Crowd()
+        own, overload = ManagerPeer(node_id=self._id, addr=self._addr), Overload()
         self._shown = Rewindable(store)
         dispatcher = self._dispatcher = Dispatcher(
-            cast("Store", self._shown), own, self._clock, self._new_id, self._random, crowd=crowd
+            cast("Store", self._shown), own, self._clock, self._new_id, self._random, overload=overload
         )
         logs = self._logs = LogBroker(store, self._new_id, self._clock)
         discovery = Discovery(store, dispatcher.session, self._clock)
-        link = ManagerLink(store, self._id, self._connect, self._clock, self._random, crowd=crowd)
+        link = ManagerLink(store, self._id, self._connect, self._clock, self._random, overload=overload)
         self.members = RaftMembers(self._client, cast("Member", _Etcd()))
         space = StoreSpace(store, self._id, self.members, link.channel, self._clock)
-        presence = Presence(store, self._id, self._addr, "", self._clock, self._random)
+        presence = ManagerStatusWriter(store, self._id, self._addr, "", self._clock, self._random)
         handlers = (
             *dispatcher.services(),
             *discovery.services(),
@@ -155,7 +155,7 @@ class SimulatedManager:
         return cast("AbstractAsyncContextManager[Channel]", self._network.connected(addr, identity))
 
     async def _stand(
-        self, store: EtcdStore, link: ManagerLink, space: StoreSpace, presence: Presence
+        self, store: EtcdStore, link: ManagerLink, space: StoreSpace, presence: ManagerStatusWriter
     ) -> None:
         async for term in store.terms(self._id, self._addr):
             self.leads = True
@@ -189,7 +189,7 @@ class SimulatedManager:
 class _Counted:
     """A term that counts what is being written."""
 
-    def __init__(self, term: State, manager: SimulatedManager) -> None:
+    def __init__(self, term: LoopStore, manager: SimulatedManager) -> None:
         self._term = term
         self._manager = manager
 

@@ -29,7 +29,7 @@ from skep.manager.control import services, tasks
 from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher.registration import SessionInvalid
-from skep.manager.orchestrator import jobs, restart, sightings, situation, update
+from skep.manager.orchestrator import jobs, observed_times, restart, situation, update
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.situation import Situation
@@ -403,11 +403,14 @@ def _any_term() -> list[Patch]:
 
 
 def _counts_what_it_never_saw() -> list[Patch]:
-    return [Patch(sightings.Sightings, "saw_created", lambda self, task: True)]
+    return [Patch(observed_times.ObservedTimes, "saw_created", lambda self, task: True)]
 
 
 def _judges_what_it_never_saw() -> list[Patch]:
-    return [Patch(sightings.Sightings, name, lambda self, task: True) for name in ("saw_start", "saw_end")]
+    return [
+        Patch(observed_times.ObservedTimes, name, lambda self, task: True)
+        for name in ("saw_start", "saw_end")
+    ]
 
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -9,17 +9,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sim.rules.allocations import PORT, holdings
-from skep.manager.agenda import Agenda
 from skep.manager.allocator.books import Books
 from skep.manager.allocator.loop import Allocator
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.guard import Guard
+from skep.manager.failures import Failures
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.scheduler.accounting import Accounting, holds_resources
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.requirements import host_ports
 from skep.manager.scheduler.writes import is_pending
+from skep.manager.work_queue import WorkQueue
 from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.service import Service
@@ -185,15 +185,15 @@ def leftovers(
     if logs._subscriptions or logs._relaying:
         yield f"has {len(logs._subscriptions)} readers of logs, and relays {len(logs._relaying)}"
     for loop in loops:
-        name, agenda, guard = (
+        name, queue, failures = (
             type(loop).__name__,
-            getattr(loop, "_agenda", None),
-            getattr(loop, "_guard", None),
+            getattr(loop, "_queue", None),
+            getattr(loop, "_failures", None),
         )
-        if isinstance(agenda, Agenda) and agenda._is_due:
-            yield f"{name} has to look at {sorted(agenda._is_due)}"
-        if isinstance(guard, Guard) and guard._troubles:
-            yield f"{name} is in trouble with {guard._troubles}"
+        if isinstance(queue, WorkQueue) and queue._is_due:
+            yield f"{name} still has queued: {sorted(queue._is_due)}"
+        if isinstance(failures, Failures) and failures._failures:
+            yield f"{name} keeps failing: {failures._failures}"
 
 
 def kept_of_writes(store: EtcdStore) -> Iterable[str]:

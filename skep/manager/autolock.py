@@ -13,7 +13,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.control.swarm import unlock_key_of
-from skep.manager.follow import follow
+from skep.manager.informer import run_informer
 from skep.security.locking import KeyLock
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 from skep.store.kinds import UNLOCK_KEY_ID, Payload
@@ -33,12 +33,14 @@ class Autolock:
 
     async def run(self) -> None:
         """Follow the cluster's unlock key until cancelled."""
-        await follow(self._store, (Payload,), start=self._look, note=self._note, work=self._work)
+        await run_informer(
+            self._store, (Payload,), on_snapshot=self._look, on_commit=self._on_commit, work=self._work
+        )
 
     def _look(self, _view: View) -> None:
         self._changed.set()
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
                 case Created(Payload(id=id)) | Updated(_, Payload(id=id)) | Deleted(Payload(id=id)):

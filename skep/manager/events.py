@@ -16,7 +16,7 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
-from skep.manager.guard import apart, id_of
+from skep.manager.failures import isolated, object_id
 from skep.model.conditions import condition_messages
 from skep.model.draining import begins_to_drain
 from skep.model.encoding import ApiObject, always
@@ -85,7 +85,7 @@ class ClusterEvents:
         async with self._store.watch(*kinds) as watch:
             async for commit in watch:
                 for event in commit.events:
-                    with apart("event", id_of(event)):
+                    with isolated("event", object_id(event)):
                         for message in messages_of(event, self._clock.now_ns()):
                             self._publish(message)
 

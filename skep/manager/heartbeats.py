@@ -12,7 +12,7 @@ GRACE_PERIODS_MIN = 2
 """Less than this a grace cannot be set to: one lost heartbeat takes no node down."""
 
 
-def wished_heartbeats(view: View) -> tuple[float, float | None]:
+def configured_heartbeats(view: View) -> tuple[float, float | None]:
     """Seconds between heartbeats and of grace, as the cluster says; None: nothing of the grace."""
     for swarm in view.find(Swarm):
         period_ns = swarm.spec.dispatcher.heartbeat_period
@@ -21,7 +21,7 @@ def wished_heartbeats(view: View) -> tuple[float, float | None]:
     return DEFAULT_PERIOD_S, None
 
 
-def grace_period(period_s: float, *, wished_s: float | None = None) -> float:
+def grace_period(period_s: float, *, configured_s: float | None = None) -> float:
     """Seconds for which a silent node is still believed alive.
 
     Three heartbeats, so that a lost one never takes a node down; or as wished, but never less than two.
@@ -31,6 +31,6 @@ def grace_period(period_s: float, *, wished_s: float | None = None) -> float:
 
     Source: swarmkit, manager/dispatcher/nodes.go (gracePeriodMultiplier).
     """
-    if wished_s is None:
+    if configured_s is None:
         return GRACE_PERIODS * period_s
-    return max(wished_s, GRACE_PERIODS_MIN * period_s)
+    return max(configured_s, GRACE_PERIODS_MIN * period_s)

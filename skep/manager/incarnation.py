@@ -38,7 +38,7 @@ class Superseded(FailedPrecondition):
     """The cluster lives on in a later incarnation, without this manager."""
 
 
-class Lives(msgspec.Struct, frozen=True, kw_only=True):
+class Incarnations(msgspec.Struct, frozen=True, kw_only=True):
     """What this manager served last, and the latest that it heard of; 0: not known."""
 
     served: int = 0
@@ -54,19 +54,19 @@ def superseded(served: int, later: int) -> Superseded:
     )
 
 
-def read_lives(paths: Paths) -> Lives:
+def read_incarnations(paths: Paths) -> Incarnations:
     """What is known; nothing if the file is missing or damaged.  Raises: OSError: it cannot be read now."""
     try:
-        return msgspec.json.decode(paths.incarnation.read_bytes(), type=Lives)
+        return msgspec.json.decode(paths.incarnation.read_bytes(), type=Incarnations)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and not is_no_file(error):
             raise
-        return Lives()
+        return Incarnations()
 
 
-def check_lives(paths: Paths) -> Lives:
+def check_incarnations(paths: Paths) -> Incarnations:
     """What is known.  Raises: Superseded: that is enough to stop."""
-    lives = read_lives(paths)
+    lives = read_incarnations(paths)
     if 0 < lives.served < lives.later:
         raise superseded(lives.served, lives.later)
     return lives
@@ -92,21 +92,21 @@ class Incarnation:
     async def run(self) -> None:
         """Wait until a later life is met.  Raises: Superseded."""
         if not self._later:
-            write_lives(self._paths, Lives(served=self.served))
+            write_incarnations(self._paths, Incarnations(served=self.served))
         await self._met.wait()
         _stop(self._paths, self.served, self._later)
 
 
-def write_lives(paths: Paths, lives: Lives) -> None:
+def write_incarnations(paths: Paths, lives: Incarnations) -> None:
     """Keep what is known."""
-    if read_lives(paths) != lives:
+    if read_incarnations(paths) != lives:
         replace_file(paths.incarnation, msgspec.json.encode(lives) + b"\n")
 
 
 def _stop(paths: Paths, served: int, later: int) -> NoReturn:
     """Keep that there is a later life, if the disk lets it: the others will say it again.  Raises: Superseded."""
     try:
-        write_lives(paths, Lives(served=served, later=later))
+        write_incarnations(paths, Incarnations(served=served, later=later))
     except OSError as error:
         report(error, "a later incarnation of the cluster is not kept")
     raise superseded(served, later)

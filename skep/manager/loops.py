@@ -7,8 +7,8 @@ from skep.aio.clock import Clock
 from skep.manager.allocator.loop import Allocator
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.discovery.key_rotation import OverlayKeyRotation
-from skep.manager.follow import State
 from skep.manager.gossip.rotation import KeyRotation
+from skep.manager.informer import LoopStore
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.paths.loop import PathJudge
@@ -23,7 +23,7 @@ class Loop(Protocol):
 
 
 def loops(
-    term: State,
+    term: LoopStore,
     clock: Clock,
     new_id: IdSource,
     random: Random,

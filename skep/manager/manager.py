@@ -30,7 +30,6 @@ from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
 from skep.manager.ca.upkeep import Upkeep
 from skep.manager.config import ManagerConfig
-from skep.manager.crowd import Crowd
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.key_service import KeyService
 from skep.manager.discovery.loop import Discovery
@@ -48,14 +47,15 @@ from skep.manager.link.loop import ManagerLink
 from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import loops
+from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.addresses import AddressBook, keep_book
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.loop import Managers
 from skep.manager.membership.service import MembersService
 from skep.manager.membership.whereabouts import Whereabouts
+from skep.manager.overload import Overload
 from skep.manager.paths.examination import Examinations
 from skep.manager.paths.streams import PathStreams
-from skep.manager.presence import Presence
 from skep.manager.quorum import Quorum, quorum
 from skep.manager.routes import ManagerApi, application
 from skep.manager.store_space import StoreSpace
@@ -105,9 +105,9 @@ class Manager:
         own = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr)
         self._discovery = Discovery(store, self._session, clock)
         self._draining = Draining(store, config.node_id, self._discovery, self._channel_to, clock, random)
-        crowd = Crowd()
+        overload = Overload()
         self._dispatcher = Dispatcher(
-            store, own, clock, new_id, random, wait_unused=self._draining.wait_unused, crowd=crowd
+            store, own, clock, new_id, random, wait_unused=self._draining.wait_unused, overload=overload
         )
         self._incarnation = Incarnation(config.paths, store.incarnation)
         self._link = ManagerLink(
@@ -118,7 +118,7 @@ class Manager:
             random,
             incarnation=store.incarnation,
             met=self._incarnation.met,
-            crowd=crowd,
+            overload=overload,
         )
         self._paths = PathStreams(store, config.node_id, self._session, self._discovery, clock)
         self._examinations = Examinations(store, config.node_id, self._paths, self._channel_to)
@@ -131,7 +131,7 @@ class Manager:
         self._cut_peers = cut_peers
         self._trouble = trouble
         self._consensus = consensus
-        self._presence = Presence(
+        self._presence = ManagerStatusWriter(
             store, config.node_id, config.advertise_addr, config.peer_advertised, clock, random
         )
         self._space = StoreSpace(store, config.node_id, consensus, self._channel_to, clock)

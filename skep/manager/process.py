@@ -30,9 +30,8 @@ from skep.manager.ca.own import renewed_by_itself, wait_renewed
 from skep.manager.ca.peer_files import place_revoked
 from skep.manager.config import FUTILE, REMOVED, STARVED, ManagerConfig, encode, load, load_recovery
 from skep.manager.founding import found_cluster
-from skep.manager.incarnation import Superseded, ask_others, check_lives, read_lives
+from skep.manager.incarnation import Superseded, ask_others, check_incarnations, read_incarnations
 from skep.manager.keys import founding_wrapping_key, save_wrapping_keys
-from skep.manager.loop_watch import watching
 from skep.manager.manager import Manager
 from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.joining import Applicant, NotLetIn
@@ -41,6 +40,7 @@ from skep.manager.membership.whereabouts import Whereabouts
 from skep.manager.recovery import finish_recovery, raise_if_restored, restore_if_wanted
 from skep.manager.routes import compile_routes
 from skep.manager.waiting import wait_for_others
+from skep.manager.watchdog import watching
 from skep.model.addresses import parted
 from skep.model.ids import new_id
 from skep.model.times import timestamp
@@ -171,7 +171,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
     configured = Path(config.etcd_binary) if config.etcd_binary else None
     binary = await asyncio.to_thread(find_binary, configured, paths.etcd_version)
     settings = _member_settings(config, paths, _write_peer_files(paths, pair))
-    lives = read_lives(paths) if load_recovery(paths) is not None else check_lives(paths)
+    lives = read_incarnations(paths) if load_recovery(paths) is not None else check_incarnations(paths)
     if await restore_if_wanted(paths, settings, binary, clock):
         settings = _member_settings(config, paths, settings.peer_files)
     if config.managers and not (settings.data / "member").exists():

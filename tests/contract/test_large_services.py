@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.orchestrator import loop as orchestrator
-from skep.manager.orchestrator.loop import REST_S_MAX, Orchestrator, rest_s
+from skep.manager.orchestrator.loop import THROTTLE_S_MAX, Orchestrator, throttle_s
 from skep.model.ids import new_id
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
@@ -21,10 +21,10 @@ TASKS, REPORTS = 1000, 200
 
 
 @pytest.mark.parametrize(
-    ("tasks", "rests_s"), [(0, 0), (20, 0), (399, 0), (400, 0.01), (2000, 0.05), (10**6, REST_S_MAX)]
+    ("tasks", "rests_s"), [(0, 0), (20, 0), (399, 0), (400, 0.01), (2000, 0.05), (10**6, THROTTLE_S_MAX)]
 )
 def test_only_large_services_rest(tasks: int, rests_s: float) -> None:
-    assert rest_s(tasks) == pytest.approx(rests_s)
+    assert throttle_s(tasks) == pytest.approx(rests_s)
 
 
 def put(tx: Transaction, object: Service | Task) -> None:
@@ -65,7 +65,7 @@ async def test_many_reports_of_one_service_are_decided_upon_together() -> None:
                 await store.update(report, slot)
             await store.update(lambda tx: tx.delete(Task, "t0999"))
             assert decided.call_count == 1
-            clock.now += rest_s(TASKS)  # what came while the service rested is looked at now
+            clock.now += throttle_s(TASKS)  # what came while the service rested is looked at now
             while len(store.view().find(Task)) < TASKS:
                 await anext(watch)
             assert decided.call_count == 2

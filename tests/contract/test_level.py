@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition
+from skep.manager.manager_status import write_manager_status
 from skep.manager.membership.loop import lowest_level, write_level
-from skep.manager.presence import show_presence
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
 from skep.store import keys
@@ -72,7 +72,7 @@ async def test_a_raised_level_is_seen_by_all_and_raised_once(
 
 async def test_every_manager_says_what_it_knows(rig: Rig) -> None:
     await rig.store.update(a_manager, "m1", 0)
-    await rig.store.update(show_presence, NodeId("m1"), "m1:2377", leads=True)
+    await rig.store.update(write_manager_status, NodeId("m1"), "m1:2377", leads=True)
     status = rig.store.view().get(Node, "m1").manager_status
     assert status is not None
     assert status.level == LEVEL

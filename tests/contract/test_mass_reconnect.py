@@ -61,7 +61,7 @@ async def test_a_node_that_is_told_to_come_later_does_so_on_the_same_connection(
     monkeypatch.setattr(admission, "HOLD_S", 0.01)
 
     async def make_room() -> None:
-        await until(cluster.dispatcher._admission.is_crowded)
+        await until(cluster.dispatcher._admission.is_overloaded)
         await until(lambda: cluster.dispatcher._admission._told > 0)
         monkeypatch.setattr(admission, "AT_ONCE_MAX", 1)
 

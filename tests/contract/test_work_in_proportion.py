@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.follow import State
+from skep.manager.informer import LoopStore
 from skep.manager.scheduler.loop import Scheduler
 from skep.model.service import ReplicatedService, Resources, Service, ServiceMode
 from skep.model.task import Task, TaskState
@@ -84,7 +84,7 @@ async def test_work_on_everything_would_be_noticed(monkeypatch: pytest.MonkeyPat
 
     async def careful(self: Any, *decisions: Any) -> None:
         await real(self, *decisions)
-        term: State = self._term
+        term: LoopStore = self._term
         self._start(term.view())
         for _ in self._loading:
             pass

@@ -10,7 +10,7 @@ from skep.agent.executor.simulated import Behaviour
 from skep.manager.control import swarm as control
 from skep.manager.control.tasks import known_status
 from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
-from skep.manager.orchestrator.storm import READY_BEFORE_S
+from skep.manager.orchestrator.disruption import READY_BEFORE_S
 from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.service import RestartPolicy, ServiceSpec

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.changes import Change, Recheck, Step, apply
 from skep.manager.orchestrator.convergence import next_steps
 from skep.manager.orchestrator.enforcement import overcommitted
-from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.situation import Situation
 from skep.model.ids import NodeId, TaskId
 from skep.model.meta import Version
@@ -28,7 +28,7 @@ class World:
         self.tasks = {task.id: task for task in tasks}
         self.nodes = {node.id: node for node in nodes}
         self.specs = {service.spec_version: service.spec}
-        self.seen = Sightings(0.0)
+        self.seen = ObservedTimes(0.0)
         self.now = 0.0
         self._numbers = count(1)
 

@@ -39,7 +39,7 @@ class Networks(msgspec.Struct, frozen=True, kw_only=True):
     find: Callable[[NetworkId], Network | None]
     ingress: Network | None = None
     """The network of published ports, as far as it is allocated; None: there is none."""
-    trouble: Callable[[NetworkId], str] = lambda _: "not yet"
+    failure: Callable[[NetworkId], str] = lambda _: "not yet"
     """Why a network has no addresses to give."""
 
 
@@ -67,7 +67,7 @@ def attachments_for(
             continue
         if not has_addresses(network):
             name = network.spec.name or network.id
-            return NotAttached(f"network {name} is not allocated: {networks.trouble(network.id)}")
+            return NotAttached(f"network {name} is not allocated: {networks.failure(network.id)}")
         try:
             given = give(network, addresses.get(network.id, ""))
         except NoAddress as error:

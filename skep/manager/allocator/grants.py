@@ -6,7 +6,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.manager.allocator.subnets import is_allocated
-from skep.manager.guard import ERROR_CHARACTERS_MAX
+from skep.manager.failures import ERROR_CHARACTERS_MAX
 from skep.model.ids import NodeId
 from skep.model.network import Network
 from skep.model.node import Node

@@ -8,7 +8,6 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.slices import Slices, go_through
-from skep.manager.agenda import Agenda
 from skep.manager.allocator.attachments import (
     Attached,
     Networks,
@@ -37,8 +36,9 @@ from skep.manager.allocator.nodes import is_ready, networks_of_node, node_attach
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.virtual_ips import virtual_ips_for
-from skep.manager.follow import State, follow, portions_of
-from skep.manager.guard import Guard, each_apart, write_each
+from skep.manager.failures import Failures, for_each_isolated, write_each
+from skep.manager.informer import LoopStore, batches_of, run_informer
+from skep.manager.work_queue import WorkQueue
 from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
@@ -61,13 +61,13 @@ BATCH = 500
 class Allocator:
     """Gives networks, services, nodes and tasks what they need before a task can be placed."""
 
-    def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
+    def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
         self._clock = clock
         self._random = random
-        self._agenda: Agenda[str] = Agenda(clock)
+        self._queue: WorkQueue[str] = WorkQueue(clock)
         """Services by their ids, networks and nodes by ``network_key`` and ``node_key``."""
-        self._guard = Guard(clock, random)
+        self._failures = Failures(clock, random)
         self._books = Books()
         self._loading: Iterator[None] = iter(())
         self._new: dict[ServiceId, dict[TaskId, None]] = {}
@@ -81,11 +81,13 @@ class Allocator:
     async def run(self) -> None:
         """Allocate until cancelled.  Runs on the leader only."""
         kinds = (Service, Task, Network, Node)
-        await follow(self._term, kinds, start=self._start, note=self._note, work=self._work)
+        await run_informer(
+            self._term, kinds, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
+        )
 
     # -- keeping up with the store -----------------------------------------------------------------------------
 
-    def _start(self, _snapshot: View) -> None:
+    def _on_snapshot(self, _snapshot: View) -> None:
         self._books = Books()
         self._new.clear()
         self._unallocated.clear()
@@ -94,8 +96,8 @@ class Allocator:
     def _load(self) -> Iterator[None]:
         """Enter everything, with pauses; what is noted in one of them is entered as it is by then, like all else."""
         for kind in (Network, Service, Task, Node):
-            for portion in portions_of(self._term.view, kind):
-                each_apart("allocator", portion, self._enter)
+            for portion in batches_of(self._term.view, kind):
+                for_each_isolated("allocator", portion, self._enter)
                 yield
         self._note_nodes()
 
@@ -108,7 +110,7 @@ class Allocator:
             self._books.enter_task(one)
         self._note_new(one)
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         """Enter what the store shows *now*: an older state would give back what was given since."""
         for event in commit.events:
             self._note_one(event)
@@ -117,14 +119,14 @@ class Allocator:
         match event:
             case Created(Service() as service) | Updated(_, Service() as service):
                 self._look_at_service(service.id)
-                self._agenda.add((service.id,))
+                self._queue.add((service.id,))
             case Deleted(Service() as service):
                 self._look_at_service(service.id)
                 self._new.pop(service.id, None)
                 self._note_unallocated()
-                self._guard.forget(service.id)
-                self._guard.forget_unwritten(ENDPOINTS, service.id)
-                self._guard.forget(f"tasks of {service.id}")
+                self._failures.clear(service.id)
+                self._failures.clear_write_failure(ENDPOINTS, service.id)
+                self._failures.clear(f"tasks of {service.id}")
             case Created(Task() as task):
                 self._look_at_task(task)
                 self._note_new(task)
@@ -140,7 +142,7 @@ class Allocator:
                 self._books.leave_network(network)
                 self._unallocated.pop(network.id, None)
                 self._fullness.forget(network.id)
-                self._guard.forget_unwritten(CLAIMS, network_key(network.id))
+                self._failures.clear_write_failure(CLAIMS, network_key(network.id))
                 self._note_unallocated()
                 self._note_nodes()
             case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
@@ -164,7 +166,7 @@ class Allocator:
             self._note_unallocated()
             if self._is_short:
                 self._is_short = False
-                self._agenda.add(self._new)
+                self._queue.add(self._new)
 
     def _look_at_node(self, node: Node) -> None:
         current = self._term.view().lookup(Node, node.id)
@@ -177,7 +179,7 @@ class Allocator:
         if current is None:
             return
         if (is_docker_node(current) and not is_known) or self._is_to_come_to_ingress(current):
-            self._agenda.add((node_key(node.id),))
+            self._queue.add((node_key(node.id),))
 
     def _is_to_come_to_ingress(self, node: Node) -> bool:
         """Whether a skep node is to answer for published ports, and has no address for it yet."""
@@ -187,7 +189,7 @@ class Allocator:
         """Look at every node whose places may not be what they should be."""
         known = self._books.docker_nodes
         nodes = self._term.view().find(Node)
-        self._agenda.add(
+        self._queue.add(
             node_key(node.id)
             for node in nodes
             if node.id in known or node.attachments or self._is_to_come_to_ingress(node)
@@ -196,31 +198,31 @@ class Allocator:
     def _note_new(self, task: Task) -> None:
         if is_new(task):
             self._new.setdefault(task.service_id, {})[task.id] = None
-            self._agenda.add((task.service_id,))
+            self._queue.add((task.service_id,))
             self._note_node_of(task)
 
     def _note_node_of(self, task: Task) -> None:
         if task.node_id in self._books.docker_nodes:
-            self._agenda.add((node_key(task.node_id),))
+            self._queue.add((node_key(task.node_id),))
 
     def _note_network(self, network: Network) -> None:
         self._books.enter_network(network)
         if not is_allocated(network):
-            self._agenda.add((network_key(network.id),))
+            self._queue.add((network_key(network.id),))
             return
         self._unallocated.pop(network.id, None)
-        self._agenda.add(self._new)  # those that wait for a network may be among them
+        self._queue.add(self._new)  # those that wait for a network may be among them
         if network.spec.ingress:
             self._note_ingress()
 
     def _note_unallocated(self) -> None:
         """A removed network's subnet is free once nobody holds an address of it: another may wait for that."""
-        self._agenda.add([network_key(id) for id in self._unallocated])
+        self._queue.add([network_key(id) for id in self._unallocated])
 
     def _note_ingress(self) -> None:
         """From now on published ports have the ingress network, and nodes their places on it."""
         services = self._term.view().find(Service)
-        self._agenda.add(service.id for service in services if service.spec.publishes_in_ingress)
+        self._queue.add(service.id for service in services if service.spec.publishes_in_ingress)
         self._note_nodes()
 
     # -- deciding ----------------------------------------------------------------------------------------------
@@ -230,7 +232,7 @@ class Allocator:
         allocated_before = [one for one in self._term.view().find(Network) if is_allocated(one)]
         await self._commit(CLAIMS, ([Claim(network)] for network in allocated_before))
         while True:
-            keys = await self._agenda.take(BATCH)
+            keys = await self._queue.take(BATCH)
             networks = [NetworkId(key.removeprefix(NETWORK)) for key in keys if key.startswith(NETWORK)]
             nodes = [key.removeprefix(NODE) for key in keys if key.startswith(NODE)]
             services = [ServiceId(key) for key in keys if "/" not in key]
@@ -245,7 +247,7 @@ class Allocator:
     def _claims(self, id: NetworkId) -> list[Grant]:
         """What a network from before the claims holds, if the store has not taken that yet."""
         network = self._term.view().lookup(Network, id)
-        if network is None or self._guard.unwritten(CLAIMS, network_key(id)) is None:
+        if network is None or self._failures.write_failure(CLAIMS, network_key(id)) is None:
             return []
         return [Claim(network)]
 
@@ -257,7 +259,7 @@ class Allocator:
             return []
         pools, length = swarms[0].default_addr_pool, swarms[0].subnet_size
         grants: list[Grant] = []
-        with self._guard.guarded(network_key(id)):
+        with self._failures.caught(network_key(id)):
             try:
                 given = allocated(
                     network,
@@ -271,7 +273,7 @@ class Allocator:
                 if id not in self._unallocated:
                     log.warning("network not allocated", network=network.spec.name, reason=str(error))
                 self._unallocated[id] = str(error)
-                self._agenda.add(self._new)
+                self._queue.add(self._new)
             else:
                 self._books.enter_network(
                     given
@@ -285,7 +287,7 @@ class Allocator:
         service = view.lookup(Service, service_id)
         if service is None or service.removed_at is not None:
             return []
-        with self._guard.guarded(service_id):
+        with self._failures.caught(service_id):
             owner = service_owner(service_id)
             virtual_ips = virtual_ips_for(
                 service, networks, lambda network, version: self._books.give_virtual(owner, network, version)
@@ -303,7 +305,7 @@ class Allocator:
         node = view.lookup(Node, node_id)
         if node is None:
             return []
-        with self._guard.guarded(node_key(node_id)):
+        with self._failures.caught(node_key(node_id)):
             tasks = view.find(Task, node_id=node_id) if is_docker_node(node) else ()
             to_come = [one for task in tasks if is_new(task) for one in overlays_of(view, task, networks)]
             ingress = networks.ingress if networks.ingress and is_allocated(networks.ingress) else None
@@ -315,27 +317,27 @@ class Allocator:
             if attachments != node.attachments:
                 self._books.enter_node(replace(node, attachments=attachments))
                 return [AttachNode(node.id, attachments)]
-        if (trouble := self._guard.trouble(node_key(node_id))) is not None:
-            self._agenda.add_at(node_key(node_id), trouble.retry_at)
+        if (failure := self._failures.of(node_key(node_id))) is not None:
+            self._queue.add_at(node_key(node_id), failure.retry_at)
         return []
 
     def _releases(self, service_id: ServiceId, networks: Networks) -> list[Grant]:
         """What becomes of the service's new tasks: on to the scheduler, or a reason to wait."""
         grants: list[Grant] = []
         key = f"tasks of {service_id}"
-        with self._guard.guarded(key):
+        with self._failures.caught(key):
             view = self._term.view()
             tasks = self._new_tasks(view, service_id)
             if (
-                trouble := self._guard.trouble(service_id) or self._guard.refused(ENDPOINTS, service_id)
+                failure := self._failures.of(service_id) or self._failures.refusal(ENDPOINTS, service_id)
             ) is not None:
-                reason = f"allocation failed: {trouble.error}"
+                reason = f"allocation failed: {failure.error}"
                 grants = [Explain(task, reason) for task in tasks]
             else:
                 grants = [self._release(view, task, networks) for task in tasks]
-        for trouble in (self._guard.trouble(service_id), self._guard.trouble(key)):
-            if trouble is not None:
-                self._agenda.add_at(service_id, trouble.retry_at)
+        for failure in (self._failures.of(service_id), self._failures.of(key)):
+            if failure is not None:
+                self._queue.add_at(service_id, failure.retry_at)
         return grants
 
     def _new_tasks(self, view: View, service_id: ServiceId) -> list[Task]:
@@ -369,7 +371,7 @@ class Allocator:
         return Networks(
             find=lambda network_id: self._term.view().lookup(Network, network_id),
             ingress=ingress,
-            trouble=lambda network_id: self._unallocated.get(network_id, "not yet"),
+            failure=lambda network_id: self._unallocated.get(network_id, "not yet"),
         )
 
     # -- writing -----------------------------------------------------------------------------------------------
@@ -393,7 +395,7 @@ class Allocator:
             await slices.give_way()
             # Whatever the outcome, the store shows it now; what it does not show is not held.
             self._look_again(grant)
-        self._guard.try_again(self._agenda, what, zip(map(key_of, grants), results, strict=True))
+        self._failures.requeue_failed(self._queue, what, zip(map(key_of, grants), results, strict=True))
 
     def _look_again(self, grant: Grant) -> None:
         match grant:

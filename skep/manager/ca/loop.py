@@ -10,7 +10,7 @@ from skep.aio.clock import Clock
 from skep.aio.first import wait_first
 from skep.errors import SkepError
 from skep.manager.ca.rotation import Ask, Finish, Renewal, ask_to_renew, finish, next_step
-from skep.manager.follow import State, follow
+from skep.manager.informer import LoopStore, run_informer
 from skep.manager.revocation import expired, forget
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import Node
@@ -30,7 +30,7 @@ SWEEP_S = 3600.0
 class CertificateAuthority:
     """Keeps certificates as the cluster wants them.  Runs on the leader only."""
 
-    def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
+    def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
         self._clock = clock
         self._new_id = new_id
@@ -43,12 +43,18 @@ class CertificateAuthority:
         """Work until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep(), name="forget expired certificates")
-            await follow(self._term, (Swarm, Node), start=self._start, note=self._note, work=self._work)
+            await run_informer(
+                self._term,
+                (Swarm, Node),
+                on_snapshot=self._on_snapshot,
+                on_commit=self._on_commit,
+                work=self._work,
+            )
 
-    def _start(self, _snapshot: View) -> None:
+    def _on_snapshot(self, _snapshot: View) -> None:
         self._changed.set()
 
-    def _note(self, _commit: Commit) -> None:
+    def _on_commit(self, _commit: Commit) -> None:
         self._changed.set()
 
     async def _work(self) -> None:

@@ -19,7 +19,7 @@ from skep.manager.ca.expiry import Expiry, expiring
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.peers import Turn
 from skep.manager.ca.standing import is_manager
-from skep.manager.follow import follow
+from skep.manager.informer import run_informer
 from skep.manager.revocation import is_foreign, is_taken_back, take_back_others
 from skep.model.ids import NodeId
 from skep.model.node import Node
@@ -86,16 +86,20 @@ class Upkeep:
         self._news = asyncio.Event()
 
     async def run(self) -> None:
-        await follow(
-            self._store, (Swarm, Node, Revocation), start=self._start, note=self._note, work=self._work
+        await run_informer(
+            self._store,
+            (Swarm, Node, Revocation),
+            on_snapshot=self._on_snapshot,
+            on_commit=self._on_commit,
+            work=self._work,
         )
 
-    def _start(self, view: View) -> None:
+    def _on_snapshot(self, view: View) -> None:
         for revocation in view.find(Revocation):
             self._cut(view, revocation)
         self._news.set()
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
                 case Created(Revocation() as revocation) | Updated(_, Revocation() as revocation):

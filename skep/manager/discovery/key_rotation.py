@@ -16,7 +16,7 @@ from skep.manager.discovery.overlay_keys import (
     rotated,
     seconds_to_rotation,
 )
-from skep.manager.follow import State, follow
+from skep.manager.informer import LoopStore, run_informer
 from skep.model.network import Network
 from skep.model.overlays import is_encrypted
 from skep.model.times import Timestamp, timestamp
@@ -31,7 +31,7 @@ class OverlayKeyRotation:
 
     def __init__(
         self,
-        term: State,
+        term: LoopStore,
         clock: Clock,
         random: Random,
         *,
@@ -53,13 +53,15 @@ class OverlayKeyRotation:
 
     async def run(self) -> None:
         """Work until cancelled.  The wait is measured on this leader's monotonic clock."""
-        await follow(self._term, (Network,), start=self._start, note=self._note, work=self._work)
+        await run_informer(
+            self._term, (Network,), on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
+        )
 
-    def _start(self, view: View) -> None:
+    def _on_snapshot(self, view: View) -> None:
         if any(is_encrypted(network) for network in view.find(Network)):
             self._is_wanted.set()
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
                 case Created(Network() as network) | Updated(_, Network() as network) if is_encrypted(

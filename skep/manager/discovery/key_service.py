@@ -18,7 +18,7 @@ from skep.manager.discovery.overlay_keys import (
     wireguard_private,
     wireguard_public,
 )
-from skep.manager.follow import State, follow
+from skep.manager.informer import LoopStore, run_informer
 from skep.model.ids import NodeId
 from skep.model.pair_keys import KeysTold, PeerKeys
 from skep.store.interface import Commit, Created, Updated, View
@@ -40,7 +40,7 @@ class _Known(NamedTuple):
 class KeyService:
     """Follows the store, and keeps one stream per node up to date."""
 
-    def __init__(self, store: State, clock: Clock) -> None:
+    def __init__(self, store: LoopStore, clock: Clock) -> None:
         self._store = store
         self._clock = clock
         self._members = EncryptedMembers()
@@ -54,11 +54,11 @@ class KeyService:
 
     async def run(self) -> None:
         """Follow the store until cancelled."""
-        await follow(
+        await run_informer(
             self._store,
             (*KINDS, Payload),
-            start=self._start,
-            note=self._note,
+            on_snapshot=self._on_snapshot,
+            on_commit=self._on_commit,
             work=_nothing,
         )
 
@@ -105,7 +105,7 @@ class KeyService:
             wireguard_private=wireguard_private(ring, node) if ring is not None and uses_wireguard else b"",
         )
 
-    def _start(self, view: View) -> None:
+    def _on_snapshot(self, view: View) -> None:
         self._members = EncryptedMembers()
         self._members.start(view)
         stored = view.lookup(Payload, OVERLAY_KEYS_ID)
@@ -113,7 +113,7 @@ class KeyService:
         self._is_ready.set()
         self._wake(None)
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         affected = self._members.note(commit)
         if affected:
             self._wake(affected)

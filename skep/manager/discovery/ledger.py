@@ -20,7 +20,7 @@ from skep.manager.discovery.derive import (
     unread_services,
 )
 from skep.manager.discovery.stale import Stale
-from skep.manager.guard import apart, id_of
+from skep.manager.failures import isolated, object_id
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
@@ -112,7 +112,7 @@ class Ledger:
         self._headless = {id for id in self._unread if view.lookup(Service, id) is None}
         self._publishing |= self._headless
         for object in found:
-            with apart("tables", object.id):  # type: ignore[attr-defined]
+            with isolated("tables", object.id):  # type: ignore[attr-defined]
                 self._enter(object)
             self._refresh()
             yield
@@ -123,7 +123,7 @@ class Ledger:
         """Take in a commit that follows all that was taken in before."""
         self.revision = commit.revision
         for event in commit.events:
-            with apart("tables", id_of(event)):
+            with isolated("tables", object_id(event)):
                 self._note(event)
         return self._refresh()
 
@@ -329,22 +329,22 @@ class Ledger:
         stale, self._stale = self._stale, Stale()
         changed: set[NetworkId] = set()
         for network_id in stale.networks:
-            with apart("table", network_id):
+            with isolated("table", network_id):
                 self._refresh_network(network_id, stale, changed)
         for network_id in stale.heads:
-            with apart("head of a table", network_id):
+            with isolated("head of a table", network_id):
                 self._refresh_head(network_id, changed)
         for network_id, task_id in stale.endpoints:
             if (book := self.books.get(network_id)) is not None:
-                with apart("endpoint", task_id):
+                with isolated("endpoint", task_id):
                     self._refresh_endpoint(book, task_id, changed)
         for network_id, service_id in stale.services:
             if (book := self.books.get(network_id)) is not None:
-                with apart("service in a table", service_id):
+                with isolated("service in a table", service_id):
                     self._refresh_service(book, service_id, changed)
         for network_id, node_id in stale.nodes:
             if (book := self.books.get(network_id)) is not None:
-                with apart("node in a table", node_id):
+                with isolated("node in a table", node_id):
                     self._refresh_node(book, node_id, changed)
         return Stirred(
             networks=frozenset(changed), nodes=frozenset(stale.takers), is_everybody=stale.is_everybody

@@ -23,7 +23,7 @@ from skep.manager.discovery.derive import places_of
 from skep.manager.discovery.encoding import Encoder
 from skep.manager.discovery.ledger import KINDS, Ledger, Stirred
 from skep.manager.discovery.names import names_in
-from skep.manager.follow import follow
+from skep.manager.informer import run_informer
 from skep.manager.node_session import Line, NodeSession
 from skep.manager.node_streams import NodeStream, NodeStreams, converse, session_named
 from skep.model.ids import NetworkId, NodeId
@@ -80,7 +80,9 @@ class Discovery:
 
     async def run(self) -> None:
         """Keep the tables until cancelled."""
-        await follow(self._store, KINDS, start=self._start, note=self._note, work=self._work)
+        await run_informer(
+            self._store, KINDS, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
+        )
 
     # -- for the paths between nodes -----------------------------------------------------------------------------
 
@@ -125,14 +127,14 @@ class Discovery:
 
     # -- keeping up with the store ------------------------------------------------------------------------------
 
-    def _start(self, view: View) -> None:
+    def _on_snapshot(self, view: View) -> None:
         self._is_loaded.clear()
         self._commits.clear()
         self._ledger = Ledger()
         self._loading = self._ledger.begin(view)
         next(self._loading, None)  # the view is good until the next pause
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         if len(self._commits) >= COMMITS_MAX:
             raise WatchLagged(f"{COMMITS_MAX} commits wait to become tables")
         self._commits.append(commit)

@@ -56,7 +56,7 @@ class Admission:
         self._told = float("-inf")
         """When the last one that was told is to come."""
 
-    def is_crowded(self) -> bool:
+    def is_overloaded(self) -> bool:
         """Whether nodes wait, here or where they were told to."""
         return bool(self._line) or self._clock.monotonic() < self._told + COMING_S
 
@@ -74,7 +74,7 @@ class Admission:
         if self._taken < AT_ONCE_MAX and not self._line:
             self._taken += 1
             return
-        if not self.is_crowded():
+        if not self.is_overloaded():
             self._line_since, self._done = self._clock.monotonic(), 0
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._line[turn] = None

@@ -18,8 +18,8 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.follow import State
-from skep.manager.guard import write_each
+from skep.manager.failures import write_each
+from skep.manager.informer import LoopStore
 from skep.model.ids import IdSource, NodeId, SessionId
 from skep.model.node import Node, NodeSession, NodeState
 from skep.store.interface import Transaction
@@ -104,7 +104,7 @@ class Adoption:
 
     def __init__(
         self,
-        term: State,
+        term: LoopStore,
         own: NodeId,
         silent: Callable[[float], Mapping[NodeId, float]],
         clock: Clock,

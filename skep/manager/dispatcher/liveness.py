@@ -20,30 +20,30 @@ HEARTBEAT_SHARE_MAX = 0.05
 """Share of one core that heartbeats may take."""
 
 
-def grace_when_away(period_s: float, *, wished_s: float | None = None) -> float:
+def grace_when_away(period_s: float, *, configured_s: float | None = None) -> float:
     """Seconds for a node that said it would be back."""
-    return max(grace_period(period_s, wished_s=wished_s), AWAY_GRACE_S)
+    return max(grace_period(period_s, configured_s=configured_s), AWAY_GRACE_S)
 
 
-def grace_after_loss(period_s: float, *, is_skep: bool, wished_s: float | None = None) -> float:
+def grace_after_loss(period_s: float, *, is_skep: bool, configured_s: float | None = None) -> float:
     """Seconds for a node whose manager was lost: it has to find another one first.
 
     A node of ours does that within a heartbeat; an engine does not.
     """
-    grace_s = grace_period(period_s, wished_s=wished_s)
+    grace_s = grace_period(period_s, configured_s=configured_s)
     return grace_s if is_skep else max(grace_s, RECOVERY_GRACE_S)
 
 
-def grace_after_absence(period_s: float, *, wished_s: float | None = None) -> float:
+def grace_after_absence(period_s: float, *, configured_s: float | None = None) -> float:
     """Seconds for every node of a manager that was itself away (started again, cut off): longer than any other.
 
     Nodes that have another manager are there already; those that have none ask again later and later.
     """
-    return max(2 * grace_period(period_s, wished_s=wished_s), RECOVERY_GRACE_S)
+    return max(2 * grace_period(period_s, configured_s=configured_s), RECOVERY_GRACE_S)
 
 
 def grace_after_adoption(
-    period_s: float, *, is_skep: bool, recovers: bool, wished_s: float | None = None
+    period_s: float, *, is_skep: bool, recovers: bool, configured_s: float | None = None
 ) -> float:
     """Seconds for a node whose session was taken over from a manager that has gone.
 
@@ -51,11 +51,11 @@ def grace_after_adoption(
     nodes that asked in vain for long ask rarely.
     """
     if recovers:
-        return grace_after_absence(period_s, wished_s=wished_s)
-    return grace_after_loss(period_s, is_skep=is_skep, wished_s=wished_s)
+        return grace_after_absence(period_s, configured_s=configured_s)
+    return grace_after_loss(period_s, is_skep=is_skep, configured_s=configured_s)
 
 
-def heartbeat_period(wished_s: float, *, skep_nodes: int, docker_nodes: int) -> float:
+def heartbeat_period(configured_s: float, *, skep_nodes: int, docker_nodes: int) -> float:
     """Seconds between heartbeats: as wished, stretched where there are so many nodes that it would cost too much."""
     cost_s = skep_nodes * STREAM_HEARTBEAT_COST_S + docker_nodes * HEARTBEAT_COST_S
-    return max(wished_s, cost_s / HEARTBEAT_SHARE_MAX)
+    return max(configured_s, cost_s / HEARTBEAT_SHARE_MAX)

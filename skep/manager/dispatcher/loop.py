@@ -14,7 +14,6 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.own_time import OwnTime
 from skep.errors import SkepError, Unavailable
-from skep.manager.crowd import SUSPENDED_S_MAX, Crowd, patience_left
 from skep.manager.dispatcher.admission import Admission
 from skep.manager.dispatcher.liveness import (
     RECOVERY_GRACE_S,
@@ -40,9 +39,10 @@ from skep.manager.dispatcher.spreading import Spreading
 from skep.manager.dispatcher.statuses import Report, bounded, record_status
 from skep.manager.dispatcher.stops import Stops, WaitUnused
 from skep.manager.dispatcher.streams import AssignmentStreams
-from skep.manager.follow import follow
-from skep.manager.guard import apart
-from skep.manager.heartbeats import DEFAULT_PERIOD_S, grace_period, wished_heartbeats
+from skep.manager.failures import isolated
+from skep.manager.heartbeats import DEFAULT_PERIOD_S, configured_heartbeats, grace_period
+from skep.manager.informer import run_informer
+from skep.manager.overload import SUSPENDED_S_MAX, Overload, suspension_left
 from skep.model.gossip import GossipKey, decoded_keys
 from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId
 from skep.model.node import Node, NodeState, differ_in_load_alone
@@ -82,7 +82,7 @@ class Dispatcher:
         new_id: IdSource,
         random: Random,
         wait_unused: WaitUnused | None = None,
-        crowd: Crowd | None = None,
+        overload: Overload | None = None,
     ) -> None:
         """
         Args:
@@ -95,7 +95,7 @@ class Dispatcher:
         self._clock = clock
         self._new_id = new_id
         self._random = random
-        self._crowd = crowd or Crowd()
+        self._overload = overload or Overload()
         self._sessions = Sessions()
         self._assignments = AssignmentStreams(store, self._sessions)
         self._stops = Stops(store, self._sessions, clock, wait_unused)
@@ -105,11 +105,11 @@ class Dispatcher:
             self._sessions,
             clock,
             send_on=self._send_on,
-            may_send_on=lambda: self._is_current and not self._crowd.is_anywhere(self._clock.monotonic()),
+            may_send_on=lambda: self._is_current and not self._overload.is_anywhere(self._clock.monotonic()),
         )
         self._loads = Loads(store, self._sessions.all, self._sessions.live, clock)
         self._repeats = Repeats(store, self._sessions.live, clock)
-        self._patience_left_s = SUSPENDED_S_MAX
+        self._suspension_left_s = SUSPENDED_S_MAX
         self._admission = Admission(clock, random)
         self._rate = RegistrationRate()
         self._description_rate = RegistrationRate()
@@ -150,11 +150,11 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Follow the store and judge silent nodes, until cancelled."""
-        await follow(
+        await run_informer(
             self._store,
             (Node, Task, Swarm, Payload),
-            start=self._start,
-            note=self._note,
+            on_snapshot=self._on_snapshot,
+            on_commit=self._on_commit,
             work=self._watch_over,
         )
 
@@ -169,20 +169,20 @@ class Dispatcher:
 
     # -- what changed in the store ------------------------------------------------------------------------------
 
-    def _start(self, view: View) -> None:
+    def _on_snapshot(self, view: View) -> None:
         """Begin from a snapshot: expect the nodes of an earlier run, have every stream look at everything."""
         nodes = view.find(Node)
         self._set_period()
         self._managers = managers_of(nodes, self._own)
-        grace_s = grace_after_absence(self._period_s, wished_s=self._wished_grace_s)
+        grace_s = grace_after_absence(self._period_s, configured_s=self._wished_grace_s)
         for node in nodes:
-            with apart("session", node.id):
+            with isolated("session", node.id):
                 self._note_node(node, grace_s)
         for session in self._sessions.all():
             session.messages.wake()
             session.wake_assignments(task.id for task in view.find(Task, node_id=session.node_id))
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         has_new_managers = False
         for event in commit.events:
             match event:
@@ -228,7 +228,7 @@ class Dispatcher:
                     self._period_s,
                     is_skep=not is_docker_node(node),
                     recovers=self._time.seconds < self._recovers_until,
-                    wished_s=self._wished_grace_s,
+                    configured_s=self._wished_grace_s,
                 )
             self._sessions.expect(node.id, held.session_id, heard=self._time.seconds, grace_s=grace_s)
 
@@ -290,7 +290,7 @@ class Dispatcher:
         if node is None or node.session is None or node.session.session_id != session_id:
             raise SessionInvalid  # it registered once more while this was written
         now = self._time.seconds
-        deadline = now + grace_period(self._period_s, wished_s=self._wished_grace_s)
+        deadline = now + grace_period(self._period_s, configured_s=self._wished_grace_s)
         session = LiveSession(node_id, session_id, caller.disconnect, deadline=deadline, heard=now)
         self._sessions.add(session)
         log.info("node registered", node=node_id, session=session_id, peer=caller.address)
@@ -320,7 +320,7 @@ class Dispatcher:
 
     def _expect_back(self, session: LiveSession) -> None:
         """The node process has ended without a word, and its kernel says so: it is given the time of a planned stop."""
-        grace_s = grace_when_away(self._period_s, wished_s=self._wished_grace_s)
+        grace_s = grace_when_away(self._period_s, configured_s=self._wished_grace_s)
         session.deadline = max(session.deadline, self._time.seconds + grace_s)
         log.info("node process ended", node=session.node_id, grace_s=grace_s)
 
@@ -329,7 +329,7 @@ class Dispatcher:
         period_s = self._period_s * self._random.uniform(1 - PERIOD_JITTER, 1 + PERIOD_JITTER)
         session.heard = self._time.seconds
         grace = grace_when_away if is_away else grace_period
-        session.deadline = session.heard + grace(period_s, wished_s=self._wished_grace_s)
+        session.deadline = session.heard + grace(period_s, configured_s=self._wished_grace_s)
         if is_away:
             log.info("node stops as planned", node=session.node_id)
         return int(period_s * SECOND_NS)
@@ -337,9 +337,9 @@ class Dispatcher:
     def _set_period(self) -> None:
         """Fit the period to the wish and to the number of nodes; not at every heartbeat, for it counts them all."""
         skep_nodes, docker_nodes = self._sessions.count()
-        wished_s, self._wished_grace_s = wished_heartbeats(self._store.view())
-        period_s = heartbeat_period(wished_s, skep_nodes=skep_nodes, docker_nodes=docker_nodes)
-        if period_s > wished_s and period_s > 1.1 * self._period_s:
+        configured_s, self._wished_grace_s = configured_heartbeats(self._store.view())
+        period_s = heartbeat_period(configured_s, skep_nodes=skep_nodes, docker_nodes=docker_nodes)
+        if period_s > configured_s and period_s > 1.1 * self._period_s:
             log.info("heartbeats stretched", period_s=round(period_s, 2), nodes=skep_nodes + docker_nodes)
         self._period_s = period_s
 
@@ -359,10 +359,12 @@ class Dispatcher:
 
     def _is_suspended(self) -> bool:
         """Whether nodes' silence is not counted: thousands come back, and some of them were told to come later."""
-        self._crowd.is_here = self._admission.is_crowded()
-        is_crowded = self._crowd.is_anywhere(self._clock.monotonic())
-        self._patience_left_s = patience_left(self._patience_left_s, TICK_S, is_crowded=is_crowded)
-        return is_crowded and self._patience_left_s > 0
+        self._overload.is_here = self._admission.is_overloaded()
+        is_overloaded = self._overload.is_anywhere(self._clock.monotonic())
+        self._suspension_left_s = suspension_left(
+            self._suspension_left_s, TICK_S, is_overloaded=is_overloaded
+        )
+        return is_overloaded and self._suspension_left_s > 0
 
     async def _stay_current(self) -> None:
         """End all sessions while this manager has lost contact with the others."""
@@ -377,7 +379,7 @@ class Dispatcher:
                     lost = self._sessions.release_all(
                         Unavailable("this manager has lost contact with the others"),
                         now=self._time.seconds,
-                        grace_s=grace_after_absence(self._period_s, wished_s=self._wished_grace_s),
+                        grace_s=grace_after_absence(self._period_s, configured_s=self._wished_grace_s),
                     )
                     log.warning("sessions ended: not current", nodes=lost)
             else:
@@ -389,7 +391,7 @@ class Dispatcher:
 
     def _send_on(self, node_id: NodeId) -> None:
         """End a node's session so that it looks for another manager."""
-        grace_s = grace_after_absence(self._period_s, wished_s=self._wished_grace_s)
+        grace_s = grace_after_absence(self._period_s, configured_s=self._wished_grace_s)
         error = Unavailable("this manager has more than its share of nodes")
         self._sessions.send_on(node_id, error, now=self._time.seconds, grace_s=grace_s)
 

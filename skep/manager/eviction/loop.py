@@ -29,7 +29,7 @@ from skep.manager.eviction.steps import (
     note_waiting,
     remove_evicted,
 )
-from skep.manager.follow import follow
+from skep.manager.informer import run_informer
 from skep.manager.keys import WrappingKeys
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import Node, NodeRole, NodeState
@@ -112,11 +112,15 @@ class Evictions:
 
     async def run(self) -> None:
         """Work until cancelled."""
-        await follow(
-            self._term, (Payload,), start=lambda _: self._changed.set(), note=self._note, work=self._work
+        await run_informer(
+            self._term,
+            (Payload,),
+            on_snapshot=lambda _: self._changed.set(),
+            on_commit=self._on_commit,
+            work=self._work,
         )
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
                 case Created(Payload(id=id)) | Updated(_, Payload(id=id)) if id == EVICTION_ID:

@@ -21,7 +21,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.manager.follow import follow
+from skep.manager.informer import run_informer
 from skep.model.node import Node, NodeState
 from skep.model.planes import is_docker_node
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
@@ -55,13 +55,15 @@ class Relay:
 
     async def run(self) -> None:
         """Listen while there are docker nodes, until cancelled."""
-        await follow(self._store, (Node,), start=self._start, note=self._note, work=self._work)
+        await run_informer(
+            self._store, (Node,), on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
+        )
 
-    def _start(self, view: View) -> None:
+    def _on_snapshot(self, view: View) -> None:
         self._nodes = {node.id: node for node in view.find(Node) if is_docker_node(node)}
         self._changed.set()
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
                 case Created(Node() as node) | Updated(_, Node() as node) if is_docker_node(node):

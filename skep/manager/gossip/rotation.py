@@ -8,8 +8,8 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.follow import State
 from skep.manager.gossip.keys import first_keys, rotated, seconds_to_rotation
+from skep.manager.informer import LoopStore
 from skep.model.gossip import decoded_keys
 from skep.model.ids import IdSource
 from skep.model.times import Timestamp, timestamp
@@ -25,7 +25,7 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 class KeyRotation:
     """Keeps the cluster's gossip keys young.  Dispatchers spread what is in the store."""
 
-    def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
+    def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         """``random``: keys are made of it, so in production it has to be the system's."""
         self._term = term
         self._clock = clock

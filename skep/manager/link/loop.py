@@ -16,10 +16,10 @@ from skep.aio.clock import Clock
 from skep.aio.own_time import OwnTime
 from skep.errors import PermissionDenied, SkepError, Unavailable
 from skep.manager.ca.standing import require_standing
-from skep.manager.crowd import Crowd
-from skep.manager.follow import follow
+from skep.manager.informer import run_informer
 from skep.manager.link.silence import LastHeard
-from skep.manager.roster import concerns_managers
+from skep.manager.manager_list import affects_managers
+from skep.manager.overload import Overload
 from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.store.interface import Commit, Store, View
@@ -54,12 +54,12 @@ class ManagerLink:
         *,
         incarnation: int = 1,
         met: Callable[[NodeId, int], bool] | None = None,
-        crowd: Crowd | None = None,
+        overload: Overload | None = None,
     ) -> None:
         """``connect``: a connection to the manager at an address, as a manager.
 
         ``met``: hears of each manager's incarnation, and says whether it is ours; others are not heard of.
-        ``crowd``: what this manager tells the others, and hears of them.
+        ``overload``: what this manager tells the others, and hears of them.
         """
         self._store = store
         self._own = own
@@ -68,7 +68,7 @@ class ManagerLink:
         self._random = random
         self._incarnation = incarnation
         self._met = met or (lambda _, theirs: theirs == incarnation)
-        self._crowd = crowd or Crowd()
+        self._overload = overload or Overload()
         self._heard = LastHeard()
         self._time = OwnTime(seen_at=clock.monotonic())
         self._peers: dict[NodeId, str] = {}
@@ -96,11 +96,13 @@ class ManagerLink:
 
     async def run(self) -> None:
         """Keep a connection to every other manager until cancelled."""
-        await follow(self._store, (Node,), start=self._start, note=self._note, work=self._work)
+        await run_informer(
+            self._store, (Node,), on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
+        )
 
     # -- who the others are ---------------------------------------------------------------------------------------
 
-    def _start(self, view: View) -> None:
+    def _on_snapshot(self, view: View) -> None:
         self._peers = {
             node.id: node.manager_status.addr
             for node in view.find(Node)
@@ -109,9 +111,9 @@ class ManagerLink:
         self._heard.expect(self._peers, self._time.seconds)
         self._changed.set()
 
-    def _note(self, commit: Commit) -> None:
-        if concerns_managers(commit):
-            self._start(self._store.view())
+    def _on_commit(self, commit: Commit) -> None:
+        if affects_managers(commit):
+            self._on_snapshot(self._store.view())
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -180,18 +182,18 @@ class ManagerLink:
                     self._channels[manager] = channel
                     log.info("linked", manager=manager, address=channel.address)
                 self._heard.note(manager, self._time.seconds)
-                self._crowd.note(manager, answer.crowded, self._clock.monotonic())
+                self._overload.record(manager, answer.crowded, self._clock.monotonic())
                 await self._clock.sleep(PING_S)
 
     async def _pings(self, pings: AsyncIterator[skep.Ping], caller: Caller) -> AsyncIterator[skep.Ping]:
         async for ping in pings:
             if self._is_believed(caller) and self._met(caller.node_id, ping.incarnation):
                 self._heard.note(caller.node_id, self._time.seconds)
-                self._crowd.note(caller.node_id, ping.crowded, self._clock.monotonic())
+                self._overload.record(caller.node_id, ping.crowded, self._clock.monotonic())
             yield self._own_ping()
 
     def _own_ping(self) -> skep.Ping:
-        return skep.Ping(incarnation=self._incarnation, node_id=self._own, crowded=self._crowd.is_here)
+        return skep.Ping(incarnation=self._incarnation, node_id=self._own, crowded=self._overload.is_here)
 
     def _is_believed(self, caller: Caller) -> bool:
         """Whether it is one of the managers.  Who is not known here is told which incarnation this is, no more.

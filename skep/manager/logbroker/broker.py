@@ -20,7 +20,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
-from skep.manager.follow import follow
+from skep.manager.informer import run_informer
 from skep.manager.logbroker.selection import means, selected, shortfall
 from skep.manager.logbroker.subscription import Subscription
 from skep.model.ids import IdSource, NodeId
@@ -118,7 +118,13 @@ class LogBroker:
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:
-                await follow(self._store, (Task, Node), start=self._start, note=self._note, work=_nothing)
+                await run_informer(
+                    self._store,
+                    (Task, Node),
+                    on_snapshot=self._on_snapshot,
+                    on_commit=self._on_commit,
+                    work=_nothing,
+                )
             finally:
                 self._group = None
 
@@ -143,13 +149,13 @@ class LogBroker:
             for node_id in sorted(subscription.pending):
                 subscription.finish(node_id, f"node {node_id} did not answer in time")
 
-    def _start(self, view: View) -> None:
+    def _on_snapshot(self, view: View) -> None:
         for subscription in self._subscriptions.values():
             if subscription.query.follow:
                 nodes = selected(view, subscription.query).nodes
                 self._ask(subscription, sorted(nodes | subscription.sources.keys()))
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
                 case Created(Task() as task) | Updated(_, Task() as task) if task.node_id:

@@ -15,9 +15,9 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
 from skep.errors import InvalidArgument, Unavailable
-from skep.manager.follow import State, follow
+from skep.manager.informer import LoopStore, run_informer
+from skep.manager.manager_list import on_manager_change
 from skep.manager.membership.consensus import Consensus
-from skep.manager.roster import on_change_of_managers
 from skep.model.addresses import is_address, joined, parted
 from skep.model.node import Node
 from skep.store.etcd.membership import RaftMember
@@ -120,7 +120,7 @@ class AddressBook:
 
 
 async def keep_book(
-    book: AddressBook, store: State, consensus: Consensus, clock: Clock, random: Random
+    book: AddressBook, store: LoopStore, consensus: Consensus, clock: Clock, random: Random
 ) -> None:
     """Follow the managers until cancelled."""
     changed = asyncio.Event()
@@ -139,10 +139,10 @@ async def keep_book(
             else:
                 backoff.reset()
 
-    await follow(
+    await run_informer(
         store,
         (Node,),
-        start=lambda _: changed.set(),
-        note=on_change_of_managers(changed.set),
+        on_snapshot=lambda _: changed.set(),
+        on_commit=on_manager_change(changed.set),
         work=keep,
     )

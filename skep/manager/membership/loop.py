@@ -13,7 +13,8 @@ from msgspec.structs import replace
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.follow import follow
+from skep.manager.informer import run_informer
+from skep.manager.manager_list import on_manager_change
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.roles import (
     Demote,
@@ -27,7 +28,6 @@ from skep.manager.membership.roles import (
 )
 from skep.manager.membership.roll_call import roll_call, write_mark
 from skep.manager.revocation import revoke
-from skep.manager.roster import on_change_of_managers
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
 from skep.store.etcd.membership import RaftMember
@@ -74,11 +74,11 @@ class Managers:
         """Look at every change of a manager, and twice a second, until cancelled."""
         changed = asyncio.Event()
 
-        await follow(
+        await run_informer(
             self._term,
             (Node,),
-            start=lambda _: changed.set(),
-            note=on_change_of_managers(changed.set),
+            on_snapshot=lambda _: changed.set(),
+            on_commit=on_manager_change(changed.set),
             work=partial(self._work, changed),
         )
 

@@ -90,7 +90,7 @@ Change: TypeAlias = (
 Step: TypeAlias = Change | Recheck
 
 
-def instead(change: Change, error: SkepError) -> Change | None:
+def fallback_for(change: Change, error: SkepError) -> Change | None:
     """What to write where ``change`` was refused for good; None: nothing but the same once more.
 
     What the previous spec needs (a secret, say) may have been removed since, as nothing referred to it any more.
@@ -121,7 +121,7 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
             _retire(tx, task.id, desired, now)
         case ReplaceTask(task, successor):
             # Both or neither: a slot that was only emptied would be filled at once, without the restart delay.
-            if _is_asked(tx, successor) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
+            if _is_current(tx, successor) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
                 _fill(tx, successor, new_id, now)
         case StartTask(task):
             current = tx.lookup(Task, task.id)
@@ -142,7 +142,7 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
 
 def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -> None:
     service = tx.lookup(Service, change.service.id)
-    if service is None or not _is_asked(tx, change):
+    if service is None or not _is_current(tx, change):
         return
     rivals = tx.find(Task, slot=f"{service.id}/{change.slot or change.node_id}")
     if any(task.is_active and task.spec_version == service.spec_version for task in rivals):
@@ -173,7 +173,7 @@ def _restart(change: FillSlot, now: Timestamp) -> Restart | None:
     return Restart(failures=change.failures, delay=delay, not_before=timestamp(unix_ns(now) + delay))
 
 
-def _is_asked(tx: Transaction, change: FillSlot) -> bool:
+def _is_current(tx: Transaction, change: FillSlot) -> bool:
     """Whether the service is still the one that was decided about; if not, it will be decided about anew."""
     service = tx.lookup(Service, change.service.id)
     return (

@@ -11,7 +11,7 @@ from typing import Any
 from skep.aio.slices import STEP, Sliced, finished
 from skep.manager.orchestrator import global_services, jobs, replicated
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, Step
-from skep.manager.orchestrator.rest import slots_at_rest
+from skep.manager.orchestrator.converged import converged_slots
 from skep.manager.orchestrator.restart import restart_steps, start_steps
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, group_by_node, grouping_by_slot
@@ -37,10 +37,10 @@ def deciding(situation: Situation) -> Sliced[list[Step]]:
     slots: Mapping[Any, Slot]
     match service.spec.mode.name:
         case "replicated":
-            slots, resting = yield from _slots(situation)
-            if not slots and len(resting) == service.spec.replicas:
+            slots, converged = yield from _slots(situation)
+            if not slots and len(converged) == service.spec.replicas:
                 return []
-            changes = yield from replicated.reconciling(service, slots, situation.seen, resting)
+            changes = yield from replicated.reconciling(service, slots, situation.seen, converged)
             steps: list[Step] = [*changes]
         case "global":
             slots = _on_active_nodes(group_by_node(tasks), situation)
@@ -72,12 +72,12 @@ def deciding(situation: Situation) -> Sliced[list[Step]]:
 def _slots(situation: Situation) -> Sliced[tuple[dict[int, Slot], Collection[int]]]:
     """The slots of a replicated service that are to be looked at, and the numbers of those that need not be."""
     tasks = situation.tasks
-    resting = yield from slots_at_rest(situation)
-    if resting:
-        others = yield from grouping_by_slot([task for task in tasks if task.slot not in resting])
-        has_surplus = len(resting) + len(others) > situation.service.spec.replicas
+    converged = yield from converged_slots(situation)
+    if converged:
+        others = yield from grouping_by_slot([task for task in tasks if task.slot not in converged])
+        has_surplus = len(converged) + len(others) > situation.service.spec.replicas
         if not has_surplus and not any(is_outdated(slot, situation) for slot in others.values()):
-            return others, resting
+            return others, converged
     return (yield from grouping_by_slot(tasks)), ()
 
 

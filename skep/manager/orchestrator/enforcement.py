@@ -23,7 +23,7 @@ from skep.model.task import Task, TaskState
 _ASSIGNED, _RUNNING = TaskState.ASSIGNED.number, TaskState.RUNNING.number
 
 
-def is_out_of_place(task: Task, node: Node) -> bool:
+def violates_constraints(task: Task, node: Node) -> bool:
     """Whether the active ``node`` no longer meets the constraints of its ``task``."""
     constraints = task.spec.placement.constraints if task.spec.placement is not None else ()
     if not constraints:
@@ -36,7 +36,7 @@ def overcommitted(node: Node, tasks: Collection[Task]) -> frozenset[TaskId]:
     if node.spec.availability is not Availability.ACTIVE:
         return frozenset()
     resources = node.description.resources
-    if _has_room_for_all(resources, tasks):
+    if _fits_all(resources, tasks):
         return frozenset()
     nano_cpus, memory_bytes = resources.nano_cpus, resources.memory_bytes
     stock = GenericStock(resources.generic_resources)
@@ -53,7 +53,7 @@ def overcommitted(node: Node, tasks: Collection[Task]) -> frozenset[TaskId]:
     return frozenset(surplus)
 
 
-def _has_room_for_all(resources: Resources, tasks: Iterable[Task]) -> bool:
+def _fits_all(resources: Resources, tasks: Iterable[Task]) -> bool:
     """Whether there is room for all, whoever came first.  A new leader asks this about every task of the cluster."""
     nano_cpus = memory_bytes = 0
     for task in tasks:

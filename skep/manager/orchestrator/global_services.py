@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.restart import should_restart
-from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.slots import Slot, first_state, group_by_node, history, is_unusable, wanted
 from skep.model.constraints import is_satisfied
 from skep.model.node import Availability, Node
@@ -13,7 +13,7 @@ from skep.model.task import Task
 
 
 def reconcile(
-    service: Service, tasks: Iterable[Task], nodes: Iterable[Node], seen: Sightings | None = None
+    service: Service, tasks: Iterable[Task], nodes: Iterable[Node], seen: ObservedTimes | None = None
 ) -> list[Change]:
     """Changes that give each eligible node one task of ``service``, and take it from the others.
 
@@ -43,7 +43,7 @@ def is_eligible(node: Node, service: Service) -> bool:
     return not is_unusable(node) and is_satisfied(constraints, node)
 
 
-def _is_held(slot: Slot, service: Service, seen: Sightings | None) -> bool:
+def _is_held(slot: Slot, service: Service, seen: ObservedTimes | None) -> bool:
     """Whether the node has its task: wanted, or ended for good (a rollback brings that back, too)."""
     if wanted(slot):
         return True
@@ -52,4 +52,4 @@ def _is_held(slot: Slot, service: Service, seen: Sightings | None) -> bool:
     is_rollback = status is not None and status.state is UpdateState.ROLLBACK_STARTED
     if not past or is_rollback:
         return False
-    return not should_restart(past[-1], past, seen or Sightings(0.0))
+    return not should_restart(past[-1], past, seen or ObservedTimes(0.0))

@@ -10,18 +10,18 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.slices import Slices, go_through, in_slices
 from skep.errors import SkepError, Unavailable
-from skep.manager.agenda import Agenda
-from skep.manager.follow import State, follow, portions_of
-from skep.manager.guard import Guard, write_each
-from skep.manager.orchestrator.changes import Change, Recheck, apply, instead
+from skep.manager.failures import Failures, write_each
+from skep.manager.informer import LoopStore, batches_of, run_informer
+from skep.manager.orchestrator.changes import Change, Recheck, apply, fallback_for
 from skep.manager.orchestrator.convergence import deciding
-from skep.manager.orchestrator.enforcement import is_out_of_place, overcommitted
-from skep.manager.orchestrator.freezer import Freezer
+from skep.manager.orchestrator.disruption_mode import DisruptionMode
+from skep.manager.orchestrator.enforcement import overcommitted, violates_constraints
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.refusals import Refusals
 from skep.manager.orchestrator.replicated import retire_all
-from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import is_lost, is_unusable
+from skep.manager.work_queue import WorkQueue
 from skep.model.ids import IdSource, NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service, UpdateStatus
@@ -35,9 +35,9 @@ log = structlog.get_logger()
 
 BATCH = 100
 """Services looked at before their changes are committed together."""
-REST_S_PER_TASK = 25e-6
+THROTTLE_S_PER_TASK = 25e-6
 """Three times what one task costs a decision."""
-REST_S_MIN, REST_S_MAX = 0.01, 0.25
+THROTTLE_S_MIN, THROTTLE_S_MAX = 0.01, 0.25
 FAILED = "orchestration failed"
 """How the message of a service begins whose decision raised."""
 
@@ -47,7 +47,7 @@ class Orchestrator:
 
     def __init__(
         self,
-        term: State,
+        term: LoopStore,
         clock: Clock,
         new_id: IdSource,
         random: Random,
@@ -56,47 +56,49 @@ class Orchestrator:
         self._clock = clock
         self._new_id = new_id
         self._random = random
-        self._agenda: Agenda[ServiceId] = Agenda(clock)
-        self._guard = Guard(clock, random)
-        self._refusals = Refusals(self._guard, clock)
-        self._freezer = Freezer(term, clock, self._look_at_everything)
-        self._seen = Sightings(clock.monotonic())
+        self._queue: WorkQueue[ServiceId] = WorkQueue(clock)
+        self._failures = Failures(clock, random)
+        self._refusals = Refusals(self._failures, clock)
+        self._disruption = DisruptionMode(term, clock, self._requeue_all)
+        self._seen = ObservedTimes(clock.monotonic())
         self._loading: Iterator[None] = iter(())
         self._global: set[ServiceId] = set()
         self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
         self._sound_nodes: dict[NodeId, bool] = {}
-        self._rested_at: dict[ServiceId, float] = {}
+        self._throttled_until: dict[ServiceId, float] = {}
         """Until when large services rest."""
 
     async def run(self) -> None:
         """Converge until cancelled.  Runs on the leader only."""
         kinds = (Service, Task, Node, Swarm)
-        await follow(self._term, kinds, start=self._start, note=self._note, work=self._work_and_freeze)
+        await run_informer(
+            self._term, kinds, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._run_tasks
+        )
 
-    def _start(self, snapshot: View) -> None:
-        self._seen = Sightings(self._clock.monotonic())
+    def _on_snapshot(self, snapshot: View) -> None:
+        self._seen = ObservedTimes(self._clock.monotonic())
         self._overcommitted.clear()
         self._sound_nodes.clear()
-        self._freezer.start(snapshot)
+        self._disruption.start(snapshot)
         services = snapshot.find(Service)
         self._global = {service.id for service in services if _is_global(service)}
-        self._agenda.add(service.id for service in services)
+        self._queue.add(service.id for service in services)
         self._loading = self._load({service.id for service in services})
 
     def _load(self, known: set[ServiceId]) -> Iterator[None]:
         """Tasks whose service is gone have nobody else who asks for them."""
         left_over: set[ServiceId] = set()
-        for tasks in portions_of(self._term.view, Task):
+        for tasks in batches_of(self._term.view, Task):
             left_over.update({task.service_id for task in tasks} - known)
             yield
-        self._agenda.add(sorted(left_over - {ServiceId("")}))
+        self._queue.add(sorted(left_over - {ServiceId("")}))
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         self._seen.note(commit, self._clock.monotonic())
-        self._freezer.note(commit)  # first: a storm is not to be answered by what makes it one
-        self._agenda.add(self._touched(commit))
+        self._disruption.note(commit)  # first: a storm is not to be answered by what makes it one
+        self._queue.add(self._affected(commit))
 
-    def _touched(self, commit: Commit) -> Iterable[ServiceId]:
+    def _affected(self, commit: Commit) -> Iterable[ServiceId]:
         """Services whose decision may come out differently after ``commit``."""
         for event in commit.events:
             match event:
@@ -106,37 +108,37 @@ class Orchestrator:
                     yield service.id
                 case Deleted(Service() as service):
                     self._global.discard(service.id)
-                    self._rested_at.pop(service.id, None)
-                    self._guard.forget(service.id)
+                    self._throttled_until.pop(service.id, None)
+                    self._failures.clear(service.id)
                     self._refusals.forget(service.id)
                     yield service.id
                 case Created(Task() as task) | Deleted(Task() as task):
                     if task.service_id:
                         yield task.service_id
                 case Updated(Task() as old, Task() as new):
-                    if new.service_id and (_is_relevant(old, new) or self._is_assigned_in_vain(old, new)):
+                    if new.service_id and (_is_relevant(old, new) or self._is_on_unusable_node(old, new)):
                         yield new.service_id
                 case Created(Node() as node):
                     self._sound_nodes.pop(node.id, None)
                     yield from sorted(self._global)
                 case Deleted(Node() as node):
                     self._overcommitted.pop(node.id, None)
-                    yield from self._of_node(node)
+                    yield from self._services_of_node(node)
                 case Updated(Node() as before, Node() as after):
                     if before.spec != after.spec or before.description != after.description:
                         self._overcommitted.pop(after.id, None)
-                        yield from self._of_node(after)
+                        yield from self._services_of_node(after)
                     elif is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after):
-                        yield from self._of_node(after)
+                        yield from self._services_of_node(after)
 
-    def _is_assigned_in_vain(self, old: Task, new: Task) -> bool:
+    def _is_on_unusable_node(self, old: Task, new: Task) -> bool:
         """Whether the task got a node that went away, or was labelled anew, at the same moment."""
         if old.node_id == new.node_id:
             return False
         node = self._term.view().lookup(Node, new.node_id)
-        return node is None or is_unusable(node) or is_out_of_place(new, node)
+        return node is None or is_unusable(node) or violates_constraints(new, node)
 
-    def _of_node(self, node: Node) -> Iterable[ServiceId]:
+    def _services_of_node(self, node: Node) -> Iterable[ServiceId]:
         """Services with tasks on a node that changed, or went."""
         self._sound_nodes.pop(node.id, None)
         yield from sorted(self._global)
@@ -144,72 +146,72 @@ class Orchestrator:
             if task.service_id:
                 yield task.service_id
 
-    def _look_at_everything(self) -> None:
-        self._agenda.add(service.id for service in self._term.view().find(Service))
+    def _requeue_all(self) -> None:
+        self._queue.add(service.id for service in self._term.view().find(Service))
 
-    async def _work_and_freeze(self) -> None:
+    async def _run_tasks(self) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._freezer.run(), name="freezer")
+            group.create_task(self._disruption.run(), name="freezer")
             group.create_task(go_through(self._loading, self._clock), name="tasks without a service")
             await self._work()
 
     async def _work(self) -> None:
         while True:
             changes: list[tuple[ServiceId, Change]] = []
-            due = await self._agenda.take(BATCH)
+            due = await self._queue.take(BATCH)
             slices = Slices(self._clock)
             for service_id in due:
-                if not self._rests(service_id):
+                if not self._is_throttled(service_id):
                     changes += await self._decided(service_id)
                     await slices.give_way()
             await self._commit(changes)
 
-    def _rests(self, service_id: ServiceId) -> bool:
+    def _is_throttled(self, service_id: ServiceId) -> bool:
         """Whether a large service was looked at a moment ago; it is looked at again when it has rested."""
-        until = self._rested_at.get(service_id)
+        until = self._throttled_until.get(service_id)
         if until is None:
             return False
         if until > self._clock.monotonic():
-            self._agenda.add_at(service_id, until)
+            self._queue.add_at(service_id, until)
             return True
-        del self._rested_at[service_id]
+        del self._throttled_until[service_id]
         return False
 
     async def _decided(self, service_id: ServiceId) -> list[tuple[ServiceId, Change]]:
         """The changes for one service; a decision that raises is written on the service and tried again later."""
         changes: list[Change] = []
-        with self._guard.guarded(service_id):
+        with self._failures.caught(service_id):
             for step in await self._steps(service_id):
                 if isinstance(step, Recheck):
-                    self._agenda.add_at(service_id, step.at)
+                    self._queue.add_at(service_id, step.at)
                 else:
                     changes.append(step)
             changes, retry_at = self._refusals.admitted(service_id, changes)
             if retry_at is not None:
-                self._agenda.add_at(service_id, retry_at)
-        trouble = self._guard.trouble(service_id)
-        if trouble is not None:
-            self._agenda.add_at(service_id, trouble.retry_at)
+                self._queue.add_at(service_id, retry_at)
+        failure = self._failures.of(service_id)
+        if failure is not None:
+            self._queue.add_at(service_id, failure.retry_at)
             changes = []
-        error = trouble.error if trouble is not None else self._refusals.error(service_id)
-        with self._guard.guarded(f"mark on {service_id}"):
-            await self._tell(service_id, error)
+        error = failure.error if failure is not None else self._refusals.error(service_id)
+        with self._failures.caught(f"mark on {service_id}"):
+            await self._write_error(service_id, error)
         return [(service_id, change) for change in changes]
 
-    async def _tell(self, service_id: ServiceId, error: str | None) -> None:
+    async def _write_error(self, service_id: ServiceId, error: str | None) -> None:
         """Show on the service what is wrong with its decisions, or that nothing is any more."""
         service = self._term.view().lookup(Service, service_id)
-        if error is not None and service is not None and not _is_marked(service, error):
-            await self._term.update(_mark, service_id, error)
-        elif error is None and _is_marked(service):
-            await self._term.update(_unmark, service_id)
+        if error is not None and service is not None and not _has_error(service, error):
+            await self._term.update(_set_error, service_id, error)
+        elif error is None and _has_error(service):
+            await self._term.update(_clear_error, service_id)
 
     async def _steps(self, service_id: ServiceId) -> Sequence[Change | Recheck]:
         """The decision about one service; none where what it rests on has changed while it was made."""
         view = self._term.view()
         tasks = tuple(view.find(Task, service_id=service_id))
-        if (rest := rest_s(len(tasks))) > 0:
-            self._rested_at[service_id] = self._clock.monotonic() + rest
+        if (rest := throttle_s(len(tasks))) > 0:
+            self._throttled_until[service_id] = self._clock.monotonic() + rest
         service = view.lookup(Service, service_id)
         if service is None:
             return () if service_id in view.unreadable(Service) else retire_all(tasks)
@@ -223,20 +225,20 @@ class Orchestrator:
             spec_of=lambda task: spec_of(self._term.view(), task),
             seen=self._seen,
             now=self._clock.monotonic(),
-            is_frozen=self._freezer.is_frozen,
-            replaces_from=self._freezer.replaces_from,
+            is_frozen=self._disruption.is_frozen,
+            replaces_from=self._disruption.replaces_from,
             sound_nodes=self._sound_nodes,
         )
         steps = await in_slices(deciding(situation), self._clock)
         # Of tasks that changed meanwhile each change looks again; a freeze and another wish hold for all of them.
         is_same = (
             self._term.view().lookup(Service, service_id) is service
-            and situation.is_frozen == self._freezer.is_frozen
-            and situation.replaces_from == self._freezer.replaces_from
+            and situation.is_frozen == self._disruption.is_frozen
+            and situation.replaces_from == self._disruption.replaces_from
         )
         if not is_same:
-            self._rested_at.pop(service_id, None)
-            self._agenda.add((service_id,))
+            self._throttled_until.pop(service_id, None)
+            self._queue.add((service_id,))
             return ()
         return steps
 
@@ -264,9 +266,9 @@ class Orchestrator:
         for (id, change), result in zip(changes, results, strict=True):
             retry_at = self._refusals.note(id, change, result)
             if retry_at is not None:
-                self._agenda.add_at(id, retry_at)
+                self._queue.add_at(id, retry_at)
             if isinstance(result, SkepError) and not isinstance(result, Unavailable):
-                other = instead(change, result)
+                other = fallback_for(change, result)
                 others += [(id, other)] if other is not None else []
         failed = [result for result in results if isinstance(result, SkepError)]
         if failed:
@@ -274,13 +276,13 @@ class Orchestrator:
         await self._commit(others)
 
 
-def rest_s(tasks: int) -> float:
+def throttle_s(tasks: int) -> float:
     """Seconds until a service with so many tasks is looked at again, at the earliest.
 
     A decision about thousands of tasks takes tens of milliseconds: what their nodes report meanwhile is taken in one.
     """
-    wished = tasks * REST_S_PER_TASK
-    return min(wished, REST_S_MAX) if wished >= REST_S_MIN else 0.0
+    wished = tasks * THROTTLE_S_PER_TASK
+    return min(wished, THROTTLE_S_MAX) if wished >= THROTTLE_S_MIN else 0.0
 
 
 def _is_global(service: Service) -> bool:
@@ -301,13 +303,13 @@ def _is_relevant(old: Task, new: Task) -> bool:
     return is_news and state >= TaskState.RUNNING
 
 
-def _is_marked(service: Service | None, error: str = "") -> bool:
+def _has_error(service: Service | None, error: str = "") -> bool:
     """Whether the service shows ``error``; any of an earlier decision where none is given."""
     status = service.update_status if service is not None else None
     return status is not None and status.message.startswith(f"{FAILED}: {error}")
 
 
-def _mark(tx: Transaction, service_id: ServiceId, error: str) -> None:
+def _set_error(tx: Transaction, service_id: ServiceId, error: str) -> None:
     """Show on the service that its decision failed."""
     service = tx.lookup(Service, service_id)
     if service is not None:
@@ -315,9 +317,9 @@ def _mark(tx: Transaction, service_id: ServiceId, error: str) -> None:
         tx.put(replace(service, update_status=replace(status, message=f"{FAILED}: {error}")))
 
 
-def _unmark(tx: Transaction, service_id: ServiceId) -> None:
+def _clear_error(tx: Transaction, service_id: ServiceId) -> None:
     """The decision works again; an update under way says what swarmkit's say."""
     service = tx.lookup(Service, service_id)
-    if service is not None and service.update_status is not None and _is_marked(service):
+    if service is not None and service.update_status is not None and _has_error(service):
         status = replace(service.update_status, message="update in progress")
         tx.put(replace(service, update_status=status if status.state is not None else None))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.guard import Guard
+from skep.manager.failures import Failures
 from skep.manager.orchestrator.changes import Change, key_of
 from skep.model.ids import ServiceId
 
@@ -12,8 +12,8 @@ from skep.model.ids import ServiceId
 class Refusals:
     """What is held back, by service.  What is decided no longer is forgotten."""
 
-    def __init__(self, guard: Guard, clock: Clock) -> None:
-        self._guard = guard
+    def __init__(self, failures: Failures, clock: Clock) -> None:
+        self._failures = failures
         self._clock = clock
         self._held: dict[ServiceId, set[str]] = {}
 
@@ -35,7 +35,7 @@ class Refusals:
         key = key_of(change)
         if isinstance(result, SkepError):
             self._held.setdefault(service_id, set()).add(key)
-            return self._guard.note_unwritten(key, service_id, result).retry_at
+            return self._failures.record_write_failure(key, service_id, result).retry_at
         if service_id in self._held:
             self._forget(service_id, key)
         return None
@@ -43,22 +43,22 @@ class Refusals:
     def error(self, service_id: ServiceId) -> str | None:
         """What is to be told on the service: why one of its changes was refused."""
         for key in sorted(self._held.get(service_id, ())):
-            trouble = self._guard.refused(key, service_id)
-            if trouble is not None:
-                return trouble.error
+            failure = self._failures.refusal(key, service_id)
+            if failure is not None:
+                return failure.error
         return None
 
     def forget(self, service_id: ServiceId) -> None:
         """The service is gone."""
         for key in self._held.pop(service_id, ()):
-            self._guard.forget_unwritten(key, service_id)
+            self._failures.clear_write_failure(key, service_id)
 
     def _retry_at(self, service_id: ServiceId, key: str) -> float:
-        trouble = self._guard.unwritten(key, service_id)
-        return trouble.retry_at if trouble is not None else 0.0
+        failure = self._failures.write_failure(key, service_id)
+        return failure.retry_at if failure is not None else 0.0
 
     def _forget(self, service_id: ServiceId, key: str) -> None:
-        self._guard.forget_unwritten(key, service_id)
+        self._failures.clear_write_failure(key, service_id)
         held = self._held[service_id]
         held.discard(key)
         if not held:

@@ -7,15 +7,15 @@ from itertools import count, islice
 from skep.aio.slices import STEP, Sliced, finished
 from skep.errors import InvalidArgument
 from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.restart import should_restart
-from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.slots import Slot, first_state, group_by_slot, history, wanted
 from skep.model.ids import NodeId
 from skep.model.service import REPLICAS_MAX, Service, UpdateState
 from skep.model.task import Task, TaskState
 
 
-def reconcile(service: Service, tasks: Iterable[Task], seen: Sightings | None = None) -> list[Change]:
+def reconcile(service: Service, tasks: Iterable[Task], seen: ObservedTimes | None = None) -> list[Change]:
     """Changes that bring ``service`` to its wanted number of slots.
 
     Free slots are filled from the lowest number up.  Surplus slots are taken from the nodes that hold most of the
@@ -26,15 +26,15 @@ def reconcile(service: Service, tasks: Iterable[Task], seen: Sightings | None = 
 
     Source: swarmkit, manager/orchestrator/replicated/services.go.
     """
-    return finished(reconciling(service, group_by_slot(tasks), seen or Sightings(0.0)))
+    return finished(reconciling(service, group_by_slot(tasks), seen or ObservedTimes(0.0)))
 
 
 def reconciling(
-    service: Service, slots: Mapping[int, Slot], seen: Sightings, resting: Collection[int] = ()
+    service: Service, slots: Mapping[int, Slot], seen: ObservedTimes, converged: Collection[int] = ()
 ) -> Sliced[list[Change]]:
     """``reconcile`` for tasks by slot, with pauses.
 
-    ``resting``: further slots, all of them filled.  With ``slots`` they are no more than the service asks for.
+    ``converged``: further slots, all of them filled.  With ``slots`` they are no more than the service asks for.
     """
     check_number(service.spec.replicas)
     held: dict[int, Slot] = {}
@@ -43,11 +43,11 @@ def reconciling(
             held[number] = slot
         if number % STEP == 0:
             yield
-    missing = service.spec.replicas - len(held) - len(resting)
+    missing = service.spec.replicas - len(held) - len(converged)
     kept = set(held)
     changes: list[Change] = []
     if missing >= 0:
-        free = (number for number in count(1) if number not in held and number not in resting)
+        free = (number for number in count(1) if number not in held and number not in converged)
         filled = list(islice(free, missing))
         kept.update(filled)
         changes += [FillSlot(service, n, desired=first_state(slots.get(n, ()))) for n in filled]
@@ -100,7 +100,7 @@ def in_eviction_order(slots: Mapping[int, Slot]) -> list[int]:
     return sorted(by_state, key=ranks.__getitem__)
 
 
-def is_held(slot: Slot, service: Service, seen: Sightings) -> bool:
+def is_held(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
     """Whether the slot counts as filled: a task is wanted in it, or its last one ended for good.
 
     A rollback refills what ended for good, so that it always arrives at the state it returns to.

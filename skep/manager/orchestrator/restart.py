@@ -21,7 +21,7 @@ from math import inf
 
 from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.dirty import is_dirty
-from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, history, is_lost, is_stopping, wanted
 from skep.model.ids import NodeId
@@ -34,7 +34,7 @@ DEFAULT_DELAY_S = 5.0
 REJECTED_DELAYS_S = (0.0, 0.25, 1.0, 2.0)
 """Least delay after the first, second, ... rejection in a row; the last one holds for any more."""
 CRASH_DELAYS_S = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""The same where the last one ended soon after it ran (``Sightings.was_stable``).  A single crash costs nothing."""
+"""The same where the last one ended soon after it ran (``ObservedTimes.was_stable``).  A single crash costs nothing."""
 DAMPED_BELOW_S = 1.0
 """A delay that the user set is what happens, from here on; a shorter one would be a tight loop, and is damped."""
 STOP_TIMEOUT_S = 60.0
@@ -89,7 +89,7 @@ def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
         yield StartTask(task) if starts_at <= situation.now else Recheck(starts_at)
 
 
-def should_restart(task: Task, slot: Slot, seen: Sightings) -> bool:
+def should_restart(task: Task, slot: Slot, seen: ObservedTimes) -> bool:
     """Whether the restart policy gives ``task``, which ended or lost its node, a successor.
 
     Within a window only restarts of this term count, since of earlier ones nobody knows when they were; and what an

@@ -6,8 +6,8 @@ from math import inf
 import msgspec
 
 from skep.manager.orchestrator.disconnection import replaced_at
-from skep.manager.orchestrator.enforcement import is_out_of_place
-from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.enforcement import violates_constraints
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.slots import is_unusable
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import disconnect_policy
@@ -31,7 +31,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """The service's spec that a task was made from; None when it is no longer kept."""
     overcommitted: Callable[[NodeId], frozenset[TaskId]]
     """Tasks of a node that it has no room for any more."""
-    seen: Sightings
+    seen: ObservedTimes
     now: float
     """Seconds on the clock of ``seen``."""
     is_frozen: bool = False
@@ -62,7 +62,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
             return self.leaves_at(task) <= self.now
         if is_unusable(node):
             return True
-        return is_out_of_place(task, node) or task.id in self.overcommitted(task.node_id)
+        return violates_constraints(task, node) or task.id in self.overcommitted(task.node_id)
 
     def is_sound(self, node_id: NodeId) -> bool:
         """Whether a node has nothing about it that its tasks would have to leave, unless by their constraints."""

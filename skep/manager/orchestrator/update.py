@@ -48,7 +48,7 @@ from skep.manager.orchestrator.changes import (
     Step,
 )
 from skep.manager.orchestrator.dirty import is_dirty
-from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.situation import ROLLBACKS, Situation
 from skep.manager.orchestrator.slots import Slot, age, history, is_lost, wanted
 from skep.manager.resources import reservations_of
@@ -372,7 +372,7 @@ def _is_in_the_way(serving: Task, task: Task, spec: ServiceSpec | None) -> bool:
     )
 
 
-def _is_unseen(task: Task, seen: Sightings, monitor_s: float) -> bool:
+def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
     """Whether it ended and this leader cannot say how long it ran: its run lies before the term, wholly or in part."""
     if not seen.saw_end(task):
         return task.status.state.is_terminal

@@ -12,7 +12,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.follow import State, follow
+from skep.manager.informer import LoopStore, run_informer
 from skep.manager.paths.judgement import judgements
 from skep.manager.paths.records import Judgement, record_judgement
 from skep.model.node import Node
@@ -33,7 +33,7 @@ AT_ONCE_PATHS = 2_000
 class PathJudge:
     """Says of which nodes tasks on overlay networks keep away.  Leader only."""
 
-    def __init__(self, term: State, clock: Clock, random: Random) -> None:
+    def __init__(self, term: LoopStore, clock: Clock, random: Random) -> None:
         self._term = term
         self._clock = clock
         self._random = random
@@ -41,12 +41,14 @@ class PathJudge:
 
     async def run(self) -> None:
         """Judge until cancelled."""
-        await follow(self._term, (Node,), start=self._start, note=self._note, work=self._work)
+        await run_informer(
+            self._term, (Node,), on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
+        )
 
-    def _start(self, _view: View) -> None:
+    def _on_snapshot(self, _view: View) -> None:
         self._changed.set()
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
                 case Updated(Node() as old, Node() as new):

@@ -13,7 +13,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.slices import Slices
 from skep.errors import InvalidArgument, SkepError, Unavailable
-from skep.manager.follow import follow
+from skep.manager.informer import run_informer
 from skep.manager.node_session import Line, NodeSession
 from skep.manager.node_streams import NodeStream, NodeStreams, converse, session_named
 from skep.manager.paths.directory import Directory, controlled, directory_of, is_seen_otherwise, wish_for
@@ -107,14 +107,20 @@ class PathStreams:
 
     async def run(self) -> None:
         """Plan and write until cancelled."""
-        await follow(self._store, (Node, Swarm), start=self._start, note=self._note, work=self._work)
+        await run_informer(
+            self._store,
+            (Node, Swarm),
+            on_snapshot=self._on_snapshot,
+            on_commit=self._on_commit,
+            work=self._work,
+        )
 
     # -- what is to be probed -----------------------------------------------------------------------------------
 
-    def _start(self, _view: View) -> None:
+    def _on_snapshot(self, _view: View) -> None:
         self._is_stale = True
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
                 case Updated(Node() as old, Node() as new):

@@ -13,7 +13,7 @@ from aiohttp import web
 from skep.api.errors import Untranslated
 from skep.api.server import Filters, Routes, json_answer, json_list_answer
 from skep.manager.control.tasks import is_up_to_date
-from skep.manager.follow import portions_of
+from skep.manager.informer import batches_of
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.shown import has_labels, shown_task
 from skep.model.node import Node
@@ -72,7 +72,7 @@ def _search(
     elif nodes:
         found = batched([task for id in sorted(nodes) for task in view.find(Task, node_id=id)], _PIECE)
     else:
-        found = portions_of(present, Task)
+        found = batches_of(present, Task)
     conditions: Sequence[tuple[object, Condition]] = (
         (services, lambda _, task: task.service_id in services),
         (nodes, lambda _, task: task.node_id in nodes),

@@ -17,15 +17,15 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.slices import go_through
 from skep.errors import SkepError, Unavailable
-from skep.manager.agenda import Agenda
-from skep.manager.follow import State, follow, portions_of
-from skep.manager.guard import Guard, write_each
+from skep.manager.failures import Failures, write_each
+from skep.manager.informer import LoopStore, batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, leaving, place
 from skep.manager.scheduler.requirements import Requirements, Wishes
 from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.writes import Decision, DecisionWriter, is_pending
+from skep.manager.work_queue import WorkQueue
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
@@ -52,7 +52,7 @@ Firsts: TypeAlias = dict[Requirements, list[Task]]
 class Scheduler:
     """Gives every pending task a node."""
 
-    def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
+    def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
         self._clock = clock
         self._random = random
@@ -61,12 +61,14 @@ class Scheduler:
     async def run(self) -> None:
         """Assign until cancelled.  Runs on the leader only."""
         kinds = (Service, Task, Node)
-        await follow(self._term, kinds, start=self._start, note=self._note, work=self._work)
+        await run_informer(
+            self._term, kinds, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
+        )
 
     def _reset(self) -> None:
-        self._agenda: Agenda[Group] = Agenda(self._clock)
-        self._guard = Guard(self._clock, self._random)
-        self._books_guard = Guard(self._clock, self._random)
+        self._queue: WorkQueue[Group] = WorkQueue(self._clock)
+        self._failures = Failures(self._clock, self._random)
+        self._books_guard = Failures(self._clock, self._random)
         self._loading: Iterator[None] = iter(())
         self._accounting = Accounting()
         self._choices = Choices(self._accounting)
@@ -82,13 +84,13 @@ class Scheduler:
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
 
-    def _start(self, _snapshot: View) -> None:
+    def _on_snapshot(self, _snapshot: View) -> None:
         self._reset()
         self._loading = self._load()
 
     def _load(self) -> Iterator[None]:
         """Enter everything as it is by then, with pauses."""
-        for tasks in portions_of(self._term.view, Task):
+        for tasks in batches_of(self._term.view, Task):
             self._enter_all(tasks)
             yield
         for node_id in self._term.view().ids(Node):
@@ -97,14 +99,14 @@ class Scheduler:
 
     def _enter_all(self, tasks: Sequence[Task]) -> None:
         view = self._term.view()
-        with self._books_guard.guarded("tasks"):
+        with self._books_guard.caught("tasks"):
             for task in tasks:
                 self._booked(task.id, task, view)
             return
         for task in tasks:  # one of them is not as it should be, and the trouble is its own
             self._look_at(task.id)
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         has_room = False
         for event in commit.events:
             if isinstance(event, Updated):
@@ -127,7 +129,7 @@ class Scheduler:
                 case Service() as service if isinstance(event, Deleted):
                     self._accounting.forget_service(service.id)
         if has_room and self._refused:
-            self._agenda.add(sorted(self._refused))
+            self._queue.add(sorted(self._refused))
             self._refused.clear()
 
     def _note_task(self, old: Task, task: Task) -> bool:
@@ -159,7 +161,7 @@ class Scheduler:
         has_room = False
         if id not in self._deciding:
             view = self._term.view()
-            with self._books_guard.guarded(id):
+            with self._books_guard.caught(id):
                 has_room = self._booked(id, view.lookup(Task, id), view)
         return has_room
 
@@ -185,7 +187,7 @@ class Scheduler:
         self._group_of[task.id] = group
         if group != task.id:
             self._pending.setdefault(group, {})[task.id] = None
-        self._agenda.add((group,))
+        self._queue.add((group,))
 
     def _leave(self, id: TaskId) -> None:
         group = self._group_of.pop(id, None)
@@ -198,14 +200,14 @@ class Scheduler:
                 return
             del self._pending[group]
         self._refused.discard(group)
-        self._guard.forget(group)
+        self._failures.clear(group)
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
         await go_through(self._loading, self._clock)
         while True:
-            groups = await self._agenda.take(BATCH)
+            groups = await self._queue.take(BATCH)
             now = self._clock.monotonic()
             firsts, others = self._sorted_out(groups, now)
             assignments: list[Assignment] = []
@@ -217,7 +219,7 @@ class Scheduler:
             room = BATCH - len(groups) + len(others)
             for group in others:
                 if room <= 0:
-                    self._agenda.add((group,))
+                    self._queue.add((group,))
                     continue
                 placed = self._decided(group, room, now)
                 assignments += placed.assignments
@@ -232,7 +234,7 @@ class Scheduler:
         view = self._term.view()
         last_wish: Requirements | None = None
         together: list[Task] | None = None
-        with self._books_guard.guarded("single tasks"):
+        with self._books_guard.caught("single tasks"):
             for group in groups:
                 task = self._single(group, view)
                 if task is None or task.node_id:
@@ -253,18 +255,18 @@ class Scheduler:
     def _decided(self, group: Group, limit: int, now: float) -> Placed:
         """Decide up to ``limit`` tasks of the group; the rest goes back on the agenda."""
         placed = Placed()
-        with self._guard.guarded(group):
+        with self._failures.caught(group):
             placed = self._placed(group, limit, now)
-        if (trouble := self._guard.trouble(group)) is not None:
-            self._agenda.add_at(group, trouble.retry_at)
+        if (failure := self._failures.of(group)) is not None:
+            self._queue.add_at(group, failure.retry_at)
             tasks = self._tasks_of(group)
             for task in tasks:
                 self._accounting.remove(task.id)
-            return Placed(refusals=_refusals(tasks, f"scheduling failed: {trouble.error}"))
+            return Placed(refusals=_refusals(tasks, f"scheduling failed: {failure.error}"))
         if placed.refusals:
             self._refused.add(group)
         elif self._waiting_in(group) > limit:
-            self._agenda.add((group,))
+            self._queue.add((group,))
         return placed
 
     def _placed(self, group: Group, limit: int, now: float) -> Placed:
@@ -292,7 +294,7 @@ class Scheduler:
     def _placed_first(self, shape: Requirements, tasks: list[Task], now: float) -> Placed:
         """Nodes for single tasks of services that have nothing anywhere yet, which all ask for the same."""
         placed: Placed | None = None
-        with self._books_guard.guarded("first tasks"):
+        with self._books_guard.caught("first tasks"):
             placed = place(tasks, shape, self._choices, now=now, limit=len(tasks), is_last=False)
         if placed is None:
             # One of them, or a node, is not as it should be: each by itself, and the trouble is its own.
@@ -356,8 +358,8 @@ class Scheduler:
                 continue
             outcomes.append((group, result))
             if result is None and isinstance(decision, Assignment):
-                self._agenda.add((group,))  # its node went away at the same moment
-        self._guard.try_again(self._agenda, "decisions", outcomes)
+                self._queue.add((group,))  # its node went away at the same moment
+        self._failures.requeue_failed(self._queue, "decisions", outcomes)
         await asyncio.sleep(0)
 
     async def _written(self, decisions: list[Decision]) -> list[SkepError | None]:

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from msgspec.structs import replace
 
-from skep.manager.guard import ERROR_CHARACTERS_MAX
+from skep.manager.failures import ERROR_CHARACTERS_MAX
 from skep.manager.scheduler.placement import Assignment, Refusal
 from skep.manager.scheduler.requirements import overlays_of
 from skep.model.ids import NetworkId

@@ -1,6 +1,6 @@
 from msgspec.structs import replace
 
-from skep.manager.heartbeats import grace_period, wished_heartbeats
+from skep.manager.heartbeats import configured_heartbeats, grace_period
 from skep.model.ids import ClusterId
 from skep.model.labels import HEARTBEAT_GRACE
 from skep.model.swarm import DispatcherConfig, Swarm, SwarmSpec
@@ -10,19 +10,19 @@ from skep.store.state import State
 
 def test_three_periods_of_grace_unless_the_cluster_wishes_another() -> None:
     assert grace_period(1.0) == 3.0
-    assert grace_period(1.0, wished_s=10.0) == 10.0
-    assert grace_period(1.0, wished_s=0.1) == 2.0  # one lost heartbeat takes no node down
+    assert grace_period(1.0, configured_s=10.0) == 10.0
+    assert grace_period(1.0, configured_s=0.1) == 2.0  # one lost heartbeat takes no node down
 
 
 def test_a_cluster_that_says_nothing_is_heard_every_five_seconds() -> None:
-    assert wished_heartbeats(State()) == (5.0, None)
-    assert wished_heartbeats(_cluster(SwarmSpec())) == (5.0, None)
+    assert configured_heartbeats(State()) == (5.0, None)
+    assert configured_heartbeats(_cluster(SwarmSpec())) == (5.0, None)
 
 
 def test_a_cluster_says_how_often_it_is_to_be_heard_and_what_grace_it_gives() -> None:
     spec = SwarmSpec(dispatcher=DispatcherConfig(heartbeat_period=2 * SECOND_NS))
-    assert wished_heartbeats(_cluster(spec)) == (2.0, None)
-    assert wished_heartbeats(_cluster(replace(spec, labels={HEARTBEAT_GRACE: "9s"}))) == (2.0, 9.0)
+    assert configured_heartbeats(_cluster(spec)) == (2.0, None)
+    assert configured_heartbeats(_cluster(replace(spec, labels={HEARTBEAT_GRACE: "9s"}))) == (2.0, 9.0)
 
 
 def _cluster(spec: SwarmSpec) -> State:

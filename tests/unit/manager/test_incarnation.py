@@ -9,7 +9,14 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition
 from skep.manager.control.nodes import remove_node, update_node
-from skep.manager.incarnation import Incarnation, Lives, Superseded, check_lives, read_lives, write_lives
+from skep.manager.incarnation import (
+    Incarnation,
+    Incarnations,
+    Superseded,
+    check_incarnations,
+    read_incarnations,
+    write_incarnations,
+)
 from skep.manager.recovery import show_survivor
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, NodeState, NodeStatus, Reachability
@@ -35,7 +42,7 @@ async def test_a_later_life_stops_a_manager_and_keeps_it_stopped(paths: Paths) -
     with pytest.raises(Superseded, match="incarnation 7"):
         await asyncio.wait_for(running, 5)
     with pytest.raises(Superseded, match="docker swarm leave --force"):
-        check_lives(paths)
+        check_incarnations(paths)
 
 
 async def test_an_earlier_life_is_not_ours_and_stops_nobody(paths: Paths) -> None:
@@ -47,18 +54,18 @@ async def test_an_earlier_life_is_not_ours_and_stops_nobody(paths: Paths) -> Non
     await asyncio.sleep(0)
     assert not running.done()
     running.cancel()
-    assert check_lives(paths) == Lives(served=7)
+    assert check_incarnations(paths) == Incarnations(served=7)
 
 
 def test_a_manager_that_begins_the_later_life_itself_is_not_stopped_by_it(paths: Paths) -> None:
-    write_lives(paths, Lives(served=1, later=7))
-    write_lives(paths, Lives(served=8))
-    assert check_lives(paths) == Lives(served=8)
+    write_incarnations(paths, Incarnations(served=1, later=7))
+    write_incarnations(paths, Incarnations(served=8))
+    assert check_incarnations(paths) == Incarnations(served=8)
 
 
 def test_a_damaged_file_says_nothing(paths: Paths) -> None:
     paths.incarnation.write_bytes(b"{")
-    assert read_lives(paths) == Lives()
+    assert read_incarnations(paths) == Incarnations()
 
 
 READY = NodeStatus(state=NodeState.READY)

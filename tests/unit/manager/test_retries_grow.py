@@ -13,10 +13,10 @@ from skep.errors import Unavailable
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.gossip.rotation import KeyRotation
+from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.addresses import AddressBook, keep_book
 from skep.manager.membership.loop import Managers
 from skep.manager.paths.loop import PathJudge
-from skep.manager.presence import Presence
 from skep.model.ids import ClusterId, NodeId, SessionId, new_id
 from skep.model.node import CutOff, ManagerStatus, Node, NodeRole, NodeSession, NodeSpec
 from skep.model.swarm import RootRotation, Swarm, SwarmSpec
@@ -64,7 +64,9 @@ class Hearing:
 
 Loop = Callable[[Any, VirtualClock, Random], Coroutine[Any, Any, None]]
 LOOPS: dict[str, Loop] = {
-    "presence": lambda store, clock, random: Presence(store, OWN, "a:1", "a:2", clock, random).run(),
+    "presence": lambda store, clock, random: ManagerStatusWriter(
+        store, OWN, "a:1", "a:2", clock, random
+    ).run(),
     "certificates": lambda store, clock, random: CertificateAuthority(store, clock, new_id, random).run(),
     "gossip": lambda store, clock, random: KeyRotation(store, clock, new_id, random).run(),
     "paths": lambda store, clock, random: PathJudge(store, clock, random).run(),

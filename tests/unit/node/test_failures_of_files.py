@@ -30,7 +30,7 @@ from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.manager.ca.peer_files import REVOKED_FILE, PeerFiles
 from skep.manager.config import STARVED, ManagerConfig, Recovery, encode, load, load_recovery, save_recovery
-from skep.manager.incarnation import Lives, read_lives, write_lives
+from skep.manager.incarnation import Incarnations, read_incarnations, write_incarnations
 from skep.manager.keys import load_wrapping_keys, save_wrapping_keys
 from skep.manager.process import refusal_in
 from skep.manager.process import run as run_manager
@@ -365,7 +365,9 @@ KEPT = {
         ),
     ),
     "recovery": Kept(save_recovery, load_recovery, Recovery(), Recovery(stage="restored")),
-    "incarnation": Kept(write_lives, read_lives, Lives(served=1), Lives(served=1, later=2)),
+    "incarnation": Kept(
+        write_incarnations, read_incarnations, Incarnations(served=1), Incarnations(served=1, later=2)
+    ),
     "members": Kept(
         lambda paths, peers: save_peers(paths.etcd, peers),
         lambda paths: load_peers(paths.etcd),

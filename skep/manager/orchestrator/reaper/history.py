@@ -31,7 +31,7 @@ def is_past_attachment(task: Task, node: Node | None) -> bool:
     return task.spec.network_attachment_spec is not None and (node is None or task.status.state.is_terminal)
 
 
-def goes_on(task: Task, node: Node | None) -> bool:
+def is_live(task: Task, node: Node | None) -> bool:
     """Whether the task is none that could be removed: it is wanted, has not ended, and its node is there."""
     return (
         task.is_active

@@ -11,18 +11,18 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.slices import Slices, go_through
-from skep.manager.agenda import Agenda
-from skep.manager.follow import State, follow, portions_of
-from skep.manager.guard import Guard, write_each
+from skep.manager.failures import Failures, write_each
+from skep.manager.informer import LoopStore, batches_of, run_informer
 from skep.manager.orchestrator.reaper.history import (
-    goes_on,
     history_limit,
     is_disposable,
+    is_live,
     is_orphaned,
     is_past_attachment,
     surplus_history,
     unused_versions,
 )
+from skep.manager.work_queue import WorkQueue
 from skep.model.ids import IdSource, ServiceId
 from skep.model.meta import Version
 from skep.model.node import Node
@@ -77,61 +77,63 @@ Removal: TypeAlias = Orphan | DeleteTask | DeleteService | DeleteVersion
 class Reaper:
     """Keeps task history within its limit, and finishes what users have removed."""
 
-    def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
+    def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
         self._clock = clock
         self._random = random
-        self._agenda: Agenda[Key] = Agenda(clock)
-        self._guard = Guard(clock, random)
+        self._queue: WorkQueue[Key] = WorkQueue(clock)
+        self._failures = Failures(clock, random)
         self._loading: Iterator[None] = iter(())
 
     async def run(self) -> None:
         """Delete until cancelled.  Runs on the leader only."""
         kinds = (Service, Task, Node, Swarm)
-        await follow(self._term, kinds, start=self._start, note=self._note, work=self._work)
+        await run_informer(
+            self._term, kinds, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
+        )
 
-    def _start(self, snapshot: View) -> None:
-        self._agenda.add(Key(service.id) for service in snapshot.find(Service))
+    def _on_snapshot(self, snapshot: View) -> None:
+        self._queue.add(Key(service.id) for service in snapshot.find(Service))
         self._loading = self._load()
 
     def _load(self) -> Iterator[None]:
         # A slot has nothing to remove without a task that has ended, is not wanted, or has lost its node.
-        for tasks in portions_of(self._term.view, Task):
+        for tasks in batches_of(self._term.view, Task):
             node = partial(self._term.view().lookup, Node)
-            self._agenda.add(_slot_key(task) for task in tasks if not goes_on(task, node(task.node_id)))
+            self._queue.add(_slot_key(task) for task in tasks if not is_live(task, node(task.node_id)))
             yield
 
-    def _note(self, commit: Commit) -> None:
+    def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
                 case Created(Task() as task):
-                    self._agenda.add((_slot_key(task),))
+                    self._queue.add((_slot_key(task),))
                 case Updated(Task() as old, Task() as new):
                     if old.desired_state != new.desired_state or new.status.state.is_terminal:
-                        self._agenda.add((_slot_key(new),))
+                        self._queue.add((_slot_key(new),))
                 case Deleted(Task() as task) if task.service_id:
-                    self._agenda.add((Key(task.service_id),))
+                    self._queue.add((Key(task.service_id),))
                 case Updated(Service() as before, Service() as after):
                     if before.removed_at != after.removed_at or before.spec_version != after.spec_version:
-                        self._agenda.add((Key(after.id),))
+                        self._queue.add((Key(after.id),))
                 case Deleted(Node() as node):
                     tasks = self._term.view().find(Task, node_id=node.id)
-                    self._agenda.add(_slot_key(task) for task in tasks)
+                    self._queue.add(_slot_key(task) for task in tasks)
                 case Updated(Swarm() as old_swarm, Swarm() as swarm) if _limit(old_swarm) != _limit(swarm):
-                    self._agenda.add(_slot_key(task) for task in self._term.view().find(Task))
+                    self._queue.add(_slot_key(task) for task in self._term.view().find(Task))
 
     async def _work(self) -> None:
         await go_through(self._loading, self._clock)
         while True:
             removals: list[tuple[Key, Removal]] = []
-            due = await self._agenda.take(BATCH)
+            due = await self._queue.take(BATCH)
             slices = Slices(self._clock)
             for key in due:
                 await slices.give_way()
-                with self._guard.guarded(key):
+                with self._failures.caught(key):
                     removals += [(key, removal) for removal in self._removals(key)]
-                if (trouble := self._guard.trouble(key)) is not None:
-                    self._agenda.add_at(key, trouble.retry_at)
+                if (failure := self._failures.of(key)) is not None:
+                    self._queue.add_at(key, failure.retry_at)
             await self._commit(removals)
 
     def _removals(self, key: Key) -> list[Removal]:
@@ -169,7 +171,7 @@ class Reaper:
             if len(versions) <= VERSIONS_WITH_SERVICE_MAX:
                 yield DeleteService(service)
                 return
-            self._agenda.add_at(Key(service_id), self._clock.monotonic() + AGAIN_S)
+            self._queue.add_at(Key(service_id), self._clock.monotonic() + AGAIN_S)
         if len(versions) > 1:
             yield from map(DeleteVersion, unused_versions(service, versions, tasks))
 
@@ -184,7 +186,7 @@ class Reaper:
 
         results = await write_each(self._term, write, [removal for _, removal in removals])
         keys = [key for key, _ in removals]
-        self._guard.try_again(self._agenda, "removals", zip(keys, results, strict=True))
+        self._failures.requeue_failed(self._queue, "removals", zip(keys, results, strict=True))
 
 
 def _write(tx: Transaction, removal: Removal, now: Timestamp) -> None:

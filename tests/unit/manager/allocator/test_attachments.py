@@ -16,7 +16,7 @@ OVERLAY = an_overlay("net1", subnet="10.0.1.0/24")
 BARE = an_overlay("bare", subnet="")
 INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)
 KNOWN = {network.id: network for network in (HOST, OVERLAY, BARE, INGRESS)}
-NETWORKS = Networks(find=KNOWN.get, trouble=lambda _: "all numbers are taken")
+NETWORKS = Networks(find=KNOWN.get, failure=lambda _: "all numbers are taken")
 
 
 def attached_to(*targets: str) -> ServiceSpec:

@@ -13,7 +13,7 @@ from sim.time import VirtualClock, VirtualLoop
 from skep.errors import AlreadyExists, SkepError, Unavailable
 from skep.manager.allocator.grants import Claim
 from skep.manager.allocator.loop import Allocator
-from skep.manager.guard import AWAY_S_MAX, LONGEST_DELAY_S
+from skep.manager.failures import LONGEST_DELAY_S, UNAVAILABLE_S_MAX
 from skep.model.meta import Driver
 from skep.model.network import Network
 from skep.model.overlays import VXLAN_OPTION
@@ -61,7 +61,7 @@ def loop() -> Iterator[VirtualLoop]:
 
 @pytest.mark.parametrize(
     ("error", "longest_s"),
-    [(Unavailable("not now"), AWAY_S_MAX), (AlreadyExists("it is another's"), LONGEST_DELAY_S)],
+    [(Unavailable("not now"), UNAVAILABLE_S_MAX), (AlreadyExists("it is another's"), LONGEST_DELAY_S)],
 )
 def test_they_are_asked_for_again_later_and_later_within_the_term(
     loop: VirtualLoop, error: SkepError, longest_s: float

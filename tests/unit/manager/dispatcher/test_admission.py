@@ -7,7 +7,6 @@ import pytest
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import RetryLater
-from skep.manager.crowd import HEARD_S, SUSPENDED_S_MAX, Crowd, patience_left
 from skep.manager.dispatcher.admission import (
     AT_ONCE_MAX,
     FIRST_RATE,
@@ -18,6 +17,7 @@ from skep.manager.dispatcher.admission import (
     rate,
     time_to_come,
 )
+from skep.manager.overload import REPORT_VALID_S, SUSPENDED_S_MAX, Overload, suspension_left
 from skep.model.ids import NodeId
 
 NODES = 5000
@@ -43,25 +43,25 @@ def test_nobody_is_told_to_come_at_once_or_in_an_hour():
 
 
 def test_another_managers_word_holds_for_a_moment():
-    crowd = Crowd()
-    crowd.note(NodeId("m2"), True, 10.0)
-    assert crowd.is_anywhere(10.0 + HEARD_S / 2)
-    assert not crowd.is_anywhere(10.0 + HEARD_S)
-    crowd.note(NodeId("m2"), True, 20.0)
-    crowd.note(NodeId("m2"), False, 20.1)
-    assert not crowd.is_anywhere(20.1)
-    crowd.is_here = True
-    assert crowd.is_anywhere(20.1)
+    overload = Overload()
+    overload.record(NodeId("m2"), True, 10.0)
+    assert overload.is_anywhere(10.0 + REPORT_VALID_S / 2)
+    assert not overload.is_anywhere(10.0 + REPORT_VALID_S)
+    overload.record(NodeId("m2"), True, 20.0)
+    overload.record(NodeId("m2"), False, 20.1)
+    assert not overload.is_anywhere(20.1)
+    overload.is_here = True
+    assert overload.is_anywhere(20.1)
 
 
 def test_silence_does_not_go_uncounted_for_ever():
     left_s, counted_s = SUSPENDED_S_MAX, 0.0
     for _ in range(10_000):
-        left_s = patience_left(left_s, 1.0, is_crowded=True)
+        left_s = suspension_left(left_s, 1.0, is_overloaded=True)
         counted_s += left_s <= 0
     assert counted_s == 10_000 - SUSPENDED_S_MAX + 1
-    assert patience_left(0.0, 100.0, is_crowded=False) == pytest.approx(10.0)
-    assert patience_left(SUSPENDED_S_MAX, 100.0, is_crowded=False) == SUSPENDED_S_MAX
+    assert suspension_left(0.0, 100.0, is_overloaded=False) == pytest.approx(10.0)
+    assert suspension_left(SUSPENDED_S_MAX, 100.0, is_overloaded=False) == SUSPENDED_S_MAX
 
 
 class Crowded:
@@ -91,7 +91,7 @@ class Crowded:
                 self.back.append(self.loop.time())
                 return
             except RetryLater as later:
-                assert self.admission.is_crowded()
+                assert self.admission.is_overloaded()
                 self.told += 1
                 await asyncio.sleep(later.after_s if self.obedient else self.random.uniform(1.0, 2.0))
 
@@ -129,7 +129,7 @@ def test_a_node_that_leaves_the_line_gives_its_place_up():
         for node in nodes[::2]:
             node.cancel()
         await asyncio.gather(*nodes, return_exceptions=True)
-        assert not crowded.admission.is_crowded()
+        assert not crowded.admission.is_overloaded()
         async with crowded.admission.turn():
             pass
 

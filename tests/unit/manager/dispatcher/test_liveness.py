@@ -26,7 +26,7 @@ def test_a_node_that_lost_its_manager_gets_what_its_kind_needs_to_find_another()
     assert grace_after_loss(1.0, is_skep=True) == 3.0
     assert grace_after_loss(1.0, is_skep=False) == 12.0
     assert grace_after_loss(5.0, is_skep=False) == 15.0
-    assert grace_after_loss(1.0, is_skep=True, wished_s=20.0) == 20.0
+    assert grace_after_loss(1.0, is_skep=True, configured_s=20.0) == 20.0
 
 
 def test_after_its_own_absence_a_manager_gives_more_time():

@@ -1,7 +1,7 @@
 """Which managers answer, and who leads, as node objects say it."""
 
+from skep.manager.manager_status import write_manager_status
 from skep.manager.membership.roll_call import Mark, roll_call
-from skep.manager.presence import show_presence
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, Reachability
 from skep.store.state import State
@@ -20,7 +20,7 @@ def shown(*nodes: Node, by: NodeId, leads: bool) -> dict[NodeId, ManagerStatus |
     tx = Writing(State(), 0)
     for node in nodes:
         tx.put(node)
-    show_presence(tx, by, f"{by}:2377", leads=leads)
+    write_manager_status(tx, by, f"{by}:2377", leads=leads)
     return {node.id: node.manager_status for node in tx.find(Node)}
 
 

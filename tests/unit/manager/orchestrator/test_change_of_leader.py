@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.service import (
     RestartCondition,
     RestartPolicy,
@@ -55,7 +55,7 @@ class Life:
         """Go on; a new leader begins at each of the ``changes``, counted from here."""
         for second in range(seconds):
             if second in changes:
-                self.world.seen = Sightings(self.world.now)
+                self.world.seen = ObservedTimes(self.world.now)
             self._end_what_is_over()
             for happen in (self.world.prepare_all, self.world.stop_all, self.world.run_all):
                 self.world.settle()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask
-from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.ids import NodeId
 from skep.model.node import Availability, NodeState
 from skep.model.service import RestartCondition, RestartPolicy
@@ -265,7 +265,7 @@ def forget_the_past(world: World) -> None:
 
 def change_the_leader(world: World) -> None:
     world.now += 100.0
-    world.seen = Sightings(world.now)
+    world.seen = ObservedTimes(world.now)
 
 
 @pytest.mark.parametrize("between", [forget_the_past, change_the_leader])

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.ids import NodeId
 from skep.model.service import UpdateConfig, UpdateOrder, UpdateState
 from skep.model.task import Task, TaskState
@@ -96,7 +96,7 @@ def test_no_update_takes_away_more_than_its_policy_allows_whenever_it_comes(
         for wished in ("app:2", "app:4", image):
             world.update(a_spec(wished, replicas=3, update=config))
             slow.live(gap_s)
-        world.seen = Sightings(world.now)
+        world.seen = ObservedTimes(world.now)
         slow.live(70)
         assert state(world) is UpdateState.COMPLETED
         assert len(wanted(world, image)) == 3

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager import guard
+from skep.manager import failures
 from skep.manager.scheduler import spread
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.writes import Decision, DecisionWriter
@@ -104,7 +104,7 @@ async def test_a_decision_that_cannot_be_written_holds_up_no_other(monkeypatch: 
         real(writer, tx, decision)
 
     monkeypatch.setattr(DecisionWriter, "write", write)
-    monkeypatch.setattr(guard, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(failures, "FIRST_DELAY_S", 0.01)
     store = await a_store(*waiting(100))
     async with scheduling(store):
         await wait_for(store, lambda: nodes_of(store)[""] == 1)

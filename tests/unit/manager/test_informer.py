@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.manager.follow import follow
+from skep.manager.informer import run_informer
 from skep.model.ids import NodeId
 from skep.store.interface import Term, Transaction
 from skep.store.kinds import Payload
@@ -36,7 +36,7 @@ class Rig:
                 await term.update(put, f"w{number}")
             self.is_done.set()
 
-        await follow(term, (Payload,), start=start, note=lambda _: None, work=work)
+        await run_informer(term, (Payload,), on_snapshot=start, on_commit=lambda _: None, work=work)
 
     async def overrun(self) -> None:
         """So many commits at once that the loop is not asked to take any."""

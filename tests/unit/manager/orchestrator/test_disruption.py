@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.storm import Fall, NodeHistory, Trip, held_until, is_over, tripped
+from skep.manager.orchestrator.disruption import (
+    Disruption,
+    NodeDown,
+    NodeHistory,
+    disruption_in,
+    held_until,
+    is_over,
+)
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node, NodeSession, NodeState, NodeStatus
 from skep.store.interface import Commit, Updated
@@ -20,17 +27,17 @@ def nodes(count: int) -> list[NodeId]:
     return [NodeId(f"n{number}") for number in range(count)]
 
 
-def falls(ids: list[NodeId], at: float = 100.0) -> list[Fall]:
-    return [Fall(id, at) for id in ids]
+def falls(ids: list[NodeId], at: float = 100.0) -> list[NodeDown]:
+    return [NodeDown(id, at) for id in ids]
 
 
-def trip(fallen: list[Fall], ready: list[NodeId], now: float = 100.0) -> Trip | None:
-    return tripped(fallen, frozenset(ready), now=now, grace_s=GRACE_S)
+def trip(fallen: list[NodeDown], ready: list[NodeId], now: float = 100.0) -> Disruption | None:
+    return disruption_in(fallen, frozenset(ready), now=now, grace_s=GRACE_S)
 
 
 def test_more_than_half_and_three_at_once_are_a_storm() -> None:
     five = nodes(5)
-    assert trip(falls(five[:3]), five) == Trip(tuple(five[:3]), 5)
+    assert trip(falls(five[:3]), five) == Disruption(tuple(five[:3]), 5)
 
 
 @pytest.mark.parametrize(("down", "of"), [(1, 3), (2, 3), (2, 2), (2, 5), (3, 6), (3, 7), (4, 9)])
@@ -65,16 +72,19 @@ def test_the_rule_is_exactly_the_rule(total: int, down: int) -> None:
 
 
 def test_a_single_fall_is_held_back_by_nothing() -> None:
-    assert held_until([Fall(NodeId("n1"), 100.0)], now=100.0, period_s=1.0) == -inf
-    assert held_until([Fall(NodeId("n1"), 98.9), Fall(NodeId("n2"), 100.0)], now=100.0, period_s=1.0) == -inf
+    assert held_until([NodeDown(NodeId("n1"), 100.0)], now=100.0, period_s=1.0) == -inf
+    assert (
+        held_until([NodeDown(NodeId("n1"), 98.9), NodeDown(NodeId("n2"), 100.0)], now=100.0, period_s=1.0)
+        == -inf
+    )
 
 
 @given(st.floats(0.1, 10), st.floats(0, 0.99))
 def test_a_fall_that_is_not_the_only_one_is_held_for_longer_than_a_period(
     period_s: float, before: float
 ) -> None:
-    together = Fall(NodeId("n1"), 100.0, is_together=True)
-    two = [Fall(NodeId("n1"), 100.0 - before * period_s), Fall(NodeId("n2"), 100.0)]
+    together = NodeDown(NodeId("n1"), 100.0, is_together=True)
+    two = [NodeDown(NodeId("n1"), 100.0 - before * period_s), NodeDown(NodeId("n2"), 100.0)]
     for fallen in ([together], two):
         assert held_until(fallen, now=100.0, period_s=period_s) >= 100.0 + period_s
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from skep.aio.slices import Sliced, finished
 from skep.manager.orchestrator import convergence, restart
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, Step
-from skep.manager.orchestrator.rest import slots_at_rest
+from skep.manager.orchestrator.converged import converged_slots
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot
 from skep.model.ids import NodeId, TaskId
@@ -75,7 +75,7 @@ def test_a_slot_is_at_rest_whatever_its_history_is() -> None:
     history = a_task(slot=1, node="n1", desired=TaskState.SHUTDOWN, state=TaskState.FAILED, version=0)
     running = [a_task(slot=slot, node="n1", service=service) for slot in (1, 2, 3)]
     world = World(service, [history, *running], [a_node("n1")])
-    assert finished(slots_at_rest(world.situation)) == {1, 2, 3}
+    assert finished(converged_slots(world.situation)) == {1, 2, 3}
 
 
 def test_only_the_slot_of_a_task_that_ended_is_decided_about() -> None:
@@ -113,7 +113,7 @@ def test_there_is_a_pause_after_each_node_that_is_looked_at() -> None:
         return frozenset()
 
     before = 0
-    for _ in slots_at_rest(replace(world.situation, overcommitted=none)):
+    for _ in converged_slots(replace(world.situation, overcommitted=none)):
         assert len(looked_at) - before <= 1
         before = len(looked_at)
     assert len(looked_at) == 50
@@ -145,5 +145,5 @@ def with_every_slot(situation: Situation) -> list[Step]:
         yield from ()
         return set()
 
-    with patch.object(convergence, "slots_at_rest", none):
+    with patch.object(convergence, "converged_slots", none):
         return convergence.next_steps(situation)

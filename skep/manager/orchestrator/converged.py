@@ -8,7 +8,7 @@ compares all of them.
 
 from skep.aio.slices import STEP, Sliced
 from skep.manager.orchestrator.dirty import is_same
-from skep.manager.orchestrator.enforcement import is_out_of_place
+from skep.manager.orchestrator.enforcement import violates_constraints
 from skep.manager.orchestrator.situation import Situation
 from skep.model.meta import Version
 from skep.model.service import UNDER_WAY
@@ -17,7 +17,7 @@ from skep.model.task import Task, TaskState
 _RUNNING = TaskState.RUNNING
 
 
-def slots_at_rest(situation: Situation) -> Sliced[set[int]]:
+def converged_slots(situation: Situation) -> Sliced[set[int]]:
     """Their numbers, of a replicated service; none while an update is under way.
 
     A decision without them comes out as one with them, unless there are more slots than are asked for or one of the
@@ -26,8 +26,8 @@ def slots_at_rest(situation: Situation) -> Sliced[set[int]]:
     status = situation.service.update_status
     if status is not None and status.state in UNDER_WAY:
         return set()
-    resting: set[int] = set()
-    restless: set[int] = set()
+    converged: set[int] = set()
+    unconverged: set[int] = set()
     same: dict[Version, bool] = {}
     sound = situation.sound_nodes
     for number, task in enumerate(situation.tasks):
@@ -40,15 +40,15 @@ def slots_at_rest(situation: Situation) -> Sliced[set[int]]:
         if (
             task.desired_state is _RUNNING
             and task.status.state is _RUNNING
-            and slot not in resting
+            and slot not in converged
             and sound.get(task.node_id)
             and _is_in_place(task, situation)
             and _is_same(task, situation, same)
         ):
-            resting.add(slot)
+            converged.add(slot)
         elif task.is_wanted:
-            restless.add(slot)
-    return resting - restless
+            unconverged.add(slot)
+    return converged - unconverged
 
 
 def _is_in_place(task: Task, situation: Situation) -> bool:
@@ -56,7 +56,7 @@ def _is_in_place(task: Task, situation: Situation) -> bool:
     if placement is None or not placement.constraints:
         return True
     node = situation.node_of(task)
-    return node is not None and not is_out_of_place(task, node)
+    return node is not None and not violates_constraints(task, node)
 
 
 def _is_same(task: Task, situation: Situation, same: dict[Version, bool]) -> bool:

@@ -1,6 +1,6 @@
-"""What a control loop has to look at: keys that are due now, and keys that are due at a later time.
+"""A control loop's work queue: keys that are due now, and keys that are due at a later time.
 
-A key stands on the agenda once, however often it is added; so the agenda is bounded by the number of objects.
+A key is queued once, however often it is added, so the queue is bounded by the number of objects.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from skep.aio.clock import Clock
 K = TypeVar("K", bound=str)
 
 LEAST_WAIT_S = 1e-6
-"""A wait that is lost in the rounding of a clock's time would never end where that time moves by such waits alone."""
+"""A shorter wait could vanish in the rounding of the clock's float, and on simulated time would never end."""
 
 
-class Agenda(Generic[K]):
+class WorkQueue(Generic[K]):
     """Keys in the order in which they became due."""
 
     def __init__(self, clock: Clock) -> None:
@@ -29,7 +29,7 @@ class Agenda(Generic[K]):
         self._changed = asyncio.Event()
 
     def add(self, keys: Iterable[K]) -> None:
-        """Look at ``keys`` as soon as possible."""
+        """Queue ``keys`` for now."""
         for key in keys:
             if key not in self._is_due:
                 self._is_due.add(key)
@@ -38,14 +38,14 @@ class Agenda(Generic[K]):
             self._changed.set()
 
     def add_at(self, key: K, at: float) -> None:
-        """Look at ``key`` at ``at`` (clock's monotonic seconds), or earlier if it was already to be."""
+        """Queue ``key`` for ``at`` (monotonic seconds), unless it is already queued for an earlier time."""
         if at < self._times.get(key, float("inf")):
             self._times[key] = at
             heapq.heappush(self._later, (at, key))
             self._changed.set()
 
     async def take(self, limit: int) -> list[K]:
-        """Wait until something is due; return up to ``limit`` keys, oldest first, and take them off."""
+        """Wait until a key is due; remove and return up to ``limit`` keys, oldest first."""
         while not (keys := self._take_due(limit)):
             self._changed.clear()
             try:

@@ -16,7 +16,7 @@ STABLE_S = 10.0
 """A task that ran for so long before it ended is not part of a crash loop."""
 
 
-class Sightings:
+class ObservedTimes:
     """First sightings of tasks' stages and of nodes going down, in seconds on the leader's monotonic clock."""
 
     def __init__(self, began: float) -> None:

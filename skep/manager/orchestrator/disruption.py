@@ -30,7 +30,7 @@ HOLD_PERIODS = 1.5
 """All nodes that went at one moment fall within one period, its jitter, and what writing that takes."""
 
 
-class Fall(msgspec.Struct, frozen=True):
+class NodeDown(msgspec.Struct, frozen=True):
     """A node went down."""
 
     node_id: NodeId
@@ -40,7 +40,7 @@ class Fall(msgspec.Struct, frozen=True):
     """Whether the manager that said so had missed heartbeats of others, too."""
 
 
-class Trip(msgspec.Struct, frozen=True):
+class Disruption(msgspec.Struct, frozen=True):
     """Replacement is to be frozen."""
 
     fallen: tuple[NodeId, ...]
@@ -49,13 +49,13 @@ class Trip(msgspec.Struct, frozen=True):
     """How many nodes were ready a minute ago."""
 
 
-def tripped(
-    falls: Iterable[Fall],
+def disruption_in(
+    falls: Iterable[NodeDown],
     ready_before: frozenset[NodeId],
     *,
     now: float,
     grace_s: float,
-) -> Trip | None:
+) -> Disruption | None:
     """Whether what fell within the last ``grace_s`` is a storm.
 
     Args:
@@ -64,11 +64,11 @@ def tripped(
     """
     fallen = {fall.node_id for fall in falls if fall.at > now - grace_s} & ready_before
     if len(fallen) >= NODES_MIN and 2 * len(fallen) > len(ready_before):
-        return Trip(tuple(sorted(fallen)), len(ready_before))
+        return Disruption(tuple(sorted(fallen)), len(ready_before))
     return None
 
 
-def held_until(falls: Iterable[Fall], *, now: float, period_s: float) -> float:
+def held_until(falls: Iterable[NodeDown], *, now: float, period_s: float) -> float:
     """Until when nothing of a node that is down is replaced, so that the rest of a storm can show; or minus infinity.
 
     Args:
@@ -99,7 +99,7 @@ class NodeHistory:
         """Changes of the last minute, oldest first."""
         self._before = set(self.ready)
         """Who was ready before the oldest of these."""
-        self._falls: dict[NodeId, Fall] = {}
+        self._falls: dict[NodeId, NodeDown] = {}
 
     def note(self, commit: Commit, now: float) -> bool:
         """Take in ``commit``; whether a node went down in it."""
@@ -111,23 +111,23 @@ class NodeHistory:
                 case Updated(Node() as old, Node() as new) if _is_ready(old) != _is_ready(new):
                     self._change(new.id, now, is_ready=_is_ready(new))
                     if new.status.state is NodeState.DOWN:
-                        self._falls[new.id] = Fall(new.id, now, new.silent_together)
+                        self._falls[new.id] = NodeDown(new.id, now, new.silent_together)
                         has_fall = True
                 case Deleted(Node() as node):
                     self._change(node.id, now, is_ready=False)
                     self._before.discard(node.id)
         return has_fall
 
-    def trip(self, now: float, grace_s: float) -> Trip | None:
+    def trip(self, now: float, grace_s: float) -> Disruption | None:
         """Whether the present falls are a storm."""
         self._forget(now)
-        return tripped(self._falls.values(), frozenset(self._before), now=now, grace_s=grace_s)
+        return disruption_in(self._falls.values(), frozenset(self._before), now=now, grace_s=grace_s)
 
     def held_until(self, now: float, period_s: float) -> float:
         """See ``held_until``."""
         return held_until(self._falls.values(), now=now, period_s=period_s)
 
-    def forget_falls(self) -> None:
+    def clear(self) -> None:
         """What fell until now was dealt with."""
         self._falls.clear()
 

@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 from sim.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.errors import NotFound, Unavailable
-from skep.manager.guard import BadObject, Guard, contained, each_apart, write_each
+from skep.manager.failures import BadObject, Failures, for_each_isolated, isolating_errors, write_each
 from skep.model.ids import ConfigId, NodeId
 from skep.model.secret import Config, ConfigSpec
 from skep.store.interface import NotLeader, Transaction
@@ -16,43 +16,43 @@ from skep.store.memory import MemoryStore
 
 
 @pytest.fixture
-def guard() -> Guard:
+def failures() -> Failures:
     loop = VirtualLoop()
     loop.close()
-    return Guard(VirtualClock(loop), Random(1))
+    return Failures(VirtualClock(loop), Random(1))
 
 
-def test_an_error_ends_there_and_is_kept(guard: Guard) -> None:
-    with guard.guarded("web"):
+def test_an_error_ends_there_and_is_kept(failures: Failures) -> None:
+    with failures.caught("web"):
         raise KeyError("what nobody foresaw")
-    trouble = guard.trouble("web")
-    assert trouble is not None
-    assert trouble.error == "KeyError: 'what nobody foresaw'"
-    assert guard.trouble("other") is None
+    failure = failures.of("web")
+    assert failure is not None
+    assert failure.error == "KeyError: 'what nobody foresaw'"
+    assert failures.of("other") is None
 
 
-def test_each_failure_waits_longer_up_to_a_minute(guard: Guard) -> None:
+def test_each_failure_waits_longer_up_to_a_minute(failures: Failures) -> None:
     delays = []
     for _ in range(12):
-        with guard.guarded("web"):
+        with failures.caught("web"):
             raise ValueError
-        trouble = guard.trouble("web")
-        assert trouble is not None
-        delays.append(trouble.retry_at)
+        failure = failures.of("web")
+        assert failure is not None
+        delays.append(failure.retry_at)
     assert 0.25 <= delays[0] <= 0.5
     assert 30 <= delays[-1] <= 60
 
 
-def test_success_ends_the_trouble(guard: Guard) -> None:
-    with guard.guarded("web"):
+def test_success_ends_the_trouble(failures: Failures) -> None:
+    with failures.caught("web"):
         raise ValueError
-    with guard.guarded("web"):
+    with failures.caught("web"):
         pass
-    assert guard.trouble("web") is None
+    assert failures.of("web") is None
 
 
-def test_the_end_of_the_term_is_not_held_back(guard: Guard) -> None:
-    with pytest.raises(NotLeader), guard.guarded("web"):
+def test_the_end_of_the_term_is_not_held_back(failures: Failures) -> None:
+    with pytest.raises(NotLeader), failures.caught("web"):
         raise NotLeader("another manager leads")
 
 
@@ -64,7 +64,7 @@ def test_a_change_that_breaks_fails_alone() -> None:
             raise NotFound("gone")
         return item
 
-    run = contained(body)
+    run = isolating_errors(body)
     assert run(None, "good") == "good"  # type: ignore[arg-type]
     with pytest.raises(BadObject, match="KeyError"):
         run(None, "bad")  # type: ignore[arg-type]
@@ -117,11 +117,11 @@ def test_many_refusals_at_once_are_not_gone_through_for_each_of_them(monkeypatch
             self.asked += 1
             return 0.0
 
-    monkeypatch.setattr("skep.manager.guard.UNWRITTEN_MAX", 100)
+    monkeypatch.setattr("skep.manager.failures.WRITE_FAILURES_MAX", 100)
     clock = CountingClock()
-    guard = Guard(clock, Random(1))
+    failures = Failures(clock, Random(1))
     for number in range(1000):
-        guard.note_unwritten(f"slot {number}", "web", Unavailable("no leader"))
+        failures.record_write_failure(f"slot {number}", "web", Unavailable("no leader"))
     assert clock.asked < 1010
 
 
@@ -135,7 +135,7 @@ def test_of_many_objects_one_that_cannot_be_taken_in_keeps_none_of_the_others_ou
 
     configs = [Config(id=ConfigId(f"c{number}"), spec=ConfigSpec(name="x")) for number in range(1, 5)]
     with capture_logs() as logs:
-        each_apart("test of entering", configs, enter)
+        for_each_isolated("test of entering", configs, enter)
     assert entered == ["c2", "c3"]
     assert [line["object"] for line in logs] == ["c1", "c4"]
 
@@ -145,4 +145,4 @@ def test_that_the_term_is_over_is_nothing_about_an_object() -> None:
         raise NotLeader("over")
 
     with pytest.raises(NotLeader):
-        each_apart("test of entering", [Config(id=ConfigId("c1"), spec=ConfigSpec(name="x"))], enter)
+        for_each_isolated("test of entering", [Config(id=ConfigId("c1"), spec=ConfigSpec(name="x"))], enter)

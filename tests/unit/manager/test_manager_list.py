@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.roster import concerns_managers
+from skep.manager.manager_list import affects_managers
 from skep.model.node import (
     ManagerStatus,
     Node,
@@ -32,15 +32,15 @@ def commit(*events: Event) -> Commit:
 
 def test_thousands_of_workers_come_change_and_go_unheard() -> None:
     service = a_service("web")
-    assert not concerns_managers(
+    assert not affects_managers(
         commit(Created(WORKER), Updated(WORKER, BACK), Deleted(BACK), Created(service))
     )
 
 
 @pytest.mark.parametrize("manager", [TO_BE, CERTIFIED, PRESENT])
 def test_a_manager_is_heard_of_when_it_comes_changes_goes_and_becomes_one(manager: Node) -> None:
-    assert concerns_managers(commit(Created(WORKER), Created(manager)))
-    assert concerns_managers(commit(Deleted(manager)))
-    assert concerns_managers(commit(Updated(manager, replace(manager, description=manager.description))))
-    assert concerns_managers(commit(Updated(WORKER, manager)))
-    assert concerns_managers(commit(Updated(manager, WORKER)))
+    assert affects_managers(commit(Created(WORKER), Created(manager)))
+    assert affects_managers(commit(Deleted(manager)))
+    assert affects_managers(commit(Updated(manager, replace(manager, description=manager.description))))
+    assert affects_managers(commit(Updated(WORKER, manager)))
+    assert affects_managers(commit(Updated(manager, WORKER)))

@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.follow import State
-from skep.manager.heartbeats import grace_period, wished_heartbeats
-from skep.manager.orchestrator.storm import FROZEN_S_MAX, NodeHistory, Trip, is_over
+from skep.manager.heartbeats import configured_heartbeats, grace_period
+from skep.manager.informer import LoopStore
+from skep.manager.orchestrator.disruption import FROZEN_S_MAX, Disruption, NodeHistory, is_over
 from skep.model.node import Node
 from skep.model.swarm import Freeze, Swarm
 from skep.model.times import Timestamp, timestamp
@@ -27,16 +27,16 @@ SETTLING_GRACES = 2
 """Graces for the other half: they register within seconds of each other, when the network is back."""
 
 
-class Freezer:
+class DisruptionMode:
     """Whether replacement is frozen.  Runs on the leader only."""
 
-    def __init__(self, term: State, clock: Clock, changed: Callable[[], None]) -> None:
+    def __init__(self, term: LoopStore, clock: Clock, changed: Callable[[], None]) -> None:
         """``changed``: called when a freeze ends."""
         self._term = term
         self._clock = clock
         self._changed = changed
         self._history = NodeHistory(())
-        self._trip: Trip | None = None
+        self._trip: Disruption | None = None
         """Not written yet."""
         self._frozen_at: float | None = None
         """Since when this leader knows of the present freeze."""
@@ -102,7 +102,7 @@ class Freezer:
 
     def _hold(self, now: float) -> None:
         """Wait for further falls where there was more than one, but for no longer than a grace."""
-        period_s, _ = wished_heartbeats(self._term.view())
+        period_s, _ = configured_heartbeats(self._term.view())
         until = self._history.held_until(now, period_s)
         if now >= self.replaces_from:
             self._held_since = now
@@ -122,11 +122,11 @@ class Freezer:
 
     def _end(self) -> None:
         self._frozen_at = None
-        self._history.forget_falls()
+        self._history.clear()
         self._changed()
 
 
-def _write(tx: Transaction, trip: Trip, now: Timestamp) -> None:
+def _write(tx: Transaction, trip: Disruption, now: Timestamp) -> None:
     for swarm in tx.find(Swarm):
         if swarm.freeze is None:
             freeze = Freeze(since=now, nodes=trip.fallen, ready_before=trip.ready_before)
@@ -152,5 +152,5 @@ def _freeze(view: View) -> Freeze | None:
 
 def _grace_s(view: View) -> float:
     """The grace period of the cluster's nodes."""
-    period_s, wished_s = wished_heartbeats(view)
-    return grace_period(period_s, wished_s=wished_s)
+    period_s, configured_s = configured_heartbeats(view)
+    return grace_period(period_s, configured_s=configured_s)

@@ -1,7 +1,7 @@
-"""Which commits are news to those who look at the managers alone.
+"""Commits that change the list of managers.
 
-A cluster has a handful of managers and thousands of workers, each of which registers: whoever looked at all nodes
-whenever one of them changed would do so thousands of times for nothing.
+A cluster has a handful of managers and thousands of workers, each of which registers.  Without this filter, every
+registration would make the loops that only look at managers read all nodes again.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from skep.model.node import Node, NodeRole
 from skep.store.interface import Commit, Created, Deleted, Updated
 
 
-def concerns_managers(commit: Commit) -> bool:
-    """Whether a node in ``commit`` is, was or is to be a manager."""
+def affects_managers(commit: Commit) -> bool:
+    """Whether a node in ``commit`` is, was or is to become a manager."""
     for event in commit.events:
         match event:
             case Created(Node() as node) | Deleted(Node() as node):
@@ -23,14 +23,14 @@ def concerns_managers(commit: Commit) -> bool:
     return False
 
 
-def on_change_of_managers(act: Callable[[], None]) -> Callable[[Commit], None]:
-    """A ``note`` for ``follow``: calls ``act`` for each commit that concerns managers."""
+def on_manager_change(act: Callable[[], None]) -> Callable[[Commit], None]:
+    """An ``on_commit`` for ``run_informer`` that calls ``act`` for each commit that affects managers."""
 
-    def note(commit: Commit) -> None:
-        if concerns_managers(commit):
+    def on_commit(commit: Commit) -> None:
+        if affects_managers(commit):
             act()
 
-    return note
+    return on_commit
 
 
 def _is_manager(node: Node) -> bool:

@@ -33,7 +33,7 @@ HandOver = Callable[[], Coroutine[Any, Any, object]]
 @contextmanager
 def watching(hand_over: HandOver, last_words: Callable[[str], None], clock: Clock) -> Iterator[None]:
     """Watch the running loop.  ``hand_over`` runs on a loop of its own; ``last_words``: told before the end."""
-    watch = LoopWatch(asyncio.get_running_loop(), hand_over, lambda why: _end(last_words, why), clock)
+    watch = Watchdog(asyncio.get_running_loop(), hand_over, lambda why: _end(last_words, why), clock)
     watch.start()
     try:
         yield
@@ -41,7 +41,7 @@ def watching(hand_over: HandOver, last_words: Callable[[str], None], clock: Cloc
         watch.stop()
 
 
-class LoopWatch:
+class Watchdog:
     """Watches one loop from a thread of its own."""
 
     def __init__(

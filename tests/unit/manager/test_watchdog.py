@@ -8,13 +8,13 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
-from skep.manager import loop_watch
-from skep.manager.loop_watch import LoopWatch
+from skep.manager import watchdog
+from skep.manager.watchdog import Watchdog
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_watch, "TICK_S", 0.02)
+    monkeypatch.setattr(watchdog, "TICK_S", 0.02)
     monkeypatch.setattr("skep.aio.patience.HAND_OVER_S", 0.2)
     monkeypatch.setattr("skep.aio.patience.END_S", 0.6)
 
@@ -50,7 +50,7 @@ def work(seconds: float) -> None:
 @pytest.mark.parametrize("fails", [False, True])
 async def test_a_loop_that_hangs_has_another_lead_and_then_ends(fails: bool) -> None:
     told = Told(fails=fails)
-    watch = LoopWatch(asyncio.get_running_loop(), told.hand_over, told.end, SystemClock())
+    watch = Watchdog(asyncio.get_running_loop(), told.hand_over, told.end, SystemClock())
     watch.start()
     await asyncio.sleep(0.1)
     assert told.said == []
@@ -62,7 +62,7 @@ async def test_a_loop_that_hangs_has_another_lead_and_then_ends(fails: bool) -> 
 
 async def test_a_loop_that_works_and_waits_is_left_alone() -> None:
     told = Told()
-    watch = LoopWatch(asyncio.get_running_loop(), told.hand_over, told.end, SystemClock())
+    watch = Watchdog(asyncio.get_running_loop(), told.hand_over, told.end, SystemClock())
     watch.start()
     until = time.monotonic() + 1.5
     while time.monotonic() < until:

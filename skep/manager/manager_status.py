@@ -1,7 +1,7 @@
-"""What a manager says of itself: ``ManagerStatus`` of its own node object.
+"""Writes ``ManagerStatus`` of this manager's own node object.
 
-Each manager writes that it is there and whether it leads; the leader writes which of the others are unreachable, and
-takes the mark of the leader from whoever led before (``membership.roll_call``).
+Each manager writes its addresses and whether it leads.  The leader writes which of the others are unreachable, and
+clears ``leader`` of the previous one (``membership.roll_call``).
 """
 
 import asyncio
@@ -24,10 +24,10 @@ log = structlog.get_logger(__name__)
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 5.0
 
 
-class Presence:
-    """Keeps this manager's own status true.
+class ManagerStatusWriter:
+    """Keeps this manager's own status up to date.
 
-    ``addr``, ``peer_addr``: ``ip:port`` where others reach it, and its etcd.
+    ``addr``, ``peer_addr``: ``ip:port`` where others reach its gRPC server and its etcd.
     """
 
     def __init__(
@@ -43,33 +43,39 @@ class Presence:
         self._changed = asyncio.Event()
 
     def lead(self, term: Term | None) -> None:
-        """This manager leads in ``term``; None: it does not."""
+        """This manager leads in ``term``; None: it does not lead."""
         self._term = term
         self._changed.set()
 
     async def run(self) -> None:
-        """Write until cancelled: once at the start, then whenever leadership changes, however often that takes."""
+        """Write at the start and whenever leadership changes, with retries, until cancelled."""
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             self._changed.clear()
             term = self._term
             try:
                 await (term or self._store).update(
-                    show_presence, self._node_id, self._addr, self._peer_addr, leads=term is not None
+                    write_manager_status, self._node_id, self._addr, self._peer_addr, leads=term is not None
                 )
             except SkepError as error:
-                log.debug("presence not shown yet", reason=str(error))
+                log.debug("manager status not written, will retry", reason=str(error))
                 await wait_first(backoff.sleep(self._clock), self._changed.wait())
             else:
                 backoff.reset()
                 await self._changed.wait()
 
 
-def show_presence(tx: Transaction, node_id: NodeId, addr: str, peer_addr: str = "", *, leads: bool) -> None:
-    """Show the manager ``node_id`` at ``addr``, its etcd at ``peer_addr``, and whether it leads; nobody else does then.
+def write_manager_status(
+    tx: Transaction, node_id: NodeId, addr: str, peer_addr: str = "", *, leads: bool
+) -> None:
+    """Write the status of manager ``node_id``; if it leads, clear ``leader`` of all others.
 
-    A node that was removed stays removed, one that was demoted no manager.  Whether a manager that was unreachable
-    is heard again is said by the leader.
+    A removed node stays removed, a demoted one stays without a status.  Only the leader sets an unreachable manager
+    to reachable again.
+
+    Args:
+        addr: ``ip:port`` of its gRPC server.
+        peer_addr: ``ip:port`` of its etcd.
     """
     node = tx.lookup(Node, node_id)
     if node is None:
@@ -81,8 +87,8 @@ def show_presence(tx: Transaction, node_id: NodeId, addr: str, peer_addr: str = 
     before = node.manager_status
     if before is None and node.spec.role is not NodeRole.MANAGER:
         return
-    is_heard = leads or before is None or before.reachability is Reachability.UNKNOWN
-    reachability = Reachability.REACHABLE if is_heard or before is None else before.reachability
+    is_reachable = leads or before is None or before.reachability is Reachability.UNKNOWN
+    reachability = Reachability.REACHABLE if is_reachable or before is None else before.reachability
     status = ManagerStatus(
         leader=leads, reachability=reachability, addr=addr, level=LEVEL, peer_addr=peer_addr
     )

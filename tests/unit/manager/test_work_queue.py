@@ -4,7 +4,7 @@ import asyncio
 import math
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.manager.agenda import Agenda
+from skep.manager.work_queue import WorkQueue
 
 
 def run(work: "asyncio.Future[object] | object", loop: VirtualLoop) -> object:
@@ -16,35 +16,35 @@ def run(work: "asyncio.Future[object] | object", loop: VirtualLoop) -> object:
 
 def test_a_key_stands_on_it_once_and_keeps_its_place() -> None:
     loop = VirtualLoop()
-    agenda: Agenda[str] = Agenda(VirtualClock(loop))
+    queue: WorkQueue[str] = WorkQueue(VirtualClock(loop))
 
     async def work() -> list[str]:
-        agenda.add(["b", "a", "b"])
-        return await agenda.take(10)
+        queue.add(["b", "a", "b"])
+        return await queue.take(10)
 
     assert run(work(), loop) == ["b", "a"]
 
 
 def test_what_exceeds_the_limit_stays() -> None:
     loop = VirtualLoop()
-    agenda: Agenda[str] = Agenda(VirtualClock(loop))
+    queue: WorkQueue[str] = WorkQueue(VirtualClock(loop))
 
     async def work() -> list[list[str]]:
-        agenda.add(["a", "b", "c"])
-        return [await agenda.take(2), await agenda.take(2)]
+        queue.add(["a", "b", "c"])
+        return [await queue.take(2), await queue.take(2)]
 
     assert run(work(), loop) == [["a", "b"], ["c"]]
 
 
 def test_a_later_key_comes_at_its_time_and_the_earlier_time_counts() -> None:
     loop = VirtualLoop()
-    agenda: Agenda[str] = Agenda(VirtualClock(loop))
+    queue: WorkQueue[str] = WorkQueue(VirtualClock(loop))
 
     async def work() -> tuple[list[str], float]:
-        agenda.add_at("a", 30.0)
-        agenda.add_at("a", 10.0)
-        agenda.add_at("a", 20.0)
-        return await agenda.take(1), loop.time()
+        queue.add_at("a", 30.0)
+        queue.add_at("a", 10.0)
+        queue.add_at("a", 20.0)
+        return await queue.take(1), loop.time()
 
     keys, at = run(work(), loop)  # type: ignore[misc]
     assert keys == ["a"]
@@ -53,12 +53,12 @@ def test_a_later_key_comes_at_its_time_and_the_earlier_time_counts() -> None:
 
 def test_a_key_that_becomes_due_wakes_who_waits_for_a_later_one() -> None:
     loop = VirtualLoop()
-    agenda: Agenda[str] = Agenda(VirtualClock(loop))
+    queue: WorkQueue[str] = WorkQueue(VirtualClock(loop))
 
     async def work() -> tuple[list[str], float]:
-        agenda.add_at("late", 100.0)
-        loop.call_later(5.0, agenda.add, ["now"])
-        return await agenda.take(1), loop.time()
+        queue.add_at("late", 100.0)
+        loop.call_later(5.0, queue.add, ["now"])
+        return await queue.take(1), loop.time()
 
     keys, at = run(work(), loop)  # type: ignore[misc]
     assert keys == ["now"]
@@ -68,11 +68,11 @@ def test_a_key_that_becomes_due_wakes_who_waits_for_a_later_one() -> None:
 def test_a_time_that_is_nearer_than_a_clock_can_tell_comes_all_the_same() -> None:
     loop = VirtualLoop()
     clock = VirtualClock(loop, drift=0.5)
-    agenda: Agenda[str] = Agenda(clock)
+    queue: WorkQueue[str] = WorkQueue(clock)
 
     async def work() -> list[str]:
         await asyncio.sleep(1e6)
-        agenda.add_at("a", math.nextafter(clock.monotonic(), math.inf))
-        return await agenda.take(1)
+        queue.add_at("a", math.nextafter(clock.monotonic(), math.inf))
+        return await queue.take(1)
 
     assert run(work(), loop) == ["a"]

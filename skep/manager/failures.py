@@ -1,0 +1,265 @@
+"""Per-key error handling of the control loops, with the manager's only broad ``except Exception``.
+
+A loop runs each object's decision inside ``Failures.caught``.  If it raises, the traceback is logged once, the
+object's key backs off, and the loop continues with the next object.  The error is kept, to be written to the object.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
+from typing import ClassVar, TypeVar
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError, Unavailable
+from skep.manager.work_queue import WorkQueue
+from skep.store.interface import Commit, Event, NotLeader, Transaction, Updated, Updates, WatchLagged
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+R = TypeVar("R")
+K = TypeVar("K", bound=str)
+
+FIRST_DELAY_S = 0.5
+LONGEST_DELAY_S = 60.0
+UNAVAILABLE_S_MAX = 5.0
+"""The longest delay after ``Unavailable`` from the store, which is no error of the object."""
+
+ERROR_CHARACTERS_MAX = 1000
+"""Errors are written to objects, and may quote user input."""
+LOGGED_MAX = 1000
+WRITE_FAILURES_MAX = 10_000
+"""Above this number, write failures whose retry time has passed are dropped: their keys may never come up again."""
+
+
+class BadObject(SkepError):
+    """An unexpected exception in the transaction of one object."""
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """The last error of one object."""
+
+    error: str
+    failures: int
+    """In a row."""
+    retry_at: float
+    """Monotonic seconds."""
+    is_unavailable: bool = False
+    """The store was not available; the object itself may be fine."""
+
+
+class Failures:
+    """The failing objects of one loop, with their backoff."""
+
+    def __init__(self, clock: Clock, random: Random) -> None:
+        self._clock = clock
+        self._random = random
+        self._failures: dict[str, Failure] = {}
+        self._write_failures: dict[str, Failure] = {}
+        self._forget_above = WRITE_FAILURES_MAX
+
+    def caught(self, key: str) -> "_Caught":
+        """Context for one object's decision: records and swallows every ``Exception`` but ``NotLeader``."""
+        return _Caught(self, key)
+
+    def record(self, key: str, error: Exception) -> None:
+        """Record that the decision about ``key`` raised ``error``."""
+        before = self._failures.get(key)
+        self._failures[key] = failure = self._after(before, error, LONGEST_DELAY_S)
+        if before is None or before.error != failure.error:
+            log.error("decision failed", object=key, error=failure.error, exc_info=error)
+
+    def of(self, key: str) -> Failure | None:
+        """The failure of the last decision about ``key``; None: it succeeded."""
+        return self._failures.get(key)
+
+    def clear(self, key: str) -> None:
+        """The decision about ``key`` succeeded, or the object was deleted."""
+        self._failures.pop(key, None)
+
+    def refusal(self, what: str, key: str) -> Failure | None:
+        """Why the store refused ``what`` of ``key`` last time; None: it was written, or the store was not available."""
+        failure = self._write_failures.get(_write_key(what, key))
+        return failure if failure is not None and not failure.is_unavailable else None
+
+    def write_failure(self, what: str, key: str) -> Failure | None:
+        """Why ``what`` of ``key`` was not written last time, an unavailable store included."""
+        return self._write_failures.get(_write_key(what, key))
+
+    def clear_write_failure(self, what: str, key: str) -> None:
+        """``what`` of ``key`` was written, or is not wanted any more."""
+        self._write_failures.pop(_write_key(what, key), None)
+
+    def record_write_failure(self, what: str, key: str, error: SkepError) -> Failure:
+        """Record that ``what`` of ``key`` was not written; gives the failure with its retry time."""
+        is_unavailable, key = isinstance(error, Unavailable), _write_key(what, key)
+        before = self._write_failures.get(key)
+        failure = self._after(
+            before,
+            error,
+            UNAVAILABLE_S_MAX if is_unavailable else LONGEST_DELAY_S,
+            is_unavailable=is_unavailable,
+        )
+        if not is_unavailable and (before is None or before.error != failure.error):
+            log.error("change refused", object=key, error=failure.error)
+        self._write_failures[key] = failure
+        if len(self._write_failures) > self._forget_above:
+            now = self._clock.monotonic()
+            self._write_failures = {
+                key: one for key, one in self._write_failures.items() if one.retry_at > now
+            }
+            # Doubled, or each further failure would filter the whole map while many thousands are refused at once.
+            self._forget_above = max(WRITE_FAILURES_MAX, 2 * len(self._write_failures))
+        return failure
+
+    def requeue_failed(self, queue: WorkQueue[K], what: str, results: Iterable[tuple[K, object]]) -> None:
+        """Requeue the keys whose changes the store did not write, with growing delays.
+
+        Args:
+            what: kind of change; a key may have failures of several kinds.
+            results: per key a ``SkepError``, or any other value if the change was written.
+        """
+        results = list(results)
+        failed = {key: result for key, result in results if isinstance(result, SkepError)}
+        if self._write_failures:
+            for key in {key for key, _ in results} - failed.keys():
+                self.clear_write_failure(what, key)
+        for key, error in failed.items():
+            queue.add_at(key, self.record_write_failure(what, key, error).retry_at)
+        if failed:
+            first = str(next(iter(failed.values())))
+            log.warning("write failed, will retry", what=what, count=len(failed), reason=first)
+
+    def _after(
+        self, before: Failure | None, error: Exception, longest_s: float, *, is_unavailable: bool = False
+    ) -> Failure:
+        failures = before.failures + 1 if before else 1
+        delay_s = min(FIRST_DELAY_S * 2 ** min(failures - 1, 10), longest_s)
+        return Failure(
+            error=f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS_MAX],
+            failures=failures,
+            retry_at=self._clock.monotonic() + delay_s * self._random.uniform(0.5, 1.0),
+            is_unavailable=is_unavailable,
+        )
+
+
+def _write_key(what: str, key: str) -> str:
+    return f"{what} of {key}"
+
+
+class _Caught:
+    """One decision.  A class, because a generator's frame would cost more than many decisions."""
+
+    __slots__ = ("_failures", "_key")
+
+    def __init__(self, failures: Failures, key: str) -> None:
+        self._failures = failures
+        self._key = key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if error is None:
+            self._failures.clear(self._key)
+            return False
+        if isinstance(error, NotLeader) or not isinstance(error, Exception):
+            return False
+        self._failures.record(self._key, error)
+        return True
+
+
+def isolated(what: str, id: str) -> "_Isolated":
+    """Context that logs and swallows errors about one object; for events and snapshots, where nothing is retried."""
+    return _Isolated(what, id)
+
+
+def for_each_isolated(what: str, objects: Iterable[T], enter: Callable[[T], object]) -> None:
+    """Call ``enter`` for each object, ``isolated``; a new leader has hundreds of thousands of them."""
+    rest, is_over = iter(objects), False
+    while not is_over:
+        entering = _Isolated(what, "")
+        with entering:
+            for one in rest:
+                entering.id = one.id  # type: ignore[attr-defined]
+                enter(one)
+            is_over = True
+
+
+class _Isolated:
+    __slots__ = ("_what", "id")
+    _logged: ClassVar[dict[tuple[str, str, str], None]] = {}
+    """What was logged already, newest last."""
+
+    def __init__(self, what: str, id: str) -> None:
+        self._what = what
+        self.id = id
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if error is None:
+            return False
+        if isinstance(error, NotLeader | WatchLagged) or not isinstance(error, Exception):
+            return False
+        key = self._what, self.id, f"{type(error).__name__}: {error}"
+        if key not in self._logged:
+            if len(self._logged) >= LOGGED_MAX:
+                del self._logged[next(iter(self._logged))]
+            self._logged[key] = None
+            log.error("event not handled", what=self._what, object=self.id, error=key[2], exc_info=error)
+        return True
+
+
+def handle_isolated(what: str, handle: Callable[[Commit], object], commit: Commit) -> None:
+    """Call ``handle`` with a commit; if that raises, with each of its events alone, so that only the bad one is lost.
+
+    ``handle`` may see an event twice then, which is harmless: loops are level-triggered.
+    """
+    try:
+        handle(commit)
+    except (NotLeader, WatchLagged):
+        raise
+    except Exception:
+        for event in commit.events:
+            with isolated(what, object_id(event)):
+                handle(Commit(commit.revision, (event,)))
+
+
+def object_id(event: Event) -> str:
+    """Id of the object that changed."""
+    id: str = (event.new if isinstance(event, Updated) else event.object).id  # type: ignore[attr-defined]
+    return id
+
+
+def isolating_errors(body: Callable[[Transaction, T], R]) -> Callable[[Transaction, T], R]:
+    """``body`` for ``update_each``: an unexpected exception fails its own item (``BadObject``), not all of them."""
+
+    def run(tx: Transaction, item: T) -> R:
+        try:
+            return body(tx, item)
+        except SkepError:
+            raise
+        except Exception as error:
+            log.error("change failed", change=type(item).__name__, exc_info=error)
+            raise BadObject(f"{type(error).__name__}: {error}") from error
+
+    return run
+
+
+async def write_each(
+    term: Updates, body: Callable[[Transaction, T], R], items: Sequence[T]
+) -> Sequence[R | SkepError]:
+    """``isolating_errors(body)`` once per item, each a transaction of its own, in as few raft entries as possible.
+
+    One result or error per item, in order.
+    Raises: NotLeader: the term is over.
+    """
+    results = await term.update_each(isolating_errors(body), items)
+    for result in results:
+        if isinstance(result, NotLeader):
+            raise result
+    return results
