@@ -41,14 +41,6 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data / "certificates"
 
     @property
-    def root_ca_certificate(self) -> Path:
-        return self.certificates / "swarm-root-ca.crt"
-
-    @property
-    def node_certificate(self) -> Path:
-        return self.certificates / "swarm-node.crt"
-
-    @property
     def node_key(self) -> Path:
         return self.certificates / "swarm-node.key"
 

@@ -8,6 +8,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "skep"
 LINES_MAX = 600
 """A class lives in one file with what only it needs; functions fit a screen (ruff)."""
+FUNCTION_LINES_MAX = 60
+"""A function fits a screen."""
+LONGER_FUNCTIONS = 12
+"""How many are longer yet.  This number only falls."""
+PARAMETERS_MAX = 7
+"""More in a constructor says that a value object or a layer is missing."""
+LARGER_CONSTRUCTORS = 16
+"""How many have more yet.  This number only falls."""
+UNDOCUMENTED_MAX = 0.12
+"""The share of public classes and functions without a docstring.  It only falls, to 0.05."""
 GENERATED = ("_pb2.py", "_pb2.pyi", "_grpc.py")
 
 CLOCK = {
@@ -140,3 +150,60 @@ def test_every_folder_is_a_package() -> None:
 def test_no_module_has_a_name_that_says_nothing() -> None:
     vague = [str(path.relative_to(ROOT)) for path, _ in modules() if path.stem in VAGUE_NAMES]
     assert vague == []
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def definitions(
+    tree: ast.AST, owner: str = "", is_public: bool = True
+) -> Iterator[tuple[Function | ast.ClassDef, str, bool]]:
+    """(definition, the class that it is in, whether other modules may use it) of each class and function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, Function | ast.ClassDef):
+            public = is_public and not node.name.startswith("_")
+            yield node, owner, public
+            is_class = isinstance(node, ast.ClassDef)
+            yield from definitions(node, node.name if is_class else owner, public and is_class)
+        else:
+            yield from definitions(node, owner, is_public)
+
+
+def test_functions_fit_a_screen() -> None:
+    longest = sorted(
+        (
+            (node.end_lineno - node.lineno + 1, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+            for path, tree in modules()
+            for node, _, _ in definitions(tree)
+            if isinstance(node, Function) and node.end_lineno is not None
+        ),
+        reverse=True,
+    )
+    longer = sum(lines > FUNCTION_LINES_MAX for lines, _ in longest)
+    assert longer <= LONGER_FUNCTIONS, longest[: max(10, longer)]
+
+
+def test_constructors_take_a_handful() -> None:
+    larger = sorted(
+        (
+            (count, f"{path.relative_to(ROOT)}:{node.lineno} {owner}")
+            for path, tree in modules()
+            for node, owner, _ in definitions(tree)
+            if isinstance(node, Function) and node.name == "__init__"
+            if (count := len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs) - 1)
+            > PARAMETERS_MAX
+        ),
+        reverse=True,
+    )
+    assert len(larger) <= LARGER_CONSTRUCTORS, larger
+
+
+def test_what_others_use_is_documented() -> None:
+    public = [
+        (f"{path.relative_to(ROOT)}:{node.lineno} {owner}.{node.name}", ast.get_docstring(node))
+        for path, tree in modules()
+        for node, owner, is_public in definitions(tree)
+        if is_public
+    ]
+    undocumented = [name for name, text in public if not text]
+    assert len(undocumented) <= UNDOCUMENTED_MAX * len(public), undocumented

@@ -94,22 +94,6 @@ def architecture() -> str:
     return _ARCHITECTURES[machine]
 
 
-def image_id_of(archive: Path) -> str:
-    """The id of the first image in an archive: its configuration file is named after it.
-
-    Raises: OSError, KeyError, tarfile.TarError: it is not an archive of images.
-    """
-    with tarfile.open(archive) as tar:
-        file = tar.extractfile("manifest.json")
-        if file is None:
-            raise KeyError("manifest.json")
-        config: str = msgspec.json.decode(file.read())[0]["Config"]
-        content = tar.extractfile(config)
-        if content is None:
-            raise KeyError(config)
-        return f"sha256:{hashlib.sha256(content.read()).hexdigest()}"
-
-
 def _with_parents(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """``entries`` and every directory above them."""
     complete = dict(entries)

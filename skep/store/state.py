@@ -112,10 +112,6 @@ class State:
             raise Unavailable(f"{claim} is taken, and what holds it cannot be read")
         return held
 
-    def object_of(self, owner: Owner) -> Any:
-        """The object that ``owner`` names, or None."""
-        return self.table_by_name[owner[0]].objects.get(owner[1])
-
     # -- changes -----------------------------------------------------------------------------------------------
 
     def apply(self, revision: int, changes: Iterable[KeyChange]) -> tuple[Event, ...]:

@@ -1,0 +1,62 @@
+"""Nothing in the package is unused: what only tests call is either a way to observe, and listed here, or gone."""
+
+from functools import cache
+
+from vulture.core import Vulture
+
+from tests.support.documents import ROOT
+
+USED_BY_OTHERS = {
+    "_ssl_buffer": "read by the base class (asyncio.sslproto)",
+    "_ssl_buffer_view": "read by the base class (asyncio.sslproto)",
+    "_write_backlog": "read by the base class (asyncio.sslproto)",
+    "allow_abbrev": "read by the base class (argparse)",
+    "feed_eof": "called by aiohttp",
+    "format_commands": "called by click",
+    "format_epilog": "called by click",
+    "header_table_size": "read by hpack",
+    "list_commands": "called by click",
+    "max_allowed_table_size": "read by hpack",
+    "num_tickets": "read by ssl",
+    "obj": "read by click",
+    "type_url": "a field of a protobuf message",
+    "__path__": "read by the import system",
+    "__spec__": "read by the import system",
+}
+OBSERVED_BY_TESTS = {
+    "comparisons": "a test waits until a namespace was compared so many times",
+    "held_bytes": "a test holds a server to its bound",
+    "in_flight": "a test waits until questions are on their way",
+    "node_from_pb": "the other direction of a conversion, for its round trip",
+    "remove_parent": "tests remove the cgroup that they made",
+    "routes_of": "one node's routes, of which the allocator needs all nodes'",
+    "wait_in_force": "tests wait for a table",
+    "write_archive": "tests write images",
+}
+ROUTES = ["get", "post", "put", "delete", "head", "route", "command", "group"]
+
+
+@cache
+def unused() -> dict[str, str]:
+    """What nothing in the package, the simulator or the benchmarks uses: name -> where it is.
+
+    Without fields: the serialized form may be read elsewhere.
+    """
+    finder = Vulture(ignore_decorators=[f"@*.{word}" for word in ROUTES])
+    finder.scavenge(
+        [str(ROOT / folder) for folder in ("skep", "sim", "bench")], exclude=["*_pb2.py", "*/results/*"]
+    )
+    return {
+        item.name: f"{item.filename}:{item.first_lineno}"
+        for item in finder.get_unused_code(min_confidence=60)
+        if item.typ != "variable" and item.filename.is_relative_to(ROOT / "skep")
+    }
+
+
+def test_nothing_is_unused() -> None:
+    allowed = USED_BY_OTHERS.keys() | OBSERVED_BY_TESTS.keys()
+    assert {name: place for name, place in unused().items() if name not in allowed} == {}
+
+
+def test_the_lists_name_nothing_that_is_used_or_gone() -> None:
+    assert sorted((USED_BY_OTHERS.keys() | OBSERVED_BY_TESTS.keys()) - unused().keys()) == []
