@@ -13,6 +13,7 @@ import msgspec
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.publishing import PublishOptions
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT
+from skep.model.wireguard import PublicKey
 
 K = TypeVar("K", bound=str)
 V = TypeVar("V")
@@ -49,6 +50,8 @@ class TableNode(msgspec.Struct, frozen=True, kw_only=True):
     """Address that its VXLAN leaves from and arrives at."""
     addresses: tuple[str, ...] = ()
     """Its own on the network (ingress only), without a length."""
+    wireguard_keys: tuple[PublicKey, ...] = ()
+    """On encrypted networks, the oldest first; empty: nothing can be sent to the node."""
 
 
 class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):

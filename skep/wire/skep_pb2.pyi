@@ -527,23 +527,52 @@ Global___NetworkHead: _TypeAlias = NetworkHead
 class NetworkNode(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class WireGuardKey(_message.Message):
+        """A public key of WireGuard."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        PORT_FIELD_NUMBER: _builtins.int
+        key: _builtins.bytes
+        port: _builtins.int
+        """UDP, where the node receives what is encrypted for this key."""
+        def __init__(
+            self,
+            *,
+            key: _builtins.bytes = ...,
+            port: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "port", b"port"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ID_FIELD_NUMBER: _builtins.int
     UNDERLAY_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
+    WIREGUARD_KEYS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     underlay: _builtins.str
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def wireguard_keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkNode.WireGuardKey]:
+        """On encrypted networks; the oldest first.  Empty, as from an older manager: nothing is sent to the node."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         underlay: _builtins.str = ...,
         addresses: _abc.Iterable[_builtins.str] | None = ...,
+        wireguard_keys: _abc.Iterable[Global___NetworkNode.WireGuardKey] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "id", b"id", "underlay", b"underlay"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "id", b"id", "underlay", b"underlay", "wireguard_keys", b"wireguard_keys"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,7 +113,8 @@ def _node(node: TableNode) -> TableNode:
     # One that a manager sees at the loopback is on the manager's own machine, alone.
     if not (is_of_a_machine(underlay) or underlay.is_loopback):
         raise ValueError(f"node {node.id} has the underlay address {node.underlay!r}")
-    return replace(node, underlay=str(underlay), addresses=_addresses(node.addresses))
+    keys = tuple(one for one in node.wireguard_keys if one.is_valid)
+    return replace(node, underlay=str(underlay), addresses=_addresses(node.addresses), wireguard_keys=keys)
 
 
 def _endpoint(endpoint: TableEndpoint) -> TableEndpoint:

@@ -19,7 +19,7 @@ from typing import TypeVar
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
-from skep.model.overlays import head_of
+from skep.model.overlays import head_of, is_encrypted
 from skep.model.planes import (
     claimed_underlay,
     data_path_port,
@@ -33,6 +33,7 @@ from skep.model.service import PublishMode, Service
 from skep.model.swarm import Swarm
 from skep.model.tables import Table, TableEndpoint, TableNode, TablePort, TableService
 from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.wireguard import published_keys
 from skep.store.interface import View
 
 K = TypeVar("K", bound=str)
@@ -174,7 +175,8 @@ def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> Tabl
         return None
     own = [one for one in node.attachments if one.network is not None and one.network.id == network.id]
     addresses = tuple(address for one in own for address in _addresses(one)) if network.spec.ingress else ()
-    return TableNode(id=node.id, underlay=underlay, addresses=addresses)
+    keys = published_keys(node.description.engine.labels) if is_encrypted(network) else ()
+    return TableNode(id=node.id, underlay=underlay, addresses=addresses, wireguard_keys=keys)
 
 
 # -- who takes part ----------------------------------------------------------------------------------------------

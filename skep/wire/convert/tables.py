@@ -18,6 +18,7 @@ from skep.model.tables import (
     TableService,
     TableSet,
 )
+from skep.model.wireguard import PublicKey
 from skep.wire import skep_pb2 as pb
 
 M = TypeVar("M", bound=Message)
@@ -99,7 +100,14 @@ def table_set_from_pb(messages: Sequence[pb.NetworkTables]) -> TableSet:
 
 def _entries_to_pb(change: TableChange) -> Iterator[pb.NetworkNode | pb.NetworkEndpoint | pb.NetworkService]:
     for node in change.nodes:
-        yield pb.NetworkNode(id=node.id, underlay=node.underlay, addresses=node.addresses)
+        yield pb.NetworkNode(
+            id=node.id,
+            underlay=node.underlay,
+            addresses=node.addresses,
+            wireguard_keys=[
+                pb.NetworkNode.WireGuardKey(key=one.key, port=one.port) for one in node.wireguard_keys
+            ],
+        )
     for service in change.services:
         yield pb.NetworkService(
             id=service.id,
@@ -181,7 +189,12 @@ def _head_from_pb(head: pb.NetworkHead) -> NetworkHead:
 
 
 def _node_from_pb(node: pb.NetworkNode) -> TableNode:
-    return TableNode(id=NodeId(node.id), underlay=node.underlay, addresses=tuple(node.addresses))
+    return TableNode(
+        id=NodeId(node.id),
+        underlay=node.underlay,
+        addresses=tuple(node.addresses),
+        wireguard_keys=tuple(PublicKey(one.key, one.port) for one in node.wireguard_keys),
+    )
 
 
 def _endpoint_from_pb(endpoint: pb.NetworkEndpoint) -> TableEndpoint:

@@ -18,6 +18,7 @@ from skep.model.tables import (
     TableService,
     changed,
 )
+from skep.model.wireguard import PublicKey
 from skep.wire import skep_pb2 as pb
 from skep.wire.convert import tables as convert
 from skep.wire.convert.tables import messages_of, pieces_of, table_set_from_pb
@@ -35,7 +36,14 @@ HEADS = st.builds(
     is_internal=st.booleans(),
     is_encrypted=st.booleans(),
 )
-NODES = st.builds(TableNode, id=WORDS.map(NodeId), underlay=WORDS, addresses=LISTS)
+KEYS = st.builds(PublicKey, st.binary(min_size=32, max_size=32), st.integers(1, 65535))
+NODES = st.builds(
+    TableNode,
+    id=WORDS.map(NodeId),
+    underlay=WORDS,
+    addresses=LISTS,
+    wireguard_keys=st.lists(KEYS, max_size=2).map(tuple),
+)
 ENDPOINTS = st.builds(
     TableEndpoint,
     task_id=WORDS.map(TaskId),

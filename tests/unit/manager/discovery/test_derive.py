@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.discovery.derive import table_of
 from skep.model.ids import ServiceId, TaskId
+from skep.model.meta import Driver
 from skep.model.network import Network
 from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
 from skep.model.planes import DATA_PATH_LABEL, underlay_of
@@ -25,6 +26,7 @@ from skep.model.service import (
 from skep.model.tables import Table, TablePort
 from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
+from skep.model.wireguard import PUBLIC_KEYS_LABEL, PublicKey, public_keys_label
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_docker_node, a_node, a_service, a_task, an_overlay
 
@@ -173,6 +175,19 @@ def test_where_a_nodes_vxlan_arrives_is_what_it_says_itself_or_where_it_connects
         assert underlay_of(saying(word)) == "192.168.0.1", word
     unseen = replace(a_node("n9"), status=NodeStatus())
     assert set(derived(NET, WEB, unseen, on(NET, a_task("t1", node="n9", service=WEB))).nodes) == set()
+
+
+def test_nodes_of_an_encrypted_network_come_with_their_public_keys() -> None:
+    key = PublicKey(bytes(range(32)), 4799)
+    node = a_skep_node()
+    engine = node.description.engine
+    labels = {**engine.labels, PUBLIC_KEYS_LABEL: public_keys_label([key])}
+    node = replace(node, description=replace(node.description, engine=replace(engine, labels=labels)))
+    driver = replace(NET.spec.driver_configuration or Driver(), options={"encrypted": ""})
+    secure = replace(NET, spec=replace(NET.spec, driver_configuration=driver))
+    for network, keys in ((NET, ()), (secure, (key,))):
+        task = on(network, a_task("t1", node="n1", service=WEB))
+        assert derived(network, WEB, node, task).nodes[node.id].wireguard_keys == keys
 
 
 def test_a_node_that_connects_over_a_link_is_in_no_table() -> None:

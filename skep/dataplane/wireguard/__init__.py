@@ -1,0 +1,1 @@
+"""Encrypted overlay networks: VXLAN inside WireGuard between the nodes."""

@@ -1,0 +1,66 @@
+"""The public keys by which nodes encrypt overlay networks to each other with WireGuard.
+
+A node makes its key pairs itself and publishes the public keys in its description, which it sends over its
+authenticated session; no private key ever leaves the node.  While a node rotates its key it publishes two.
+"""
+
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Final
+
+import msgspec
+
+KEY_BYTES: Final = 32
+KEYS_MAX: Final = 2
+"""Of one node: the present one and, during a rotation, the one before it."""
+PORT_MAX: Final = (1 << 16) - 1
+
+ENCRYPTION_LABEL: Final = "skep.encryption"
+"""Engine label that names the ``Method`` of a node; absent: the node does not encrypt."""
+PUBLIC_KEYS_LABEL: Final = "skep.wireguard"
+"""Engine label with the node's public keys: ``KEY@PORT`` in base64, the oldest first, separated by commas.
+
+Managers and nodes of older versions pass it over: they exchange nothing on encrypted networks with nodes of this one.
+"""
+
+
+class Method(Enum):
+    """What encrypts packets between nodes.  The values are shown by ``docker info`` and ``docker node inspect``."""
+
+    KERNEL = "kernel"
+    """The kernel's WireGuard."""
+    USER_SPACE = "wireguard-go"
+    """The distribution's wireguard-go, a process in user space."""
+
+
+class PublicKey(msgspec.Struct, frozen=True, order=True):
+    """A node's public key (X25519, 32 bytes) and the UDP port where packets for it are received."""
+
+    key: bytes
+    port: int
+
+    @property
+    def is_valid(self) -> bool:
+        return len(self.key) == KEY_BYTES and 0 < self.port <= PORT_MAX
+
+
+def public_keys_label(keys: Iterable[PublicKey]) -> str:
+    """The value of ``PUBLIC_KEYS_LABEL``."""
+    return ",".join(f"{b64encode(one.key).decode()}@{one.port}" for one in keys)
+
+
+def published_keys(labels: Mapping[str, str]) -> tuple[PublicKey, ...]:
+    """The keys that a node's engine labels publish, the oldest first; what is malformed is left out."""
+    words = labels.get(PUBLIC_KEYS_LABEL, "").split(",")
+    parsed = (_parsed(word) for word in words[:KEYS_MAX])
+    return tuple(one for one in parsed if one is not None)
+
+
+def _parsed(word: str) -> PublicKey | None:
+    text, _, port = word.partition("@")
+    try:
+        found = PublicKey(b64decode(text, validate=True), int(port))
+    except ValueError:
+        return None
+    return found if found.is_valid else None

@@ -1,0 +1,202 @@
+"""What WireGuard carries: peers from tables, the choice between old and new keys, and what is left out."""
+
+from pathlib import Path
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.dataplane.wireguard.plan import (
+    Change,
+    Device,
+    FoundDevice,
+    FoundPeer,
+    changes,
+    chosen,
+    device_name,
+    inner_address,
+    needs_older_key,
+    plan_of,
+    sessions_of,
+    tunnel_mtu,
+    tunnelled,
+)
+from skep.model.ids import NodeId
+from skep.paths import DEFAULT_RUN
+from tests.support.wireguard import a_pair, a_secure_table
+
+N1, N2, N3 = NodeId("n1"), NodeId("n2"), NodeId("n3")
+OWN, OWN_NEXT = a_pair(1), a_pair(11, slot=1)
+THEIRS, THEIRS_NEXT = a_pair(2), a_pair(12, slot=1)
+THIRD = a_pair(3)
+
+
+def test_each_key_of_each_other_node_is_a_peer_with_one_address() -> None:
+    plan = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (THEIRS, THEIRS_NEXT), "n3": (THIRD,)})])
+    peers = plan.devices[0].peers
+    assert peers.keys() == {THEIRS.public, THEIRS_NEXT.public, THIRD.public}
+    old, new = peers[THEIRS.public], peers[THEIRS_NEXT.public]
+    assert (old.endpoint, old.port, new.port) == ("192.0.2.2", 4799, 4800)
+    assert old.inner == inner_address(THEIRS.public) != new.inner
+    assert len({peer.inner for peer in peers.values()}) == 3
+
+
+def test_a_plain_network_brings_no_peer_and_no_device() -> None:
+    table = a_secure_table({"n1": (OWN,), "n2": (THEIRS,)})
+    plain = msgspec.structs.replace(table, head=msgspec.structs.replace(table.head, is_encrypted=False))
+    plan = plan_of(N1, (OWN,), [plain])
+    assert (plan.devices, plan.peers, plan.sources) == ({}, {}, frozenset())
+
+
+def test_ports_follow_the_data_path_port_or_the_configured_one() -> None:
+    table = a_secure_table({"n1": (OWN,)})
+    assert [one.port for one in plan_of(N1, (OWN, OWN_NEXT), [table]).devices.values()] == [4799, 4800]
+    configured = plan_of(N1, (OWN, OWN_NEXT), [table], port=51820)
+    assert [one.port for one in configured.devices.values()] == [51820, 51821]
+
+
+def test_a_node_without_a_key_is_no_peer_is_named_and_gets_nothing() -> None:
+    """As one of an older version, or one whose table came from a manager of an older version."""
+    table = a_secure_table({"n1": (OWN,), "n2": (), "n3": (THIRD,)})
+    plan = plan_of(N1, (OWN,), [table])
+    assert plan.keyless == (N2,)
+    assert plan.devices[0].peers.keys() == {THIRD.public}
+    inner = tunnelled(table, N1, chosen(plan, ()).addresses)
+    assert inner.nodes.keys() == {N1, N3}
+
+
+def test_a_key_that_two_nodes_publish_is_used_for_neither() -> None:
+    plan = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (THEIRS,), "n3": (THEIRS,)})])
+    assert plan.devices[0].peers == {}
+    assert plan.contested == (N2, N3)
+
+
+def test_nobody_else_has_this_nodes_key() -> None:
+    plan = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (OWN, THEIRS)})])
+    assert plan.devices[0].peers.keys() == {THEIRS.public}
+    assert plan.contested == (N2,)
+
+
+def test_frames_of_a_network_come_from_its_own_nodes_only() -> None:
+    """A node that is a peer because of one network has no say in another."""
+    one = a_secure_table({"n1": (OWN,), "n2": (THEIRS,)}, vni=4097, name="one")
+    other = a_secure_table({"n1": (OWN,), "n3": (THIRD,)}, vni=4098, name="other")
+    plan = plan_of(N1, (OWN,), [one, other])
+    assert plan.sources == {(inner_address(THEIRS.public), 4097), (inner_address(THIRD.public), 4098)}
+
+
+def test_a_node_that_left_every_encrypted_network_is_removed_at_once() -> None:
+    before = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (THEIRS,), "n3": (THIRD,)})])
+    after = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n3": (THIRD,)})])
+    change = changes(_as_made(before.devices[0]), after.devices[0], before.devices[0])
+    assert change == Change(removed=(THEIRS.public,))
+
+
+def test_traffic_moves_to_a_peers_new_key_when_its_session_is_there() -> None:
+    plan = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (THEIRS, THEIRS_NEXT)})])
+    old, new = inner_address(THEIRS.public), inner_address(THEIRS_NEXT.public)
+    assert chosen(plan, {(0, THEIRS.public)}).addresses == {N2: old}
+    assert chosen(plan, {(0, THEIRS.public), (0, THEIRS_NEXT.public)}).addresses == {N2: new}
+    assert chosen(plan, ()).addresses == {N2: new}, "nothing works yet: the newest is tried"
+
+
+def test_traffic_moves_to_the_own_new_key_when_its_session_is_there() -> None:
+    plan = plan_of(N1, (OWN, OWN_NEXT), [a_secure_table({"n1": (OWN, OWN_NEXT), "n2": (THEIRS,)})])
+    inner = inner_address(THEIRS.public)
+    assert chosen(plan, {(0, THEIRS.public)}).slots == {inner: 0}
+    assert chosen(plan, {(0, THEIRS.public), (1, THEIRS.public)}).slots == {inner: 1}
+
+
+def test_the_older_key_is_needed_while_a_peer_has_nothing_else() -> None:
+    plan = plan_of(N1, (OWN, OWN_NEXT), [a_secure_table({"n1": (OWN,), "n2": (THEIRS,), "n3": (THIRD,)})])
+    both = {(0, THEIRS.public), (1, THEIRS.public)}
+    assert needs_older_key(plan, {*both, (0, THIRD.public)})
+    assert not needs_older_key(plan, {*both, (0, THIRD.public), (1, THIRD.public)})
+    assert not needs_older_key(plan, both), "a node that was never reached needs no key"
+
+
+@given(st.sets(st.sampled_from([(slot, pair.public) for slot in (0, 1) for pair in (THEIRS, THEIRS_NEXT)])))
+def test_while_anything_works_what_is_chosen_works(sessions: set[tuple[int, bytes]]) -> None:
+    plan = plan_of(
+        N1, (OWN, OWN_NEXT), [a_secure_table({"n1": (OWN, OWN_NEXT), "n2": (THEIRS, THEIRS_NEXT)})]
+    )
+    choice = chosen(plan, sessions)
+    address = choice.addresses[N2]
+    keys = {inner_address(pair.public): pair.public for pair in (THEIRS, THEIRS_NEXT)}
+    assert not sessions or (choice.slots[address], keys[address]) in sessions
+
+
+def test_the_tunnelled_table_has_tunnel_addresses_and_a_port_of_its_own() -> None:
+    table = a_secure_table({"n1": (OWN,), "n2": (THEIRS,)})
+    inner = tunnelled(table, N1, chosen(plan_of(N1, (OWN,), [table]), ()).addresses)
+    assert {id: node.underlay for id, node in inner.nodes.items()} == {
+        N1: "::",
+        N2: inner_address(THEIRS.public),
+    }
+    assert inner.head.port == table.head.port + 12
+
+
+def test_a_bare_device_is_configured_whole_and_then_needs_nothing() -> None:
+    device = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (THEIRS,)})]).devices[0]
+    change = changes(FoundDevice(), device, None)
+    assert change == Change(private=OWN.private, port=4799, put=tuple(device.peers.values()))
+    assert not changes(_as_made(device), device, device).is_needed
+
+
+def test_what_was_changed_by_hand_is_put_right_and_sessions_go_on() -> None:
+    device = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (THEIRS,), "n3": (THIRD,)})]).devices[0]
+    made = _as_made(device)
+    other = msgspec.structs.replace(made.peers[THIRD.public], inner=("fd00::1",))
+    for found, expected in (
+        (
+            msgspec.structs.replace(made, peers={**made.peers, THIRD.public: other}),
+            Change(put=(device.peers[THIRD.public],)),
+        ),
+        (msgspec.structs.replace(made, port=1), Change(port=4799)),
+        (
+            msgspec.structs.replace(made, peers={**made.peers, OWN_NEXT.public: FoundPeer()}),
+            Change(removed=(OWN_NEXT.public,)),
+        ),
+    ):
+        assert changes(found, device, device) == expected
+
+
+def test_an_endpoint_is_set_when_the_node_has_moved() -> None:
+    table = a_secure_table({"n1": (OWN,), "n2": (THEIRS,)})
+    before = plan_of(N1, (OWN,), [table]).devices[0]
+    node = msgspec.structs.replace(table.nodes[N2], underlay="198.51.100.7")
+    after = plan_of(N1, (OWN,), [msgspec.structs.replace(table, nodes={**table.nodes, N2: node})]).devices[0]
+    assert changes(_as_made(before), after, before).put == (after.peers[THEIRS.public],)
+
+
+def test_sessions_are_those_with_a_completed_handshake() -> None:
+    found = FoundDevice(peers={THEIRS.public: FoundPeer(has_session=True), THIRD.public: FoundPeer()})
+    assert sessions_of({1: found}) == {(1, THEIRS.public)}
+
+
+def test_a_packet_of_the_tunnels_mtu_fits_when_it_is_encrypted() -> None:
+    assert tunnel_mtu(1500, is_ipv6=False) == 1440
+    assert tunnel_mtu(1500, is_ipv6=True) == 1408
+    for mtu in range(1300, 9200):
+        assert tunnel_mtu(mtu, is_ipv6=False) % 16 == 0
+        assert mtu - 16 < tunnel_mtu(mtu, is_ipv6=False) + 60 <= mtu
+
+
+def test_devices_have_names_that_the_kernel_takes_and_no_two_run_directories_share() -> None:
+    assert device_name(DEFAULT_RUN, 0) == "skep-wg0"
+    names = {
+        device_name(Path(f"/tmp/playground/n{number}/run"), slot) for number in range(9) for slot in (0, 1)
+    }
+    assert len(names) == 18
+    assert all(len(name) <= 15 for name in names)
+
+
+def _as_made(device: Device) -> FoundDevice:
+    return FoundDevice(
+        private=device.private,
+        port=device.port,
+        peers={
+            public: FoundPeer(inner=(peer.inner,), keepalive_s=25, has_endpoint=True)
+            for public, peer in device.peers.items()
+        },
+    )
