@@ -13,6 +13,7 @@ IN_TIME_AT_LAST = --reruns 1 --only-rerun 'Timeout|not within|in time' -rR
 # Images are layered by overlay mounts, which cannot lie on an overlay themselves (inside a container).
 DEMO_DIR ?= $(if $(filter overlayfs,$(shell stat -f -c %T /var/tmp)),/dev/shm,/var/tmp)/skep-demo
 DEMO_NAME ?= demo
+PREFIX ?= /usr/local
 
 STAMP = $(shell date -u +%Y-%m-%d-%H%M)-$(shell git rev-parse --short HEAD)
 SUITE ?= bookworm
@@ -24,7 +25,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down check test unit contract sim mutants conformance integration escapes soak bench bench-networks bare virtual reference lock
+.PHONY: help setup setup-run demo demo-down install check test unit contract sim mutants conformance integration escapes soak bench bench-networks bare virtual reference lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -40,6 +41,12 @@ demo: setup-run ## a cluster on this machine with a service to play with
 
 demo-down: setup-run ## remove everything that the demo made
 	@$(BIN)/skep playground down --dir $(DEMO_DIR) --name $(DEMO_NAME)
+
+install: setup-run ## link the command into /usr/local/bin, install unit and man page (PREFIX=, DESTDIR=)
+	@install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)/etc/systemd/system
+	@ln -sfn $(CURDIR)/$(BIN)/skep $(DESTDIR)$(PREFIX)/bin/skep
+	@install -m 644 packaging/skep.1 $(DESTDIR)$(PREFIX)/share/man/man1/skep.1
+	@sed 's,/usr/local/bin/skep,$(PREFIX)/bin/skep,' packaging/skep.service >$(DESTDIR)/etc/systemd/system/skep.service
 
 check: setup ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .

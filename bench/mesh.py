@@ -24,7 +24,7 @@ TURNS = 5
 """Of each way, in a pair."""
 UPDATES = 20
 RATIO_MAX = 1.5
-"""The issue's limit: median of the pairs' ratios of p50."""
+"""The limit: median of the pairs' ratios of p50."""
 
 _ECHO = """
 import socket, threading

@@ -1,4 +1,4 @@
-"""Where a node keeps what it has on disk: one property per path (DESIGN, "Conventions").
+"""Where a node keeps what it has on disk: one property per path.
 
 The data directory outlives a reboot, the run directory lies on tmpfs and does not.  Sockets are never below the
 data directory: a socket's path has at most 107 bytes.

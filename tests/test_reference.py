@@ -76,3 +76,28 @@ def test_every_label_in_the_code_is_in_the_table() -> None:
         if text not in known and not any(name.startswith(text) for name in known if text.endswith("."))
     }
     assert unknown == set()
+
+
+def test_every_event_in_the_code_is_on_its_page() -> None:
+    """What is published by name, and the actions of the cluster's events."""
+    published = re.compile(r"""\.(?:_?publish|announce)\(\s*f?"([a-z_]+)[":]""")
+    derived = re.compile(r"""\baction="([a-z]+)"|_message\("([a-z]+)\"""")
+    found = {
+        match[1] for path in (ROOT / "skep").rglob("*.py") for match in published.finditer(path.read_text())
+    }
+    found -= {"container", "image"}  # types, of events whose action is a variable
+    cluster = (ROOT / "skep/manager/events.py").read_text()
+    found |= {match[1] or match[2] for match in derived.finditer(cluster)}
+    assert found >= {
+        "create",
+        "die",
+        "freeze",
+        "expire",
+        "evict",
+        "drain",
+        "pull",
+        "exec_create",
+        "health_status",
+    }
+    page = (ROOT / "docs/reference/events.md").read_text()
+    assert {action for action in found if not re.search(rf"`{action}[`:]", page)} == set()

@@ -4,13 +4,16 @@
 compares the files with it.
 """
 
+import importlib
 import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import click
+import msgspec
 
 from skep import __version__
 from skep.cli.main import main
@@ -275,12 +278,171 @@ def _roff(line: str) -> str:
     return f"\\&{text}" if text.startswith((".", "'")) else text
 
 
+# --- limits ---------------------------------------------------------------------------------------------------
+
+
+class Limit(NamedTuple):
+    """``where``: ``module:NAME``, or ``module:Struct.field`` with its default.  ``unit``: ``bytes``, ``s`` or none."""
+
+    subject: str
+    where: str
+    beyond: str
+    unit: str = ""
+
+
+LIMITS: Mapping[str, Sequence[Limit]] = {
+    "Objects of the cluster": (
+        Limit("replicas of a service", "skep.model.service:REPLICAS_MAX", "refused"),
+        Limit("an object, encoded", "skep.store.interface:KindSchema.max_bytes", "refused", "bytes"),
+        Limit("a secret", "skep.manager.control.files:SECRET_BYTES_MAX", "refused", "bytes"),
+        Limit("a config", "skep.manager.control.files:CONFIG_BYTES_MAX", "refused", "bytes"),
+        Limit("subnets of a network", "skep.manager.control.network_specs:SUBNETS_MAX", "refused"),
+        Limit(
+            "plain containers of a node on cluster networks",
+            "skep.manager.attachments.service:ATTACHMENTS_MAX",
+            "refused",
+        ),
+        Limit("a delay in a label", "skep.model.labels:DELAY_S_MAX", "refused", "s"),
+        Limit("grace period of nodes", "skep.model.labels:GRACE_S_MAX", "refused", "s"),
+        Limit(
+            "quota of a manager's store, smallest",
+            "skep.configuration.values:STORE_QUOTA_MIN",
+            "refused",
+            "bytes",
+        ),
+        Limit(
+            "quota of a manager's store, largest",
+            "skep.configuration.values:STORE_QUOTA_MAX",
+            "refused",
+            "bytes",
+        ),
+        Limit(
+            "what a node reports of a task",
+            "skep.manager.dispatcher.statuses:STATUS_BYTES_MAX",
+            "cut",
+            "bytes",
+        ),
+        Limit("past events kept", "skep.manager.events:KEPT", "forgotten, the oldest first"),
+        Limit("events that a client may be behind", "skep.manager.events:BEHIND_MAX", "its stream ends"),
+    ),
+    "Requests to the API": (
+        Limit("body that is read as a whole", "skep.api.server:MAX_BODY_BYTES", "refused", "bytes"),
+        Limit("head of a request", "skep.node.front.framing:HEAD_BYTES_MAX", "431", "bytes"),
+    ),
+    "Containers": (
+        Limit(
+            "execs of a container, ended ones included",
+            "skep.engine.execs:EXECS_MAX",
+            "the oldest that ended is forgotten; refused if all run",
+        ),
+        Limit("execs that start at one moment", "skep.engine.execs:STARTS_MAX", "wait"),
+        Limit("results of health checks kept", "skep.engine.health:LOG_MAX", "forgotten, the oldest first"),
+        Limit("output kept of a health check", "skep.engine.health:OUTPUT_BYTES_MAX", "cut", "bytes"),
+        Limit("bridge networks of a node", "skep.dataplane.local.keeper:_BRIDGES_MAX", "refused"),
+    ),
+    "Images": (
+        Limit("layers of an image", "skep.engine.images.image:LAYERS_MAX", "refused"),
+        Limit("a layer, unpacked", "skep.engine.images.layers:Limits.layer_bytes_max", "refused", "bytes"),
+        Limit(
+            "an uploaded archive, unpacked",
+            "skep.engine.images.layers:Limits.archive_bytes_max",
+            "refused",
+            "bytes",
+        ),
+        Limit("entries of a layer", "skep.engine.images.layers:Limits.entries_max", "refused"),
+        Limit("time for unpacking a layer", "skep.engine.images.layers:Limits.unpack_s", "refused", "s"),
+        Limit(
+            "space that stays free on the disk (of a small one 5 %)",
+            "skep.engine.images.layers:Limits.spare_bytes",
+            "refused",
+            "bytes",
+        ),
+    ),
+    "Networks": (
+        Limit(
+            "DNS queries forwarded at a time", "skep.dataplane.dns.upstream:IN_FLIGHT_MAX", "the query fails"
+        ),
+        Limit(
+            "of these, from one container",
+            "skep.dataplane.dns.upstream:IN_FLIGHT_PER_CONTAINER_MAX",
+            "the query fails",
+        ),
+        Limit("time to live of names", "skep.dataplane.dns.records:TTL_S", "", "s"),
+    ),
+    "Nodes and managers": (
+        Limit("connections of one node to a manager", "skep.wire.server:NODE_CONNECTIONS_MAX", "closed"),
+        Limit("connections without a certificate", "skep.wire.server:STRANGERS_MAX", "closed"),
+        Limit("of these, from one address", "skep.wire.server:STRANGERS_PER_SOURCE_MAX", "closed"),
+        Limit(
+            "announced absence of a node",
+            "skep.manager.dispatcher.liveness:AWAY_GRACE_S",
+            "the node is down",
+            "s",
+        ),
+        Limit(
+            "crashes of a manager in a row",
+            "skep.node.supervision.restart:CRASHES_MAX",
+            "it stays stopped; `docker info` says why",
+        ),
+        Limit("within", "skep.node.supervision.restart:CRASH_WINDOW_S", "", "s"),
+    ),
+}
+
+
+def limits() -> str:
+    """Bounds that users may meet."""
+    lines = [
+        "# Limits",
+        "",
+        _NOTICE,
+        *paragraph(
+            "What is bounded, and what happens beyond. Times that have a setting or a label are in",
+            "[configuration.md](configuration.md) and [labels.md](labels.md).",
+        ),
+    ]
+    for title, entries in LIMITS.items():
+        rows = [(entry.subject, shown(entry), entry.beyond) for entry in entries]
+        lines += [f"## {title}", "", *table(("what", "limit", "beyond it"), rows), ""]
+    return "\n".join(lines)
+
+
+def shown(limit: Limit) -> str:
+    """The value with its unit."""
+    module, _, name = limit.where.partition(":")
+    struct, _, field = name.partition(".")
+    value = getattr(importlib.import_module(module), struct)
+    if field:
+        value = next(one.default for one in msgspec.structs.fields(value) if one.name == field)
+    if limit.unit == "bytes":
+        return in_bytes(value)
+    if limit.unit == "s":
+        return in_time(value)
+    return f"{value:,}"
+
+
+def in_bytes(value: int) -> str:
+    """``1 MiB``, ``500 KiB``."""
+    for size, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if value >= size and value % size == 0:
+            return f"{value // size} {unit}"
+    return f"{value:,} bytes"
+
+
+def in_time(seconds: float) -> str:
+    """``12 s``, ``30 min``, ``1 h``, ``365 d``."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:g} {unit}"
+    return f"{seconds:g} s"
+
+
 # --- all ------------------------------------------------------------------------------------------------------
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/configuration.md": configuration,
     "docs/reference/labels.md": labels,
     "docs/reference/cli.md": cli,
+    "docs/reference/limits.md": limits,
     "packaging/skep.1": man_page,
 }
 

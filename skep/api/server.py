@@ -63,7 +63,7 @@ T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
-"""Bound of a request that is read as a whole (DESIGN, "Conventions"); streams are read by ``request.content``."""
+"""Bound of a request that is read as a whole; streams are read by ``request.content``."""
 
 _HEAD_BYTES_MAX = 1024 * 1024
 """Bound of a request's first line and of each header, as the engine's: filters may name hundreds of objects."""

@@ -15,7 +15,7 @@ from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 ModeName = Literal["replicated", "global", "replicated-job", "global-job"]
 
 REPLICAS_MAX = 100_000
-"""Tasks of one service (DESIGN, "Conventions": cluster policy)."""
+"""Tasks of one service."""
 
 
 class NamedResource(ApiObject):

@@ -24,7 +24,7 @@ class OrchestrationConfig(ApiObject):
 
 
 class RaftConfig(ApiObject):
-    """Kept for clients that read it; etcd's own timers follow DESIGN, "Conventions"."""
+    """Kept for clients that read it; etcd's timers are set in ``store/etcd/flags.py``."""
 
     snapshot_interval: Uint64 = 0
     keep_old_snapshots: Uint64 | None = None

@@ -1,7 +1,7 @@
 """Points in time and durations as the Engine API writes them.
 
 A ``Timestamp`` is RFC 3339 in UTC with up to nine decimals; a duration is an integer of nanoseconds.
-Timestamps of different machines are shown, never subtracted (DESIGN, "Failure rules").
+Timestamps of different machines are shown, never subtracted (docs/architecture.md, rule 9).
 """
 
 import re

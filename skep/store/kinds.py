@@ -29,7 +29,7 @@ UNLOCK_KEY_ID = "unlock-key"
 
 
 class SpecVersion(ApiObject):
-    """A service's spec as it was at one version; tasks are filled from it (DESIGN, "Objects, parts, versions").
+    """A service's spec as it was at one version; tasks are filled from it.
 
     Written by the store beside every new spec; removed with the service, or by the leader when no task follows
     it any more: a task that outlives it shows an empty spec.

@@ -1,7 +1,7 @@
 """How each kind of object is stored: its parts and their writers, its claims, references and indexes.
 
-One writer per part keeps managers, leader and sessions from disturbing each other (DESIGN, "Objects, parts,
-versions").  The words of refusals are Docker's.
+One writer per part keeps managers, leader and sessions from disturbing each other (docs/architecture.md,
+"Objects").  The words of refusals are Docker's.
 
 Source: swarmkit, manager/controlapi/{service,network,secret,config}.go (conflicts), api/storeobject.go (names).
 """

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +38,26 @@ RUN_ELSEWHERE = {
 RECOVERY = "docs/guide/recovery.md"
 NETWORKS = "docs/guide/networks.md"
 DOCTOR = "docs/guide/doctor.md"
+INSTALL = "docs/guide/install.md"
+UPGRADE = "docs/guide/upgrade.md"
+OPERATE = "docs/guide/operate.md"
+MIGRATE = "docs/guide/migrate.md"
+
+SYSTEMCTL = """
+start() {
+    command=$(sed -n "s,^ExecStart=/usr/local,$ROOT/usr/local,p" "$ROOT/etc/systemd/system/skep.service")
+    $command --cgroup-parent "$CGROUP" >>"$ROOT/log" 2>&1 &
+    echo $! >"$ROOT/pid"
+    until [ -S /run/skep/skep.sock ]; do kill -0 $!; sleep 0.1; done
+}
+case "$1" in
+    daemon-reload) test -f "$ROOT/etc/systemd/system/skep.service" ;;
+    enable) start ;;
+    restart) kill "$(cat "$ROOT/pid")"; while kill -0 "$(cat "$ROOT/pid")" 2>/dev/null; do sleep 0.1; done; start ;;
+    *) exit 1 ;;
+esac
+"""
+"""``systemctl`` for the unit below ``$ROOT``, in bash: there is no systemd in a namespace."""
 
 MACHINE = ("unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 """Namespaces of its own; whatever runs in them ends with them."""
@@ -84,6 +106,10 @@ def test_no_block_is_forgotten() -> None:
         *((RECOVERY, number) for number in range(5)),
         *((NETWORKS, number) for number in range(5)),
         *((DOCTOR, number) for number in range(3)),
+        *((INSTALL, number) for number in range(2)),
+        *((UPGRADE, number) for number in range(2)),
+        *((OPERATE, number) for number in range(4)),
+        (MIGRATE, 0),
     }
     assert blocks - set(RUN_ELSEWHERE) == run_here
 
@@ -113,8 +139,15 @@ def test_the_readmes_real_machine(checkout: Path) -> None:
         until [ -S /run/skep/skep.sock ]; do kill -0 $!; sleep 0.1; done
         """,
     )
+    printed = run(shell_blocks("README.md")[2] + "docker node ls", checkout, *a_machine(checkout))
+    assert "Swarm initialized: current node" in printed
+    assert "Leader" in printed
+
+
+def a_machine(checkout: Path) -> tuple[str, ...]:
+    """What runs a command in a machine of its own: with a network, an empty ``/run`` and ``/var/lib`` on this disk."""
     (checkout / "lib").mkdir()
-    machine = f"""
+    prepared = f"""
         set -e
         mount -t tmpfs run /run
         mount --bind {checkout}/lib /var/lib
@@ -122,11 +155,55 @@ def test_the_readmes_real_machine(checkout: Path) -> None:
         ip link add wan type veth peer name cable; ip addr add 192.0.2.1/24 dev wan; ip link set wan up
         exec "$@"
     """
-    printed = run(
-        shell_blocks("README.md")[2] + "docker node ls", checkout, *MACHINE, "sh", "-c", machine, "sh"
+    return *MACHINE, "sh", "-c", prepared, "sh"
+
+
+def test_the_guides_to_installing_and_upgrading(checkout: Path) -> None:
+    """On a machine of its own, files below another root.  The daemon is what the installed unit starts."""
+    root, commands = checkout / "root", checkout / "bin"
+    commands.mkdir()
+    for name, script in (
+        ("systemctl", SYSTEMCTL),
+        (
+            "make",
+            f'exec {shutil.which("make")} --no-print-directory -o setup-run -C {ROOT} DESTDIR={root} "$@"',
+        ),
+    ):
+        (commands / name).write_text(f"#!/bin/bash -e\n{script}\n")
+        (commands / name).chmod(0o755)
+    script = "\n".join(
+        (f"PATH={commands}:$PATH", *shell_blocks(INSTALL), *shell_blocks(UPGRADE), "docker info")
     )
-    assert "Swarm initialized: current node" in printed
-    assert "Leader" in printed
+    where = {"ROOT": str(root), "CGROUP": f"skep-install{os.getpid()}"}
+    printed = run(script, checkout, *a_machine(checkout), **where)
+    assert "docker swarm join --token SWMTKN-1-" in printed
+    assert "true Ready" in printed
+    assert (root / "usr/local/share/man/man1/skep.1").read_text().startswith('.\\" Written')
+
+
+def test_the_guide_to_operating(m1: TestNode, checkout: Path) -> None:
+    how, why, maintenance, grace = shell_blocks(OPERATE)
+    where = {"DOCKER_HOST": m1.socket}
+    assert "m1" in run(how, checkout, **where)
+    assert "scheduling constraints not satisfied on 1 node" in run(why, checkout, **where)
+    wait_running(m1, "report", 1)
+    run(maintenance, checkout, **where)
+    wait_running(m1, "report", 1)
+    assert run(grace, checkout, **where).split("\n")[:2] == ["10s", "10s"]
+
+
+def test_the_guide_to_migrating(m1: TestNode, checkout: Path) -> None:
+    (stack,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / MIGRATE).read_text(), re.MULTILINE | re.DOTALL)
+    (checkout / "stack.yml").write_text(stack)
+    (block,) = shell_blocks(MIGRATE)
+    try:
+        run(block, checkout, DOCKER_HOST=m1.socket)
+        wait_running(m1, "shop_web", 2)
+    finally:
+        m1.docker("stack", "rm", "shop")
+        wait_until(
+            lambda: m1.docker("secret", "rm", "password", check=False).returncode == 0, "the secret is free"
+        )
 
 
 def test_the_tours_service(m1: TestNode, checkout: Path) -> None:

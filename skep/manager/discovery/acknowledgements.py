@@ -1,7 +1,7 @@
 """Which revision of each network's table the nodes here have in force.
 
 What was told is not yet what a node does: it says so when its rules and names are changed.  Until then it may still
-send connections to a task that is about to stop (DESIGN, "Draining").
+send connections to a task that is about to stop (docs/architecture.md, "Stopping").
 
 A thousand nodes acknowledge each change, and a thousand tasks may wait for that: the smallest revision is looked for
 anew only when the last node that had it has gone on, and nobody is woken before it has risen.

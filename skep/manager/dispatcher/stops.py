@@ -1,8 +1,8 @@
 """Wakes the streams of assignments; holds a task's stop back while others may still send it new connections.
 
 A task that serves is taken out of its networks' tables as soon as it is to stop; it hears of that when no node uses a
-table with it any more, or when its service's ``skep.drain`` has passed (DESIGN, "Draining").  Nothing is held back when
-the service itself goes, or when the task serves nobody.
+table with it any more, or when its service's ``skep.drain`` has passed (docs/architecture.md,
+"Stopping").  Nothing is held back when the service itself goes, or when the task serves nobody.
 """
 
 import asyncio

@@ -1,7 +1,6 @@
 """Whether a network has addresses for all that its services wish for: said when a service is made or changed.
 
-Counted are wishes, not tasks, so that it is known before the first task waits: N8 of the demands, "a /24 fills and
-nobody is told".
+Replicas of specs are counted, not tasks, so that the warning comes before the first task waits.
 """
 
 from collections.abc import Iterable
