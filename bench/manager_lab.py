@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bench.engine import Engine, EngineError
 from skep.api.swarm_requests import Endpoints, Founding
+from skep.bootstrap import Bootstrap, ManagerConfig, encode
 from skep.linux.files import replace_file
-from skep.manager.config import Bootstrap, ManagerConfig, encode
 from skep.model.ids import new_id
 from skep.model.node import Availability
 from skep.model.swarm import SwarmSpec

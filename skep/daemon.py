@@ -27,38 +27,23 @@ from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import SystemClock
 from skep.aio.groups import first_alone
 from skep.aio.guard import report
-from skep.api.swarm_requests import Founding
+from skep.bootstrap import FUTILE, REMOVED, STARVED
 from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
 from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
 from skep.dataplane import process as net_process
 from skep.dataplane.encrypted import process as forwarder
-from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import replace_file
 from skep.linux.processes import boot_id
 from skep.logs import LogSettings
-from skep.manager import config as manager_config
-from skep.manager.config import (
-    FUTILE,
-    REMOVED,
-    STARVED,
-    Bootstrap,
-    ManagerConfig,
-    Recovery,
-    encode,
-    load_recovery,
-    save_recovery,
-)
 from skep.node import requirements
 from skep.node.assembly import Node, Surroundings
 from skep.node.conditions import Conditions
 from skep.node.features import Features, detect
-from skep.node.founding import NewCluster, bind_error, chosen_peer_addr, peer_warning
 from skep.node.isolation import check_isolation
-from skep.node.local import LocalNode
 from skep.node.machine import this_machine
 from skep.node.orphans import adopt_orphans
-from skep.node.restoring import Restored
 from skep.node.supervision import zygote
 from skep.node.supervision.answers import manager_past_help
 from skep.node.supervision.detached import detached, held_lock, set_title
@@ -213,11 +198,6 @@ class Daemon:
                         past_help=partial(manager_past_help, paths, _hand_over, self._clock),
                     ),
                     manager_stands_by=lambda wanted: self._zygote.stand_by("manager", wanted=wanted),
-                    write_manager_files=self._write_manager_files,
-                    write_recovery_files=self._write_recovery_files,
-                    write_restored_files=self._write_restored_files,
-                    place_manager=self._place_manager,
-                    peer_addrs=partial(_peer_addrs, paths),
                 ),
             )
             async with asyncio.TaskGroup() as group:
@@ -284,75 +264,6 @@ class Daemon:
             ends_with_node=lambda: self._is_stopping,
         )
 
-    def _write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
-        """Everything the manager process reads at its first start."""
-        configuration, paths = self._configuration, self._configuration.paths
-        paths.manager_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if new is not None:
-            replace_file(paths.root_ca_key, new.root_key_pem, mode=0o600)
-        peer_addr = chosen_peer_addr(node.listen_addr, configuration.peer_addr)
-        self._log_peer_addr(node.listen_addr, peer_addr)
-        config = ManagerConfig(
-            data_dir=str(paths.data),
-            run_dir=str(paths.run),
-            node_id=node.node_id,
-            cluster_id=node.cluster_id,
-            listen_addr=node.listen_addr,
-            peer_addr=peer_addr,
-            advertise_addr=node.advertise_addr,
-            hostname=this_machine().hostname,
-            bootstrap=_bootstrap(new.plan) if new is not None else None,
-            managers=() if new is not None else _others(node),
-            look_at=configuration.managers,
-            etcd_binary=str(configuration.etcd_binary or ""),
-            store_quota=configuration.store_quota,
-        )
-        replace_file(paths.manager_config, encode(config), mode=0o600)
-
-    def _place_manager(self, node: LocalNode) -> None:
-        """Tell the manager process where it is, and where others may be; it reads that at its start."""
-        path = self._configuration.paths.manager_config
-        if not path.exists():
-            return  # the manager process says so
-        before = manager_config.load(path)
-        self._log_peer_addr(before.listen_addr, before.peer_listen)
-        config = msgspec.structs.replace(
-            before,
-            advertise_addr=node.advertise_addr or before.advertise_addr,
-            look_at=self._configuration.managers,
-            store_quota=self._configuration.store_quota,
-        )
-        if config != before:
-            replace_file(path, encode(config), mode=0o600)
-
-    def _log_peer_addr(self, listen_addr: str, peer_addr: str) -> None:
-        if warning := peer_warning(listen_addr, self._configuration.peer_addr, peer_addr):
-            log.warning("etcd's peer port", peer_addr=peer_addr, warning=warning)
-
-    def _write_recovery_files(self, node: LocalNode) -> None:
-        """Have the manager process go on alone with what it has.  An attempt that was begun goes on."""
-        paths = self._configuration.paths
-        config = manager_config.load(paths.manager_config)
-        config = msgspec.structs.replace(
-            config, listen_addr=node.listen_addr, advertise_addr=node.advertise_addr, managers=()
-        )
-        if (error := bind_error(config.peer_listen)) is not None:
-            raise Unavailable(f"etcd cannot listen on {config.peer_listen}: {error.strerror}: free the port")
-        replace_file(paths.manager_config, encode(config), mode=0o600)
-        if load_recovery(paths) is None:
-            paths.recovery_snapshot.unlink(missing_ok=True)
-            save_recovery(paths, Recovery())
-
-    def _write_restored_files(self, restored: Restored) -> None:
-        """Everything the manager process reads to go on from a backup."""
-        paths = self._configuration.paths
-        self._write_manager_files(restored.node, None)
-        config = manager_config.load(paths.manager_config)
-        replace_file(paths.manager_config, encode(msgspec.structs.replace(config, managers=())), mode=0o600)
-        replace_file(paths.wrapping_key, restored.wrapping_key, mode=0o600)
-        os.replace(restored.snapshot, paths.recovery_snapshot)
-        save_recovery(paths, Recovery())
-
     async def _reload_on(self, hangup: asyncio.Event, node: Node) -> None:
         """Read the configuration again at every SIGHUP; what cannot be read changes nothing."""
         while True:
@@ -377,26 +288,6 @@ class Daemon:
                 reloaded=", ".join(taken.reloaded) or "nothing changed",
                 needs_restart=", ".join(taken.needs_restart) or "nothing",
             )
-
-
-def _others(node: LocalNode) -> tuple[str, ...]:
-    """Managers that may let this node in among them."""
-    return tuple(peer.addr for peer in node.managers if peer.node_id != node.node_id)
-
-
-def _peer_addrs(paths: Paths) -> tuple[str, str]:
-    config = manager_config.load(paths.manager_config)
-    return config.peer_listen, config.peer_advertised
-
-
-def _bootstrap(plan: Founding) -> Bootstrap:
-    return Bootstrap(
-        spec=plan.spec,
-        default_addr_pool=plan.default_addr_pool,
-        subnet_size=plan.subnet_size,
-        data_path_port=plan.data_path_port,
-        availability=plan.availability,
-    )
 
 
 async def _hand_over(socket: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 from skep import __version__
 from skep.aio.clock import Clock
 from skep.api.backups import BackupRequest, Manifest, Sealer
+from skep.bootstrap import ManagerConfig
 from skep.errors import Unavailable
 from skep.manager.cluster import cluster_of
-from skep.manager.config import ManagerConfig
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.secret import Config, Secret

@@ -2,10 +2,10 @@
 
 from cryptography import x509
 
+from skep.bootstrap import ManagerConfig
 from skep.errors import FailedPrecondition
 from skep.linux.routes import read_routes
 from skep.manager.ca.admission import issued_certificate
-from skep.manager.config import ManagerConfig
 from skep.manager.control.swarm import found_swarm
 from skep.model.ids import IdSource
 from skep.model.node import (

@@ -20,6 +20,7 @@ from skep.aio.groups import first_alone
 from skep.aio.guard import persist
 from skep.aio.loop_lag import LoopLag
 from skep.api.server import runner
+from skep.bootstrap import ManagerConfig
 from skep.errors import Unavailable
 from skep.manager.attachments.service import AttachmentService
 from skep.manager.autolock import Autolock
@@ -29,7 +30,6 @@ from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
 from skep.manager.ca.upkeep import Upkeep
-from skep.manager.config import ManagerConfig
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.key_service import KeyService
 from skep.manager.discovery.loop import Discovery

@@ -23,12 +23,12 @@ from skep.aio.clock import Clock, SystemClock
 from skep.aio.groups import errors_as_they_are
 from skep.aio.guard import explain
 from skep.aio.trees import remove_tree
+from skep.bootstrap import FUTILE, REMOVED, STARVED, ManagerConfig, encode, load, load_recovery
 from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
 from skep.manager.ca.own import renewed_by_itself, wait_renewed
 from skep.manager.ca.peer_files import place_revoked
-from skep.manager.config import FUTILE, REMOVED, STARVED, ManagerConfig, encode, load, load_recovery
 from skep.manager.founding import found_cluster
 from skep.manager.incarnation import Superseded, ask_others, check_incarnations, read_incarnations
 from skep.manager.keys import founding_wrapping_key, save_wrapping_keys

@@ -20,7 +20,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.trees import discard_tree_now
-from skep.manager.config import Recovery, load_recovery, save_recovery
+from skep.bootstrap import Recovery, load_recovery, save_recovery
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeState, Reachability
 from skep.model.times import SECOND_NS

@@ -43,18 +43,16 @@ from skep.node.disk_check import DiskCheck
 from skep.node.engine import Engine, with_containers_of
 from skep.node.events import NodeEvents
 from skep.node.features import Features
-from skep.node.founding import NewCluster
 from skep.node.front.server import Front, tls_context
 from skep.node.isolation import keep_profile
 from skep.node.keeping import after, keep_running, within
-from skep.node.local import LocalNode
 from skep.node.local_api import LocalApi
 from skep.node.machine import Machine
 from skep.node.management import ManagerProcess
+from skep.node.manager_files import ManagerFiles
 from skep.node.membership import Membership
 from skep.node.orphans import reap_orphans
 from skep.node.parts import NodeParts
-from skep.node.restoring import Restored
 from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
 from skep.node.routes.cluster_networks import ClusterNetworks
@@ -73,9 +71,7 @@ FOUND_AGAIN_SECONDS_MAX = 15.0
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     """What the node finds outside of itself, and what only the daemon knows how to make.
 
-    ``net``: the supervised net process.  ``manager``: makes the supervisor of the manager process;
-    ``write_manager_files``: what a new manager reads (node, its new cluster if it founds one);
-    ``write_recovery_files``: what has it go on alone; ``write_restored_files``: from a backup.
+    ``net``: the supervised net process.  ``manager``: makes the supervisor of the manager process.
     """
 
     machine: Machine
@@ -90,11 +86,6 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     forwarder: ManagerProcess
     manager: Callable[[], ManagerProcess]
     manager_stands_by: Callable[[bool], Awaitable[None]]
-    write_manager_files: Callable[[LocalNode, NewCluster | None], None]
-    write_recovery_files: Callable[[LocalNode], None]
-    write_restored_files: Callable[[Restored], None]
-    place_manager: Callable[[LocalNode], None]
-    peer_addrs: Callable[[], tuple[str, str]]
 
 
 class Node:
@@ -177,11 +168,7 @@ class Node:
                 random=around.random,
                 manager=around.manager,
                 manager_stands_by=around.manager_stands_by,
-                write_manager_files=around.write_manager_files,
-                write_recovery_files=around.write_recovery_files,
-                write_restored_files=around.write_restored_files,
-                place_manager=around.place_manager,
-                peer_addrs=around.peer_addrs,
+                manager_files=ManagerFiles(lambda: self._configuration, around.machine.hostname),
                 method=method,
                 overlay_keys=encrypted.told,
                 paths=NodePaths(workload.probes, NameChecks(workload.list_containers, clock))

@@ -156,11 +156,11 @@ class Membership:
             self._require_outside()
             plan = founding(request, await read_interfaces())
             check_settings(plan.spec)
-            self._parts.check_ports(plan.endpoints.listen_addr)
+            self._parts.manager_files.check_ports(plan.endpoints.listen_addr)
             await asyncio.to_thread(check_space, self._paths.data)
             node, pair, root_key_pem = await asyncio.to_thread(found, plan, self._new_id)
             new = NewCluster(plan=plan, root_key_pem=root_key_pem)
-            write_files = partial(self._parts.write_manager_files, node, new)
+            write_files = partial(self._parts.manager_files.write_new, node, new)
             await self._settle(node, pair, write_files, _FOUNDING_TIMEOUT_S)
             log.info("swarm founded", node=node.node_id, cluster=node.cluster_id)
             return node.node_id
@@ -181,7 +181,7 @@ class Membership:
         await self._stop()
         try:
             check_listening(node.listen_addr)
-            await asyncio.to_thread(self._parts.write_recovery_files, node)
+            await asyncio.to_thread(self._parts.manager_files.write_recovery, node)
             await asyncio.to_thread(write_local_node, self._paths.node_json, node)
         except BaseException:
             self._begin(before)
@@ -215,13 +215,13 @@ class Membership:
             return plan_of(manifest, endpoints.advertise_addr, is_done=not is_dry)
 
     async def _take_place(self, manifest: Manifest, endpoints: Endpoints, snapshot: Path) -> None:
-        self._parts.check_ports(endpoints.listen_addr)
+        self._parts.manager_files.check_ports(endpoints.listen_addr)
         await asyncio.to_thread(check_space, self._paths.data)
         node, pair = await asyncio.to_thread(restored_node, manifest, endpoints)
         restored = Restored(
             node=node, wrapping_key=manifest.wrapping_key, snapshot=snapshot, hostname=manifest.hostname
         )
-        write_files = partial(self._parts.write_restored_files, restored)
+        write_files = partial(self._parts.manager_files.write_restored, restored)
         await self._settle(node, pair, write_files, _FOUNDING_TIMEOUT_S)
         log.warning("swarm restored", node=node.node_id, cluster=node.cluster_id)
 
@@ -236,7 +236,7 @@ class Membership:
             pair = await self._parts.request_certificate(plan)
             is_manager = pair.identity.role is NodeRole.MANAGER
             if is_manager:
-                self._parts.check_ports(plan.endpoints.listen_addr)
+                self._parts.manager_files.check_ports(plan.endpoints.listen_addr)
                 await asyncio.to_thread(check_space, self._paths.data)
             node = LocalNode(
                 node_id=pair.identity.node_id,
@@ -248,7 +248,7 @@ class Membership:
                 data_path_addr=plan.endpoints.data_path_addr,
                 managers=tuple(Peer(NodeId(""), remote) for remote in plan.remote_addrs),
             )
-            write_files = partial(self._parts.write_manager_files, node, None)
+            write_files = partial(self._parts.manager_files.write_new, node, None)
             await self._settle(node, pair, write_files, _JOIN_TIMEOUT_S)
             log.info("swarm joined", node=node.node_id, cluster=node.cluster_id)
 
@@ -356,7 +356,11 @@ class Membership:
             section |= {"ControlAvailable": True, "Error": waits_for}
         elif self.is_manager and not self._trouble:
             section |= await cluster_section(self._manager_api)
-        if self.node is not None and self.is_manager and (peer := self._parts.peer_section(self.node)):
+        if (
+            self.node is not None
+            and self.is_manager
+            and (peer := self._parts.manager_files.peer_section(self.node))
+        ):
             warnings = [*section.get("Warnings", ()), *peer.pop("Warnings", ())]
             section |= peer | ({"Warnings": warnings} if warnings else {})
         return section

@@ -19,10 +19,9 @@ from skep.aio.guard import persist, report
 from skep.api.swarm_requests import Joining
 from skep.errors import SkepError
 from skep.model.node import NodeRole
-from skep.node.founding import NewCluster
 from skep.node.local import LocalNode, Peer, write_local_node
 from skep.node.management import Management, ManagerProcess
-from skep.node.restoring import Restored
+from skep.node.manager_files import ManagerFiles
 from skep.node.supervision.zygote import ZygoteGone
 from skep.paths import Paths
 from skep.security.keypair import KeyPair
@@ -60,26 +59,13 @@ class AgentConnection(Protocol):
 class Parts(Protocol):
     """What a node in a swarm is made of; the daemon composes it."""
 
+    manager_files: ManagerFiles
+
     def manager(self) -> ManagerProcess:
         """The supervised manager process, not yet running."""
 
     async def manager_stands_by(self, wanted: bool) -> None:
         """Have a manager process ready to be started in an instant; without ``wanted`` none any more."""
-
-    def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
-        """Everything a new manager reads at its first start; without a ``new`` cluster it comes into the others'."""
-
-    def check_ports(self, listen_addr: str) -> None:
-        """Whether a new manager at ``listen_addr`` can listen.  Raises: Untranslated."""
-
-    def peer_section(self, node: LocalNode) -> dict[str, Any]:
-        """What ``/info`` says of where the other managers reach this one's etcd."""
-
-    def write_restored_files(self, restored: Restored) -> None:
-        """Everything a manager reads that begins from a backup."""
-
-    def write_recovery_files(self, node: LocalNode) -> None:
-        """Have the manager go on alone, with ``node``'s addresses, at its next start."""
 
     def agent(
         self,
@@ -124,7 +110,7 @@ class Participation:
             paths,
             is_manager=node.is_manager,
             make=parts.manager,
-            prepare=lambda: parts.write_manager_files(self.node, None),
+            prepare=lambda: parts.manager_files.write_new(self.node, None),
             become=self._become,
             renew=self._renew_certificate,
         )

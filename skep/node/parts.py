@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import msgspec
 import structlog
@@ -39,17 +38,16 @@ from skep.model.service import Platform, Resources
 from skep.node.conditions import Conditions
 from skep.node.contact import Contact
 from skep.node.features import Features, labels
-from skep.node.founding import NewCluster, check_listening, peer_warning
 from skep.node.interfaces import read_interfaces
 from skep.node.joining import join
 from skep.node.load import LoadMeter, reader_of
 from skep.node.local import LocalNode, Peer
 from skep.node.machine import Machine
 from skep.node.management import ManagerProcess
+from skep.node.manager_files import ManagerFiles
 from skep.node.participation import AgentConnection
 from skep.node.renewal import KeyPairCredentials
 from skep.node.resigning import resign
-from skep.node.restoring import Restored
 from skep.security import keypair
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
@@ -78,14 +76,10 @@ class NodeParts:
         configuration: the present one; asked at each use, since it may be reloaded.
         manager: makes the supervisor of this node's manager process.
         manager_stands_by: has one ready to be started in an instant (True), or none (False).
-        write_manager_files: writes what a new manager reads (node, its new cluster if it founds one).
+        manager_files: what the manager of this node reads at its start.
         method: how this node encrypts overlays; overlay_keys: is told the keys.
         paths: probes other nodes; None: there is nothing to probe with.
         places: of plain containers on the cluster's networks; None: the node runs none.
-        place_manager: tells the manager of this node where it is, and where others may be.
-        peer_addrs: ``ip:port`` where etcd of this manager listens for others, and where they reach it; raises
-            SkepError: it is not known.
-        write_recovery_files: writes what has the manager go on alone; write_restored_files: from a backup.
     """
 
     def __init__(
@@ -107,11 +101,7 @@ class NodeParts:
         random: Random,
         manager: Callable[[], ManagerProcess],
         manager_stands_by: Callable[[bool], Awaitable[None]],
-        write_manager_files: Callable[[LocalNode, NewCluster | None], None],
-        write_recovery_files: Callable[[LocalNode], None],
-        write_restored_files: Callable[[Restored], None],
-        place_manager: Callable[[LocalNode], None],
-        peer_addrs: Callable[[], tuple[str, str]],
+        manager_files: ManagerFiles,
         method: Method | Refusal,
         overlay_keys: Callable[[KeysTold], None],
         paths: PathSource | None,
@@ -133,11 +123,7 @@ class NodeParts:
         self._random = random
         self._manager = manager
         self._manager_stands_by = manager_stands_by
-        self._write_manager_files = write_manager_files
-        self._write_recovery_files = write_recovery_files
-        self._write_restored_files = write_restored_files
-        self._place_manager = place_manager
-        self._peer_addrs = peer_addrs
+        self.manager_files = manager_files
         self._method = method
         self._overlay_keys = overlay_keys
         self._paths = paths if self._carries_overlays() else None
@@ -152,27 +138,6 @@ class NodeParts:
             await self._manager_stands_by(wanted)
         except Unavailable as error:
             log.warning("no manager process stands by", reason=str(error))
-
-    def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
-        self._write_manager_files(node, new)
-
-    def check_ports(self, listen_addr: str) -> None:
-        check_listening(listen_addr, self._configuration().peer_addr)
-
-    def peer_section(self, node: LocalNode) -> dict[str, Any]:
-        try:
-            listen, advertised = self._peer_addrs()
-        except SkepError:  # there is no such file yet, or it is damaged; the manager process says so
-            return {}
-        section: dict[str, Any] = {"PeerAddr": advertised}
-        warning = peer_warning(node.listen_addr, self._configuration().peer_addr, listen)
-        return section | ({"Warnings": [f"WARNING: {warning}"]} if warning else {})
-
-    def write_recovery_files(self, node: LocalNode) -> None:
-        self._write_recovery_files(node)
-
-    def write_restored_files(self, restored: Restored) -> None:
-        self._write_restored_files(restored)
 
     def agent(
         self,
@@ -234,7 +199,7 @@ class NodeParts:
             except SkepError as error:
                 log.warning("the address of this node stays", configured=wished, reason=str(error))
         if node.is_manager:
-            await asyncio.to_thread(self._place_manager, node)
+            await asyncio.to_thread(self.manager_files.update, node)
         return node
 
     async def request_certificate(self, plan: Joining) -> KeyPair:

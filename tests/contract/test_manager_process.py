@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.manager.config import FUTILE, REMOVED, ManagerConfig, encode
+from skep.bootstrap import FUTILE, REMOVED, ManagerConfig, encode
 from skep.model.ids import new_id
 from skep.model.node import NodeRole
 from skep.paths import Paths

@@ -11,7 +11,7 @@ import pytest
 
 from skep import __version__
 from skep.aio.clock import SystemClock
-from skep.manager.config import STARVED
+from skep.bootstrap import STARVED
 from skep.node.supervision import supervisor
 from skep.node.supervision.identity import identify, is_alive, read_pid_file, write_pid_file
 from skep.node.supervision.restart import CRASHES_MAX

@@ -8,10 +8,10 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.api.backups import BackupRequest, Opener, key_of, new_header
+from skep.bootstrap import ManagerConfig
 from skep.errors import Unavailable
 from skep.manager import backup
 from skep.manager.backup import Backups
-from skep.manager.config import ManagerConfig
 from skep.model.ids import NodeId
 from skep.store.etcd.cipher import KEY_BYTES
 from tests.support.wire_rig import Cluster

@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 
 from skep.agent.revisions import Revision, SeenRevision
 from skep.api.networks import NetworkBody
+from skep.bootstrap import STARVED, ManagerConfig, Recovery, encode, load, load_recovery, save_recovery
 from skep.dataplane.local.keeper import LocalNetworks
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.keeper import TableKeeper
@@ -29,7 +30,6 @@ from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.manager.ca.peer_files import REVOKED_FILE, PeerFiles
-from skep.manager.config import STARVED, ManagerConfig, Recovery, encode, load, load_recovery, save_recovery
 from skep.manager.incarnation import Incarnations, read_incarnations, write_incarnations
 from skep.manager.keys import load_wrapping_keys, save_wrapping_keys
 from skep.manager.process import refusal_in

@@ -1,4 +1,7 @@
-"""What a manager process is told: written by the node process at init or join, read at each start."""
+"""Files by which the node process starts its manager process: written by the node, read by the manager at each start.
+
+It lies below both, so that neither has to import the other.
+"""
 
 from pathlib import Path
 from typing import Literal
@@ -13,20 +16,19 @@ from skep.model.node import Availability
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT, DEFAULT_POOL, DEFAULT_SUBNET_SIZE, SwarmSpec
 from skep.model.unknown import leniently
 from skep.paths import Paths
-from skep.store.space import QUOTA_BYTES
 
 REMOVED = 3
-"""Exit code of a manager process whose member the other managers have removed."""
+"""Exit code of a manager process whose etcd member was removed by the other managers."""
 
 FUTILE = 4
-"""Exit code of a manager process that would fail again in the same way; its last words say what to do."""
+"""Exit code of a manager process that would fail again in the same way; its last error text says what to do."""
 
 STARVED = 5
-"""Exit code of a manager process to which the machine refused what it needs (files, memory): it may get it later."""
+"""Exit code of a manager process that lacks a resource of the machine (files, memory); a later start may succeed."""
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
-    """The wish with which a new cluster begins (``POST /swarm/init``)."""
+    """Settings of a new cluster, from ``POST /swarm/init``."""
 
     spec: SwarmSpec
     default_addr_pool: tuple[str, ...] = DEFAULT_POOL
@@ -36,7 +38,7 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One manager's settings, kept as JSON below its data directory.
+    """Settings of one manager, stored as JSON below its data directory.
 
     ``listen_addr`` and ``advertise_addr`` are ``ip:port`` of the gRPC server.
     ``bootstrap`` stays in the file; it is used only while the store is still empty.
@@ -53,13 +55,13 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """``ip:port`` where its etcd listens for the other managers; empty: the port after ``listen_addr``'s."""
     bootstrap: Bootstrap | None = None
     managers: tuple[str, ...] = ()
-    """``ip:port`` of managers that may let this one in; empty: it founds its cluster."""
+    """``ip:port`` of managers to join; empty: this manager creates the cluster."""
     look_at: tuple[str, ...] = ()
-    """``ip:port`` where managers may be found that are not where they were."""
-    store_quota: int = QUOTA_BYTES
-    """Bytes that etcd's file may have."""
+    """``ip:port`` of managers from the configuration, used when the known addresses do not respond."""
+    store_quota: int = 4 * 1024**3
+    """Size limit of etcd's file, in bytes; the default is ``store.space.QUOTA_BYTES``."""
     etcd_binary: str = ""
-    """Empty: the one that set-up placed, or the one on the path."""
+    """Empty: the one that set-up installed, or the first on ``$PATH``."""
 
     @property
     def paths(self) -> Paths:
@@ -95,7 +97,7 @@ def encode(config: ManagerConfig) -> bytes:
 
 
 class Recovery(msgspec.Struct, frozen=True, kw_only=True):
-    """The wish that this manager goes on alone (``manager.recovery``), and how far it is fulfilled.
+    """A request that this manager recovers as the only one of its cluster (``manager.recovery``), and its progress.
 
     ``is_bare``: the snapshot is a database file without its hash.
     """
@@ -105,7 +107,7 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_recovery(paths: Paths) -> Recovery | None:
-    """What is wished for; None: nothing.  Raises: FailedPrecondition: the file is damaged."""
+    """The pending recovery; None: there is none.  Raises: FailedPrecondition: the file is damaged."""
     try:
         return msgspec.json.decode(paths.recovery.read_bytes(), type=Recovery)
     except FileNotFoundError:
@@ -115,5 +117,5 @@ def load_recovery(paths: Paths) -> Recovery | None:
 
 
 def save_recovery(paths: Paths, recovery: Recovery) -> None:
-    """Keep the wish."""
+    """Write the request; replaces an earlier one."""
     replace_file(paths.recovery, msgspec.json.encode(recovery) + b"\n", mode=0o600)
