@@ -22,8 +22,8 @@ from bench.machine import resident_mib
 from bench.packets import packet_us
 from bench.stream import gigabits
 from skep.dataplane.connecting import ContainerNetwork
-from skep.engine.container import Endpoint
 from skep.model.ids import NetworkId, TaskId
+from skep.model.sandbox import Sandbox
 from skep.model.tables import NetworkHead, Segment, TableEndpoint
 from tests.integration.node.overlay_lab import LabNode, OverlayLab, place, shell
 
@@ -160,7 +160,7 @@ async def _memory(lab: OverlayLab, network: ContainerNetwork) -> Figure:
     lab.tell(head)
     await lab.apply([network])
 
-    async def attach(numbers: range) -> list[Endpoint]:
+    async def attach(numbers: range) -> list[Sandbox]:
         return [
             await node.attach(network, place(head, f"10.{_second(head)}.1.{number}/16")) for number in numbers
         ]

@@ -28,12 +28,12 @@ from skep.aio.first import wait_first
 from skep.aio.guard import report
 from skep.api.errors import rpc_words
 from skep.dataplane.tables.stream import TableSink
-from skep.engine.options import NetworkWish
 from skep.errors import RetryLater, SkepError, Unavailable
 from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
 from skep.model.pair_keys import KeysTold
+from skep.model.sandbox import EndpointRequest
 from skep.node.contact import Contact
 from skep.node.local import Peer
 from skep.node.renewal import Managers
@@ -196,7 +196,7 @@ class Agent:
 
     # -- places of plain containers -------------------------------------------------------------------------------
 
-    async def attach_network(self, container_id: ContainerId, wish: NetworkWish) -> TaskId:
+    async def attach_network(self, container_id: ContainerId, wish: EndpointRequest) -> TaskId:
         """Ask for a place on a network of the cluster.
 
         Raises: SkepError in Docker's words; Unavailable: there is no session.

@@ -26,12 +26,12 @@ from skep.dataplane.overlay.domain import Domain
 from skep.dataplane.overlay.healing import Healing
 from skep.dataplane.overlay.overlays import Overlays
 from skep.dataplane.overlay.settling import Settling
-from skep.dataplane.overlay.wanted import check_endpoint
+from skep.dataplane.overlay.wanted import check_sandbox
 from skep.dataplane.probe.prober import PathProber
-from skep.engine.container import Container, Endpoint, Place
-from skep.engine.options import NetworkMode, NetworkWish
+from skep.engine.container import Container
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
+from skep.model.sandbox import EndpointConfig, EndpointRequest, NetworkMode, Sandbox
 
 log = structlog.get_logger()
 
@@ -123,17 +123,17 @@ class ContainerNetwork:
         A container whose record says what no network can be is left alone as it is, and out of what others get.
         Raises: SkepError: this node cannot network containers.
         """
-        theirs = {one.id for one in live if one.endpoint is not None}
+        theirs = {one.id for one in live if one.sandbox is not None}
         live = [one for one in live if self._is_sound(one)]
-        endpoints = {one.id: one.endpoint for one in live if one.endpoint is not None}
+        sandboxes = {one.id: one.sandbox for one in live if one.sandbox is not None}
         await self._joining.restore(live)
-        self.overlays.restore(endpoints)
-        await self.gateway.restore(endpoints)
+        self.overlays.restore(sandboxes)
+        await self.gateway.restore(sandboxes)
         await self._healing.watch(self._home)
         await self.prober.restore()
-        await self.overlays.begin(endpoints)
-        for id, endpoint in endpoints.items():  # a container may have made its namespace unusable for it
-            joining = self._join_mesh(id, endpoint)
+        await self.overlays.begin(sandboxes)
+        for id, sandbox in sandboxes.items():  # a container may have made its namespace unusable for it
+            joining = self._join_mesh(id, sandbox)
             await contain(joining, "return path not there yet, tried again with the next ports", container=id)
         if self._naming is not None:
             await self._naming.restore(live)
@@ -142,10 +142,10 @@ class ContainerNetwork:
                 await contain(self.namespaces.destroy(pinned), "namespace not removed", container=pinned)
 
     def _is_sound(self, container: Container) -> bool:
-        if container.endpoint is None or container.id in self._left_out:
-            return container.endpoint is None
+        if container.sandbox is None or container.id in self._left_out:
+            return container.sandbox is None
         try:
-            check_endpoint(container.endpoint)
+            check_sandbox(container.sandbox)
         except Exception as error:  # whatever it is, it is one container
             report(error, "network of a container left out", container=container.id)
             self._left_out[container.id] = explain(error)
@@ -158,38 +158,38 @@ class ContainerNetwork:
         names = ", ".join(reasons)
         self._say(f"the networks of these containers are not kept, start them anew: {names}" if names else "")
 
-    async def attach(self, container: Container) -> Endpoint:
+    async def attach(self, container: Container) -> Sandbox:
         """A namespace with ``eth0`` and so on: its places in their order, then the gateway bridge; and names in it.
 
         Who is on internal networks only has no way out, and no ports of the node.  Raises: AlreadyExists: a port is
         taken; SkepError.
         """
         if _mode_of(container) is NetworkMode.HOST:
-            return Endpoint(netns="")
-        container_id, places = container.id, container.config.places
-        endpoint = Endpoint(netns=str(self.namespaces.path(container_id)), sysctls=_sysctls_of(container))
+            return Sandbox(netns="")
+        container_id, places = container.id, container.config.endpoints
+        sandbox = Sandbox(netns=str(self.namespaces.path(container_id)), sysctls=_sysctls_of(container))
         if container.plain is not None:
             places = await self._joining.join(container)
         try:
-            netns = await self.namespaces.create(container_id, endpoint.sysctls)
+            netns = await self.namespaces.create(container_id, sandbox.sysctls)
             connected = await self.overlays.connect(container_id, netns, places)
-            endpoint = msgspec.structs.replace(endpoint, places=connected)
+            sandbox = msgspec.structs.replace(sandbox, endpoints=connected)
             if needs_way_out(container, places):
-                endpoint = await self._way_out(container, endpoint)
-            await self.overlays.settle_container(container_id, endpoint)
-            await self._join_mesh(container_id, endpoint, is_new=True)
+                sandbox = await self._way_out(container, sandbox)
+            await self.overlays.settle_container(container_id, sandbox)
+            await self._join_mesh(container_id, sandbox, is_new=True)
             if self._naming is not None:
-                await self._naming.attach(msgspec.structs.replace(container, endpoint=endpoint))
+                await self._naming.attach(msgspec.structs.replace(container, sandbox=sandbox))
         except BaseException as error:
-            await asyncio.shield(self._undo(container_id, endpoint, places))
+            await asyncio.shield(self._undo(container_id, sandbox, places))
             if isinstance(error, OSError | NetlinkError):
                 raise Unavailable(f"cannot connect the container to its networks: {error}") from error
             raise
-        return endpoint
+        return sandbox
 
-    async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+    async def detach(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """Free everything that ``attach`` gave; harmless when it is free already."""
-        undoing = self._undo(container_id, endpoint, [one.place for one in endpoint.places])
+        undoing = self._undo(container_id, sandbox, [one.config for one in sandbox.endpoints])
         if self._left_out.pop(container_id, None) is None:
             await undoing
         else:
@@ -207,16 +207,16 @@ class ContainerNetwork:
         for id in sorted(map(ContainerId, holders)):
             if is_needed(id):
                 continue
-            held = self.gateway.endpoint_of(id) or Endpoint(netns=str(self.namespaces.path(id)))
+            held = self.gateway.sandbox_of(id) or Sandbox(netns=str(self.namespaces.path(id)))
             connected = self.overlays.connected(id)
             log.warning(
                 "network of a container that is gone removed",
                 container=id,
                 namespace=id in self.namespaces.pinned(),
-                addresses=[held.address, *(address for one in connected for address in one.place.addresses)],
+                addresses=[held.address, *(address for one in connected for address in one.config.addresses)],
             )
-            endpoint = msgspec.structs.replace(held, places=connected)
-            await self._undo(id, endpoint, [one.place for one in connected])
+            sandbox = msgspec.structs.replace(held, endpoints=connected)
+            await self._undo(id, sandbox, [one.config for one in connected])
             if self._naming is not None and id in served:
                 await self._naming.detach(id)
             freed.append(id)
@@ -225,40 +225,40 @@ class ContainerNetwork:
 
     # --- while it runs ------------------------------------------------------------------------------------------
 
-    async def connect(self, container: Container, wish: NetworkWish) -> Endpoint:
+    async def connect(self, container: Container, wish: EndpointRequest) -> Sandbox:
         """One more network for a running plain container.
 
         Raises: FailedPrecondition: it is on that network; NotFound: no such network; SkepError.
         """
-        endpoint = container.endpoint
-        assert endpoint is not None, "a running container has one"
-        place = await self._joining.join_one(container, wish, [one.place for one in endpoint.places])
-        joined, netns = endpoint, Path(endpoint.netns)
+        sandbox = container.sandbox
+        assert sandbox is not None, "a running container has one"
+        place = await self._joining.join_one(container, wish, [one.config for one in sandbox.endpoints])
+        joined, netns = sandbox, Path(sandbox.netns)
         try:
             (connected,) = await self.overlays.connect(
-                container.id, netns, (place,), first=_free_interface(endpoint)
+                container.id, netns, (place,), first=_free_interface(sandbox)
             )
-            joined = msgspec.structs.replace(endpoint, places=(*endpoint.places, connected))
+            joined = msgspec.structs.replace(sandbox, endpoints=(*sandbox.endpoints, connected))
             if not joined.address and needs_way_out(container, [place]):
                 joined = await self._way_out(container, joined)
             await self.overlays.change(container.id, (), joined)
             if self._naming is not None:
-                await self._naming.attach(msgspec.structs.replace(container, endpoint=joined))
+                await self._naming.attach(msgspec.structs.replace(container, sandbox=joined))
         except BaseException:
-            await asyncio.shield(self._cut(container, joined, endpoint, (place,)))
+            await asyncio.shield(self._cut(container, joined, sandbox, (place,)))
             raise
         return joined
 
-    async def disconnect(self, container: Container, network_id: str) -> Endpoint:
+    async def disconnect(self, container: Container, network_id: str) -> Sandbox:
         """Take a running plain container from one of its networks.  Raises: SkepError."""
-        endpoint = container.endpoint
-        assert endpoint is not None, "a running container has one"
-        gone = [one.place for one in endpoint.places if one.network_id == network_id]
-        places = tuple(one for one in endpoint.places if one.network_id != network_id)
-        left = msgspec.structs.replace(endpoint, places=places)
-        if not needs_way_out(container, [one.place for one in places]):
-            left = Endpoint(netns=endpoint.netns, places=places, sysctls=endpoint.sysctls)
-        await asyncio.shield(self._cut(container, endpoint, left, gone))
+        sandbox = container.sandbox
+        assert sandbox is not None, "a running container has one"
+        gone = [one.config for one in sandbox.endpoints if one.network_id == network_id]
+        places = tuple(one for one in sandbox.endpoints if one.network_id != network_id)
+        left = msgspec.structs.replace(sandbox, endpoints=places)
+        if not needs_way_out(container, [one.config for one in places]):
+            left = Sandbox(netns=sandbox.netns, endpoints=places, sysctls=sandbox.sysctls)
+        await asyncio.shield(self._cut(container, sandbox, left, gone))
         return left
 
     async def rename(self, container: Container) -> None:
@@ -266,69 +266,69 @@ class ContainerNetwork:
         await self._joining.rename(container)
 
     async def _cut(
-        self, container: Container, before: Endpoint, left: Endpoint, gone: Iterable[Place]
+        self, container: Container, before: Sandbox, left: Sandbox, gone: Iterable[EndpointConfig]
     ) -> None:
         """Make ``left`` of what a running container had."""
-        kept = {one.port for one in left.places}
+        kept = {one.port for one in left.endpoints}
         try:
             if before.address and not left.address:
                 await self.gateway.cut(container.id, before)
             await self.overlays.change(
-                container.id, [one for one in before.places if one.port not in kept], left
+                container.id, [one for one in before.endpoints if one.port not in kept], left
             )
             if self._naming is not None:
-                if left.places:
-                    await self._naming.attach(msgspec.structs.replace(container, endpoint=left))
+                if left.endpoints:
+                    await self._naming.attach(msgspec.structs.replace(container, sandbox=left))
                 else:
                     await self._naming.detach(container.id)
         finally:
             await self._joining.leave(container.id, gone)
 
-    async def _way_out(self, container: Container, endpoint: Endpoint) -> Endpoint:
-        """``endpoint`` with a place on the gateway bridge.  Raises: SkepError."""
+    async def _way_out(self, container: Container, sandbox: Sandbox) -> Sandbox:
+        """``sandbox`` with a place on the gateway bridge.  Raises: SkepError."""
         found = await self.gateway.connect(
             container.id,
-            Path(endpoint.netns),
-            _free_interface(endpoint),
+            Path(sandbox.netns),
+            _free_interface(sandbox),
             container.config.ports,
             is_open=_mode_of(container) is NetworkMode.BRIDGE
-            or (container.plain is None and not endpoint.places),
-            wants_ipv6=has_way_out_by_ipv6([one.place for one in endpoint.places]),
+            or (container.plain is None and not sandbox.endpoints),
+            wants_ipv6=has_way_out_by_ipv6([one.config for one in sandbox.endpoints]),
         )
-        return msgspec.structs.replace(found, places=endpoint.places, sysctls=endpoint.sysctls)
+        return msgspec.structs.replace(found, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
 
-    async def _join_mesh(
-        self, container_id: ContainerId, endpoint: Endpoint, *, is_new: bool = False
-    ) -> None:
+    async def _join_mesh(self, container_id: ContainerId, sandbox: Sandbox, *, is_new: bool = False) -> None:
         """Answers of a container that serves published ports go back the way their questions came."""
-        for one in endpoint.places:
-            if one.place.head.is_ingress:
+        for one in sandbox.endpoints:
+            if one.config.head.is_ingress:
                 await self.mesh.joined(
                     container_id,
-                    Path(endpoint.netns),
+                    Path(sandbox.netns),
                     one.interface,
-                    endpoint.address,
-                    way_out6=endpoint.address6,
+                    sandbox.address,
+                    way_out6=sandbox.address6,
                     is_new=is_new,
                 )
 
-    async def _undo(self, container_id: ContainerId, endpoint: Endpoint, places: Iterable[Place]) -> None:
+    async def _undo(
+        self, container_id: ContainerId, sandbox: Sandbox, places: Iterable[EndpointConfig]
+    ) -> None:
         self.mesh.left(container_id)
-        self.overlays.disconnect(container_id, endpoint.places)
+        self.overlays.disconnect(container_id, sandbox.endpoints)
         try:
-            if self._naming is not None and endpoint.places:
+            if self._naming is not None and sandbox.endpoints:
                 await self._naming.detach(container_id)
         except SkepError as error:  # a namespace that is gone is noticed there, too
             log.warning("names not forgotten", container=container_id, reason=str(error))
         finally:
             try:
-                await self.gateway.disconnect(container_id, endpoint)
+                await self.gateway.disconnect(container_id, sandbox)
             finally:
                 await self.namespaces.destroy(container_id)
                 await self._joining.leave(container_id, places)
 
 
-def needs_way_out(container: Container, places: Sequence[Place]) -> bool:
+def needs_way_out(container: Container, places: Sequence[EndpointConfig]) -> bool:
     """Whether a container on ``places`` gets the gateway bridge.
 
     Source: moby, libnetwork/default_gateway.go (needDefaultGW).
@@ -353,19 +353,19 @@ def _sysctls_of(container: Container) -> Mapping[str, str]:
     if "net/ipv6/conf/all/disable_ipv6" in said:
         said.add("net/ipv6/conf/lo/disable_ipv6")  # lo follows
     wanted = {**_CONTAINER_SYSCTLS, **TRACKING_SYSCTLS}
-    if any(place.head.is_ingress for place in container.config.places):
+    if any(place.head.is_ingress for place in container.config.endpoints):
         wanted = {**wanted, **RETURN_SYSCTLS}
     return {name: value for name, value in wanted.items() if name not in said}
 
 
-def has_way_out_by_ipv6(places: Sequence[Place]) -> bool:
+def has_way_out_by_ipv6(places: Sequence[EndpointConfig]) -> bool:
     """Whether the gateway bridge is to lead the container out by IPv6, too: a network with a way out has IPv6."""
     return any(
         ":" in address for place in places if not place.head.is_internal for address in place.addresses
     )
 
 
-def _free_interface(endpoint: Endpoint) -> str:
+def _free_interface(sandbox: Sandbox) -> str:
     """The first name that none of a container's interfaces has."""
-    used = {one.interface for one in endpoint.places} | ({endpoint.interface} if endpoint.address else set())
+    used = {one.interface for one in sandbox.endpoints} | ({sandbox.interface} if sandbox.address else set())
     return next(name for number in count() if (name := f"eth{number}") not in used)

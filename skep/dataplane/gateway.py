@@ -33,9 +33,9 @@ from skep.dataplane.overlay.wanted import USUAL_MTU
 from skep.dataplane.ports import PortReservations
 from skep.dataplane.remembered import Network, kept_subnet, remember
 from skep.dataplane.rules import HostPort, between_table, gateway_table, gateway_table_ipv6
-from skep.engine.container import Endpoint, NodePort
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.model.ids import ContainerId
+from skep.model.sandbox import PublishedPort, Sandbox
 from skep.model.service import PublishMode
 
 log = structlog.get_logger()
@@ -75,10 +75,10 @@ class Gateway:
         self._addresses: Addresses | None = None
         self._subnet6: IPv6Network | None = None
         self._forwards_ipv6 = False
-        self._endpoints: dict[ContainerId, Endpoint] = {}
+        self._sandboxes: dict[ContainerId, Sandbox] = {}
         self._changing = asyncio.Lock()
 
-    async def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
+    async def restore(self, live: Mapping[ContainerId, Sandbox]) -> None:
         """Make bridge and rules, keep what belongs to the ``live`` containers and free all other ports.
 
         Raises: SkepError: this node cannot network containers.
@@ -86,10 +86,10 @@ class Gateway:
         async with self._changing:
             subnet, self._subnet6 = await self._choose_subnets()
             self._addresses = Addresses(subnet)
-            for id, endpoint in live.items():
-                if endpoint.address:
-                    self._addresses.claim(IPv4Address(endpoint.address), id)
-                    self._endpoints[id] = endpoint
+            for id, sandbox in live.items():
+                if sandbox.address:
+                    self._addresses.claim(IPv4Address(sandbox.address), id)
+                    self._sandboxes[id] = sandbox
             await self._restore_ports()
             await self._settle()
 
@@ -98,11 +98,11 @@ class Gateway:
         container_id: ContainerId,
         netns: Path,
         interface: str,
-        ports: Sequence[NodePort],
+        ports: Sequence[PublishedPort],
         *,
         is_open: bool = False,
         wants_ipv6: bool = False,
-    ) -> Endpoint:
+    ) -> Sandbox:
         """A way out for a container, bare of address and route yet, and its host-mode ``ports`` published.
 
         ``is_open``: it and others like it reach each other by the bridge; ``wants_ipv6``: out by IPv6 too, where the
@@ -110,7 +110,7 @@ class Gateway:
         """
         addresses = self._opened()
         address = addresses.take(container_id)
-        reserved: list[NodePort] = []
+        reserved: list[PublishedPort] = []
         try:
             for port in ports:
                 if port.publish_mode is PublishMode.HOST:
@@ -119,7 +119,7 @@ class Gateway:
                     )
                     reserved.append(msgspec.structs.replace(port, published_port=number))
             subnet6 = self._subnet6 if wants_ipv6 else None
-            endpoint = Endpoint(
+            sandbox = Sandbox(
                 netns=str(netns),
                 address=str(address),
                 prefix_length=addresses.subnet.prefixlen,
@@ -133,27 +133,27 @@ class Gateway:
                 address6=str(beside(address, subnet6)) if subnet6 is not None else "",
                 gateway6=str(subnet6[1]) if subnet6 is not None else "",
             )
-            self._endpoints[container_id] = endpoint
+            self._sandboxes[container_id] = sandbox
             await self._settle()
         except BaseException:
             await asyncio.shield(self._undo(container_id, str(address), reserved))
             raise
-        return endpoint
+        return sandbox
 
-    async def disconnect(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+    async def disconnect(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """Free everything that ``connect`` gave; harmless when it is free already."""
-        if endpoint.address:
-            await self._undo(container_id, endpoint.address, endpoint.ports)
+        if sandbox.address:
+            await self._undo(container_id, sandbox.address, sandbox.ports)
 
-    async def cut(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+    async def cut(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """The same for a container that runs on: its interface goes, too.  Raises: SkepError."""
-        if endpoint.port:
-            await carry_out(self._namespaces, self._namespaces.home, [DeleteLink(endpoint.port)])
-        await self.disconnect(container_id, endpoint)
+        if sandbox.port:
+            await carry_out(self._namespaces, self._namespaces.home, [DeleteLink(sandbox.port)])
+        await self.disconnect(container_id, sandbox)
 
-    def endpoint_of(self, container_id: ContainerId) -> Endpoint | None:
+    def sandbox_of(self, container_id: ContainerId) -> Sandbox | None:
         """What ``connect`` gave a container that was not disconnected since; None: nothing."""
-        return self._endpoints.get(container_id)
+        return self._sandboxes.get(container_id)
 
     # --- another subnet ---------------------------------------------------------------------------------------
 
@@ -196,10 +196,10 @@ class Gateway:
             remember(self._state, subnet)
         await self.restore({})
 
-    async def _undo(self, container_id: ContainerId, address: str, ports: Sequence[NodePort]) -> None:
-        endpoint = self._endpoints.pop(container_id, None)
-        if endpoint is not None:
-            self._home.let_go(endpoint.port)
+    async def _undo(self, container_id: ContainerId, address: str, ports: Sequence[PublishedPort]) -> None:
+        sandbox = self._sandboxes.pop(container_id, None)
+        if sandbox is not None:
+            self._home.let_go(sandbox.port)
             self._wish()
         if any(port.publish_mode is PublishMode.HOST for port in ports):
             try:
@@ -222,15 +222,15 @@ class Gateway:
         await self._home.settle()
 
     def _wish(self) -> None:
-        subnet, subnet6, endpoints = self._opened().subnet, self._used_subnet6(), self._endpoints.values()
-        state = gateway_state(self._bridge, subnet, endpoints, subnet6)
+        subnet, subnet6, sandboxes = self._opened().subnet, self._used_subnet6(), self._sandboxes.values()
+        state = gateway_state(self._bridge, subnet, sandboxes, subnet6)
         owners = [
             Owner(one.port, one.mac_address, tuple(filter(None, (one.address, one.address6))))
-            for one in endpoints
+            for one in sandboxes
             if one.port
         ]
-        host_ports = [port for one in endpoints for port in _host_ports(one.address, one.ports)]
-        between = between_table((one.port, one.is_open) for one in endpoints if one.port)
+        host_ports = [port for one in sandboxes for port in _host_ports(one.address, one.ports)]
+        between = between_table((one.port, one.is_open) for one in sandboxes if one.port)
         rules = [gateway_table(self._bridge, subnet, host_ports), spoofing(owners), between]
         if subnet6 is not None:
             rules.append(gateway_table_ipv6(self._bridge, subnet6))
@@ -238,7 +238,7 @@ class Gateway:
 
     def _used_subnet6(self) -> IPv6Network | None:
         """None: nobody gets out by IPv6 at present."""
-        return self._subnet6 if any(one.address6 for one in self._endpoints.values()) else None
+        return self._subnet6 if any(one.address6 for one in self._sandboxes.values()) else None
 
     # --- ports ------------------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class Gateway:
         held = set(await self._reservations.held())
         wanted = {
             (port.protocol, port.published_port, port.host_ip)
-            for one in self._endpoints.values()
+            for one in self._sandboxes.values()
             for port in one.ports
         }
         for protocol, number, address in sorted(wanted - held):
@@ -281,14 +281,14 @@ class Gateway:
 
 
 def gateway_state(
-    bridge: str, subnet: IPv4Network, endpoints: Iterable[Endpoint], subnet6: IPv6Network | None = None
+    bridge: str, subnet: IPv4Network, sandboxes: Iterable[Sandbox], subnet6: IPv6Network | None = None
 ) -> State:
     """What the node's own namespace has to hold of the gateway network.  ``subnet6``: None while nobody uses IPv6.
 
     The bridge has a MAC address of its own: without one it takes its lowest port's, and changes it with the ports.
     """
     links = {bridge: Link(name=bridge, kind="bridge", mtu=USUAL_MTU, mac=mac_of(subnet[1]))}
-    for one in endpoints:
+    for one in sandboxes:
         if one.port:
             peer = Peer(netns=one.netns, interface=one.interface, mac=one.mac_address)
             links[one.port] = Link(name=one.port, kind="veth", mtu=USUAL_MTU, master=bridge, peer=peer)
@@ -323,7 +323,7 @@ def new_port_name() -> str:
     return f"vs{secrets.token_hex(6)}"
 
 
-def _host_ports(address: str, ports: Sequence[NodePort]) -> list[HostPort]:
+def _host_ports(address: str, ports: Sequence[PublishedPort]) -> list[HostPort]:
     return [
         HostPort(port.protocol, port.published_port, address, port.target_port, port.host_ip)
         for port in ports

@@ -7,10 +7,10 @@ import msgspec
 
 from skep.dataplane.local.objects import is_local
 from skep.dataplane.local.places import LocalPlaces
-from skep.engine.container import Container, Place
-from skep.engine.options import NetworkWish
+from skep.engine.container import Container
 from skep.errors import FailedPrecondition
 from skep.model.ids import ContainerId, TaskId
+from skep.model.sandbox import EndpointConfig, EndpointRequest
 
 
 class ClusterPlaces(Protocol):
@@ -18,7 +18,7 @@ class ClusterPlaces(Protocol):
 
     def restore(self, held: Iterable[tuple[TaskId, ContainerId]]) -> None: ...
 
-    async def take(self, container_id: ContainerId, wish: NetworkWish) -> Place: ...
+    async def take(self, container_id: ContainerId, wish: EndpointRequest) -> EndpointConfig: ...
 
     async def give_back(self, id: TaskId) -> None: ...
 
@@ -33,20 +33,20 @@ class Joining:
     async def restore(self, live: Collection[Container]) -> None:
         """Keep what ``live`` containers hold."""
         self._cluster.restore(
-            (connected.place.attachment, container.id)
+            (connected.config.attachment, container.id)
             for container in live
-            if container.endpoint is not None
-            for connected in container.endpoint.places
-            if connected.place.attachment
+            if container.sandbox is not None
+            for connected in container.sandbox.endpoints
+            if connected.config.attachment
         )
         await self._local.restore(live)
 
-    async def join(self, container: Container) -> tuple[Place, ...]:
+    async def join(self, container: Container) -> tuple[EndpointConfig, ...]:
         """The places that a plain container asks for, in the order of its interfaces.
 
         Raises: NotFound: no such network; SkepError, in Docker's words.
         """
-        taken: list[Place] = []
+        taken: list[EndpointConfig] = []
         try:
             for wish in container.plain.networks if container.plain is not None else ():
                 taken.append(await self.join_one(container, wish, taken))
@@ -55,7 +55,9 @@ class Joining:
             raise
         return tuple(taken)
 
-    async def join_one(self, container: Container, wish: NetworkWish, others: Collection[Place]) -> Place:
+    async def join_one(
+        self, container: Container, wish: EndpointRequest, others: Collection[EndpointConfig]
+    ) -> EndpointConfig:
         """One more place beside ``others``.  Raises: FailedPrecondition: it is on that network; as ``join``."""
         ids = {other.head.id for other in others}
         network = self._local.find(wish.network)
@@ -70,7 +72,7 @@ class Joining:
             raise _is_there(container, place.head.name)
         return place
 
-    async def leave(self, container_id: ContainerId, places: Iterable[Place]) -> None:
+    async def leave(self, container_id: ContainerId, places: Iterable[EndpointConfig]) -> None:
         """Give places back.  Those of a task are the cluster's own business."""
         for place in places:
             if place.attachment:
@@ -83,9 +85,9 @@ class Joining:
 
         Raises: FailedPrecondition: it is on a network of the cluster, which knows it by the one before; SkepError.
         """
-        places = container.endpoint.places if container.is_running and container.endpoint is not None else ()
+        places = container.sandbox.endpoints if container.is_running and container.sandbox is not None else ()
         for one in places:
-            if one.place.attachment:
+            if one.config.attachment:
                 raise FailedPrecondition(
                     f"the cluster knows the container on network {one.network_name} by its name: stop it first, or "
                     f"take it from there (docker network disconnect)"

@@ -76,22 +76,22 @@ def named_of(container: Container, node_resolver: str) -> Named | None:
 
     ``node_resolver``: the text of the node's /etc/resolv.conf.
     """
-    endpoint, config = container.endpoint, container.config
-    if endpoint is None or not endpoint.places:
+    sandbox, config = container.sandbox, container.config
+    if sandbox is None or not sandbox.endpoints:
         return None
     task_id = TaskId(container.labels.get(LABEL_TASK_ID, ""))
     return Named(
         id=container.id,
-        netns=endpoint.netns,
+        netns=sandbox.netns,
         networks=tuple(
             Place(
                 network=one.network_id,
-                task=one.place.attachment or task_id,
-                addresses=tuple(address.partition("/")[0] for address in one.place.addresses),
+                task=one.config.attachment or task_id,
+                addresses=tuple(address.partition("/")[0] for address in one.config.addresses),
             )
-            for one in endpoint.places
+            for one in sandbox.endpoints
         ),
         servers=tuple(map(NameServer, forwarded_to(node_resolver, config.nameservers))),
-        forwards=bool(endpoint.address),
+        forwards=bool(sandbox.address),
         forwards_single_labels=not sets_ndots(node_resolver, config.dns_options),
     )

@@ -222,8 +222,8 @@ class Bundles:
 
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
         """/etc/hosts, /etc/hostname and /etc/resolv.conf, unless the user mounts his own there."""
-        config, endpoint, path = container.config, container.endpoint, self.path(container.id)
-        addresses = endpoint.own_addresses if endpoint is not None else ()
+        config, sandbox, path = container.config, container.sandbox, self.path(container.id)
+        addresses = sandbox.own_addresses if sandbox is not None else ()
         node_resolver = self._resolver.read_text() if self._resolver.is_file() else ""
         contents: Mapping[str, str] = {
             "hosts": hosts_file(config.hostname, addresses, config.hosts),
@@ -233,7 +233,7 @@ class Bundles:
                 config.nameservers,
                 config.search_domains,
                 config.dns_options,
-                is_named=endpoint is not None and bool(endpoint.places),
+                is_named=sandbox is not None and bool(sandbox.endpoints),
             ),
         }
         taken = {point.destination for point in config.mounts}

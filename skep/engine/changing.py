@@ -5,13 +5,14 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.engine.bundle import Bundles
 from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, ContainerState, Endpoint
+from skep.engine.container import Container, ContainerState
 from skep.engine.events import Events
 from skep.engine.options import Plain
 from skep.engine.reading import ContainerReader
 from skep.engine.registry import Registry
 from skep.engine.runtime import Runtime
 from skep.model.ids import ContainerId
+from skep.model.sandbox import Sandbox
 
 
 class ContainerChanger(ContainerReader):
@@ -77,6 +78,6 @@ class ContainerChanger(ContainerReader):
         """Replace what is noted of a plain container.  Raises: NotFound."""
         return self._registry.change(self.get(id).id, plain=plain)
 
-    def change_endpoint(self, id: ContainerId, endpoint: Endpoint) -> Container:
+    def change_sandbox(self, id: ContainerId, sandbox: Sandbox) -> Container:
         """Note that a running container is on other networks now.  Raises: NotFound."""
-        return self._registry.observe(self.get(id).id, endpoint=endpoint)
+        return self._registry.observe(self.get(id).id, sandbox=sandbox)

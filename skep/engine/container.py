@@ -5,7 +5,7 @@ change; the Engine API's ``docker ps`` and ``docker inspect`` are renderings of 
 but what the user put into the environment.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
 
@@ -15,9 +15,8 @@ from skep.engine.health import Health
 from skep.engine.options import Plain
 from skep.errors import AlreadyExists
 from skep.model.container import HealthConfig, Ulimit
-from skep.model.ids import ContainerId, NetworkId, TaskId
-from skep.model.service import PortConfig
-from skep.model.tables import NetworkHead
+from skep.model.ids import ContainerId
+from skep.model.sandbox import EndpointConfig, PublishedPort, Sandbox
 from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
 
@@ -72,50 +71,6 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_files: int = 1
 
 
-class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """A network that a container is to be on.  ``addresses``: ``ip/length``, IPv4 first."""
-
-    head: NetworkHead
-    addresses: tuple[str, ...]
-    aliases: tuple[str, ...] = ()
-    """Further names of this container alone."""
-    attachment: TaskId = TaskId("")
-    """The task by which the cluster holds this place for a plain container; empty: it does not."""
-
-
-class ConnectedPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """A network that a container is on, by ``interface`` in its namespace and ``port`` on the network's bridge."""
-
-    place: Place
-    interface: str
-    port: str
-    mac_address: str
-
-    @property
-    def network_id(self) -> NetworkId:
-        return self.place.head.id
-
-    @property
-    def network_name(self) -> str:
-        return self.place.head.name
-
-    @property
-    def address(self) -> str:
-        """Its first address, without a length."""
-        return self.place.addresses[0].partition("/")[0]
-
-    @property
-    def prefix_length(self) -> int:
-        """Length of the subnet that its first address is in."""
-        return int(self.place.addresses[0].partition("/")[2])
-
-
-class NodePort(PortConfig):
-    """A port of the node, as a container has it.  ``host_ip``: the only address it answers on; empty: all."""
-
-    host_ip: str = ""
-
-
 class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The wish, with the image's defaults already merged in.  Limits: 0 means none."""
 
@@ -158,57 +113,13 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     nameservers: tuple[str, ...] = ()
     search_domains: tuple[str, ...] = ()
     dns_options: tuple[str, ...] = ()
-    ports: tuple[NodePort, ...] = ()
+    ports: tuple[PublishedPort, ...] = ()
     """Host-mode ports to publish on the node."""
-    places: tuple[Place, ...] = ()
+    endpoints: tuple[EndpointConfig, ...] = msgspec.field(name="places", default=())
     """Networks it is on, in the order of its interfaces; none: the node's gateway bridge alone."""
     exposed_ports: tuple[str, ...] = ()
     healthcheck: HealthConfig | None = None
     log: LogConfig = LogConfig()
-
-
-class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """The container's places: on its networks, and last on the node's gateway bridge.
-
-    ``netns``: path of its network namespace; ``ports``: host-mode ports as opened.  ``address`` and what follows it
-    are those on the gateway bridge, empty where the container has no way out (internal networks only).
-    """
-
-    netns: str
-    address: str = ""
-    prefix_length: int = 0
-    gateway: str = ""
-    mac_address: str = ""
-    network: str = ""
-    """Name of the bridge network."""
-    interface: str = "eth0"
-    """Of the gateway bridge, in the container's namespace."""
-    port: str = ""
-    """The container's port on the gateway bridge."""
-    address6: str = ""
-    """On the gateway bridge too, in a /64; empty without a way out by IPv6."""
-    gateway6: str = ""
-    is_open: bool = False
-    """It reaches other open ones by the gateway bridge, which is its only network."""
-    ports: tuple[NodePort, ...] = ()
-    places: tuple[ConnectedPlace, ...] = ()
-    """In the order of its interfaces."""
-    sysctls: Mapping[str, str] = {}
-    """Of its namespace (``net/...``), as the node wants them; those that its user has set are not among them."""
-
-    @property
-    def own_addresses(self) -> Sequence[str]:
-        """What its own name means in the container: its addresses on its networks, ingress left out, as in Docker.
-
-        Where that leaves none, the one on the gateway bridge.
-        """
-        found = [
-            one.partition("/")[0]
-            for connected in self.places
-            if not connected.place.head.is_ingress
-            for one in connected.place.addresses
-        ]
-        return found or [one for one in (self.address,) if one]
 
 
 class Container(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,7 +136,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[str, ...] = ()
     """Lower directories of the root file system, top first."""
     created_at: Timestamp = ZERO_TIME
-    endpoint: Endpoint | None = None
+    sandbox: Sandbox | None = msgspec.field(name="endpoint", default=None)
     state: ContainerState = ContainerState.CREATED
     process: ProcessName | None = None
     monitor: ProcessName | None = None

@@ -226,11 +226,11 @@ class Containers(ContainerSettler):
 
     async def _connect(self, container: Container) -> Container:
         """Give it its network, and write that down; a network that is in no record is nobody's to free."""
-        endpoint = await self._network.attach(container)
+        sandbox = await self._network.attach(container)
         try:
-            return self._registry.change(container.id, endpoint=endpoint)
+            return self._registry.change(container.id, sandbox=sandbox)
         except BaseException:
-            await asyncio.shield(self._free(self._network.detach(container.id, endpoint), container.id))
+            await asyncio.shield(self._free(self._network.detach(container.id, sandbox), container.id))
             raise
 
     async def _remove(self, id: ContainerId, *, force: bool) -> None:
@@ -381,8 +381,8 @@ class Containers(ContainerSettler):
         await self._runtime.delete(id)
         container = self._registry.observe(id, process=None, monitor=None)
         if container.plain is not None:
-            if container.endpoint is not None:  # the process before this one ended in the middle of its start
-                await self._free(self._network.detach(id, container.endpoint), id)
+            if container.sandbox is not None:  # the process before this one ended in the middle of its start
+                await self._free(self._network.detach(id, container.sandbox), id)
             return
         try:
             if has_network:

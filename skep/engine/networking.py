@@ -5,9 +5,10 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from skep.engine.container import Container, ContainerState, Endpoint
+from skep.engine.container import Container, ContainerState
 from skep.engine.processes import is_alive
 from skep.model.ids import ContainerId
+from skep.model.sandbox import Sandbox
 
 
 class Networking(Protocol):
@@ -19,10 +20,10 @@ class Networking(Protocol):
     async def restore(self, live: Collection[Container]) -> None:
         """Make the node ready, keep what belongs to the ``live`` containers, free everything else."""
 
-    async def attach(self, container: Container) -> Endpoint:
+    async def attach(self, container: Container) -> Sandbox:
         """A network namespace with its places and a way out, its host-mode ports published.  Raises: SkepError."""
 
-    async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+    async def detach(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """Free all of it.  Harmless when nothing is left."""
 
     async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
@@ -37,8 +38,8 @@ def kept(containers: Iterable[Container]) -> list[Container]:
     return [
         one
         for one in containers
-        if one.endpoint is not None
+        if one.sandbox is not None
         and one.state is not ContainerState.REMOVING
-        and os.path.ismount(one.endpoint.netns)
+        and os.path.ismount(one.sandbox.netns)
         and (not one.was_started or (one.process is not None and is_alive(one.process)))
     ]

@@ -3,31 +3,9 @@
 A task's container has its networks from its making to its end; a plain one has them while it runs, as in Docker.
 """
 
-from enum import Enum
-
 import msgspec
 
-
-class NetworkMode(Enum):
-    """What kind of network a plain container has (``HostConfig.NetworkMode``)."""
-
-    BRIDGE = "bridge"
-    """The node's gateway bridge alone."""
-    NETWORKS = "networks"
-    """Those that the user names."""
-    NONE = "none"
-    """Its own loopback."""
-    HOST = "host"
-    """The node's."""
-
-
-class NetworkWish(msgspec.Struct, frozen=True, kw_only=True):
-    """A network that a plain container is to be on.  ``network``: as the user wrote it, an id or a name."""
-
-    network: str
-    aliases: tuple[str, ...] = ()
-    address: str = ""
-    """``--ip``; empty: any."""
+from skep.model.sandbox import EndpointRequest, NetworkMode
 
 
 class RestartWish(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +19,7 @@ class Plain(msgspec.Struct, frozen=True, kw_only=True):
     """What only a container has that no service asked for: its user decides when it runs, and on which networks."""
 
     mode: NetworkMode = NetworkMode.BRIDGE
-    networks: tuple[NetworkWish, ...] = ()
+    networks: tuple[EndpointRequest, ...] = ()
     """With ``NETWORKS``, in the order of its interfaces."""
     network_mode: str = "default"
     """As the user wrote it."""

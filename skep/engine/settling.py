@@ -72,8 +72,8 @@ class ContainerSettler(ContainerChanger):
         """Wait for its end, free what only a running container needs, then say that it ended."""
         id = container.id
         ended = await self._persist(lambda: self._runtime.wait(container), id)
-        if container.endpoint is not None:
-            await self._free(self._network.detach(id, container.endpoint), id)
+        if container.sandbox is not None:
+            await self._free(self._network.detach(id, container.sandbox), id)
         container = self._registry.observe(
             id,
             state=ContainerState.EXITED,
@@ -94,13 +94,13 @@ class ContainerSettler(ContainerChanger):
         """A start failed: nothing of it stays but the record, which says why."""
         container = self.get(id)
         await self._free(self._runtime.delete(id), id)
-        if container.endpoint is not None:
-            await self._free(self._network.detach(id, container.endpoint), id)
+        if container.sandbox is not None:
+            await self._free(self._network.detach(id, container.sandbox), id)
         await self._free(asyncio.to_thread(self._bundles.release, id), id)
         code = error.exit_code if isinstance(error, StartError) else 128
         self._waiting.fail(id, NotRunning(str(error)))
         self._registry.observe(
-            id, process=None, monitor=None, endpoint=None, exit_code=code, error=explain(error)
+            id, process=None, monitor=None, sandbox=None, exit_code=code, error=explain(error)
         )
 
     async def _free(self, work: Awaitable[None], id: ContainerId) -> None:
@@ -134,7 +134,7 @@ class ContainerSettler(ContainerChanger):
         turn, container = self._turns.get(id), self._registry.lookup(id)
         if turn is not None and turn.locked():
             return True
-        if container is None or container.endpoint is None:
+        if container is None or container.sandbox is None:
             return False
         return container.is_running or not container.was_started
 
@@ -143,10 +143,10 @@ class ContainerSettler(ContainerChanger):
         if container.state is not ContainerState.CREATED or container.plain is not None:
             return
         await self._free(self._runtime.delete(id), id)
-        if container.endpoint is not None:
-            await self._free(self._network.detach(id, container.endpoint), id)
+        if container.sandbox is not None:
+            await self._free(self._network.detach(id, container.sandbox), id)
         await self._free(asyncio.to_thread(self._bundles.release, id), id)
-        self._registry.observe(id, process=None, monitor=None, endpoint=None, is_retired=True)
+        self._registry.observe(id, process=None, monitor=None, sandbox=None, is_retired=True)
 
     # --- removal ------------------------------------------------------------------------------------------------
 
@@ -156,8 +156,8 @@ class ContainerSettler(ContainerChanger):
         self.execs.forget(id)
         if container.state in (ContainerState.CREATED, ContainerState.REMOVING):
             await self._free(self._runtime.delete(id), id)
-            if container.endpoint is not None:
-                await self._free(self._network.detach(id, container.endpoint), id)
+            if container.sandbox is not None:
+                await self._free(self._network.detach(id, container.sandbox), id)
         self._registry.observe(id, state=ContainerState.REMOVING)
         try:
             await self._bundles.discard(id)

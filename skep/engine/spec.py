@@ -12,9 +12,9 @@ import msgspec
 
 from skep.engine import apparmor, capabilities, seccomp
 from skep.engine.container import Container, ContainerConfig, ExecConfig, MountPoint
-from skep.engine.options import NetworkMode
 from skep.engine.users import Identity
 from skep.errors import FailedPrecondition, InvalidArgument
+from skep.model.sandbox import NetworkMode
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INIT_PATH = "/sbin/docker-init"
@@ -223,8 +223,8 @@ def _linux(container: Container, capacity: Capacity, cgroup: str, warnings: list
     is_on_host = container.plain is not None and container.plain.mode is NetworkMode.HOST
     if not is_on_host:
         network = {"type": "network"}
-        if container.endpoint is not None:
-            network["path"] = container.endpoint.netns
+        if container.sandbox is not None:
+            network["path"] = container.sandbox.netns
         namespaces.append(network)
     if capacity.is_cgroup_v2:
         namespaces.append({"type": "cgroup"})

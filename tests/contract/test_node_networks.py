@@ -11,10 +11,11 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.local.keeper import LocalNetworks
-from skep.engine.container import Container, ContainerConfig, ContainerState, Endpoint
+from skep.engine.container import Container, ContainerConfig, ContainerState
 from skep.manager.allocator.subnets import NetworkBook, allocated
 from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId, new_container_id
 from skep.model.network import Network
+from skep.model.sandbox import Sandbox
 from skep.model.service import Endpoint as ServiceEndpoint
 from skep.model.service import EndpointVirtualIP, NetworkAttachmentConfig
 from skep.model.tables import NetworkHead, Table, TableEndpoint, TableNode, TablePort, TableService
@@ -62,7 +63,7 @@ def on(network: Network, task: Task, address: str) -> Task:
 
 
 def a_container_of(task: Task, id: str) -> Container:
-    endpoint = Endpoint(
+    endpoint = Sandbox(
         netns="",
         address="172.18.0.2",
         prefix_length=16,
@@ -76,7 +77,7 @@ def a_container_of(task: Task, id: str) -> Container:
         image_id="",
         config=ContainerConfig(path="sh"),
         labels={"com.docker.swarm.task.id": task.id, "com.docker.swarm.service.name": "web"},
-        endpoint=endpoint,
+        sandbox=endpoint,
         state=ContainerState.RUNNING,
     )
 

@@ -15,12 +15,13 @@ from skep.engine import containers as containers_module
 from skep.engine import overlay
 from skep.engine.bundle import Bundles
 from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, ContainerConfig, ContainerWish, Endpoint, ProcessName
+from skep.engine.container import Container, ContainerConfig, ContainerWish, ProcessName
 from skep.engine.containers import Containers
 from skep.engine.runtime import Ended, Runtime, Started
 from skep.errors import NotFound
 from skep.model.ids import ContainerId, NodeId, TaskId, new_container_id
 from skep.model.labels import LABEL_TASK_ID
+from skep.model.sandbox import Sandbox
 from skep.model.task import AssignedTask, ContainerStatus
 
 Fault = Callable[[str, str], None]
@@ -111,15 +112,15 @@ class MemoryNetwork:
     async def restore(self, live: Collection[Container]) -> None:
         self._machine.fault("restore", "")
 
-    async def attach(self, container: Container) -> Endpoint:
+    async def attach(self, container: Container) -> Sandbox:
         self._machine.fault("attach", container.id)
         self._machine.attached.add(container.id)
-        return Endpoint(netns="")
+        return Sandbox(netns="")
 
     async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
         return ()
 
-    async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+    async def detach(self, container_id: ContainerId, endpoint: Sandbox) -> None:
         self._machine.fault("detach", container_id)
         self._machine.attached.discard(container_id)
 

@@ -17,10 +17,9 @@ import structlog
 
 from skep.agent.executor.interface import Rejected, Running, TaskExit
 from skep.agent.executor.places import places
-from skep.engine.container import Place
-from skep.engine.options import NetworkWish
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.ids import ContainerId, NetworkId, TaskId
+from skep.model.sandbox import EndpointConfig, EndpointRequest
 from skep.model.task import AssignedTask, ContainerStatus
 
 log = structlog.get_logger()
@@ -39,7 +38,7 @@ Evict = Callable[[ContainerId, NetworkId], Awaitable[None]]
 class Managers(Protocol):
     """The node's session with a manager (``node.agent.Agent``)."""
 
-    async def attach_network(self, container_id: ContainerId, wish: NetworkWish) -> TaskId:
+    async def attach_network(self, container_id: ContainerId, wish: EndpointRequest) -> TaskId:
         """Ask for a place.  Raises: SkepError, in the manager's words; Unavailable: there is no session."""
 
     async def detach_network(self, id: TaskId) -> None:
@@ -49,7 +48,7 @@ class Managers(Protocol):
 class _Held:
     """A place of this node.  It is ``claimed`` once its container has it, and ``gone`` when it has it no more."""
 
-    def __init__(self, container_id: ContainerId, place: Place | None) -> None:
+    def __init__(self, container_id: ContainerId, place: EndpointConfig | None) -> None:
         self.container_id = container_id
         self.place = place
         """None: of an earlier process, whose container knows it."""
@@ -80,7 +79,7 @@ class ClusterAttachments:
         for id, container_id in held:
             self._held[id] = _Held(container_id, None)
 
-    async def take(self, container_id: ContainerId, wish: NetworkWish) -> Place:
+    async def take(self, container_id: ContainerId, wish: EndpointRequest) -> EndpointConfig:
         """A place with its address.  ``wish.aliases``: the container's name first.
 
         Raises: NotFound: the node is in no swarm, so there is no such network; SkepError, in Docker's words.
@@ -111,7 +110,7 @@ class ClusterAttachments:
             held.gone.set()
             await self._tell(id)
 
-    async def _claim(self, id: TaskId) -> Place:
+    async def _claim(self, id: TaskId) -> EndpointConfig:
         """Return when the assignment is here."""
         while (held := self._held.get(id)) is None:
             self._arrived.clear()

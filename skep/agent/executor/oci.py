@@ -304,5 +304,5 @@ def _running(container: Container) -> Running:
         container=ContainerStatus(
             container_id=container.id, pid=container.pid, exit_code=container.exit_code
         ),
-        ports=container.endpoint.ports if container.endpoint is not None else (),
+        ports=container.sandbox.ports if container.sandbox is not None else (),
     )

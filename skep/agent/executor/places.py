@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from ipaddress import ip_interface, ip_network
 
 from skep.agent.executor.interface import Rejected
-from skep.engine.container import Place
 from skep.model.network import MTU_OPTION, MTUS, Network
 from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
 from skep.model.planes import is_overlay
+from skep.model.sandbox import EndpointConfig
 from skep.model.tables import NetworkHead
 from skep.model.task import NetworkAttachment, Task
 
 
-def places(task: Task) -> tuple[Place, ...]:
+def places(task: Task) -> tuple[EndpointConfig, ...]:
     """The overlay networks of ``task`` in the order of its interfaces: ingress first, the others as attached.
 
     Raises: Rejected: an attachment makes no sense.
@@ -42,7 +42,7 @@ def network_head(network: Network) -> NetworkHead:
     return head_of(network)
 
 
-def _place(attachment: NetworkAttachment) -> Place:
+def _place(attachment: NetworkAttachment) -> EndpointConfig:
     assert attachment.network is not None, "asked before"
     network = attachment.network
     try:
@@ -52,7 +52,7 @@ def _place(attachment: NetworkAttachment) -> Place:
         raise Rejected(f"invalid attachment to network {network.spec.name}: {error}") from error
     if not addresses:
         raise Rejected(f"no address on network {network.spec.name}")
-    return Place(
+    return EndpointConfig(
         head=head,
         addresses=tuple(sorted(addresses, key=lambda one: ":" in one)),
         aliases=attachment.aliases,

@@ -13,7 +13,7 @@ from skep.agent.executor.interface import Rejected
 from skep.agent.executor.places import places
 from skep.agent.executor.template import Context, expand
 from skep.engine import health
-from skep.engine.container import ContainerConfig, LogConfig, MountPoint, NodePort
+from skep.engine.container import ContainerConfig, LogConfig, MountPoint
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.signals import signal_number
 from skep.engine.spec import merged_environment
@@ -23,6 +23,7 @@ from skep.model.ids import NodeId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.meta import Driver
 from skep.model.publishing import publish_options
+from skep.model.sandbox import PublishedPort
 from skep.model.service import PortConfig, PublishMode
 from skep.model.task import AssignedTask
 
@@ -141,14 +142,14 @@ def config(
             for port in task.ports
             if port.publish_mode is PublishMode.HOST
         ),
-        places=places(task.task),
+        endpoints=places(task.task),
         exposed_ports=tuple(sorted(image.exposed_ports or {})),
         healthcheck=health.merged(spec.healthcheck, image.healthcheck),
         log=log_config(task.task.spec.log_driver or log_default),
     )
 
 
-def node_port(port: PortConfig, service_labels: Mapping[str, str]) -> NodePort:
+def node_port(port: PortConfig, service_labels: Mapping[str, str]) -> PublishedPort:
     """A port in host mode, on the address that the service's labels name.
 
     Raises: Rejected: an IPv6 address, on which ports in host mode do not answer.
@@ -156,7 +157,7 @@ def node_port(port: PortConfig, service_labels: Mapping[str, str]) -> NodePort:
     host_ip = publish_options(service_labels, port).host_ip
     if ":" in host_ip:
         raise Rejected(f"port {port.target_port}/{port.protocol} in host mode has no IPv6: {host_ip}")
-    return NodePort(host_ip=host_ip, **msgspec.structs.asdict(port))
+    return PublishedPort(host_ip=host_ip, **msgspec.structs.asdict(port))
 
 
 def stop_signal(name: str) -> str:

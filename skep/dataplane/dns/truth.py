@@ -62,11 +62,11 @@ class NameChecks:
 
     def _namespace_on(self, network: NetworkId) -> Path | None:
         for container in self._containers():
-            endpoint = container.endpoint
-            if container.state is not ContainerState.RUNNING or endpoint is None:
+            sandbox = container.sandbox
+            if container.state is not ContainerState.RUNNING or sandbox is None:
                 continue
-            if any(place.network_id == network for place in endpoint.places):
-                return Path(endpoint.netns)
+            if any(place.network_id == network for place in sandbox.endpoints):
+                return Path(sandbox.netns)
         return None
 
     async def _wrong(self, namespace: Path, network: NetworkNames) -> Told:

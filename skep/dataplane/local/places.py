@@ -15,11 +15,11 @@ import structlog
 from skep.dataplane.addresses import Addresses
 from skep.dataplane.local.keeper import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, find, gateway_of, head_of, is_local, subnet_of
-from skep.engine.container import Container, Place
-from skep.engine.options import NetworkWish
+from skep.engine.container import Container
 from skep.errors import InvalidArgument, SkepError
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
+from skep.model.sandbox import EndpointConfig, EndpointRequest
 from skep.model.tables import Table, TableEndpoint
 
 log = structlog.get_logger()
@@ -56,8 +56,8 @@ class LocalPlaces:
     async def restore(self, live: Collection[Container]) -> None:
         """Keep what ``live`` containers hold; tables of networks that nobody is on go."""
         for container in live:
-            for connected in container.endpoint.places if container.endpoint is not None else ():
-                place = connected.place
+            for connected in container.sandbox.endpoints if container.sandbox is not None else ():
+                place = connected.config
                 if is_local(place.head.id) and (network := self.find(place.head.id)) is not None:
                     self._addresses_of(network).claim(_address(place), container.id)
                     self._enter(container.id, container.name, place)
@@ -68,7 +68,9 @@ class LocalPlaces:
         for id in tuple(self._endpoints):
             await self._tell(id)
 
-    async def take(self, container: Container, network: LocalNetwork, wish: NetworkWish) -> Place:
+    async def take(
+        self, container: Container, network: LocalNetwork, wish: EndpointRequest
+    ) -> EndpointConfig:
         """An address on ``network``, and its names in force.
 
         Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: no such address; SkepError.
@@ -78,7 +80,7 @@ class LocalPlaces:
             address = addresses.take_wished(_parsed(wish.address), container.id)
         else:
             address = addresses.take(container.id)
-        place = Place(
+        place = EndpointConfig(
             head=head_of(network),
             addresses=(f"{address}/{addresses.subnet.prefixlen}",),
             aliases=wish.aliases,
@@ -91,7 +93,7 @@ class LocalPlaces:
             raise
         return place
 
-    async def give_back(self, container_id: ContainerId, place: Place) -> None:
+    async def give_back(self, container_id: ContainerId, place: EndpointConfig) -> None:
         """The container has left.  Harmless when it had."""
         id = place.head.id
         if (known := self._addresses.get(id)) is not None:
@@ -107,12 +109,12 @@ class LocalPlaces:
 
     async def rename(self, container: Container) -> None:
         """The container has another name now.  Raises: SkepError."""
-        for connected in container.endpoint.places if container.endpoint is not None else ():
+        for connected in container.sandbox.endpoints if container.sandbox is not None else ():
             if container.id in self._endpoints.get(connected.network_id, {}):
-                self._enter(container.id, container.name, connected.place)
+                self._enter(container.id, container.name, connected.config)
                 await self._tell(connected.network_id)
 
-    def _enter(self, id: ContainerId, name: str, place: Place) -> None:
+    def _enter(self, id: ContainerId, name: str, place: EndpointConfig) -> None:
         endpoints = self._endpoints.setdefault(place.head.id, {})
         endpoints[id] = TableEndpoint(
             task_id=TaskId(id),
@@ -150,7 +152,7 @@ class LocalPlaces:
         return known
 
 
-def _address(place: Place) -> IPv4Address:
+def _address(place: EndpointConfig) -> IPv4Address:
     return IPv4Address(place.addresses[0].partition("/")[0])
 
 

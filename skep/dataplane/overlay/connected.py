@@ -2,10 +2,10 @@
 
 from skep.dataplane.addresses import mac_for
 from skep.dataplane.gateway import new_port_name
-from skep.engine.container import ConnectedPlace, Place
+from skep.model.sandbox import Endpoint, EndpointConfig
 
 
-def connected_place(place: Place, interface: str) -> ConnectedPlace:
+def connected_place(place: EndpointConfig, interface: str) -> Endpoint:
     """``place`` with ``interface`` in the container, and a port that no start of it had before."""
     mac = mac_for(one.partition("/")[0] for one in place.addresses)
-    return ConnectedPlace(place=place, interface=interface, port=new_port_name(), mac_address=mac)
+    return Endpoint(config=place, interface=interface, port=new_port_name(), mac_address=mac)

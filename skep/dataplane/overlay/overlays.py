@@ -35,9 +35,9 @@ from skep.dataplane.overlay.wanted import (
     network_state,
     remote_entries,
 )
-from skep.engine.container import ConnectedPlace, Endpoint, Place
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.model.ids import ContainerId, NetworkId, NodeId
+from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
 from skep.model.tables import NetworkHead, Table
 
 log = structlog.get_logger()
@@ -82,7 +82,7 @@ class Overlays:
         self._heads: dict[NetworkId, NetworkHead] = {}
         self._places: dict[NetworkId, dict[ContainerId, LocalPlace]] = {}
         self._domains: dict[NetworkId, Domain] = {}
-        self._containers: dict[ContainerId, tuple[Domain, Endpoint]] = {}
+        self._containers: dict[ContainerId, tuple[Domain, Sandbox]] = {}
         self._underlays = Underlays()
         self._locks: dict[NetworkId, asyncio.Lock] = {}
         self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
@@ -195,16 +195,16 @@ class Overlays:
 
     # --- containers -------------------------------------------------------------------------------------------
 
-    def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
+    def restore(self, live: Mapping[ContainerId, Sandbox]) -> None:
         """Containers of earlier processes that go on; nothing of them is touched."""
-        for id, endpoint in live.items():
-            for connected in endpoint.places:
-                self._enter(id, endpoint.netns, connected)
+        for id, sandbox in live.items():
+            for connected in sandbox.endpoints:
+                self._enter(id, sandbox.netns, connected)
 
-    async def begin(self, live: Mapping[ContainerId, Endpoint]) -> None:
+    async def begin(self, live: Mapping[ContainerId, Sandbox]) -> None:
         """The node's own network is there: keep the insides of the ``live`` containers, and take tables."""
-        for id, endpoint in live.items():
-            domain = self._container_domain(id, endpoint)
+        for id, sandbox in live.items():
+            domain = self._container_domain(id, sandbox)
             domain.adopt()
             watching = self._healing.watch(domain)
             await contain(watching, "changes in a container's namespace are not heard of", container=id)
@@ -212,8 +212,8 @@ class Overlays:
         self._restored.set()
 
     async def connect(
-        self, container_id: ContainerId, netns: Path, places: Sequence[Place], *, first: str = "eth0"
-    ) -> tuple[ConnectedPlace, ...]:
+        self, container_id: ContainerId, netns: Path, places: Sequence[EndpointConfig], *, first: str = "eth0"
+    ) -> tuple[Endpoint, ...]:
         """A port on the bridge of each network, with ``first`` and so on in the container's namespace as far ends.
 
         Addresses come with ``settle_container``.  Raises: SkepError.
@@ -232,22 +232,22 @@ class Overlays:
             raise
         return connected
 
-    async def settle_container(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+    async def settle_container(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
-        domain = await self._watch_container(container_id, endpoint)
-        domain.believe(just_made(domain.wanted, endpoint.sysctls))
+        domain = await self._watch_container(container_id, sandbox)
+        domain.believe(just_made(domain.wanted, sandbox.sysctls))
         await domain.settle()
 
-    async def change(self, id: ContainerId, gone: Iterable[ConnectedPlace], endpoint: Endpoint) -> None:
-        """Take a container that runs on from networks; it has ``endpoint`` now.  Raises: SkepError; OSError."""
+    async def change(self, id: ContainerId, gone: Iterable[Endpoint], sandbox: Sandbox) -> None:
+        """Take a container that runs on from networks; it has ``sandbox`` now.  Raises: SkepError; OSError."""
         if (before := self._containers.pop(id, None)) is not None:
             self._healing.forget(before[0])
         for one in gone:
             if self._places.get(one.network_id, {}).pop(id, None) is not None:
                 await self._settle(one.network_id)
-        await (await self._watch_container(id, endpoint)).settle()
+        await (await self._watch_container(id, sandbox)).settle()
 
-    def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
+    def disconnect(self, container_id: ContainerId, connected: Sequence[Endpoint]) -> None:
         """Its ports go with its namespace; networks that nobody needs any more are removed in a moment.
 
         Harmless when all of that is gone.
@@ -268,7 +268,7 @@ class Overlays:
         """Containers that have a place on a network of this node."""
         return frozenset(self._containers).union(*self._places.values())
 
-    def connected(self, container_id: ContainerId) -> tuple[ConnectedPlace, ...]:
+    def connected(self, container_id: ContainerId) -> tuple[Endpoint, ...]:
         """The places of one container."""
         return tuple(
             places[container_id].connected for places in self._places.values() if container_id in places
@@ -279,54 +279,54 @@ class Overlays:
         if self._is_cleared:
             await self._clear_pins()
 
-    def _enter(self, container_id: ContainerId, netns: str, connected: ConnectedPlace) -> None:
-        self._heads.setdefault(connected.network_id, connected.place.head)
+    def _enter(self, container_id: ContainerId, netns: str, connected: Endpoint) -> None:
+        self._heads.setdefault(connected.network_id, connected.config.head)
         places = self._places.setdefault(connected.network_id, {})
         places[container_id] = LocalPlace(netns, connected)
 
-    async def _watch_container(self, container_id: ContainerId, endpoint: Endpoint) -> Domain:
-        domain = self._container_domain(container_id, endpoint)
+    async def _watch_container(self, container_id: ContainerId, sandbox: Sandbox) -> Domain:
+        domain = self._container_domain(container_id, sandbox)
         await self._healing.watch(domain)
         return domain
 
-    def _container_domain(self, container_id: ContainerId, endpoint: Endpoint) -> Domain:
+    def _container_domain(self, container_id: ContainerId, sandbox: Sandbox) -> Domain:
         domain = Domain(
             f"container {container_id[:12]}",
-            Path(endpoint.netns),
+            Path(sandbox.netns),
             self._namespaces,
             self.repairs,
             is_ours=False,
-            remake=partial(self._remake, endpoint),
+            remake=partial(self._remake, sandbox),
         )
-        domain.wish("container", container_state(endpoint, self._networks_of(endpoint)))
-        self._containers[container_id] = (domain, endpoint)
+        domain.wish("container", container_state(sandbox, self._networks_of(sandbox)))
+        self._containers[container_id] = (domain, sandbox)
         return domain
 
-    async def _remake(self, endpoint: Endpoint, interface: str) -> None:
+    async def _remake(self, sandbox: Sandbox, interface: str) -> None:
         """Make an interface of a container anew, from its bridge."""
-        for one in endpoint.places:
+        for one in sandbox.endpoints:
             if one.interface == interface:
                 is_ingress = self._head_of(one.network_id).is_ingress
                 domain = self._home if is_ingress else self._domains.get(one.network_id)
                 if domain is None:
                     raise KernelRefused(f"nothing is known of network {one.network_name} yet")
                 await domain.remake(one.port)
-        if interface == endpoint.interface and endpoint.port:
-            await self._home.remake(endpoint.port)
+        if interface == sandbox.interface and sandbox.port:
+            await self._home.remake(sandbox.port)
 
     async def _settle_containers(self, id: NetworkId) -> None:
         """The MTU may be another one now."""
         for container_id in tuple(self._places.get(id, {})):
             if container_id in self._containers:
-                domain, endpoint = self._containers[container_id]
-                state = container_state(endpoint, self._networks_of(endpoint))
+                domain, sandbox = self._containers[container_id]
+                state = container_state(sandbox, self._networks_of(sandbox))
                 if state != domain.wanted:
                     domain.wish("container", state)
                     await domain.settle()
 
-    def _networks_of(self, endpoint: Endpoint) -> dict[NetworkId, tuple[NetworkHead, int]]:
+    def _networks_of(self, sandbox: Sandbox) -> dict[NetworkId, tuple[NetworkHead, int]]:
         found = {}
-        for one in endpoint.places:
+        for one in sandbox.endpoints:
             head, table = self._head_of(one.network_id), self._tables.get(one.network_id)
             found[one.network_id] = (head, mtu_of(head, self._underlays.of(self._node_id, table)))
         return found

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from skep.dataplane.overlay.tables import Element, RuleTable
 from skep.dataplane.overlay.wanted import plain_address
-from skep.engine.container import ConnectedPlace
 from skep.model.ids import NetworkId, NodeId
 from skep.model.paths import PROBE_VNI, PathWish
+from skep.model.sandbox import Endpoint
 from skep.model.tables import Table
 
 SPOOFING = "bridge skep"
@@ -34,9 +34,9 @@ class Owner(NamedTuple):
     addresses: tuple[str, ...]
 
 
-def owner(connected: ConnectedPlace) -> Owner:
+def owner(connected: Endpoint) -> Owner:
     """Of a place on an overlay."""
-    addresses = (one.partition("/")[0] for one in connected.place.addresses)
+    addresses = (one.partition("/")[0] for one in connected.config.addresses)
     return Owner(connected.port, connected.mac_address, tuple(addresses))
 
 

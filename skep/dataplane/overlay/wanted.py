@@ -18,8 +18,8 @@ from skep.dataplane.addresses import mac_for
 from skep.dataplane.encrypted.frames import GSO_BYTES_MAX, inner_mtu
 from skep.dataplane.encrypted.plan import device_of as encrypted_device_of
 from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, Peer, Route, State, Vxlan
-from skep.engine.container import ConnectedPlace, Endpoint
 from skep.model.ids import NetworkId, NodeId
+from skep.model.sandbox import Endpoint, Sandbox
 from skep.model.tables import NetworkHead, Segment, Table
 
 INGRESS_BRIDGE = "skep-ingress"
@@ -58,7 +58,7 @@ class LocalPlace(msgspec.Struct, frozen=True):
     """A container of this node on a network: its namespace and its connection."""
 
     netns: str
-    connected: ConnectedPlace
+    connected: Endpoint
 
 
 class Underlay(msgspec.Struct, frozen=True):
@@ -166,17 +166,17 @@ def remote_entries(table: Table, node_id: NodeId, underlay: Underlay | None) -> 
     return frozenset(found)
 
 
-def check_endpoint(endpoint: Endpoint) -> None:
+def check_sandbox(sandbox: Sandbox) -> None:
     """Whether networks can be made of what a record says.  Raises: ValueError, or any other error: they cannot."""
-    for one in endpoint.places:
-        place = LocalPlace(endpoint.netns, one)
-        network_state(one.place.head, None, (place,), node_id=NodeId(""), underlay=None, remote=frozenset())
-    container_state(endpoint, {one.network_id: (one.place.head, USUAL_MTU) for one in endpoint.places})
-    if endpoint.address:
-        IPv4Address(endpoint.address)
+    for one in sandbox.endpoints:
+        place = LocalPlace(sandbox.netns, one)
+        network_state(one.config.head, None, (place,), node_id=NodeId(""), underlay=None, remote=frozenset())
+    container_state(sandbox, {one.network_id: (one.config.head, USUAL_MTU) for one in sandbox.endpoints})
+    if sandbox.address:
+        IPv4Address(sandbox.address)
 
 
-def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[NetworkHead, int]]) -> State:
+def container_state(sandbox: Sandbox, networks: Mapping[NetworkId, tuple[NetworkHead, int]]) -> State:
     """A container's namespace: its interfaces with their addresses, and its routes.
 
     ``networks``: its networks as they are known by now, with their MTU.
@@ -184,11 +184,11 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
     links = {LOOPBACK: Link(name=LOOPBACK, kind="loopback", mtu=LOOPBACK_MTU)}
     addresses = {Address(LOOPBACK, "127.0.0.1/8")}
     routes: set[Route] = set()
-    sysctls = dict(endpoint.sysctls)
-    for place in endpoint.places:
+    sysctls = dict(sandbox.sysctls)
+    for place in sandbox.endpoints:
         name, (head, mtu) = place.interface, networks[place.network_id]
         links[name] = Link(name=name, kind="veth", mtu=mtu, mac=place.mac_address)
-        held = [ip_interface(one) for one in place.place.addresses]
+        held = [ip_interface(one) for one in place.config.addresses]
         addresses |= {Address(name, str(one)) for one in held}
         if any(one.version == 6 for one in held):
             sysctls |= _ipv6_sysctls(name)
@@ -198,16 +198,16 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
             subnet = subnet_of(segment.subnet)
             if subnet not in reached and subnet.version in versions:
                 routes.add(Route(name, str(subnet)))
-    if endpoint.interface and endpoint.address:
-        links[endpoint.interface] = Link(
-            name=endpoint.interface, kind="veth", mtu=USUAL_MTU, mac=endpoint.mac_address
+    if sandbox.interface and sandbox.address:
+        links[sandbox.interface] = Link(
+            name=sandbox.interface, kind="veth", mtu=USUAL_MTU, mac=sandbox.mac_address
         )
-        addresses.add(Address(endpoint.interface, f"{endpoint.address}/{endpoint.prefix_length}"))
-        routes.add(Route(endpoint.interface, "0.0.0.0/0", endpoint.gateway))
-    if endpoint.interface and endpoint.address6:
-        addresses.add(Address(endpoint.interface, f"{endpoint.address6}/64"))
-        routes.add(Route(endpoint.interface, "::/0", endpoint.gateway6))
-        sysctls |= _ipv6_sysctls(endpoint.interface)
+        addresses.add(Address(sandbox.interface, f"{sandbox.address}/{sandbox.prefix_length}"))
+        routes.add(Route(sandbox.interface, "0.0.0.0/0", sandbox.gateway))
+    if sandbox.interface and sandbox.address6:
+        addresses.add(Address(sandbox.interface, f"{sandbox.address6}/64"))
+        routes.add(Route(sandbox.interface, "::/0", sandbox.gateway6))
+        sysctls |= _ipv6_sysctls(sandbox.interface)
     return State(links=links, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=sysctls)
 
 

@@ -182,7 +182,7 @@ def ports(container: Container) -> list[dict[str, Any]]:
             "PublicPort": port.published_port,
             "Type": port.protocol,
         }
-        for port in (container.endpoint.ports if container.endpoint else ())
+        for port in (container.sandbox.ports if container.sandbox else ())
     ]
     known = {(port["PrivatePort"], port["Type"]) for port in published}
     exposed = [
@@ -301,8 +301,8 @@ def _plain_host_config(container: Container) -> dict[str, Any]:
 
 
 def _bindings(container: Container) -> dict[str, Any]:
-    has_opened = container.endpoint is not None and container.plain is None
-    published = container.endpoint.ports if has_opened and container.endpoint else container.config.ports
+    has_opened = container.sandbox is not None and container.plain is None
+    published = container.sandbox.ports if has_opened and container.sandbox else container.config.ports
     bindings: dict[str, Any] = {}
     for port in published:
         binding = {"HostIp": port.host_ip, "HostPort": str(port.published_port)}

@@ -148,16 +148,16 @@ def _matches_volume(container: Container, wanted: Sequence[str]) -> bool:
 
 
 def _networks(container: Container) -> Sequence[str]:
-    endpoint = container.endpoint
-    if endpoint is None:
+    sandbox = container.sandbox
+    if sandbox is None:
         return ()
-    if endpoint.places:
-        return [word for one in endpoint.places for word in (one.network_name, one.network_id)]
-    return (endpoint.network,)
+    if sandbox.endpoints:
+        return [word for one in sandbox.endpoints for word in (one.network_name, one.network_id)]
+    return (sandbox.network,)
 
 
 def _published(container: Container) -> Sequence[str]:
-    ports = container.endpoint.ports if container.endpoint else ()
+    ports = container.sandbox.ports if container.sandbox else ()
     return [
         f"{number}/{port.protocol}" for port in ports for number in (port.published_port, port.target_port)
     ]

@@ -4,8 +4,8 @@ import hashlib
 from ipaddress import ip_interface
 from typing import Any
 
-from skep.engine.container import ConnectedPlace, Container
-from skep.engine.options import NetworkMode
+from skep.engine.container import Container
+from skep.model.sandbox import Endpoint, NetworkMode
 
 _NO_NETWORK: dict[str, Any] = {
     "IPAMConfig": None,
@@ -26,7 +26,7 @@ _NO_NETWORK: dict[str, Any] = {
 
 def network_settings(container: Container) -> dict[str, Any]:
     """Where it is reached; empty once it has ended, as in the engine."""
-    endpoint = container.endpoint if container.is_running else None
+    sandbox = container.sandbox if container.is_running else None
     settings: dict[str, Any] = {
         "Bridge": "",
         "SandboxID": "",
@@ -47,23 +47,23 @@ def network_settings(container: Container) -> dict[str, Any]:
         "MacAddress": "",
         "Networks": networks(container),
     }
-    if endpoint is None:
+    if sandbox is None:
         return settings
     bound: dict[str, Any] = dict.fromkeys(container.config.exposed_ports)
-    for port in endpoint.ports:
+    for port in sandbox.ports:
         key = f"{port.target_port}/{port.protocol}"
         bound[key] = [
             *(bound.get(key) or ()),
             {"HostIp": port.host_ip or "0.0.0.0", "HostPort": str(port.published_port)},
         ]
-    settings |= {"SandboxID": container.id, "SandboxKey": endpoint.netns, "Ports": bound}
-    if endpoint.places or not endpoint.address:  # Docker fills these in for its own bridge only
+    settings |= {"SandboxID": container.id, "SandboxKey": sandbox.netns, "Ports": bound}
+    if sandbox.endpoints or not sandbox.address:  # Docker fills these in for its own bridge only
         return settings
     return settings | {
-        "Gateway": endpoint.gateway,
-        "IPAddress": endpoint.address,
-        "IPPrefixLen": endpoint.prefix_length,
-        "MacAddress": endpoint.mac_address,
+        "Gateway": sandbox.gateway,
+        "IPAddress": sandbox.address,
+        "IPPrefixLen": sandbox.prefix_length,
+        "MacAddress": sandbox.mac_address,
     }
 
 
@@ -72,16 +72,16 @@ def networks(container: Container) -> dict[str, Any]:
 
     Source: the answers of an engine of version 20.10 for a task on several overlays.
     """
-    endpoint = container.endpoint if container.plain is None or container.is_running else None
-    if endpoint is None:
+    sandbox = container.sandbox if container.plain is None or container.is_running else None
+    if sandbox is None:
         wished = container.plain.networks if container.plain is not None else ()
         return {
             one.network: _NO_NETWORK | {"Aliases": list(one.aliases) or None} for one in wished
         } or _alone(container)
-    if endpoint.places:
-        return {place.network_name: _overlay(container, place) for place in endpoint.places}
+    if sandbox.endpoints:
+        return {place.network_name: _overlay(container, place) for place in sandbox.endpoints}
     is_up = container.is_running
-    name = endpoint.network or "bridge"
+    name = sandbox.network or "bridge"
     if container.plain is not None:
         if container.plain.mode is NetworkMode.NETWORKS:
             return {}
@@ -89,10 +89,10 @@ def networks(container: Container) -> dict[str, Any]:
     return {
         name: {
             **_NO_NETWORK,
-            "Gateway": endpoint.gateway if is_up else "",
-            "IPAddress": endpoint.address if is_up else "",
-            "IPPrefixLen": endpoint.prefix_length if is_up else 0,
-            "MacAddress": endpoint.mac_address if is_up else "",
+            "Gateway": sandbox.gateway if is_up else "",
+            "IPAddress": sandbox.address if is_up else "",
+            "IPPrefixLen": sandbox.prefix_length if is_up else 0,
+            "MacAddress": sandbox.mac_address if is_up else "",
         }
     }
 
@@ -104,15 +104,15 @@ def _alone(container: Container) -> dict[str, Any]:
     return {container.plain.mode.value: _NO_NETWORK}
 
 
-def _overlay(container: Container, connected: ConnectedPlace) -> dict[str, Any]:
-    held = [ip_interface(one) for one in connected.place.addresses]
+def _overlay(container: Container, connected: Endpoint) -> dict[str, Any]:
+    held = [ip_interface(one) for one in connected.config.addresses]
     v4 = next((one for one in held if one.version == 4), None)
     v6 = next((one for one in held if one.version == 6), None)
     wished = {"IPv4Address": str(v4.ip)} if v4 is not None else {}
     wished |= {"IPv6Address": str(v6.ip)} if v6 is not None else {}
     answer = _NO_NETWORK | {
         "IPAMConfig": wished,
-        "Aliases": [*connected.place.aliases, container.id[:12]]
+        "Aliases": [*connected.config.aliases, container.id[:12]]
         if container.plain is not None
         else [container.id[:12]],
         "NetworkID": connected.network_id,
@@ -129,7 +129,7 @@ def _overlay(container: Container, connected: ConnectedPlace) -> dict[str, Any]:
     }
 
 
-def _endpoint_id(container: Container, connected: ConnectedPlace) -> str:
+def _endpoint_id(container: Container, connected: Endpoint) -> str:
     """An id like Docker's, another one for each start: the port is."""
     text = f"{container.id} {connected.network_id} {connected.port}"
     return hashlib.sha256(text.encode()).hexdigest()

@@ -17,7 +17,7 @@ from skep.dataplane.connecting import ContainerNetwork
 from skep.engine.container import Container, ContainerWish, MountPoint
 from skep.engine.containers import Containers
 from skep.engine.images.store import ImageStore
-from skep.engine.options import NetworkMode, NetworkWish, Plain
+from skep.engine.options import Plain
 from skep.engine.plain import names, restarts, wish
 from skep.engine.plain.requests import CreateBody
 from skep.errors import (
@@ -30,6 +30,7 @@ from skep.errors import (
 from skep.model.ids import ContainerId
 from skep.model.meta import Driver
 from skep.model.readable import NameSource, free_name
+from skep.model.sandbox import EndpointRequest, NetworkMode
 from skep.model.times import unix_ns
 
 log = structlog.get_logger()
@@ -177,7 +178,7 @@ class PlainContainers:
 
     # --- their networks ---------------------------------------------------------------------------------------
 
-    async def connect(self, word: str, wanted: NetworkWish) -> None:
+    async def connect(self, word: str, wanted: EndpointRequest) -> None:
         """Put it on one more network, now or with its start.
 
         Raises: NotFound; FailedPrecondition: it is there; SkepError, in Docker's words.
@@ -190,8 +191,8 @@ class PlainContainers:
             if plain.mode is NetworkMode.NONE:
                 raise FailedPrecondition(_HAS_NONE)
             if container.is_running:
-                endpoint = await self._network.connect(container, wanted)
-                self._containers.change_endpoint(container.id, endpoint)
+                sandbox = await self._network.connect(container, wanted)
+                self._containers.change_sandbox(container.id, sandbox)
             elif any(one.network == wanted.network for one in plain.networks):
                 raise FailedPrecondition(
                     f"endpoint with name {container.name} already exists in network {wanted.network}"
@@ -208,13 +209,13 @@ class PlainContainers:
         async with self._changing[container.id]:
             container, plain = self._plain(container.id)
             known, is_there = {network, network_id}, False
-            endpoint = container.endpoint if container.is_running else None
-            for place in endpoint.places if endpoint is not None else ():
+            sandbox = container.sandbox if container.is_running else None
+            for place in sandbox.endpoints if sandbox is not None else ():
                 if {place.network_id, place.network_name} & known:
                     is_there = True
                     known |= {place.network_id, place.network_name}
                     left = await self._network.disconnect(container, place.network_id)
-                    self._containers.change_endpoint(container.id, left)
+                    self._containers.change_sandbox(container.id, left)
             networks = tuple(one for one in plain.networks if one.network not in known)
             if not is_there and len(networks) == len(plain.networks):
                 raise FailedPrecondition(f"container {container.id} is not connected to network {network}")

@@ -13,9 +13,9 @@ from skep.agent.executor.interface import Rejected
 from skep.agent.executor.mounting import NO_SOURCE
 from skep.api.gosyntax import BOOLEANS
 from skep.engine import apparmor, health
-from skep.engine.container import ContainerConfig, NodePort
+from skep.engine.container import ContainerConfig
 from skep.engine.images.image import ContainerDefaults
-from skep.engine.options import NetworkMode, NetworkWish, Plain, RestartWish
+from skep.engine.options import Plain, RestartWish
 from skep.engine.plain.options import refused
 from skep.engine.plain.requests import CreateBody, EndpointBody, HostBody
 from skep.engine.spec import merged_environment, nano_cpus_of
@@ -29,6 +29,7 @@ from skep.model.container import (
     VolumeOptions,
 )
 from skep.model.meta import Driver
+from skep.model.sandbox import EndpointRequest, NetworkMode, PublishedPort
 from skep.model.service import PublishMode
 from skep.model.times import SECOND_NS
 
@@ -86,10 +87,10 @@ def plain_of(body: CreateBody) -> Plain:
     return Plain(mode=kind, networks=networks, **common)  # type: ignore[arg-type]
 
 
-def network_wish(name: str, endpoint: EndpointBody) -> NetworkWish:
+def network_wish(name: str, endpoint: EndpointBody) -> EndpointRequest:
     """One network of a container."""
     ipam = endpoint.ipam_config
-    return NetworkWish(
+    return EndpointRequest(
         network=name, aliases=endpoint.aliases, address=ipam.ipv4_address if ipam is not None else ""
     )
 
@@ -295,7 +296,7 @@ def _host_line(text: str, gateway: str) -> str:
     return f"{address} {name}"
 
 
-def _ports(body: CreateBody, exposed: set[str]) -> list[NodePort]:
+def _ports(body: CreateBody, exposed: set[str]) -> list[PublishedPort]:
     host, found = body.host_config, []
     for text, bindings in sorted(host.port_bindings.items()):
         for binding in bindings or ():
@@ -324,11 +325,11 @@ def _is_ipv4(text: str) -> bool:
         return False
 
 
-def _port(text: str, published: int, address: str) -> NodePort:
+def _port(text: str, published: int, address: str) -> PublishedPort:
     match = _PORT.fullmatch(text)
     if match is None or not 0 < int(match[1]) <= 65535:
         raise InvalidArgument(f'invalid port specification: "{text}"')
-    return NodePort(
+    return PublishedPort(
         protocol=match[2] or "tcp",
         target_port=int(match[1]),
         published_port=published,

@@ -66,20 +66,20 @@ def on_gateway(
         one.id: _entry(
             f"gateway_{one.id[:12]}",
             endpoint_id(one.id, gateway.id),
-            (f"{one.endpoint.address}/{one.endpoint.prefix_length}",),
+            (f"{one.sandbox.address}/{one.sandbox.prefix_length}",),
         )
         for one in containers
-        if one.id in wanted and one.endpoint is not None
+        if one.id in wanted and one.sandbox is not None
     }
 
 
 def on_bridge(network_id: str, containers: Collection[Container]) -> dict[str, Any]:
     """The same of any network that plain containers are on."""
     return {
-        one.id: _entry(one.name, endpoint_id(one.id, network_id), connected.place.addresses)
+        one.id: _entry(one.name, endpoint_id(one.id, network_id), connected.config.addresses)
         for one in containers
-        if one.plain is not None and one.is_running and one.endpoint is not None
-        for connected in one.endpoint.places
+        if one.plain is not None and one.is_running and one.sandbox is not None
+        for connected in one.sandbox.endpoints
         if connected.network_id == network_id
     }
 
@@ -88,9 +88,9 @@ def on_builtin(network: LocalNetwork, containers: Collection[Container]) -> dict
     """The same of ``bridge``, ``host`` and ``none``."""
     found: dict[str, Any] = {}
     for one in containers:
-        plain, endpoint = one.plain, one.endpoint
-        if plain is not None and endpoint is not None and one.is_running and plain.mode.value == network.name:
-            addresses = (f"{endpoint.address}/{endpoint.prefix_length}",) if endpoint.address else ()
+        plain, sandbox = one.plain, one.sandbox
+        if plain is not None and sandbox is not None and one.is_running and plain.mode.value == network.name:
+            addresses = (f"{sandbox.address}/{sandbox.prefix_length}",) if sandbox.address else ()
             found[one.id] = _entry(one.name, endpoint_id(one.id, network.id), addresses)
     return found
 

@@ -12,8 +12,9 @@ from skep.aio.clock import SystemClock
 from skep.dataplane.connecting import ContainerNetwork
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import OwnReservations
-from skep.engine.container import Container, ContainerConfig, Endpoint, NodePort, Place
+from skep.engine.container import Container, ContainerConfig
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId, new_container_id
+from skep.model.sandbox import EndpointConfig, PublishedPort, Sandbox
 from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode
 from skep.paths import Paths
 
@@ -45,7 +46,7 @@ class LabNode:
         self.underlay = underlay
         self.paths = Paths(root / "data", root / "run")
         self.namespaces = Namespaces(self.paths.netns, home)
-        self.endpoints: dict[ContainerId, Endpoint] = {}
+        self.endpoints: dict[ContainerId, Sandbox] = {}
         self._ports: OwnReservations | None = None
 
     @asynccontextmanager
@@ -63,26 +64,26 @@ class LabNode:
         finally:
             ports.close()
 
-    async def attach(self, network: ContainerNetwork, *places: Place) -> Endpoint:
+    async def attach(self, network: ContainerNetwork, *places: EndpointConfig) -> Sandbox:
         """A container's namespace."""
         id = new_container_id()
         self.endpoints[id] = await network.attach(a_container(id, places))
         return self.endpoints[id]
 
-    async def detach(self, network: ContainerNetwork, endpoint: Endpoint) -> None:
+    async def detach(self, network: ContainerNetwork, endpoint: Sandbox) -> None:
         id = next(id for id, one in self.endpoints.items() if one == endpoint)
         await network.detach(id, self.endpoints.pop(id))
 
 
 def a_container(
     id: ContainerId,
-    places: tuple[Place, ...],
-    endpoint: Endpoint | None = None,
-    ports: tuple[NodePort, ...] = (),
+    places: tuple[EndpointConfig, ...],
+    endpoint: Sandbox | None = None,
+    ports: tuple[PublishedPort, ...] = (),
 ) -> Container:
     """What a node process knows of it, as far as networks go."""
-    config = ContainerConfig(path="sh", places=places, ports=ports)
-    return Container(id=id, name=id, image="", image_id="", config=config, endpoint=endpoint)
+    config = ContainerConfig(path="sh", endpoints=places, ports=ports)
+    return Container(id=id, name=id, image="", image_id="", config=config, sandbox=endpoint)
 
 
 class OverlayLab:
@@ -145,9 +146,9 @@ class OverlayLab:
         endpoints = {}
         for node in self.nodes:
             for id, endpoint in node.endpoints.items():
-                for place in endpoint.places:
+                for place in endpoint.endpoints:
                     if place.network_id == head.id:
-                        addresses = tuple(one.partition("/")[0] for one in place.place.addresses)
+                        addresses = tuple(one.partition("/")[0] for one in place.config.addresses)
                         task = TaskId(id[:25])
                         endpoints[task] = TableEndpoint(task_id=task, node_id=node.id, addresses=addresses)
         table = Table(head=head, nodes=nodes, endpoints=endpoints)
@@ -160,8 +161,8 @@ class OverlayLab:
             await network.overlays.apply(self.tables, frozenset(ids or self.tables))
 
 
-def place(head: NetworkHead, *addresses: str) -> Place:
-    return Place(head=head, addresses=addresses)
+def place(head: NetworkHead, *addresses: str) -> EndpointConfig:
+    return EndpointConfig(head=head, addresses=addresses)
 
 
 async def shell(namespace: Path | str, command: str) -> str:
@@ -185,7 +186,7 @@ async def tried(namespace: Path | str, command: str) -> tuple[int, str]:
     return process.returncode or 0, output.decode(errors="replace")
 
 
-async def reaches(source: Endpoint, address: str) -> bool:
+async def reaches(source: Sandbox, address: str) -> bool:
     """Whether one of three pings is answered."""
     code, _ = await tried(
         source.netns, f"busybox ping -c 1 -W 1 {address} || busybox ping -c 2 -W 2 {address}"
@@ -193,7 +194,7 @@ async def reaches(source: Endpoint, address: str) -> bool:
     return code == 0
 
 
-async def carried(namespaces: Namespaces, server: Endpoint, client: Endpoint, address: str, size: int) -> int:
+async def carried(namespaces: Namespaces, server: Sandbox, client: Sandbox, address: str, size: int) -> int:
     """Bytes that arrive of ``size`` sent over TCP from ``client`` to ``address``, which is the ``server``'s."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = await namespaces.run(

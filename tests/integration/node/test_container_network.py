@@ -12,9 +12,10 @@ from skep.dataplane.gateway import BRIDGE
 from skep.dataplane.netns import nft
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import AddressNotHere
-from skep.engine.container import Container, NodePort
+from skep.engine.container import Container
 from skep.engine.containers import Containers
 from skep.errors import AlreadyExists
+from skep.model.sandbox import PublishedPort
 from skep.model.service import PublishMode
 from tests.integration.node.conftest import Runner
 from tests.support.runc_lab import Lab
@@ -22,8 +23,8 @@ from tests.support.runc_lab import Lab
 SERVE = ("httpd", "-f", "-p", "80", "-h", "/etc")
 
 
-def host_port(published: int = 0, protocol: str = "tcp", host_ip: str = "") -> NodePort:
-    return NodePort(
+def host_port(published: int = 0, protocol: str = "tcp", host_ip: str = "") -> PublishedPort:
+    return PublishedPort(
         protocol=protocol,
         target_port=80,
         published_port=published,
@@ -33,8 +34,8 @@ def host_port(published: int = 0, protocol: str = "tcp", host_ip: str = "") -> N
 
 
 def published(container: Container) -> int:
-    assert container.endpoint is not None
-    return container.endpoint.ports[0].published_port
+    assert container.sandbox is not None
+    return container.sandbox.ports[0].published_port
 
 
 async def fetch(lab: Lab, address: str, port: int) -> bytes:
@@ -66,7 +67,7 @@ async def eventually_served(lab: Lab, address: str, port: int) -> bytes:
 
 async def test_containers_have_an_address_a_gateway_and_loopback(run: Runner) -> None:
     container = await run.create("sh", "-c", "ip -o -4 addr; ip route")
-    endpoint = container.endpoint
+    endpoint = container.sandbox
     assert endpoint is not None
     await run.containers.start(container.id)
     await run.containers.wait(container.id)
@@ -78,26 +79,26 @@ async def test_containers_have_an_address_a_gateway_and_loopback(run: Runner) ->
 
 async def test_containers_reach_each_other_and_the_node(run: Runner, containers: Containers) -> None:
     server = await run.start(*SERVE)
-    assert server.endpoint is not None
-    url = f"http://{server.endpoint.address}/group"
+    assert server.sandbox is not None
+    url = f"http://{server.sandbox.address}/group"
     command = f"for i in $(seq 100); do wget -q -O - {url} && break; sleep 0.05; done"
     assert "staff" in await run.output("sh", "-c", command)
 
 
 async def test_a_published_port_is_reached_from_the_node_and_by_loopback(lab: Lab, run: Runner) -> None:
     server = await run.start(*SERVE, ports=(host_port(8080),))
-    assert server.endpoint is not None
+    assert server.sandbox is not None
     assert b"staff" in await eventually_served(lab, "127.0.0.1", 8080)
-    assert b"staff" in await fetch(lab, server.endpoint.gateway, 8080)
+    assert b"staff" in await fetch(lab, server.sandbox.gateway, 8080)
 
 
 async def test_a_container_reaches_a_published_port_of_another_by_the_nodes_address(
     lab: Lab, run: Runner
 ) -> None:
     server = await run.start(*SERVE, ports=(host_port(8080),))
-    assert server.endpoint is not None
+    assert server.sandbox is not None
     await eventually_served(lab, "127.0.0.1", 8080)
-    url = f"http://{server.endpoint.gateway}:8080/group"
+    url = f"http://{server.sandbox.gateway}:8080/group"
     assert "staff" in await run.output("wget", "-q", "-O", "-", url)
 
 
@@ -108,7 +109,7 @@ async def test_outside_machines_reach_published_ports_and_nothing_else(lab: Lab,
     try:
         await _cable(outside, lab.home, path)
         server = await run.start(*SERVE, ports=(host_port(8080),))
-        assert server.endpoint is not None
+        assert server.sandbox is not None
         await eventually_served(lab, "127.0.0.1", 8080)
 
         def ask(address: str, port: int) -> str:
@@ -118,7 +119,7 @@ async def test_outside_machines_reach_published_ports_and_nothing_else(lab: Lab,
 
         assert "200 OK" in await outside.run(path, ask, "192.0.2.1", 8080)
         with pytest.raises(TimeoutError):
-            await outside.run(path, ask, server.endpoint.address, 80)
+            await outside.run(path, ask, server.sandbox.address, 80)
         # The way out: the node's address is what the outside sees.
         listener = await outside.run(path, lambda: socket.create_server(("192.0.2.2", 99)))
         with listener:
@@ -134,13 +135,13 @@ async def test_outside_machines_reach_published_ports_and_nothing_else(lab: Lab,
 
 async def test_a_port_in_host_mode_is_bound_to_one_address(lab: Lab, run: Runner) -> None:
     first = await run.start(*SERVE, ports=(host_port(8080, host_ip="127.0.0.1"),))
-    assert first.endpoint is not None
+    assert first.sandbox is not None
     assert b"staff" in await eventually_served(lab, "127.0.0.1", 8080)
     with pytest.raises(ConnectionRefusedError):
-        await fetch(lab, first.endpoint.gateway, 8080)
-    second = await run.start(*SERVE, ports=(host_port(8080, host_ip=first.endpoint.gateway),))
-    assert second.endpoint is not None, "another address is another port"
-    assert b"staff" in await eventually_served(lab, first.endpoint.gateway, 8080)
+        await fetch(lab, first.sandbox.gateway, 8080)
+    second = await run.start(*SERVE, ports=(host_port(8080, host_ip=first.sandbox.gateway),))
+    assert second.sandbox is not None, "another address is another port"
+    assert b"staff" in await eventually_served(lab, first.sandbox.gateway, 8080)
     with pytest.raises(AlreadyExists, match=r"Bind for 127\.0\.0\.1:8080 failed: port is already allocated"):
         await run.create("true", ports=(host_port(8080, host_ip="127.0.0.1"),))
     with pytest.raises(AddressNotHere, match="cannot assign requested address"):
@@ -171,23 +172,23 @@ async def test_after_a_restart_ports_answer_and_what_is_gone_is_cleared(lab: Lab
         other = await run.start("sleep", "100", ports=(host_port(8081),))
         await eventually_served(lab, "127.0.0.1", 8080)
         assert other.monitor is not None
-        address = server.endpoint
+        address = server.sandbox
     await lab.in_home(
         "nft", "add", "element", "ip", "skep", "host_ports", "{ tcp . 9999 : 172.18.0.99 . 80 }"
     )
     second = lab.executor()
     async with second.running():
-        assert second.containers.get(server.id).endpoint == address
+        assert second.containers.get(server.id).sandbox == address
         assert b"staff" in await fetch(lab, "127.0.0.1", 8080)
         rules = await lab.in_home("nft", "list", "map", "ip", "skep", "host_ports")
         assert "8080" in rules
         assert "9999" not in rules
         later = await Runner(lab, second.containers).create("true")
-        assert later.endpoint is not None
+        assert later.sandbox is not None
         assert address is not None
-        assert later.endpoint.address not in (
+        assert later.sandbox.address not in (
             address.address,
-            other.endpoint.address if other.endpoint else "",
+            other.sandbox.address if other.sandbox else "",
         )
 
 
@@ -198,8 +199,8 @@ async def test_the_gateways_subnet_avoids_the_machines_routes(lab: Lab) -> None:
     executor = lab.executor()
     async with executor.running():
         container = await Runner(lab, executor.containers).create("true")
-        assert container.endpoint is not None
-        subnet = IPv4Network(f"{container.endpoint.gateway}/{container.endpoint.prefix_length}", strict=False)
+        assert container.sandbox is not None
+        subnet = IPv4Network(f"{container.sandbox.gateway}/{container.sandbox.prefix_length}", strict=False)
         assert str(subnet) == "172.19.0.0/16"
     assert f"inet {subnet[1]}/16" in await lab.in_home("ip", "addr", "show", "dev", BRIDGE)
 

@@ -1,8 +1,8 @@
 """Containers under runc on overlay networks of their node."""
 
-from skep.engine.container import Place
 from skep.engine.containers import Containers
 from skep.model.ids import NetworkId
+from skep.model.sandbox import EndpointConfig
 from skep.model.tables import NetworkHead, Segment
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.runc_lab import Lab
@@ -18,25 +18,32 @@ INNER = NetworkHead(
 
 async def test_a_container_is_reached_on_its_network(run: Runner, containers: Containers, lab: Lab) -> None:
     server = await run.start(
-        *("httpd", "-f", "-p", "80", "-h", "/etc"), places=(Place(head=WEB, addresses=("10.0.1.5/24",)),)
+        *("httpd", "-f", "-p", "80", "-h", "/etc"),
+        endpoints=(EndpointConfig(head=WEB, addresses=("10.0.1.5/24",)),),
     )
     command = "for i in $(seq 100); do wget -q -O - http://10.0.1.5/group && break; sleep 0.05; done"
-    places = (Place(head=WEB, addresses=("10.0.1.6/24",)), Place(head=INNER, addresses=("10.0.2.6/24",)))
-    assert "staff" in await run.output("sh", "-c", command, places=places)
+    places = (
+        EndpointConfig(head=WEB, addresses=("10.0.1.6/24",)),
+        EndpointConfig(head=INNER, addresses=("10.0.2.6/24",)),
+    )
+    assert "staff" in await run.output("sh", "-c", command, endpoints=places)
     await containers.remove(server.id, force=True)
     assert lab.remains() == []
     await eventually(lambda: not list(lab.paths.overlays.iterdir()), "the network is removed")
 
 
 async def test_the_hosts_file_names_the_container_on_each_network(run: Runner) -> None:
-    places = (Place(head=WEB, addresses=("10.0.1.6/24",)), Place(head=INNER, addresses=("10.0.2.6/24",)))
-    lines = (await run.output("cat", "/etc/hosts", hostname="me", places=places)).splitlines()
+    places = (
+        EndpointConfig(head=WEB, addresses=("10.0.1.6/24",)),
+        EndpointConfig(head=INNER, addresses=("10.0.2.6/24",)),
+    )
+    lines = (await run.output("cat", "/etc/hosts", hostname="me", endpoints=places)).splitlines()
     assert lines[-2:] == ["10.0.1.6\tme", "10.0.2.6\tme"]
 
 
 async def test_a_container_is_started_again_on_its_networks(run: Runner, containers: Containers) -> None:
-    places = (Place(head=INNER, addresses=("10.0.2.6/24",)),)
-    container = await run.start("ip", "-o", "-4", "addr", places=places)
+    places = (EndpointConfig(head=INNER, addresses=("10.0.2.6/24",)),)
+    container = await run.start("ip", "-o", "-4", "addr", endpoints=places)
     await containers.wait(container.id)
     await containers.start(container.id)
     await containers.wait(container.id)
@@ -48,14 +55,14 @@ async def test_a_new_process_finds_the_interfaces_again(lab: Lab) -> None:
     first = lab.executor()
     async with first.running():
         run = Runner(lab, first.containers)
-        places = (Place(head=WEB, addresses=("10.0.1.5/24",)),)
-        server = await run.start("sleep", "1000", places=places)
+        places = (EndpointConfig(head=WEB, addresses=("10.0.1.5/24",)),)
+        server = await run.start("sleep", "1000", endpoints=places)
     second = lab.executor()
     async with second.running():
         run = Runner(lab, second.containers)
         await second.overlays.apply({}, frozenset())
-        assert second.containers.get(server.id).endpoint == server.endpoint
-        places = (Place(head=WEB, addresses=("10.0.1.6/24",)),)
-        assert "1 packets received" in await run.output("ping", "-c", "1", "10.0.1.5", places=places)
+        assert second.containers.get(server.id).sandbox == server.sandbox
+        places = (EndpointConfig(head=WEB, addresses=("10.0.1.6/24",)),)
+        assert "1 packets received" in await run.output("ping", "-c", "1", "10.0.1.5", endpoints=places)
         await second.containers.remove(server.id, force=True)
         await eventually(lambda: not list(lab.paths.overlays.iterdir()), "the network is removed")

@@ -194,5 +194,5 @@ async def test_changes_against_the_image_are_listed(run: Runner, containers: Con
 async def test_many_starts_at_once_all_come_up(run: Runner, containers: Containers) -> None:
     started = await asyncio.gather(*(run.start("sleep", "100") for _ in range(12)))
     assert len({container.pid for container in started}) == 12
-    assert len({container.endpoint.address for container in started if container.endpoint}) == 12
+    assert len({container.sandbox.address for container in started if container.sandbox}) == 12
     await asyncio.gather(*(containers.remove(container.id, force=True) for container in started))

@@ -13,8 +13,8 @@ import pytest
 from skep.agent.executor.oci import OciExecutor
 from skep.dataplane.gateway import BRIDGE
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.engine.container import Endpoint, Place
 from skep.model.ids import NetworkId
+from skep.model.sandbox import EndpointConfig, Sandbox
 from skep.model.tables import NetworkHead, Segment
 from tests.integration.node.conftest import Runner
 from tests.support.runc_lab import Lab
@@ -28,18 +28,18 @@ NODE, OUTSIDE = "2001:db8::1", "2001:db8::2"
 WAIT_S = 10.0
 
 
-def places(number: int = 5) -> tuple[Place, ...]:
-    return (Place(head=DUAL, addresses=(f"10.0.1.{number}/24", f"fd01:2::{number}/64")),)
+def places(number: int = 5) -> tuple[EndpointConfig, ...]:
+    return (EndpointConfig(head=DUAL, addresses=(f"10.0.1.{number}/24", f"fd01:2::{number}/64")),)
 
 
-def internal_places() -> tuple[Place, ...]:
+def internal_places() -> tuple[EndpointConfig, ...]:
     """No way out by the only network with IPv6, and one by another."""
     (dual,) = places(7)
     plain = NetworkHead(
         id=NetworkId("plainnet"), name="plain", segments=(Segment("10.0.2.0/24", "10.0.2.1", 4098),)
     )
     inside = msgspec.structs.replace(dual, head=msgspec.structs.replace(DUAL, is_internal=True))
-    return (inside, Place(head=plain, addresses=("10.0.2.7/24",)))
+    return (inside, EndpointConfig(head=plain, addresses=("10.0.2.7/24",)))
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ async def heard_outside(lab: Lab, outside: Path, run: Runner) -> tuple[bytes, st
     spaces.close()
     listener.settimeout(WAIT_S)
     with listener:
-        client = await run.start("sh", "-c", f"echo hello | nc {OUTSIDE} 99", places=places())
+        client = await run.start("sh", "-c", f"echo hello | nc {OUTSIDE} 99", endpoints=places())
         connection, peer = await asyncio.to_thread(listener.accept)
         with connection:
             connection.settimeout(WAIT_S)
@@ -95,7 +95,7 @@ async def test_a_container_gets_out_by_ipv6_under_the_nodes_address(lab: Lab, ou
         accepted = await lab.in_home("cat", "/proc/sys/net/ipv6/conf/wan/accept_ra")
         assert accepted == "2\n", "the node goes on hearing of its own routes"
         # What somebody else changes is put right.
-        await run.start("sleep", "1000", places=places(6))
+        await run.start("sleep", "1000", endpoints=places(6))
         await lab.in_home("nft", "delete", "table", "ip6", "skep")
         await wait_tables(lab, "table ip6 skep")
         assert await heard_outside(lab, outside, run) == (b"hello\n", NODE)
@@ -110,14 +110,14 @@ async def test_the_node_alone_reaches_a_container_by_its_unique_local_address(
     executor = lab.executor()
     async with executor.running():
         run = Runner(lab, executor.containers)
-        server = await run.start("httpd", "-f", "-p", "80", "-h", "/etc", places=places())
-        address = endpoint_of(server.endpoint).address6
+        server = await run.start("httpd", "-f", "-p", "80", "-h", "/etc", endpoints=places())
+        address = endpoint_of(server.sandbox).address6
         assert IPv6Address(address) in IPv6Network("fd00::/8")
         ask = f"printf 'GET /group HTTP/1.0\\r\\n\\r\\n' | nc -w 2 {address} 80"
         until_it_serves = f"for i in $(seq 100); do {ask} && break; sleep 0.05; done"
         assert "staff" in await lab.in_home("busybox", "sh", "-c", until_it_serves)
         try_once = f"{ask} || echo nobody"
-        neighbour = await run.output("sh", "-c", try_once, places=places(6))
+        neighbour = await run.output("sh", "-c", try_once, endpoints=places(6))
         stranger = await lab.in_home("nsenter", f"--net={outside}", "busybox", "sh", "-c", try_once)
         for heard in (neighbour, stranger):
             assert "nobody" in heard
@@ -129,8 +129,8 @@ async def test_networks_without_ipv6_or_without_a_way_out_leave_the_node_as_it_w
     async with executor.running():
         run = Runner(lab, executor.containers)
         for given in ((), internal_places()):
-            container = await run.create("ip", "-6", "route", places=given)
-            assert endpoint_of(container.endpoint).address6 == ""
+            container = await run.create("ip", "-6", "route", endpoints=given)
+            assert endpoint_of(container.sandbox).address6 == ""
             await run.containers.start(container.id)
             await run.containers.wait(container.id)
             assert "default" not in await run.logs(container)
@@ -143,21 +143,21 @@ async def test_where_ipv6_is_turned_off_containers_start_without_it(lab: Lab) ->
     executor = lab.executor()
     async with executor.running():
         run = Runner(lab, executor.containers)
-        container = await run.start("sleep", "1000", places=places())
-        assert endpoint_of(container.endpoint).address6 == ""
+        container = await run.start("sleep", "1000", endpoints=places())
+        assert endpoint_of(container.sandbox).address6 == ""
         assert await lab.in_home("cat", "/proc/sys/net/ipv6/conf/all/forwarding") == "0\n"
 
 
 async def test_a_new_process_keeps_the_subnet_and_the_way_out(lab: Lab, outside: Path) -> None:
     first = lab.executor()
     async with first.running():
-        server = await Runner(lab, first.containers).start("sleep", "1000", places=places(6))
-    before = endpoint_of(server.endpoint)
+        server = await Runner(lab, first.containers).start("sleep", "1000", endpoints=places(6))
+    before = endpoint_of(server.sandbox)
     second = lab.executor()
     async with second.running():
-        assert endpoint_of(second.containers.get(server.id).endpoint) == before
-        later = await Runner(lab, second.containers).create("true", places=places(7))
-        assert endpoint_of(later.endpoint).gateway6 == before.gateway6
+        assert endpoint_of(second.containers.get(server.id).sandbox) == before
+        later = await Runner(lab, second.containers).create("true", endpoints=places(7))
+        assert endpoint_of(later.sandbox).gateway6 == before.gateway6
         assert f"inet6 {before.gateway6}/64" in await lab.in_home("ip", "addr", "show", "dev", BRIDGE)
         assert await heard_outside(lab, outside, Runner(lab, second.containers)) == (b"hello\n", NODE)
 
@@ -173,10 +173,10 @@ async def test_the_subnet_avoids_the_machines_routes(lab: Lab) -> None:
 
 async def _gateway_of(executor: OciExecutor, lab: Lab) -> str:
     async with executor.running():
-        container = await Runner(lab, executor.containers).create("true", places=places())
-        return endpoint_of(container.endpoint).gateway6
+        container = await Runner(lab, executor.containers).create("true", endpoints=places())
+        return endpoint_of(container.sandbox).gateway6
 
 
-def endpoint_of(endpoint: Endpoint | None) -> Endpoint:
+def endpoint_of(endpoint: Sandbox | None) -> Sandbox:
     assert endpoint is not None
     return endpoint

@@ -10,8 +10,8 @@ import pytest
 from skep.dataplane.connecting import ContainerNetwork
 from skep.dataplane.netns.checksums import offloads, set_offloads
 from skep.dataplane.probe.places import address_of
-from skep.engine.container import Endpoint
 from skep.model.paths import PathCheck, PathWish
+from skep.model.sandbox import Sandbox
 from tests.integration.node.overlay_lab import WEB, LabNode, OverlayLab, carried, place, reaches, shell
 from tests.integration.node.paths_lab import a_peer, report_until, wish_all
 
@@ -57,19 +57,19 @@ async def a_router_between(lab: OverlayLab, apart: LabNode, address: str, mtu: i
     apart.underlay = address
 
 
-async def mtu_of(end: Endpoint) -> int:
+async def mtu_of(end: Sandbox) -> int:
     words = (await shell(end.netns, "ip -o link show eth0")).split()
     return int(words[words.index("mtu") + 1])
 
 
-async def until_mtu(ends: list[Endpoint], mtu: int) -> None:
+async def until_mtu(ends: list[Sandbox], mtu: int) -> None:
     async with asyncio.timeout(30):
         for end in ends:
             while await mtu_of(end) != mtu:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
 
-async def two_ends(lab: OverlayLab, networks: list[ContainerNetwork], *numbers: int) -> list[Endpoint]:
+async def two_ends(lab: OverlayLab, networks: list[ContainerNetwork], *numbers: int) -> list[Sandbox]:
     ends = [
         await lab.nodes[number].attach(networks[number], place(WEB, f"10.0.1.{5 + number}/24"))
         for number in numbers

@@ -19,8 +19,8 @@ from skep.dataplane.overlay.repairs import Repairs
 from skep.dataplane.overlay.rules import strangers
 from skep.dataplane.overlay.state import Address, Link, State
 from skep.dataplane.tables.sound import sound_table
-from skep.engine.container import Endpoint
 from skep.model.ids import NodeId
+from skep.model.sandbox import Sandbox
 from skep.model.tables import TableNode
 from tests.integration.node.overlay_lab import DUAL, INGRESS, OverlayLab, place, reaches, shell
 
@@ -33,8 +33,8 @@ class Scene(msgspec.Struct):
 
     lab: OverlayLab
     networks: list[ContainerNetwork]
-    here: Endpoint
-    there: Endpoint
+    here: Sandbox
+    there: Sandbox
 
     @property
     def overlay(self) -> Path:
@@ -90,7 +90,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
 
 
 def port_of(scene: Scene, network: str) -> str:
-    return next((one.port for one in scene.here.places if one.network_name == network), scene.here.port)
+    return next((one.port for one in scene.here.endpoints if one.network_name == network), scene.here.port)
 
 
 DAMAGE = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.engine.container import Endpoint
+from skep.model.sandbox import Sandbox
 from skep.model.tables import TableNode
 from tests.integration.node.overlay_lab import (
     DUAL,
@@ -145,11 +145,11 @@ async def test_whatever_happens_in_whatever_order_the_end_is_right(lab: OverlayL
 
 
 async def _all_reach(lab: OverlayLab, id: str) -> None:
-    ends: list[tuple[Endpoint, str]] = [
+    ends: list[tuple[Sandbox, str]] = [
         (end, one.address)
         for node in lab.nodes
         for end in node.endpoints.values()
-        for one in end.places
+        for one in end.endpoints
         if one.network_id == id
     ]
     for end, _ in ends:

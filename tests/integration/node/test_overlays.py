@@ -14,9 +14,9 @@ from skep.dataplane.overlay.home import home_domain
 from skep.dataplane.overlay.repairs import Repairs
 from skep.dataplane.overlay.state import State
 from skep.dataplane.overlay.wanted import INGRESS_BRIDGE
-from skep.engine.container import NodePort
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError
 from skep.model.ids import NetworkId, TaskId, new_container_id
+from skep.model.sandbox import PublishedPort
 from skep.model.service import PublishMode
 from skep.model.tables import TableEndpoint
 from tests.integration.node.overlay_lab import (
@@ -54,7 +54,7 @@ async def test_containers_of_three_nodes_reach_each_other(lab: OverlayLab) -> No
         await lab.apply(networks)
         for end in (*ends, near):
             for other in (*ends, near):
-                assert await reaches(end, other.places[0].address)
+                assert await reaches(end, other.endpoints[0].address)
         namespaces = lab.nodes[0].namespaces
         assert await carried(namespaces, ends[2], ends[0], "10.0.1.7", TEN_MEGABYTES) == TEN_MEGABYTES
         assert "mtu 1450" in await shell(ends[0].netns, "ip link show eth0")
@@ -63,11 +63,11 @@ async def test_containers_of_three_nodes_reach_each_other(lab: OverlayLab) -> No
 async def test_interfaces_are_in_the_order_of_the_places_and_the_gateway_is_last(lab: OverlayLab) -> None:
     async with lab.networks() as networks:
         end = await lab.nodes[0].attach(networks[0], place(INGRESS, "10.0.0.7/24"), place(WEB, "10.0.1.5/24"))
-        assert [(one.interface, one.network_name, one.address) for one in end.places] == [
+        assert [(one.interface, one.network_name, one.address) for one in end.endpoints] == [
             ("eth0", "ingress", "10.0.0.7"),
             ("eth1", "web", "10.0.1.5"),
         ]
-        assert [one.mac_address for one in end.places] == ["02:42:0a:00:00:07", "02:42:0a:00:01:05"]
+        assert [one.mac_address for one in end.endpoints] == ["02:42:0a:00:00:07", "02:42:0a:00:01:05"]
         assert end.interface == "eth2"
         addresses = await shell(end.netns, "ip -o -4 addr")
         for line in (
@@ -191,7 +191,7 @@ async def test_a_restarted_process_interrupts_nothing_and_removes_what_is_nobody
             lab.tell(WEB)
             await lab.apply([network, far_network], WEB.id)
             assert await reaches(later, "10.0.1.6")
-            assert far.places
+            assert far.endpoints
 
 
 async def test_the_next_process_takes_the_ingress_network_over_as_it_is(lab: OverlayLab) -> None:
@@ -326,7 +326,7 @@ async def test_one_table_that_makes_no_sense_keeps_no_other_network_from_working
 
 async def test_a_container_that_cannot_have_its_port_leaves_nothing(lab: OverlayLab) -> None:
     node = lab.nodes[0]
-    port = NodePort(protocol="tcp", target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    port = PublishedPort(protocol="tcp", target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
     async with node.running() as network:
         await network.overlays.apply({}, frozenset())
         first = new_container_id()

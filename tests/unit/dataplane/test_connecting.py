@@ -12,8 +12,9 @@ from msgspec.structs import replace
 
 from skep.dataplane.connecting import ContainerNetwork
 from skep.dataplane.netns.nft import NftFailed
-from skep.engine.container import ConnectedPlace, Container, Endpoint, Place
+from skep.engine.container import Container
 from skep.model.ids import ContainerId
+from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
 from tests.support.oci_rig import QuickClock
 from tests.unit.dataplane.overlay.test_wanted import HEAD
 from tests.unit.engine.test_records import a_container
@@ -46,12 +47,10 @@ class Naming:
 
 
 def on_the_ingress_network(number: int) -> Container:
-    place = Place(head=replace(HEAD, is_ingress=True), addresses=(f"10.0.0.{number + 2}/24",))
-    connected = ConnectedPlace(
-        place=place, interface="eth0", port=f"vs{number}", mac_address="02:00:00:00:00:02"
-    )
-    endpoint = Endpoint(netns=f"/netns/{number}", places=(connected,))
-    return replace(a_container(name=f"c{number}", endpoint=endpoint), id=ContainerId(f"{number}" * 64))
+    place = EndpointConfig(head=replace(HEAD, is_ingress=True), addresses=(f"10.0.0.{number + 2}/24",))
+    connected = Endpoint(config=place, interface="eth0", port=f"vs{number}", mac_address="02:00:00:00:00:02")
+    endpoint = Sandbox(netns=f"/netns/{number}", endpoints=(connected,))
+    return replace(a_container(name=f"c{number}", sandbox=endpoint), id=ContainerId(f"{number}" * 64))
 
 
 PARTS = ("namespaces", "home", "gateway", "local", "healing", "settling", "prober", "joining")
@@ -85,10 +84,10 @@ async def test_a_part_that_fails_is_begun_again_and_ends_no_other() -> None:
 async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_restored(odd: str) -> None:
     mesh, naming, said, destroyed = Mesh(), Naming(), list[str](), list[str]()
     bad, good = on_the_ingress_network(1), on_the_ingress_network(2)
-    assert bad.endpoint is not None
-    (place,) = bad.endpoint.places
-    places = (replace(place, place=replace(place.place, addresses=(odd, "nothing"))),)
-    bad = replace(bad, endpoint=replace(bad.endpoint, places=places))
+    assert bad.sandbox is not None
+    (place,) = bad.sandbox.endpoints
+    places = (replace(place, config=replace(place.config, addresses=(odd, "nothing"))),)
+    bad = replace(bad, sandbox=replace(bad.sandbox, endpoints=places))
 
     async def destroy(id: str) -> None:
         destroyed.append(id)
@@ -106,7 +105,7 @@ async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_r
     )
     began: list[str] = []
 
-    async def begin(live: dict[ContainerId, Endpoint]) -> None:
+    async def begin(live: dict[ContainerId, Sandbox]) -> None:
         began.extend(live)
 
     overlays = SimpleNamespace(restore=lambda _: None, begin=begin, disconnect=lambda *_: None)
@@ -120,7 +119,7 @@ async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_r
     assert destroyed == ["gone", "stray"] * 2
     assert len(said) == 1
     assert bad.id[:12] in said[0]
-    await network.detach(bad.id, bad.endpoint)
+    await network.detach(bad.id, bad.sandbox)
     assert said[-1] == ""
 
 

@@ -3,25 +3,26 @@
 import msgspec
 
 from skep.engine.api.network_answers import network_settings
-from skep.engine.container import ConnectedPlace, Container, ContainerConfig, ContainerState, Endpoint, Place
+from skep.engine.container import Container, ContainerConfig, ContainerState
 from skep.model.ids import ContainerId, NetworkId
+from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
 from skep.model.tables import NetworkHead
 
 
-def connected(name: str, *addresses: str, is_ingress: bool = False) -> ConnectedPlace:
+def connected(name: str, *addresses: str, is_ingress: bool = False) -> Endpoint:
     head = NetworkHead(id=NetworkId(f"id-{name}"), name=name, is_ingress=is_ingress)
-    place = Place(head=head, addresses=addresses, aliases=("front",))
-    return ConnectedPlace(place=place, interface="eth0", port="vs1", mac_address="02:42:0a:05:01:03")
+    place = EndpointConfig(head=head, addresses=addresses, aliases=("front",))
+    return Endpoint(config=place, interface="eth0", port="vs1", mac_address="02:42:0a:05:01:03")
 
 
-ENDPOINT = Endpoint(
+ENDPOINT = Sandbox(
     netns="/run/netns/c1",
     address="172.18.0.3",
     prefix_length=16,
     gateway="172.18.0.1",
     mac_address="02:42:ac:12:00:03",
     network="skep-gw",
-    places=(
+    endpoints=(
         connected("ingress", "10.0.0.4/24", is_ingress=True),
         connected("web", "10.5.1.3/24", "fd05::3/64"),
         connected("inner", "10.5.2.3/24"),
@@ -33,7 +34,7 @@ RUNNING = Container(
     image="i",
     image_id="sha256:i",
     config=ContainerConfig(path="sleep"),
-    endpoint=ENDPOINT,
+    sandbox=ENDPOINT,
     state=ContainerState.RUNNING,
 )
 
@@ -71,5 +72,5 @@ def test_what_has_ended_keeps_its_networks_and_has_no_address() -> None:
 
 def test_its_name_means_its_addresses_on_all_networks_but_ingress() -> None:
     assert ENDPOINT.own_addresses == ["10.5.1.3", "fd05::3", "10.5.2.3"]
-    only = msgspec.structs.replace(ENDPOINT, places=ENDPOINT.places[:1])
+    only = msgspec.structs.replace(ENDPOINT, endpoints=ENDPOINT.endpoints[:1])
     assert only.own_addresses == ["172.18.0.3"]

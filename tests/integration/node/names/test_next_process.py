@@ -11,9 +11,10 @@ from msgspec.structs import replace
 
 from skep.dataplane.naming import Naming, named_of
 from skep.dataplane.protocol import NameServer
-from skep.engine.container import ConnectedPlace, Container, ContainerConfig, Endpoint, Place
+from skep.engine.container import Container, ContainerConfig
 from skep.model.ids import ContainerId
 from skep.model.labels import LABEL_TASK_ID
+from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
 from skep.node.supervision.supervisor import wait_end
 from tests.support.names_lab import NamesLab, net_process
 from tests.support.tables import a_network, a_served
@@ -116,16 +117,16 @@ async def test_what_went_while_nobody_looked_is_not_served_again(lab: NamesLab) 
 
 def a_container(id: str, netns: Path, **config: Any) -> Container:
     """One that is on the network ``front``, by a task of the same name."""
-    place = Place(head=FRONT.head, addresses=("10.0.1.3/24",))
-    connected = ConnectedPlace(place=place, interface="eth0", port="p", mac_address="02:42:0a:00:01:03")
+    place = EndpointConfig(head=FRONT.head, addresses=("10.0.1.3/24",))
+    connected = Endpoint(config=place, interface="eth0", port="p", mac_address="02:42:0a:00:01:03")
     return Container(
         id=ContainerId(id),
         name=id,
         image="",
         image_id="",
-        config=ContainerConfig(path="sh", places=(place,), **config),
+        config=ContainerConfig(path="sh", endpoints=(place,), **config),
         labels={LABEL_TASK_ID: id},
-        endpoint=Endpoint(netns=str(netns), address="172.18.0.2", places=(connected,)),
+        sandbox=Sandbox(netns=str(netns), address="172.18.0.2", endpoints=(connected,)),
     )
 
 
@@ -158,7 +159,7 @@ async def test_the_next_node_process_has_just_its_containers_served(lab: NamesLa
 def test_what_a_container_is_to_have_follows_from_its_places_and_its_nodes_resolver(tmp_path: Path) -> None:
     node = "nameserver 127.0.0.53\noptions ndots:3\n"
     container = a_container("c1", tmp_path)
-    assert container.endpoint is not None
+    assert container.sandbox is not None
 
     named = named_of(container, node)
 
@@ -166,8 +167,8 @@ def test_what_a_container_is_to_have_follows_from_its_places_and_its_nodes_resol
     assert named.servers == (NameServer("127.0.0.53"),)
     assert not named.forwards_single_labels
     assert named.networks[0].addresses == ("10.0.1.3",)
-    alone = replace(container, endpoint=replace(container.endpoint, places=()))
+    alone = replace(container, sandbox=replace(container.sandbox, endpoints=()))
     assert named_of(alone, node) is None
-    inside = named_of(replace(container, endpoint=replace(container.endpoint, address="")), node)
+    inside = named_of(replace(container, sandbox=replace(container.sandbox, address="")), node)
     assert inside is not None
     assert not inside.forwards

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.dns.truth import NameChecks
-from skep.engine.container import ConnectedPlace, Container, ContainerConfig, ContainerState, Endpoint, Place
+from skep.engine.container import Container, ContainerConfig, ContainerState
 from skep.model.ids import ContainerId
 from skep.model.paths import NetworkNames, PathCheck
+from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
 from skep.model.tables import NetworkHead
 from tests.support.names_lab import NamesLab
 from tests.support.tables import a_network, a_served
@@ -19,8 +20,8 @@ SAID = {"web": ("10.0.1.2",), "www": ("10.0.1.2",), "six": ("10.0.1.9", "fd00:1:
 
 
 def a_container(lab: NamesLab, id: str, state: ContainerState = ContainerState.RUNNING) -> Container:
-    place = ConnectedPlace(
-        place=Place(head=FRONT.head, addresses=()), interface="eth0", port="p", mac_address=""
+    place = Endpoint(
+        config=EndpointConfig(head=FRONT.head, addresses=()), interface="eth0", port="p", mac_address=""
     )
     return Container(
         id=ContainerId(id),
@@ -28,7 +29,7 @@ def a_container(lab: NamesLab, id: str, state: ContainerState = ContainerState.R
         image="",
         image_id="",
         config=ContainerConfig(path="sh"),
-        endpoint=Endpoint(netns=str(lab.paths.netns / id), places=(place,)),
+        sandbox=Sandbox(netns=str(lab.paths.netns / id), endpoints=(place,)),
         state=state,
     )
 

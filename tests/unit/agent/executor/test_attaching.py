@@ -7,15 +7,15 @@ from msgspec.structs import replace
 
 from skep.agent.executor.attaching import ClusterAttachments
 from skep.agent.executor.interface import Rejected
-from skep.engine.options import NetworkWish
 from skep.errors import NotFound, Unavailable
 from skep.model.ids import ContainerId, TaskId
+from skep.model.sandbox import EndpointRequest
 from skep.model.service import NetworkAttachmentSpec, TaskSpec
 from skep.model.task import AssignedTask, NetworkAttachment
 from tests.support.builders import a_task, an_overlay
 
 BOX = ContainerId("b" * 64)
-WISH = NetworkWish(network="net1", aliases=("box",))
+WISH = EndpointRequest(network="net1", aliases=("box",))
 
 
 def a_place(id: str) -> AssignedTask:
@@ -32,7 +32,7 @@ class Managers:
         self.asked = asyncio.Event()
         self.error: Unavailable | None = None
 
-    async def attach_network(self, container_id: ContainerId, wish: NetworkWish) -> TaskId:
+    async def attach_network(self, container_id: ContainerId, wish: EndpointRequest) -> TaskId:
         self.asked.set()
         if self.error is not None:
             raise self.error

@@ -18,8 +18,8 @@ from skep.dataplane.overlay.wanted import (
     network_state,
     remote_entries,
 )
-from skep.engine.container import ConnectedPlace, Endpoint, Place
 from skep.model.ids import NetworkId, NodeId, TaskId
+from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
 from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode
 
 ME, OTHER, THIRD = NodeId("me"), NodeId("other"), NodeId("third")
@@ -47,8 +47,8 @@ def a_table(*endpoints: tuple[NodeId, str], head: NetworkHead = HEAD) -> Table:
 
 def a_place(*addresses: str, port: str = "vs1", head: NetworkHead = HEAD) -> LocalPlace:
     mac = mac_for(one.partition("/")[0] for one in addresses)
-    place = Place(head=head, addresses=addresses)
-    return LocalPlace("/netns", ConnectedPlace(place=place, interface="eth0", port=port, mac_address=mac))
+    place = EndpointConfig(head=head, addresses=addresses)
+    return LocalPlace("/netns", Endpoint(config=place, interface="eth0", port=port, mac_address=mac))
 
 
 def state(table: Table | None, *places: LocalPlace, underlay: Underlay | None = MINE) -> State:
@@ -153,13 +153,13 @@ def test_the_mtu_leaves_room_for_vxlan(wished: int, underlay: Underlay | None, m
 
 def test_a_container_has_the_other_subnets_on_its_link_and_the_gateway_last() -> None:
     connected = a_place("10.0.1.5/24").connected
-    endpoint = Endpoint(
+    endpoint = Sandbox(
         netns="/netns",
         address="172.18.0.2",
         prefix_length=16,
         gateway="172.18.0.1",
         interface="eth1",
-        places=(connected,),
+        endpoints=(connected,),
     )
     found = container_state(endpoint, {HEAD.id: (HEAD, 1450)})
     assert found.routes == {Route("eth0", "10.0.2.0/24"), Route("eth1", "0.0.0.0/0", "172.18.0.1")}
@@ -172,7 +172,7 @@ def test_a_container_has_the_other_subnets_on_its_link_and_the_gateway_last() ->
 
 
 def test_a_way_out_by_ipv6_is_an_address_and_a_default_route_of_the_gateways_interface() -> None:
-    endpoint = Endpoint(
+    endpoint = Sandbox(
         netns="/netns",
         address="172.18.0.2",
         prefix_length=16,

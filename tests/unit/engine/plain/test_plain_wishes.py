@@ -7,11 +7,12 @@ import pytest
 
 from skep.engine.container import ContainerConfig
 from skep.engine.images.image import ContainerDefaults
-from skep.engine.options import NetworkMode, NetworkWish, RestartWish
+from skep.engine.options import RestartWish
 from skep.engine.plain.requests import CreateBody, read_connect, read_create
 from skep.engine.plain.wish import config_of, labels_of, mounts_of, plain_of
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.meta import Driver
+from skep.model.sandbox import EndpointRequest, NetworkMode
 
 IMAGE = ContainerDefaults(cmd=("sh",), env=("A=1", "B=2"), exposed_ports={"80/tcp": {}})
 
@@ -123,7 +124,7 @@ def test_networks_come_with_their_aliases_and_addresses() -> None:
         )
     )
     assert plain.mode is NetworkMode.NETWORKS
-    assert plain.networks == (NetworkWish(network="net1", aliases=("db",), address="10.0.9.9"),)
+    assert plain.networks == (EndpointRequest(network="net1", aliases=("db",), address="10.0.9.9"),)
     with pytest.raises(InvalidArgument, match="only for containers in user defined networks"):
         plain_of(body({}, {"bridge": {"Aliases": ["db"]}}))
     assert plain_of(body({"NetworkMode": "host"})).mode is NetworkMode.HOST
