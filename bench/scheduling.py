@@ -58,7 +58,7 @@ from skep.store.interface import Object, Updated
 from skep.store.kinds import SpecVersion, spec_version_id
 from skep.store.memory import MemoryStore
 from skep.store.proposal import Proposal
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 
 Kind = Literal["plain", "plugin", "wishes", "services"]
 
@@ -172,7 +172,7 @@ def proposal_of(store: MemoryStore, objects: Sequence[Object]) -> Proposal:
     """One proposal for all objects; larger than a transaction may be, as SwarmKit's is."""
     puts: list[tuple[str, bytes]] = []
     for object in objects:
-        tx = Writing(store.view(), time.time_ns())  # type: ignore[arg-type]
+        tx = LocalTransaction(store.view(), time.time_ns())  # type: ignore[arg-type]
         tx.put(object)
         puts += tx.proposal().puts
     return Proposal(puts=tuple(puts))

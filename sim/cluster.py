@@ -52,7 +52,7 @@ from skep.model.times import timestamp
 from skep.node.local import Peer
 from skep.security.identity import Identity
 from skep.store.etcd.cipher import Cipher
-from skep.store.etcd.founding import founded, initialize_on
+from skep.store.etcd.initialize import cluster_in, initialize_on
 from skep.store.etcd.requests import etcd_key
 from skep.store.interface import Transaction, View
 
@@ -547,7 +547,7 @@ class SimulatedCluster:
             self.workers,
             self._history_limit,
         )
-        self.truth.begin(Cipher((await founded(client)).ring, WRAPPING_KEY))
+        self.truth.begin(Cipher((await cluster_in(client)).ring, WRAPPING_KEY))
         self.truth.take(first, self.raft.kv.revision, self.raft.kv.events(2, self.raft.kv.revision))
         self.raft.committed.append(self.truth.take)
 

@@ -94,7 +94,7 @@ class SimulatedManager:
         while True:
             try:
                 async with store_on(
-                    self._client, self._id, self._wrapping_key, self._clock, chance=self._random.random
+                    self._client, self._id, self._wrapping_key, self._clock, rng=self._random.random
                 ) as store:
                     self.store = store
                     await self._serve(store)

@@ -44,14 +44,14 @@ from skep.model.node import Node
 from skep.model.service import ReplicatedJob, Service, ServiceSpec
 from skep.model.task import Task, TaskStatus
 from skep.store import transaction
-from skep.store.draft import Draft
 from skep.store.etcd import batcher, election, store
-from skep.store.etcd.follow import Follower
+from skep.store.etcd.reflector import Reflector
 from skep.store.interface import Event, Transaction
 from skep.store.leadership import LeaderRecord
-from skep.store.proposal import Compare, Exists, Footprint, NothingSince
+from skep.store.proposal import Committed, Compare, Exists, Footprint, NothingSince
 from skep.store.state import State
-from skep.store.updates import Committed, Updater
+from skep.store.transaction import ProposalBuilder
+from skep.store.updates import Updater
 
 SEEDS = 200
 STORE_SEEDS = 2000
@@ -114,8 +114,8 @@ def broken(mutant: Mutant) -> Iterator[None]:
 
 
 def _unfenced() -> list[Patch]:
-    real = batcher.Pending
-    return [Patch(batcher, "Pending", lambda proposal, fence: real(proposal, None))]
+    real = batcher.QueuedProposal
+    return [Patch(batcher, "QueuedProposal", lambda proposal, fence: real(proposal, None))]
 
 
 def _any_session() -> list[Patch]:
@@ -160,7 +160,7 @@ def _impatient() -> list[Patch]:
 
 
 def _no_claims() -> list[Patch]:
-    return [Patch(transaction.Writing, "_claim", lambda *_: None)]
+    return [Patch(transaction.LocalTransaction, "_claim", lambda *_: None)]
 
 
 def _any_revision() -> list[Patch]:
@@ -179,8 +179,8 @@ def _stale_reads() -> list[Patch]:
 
 
 def _sent_again() -> list[Patch]:
-    async def settle(self: batcher.Batcher, entry: batcher.Entry, loads: int) -> None:
-        self._requeue(entry.pending)
+    async def settle(self: batcher.Batcher, batch: batcher.Batch) -> None:
+        self._requeue(batch.proposals)
 
     return [Patch(batcher.Batcher, "_settle", settle)]
 
@@ -316,16 +316,16 @@ def _forgets_removed_networks() -> list[Patch]:
 
 
 def _admits_all() -> list[Patch]:
-    return [Patch(Footprint, "admits", lambda self, other: True)]
+    return [Patch(Footprint, "is_compatible_with", lambda self, other: True)]
 
 
 def _settles_at_once() -> list[Patch]:
-    async def settle(self: batcher.Batcher, entry: batcher.Entry, loads: int) -> None:
-        await self._move_ticket()
-        for pending in entry.pending:
-            if pending in self._seen:
-                pending.resolve(Committed(self._seen[pending]))
-        self._requeue([pending for pending in entry.pending if pending not in self._seen])
+    async def settle(self: batcher.Batcher, batch: batcher.Batch) -> None:
+        await self._advance_epoch()
+        for pending in batch.proposals:
+            if pending in self._observed:
+                pending.resolve(Committed(self._observed[pending]))
+        self._requeue([pending for pending in batch.proposals if pending not in self._observed])
 
     return [Patch(batcher.Batcher, "_settle", settle)]
 
@@ -335,13 +335,13 @@ def _observes_nothing() -> list[Patch]:
 
 
 def _without_compares(kind: type[Compare]) -> Callable[[], list[Patch]]:
-    real = Draft.proposal
+    real = ProposalBuilder.proposal
 
-    def proposal(self: Draft) -> Any:
+    def proposal(self: ProposalBuilder) -> Any:
         whole = real(self)
         return replace(whole, compares=tuple(one for one in whole.compares if not isinstance(one, kind)))
 
-    return lambda: [Patch(Draft, "proposal", proposal)]
+    return lambda: [Patch(ProposalBuilder, "proposal", proposal)]
 
 
 def _barrier_of_before() -> list[Patch]:
@@ -365,10 +365,10 @@ def _skips_a_revision() -> list[Patch]:
 
 
 def _no_difference() -> list[Patch]:
-    async def nothing(self: Follower, state: State) -> list[Event]:
+    async def nothing(self: Reflector, state: State) -> list[Event]:
         return []
 
-    return [Patch(Follower, "_difference", nothing)]
+    return [Patch(Reflector, "_difference", nothing)]
 
 
 def _decides_on_the_past() -> list[Patch]:
@@ -377,7 +377,7 @@ def _decides_on_the_past() -> list[Patch]:
     async def at_once(self: Updater, *_: object) -> None:
         return None
 
-    return [Patch(Updater, name, at_once) for name in ("_shown", "_earlier_shown", "_left")]
+    return [Patch(Updater, name, at_once) for name in ("_shown", "_own_writes_shown", "_cancelled")]
 
 
 def _any_term() -> list[Patch]:

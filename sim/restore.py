@@ -11,7 +11,7 @@ from skep.manager.recovery import show_survivor
 from skep.model.ids import NodeId, TaskId
 from skep.model.task import Task
 from skep.model.times import SECOND_NS
-from skep.store.etcd.founding import raise_incarnation_on
+from skep.store.etcd.initialize import raise_incarnation_on
 
 WITHOUT_S = 5.0
 """From the loss of the managers to the restore; nodes run on."""

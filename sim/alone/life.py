@@ -36,7 +36,7 @@ from skep.model.network import Network, NetworkSpec
 from skep.model.service import NetworkAttachmentConfig, NetworkAttachmentSpec, TaskSpec
 from skep.model.task import Task
 from skep.store.etcd.cipher import Cipher
-from skep.store.etcd.founding import founded, initialize_on
+from skep.store.etcd.initialize import cluster_in, initialize_on
 from skep.store.etcd.store import EtcdStore
 from skep.store.interface import (
     Created,
@@ -184,7 +184,7 @@ class StoreLife:
         client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
         await self.raft.wait_readable(self.raft.members[first])
         await initialize_on(client, WRAPPING_KEY, self._clock, _networks)
-        self.truth.begin(Cipher((await founded(client)).ring, WRAPPING_KEY))
+        self.truth.begin(Cipher((await cluster_in(client)).ring, WRAPPING_KEY))
         self.truth.take(first, self.raft.kv.revision, self.raft.kv.events(2, self.raft.kv.revision))
         self.raft.committed.append(self.truth.take)
 

@@ -46,7 +46,7 @@ class Manager:
         while True:
             try:
                 async with (
-                    store_on(self._client, self._id, WRAPPING_KEY, self._clock, chance=self._chance) as store,
+                    store_on(self._client, self._id, WRAPPING_KEY, self._clock, rng=self._chance) as store,
                     asyncio.TaskGroup() as group,
                 ):
                     self.store = store

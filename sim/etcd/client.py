@@ -14,7 +14,7 @@ from sim.etcd.raft import Raft
 from sim.links import Links
 from skep.model.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.client import CHANGE_S, LOAD_S, READ_S, WRITE_S, Client, Watching, nested
+from skep.store.etcd.client import CHANGE_S, LOAD_S, READ_S, WRITE_S, Client, WatchStream, nested
 from skep.store.etcd.errors import Busy, Uncertain, meaning_of
 from skep.store.etcd.membership import name_in
 from skep.store.etcd.peers import peer_url
@@ -131,10 +131,10 @@ class SimulatedClient(Client):
             raise Uncertain(NO_LEADER)
 
     @asynccontextmanager
-    async def watch(self, prefix: bytes, after: int) -> AsyncIterator[Watching]:
+    async def watch(self, prefix: bytes, after: int) -> AsyncIterator[WatchStream]:
         if not self._member.is_running:
             raise Uncertain("the store does not answer: connection refused")
-        watching = SimulatedWatching(self._raft, self._member, self._links, self._random, after)
+        watching = SimulatedWatchStream(self._raft, self._member, self._links, self._random, after)
         self._member.watchers.append(watching)
         try:
             yield watching
@@ -215,7 +215,7 @@ class _Response(msgspec.Struct, frozen=True):
     fragment: bool = False
 
 
-class SimulatedWatching(Watching):
+class SimulatedWatchStream(WatchStream):
     """One open watch on a member, of everything."""
 
     def __init__(self, raft: Raft, member: Member, links: Links, random: Random, after: int) -> None:

@@ -7,7 +7,7 @@ from skep.model.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
 
 if TYPE_CHECKING:
-    from sim.etcd.client import SimulatedWatching
+    from sim.etcd.client import SimulatedWatchStream
 
 
 class Entry:
@@ -69,7 +69,7 @@ class Member:
         """Until then its own status says what it said last."""
         self.rotten: dict[bytes, int] = {}
         """Keys whose value, as of this revision, has a flipped bit on this member's disk; every load meets it."""
-        self.watchers: list[SimulatedWatching] = []
+        self.watchers: list[SimulatedWatchStream] = []
         self.waiting: list[tuple[int, asyncio.Future[None]]] = []
         self.entries: list[Entry] = []
         """Entries for which somebody waits here."""

@@ -201,9 +201,9 @@ def kept_of_writes(store: EtcdStore) -> Iterable[str]:
     batcher = store._batcher
     for name, kept in (
         ("waits", batcher._queue),
-        ("is on its way", batcher._away),
-        ("is to be recognized", batcher._witnesses),
-        ("has been recognized", batcher._seen),
+        ("is on its way", batcher._in_flight),
+        ("is to be recognized", batcher._markers),
+        ("has been recognized", batcher._observed),
     ):
         if kept:
             yield f"keeps what {name}: {len(kept)}"

@@ -57,8 +57,8 @@ from skep.store.etcd.client import Client
 from skep.store.etcd.damage import Damaged
 from skep.store.etcd.deadlines import end_peer_connections
 from skep.store.etcd.flags import MemberSettings, PeerFiles
-from skep.store.etcd.founding import Unfinished, initialize
 from skep.store.etcd.handover import hand_over
+from skep.store.etcd.initialize import Unfinished, initialize
 from skep.store.etcd.member import Member, MemberRemoved
 from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.peers import load_peers, save_peers
@@ -327,7 +327,7 @@ async def _open(
     opening = partial(
         open_store,
         *(paths.etcd_socket, config.node_id, wrapping_key, clock),
-        chance=random.random,
+        rng=random.random,
         quota_bytes=config.store_quota,
     )
     try:

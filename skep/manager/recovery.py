@@ -27,7 +27,7 @@ from skep.model.times import SECOND_NS
 from skep.paths import Paths
 from skep.store.etcd.binary import Binary
 from skep.store.etcd.flags import MemberSettings
-from skep.store.etcd.founding import raise_incarnation
+from skep.store.etcd.initialize import raise_incarnation
 from skep.store.etcd.peers import MEMBERS_FILE
 from skep.store.etcd.snapshots import restore_store, salvage
 from skep.store.interface import Store, Transaction

@@ -48,7 +48,7 @@ class PartCodec:
         self._defaults = (
             None if part == HEAD else {name: getattr(self._struct(), name) for name in self.fields}
         )
-        # A head's version is made anew whenever the head changes (`Writing._stamped`), and tells by itself.
+        # A head's version is made anew whenever the head changes (`LocalTransaction._stamped`), and tells by itself.
         self._is_versioned = part == HEAD and "version" in self.fields
         self._telling = attrgetter("version") if self._is_versioned else self._get
         self._last: tuple[bytes | None, Decoded] = (None, ({}, 0, NOTHING))

@@ -1,18 +1,18 @@
-"""How keys are spelled in the store.  The etcd side puts its prefix before them; nothing else knows another form.
+"""The keys of the store.  In etcd they have a prefix (``etcd.requests.PREFIX``).
 
 ::
 
-    o/<kind>/<id>                  the head of an object: the wish, and what only changes with it
-    o/<kind>/<id>.<part>           another part, with a writer of its own
+    o/<kind>/<id>                  the head of an object: its spec, and fields that only change with it
+    o/<kind>/<id>.<part>           another part, with one writer
     n/<kind>/<name>                a unique name, p/<protocol>/<port> a published port: the value names the owner
-    v/<vxlan id>, i/<subnet>       what the leader gave a network, in the same form
-    s/<claim>/<kind>/<id>          a shared hold on a claim (host-mode ports): bars the exclusive claim
+    v/<vxlan id>, i/<subnet>       what the leader allocated to a network, in the same form
+    s/<claim>/<kind>/<id>          a shared claim (host-mode ports), which excludes the exclusive one
     r/<kind>/<id>/<kind>/<id>      a reference: the second object uses the first
-    meta/format, meta/level        what this data is, and the lowest version among the managers
-    meta/incarnation               which life of the cluster this is: raised by every restore and forced new cluster
+    meta/format, meta/level        the layout of the data, and the lowest feature level among the managers
+    meta/incarnation               counts restores and forced new clusters
     leader                         the fence of the leader's writes
-    w/<node id>                    a manager's ticket: moving it voids that manager's writes in flight
-    w/<node id>/<number>           what that manager writes beside deletions, to know them for its own
+    w/<node id>                    a manager's writer epoch: advancing it voids that manager's writes in flight
+    w/<node id>/<number>           markers, which that manager writes with deletions to recognize them in the watch
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ KEY_RING: Final = "meta/keys"
 INCARNATION: Final = "meta/incarnation"
 
 HEAD: Final = ""
-"""The part that holds everything which no other part holds."""
+"""The part with the fields that no other part has."""
 
 
 def object_key(kind: str, id: str, part: str = HEAD) -> str:
@@ -60,7 +60,7 @@ def parsed_head_key(head: str) -> tuple[str, str]:
 
 
 def name_claim(kind: str, name: str) -> str:
-    """The claim on a name; names are unique without regard to case, as in SwarmKit's store."""
+    """The claim on a name; names are unique regardless of case, as in SwarmKit's store."""
     return f"n/{kind}/{quote(name.lower(), safe='')}"
 
 
@@ -80,7 +80,7 @@ def subnet_claim(subnet: str) -> str:
 
 
 CLAIMS: Final = frozenset({"n/", "p/", "v/", "i/"})
-"""How claims begin."""
+"""Prefixes of claims."""
 
 
 def shared_key(claim: str, kind: str, id: str) -> str:
@@ -89,7 +89,7 @@ def shared_key(claim: str, kind: str, id: str) -> str:
 
 
 def shared_prefix(claim: str) -> str:
-    """What all shared holds on ``claim`` begin with."""
+    """The prefix of all shared holds of ``claim``."""
     return f"s/{claim}/"
 
 
@@ -100,12 +100,12 @@ def parsed_shared_key(key: str) -> tuple[str, tuple[str, str]]:
 
 
 def reference_key(used: tuple[str, str], user: tuple[str, str]) -> str:
-    """The key that says ``user`` needs ``used``; both are (kind, id)."""
+    """The key of the reference of ``user`` to ``used``; both are (kind, id)."""
     return f"r/{used[0]}/{used[1]}/{user[0]}/{user[1]}"
 
 
 def reference_prefix(kind: str, id: str) -> str:
-    """What all references to one object begin with."""
+    """The prefix of all references to one object."""
     return f"r/{kind}/{id}/"
 
 
@@ -115,13 +115,13 @@ def parsed_reference_key(key: str) -> tuple[tuple[str, str], tuple[str, str]]:
     return (used_kind, used_id), (kind, id)
 
 
-def ticket_key(node_id: str) -> str:
+def writer_epoch_key(node_id: str) -> str:
     """The key whose revision every write of this manager compares."""
     return f"w/{node_id}"
 
 
 def covering_prefix(key: str) -> str | None:
-    """The prefix whose emptiness a writer of ``key`` disturbs, or None: no range over such keys is ever compared."""
+    """The prefix whose range compares a write of ``key`` may make fail; None: no range over such keys is compared."""
     if key.startswith("r/"):
         _, kind, id, _ = key.split("/", 3)
         return reference_prefix(kind, id)

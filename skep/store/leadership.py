@@ -1,29 +1,28 @@
-"""Terms of leadership, as both stores know them.
+"""Terms of leadership, as both stores implement them.
 
-The leader is whoever wrote the leader key last; the revision of that write is the fence which every write of
-that term's loops compares.
+The leader is the manager that wrote the leader key last.  The revision of that write is the fence which every write
+of that term's loops compares.
 """
 
 import asyncio
-from contextlib import AbstractAsyncContextManager
-from typing import ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable
 
 import msgspec
+import structlog
 
+from skep.errors import SkepError
 from skep.model.ids import NodeId
-from skep.store.interface import Object, View, Watch
-from skep.store.replica import Replica
-from skep.store.updates import Updater, Updating
 
-T = TypeVar("T")
-R = TypeVar("R")
-P = ParamSpec("P")
+log = structlog.get_logger()
+
+SETTLE_S = 8.0
+"""How long a leader's cancelled update waits for the outcome of its write: two raft entries on slow disks."""
 
 
 class LeaderRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What the leader key says.
+    """The value of the leader key.
 
-    ``term``: grows with each election (raft's term beside etcd); ``nonce``: of this claim alone.
+    ``term``: grows with each election (raft's term beside etcd); ``nonce``: identifies this write of the key.
     """
 
     node: NodeId
@@ -33,12 +32,12 @@ class LeaderRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def leader_named(record: bytes | None) -> NodeId | None:
-    """The node that the leader key names."""
+    """The node id in the value of the leader key."""
     return msgspec.json.decode(record, type=LeaderRecord).node if record else None
 
 
 class TermState:
-    """Whether a term still lasts.  ``fence``: revision of the leader key that opened it."""
+    """Whether a term still lasts.  ``fence``: revision of the leader key that began it."""
 
     def __init__(self, number: int, fence: int) -> None:
         self.number = number
@@ -51,39 +50,32 @@ class TermState:
         return self._lost.is_set()
 
     def lose(self) -> None:
-        """It is over; saying so twice is harmless."""
+        """End it.  Idempotent."""
         self._lost.set()
+
+    def abandon(self) -> None:
+        """End it because the outcome of one of its writes is unknown; this manager may be elected again."""
+        self.lose()
 
     async def wait_lost(self) -> None:
         """Return when it is over."""
         await self._lost.wait()
 
+    async def settle(self, settled: Callable[[], Awaitable[None]]) -> None:
+        """After a cancelled write of this term: wait until its outcome is known and visible in the replica.
 
-class FencedTerm(Updating):
-    """One term on one replica; its updater proposes behind the fence.  Implements ``interface.Term``."""
-
-    def __init__(self, replica: Replica, state: TermState, updater: Updater) -> None:
-        self._replica = replica
-        self._state = state
-        self._updater = updater
-
-    @property
-    def number(self) -> int:
-        return self._state.number
-
-    @property
-    def fence(self) -> int:
-        """Revision of the leader key that opened it."""
-        return self._state.fence
-
-    def view(self) -> View:
-        return self._replica.state
-
-    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
-        return self._replica.watch(*kinds)
-
-    async def confirm(self) -> None:
-        await self._updater.confirm()
-
-    async def wait_lost(self) -> None:
-        await self._state.wait_lost()
+        A loop that begins again from a snapshot has to see it.  If ``settled`` does not return within ``SETTLE_S``,
+        the term ends: the next one begins with everything that was ever written.
+        """
+        if self.is_lost:
+            return
+        is_settled = False
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                await settled()
+            is_settled = True
+        except (TimeoutError, SkepError) as error:
+            log.warning("term ends: outcome of a write unknown", waited_s=SETTLE_S, reason=str(error))
+        finally:
+            if not is_settled:
+                self.abandon()

@@ -1,96 +1,81 @@
-"""The store's twin in memory: the same transactions, revisions, fences and watches without an etcd.
+"""The store in memory: the same transactions, revisions, fences and watches without etcd.
 
-``MemoryStore(clock)`` is a cluster of one manager for unit tests.  For the simulation, a ``MemoryCluster`` holds
-the keys as etcd would, and each simulated manager has a ``MemoryStore`` with a replica of its own on it.  Faults
-are set per manager: delays, a lagging watch, lost requests and lost replies, a cut from the others.
+``MemoryStore(clock)`` is a cluster of one manager for unit tests.  For several managers, a ``MemoryCluster`` holds the
+keys as etcd would, and each manager has a ``MemoryStore`` with its own replica on it.  Faults are set per manager:
+delays, a lagging watch, lost requests and lost responses, a network partition.
 
-Nothing here is left to chance: what happens depends on the order of calls and on the faults given.
+It is deterministic: what happens depends only on the order of calls and on the faults.
 """
 
 import asyncio
 from bisect import bisect_left, insort
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from functools import partial
-from typing import ParamSpec, TypeVar
 
 import msgspec
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import NodeId
-from skep.store.interface import NotLeader, Object, Term, View, Watch
+from skep.store.interface import NotLeader, Term
 from skep.store.keys import LEADER
-from skep.store.leadership import FencedTerm, LeaderRecord, TermState, leader_named
-from skep.store.proposal import Exists, NothingSince, Proposal, Unchanged
+from skep.store.leadership import LeaderRecord, TermState, leader_named
+from skep.store.proposal import Committed, Conflict, Exists, NothingSince, Outcome, Proposal, Unchanged
 from skep.store.replica import Replica
 from skep.store.space import Space
 from skep.store.state import State, differences
 from skep.store.tables import KeyChange
-from skep.store.updates import (
-    NO_LEADER,
-    Committed,
-    Conflict,
-    Outcome,
-    Updater,
-    Updating,
-    leave,
-    within_deadline,
-)
-
-T = TypeVar("T")
-R = TypeVar("R")
-P = ParamSpec("P")
+from skep.store.updates import NO_LEADER, Updater, within_deadline
 
 HISTORY = 1000
-"""Revisions kept without looking whether anybody still needs them."""
+"""Revisions kept before the first check which ones every store has already applied."""
 
 
 class Loss(Enum):
-    """What became of a proposal whose answer did not come."""
+    """The outcome of a proposal without a response."""
 
     REQUEST = "request"
-    """Nothing was written; the store finds that out and proposes again."""
+    """Nothing was written; the store detects that and proposes again."""
     REPLY = "reply"
-    """It was written; the store finds that out and answers."""
+    """It was written; the store detects that and returns the outcome."""
     BOTH = "both"
-    """It was written, and nobody finds out in time: Unavailable."""
+    """It was written, and that is not detected in time: Unavailable."""
 
 
 class Faults(msgspec.Struct):
-    """What goes wrong for one manager.  May be changed at any time.
+    """The faults of one manager.  May be changed at any time.
 
-    ``delay_s``: seconds that each proposal takes; ``lag_s``: seconds by which its watch is behind; ``loss``:
-    asked for each proposal; ``is_cut``: it reaches no quorum and hears nothing.
+    ``delay_s``: seconds that each proposal takes; ``lag_s``: seconds by which its watch is behind; ``loss``: called
+    for each proposal; ``is_partitioned``: it has no quorum and gets no changes.
     """
 
     delay_s: Callable[[], float] = lambda: 0.0
     lag_s: float = 0.0
     loss: Callable[[Proposal], Loss | None] = lambda _: None
-    is_cut: bool = False
+    is_partitioned: bool = False
 
 
 class MemoryCluster:
-    """The keys all managers share, and who leads.
+    """The keys that all managers share, and the leader.
 
-    The first candidate becomes leader; ``elect`` moves leadership, ``choose`` picks the next one when the leader
-    goes.
+    The first candidate becomes leader; ``elect`` moves leadership; ``choose`` picks the next one when the leader
+    withdraws.
     """
 
     def __init__(self, choose: Callable[[Sequence[NodeId]], NodeId] = min) -> None:
         self.revision = 1
         self.compacted = 0
-        """Replicas behind this revision have to load everything again."""
+        """Replicas behind this revision have to reload everything."""
         self.stores: list[MemoryStore] = []
         self.incarnation = 1
         self._entries: dict[str, KeyChange] = {}
         self._ranged: list[str] = []
-        """Keys below prefixes that are compared as a whole, sorted."""
+        """Keys below prefixes for which ranges are compared, sorted."""
         self._history: list[tuple[int, tuple[KeyChange, ...]]] = []
         self._choose = choose
         self._candidates: dict[NodeId, MemoryStore] = {}
-        self._terms: dict[NodeId, TermState] = {}
+        self._terms: dict[NodeId, _MemoryTerm] = {}
         self._elections = 0
 
     # -- keys --------------------------------------------------------------------------------------------------
@@ -106,7 +91,7 @@ class MemoryCluster:
         return Committed(self.revision)
 
     def load(self) -> tuple[State, bytes | None]:
-        """A fresh state of everything, as a replica loads it."""
+        """A new state of everything and the leader record, as a replica loads them."""
         state = State()
         state.apply(
             self.revision,
@@ -116,7 +101,7 @@ class MemoryCluster:
         return state, leader.value if leader else None
 
     def compact(self) -> None:
-        """Forget history: whoever is behind now has to load everything again."""
+        """Discard history: replicas that are behind now have to reload everything."""
         self.compacted = self.revision
         self._history.clear()
 
@@ -140,10 +125,10 @@ class MemoryCluster:
                 return all(self._entries[key].revision <= revision for key in self._below(prefix))
 
     def _below(self, prefix: str) -> Iterable[str]:
-        place = bisect_left(self._ranged, prefix)
-        while place < len(self._ranged) and self._ranged[place].startswith(prefix):
-            yield self._ranged[place]
-            place += 1
+        index = bisect_left(self._ranged, prefix)
+        while index < len(self._ranged) and self._ranged[index].startswith(prefix):
+            yield self._ranged[index]
+            index += 1
 
     def _publish(self, writes: Iterable[tuple[str, bytes | None]]) -> None:
         changes: list[KeyChange] = []
@@ -167,32 +152,32 @@ class MemoryCluster:
                 changes.append(entry)
         self._history.append((self.revision, tuple(changes)))
         for store in self.stores:
-            store.hear()
+            store.deliver()
         if len(self._history) > HISTORY:
-            self._forget_heard()
+            self._trim_history()
 
-    def _forget_heard(self) -> None:
-        heard = min((store.heard for store in self.stores), default=self.revision)
-        if self.revision - heard > 10 * HISTORY:
-            self.compact()  # somebody has been away for long: they will load again
+    def _trim_history(self) -> None:
+        delivered = min((store.delivered for store in self.stores), default=self.revision)
+        if self.revision - delivered > 10 * HISTORY:
+            self.compact()  # a store has been partitioned for long: it will reload
         else:
-            self._history = self.since(heard)
+            self._history = self.since(delivered)
 
     # -- leadership --------------------------------------------------------------------------------------------
 
     @property
     def leader(self) -> NodeId | None:
-        """Who leads."""
+        """The manager that leads."""
         return next(iter(self._terms), None)
 
     def stand(self, store: "MemoryStore", node_id: NodeId) -> None:
-        """``node_id`` is ready to lead."""
+        """Add ``node_id`` to the candidates."""
         self._candidates[node_id] = store
         if self.leader is None:
             self.elect(self._choose(sorted(self._candidates)))
 
     def withdraw(self, node_id: NodeId) -> None:
-        """``node_id`` crashed, stopped or was cut: it does not lead any more, the next one does."""
+        """``node_id`` crashed, stopped or was partitioned: another candidate leads."""
         self._candidates.pop(node_id, None)
         if self.leader == node_id:
             self._depose()
@@ -200,28 +185,28 @@ class MemoryCluster:
                 self.elect(self._choose(sorted(self._candidates)))
 
     def elect(self, node_id: NodeId, *, quietly: bool = False) -> None:
-        """Make ``node_id`` the leader.  ``quietly``: the old one finds out only when a write fails."""
+        """Make ``node_id`` the leader.  ``quietly``: the old one learns of it only when a write fails."""
         self._depose(quietly=quietly)
         store = self._candidates[node_id]
         self._elections += 1
         self.revision += 1
         record = LeaderRecord(node=node_id, addr=store.addr, term=self._elections)
         self._publish([(LEADER, msgspec.json.encode(record))])
-        term = TermState(number=self._elections, fence=self.revision)
+        term = _MemoryTerm(number=self._elections, fence=self.revision, cluster=self)
         self._terms = {node_id: term}
         store.elected(term)
 
     def renew_lost(self) -> None:
-        """The leader's term ended while it was cut off: it leads anew."""
+        """If the leader's term ended while it was partitioned, begin a new one."""
         for term in tuple(self._terms.values()):
             if term.is_lost:
                 self.renew(term)
 
     def renew(self, term: TermState) -> None:
-        """A write of ``term`` may yet take effect: it is over, and its manager leads anew, if it reaches the others."""
+        """End ``term``, which may have a write in flight; its manager is elected again, unless it is partitioned."""
         term.lose()
         for node_id, current in tuple(self._terms.items()):
-            if current is term and not self._candidates[node_id].faults.is_cut:
+            if current is term and not self._candidates[node_id].faults.is_partitioned:
                 self.elect(node_id)
 
     def _depose(self, *, quietly: bool = False) -> None:
@@ -231,7 +216,7 @@ class MemoryCluster:
         self._terms = {}
 
 
-class MemoryStore(Updating):
+class MemoryStore(Updater):
     """One manager's store on a ``MemoryCluster``.  Implements ``interface.Store``."""
 
     def __init__(
@@ -240,26 +225,19 @@ class MemoryStore(Updating):
         self.cluster = cluster if cluster is not None else MemoryCluster()
         self.faults = Faults()
         self.addr = ""
-        self.heard = self.cluster.revision
-        """The last revision that was handed to this manager, shown or still on its way."""
-        self._clock = clock
-        self._replica = Replica(watch_capacity)
-        self._replica.reset(*self.cluster.load())
+        self.delivered = self.cluster.revision
+        """The last revision delivered to this manager, visible already or after its lag."""
+        replica = Replica(watch_capacity)
+        super().__init__(replica, self._proposed, self.barrier, replica.reached, clock, rng=lambda: 0.5)
+        replica.reset(*self.cluster.load())
         self._elected: asyncio.Queue[TermState] = asyncio.Queue()
-        self._updater = self._updater_behind(None)
         self.cluster.stores.append(self)
 
     # -- interface.Store ---------------------------------------------------------------------------------------
 
-    def view(self) -> View:
-        return self._replica.state
-
-    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
-        return self._replica.watch(*kinds)
-
     async def barrier(self) -> None:
         async with within_deadline():
-            if self.faults.is_cut:
+            if self.faults.is_partitioned:
                 await asyncio.Event().wait()
             await self._replica.reached(self.cluster.revision)
 
@@ -295,50 +273,39 @@ class MemoryStore(Updating):
                 if state.is_lost:
                     continue
                 await self._replica.reached(state.fence)
-                yield FencedTerm(self._replica, state, self._updater_behind(state))
+                yield self.fenced(state)
         finally:
             self.cluster.withdraw(node_id)
 
-    # -- what the cluster tells it -----------------------------------------------------------------------------
+    # -- called by the cluster -----------------------------------------------------------------------------------
 
     def elected(self, term: TermState) -> None:
-        """This manager leads now."""
+        """Begin ``term`` of this manager."""
         self._elected.put_nowait(term)
 
-    def hear(self) -> None:
-        """There are new revisions; show them now, or when the lag is over."""
-        if self.faults.is_cut:
+    def deliver(self) -> None:
+        """Make new revisions visible, now or after the lag."""
+        if self.faults.is_partitioned:
             return
-        if self.faults.lag_s > 0 or self.heard > self._replica.revision:
-            self.heard = self.cluster.revision
-            asyncio.get_running_loop().call_later(self.faults.lag_s, self._show, self.heard)
+        if self.faults.lag_s > 0 or self.delivered > self._replica.revision:
+            self.delivered = self.cluster.revision
+            asyncio.get_running_loop().call_later(self.faults.lag_s, self._show, self.delivered)
         else:
-            self.heard = self.cluster.revision
-            self._show(self.heard)
+            self.delivered = self.cluster.revision
+            self._show(self.delivered)
 
-    def cut(self) -> None:
-        """Cut this manager off: no quorum, no news.  Leadership goes on elsewhere when the test says so."""
-        self.faults.is_cut = True
+    def partition(self) -> None:
+        """Separate this manager from the others: no quorum, no changes.  The test moves leadership, if it wants to."""
+        self.faults.is_partitioned = True
 
-    def mend(self) -> None:
-        """Undo ``cut``: everything missed arrives."""
-        self.faults.is_cut = False
-        self.hear()
+    def heal(self) -> None:
+        """Undo ``partition``: everything missed is delivered."""
+        self.faults.is_partitioned = False
+        self.deliver()
         self.cluster.renew_lost()
 
-    def _updater_behind(self, term: TermState | None) -> Updater:
-        return Updater(
-            self._replica,
-            MemoryLane(self, term),
-            self.barrier,
-            self._clock,
-            self._replica.reached,
-            term=Renewing(self.cluster, term) if term is not None else None,
-            chance=lambda: 0.5,
-        )
-
     async def shown(self) -> None:
-        """Return when the replica shows what is there now."""
+        """Return when the replica shows the cluster's present revision."""
         await self._replica.reached(self.cluster.revision)
 
     def _show(self, until: int) -> None:
@@ -352,70 +319,61 @@ class MemoryStore(Updating):
                 break
             self._replica.apply(revision, changes)
 
+    # -- proposals -------------------------------------------------------------------------------------------------
 
-class Renewing:
-    """A term whose manager leads anew when its writer ends it.  Implements ``updates.Held``."""
-
-    def __init__(self, cluster: MemoryCluster, term: TermState) -> None:
-        self._cluster = cluster
-        self._term = term
-
-    @property
-    def is_lost(self) -> bool:
-        return self._term.is_lost
-
-    def lose(self) -> None:
-        self._cluster.renew(self._term)
-
-
-class MemoryLane:
-    """Proposals of one manager, or of one term of it.  Implements ``updates.Proposer``."""
-
-    def __init__(self, store: MemoryStore, term: TermState | None) -> None:
-        self._store = store
-        self._term = term
-
-    async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
-        if self._term is None:
-            return [await self._propose(proposal) for proposal in proposals]
+    async def _proposed(
+        self, proposals: Sequence[Proposal], term: TermState | None
+    ) -> Sequence[Outcome | SkepError]:
+        """Implements ``updates.Propose``."""
+        if term is None:
+            return [await self._round_trip(proposal, None) for proposal in proposals]
         outcomes: list[Outcome | SkepError] = []
         try:
             for proposal in proposals:
-                outcomes += [await self._propose(proposal)]
+                outcomes += [await self._round_trip(proposal, term)]
         except asyncio.CancelledError:
-            await leave(
-                Renewing(self._store.cluster, self._term), partial(self._rest, proposals[len(outcomes) :])
-            )
+            await term.settle(partial(self._settled, proposals[len(outcomes) :], term))
             raise
         if any(isinstance(one, Unavailable) and not isinstance(one, NotLeader) for one in outcomes):
-            self._store.cluster.renew(self._term)
+            term.abandon()
         return outcomes
 
-    async def _rest(self, proposals: Sequence[Proposal]) -> None:
-        """What left before its writer did is done all the same."""
+    async def _settled(self, proposals: Sequence[Proposal], term: TermState) -> None:
+        """Commit what was sent before its writer was cancelled, and return when it is visible."""
         for proposal in proposals:
-            await self._propose(proposal)
-        await self._store.shown()
+            await self._round_trip(proposal, term)
+        await self.shown()
 
-    async def _propose(self, proposal: Proposal) -> Outcome | SkepError:
+    async def _round_trip(self, proposal: Proposal, term: TermState | None) -> Outcome | SkepError:
         while True:
-            # Like a round trip: others run in between, so what the transaction saw may have changed.
-            await asyncio.sleep(self._store.faults.delay_s())
-            if self._store.faults.is_cut:
+            # As in a round trip other tasks run in between, so the state that the transaction read may change.
+            await asyncio.sleep(self.faults.delay_s())
+            if self.faults.is_partitioned:
                 await asyncio.Event().wait()  # until the caller's deadline
-            loss = self._store.faults.loss(proposal)
+            loss = self.faults.loss(proposal)
             if loss is Loss.REQUEST:
                 continue
-            outcome = self._commit(proposal)
+            outcome = self._commit(proposal, term)
             if loss is Loss.BOTH:
                 return Unavailable(NO_LEADER)
             return outcome
 
-    def _commit(self, proposal: Proposal) -> Outcome | SkepError:
-        if self._term is None:
-            return self._store.cluster.commit(proposal, None)
+    def _commit(self, proposal: Proposal, term: TermState | None) -> Outcome | SkepError:
+        if term is None:
+            return self.cluster.commit(proposal, None)
         try:
-            return self._store.cluster.commit(proposal, self._term.fence)
+            return self.cluster.commit(proposal, term.fence)
         except NotLeader as error:
-            self._term.lose()
+            term.lose()
             return error
+
+
+class _MemoryTerm(TermState):
+    """A term whose manager is elected again when it is abandoned."""
+
+    def __init__(self, number: int, fence: int, cluster: MemoryCluster) -> None:
+        super().__init__(number, fence)
+        self._cluster = cluster
+
+    def abandon(self) -> None:
+        self._cluster.renew(self)

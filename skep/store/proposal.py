@@ -1,8 +1,8 @@
-"""What a transaction asks of the store: compares that must hold, and writes that then happen, all or nothing.
+"""The effect of one transaction: compares that must hold, and writes that happen then, all or none.
 
-Both stores execute the same proposals.  All compares of one raft entry are judged on the state *before* that
+Both stores execute the same proposals.  All compares of one raft entry are evaluated on the state *before* that
 entry (etcd evaluates the compares of nested transactions first), so two proposals may share an entry only if
-neither reads what the other writes: ``Footprint.admits``.
+neither reads what the other writes: ``Footprint.is_compatible_with``.
 """
 
 from typing import TypeAlias
@@ -10,6 +10,15 @@ from typing import TypeAlias
 import msgspec
 
 from skep.store.keys import covering_prefix
+
+MAX_OPERATIONS = 1000
+"""Compares or writes of one proposal: two compares for each published port, one for each secret used."""
+
+MAX_BYTES = 1_500_000
+"""One proposal, as ``Proposal.size_bytes`` counts; with its framing it fits below etcd's 1.5 MiB per request."""
+
+COMPARE_BYTES, WRITE_BYTES = 56, 80
+"""Overhead of one compare and of one write, besides key and value."""
 
 
 class Unchanged(msgspec.Struct, frozen=True, gc=False):
@@ -27,10 +36,7 @@ class Exists(msgspec.Struct, frozen=True, gc=False):
 
 
 class NothingSince(msgspec.Struct, frozen=True, gc=False):
-    """No key below ``prefix`` was written after ``revision``.
-
-    The proposer has seen what stood there at that revision, and found nothing in the way.
-    """
+    """No key below ``prefix`` was written after ``revision``, the state in which the transaction read the prefix."""
 
     prefix: str
     revision: int
@@ -39,12 +45,8 @@ class NothingSince(msgspec.Struct, frozen=True, gc=False):
 Compare: TypeAlias = Unchanged | Exists | NothingSince
 
 
-COMPARE_BYTES, WRITE_BYTES = 56, 80
-"""Beside what a compare or write itself consists of."""
-
-
 class Proposal(msgspec.Struct, frozen=True, gc=False):
-    """One transaction's effect.  Keys are without the store's prefix, values in clear."""
+    """One transaction's compares and writes.  Keys are without the store's prefix, values in clear."""
 
     compares: tuple[Compare, ...] = ()
     puts: tuple[tuple[str, bytes], ...] = ()
@@ -52,7 +54,7 @@ class Proposal(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def is_empty(self) -> bool:
-        """Whether it writes nothing (then it is not proposed at all)."""
+        """Whether it writes nothing; such a proposal is not sent."""
         return not self.puts and not self.deletes
 
     @property
@@ -62,7 +64,7 @@ class Proposal(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def size_bytes(self) -> int:
-        """What it adds to a request, at most: keys and values with etcd's prefix, encryption and framing."""
+        """Upper bound of its share of a request: keys and values with etcd's prefix, encryption and framing."""
         size = COMPARE_BYTES * len(self.compares) + WRITE_BYTES * (len(self.puts) + len(self.deletes))
         for compare in self.compares:
             # A range has a second key, as long as the first one.
@@ -72,18 +74,33 @@ class Proposal(msgspec.Struct, frozen=True, gc=False):
         return size + sum(map(len, self.deletes))
 
 
-class Footprint:
-    """What proposals read and write, to keep out of one raft entry what does not fit beside them.
+class Committed(msgspec.Struct, frozen=True, gc=False):
+    """The proposal was written at this revision."""
 
-    ``disturbs``: everything whose compare they may turn: their writes, and the prefixes that cover these.
+    revision: int
+
+
+class Conflict(msgspec.Struct, frozen=True, gc=False):
+    """A compare failed.  The conflicting write is visible at this revision at the latest."""
+
+    revision: int
+
+
+Outcome: TypeAlias = Committed | Conflict
+
+
+class Footprint:
+    """The keys that one or more proposals read and write.
+
+    ``invalidates``: every key and prefix whose compare these writes may make fail.
     """
 
-    __slots__ = ("disturbs", "reads", "writes")
+    __slots__ = ("invalidates", "reads", "writes")
 
     def __init__(self) -> None:
         self.reads: set[str] = set()
         self.writes: set[str] = set()
-        self.disturbs: set[str] = set()
+        self.invalidates: set[str] = set()
 
     @classmethod
     def of(cls, proposal: Proposal) -> "Footprint":
@@ -91,8 +108,8 @@ class Footprint:
         footprint = cls()
         footprint.writes.update(proposal.deletes)
         footprint.writes.update(key for key, _ in proposal.puts)
-        footprint.disturbs.update(footprint.writes)
-        footprint.disturbs.update(filter(None, map(covering_prefix, footprint.writes)))
+        footprint.invalidates.update(footprint.writes)
+        footprint.invalidates.update(filter(None, map(covering_prefix, footprint.writes)))
         footprint.reads.update(
             compare.prefix if isinstance(compare, NothingSince) else compare.key
             for compare in proposal.compares
@@ -100,15 +117,15 @@ class Footprint:
         return footprint
 
     def add(self, other: "Footprint") -> None:
-        """Count ``other`` among them."""
+        """Include ``other``."""
         self.reads |= other.reads
         self.writes |= other.writes
-        self.disturbs |= other.disturbs
+        self.invalidates |= other.invalidates
 
-    def admits(self, other: "Footprint") -> bool:
-        """Whether ``other`` means the same beside them as before or after them."""
+    def is_compatible_with(self, other: "Footprint") -> bool:
+        """Whether the outcome of ``other`` does not depend on whether it comes before, with or after these."""
         return (
             self.writes.isdisjoint(other.writes)
-            and self.disturbs.isdisjoint(other.reads)
-            and self.reads.isdisjoint(other.disturbs)
+            and self.invalidates.isdisjoint(other.reads)
+            and self.reads.isdisjoint(other.invalidates)
         )

@@ -1,7 +1,7 @@
-"""Run a transaction function against a state, and turn what it did into a proposal.
+"""Run a transaction function against a state, and turn its reads and writes into a proposal.
 
-The transaction sees its own writes.  Nothing is copied: what it put lies in a small overlay beside the state,
-and only the touched objects are compared with what they were.
+The transaction sees its own writes.  Nothing is copied: its writes are an overlay over the state, and only the touched
+objects are compared with their stored values.
 """
 
 from bisect import insort
@@ -11,16 +11,26 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from skep.errors import AlreadyExists, NotFound, SkepError
+from skep.errors import AlreadyExists, NotFound, ResourceExhausted, SkepError
 from skep.model.meta import Version
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
+from skep.model.unknown import Unknown
+from skep.store import keys
 from skep.store.codec import values_of
-from skep.store.draft import Draft
 from skep.store.interface import InUse, KindSchema, Object, nothing
+from skep.store.keys import HEAD
 from skep.store.kinds import SpecVersion, filled, spec_version_id, spec_version_of
-from skep.store.proposal import Proposal
+from skep.store.proposal import (
+    MAX_BYTES,
+    MAX_OPERATIONS,
+    Compare,
+    Exists,
+    NothingSince,
+    Proposal,
+    Unchanged,
+)
 from skep.store.state import Owner, State, resolved
 from skep.store.tables import META, NAME, Table
 
@@ -29,10 +39,10 @@ T = TypeVar("T", bound=msgspec.Struct)
 _meta_of = values_of(META)
 
 
-class Writing:
-    """One run of a transaction function.  Implements ``interface.Transaction``.
+class LocalTransaction:
+    """One run of a transaction function on the local replica.  Implements ``interface.Transaction``.
 
-    ``now_ns``: stamped on what is created and changed.
+    ``now_ns``: the timestamp of objects that it creates and changes.
     """
 
     def __init__(self, state: State, now_ns: int) -> None:
@@ -40,9 +50,9 @@ class Writing:
         self.revision = state.revision
         self._now_ns = now_ns
         self._written: dict[Owner, Any] = {}
-        """What this transaction put (None: deleted), by kind name and id, in the order of the first write."""
+        """Objects that this transaction put (None: deleted), by kind name and id, in the order of the first write."""
         self._relied: dict[Owner, set[str] | None] = {}
-        """Objects whose change in between fails the commit; the parts that count, None: all."""
+        """Objects whose concurrent change fails the commit -> the parts that count, None: all."""
         self._claimed: dict[str, Owner | None] = {}
         self._existing: set[Owner] = set()
         self._level: int | None = None
@@ -150,15 +160,15 @@ class Writing:
             for version in self.find(SpecVersion, service_id=id):
                 self.delete(SpecVersion, version.id)
 
-    # -- inside ------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------------------
 
     def _current(self, table: Table, id: str) -> Any:
         return self._written.get((table.schema.name, id), table.objects.get(id))
 
     def _stamped(self, table: Table, base: Any, current: Any, object: Any) -> Any:
-        """``object`` with version and stamps as the store sets them.
+        """``object`` with version and timestamps as the store sets them.
 
-        The version moves once per transaction and only with the head, so that a status report never makes a
+        The version grows once per transaction and only when the head changes, so that a status report never makes a
         user's update "out of sequence".
         """
         if current is None:
@@ -192,14 +202,14 @@ class Writing:
         else:
             meta["spec_version"] = base.spec_version
         stamped = msgspec.structs.replace(object, service_status=None, **meta)
-        return self._without_old_answers(table, base, stamped)
+        return self._without_old_statuses(table, base, stamped)
 
     @cached_property
     def _now(self) -> Timestamp:
         return timestamp(self._now_ns)
 
-    def _without_old_answers(self, table: Table, base: Any, stamped: Any) -> Any:
-        """Answers that nobody touched speak of the spec before: the merge will drop them, so drop them here."""
+    def _without_old_statuses(self, table: Table, base: Any, stamped: Any) -> Any:
+        """Drop statuses of the previous spec that this transaction did not write: the merge will drop them, too."""
         if base is None or base.spec_version == stamped.spec_version:
             return stamped
         stale: dict[str, Any] = {}
@@ -214,15 +224,13 @@ class Writing:
         self.put(
             SpecVersion(id=id, service_id=service.id, index=service.spec_version.index, spec=service.spec)
         )
-        for (
-            owner,
-            object,
-        ) in self._written.items():  # a version that this transaction changes for the second time
+        # Tasks of this transaction may follow this version, if the transaction writes the spec twice.
+        for owner, object in self._written.items():
             if isinstance(object, Task) and object.service_id == service.id:
                 self._written[owner] = filled(object, spec_version_of(self, object))
 
     def _claim(self, table: Table, owner: Owner, current: Any, new: Any) -> None:
-        """Take what ``new`` claims and ``current`` did not, release the rest.  Raises: what ``taken`` says."""
+        """Take the claims that ``new`` adds to ``current``, release those it drops.  Raises: as ``taken`` gives."""
         schema = table.schema
         wanted = set(schema.claims(new))
         before = set(schema.claims(current)) if current is not None else set()
@@ -231,7 +239,7 @@ class Writing:
             holder = self._holder(claim)
             if holder is not None and holder != owner and not self._is_stale(claim, holder):
                 if claim in before:
-                    wanted.discard(claim)  # both have had it since before it was claimed: neither is stopped
+                    wanted.discard(claim)  # both objects are older than the claim: neither is refused
                     continue
                 raise self._taken(schema, claim, new, holder)
             others = [sharer for sharer in self._sharers(claim) if sharer != owner]
@@ -251,7 +259,7 @@ class Writing:
             self._claimed[claim] = None
 
     def _is_stale(self, claim: str, holder: Owner) -> bool:
-        """Whether ``holder`` is gone, or has given it up: a manager that knows no such claims has changed it."""
+        """Whether ``holder`` is gone or no longer claims it, as after a change by a version without such claims."""
         table = self._state.table_by_name[holder[0]]
         held_by = self._object(holder)
         if held_by is None:
@@ -265,7 +273,7 @@ class Writing:
         return schema.taken(claim, new, held_by)
 
     def _refer(self, table: Table, current: Any, new: Any) -> None:
-        """Check that what ``new`` refers to, and ``current`` did not, exists.  Raises: NotFound."""
+        """Check that the objects to which ``new`` adds references exist.  Raises: NotFound."""
         used_now = table.schema.references(new)
         if used_now == ():
             return
@@ -297,7 +305,7 @@ class Writing:
         )
 
     def _members(self, stored: Iterable[Owner], belongs: Callable[[Table, Any], bool]) -> list[Owner]:
-        """``stored`` owners as this transaction leaves them: without the changed ones, with those that belong."""
+        """``stored`` owners after this transaction: each changed object is a member if ``belongs`` is true of it."""
         members = {owner for owner in stored if owner not in self._written}
         for owner, object in self._written.items():
             if object is not None and belongs(self._state.table_by_name[owner[0]], object):
@@ -307,37 +315,37 @@ class Writing:
     # -- the result --------------------------------------------------------------------------------------------
 
     def proposal(self) -> Proposal:
-        """What to ask of the store.
+        """Its compares and writes.
 
         Raises: ResourceExhausted: more operations than one transaction may have, or an object too large.
         """
-        draft = Draft(self._state)
+        builder = ProposalBuilder(self._state)
         for owner, object in self._written.items():
             table = self._state.table_by_name[owner[0]]
             base = table.objects.get(owner[1])
             if object is None:
-                draft.remove(table, owner, base)
+                builder.remove(table, owner, base)
             else:
-                draft.write(table, owner, base, object)
+                builder.write(table, owner, base, object)
                 if base is None and isinstance(object, Task):
-                    self._rely_on_spec(draft, object)
+                    self._rely_on_spec(builder, object)
         for claim, claimant in self._claimed.items():
-            draft.claim(claim, claimant)
+            builder.claim(claim, claimant)
         if self._level is not None:
-            draft.raise_level(self._level)
-        if not draft.writes:
+            builder.raise_level(self._level)
+        if not builder.writes:
             return Proposal()
         for owner, parts in self._relied.items():
-            draft.rely_on(self._state.table_by_name[owner[0]], owner[1], parts)
+            builder.rely_on(self._state.table_by_name[owner[0]], owner[1], parts)
         for used in self._existing:
-            draft.expect(used)
-        return draft.proposal()
+            builder.expect(used)
+        return builder.proposal()
 
-    def _rely_on_spec(self, draft: Draft, task: Task) -> None:
-        """A new task needs its spec: it may not be cleared away in the same moment."""
+    def _rely_on_spec(self, builder: "ProposalBuilder", task: Task) -> None:
+        """A new task needs its spec, which must not be removed concurrently."""
         version = spec_version_of(self, task)
         if version is not None:
-            draft.expect(("spec", version.id))
+            builder.expect(("spec", version.id))
 
 
 def _is_found(table: Table, object: Object, by: dict[str, str]) -> bool:
@@ -345,3 +353,163 @@ def _is_found(table: Table, object: Object, by: dict[str, str]) -> bool:
         return True
     ((index, value),) = by.items()
     return table.schema.indexes[index](object) == (value.lower() if index == NAME else value)
+
+
+class ProposalBuilder:
+    """Collects the compares and writes of one transaction, each once."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._compares: dict[Compare, None] = {}
+        self._puts: dict[str, bytes] = {}
+        self._deletes: dict[str, None] = {}
+
+    @property
+    def writes(self) -> bool:
+        return bool(self._puts or self._deletes)
+
+    def write(self, table: Table, owner: Owner, base: Any, object: Any) -> None:
+        """The parts of ``object`` that differ from ``base``, its references and shared claims."""
+        kind, id = owner
+        head_key = keys.object_key(kind, id)
+        is_head_written = False
+        for part, codec in table.codecs.items():
+            if base is not None and codec.is_same(base, object):
+                continue
+            if part == "spec" and isinstance(object, Task) and self._is_spec_stored(object):
+                continue
+            value = table.encoded(part, id, object)
+            if base is None and isinstance(object, SpecVersion):
+                value = codec.with_unknown(value, self._unknown_in_spec(object))
+            key = keys.part_key(head_key, part)
+            known = table.revision(id, part)
+            if value is None and not known:
+                continue
+            if value is not None and len(value) > table.schema.max_bytes:
+                most = table.schema.max_bytes
+                raise ResourceExhausted(f"{kind} {id} is too large: {len(value)} of at most {most} bytes")
+            is_head_written |= part == HEAD
+            if base is not None or part == HEAD:
+                self._compares[Unchanged(key, known)] = None
+            if value is None:
+                self._deletes[key] = None
+            else:
+                self._puts[key] = value
+        if base is not None and not is_head_written:
+            self.expect(owner)
+        schema = table.schema
+        if schema.references is not nothing:
+            self._members(owner, schema.references, base, object, keys.reference_key)
+        if schema.shared_claims is nothing:
+            return
+        self._members(
+            owner, schema.shared_claims, base, object, lambda claim, user: keys.shared_key(claim, *user)
+        )
+        before = set(schema.shared_claims(base)) if base is not None else set()
+        for claim in sorted(set(schema.shared_claims(object)) - before):
+            self._expect_unclaimed(claim, owner)
+
+    def _unknown_in_spec(self, version: SpecVersion) -> Unknown:
+        """Fields that a newer version of Skep has written into the spec of which this one is a copy."""
+        return self._state.table_by_type[Service].unknown_in(version.service_id, "Spec")
+
+    def _is_spec_stored(self, task: Task) -> bool:
+        """Whether the task's spec need not be written, because it is stored as a ``SpecVersion``."""
+        if task.spec_version is None:
+            return False
+        id = spec_version_id(task.service_id, task.spec_version)
+        return keys.object_key("spec", id) in self._puts or self._state.lookup(SpecVersion, id) is not None
+
+    def remove(self, table: Table, owner: Owner, base: Any) -> None:
+        """Delete all keys of an object; nothing if this transaction created it."""
+        if base is None:
+            return
+        kind, id = owner
+        for part in table.codecs:
+            # A part that is first written concurrently would outlive its object, so absent ones are compared too.
+            known = table.revision(id, part)
+            self._compares[Unchanged(keys.object_key(kind, id, part), known)] = None
+            if known:
+                self._deletes[keys.object_key(kind, id, part)] = None
+        if table.schema.is_referable:
+            self._compares[NothingSince(keys.reference_prefix(kind, id), self._state.revision)] = None
+        self._members(owner, table.schema.references, base, None, keys.reference_key)
+        self._members(
+            owner, table.schema.shared_claims, base, None, lambda claim, user: keys.shared_key(claim, *user)
+        )
+
+    def claim(self, claim: str, claimant: Owner | None) -> None:
+        """Give ``claim`` to ``claimant``, or release it (None), if that is a change."""
+        held = self._state.holder(claim)
+        if (held.owner if held is not None else None) == claimant and not (held and held.is_damaged):
+            return
+        self._compares[Unchanged(claim, held.revision if held is not None else 0)] = None
+        if claimant is None:
+            self._deletes[claim] = None
+        else:
+            self._puts[claim] = "/".join(claimant).encode()
+            if claim.startswith("p/"):
+                self._compares[NothingSince(keys.shared_prefix(claim), self._state.revision)] = None
+
+    def raise_level(self, level: int) -> None:
+        """Write the level of the stored data."""
+        self._compares[Unchanged(keys.LEVEL, self._state.level_revision)] = None
+        self._puts[keys.LEVEL] = str(level).encode()
+
+    def rely_on(self, table: Table, id: str, parts: set[str] | None) -> None:
+        """Compare that the object has not changed (in these parts), or that it still does not exist."""
+        kind = table.schema.name
+        if id not in table.objects:
+            self._compares[Unchanged(keys.object_key(kind, id), 0)] = None
+            return
+        for part in table.codecs if parts is None else sorted(parts):
+            self._compares[Unchanged(keys.object_key(kind, id, part), table.revision(id, part))] = None
+        if parts is not None and HEAD not in parts:
+            self.expect((kind, id))
+
+    def expect(self, owner: Owner) -> None:
+        """Compare that the object still exists; not needed for one that this transaction creates."""
+        table = self._state.table_by_name[owner[0]]
+        created = table.created.get(owner[1])
+        if created is not None:
+            self._compares[Exists(keys.object_key(*owner), created)] = None
+
+    def proposal(self) -> Proposal:
+        """The collected compares and writes.  Raises: ResourceExhausted."""
+        proposal = Proposal(
+            compares=tuple(self._compares),
+            puts=tuple(self._puts.items()),
+            deletes=tuple(key for key in self._deletes if key not in self._puts),
+        )
+        if proposal.operations > MAX_OPERATIONS:
+            raise ResourceExhausted(
+                f"transaction too large: {proposal.operations} of {MAX_OPERATIONS} operations"
+            )
+        if proposal.size_bytes > MAX_BYTES:
+            raise ResourceExhausted(f"transaction too large: {proposal.size_bytes} of {MAX_BYTES} bytes")
+        return proposal
+
+    def _members(
+        self,
+        owner: Owner,
+        of: Callable[[Any], Iterable[Any]],
+        base: Any,
+        object: Any,
+        key_of: Callable[[Any, Owner], str],
+    ) -> None:
+        """Write the membership keys (references, shared claims) that ``object`` adds, delete those that it drops."""
+        held, holds = of(base) if base is not None else (), of(object) if object is not None else ()
+        if held == holds:
+            return
+        before, after = set(held), set(holds)
+        for member in sorted(after - before):
+            self._puts[key_of(member, owner)] = b"1"
+        for member in sorted(before - after):
+            self._deletes[key_of(member, owner)] = None
+
+    def _expect_unclaimed(self, claim: str, owner: Owner) -> None:
+        held = self._state.holder(claim)
+        if held is None:
+            self._compares[Unchanged(claim, 0)] = None
+        elif held.owner == owner:
+            self._compares[Unchanged(claim, held.revision)] = None

@@ -1,27 +1,28 @@
-"""Running transaction functions until they commit: the loop that both stores share.
+"""Run transaction functions until they commit: the optimistic retry loop that both stores share.
 
-A function runs against the replica; what it wrote is proposed; a conflict means that the replica was behind, so
-it catches up and the function runs again.  An error that the function raises is only believed on a state no
-older than the call, so that a lagging replica cannot say "not found" of what was just created elsewhere.
+A function runs against the replica, and its writes are proposed.  A conflict means that the replica was behind: it
+catches up and the function runs again.  An error that the function raises is only final if the replica is at least as
+new as the call, so that a lagging replica cannot report "not found" for an object that was just created elsewhere.
 """
 
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
-import msgspec
 import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
-from skep.store.interface import Transaction
-from skep.store.proposal import Compare, Proposal
+from skep.store.interface import Object, Transaction, View, Watch
+from skep.store.leadership import TermState
+from skep.store.proposal import Committed, Compare, Conflict, Outcome, Proposal
 from skep.store.replica import Replica
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 
 log = structlog.get_logger()
 
@@ -33,131 +34,88 @@ DEADLINE_S = 5.0
 """For a whole update with all its attempts."""
 
 TERM_DEADLINE_S = 20.0
-"""For one of a leader: nobody waits for it, and one that is given up with a write under way ends the term."""
-
-LEFT_S = 8.0
-"""How long a leader's cancelled update waits for what came of its write: for two entries on disks that are just about
-quick enough."""
+"""The same for an update of a term.  It is longer because an expired one with a write in flight ends the term."""
 
 SHOWN_S = 2.0
-"""How long a user's acknowledged write may take to show in the replica before it is answered anyway."""
+"""How long the replica may take to show an acknowledged write of a user before the update returns anyway."""
 
 CHUNK = 500
-"""Proposals of one ``update_each`` that are under way together."""
+"""Proposals of one ``update_each`` that are in flight together."""
 
 CONFLICTS_MAX = 3
-"""Conflicts in a row without progress after which each further attempt waits, longer each time: where this replica
-takes a key for another one than it is, attempts alone would fill the log."""
+"""Consecutive conflicts without progress after which each further attempt is delayed, longer each time.  Without the
+delay, a replica that has a wrong revision of a key would fill the raft log with attempts."""
 
-BREATH = 50
+YIELD_EVERY = 50
 """Bodies run between two returns to the event loop."""
 
 NO_LEADER = (
     "The swarm does not have a leader. It's possible that too few managers are online. "
     "Make sure more than half of the managers are online."
 )
-"""Docker's sentence for a cluster without quorum."""
+"""Docker's error text for a cluster without quorum."""
 
+Propose: TypeAlias = Callable[
+    [Sequence[Proposal], TermState | None], Awaitable[Sequence[Outcome | SkepError]]
+]
+"""Commits proposals independently of each other, fenced by a term if there is one; one result per proposal, in order.
 
-class Committed(msgspec.Struct, frozen=True, gc=False):
-    """The proposal is in, at this revision."""
-
-    revision: int
-
-
-class Conflict(msgspec.Struct, frozen=True, gc=False):
-    """A compare failed.  The reason is visible at this revision at the latest."""
-
-    revision: int
-
-
-Outcome = Committed | Conflict
-
-
-class Proposer(Protocol):
-    """The way to the store: a lane of API writes, or one fenced by a term."""
-
-    async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
-        """The outcome of each, independent of the others, in order.
-
-        An error instead: NotLeader: the fence fell; Unavailable: not now, or the outcome could not be found out.
-        Raises: the same, when it concerns all; ResourceExhausted: too many wait.
-        """
-
-
-class Held(Protocol):
-    """A term, as far as its writers can end it."""
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether it is over."""
-
-    def lose(self) -> None:
-        """End it."""
-
-
-async def leave(term: Held, settled: Callable[[], Awaitable[None]]) -> None:
-    """For a term's writer that was cancelled, before it goes: wait until what it wrote is ``settled``, and shows.
-
-    Whoever decides next has to see it: a loop that begins again from a snapshot, for instance.  Where that takes too
-    long, the term is over: the next one begins with everything that was ever written.
-    """
-    if term.is_lost:
-        return
-    is_settled = False
-    try:
-        async with asyncio.timeout(LEFT_S):
-            await settled()
-        is_settled = True
-    except (TimeoutError, SkepError) as error:
-        log.warning("term ends, as a write of it has no known outcome", waited_s=LEFT_S, reason=str(error))
-    finally:
-        if not is_settled:
-            term.lose()
+An error as result: NotLeader: the fence failed; Unavailable: no quorum, or the outcome is unknown.
+Raises: the same, if it applies to all; ResourceExhausted: too many proposals are queued.
+"""
 
 
 class Updater:
-    """Implements ``interface.Updates`` over a replica and a proposer."""
+    """Base of a store and of a term: transactions over a replica.  Implements ``interface.Updates``."""
 
     def __init__(
         self,
         replica: Replica,
-        proposer: Proposer,
+        propose: Propose,
         barrier: Callable[[], Awaitable[None]],
-        clock: Clock,
         reached: Callable[[int], Awaitable[None]],
+        clock: Clock,
         *,
-        chance: Callable[[], float] = random.random,
-        term: Held | None = None,
+        rng: Callable[[], float] = random.random,
+        term: TermState | None = None,
     ) -> None:
         """
         Args:
-            barrier: returns once the replica shows the present.
+            barrier: returns once the replica shows every write acknowledged before the call.
             reached: returns once the replica shows a revision.
-            term: a write of it is answered when it shows, and nothing further is tried before: a leader that does not
-                see what it wrote would decide the same again.  Where it does not show in time, the term is over.
-            chance: numbers from 0 to 1, which spread the pauses between attempts.
+            rng: numbers from 0 to 1, which spread the delays between attempts.
+            term: its updates return only when the replica shows their write, and the next attempt waits for that: a
+                leader that does not see its own write would decide the same again.  If it is not shown in time, the
+                term is over.
         """
         self._replica = replica
-        self._proposer = proposer
+        self._propose = propose
         self._barrier = barrier
-        self._clock = clock
         self._reached = reached
+        self._clock = clock
+        self._rng = rng
         self._term = term
         self._deadline_s = TERM_DEADLINE_S if term is not None else DEADLINE_S
-        self._chance = chance
         self._written = 0
-        """The last revision of a term."""
+        """The last revision that a term has written."""
+
+    def view(self) -> View:
+        """See ``interface.Store.view``."""
+        return self._replica.state
+
+    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
+        """See ``interface.Store.watch``."""
+        return self._replica.watch(*kinds)
 
     async def update(
         self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """See ``interface.Updates.update``."""
         is_confirmed = False
-        pause = self._pause()
+        delay = self._conflict_delay()
         tried: tuple[Compare, ...] = ()
-        async with within_deadline(self._deadline_s, self._left) as deadline:
-            await self._earlier_shown()
+        async with within_deadline(self._deadline_s, self._cancelled) as deadline:
+            await self._own_writes_shown()
             while True:
                 try:
                     result, proposal = self._run(lambda tx: body(tx, *args, **kwargs))
@@ -172,14 +130,14 @@ class Updater:
                     continue
                 if proposal.is_empty:
                     return result
-                (outcome,) = await self._proposer.propose([proposal])
+                (outcome,) = await self._propose([proposal], self._term)
                 match outcome:
                     case Committed(revision):
                         await self._shown(revision, deadline)
                         return result
                     case Conflict(revision):
                         await self._reached(revision)
-                        await pause.after_conflict(is_progress=proposal.compares != tried)
+                        await delay.after_conflict(is_progress=proposal.compares != tried)
                         tried = proposal.compares
                         is_confirmed = False
                     case SkepError():
@@ -192,27 +150,17 @@ class Updater:
         pending = list(enumerate(items))
         results: list[Any] = [None] * len(pending)
         for chunk in batched(pending, CHUNK):
-            pause = self._pause()
+            delay = self._conflict_delay()
             try:
-                async with within_deadline(self._deadline_s, self._left) as deadline:
-                    await self._earlier_shown()
+                async with within_deadline(self._deadline_s, self._cancelled) as deadline:
+                    await self._own_writes_shown()
                     while left := await self._attempt(body, chunk, results, deadline):
-                        await pause.after_conflict(is_progress=len(left) < len(chunk))
+                        await delay.after_conflict(is_progress=len(left) < len(chunk))
                         chunk = left
             except Unavailable as error:
                 for index, _ in chunk:
                     results[index] = error
         return results
-
-    async def confirm(self) -> None:
-        """See ``interface.Term.confirm``."""
-        async with within_deadline(self._deadline_s):
-            (outcome,) = await self._proposer.propose([Proposal()])
-            match outcome:
-                case Committed(revision) | Conflict(revision):
-                    await self._reached(revision)
-                case SkepError():
-                    raise outcome
 
     async def _attempt(
         self,
@@ -223,11 +171,11 @@ class Updater:
     ) -> list[tuple[int, T]]:
         """Run and propose each item once; gives back those that met a conflict.
 
-        While some proposals are on their way, the bodies of the next ones run.
+        While some proposals are in flight, the bodies of the next ones run.
         """
         proposing: list[tuple[list[tuple[int, T]], asyncio.Task[Sequence[Outcome | SkepError]]]] = []
         async with asyncio.TaskGroup() as group:
-            for some in batched(chunk, BREATH):
+            for some in batched(chunk, YIELD_EVERY):
                 items, proposals = self._run_each(body, some, results)
                 if proposals:
                     proposing.append((items, group.create_task(self._outcomes(proposals), name="propose")))
@@ -250,7 +198,7 @@ class Updater:
     def _run_each(
         self, body: Callable[[Transaction, T], R], some: Sequence[tuple[int, T]], results: list[Any]
     ) -> tuple[list[tuple[int, T]], list[Proposal]]:
-        """Run the body of each item into ``results``; the items that wrote something, and what they propose."""
+        """Run the body of each item into ``results``; gives the items that wrote something, and their proposals."""
         items: list[tuple[int, T]] = []
         proposals: list[Proposal] = []
         for index, item in some:
@@ -266,7 +214,7 @@ class Updater:
 
     async def _outcomes(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
         try:
-            outcomes = await self._proposer.propose(proposals)
+            outcomes = await self._propose(proposals, self._term)
             self._written = max(
                 self._written, *(one.revision for one in outcomes if isinstance(one, Committed)), 0
             )
@@ -274,16 +222,24 @@ class Updater:
         except SkepError as error:
             return [error] * len(proposals)
 
+    def fenced(self, term: TermState) -> "FencedTerm":
+        """The same replica, written to by ``term``."""
+        return FencedTerm(
+            *(self._replica, self._propose, self._barrier, self._reached, self._clock),
+            rng=self._rng,
+            term=term,
+        )
+
     def _run(self, body: Callable[[Transaction], R]) -> tuple[R, Proposal]:
-        tx = Writing(self._replica.state, self._clock.now_ns())
+        tx = LocalTransaction(self._replica.state, self._clock.now_ns())
         result = body(tx)
         return result, tx.proposal()
 
-    def _pause(self) -> "_Pause":
-        return _Pause(self._clock, Backoff(0.01, 0.5, chance=self._chance))
+    def _conflict_delay(self) -> "_ConflictDelay":
+        return _ConflictDelay(self._clock, Backoff(0.01, 0.5, chance=self._rng))
 
     async def _shown(self, revision: int, deadline: "within_deadline") -> None:
-        """The write at ``revision`` is in: no deadline of its attempts makes an error of it any more."""
+        """Wait until the replica shows an acknowledged write, which no deadline turns into an error any more."""
         self._written = max(self._written, revision)
         if self._replica.revision >= revision:
             return None
@@ -294,20 +250,50 @@ class Updater:
             async with asyncio.timeout(SHOWN_S):
                 await self._reached(revision)
         except TimeoutError:
-            log.warning("replica does not show an acknowledged write", revision=revision)
+            log.warning("acknowledged write not shown by the replica", revision=revision)
 
-    async def _earlier_shown(self) -> None:
+    async def _own_writes_shown(self) -> None:
         if self._term is not None:
             await self._reached(self._written)
 
-    async def _left(self) -> None:
-        """The caller was cancelled, by its deadline or from outside."""
+    async def _cancelled(self) -> None:
+        """The update was cancelled, by its deadline or from outside."""
         if self._term is not None and self._replica.revision < self._written:
-            await leave(self._term, partial(self._reached, self._written))
+            await self._term.settle(partial(self._reached, self._written))
 
 
-class _Pause:
-    """Between the attempts of one update."""
+class FencedTerm(Updater):
+    """A term: its proposals compare the fence.  Made by ``Updater.fenced``.  Implements ``interface.Term``."""
+
+    @property
+    def number(self) -> int:
+        return self._state.number
+
+    @property
+    def fence(self) -> int:
+        """Revision of the leader key that began it."""
+        return self._state.fence
+
+    @property
+    def _state(self) -> TermState:
+        assert self._term is not None, "made by Updater.fenced"
+        return self._term
+
+    async def confirm(self) -> None:
+        async with within_deadline(self._deadline_s):
+            (outcome,) = await self._propose([Proposal()], self._state)
+            match outcome:
+                case Committed(revision) | Conflict(revision):
+                    await self._reached(revision)
+                case SkepError():
+                    raise outcome
+
+    async def wait_lost(self) -> None:
+        await self._state.wait_lost()
+
+
+class _ConflictDelay:
+    """The delays between the attempts of one update."""
 
     def __init__(self, clock: Clock, backoff: Backoff) -> None:
         self._clock = clock
@@ -315,28 +301,10 @@ class _Pause:
         self._conflicts = 0
 
     async def after_conflict(self, *, is_progress: bool) -> None:
-        """None for the first few, then longer each time; ``is_progress``: something was seen to have changed."""
+        """No delay for the first few, then longer each time; ``is_progress``: the state has changed since."""
         self._conflicts = 0 if is_progress else self._conflicts + 1
         if self._conflicts >= CONFLICTS_MAX:
             await self._backoff.sleep(self._clock)
-
-
-class Updating:
-    """What a store and a term have in common: they are updated by an ``Updater``."""
-
-    _updater: Updater
-
-    async def update(
-        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
-    ) -> R:
-        """See ``interface.Updates.update``."""
-        return await self._updater.update(body, *args, **kwargs)
-
-    async def update_each(
-        self, body: Callable[[Transaction, T], R], items: Iterable[T], /
-    ) -> Sequence[R | SkepError]:
-        """See ``interface.Updates.update_each``."""
-        return await self._updater.update_each(body, items)
 
 
 def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -351,18 +319,18 @@ def _swapped(body: Callable[[Transaction, T], R], item: T, tx: Transaction) -> R
 class within_deadline:  # noqa: N801 (it is used like a function)
     """Raises: Unavailable: the block took longer.
 
-    ``left``: awaited before, and as well when the block is cancelled from outside.
+    ``cancelled``: awaited before that, and when the block is cancelled from outside.
     A class, since a generator behind a context manager costs a small request more than the timeout itself.
     """
 
     def __init__(
-        self, seconds: float = DEADLINE_S, left: Callable[[], Awaitable[None]] | None = None
+        self, seconds: float = DEADLINE_S, cancelled: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         self._timeout = asyncio.timeout(seconds)
-        self._left = left
+        self._cancelled = cancelled
 
     def extend(self, seconds: float) -> None:
-        """Let the block last so long from now on, at least."""
+        """Let the block last at least so long from now on."""
         end = self._timeout.when()
         assert end is not None, "it was set at the beginning"
         self._timeout.reschedule(max(end, asyncio.get_running_loop().time() + seconds))
@@ -376,8 +344,8 @@ class within_deadline:  # noqa: N801 (it is used like a function)
     ) -> None:
         try:
             try:
-                if self._left is not None and isinstance(error, asyncio.CancelledError):
-                    await self._left()
+                if self._cancelled is not None and isinstance(error, asyncio.CancelledError):
+                    await self._cancelled()
             finally:
                 await self._timeout.__aexit__(kind, error, traceback)
             if isinstance(error, TimeoutError):

@@ -31,7 +31,7 @@ from skep.model.readable import names_from
 from skep.model.swarm import DEFAULT_SWARM_SPEC, JoinTokens
 from skep.model.times import timestamp
 from skep.store.etcd.cipher import new_wrapping_key
-from skep.store.etcd.founding import initialize
+from skep.store.etcd.initialize import initialize
 from skep.store.etcd.store import open_store
 from skep.store.interface import Store, Transaction
 from skep.store.memory import MemoryStore

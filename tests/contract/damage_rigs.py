@@ -11,7 +11,7 @@ from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.client import Client, prefix_end
-from skep.store.etcd.founding import initialize
+from skep.store.etcd.initialize import initialize
 from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Store
@@ -51,10 +51,10 @@ class MemoryDamage:
         return MemoryStore(SystemClock(), self.cluster)
 
     async def reload(self) -> None:
-        self.store.cut()
-        self.cluster.commit(Proposal(puts=((keys.ticket_key(NodeId("m9")), b""),)), None)
+        self.store.partition()
+        self.cluster.commit(Proposal(puts=((keys.writer_epoch_key(NodeId("m9")), b""),)), None)
         self.cluster.compact()
-        self.store.mend()
+        self.store.heal()
 
     async def keys(self, prefix: str) -> Sequence[str]:
         return sorted(key for key in self.cluster._entries if key.startswith(prefix))
@@ -84,7 +84,7 @@ class EtcdDamage:
     async def reload(self) -> None:
         self._relay.cut()
         for _ in range(2):
-            written = await self.client.put(etcd_key(keys.ticket_key(NodeId("m9"))), b"")
+            written = await self.client.put(etcd_key(keys.writer_epoch_key(NodeId("m9"))), b"")
         await self.client.compact(written.header.revision)
         self._relay.mend()
         await self.store.barrier()

@@ -14,7 +14,7 @@ from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, new_wrapping_key
 from skep.store.etcd.client import Client
-from skep.store.etcd.founding import founded, initialize
+from skep.store.etcd.initialize import cluster_in, initialize
 from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Store, Transaction
@@ -79,15 +79,15 @@ class MemoryRig:
         self.store.faults.loss = lambda _: losses.pop() if losses else None
 
     def cut_store(self) -> None:
-        self.store.cut()
+        self.store.partition()
 
     def cut_other(self) -> None:
-        self.other.cut()
+        self.other.partition()
 
     def mend(self) -> None:
         for store in (self.store, self.other):
-            if store.faults.is_cut:
-                store.mend()
+            if store.faults.is_partitioned:
+                store.heal()
 
     async def compact(self) -> None:
         self.cluster.compact()
@@ -106,7 +106,7 @@ class EtcdRig:
 
     async def depose(self) -> None:
         name = etcd_key(keys.LEADER)
-        cipher = Cipher((await founded(self.client)).ring, self._key)
+        cipher = Cipher((await cluster_in(self.client)).ring, self._key)
         record = msgspec.json.encode(LeaderRecord(node=SECOND, term=1_000_000))
         await self.client.put(name, cipher.encrypt(name, record))
 

@@ -16,7 +16,7 @@ from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
 from skep.store import keys
 from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.client import Client
-from skep.store.etcd.founding import initialize
+from skep.store.etcd.initialize import initialize
 from skep.store.etcd.requests import etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction

@@ -181,9 +181,9 @@ async def test_a_second_session_ends_the_first(cluster, tmp_path):
 async def test_a_manager_without_a_quorum_takes_no_session_and_gives_up_those_it_has(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     async with an_agent(cluster, pair, tmp_path) as (agent, _):
-        cluster.store.cut()
+        cluster.store.partition()
         await until(lambda: not agent.registered.is_set())
-        cluster.store.mend()
+        cluster.store.heal()
         async with asyncio.timeout(10):
             await agent.registered.wait()
 

@@ -20,7 +20,7 @@ from skep.model.service import (
 )
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
-from skep.store import updates
+from skep.store import leadership
 from skep.store.interface import (
     NotLeader,
     Transaction,
@@ -166,7 +166,7 @@ async def test_a_term_whose_writer_is_cancelled_with_a_write_under_way_and_hears
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What came of the write shows when the next term of the same manager begins, and nothing comes of it later."""
-    monkeypatch.setattr(updates, "LEFT_S", 0.2)
+    monkeypatch.setattr(leadership, "SETTLE_S", 0.2)
     terms = rig.store.terms(FIRST, "127.0.0.1:2377")
     term = await anext(terms)
     rig.cut_store()

@@ -19,13 +19,13 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.client import Client
 from skep.store.etcd.errors import OutOfSpace
-from skep.store.etcd.founding import initialize
+from skep.store.etcd.initialize import initialize
 from skep.store.etcd.member import Member
 from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.store import EtcdStore, open_store
 from skep.store.interface import Transaction
 from skep.store.space import REFUSE_AT, Space, refusal
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 from skep.wire.client import Channel
 from tests.contract.store_rigs import found
 from tests.support.builders import a_service
@@ -121,7 +121,7 @@ async def test_configs_made_and_removed_again_and_again_never_fill_the_store(
                 await asyncio.sleep(0.1)
                 continue
             made += 1
-            await rig.store.update(Writing.delete, Config, id)
+            await rig.store.update(LocalTransaction.delete, Config, id)
         await rig.store.update(labelled, made)
         await wait_until(rig, lambda space: space.share < REFUSE_AT and space.size < QUOTA)
         assert not (await rig.store.space()).has_alarm

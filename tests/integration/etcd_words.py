@@ -16,7 +16,7 @@ from skep.model.swarm import Swarm
 from skep.store.etcd.binary import Binary
 from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.flags import MemberSettings
-from skep.store.etcd.founding import initialize
+from skep.store.etcd.initialize import initialize
 from skep.store.etcd.member import Member
 from skep.store.etcd.store import EtcdStore, open_store
 from skep.store.interface import Transaction

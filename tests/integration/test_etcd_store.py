@@ -17,7 +17,7 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.client import Client
 from skep.store.etcd.flags import MemberSettings
-from skep.store.etcd.founding import Unfinished, initialize, raise_incarnation
+from skep.store.etcd.initialize import Unfinished, initialize, raise_incarnation
 from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction

@@ -15,7 +15,7 @@ from skep.store.etcd import rotation
 from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.client import Client, prefix_end
 from skep.store.etcd.flags import MemberSettings
-from skep.store.etcd.founding import founded as founded_in
+from skep.store.etcd.initialize import cluster_in
 from skep.store.etcd.requests import PREFIX, etcd_key, is_clear
 from skep.store.etcd.store import EtcdStore, open_store
 from skep.store.interface import NotLeader, Term
@@ -42,7 +42,7 @@ async def data_keys(settings: MemberSettings) -> set[int]:
 
 async def ring_keys(settings: MemberSettings) -> list[int]:
     async with Client(settings.socket) as client:
-        return [key.id for key in (await founded_in(client)).ring.keys]
+        return [key.id for key in (await cluster_in(client)).ring.keys]
 
 
 async def wait_rotated(settings: MemberSettings, to: int) -> None:

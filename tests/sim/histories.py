@@ -23,7 +23,7 @@ from skep.store.interface import Transaction
 from skep.store.proposal import Proposal
 from skep.store.state import State
 from skep.store.tables import KeyChange
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 from tests.support.builders import a_service_spec
 
 LEADER, OTHER = NodeId("m1"), NodeId("m2")
@@ -40,7 +40,7 @@ class History:
         self._rules = rules
 
     def commit(self, body: Callable[[Transaction], object], *, by: NodeId = LEADER) -> None:
-        tx = Writing(self.state, 0)
+        tx = LocalTransaction(self.state, 0)
         body(tx)
         self._publish(tx.proposal(), by)
 

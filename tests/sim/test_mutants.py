@@ -3,7 +3,7 @@
 import pytest
 
 from sim.mutants import MUTANTS, SEEDS, Mutant, broken, judged
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 
 
 def by_name(name: str) -> Mutant:
@@ -37,7 +37,7 @@ def test_a_broken_rule_of_the_store_is_found_by_lives_of_the_store_alone(name: s
 def test_at_least_ten_rules_are_broken_and_each_is_whole_again_afterwards() -> None:
     assert len({mutant.name for mutant in MUTANTS}) >= 10
     assert SEEDS == 200
-    real = Writing._claim
+    real = LocalTransaction._claim
     with broken(by_name("name claims")):
-        assert Writing._claim is not real
-    assert Writing._claim is real
+        assert LocalTransaction._claim is not real
+    assert LocalTransaction._claim is real

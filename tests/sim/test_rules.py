@@ -29,7 +29,7 @@ from skep.model.service import (
 )
 from skep.model.task import TaskState, TaskStatus
 from skep.store.state import State
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 from tests.sim.histories import LEADER, OTHER, W1, W2, History, a_node, a_run, a_service, a_task
 from tests.support.builders import a_service_spec
 
@@ -89,7 +89,7 @@ def test_a_name_of_two_services_is_rejected() -> None:
     history.put(a_service(), a_service(id="other", name="db"))
     assert history.violations == []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writing, "_claim", lambda *_: None)
+        patch.setattr(LocalTransaction, "_claim", lambda *_: None)
         history.put(a_service(id="third"))
     assert history.violations == ["name web belongs to ['third', 'web']"]
 

@@ -18,7 +18,7 @@ from skep.model.service import (
 )
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import SECOND_NS
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 from tests.sim.histories import W1, History, a_node, a_service, a_task
 from tests.support.builders import a_service_spec
 
@@ -65,7 +65,7 @@ def test_a_virtual_address_a_nodes_own_and_a_port_have_one_holder(monkeypatch: p
     place = NetworkAttachment(network=a_network("x1"), addresses=("10.0.0.2/24",))
     history.put(replace(a_node(W1), attachments=(place,)))
     assert "Node w1" in history.violations[0]
-    monkeypatch.setattr(Writing, "_claim", lambda *_: None)
+    monkeypatch.setattr(LocalTransaction, "_claim", lambda *_: None)
     history.put(replace(a_service(id="api", name="api"), endpoint=Endpoint(ports=(port,))))
     assert "port tcp 30000 is held by" in history.violations[1]
 

@@ -10,7 +10,7 @@ from sim.alone.life import StoreLife, live
 from sim.alone.managers import WANT
 from sim.run import chunked, outcomes, report
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.follow import Follower
+from skep.store.etcd.reflector import Reflector
 from skep.store.kinds import Payload
 from skep.store.updates import TERM_DEADLINE_S
 
@@ -107,20 +107,20 @@ def test_changes_are_taken_in_where_they_arrive_and_fragments_are_put_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken, fragments = Counter[bool](), 0
-    offered, checked = Follower._is_taken_in, Follower._check
+    offered, checked = Reflector._apply_at_once, Reflector._check
 
-    def offer(self: Follower, response: pb.WatchResponse) -> bool:
+    def offer(self: Reflector, response: pb.WatchResponse) -> bool:
         is_taken = offered(self, response)
         taken[is_taken] += 1
         return is_taken
 
-    def check(self: Follower, response: pb.WatchResponse) -> None:
+    def check(self: Reflector, response: pb.WatchResponse) -> None:
         nonlocal fragments
         fragments += response.fragment
         checked(self, response)
 
-    monkeypatch.setattr(Follower, "_is_taken_in", offer)
-    monkeypatch.setattr(Follower, "_check", check)
+    monkeypatch.setattr(Reflector, "_apply_at_once", offer)
+    monkeypatch.setattr(Reflector, "_check", check)
     failed = [outcome.violations for outcome in outcomes(range(3, 20), live) if outcome.violations]
     assert not failed
     assert taken[True] > 500

@@ -1,15 +1,15 @@
-"""Group commit: the proposals that queued up while a raft entry was on its way go together in the next one.
+"""Group commit: the proposals that are queued while a raft entry is in flight share the next one.
 
-Each proposal is a nested transaction with compares of its own, so one that lost a race fails alone.  Two entries
-are on their way at a time; there is no timer.  etcd judges all compares of an entry on the state before it, so
-proposals share an entry only if neither reads what the other writes (``Footprint``), and one that touches what is
-on its way waits.
+Each proposal is a nested transaction with its own compares, so one that meets a conflict fails alone.  Two entries are
+in flight at a time; there is no timer.  etcd evaluates all compares of an entry on the state before it, so proposals
+share an entry only if neither reads what the other writes (``Footprint``), and one that conflicts with an entry in
+flight waits.
 
-**Unknown outcomes.**  Every entry compares the key ring, and this manager's *ticket*, a key that only it writes.
-When an answer does not come, the ticket is moved: from then on the lost entry can never take effect.  The ticket's new
-value is a random one, so that the watch proves the move as well as an answer does: of a slow store the answer may never
-come in time.  What the replica has seen by that revision is the truth: a proposal whose first write appeared is in; any
-other is simply sent again.
+**Unknown outcomes.**  Every entry compares the key ring and this manager's *writer epoch*, a key that only this manager
+writes.  When a response does not arrive, the epoch is advanced: from then on the lost entry can never take effect.  The
+epoch's new value is random, so that the watch proves the write as well as a response does; a slow store may never
+respond in time.  The replica at that revision decides: a proposal whose first write appeared is committed; any other
+one is sent again.
 """
 
 import asyncio
@@ -26,40 +26,39 @@ from skep.aio.clock import Clock
 from skep.errors import ResourceExhausted, SkepError, Unavailable
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, decoded_ring
-from skep.store.etcd.client import Client, Patience
+from skep.store.etcd.client import AdaptiveTimeout, Client
 from skep.store.etcd.errors import Busy, Uncertain
 from skep.store.etcd.flags import MAX_OPERATIONS
-from skep.store.etcd.requests import Witness, etcd_key, fill_txn, guard, is_clear, is_fence_fallen
+from skep.store.etcd.requests import Marker, etcd_key, fill_txn, guard, is_clear, is_fence_lost
 from skep.store.interface import NotLeader
 from skep.store.leadership import TermState
-from skep.store.proposal import Footprint, Proposal
+from skep.store.proposal import Committed, Conflict, Footprint, Outcome, Proposal
 from skep.store.replica import Replica
-from skep.store.updates import Committed, Conflict, Outcome, leave
 
 log = structlog.get_logger()
 
 QUEUE_MAX = 10_000
-"""Proposals waiting; further ones are refused, so that a stalled store does not eat the memory."""
+"""Proposals in the queue; further ones are refused, so that a stalled store does not exhaust the memory."""
 
-ENTRY_PROPOSALS_MAX = 100
-ENTRY_BYTES_MAX = 1024 * 1024
+BATCH_PROPOSALS_MAX = 100
+BATCH_BYTES_MAX = 1024 * 1024
 ETCD_OPERATIONS_MAX = MAX_OPERATIONS - 1
-"""Proposals of an entry and operations of its largest proposal, together; around a single one are two compares."""
+"""Proposals of a batch and operations of its largest proposal, together; the batch itself has two compares."""
 
-IN_FLIGHT = 2
+IN_FLIGHT_MAX = 2
 
 SLOW_S = 0.25
-IN_FLIGHT_SLOW = 8
-"""Where an entry takes ``SLOW_S``, waiting for one before going into the next would double what a write takes."""
+IN_FLIGHT_MAX_SLOW = 8
+"""If an entry takes ``SLOW_S``, waiting for one before joining the next would double the latency of a write."""
 
-TICKET_BYTES = 16
+EPOCH_BYTES = 16
 
-BREATH = 25
+YIELD_EVERY = 25
 """Proposals encrypted and encoded between two returns to the event loop."""
 
 
-class Pending:
-    """A proposal on its way, and who waits for its outcome."""
+class QueuedProposal:
+    """A proposal in the queue or in flight, and the future of its outcome."""
 
     def __init__(self, proposal: Proposal, fence: int | None) -> None:
         self.proposal = proposal
@@ -67,168 +66,174 @@ class Pending:
         self.footprint = Footprint.of(proposal)
         self.size_bytes = proposal.size_bytes
         self.operations = proposal.operations + 1
-        """What etcd counts for it: the fence is one compare more, the sign of a deletion one write."""
+        """As etcd counts: the fence is one compare more, the marker of a deletion one write more."""
         self.outcome: asyncio.Future[Outcome | SkepError] = asyncio.get_running_loop().create_future()
-        self.is_away = False
+        self.is_in_flight = False
         """Whether it is in an entry that may take effect, now or later."""
         self._late: asyncio.Future[Outcome | SkepError] | None = None
 
     def resolve(self, outcome: Outcome | SkepError) -> None:
-        """Tell the waiter, if it still waits."""
+        """Set the outcome, unless nothing waits for it."""
         if not self.outcome.done():
             self.outcome.set_result(outcome)
         elif self._late is not None and not self._late.done():
             self._late.set_result(outcome)
 
-    def came_back(self) -> None:
+    def returned(self) -> None:
         """Its entry has not taken effect, and never will."""
-        self.is_away = False
+        self.is_in_flight = False
         if self.outcome.cancelled():
-            self.resolve(Unavailable("nobody waits for it any more"))
+            self.resolve(Unavailable("the writer was cancelled"))
 
-    def late(self) -> "asyncio.Future[Outcome | SkepError] | None":
-        """What came, or comes, of it although its waiter was cancelled; None: it has not left, and does not now."""
+    def late_outcome(self) -> "asyncio.Future[Outcome | SkepError] | None":
+        """After its writer was cancelled: its outcome, now or later.  None: it was not sent, and will not be."""
         if self.outcome.done() and not self.outcome.cancelled():
             return self.outcome
         self.outcome.cancel()
-        if self.is_away:
+        if self.is_in_flight:
             self._late = asyncio.get_running_loop().create_future()
         return self._late
 
 
-class Entry:
-    """Proposals that go in one raft entry, in order."""
+class Batch:
+    """Proposals that share one raft entry, in order, and the request that they are encoded into.
 
-    def __init__(self) -> None:
-        self.pending: list[Pending] = []
+    ``resets``: how often the replica had been reloaded when the batch was made; ``ring_revision``: of that time.
+    """
+
+    def __init__(self, resets: int = 0, ring_revision: int = 0) -> None:
+        self.resets = resets
+        self.ring_revision = ring_revision
+        self.proposals: list[QueuedProposal] = []
         self.footprint = Footprint()
+        self.request = pb.TxnRequest()
+        self.markers: list[Marker] = []
+        """Of the proposals that are encoded so far."""
+        self.response: Awaitable[pb.TxnResponse] | None = None
+        """Set when the request was sent."""
+        self.sent_at = 0.0
         self._size_bytes = 0
         self._operations_max = 0
 
-    def has_room(self, pending: Pending) -> bool:
-        """Whether etcd's limits leave room; a proposal alone always has it."""
-        if not self.pending:
+    def has_room(self, queued: QueuedProposal) -> bool:
+        """Whether etcd's limits leave room; a single proposal always fits."""
+        if not self.proposals:
             return True
-        count = len(self.pending) + 1
-        largest = max(self._operations_max, pending.operations)
+        count = len(self.proposals) + 1
+        largest = max(self._operations_max, queued.operations)
         return (
-            count <= ENTRY_PROPOSALS_MAX
+            count <= BATCH_PROPOSALS_MAX
             and count + largest <= ETCD_OPERATIONS_MAX
-            and self._size_bytes + pending.size_bytes <= ENTRY_BYTES_MAX
+            and self._size_bytes + queued.size_bytes <= BATCH_BYTES_MAX
         )
 
-    def add(self, pending: Pending) -> None:
-        """Take ``pending`` along."""
-        self.pending.append(pending)
-        self.footprint.add(pending.footprint)
-        self._size_bytes += pending.size_bytes
-        self._operations_max = max(self._operations_max, pending.operations)
+    def add(self, queued: QueuedProposal) -> None:
+        """Append ``queued``."""
+        self.proposals.append(queued)
+        self.footprint.add(queued.footprint)
+        self._size_bytes += queued.size_bytes
+        self._operations_max = max(self._operations_max, queued.operations)
 
 
-def next_entry(queue: deque[Pending], away: list[Footprint]) -> Entry:
-    """Take from ``queue`` what can go together now, in order; the rest stays, in order.
+def fill_batch(batch: Batch, queue: deque[QueuedProposal], in_flight: list[Footprint]) -> Batch:
+    """Move from ``queue`` to ``batch`` what can be sent together now, in order; the rest keeps its order.
 
-    Left behind: what touches anything on its way (``away``), in this entry, or ahead of it in the queue.
+    Left in the queue: what conflicts with entries in flight, with this batch, or with what is ahead of it in the queue.
     """
-    entry = Entry()
-    waiting: list[Pending] = []
+    left: list[QueuedProposal] = []
     ahead = Footprint()
     while queue:
-        pending = queue.popleft()
-        if pending.outcome.done():
-            continue  # nobody waits for it any more
-        held = (entry.footprint, ahead, *away)
-        if not all(footprint.admits(pending.footprint) for footprint in held):
-            waiting.append(pending)
-            ahead.add(pending.footprint)
-        elif entry.has_room(pending):
-            entry.add(pending)
+        queued = queue.popleft()
+        if queued.outcome.done():
+            continue  # its writer was cancelled
+        others = (batch.footprint, ahead, *in_flight)
+        if not all(footprint.is_compatible_with(queued.footprint) for footprint in others):
+            left.append(queued)
+            ahead.add(queued.footprint)
+        elif batch.has_room(queued):
+            batch.add(queued)
         else:
-            queue.appendleft(pending)
+            queue.appendleft(queued)
             break
-    queue.extendleft(reversed(waiting))
-    return entry
-
-
-class Sending:
-    """An entry on its way, or about to be: ``answer`` is there as soon as it has left.
-
-    ``loads``: how often the replica had been loaded anew before; ``ring_revision``: of the key ring, at the same time.
-    """
-
-    def __init__(self, entry: Entry, loads: int, ring_revision: int) -> None:
-        self.entry = entry
-        self.loads = loads
-        self.ring_revision = ring_revision
-        self.request = pb.TxnRequest()
-        self.witnesses: list[Witness] = []
-        self.answer: Awaitable[pb.TxnResponse] | None = None
-        self.sent_at = 0.0
+    queue.extendleft(reversed(left))
+    return batch
 
 
 class Batcher:
-    """Sends proposals.  ``run`` must be running."""
+    """Sends proposals to etcd.  ``run`` must be running."""
 
     def __init__(
         self,
         client: Client,
         cipher: Cipher,
         replica: Replica,
-        ticket: str,
+        epoch_key: str,
         clock: Clock,
         backoff: Callable[[], Backoff],
     ) -> None:
         self._client = client
         self._cipher = cipher
         self._replica = replica
-        self._ticket = ticket
-        self._ticket_name = etcd_key(ticket)
-        self._ticket_value = b""
-        self._ticket_revision = 0
-        self._move: asyncio.Future[int] | None = None
-        """The ticket is being moved; until it has its revision, whatever is sent may be void."""
-        self._patience = Patience()
+        self._epoch_key = epoch_key
+        self._epoch_etcd_key = etcd_key(epoch_key)
+        self._epoch_value = b""
+        self._epoch_revision = 0
+        self._advancing: asyncio.Future[int] | None = None
+        """The revision of the writer epoch that is being written; until it is known, nothing is sent."""
+        self._timeout = AdaptiveTimeout()
         self._took_s = 0.0
-        """What the last entry took."""
+        """Duration of the last entry."""
         self._clock = clock
         self._backoff = backoff
-        self._queue: deque[Pending] = deque()
-        self._away: list[Footprint] = []
-        self._idle: deque[asyncio.Future[Sending]] = deque()
-        """Those who see to entries and have none."""
-        self._witnesses: dict[bytes, tuple[Witness, Pending]] = {}
-        self._signs = count()
-        self._spare_signs: list[bytes] = []
-        """Keys that deletions of now may be signed with; a few suffice, as they are used again and again."""
-        self._seen: dict[Pending, int] = {}
+        self._queue: deque[QueuedProposal] = deque()
+        self._in_flight: list[Footprint] = []
+        self._idle_workers: deque[asyncio.Future[Batch]] = deque()
+        self._markers: dict[bytes, tuple[Marker, QueuedProposal]] = {}
+        self._marker_numbers = count()
+        self._spare_marker_keys: list[bytes] = []
+        """Marker keys of earlier deletions, for reuse."""
+        self._observed: dict[QueuedProposal, int] = {}
 
     async def propose(
         self, proposals: Sequence[Proposal], term: TermState | None = None
     ) -> Sequence[Outcome | SkepError]:
-        """Each one's outcome, or its error: NotLeader: the fence of ``term`` has fallen; Uncertain; Unavailable.
+        """Implements ``updates.Propose``.
 
-        A term whose writer is cancelled is over, unless it is soon known what came of all that had left, and shown.
-        Raises: ResourceExhausted: too many proposals wait.
+        The term ends if its fence failed or an outcome is unknown: what may still take effect is void as soon as this
+        manager, or another one, has begun the next term.  It also ends if its writer is cancelled and the outcome of
+        what was sent does not show soon.
         """
+        if term is None:
+            return await self._propose(proposals, None)
+        if term.is_lost:
+            raise NotLeader("this term of leadership is over")
+        outcomes = await self._propose(proposals, term)
+        if any(isinstance(outcome, NotLeader | Uncertain) for outcome in outcomes):
+            term.lose()
+        return outcomes
+
+    async def _propose(
+        self, proposals: Sequence[Proposal], term: TermState | None
+    ) -> Sequence[Outcome | SkepError]:
         if len(self._queue) + len(proposals) > QUEUE_MAX:
             raise ResourceExhausted("too many writes are waiting for the store")
         fence = term.fence if term is not None else None
-        pending = [Pending(proposal, fence) for proposal in proposals]
-        self._queue.extend(pending)
-        self._send_on()
+        queued = [QueuedProposal(proposal, fence) for proposal in proposals]
+        self._queue.extend(queued)
+        self._send_queued()
         try:
-            return [await one.outcome for one in pending]
+            return [await one.outcome for one in queued]
         except asyncio.CancelledError:
             if term is not None:
-                await leave(term, partial(self._settled, pending))
+                await term.settle(partial(self._settled, queued))
             raise
         finally:
-            for one in pending:
+            for one in queued:
                 one.outcome.cancel()
 
-    async def _settled(self, pending: Sequence[Pending]) -> None:
-        """Return when it is known what came of each, and the replica shows it.  Raises: Uncertain."""
-        for late in [late for one in pending if (late := one.late()) is not None]:
+    async def _settled(self, queued: Sequence[QueuedProposal]) -> None:
+        """Return when the outcome of each is known and visible in the replica.  Raises: Uncertain."""
+        for late in [late for one in queued if (late := one.late_outcome()) is not None]:
             outcome = await late
             if isinstance(outcome, Uncertain):
                 raise outcome
@@ -237,190 +242,190 @@ class Batcher:
 
     async def run(self) -> None:
         """Send until cancelled."""
-        await self._move_ticket()
+        await self._advance_epoch()
         async with asyncio.TaskGroup() as group:
-            for number in range(IN_FLIGHT_SLOW):
-                group.create_task(self._see_to_entries(), name=f"batcher-{number}")
+            for number in range(IN_FLIGHT_MAX_SLOW):
+                group.create_task(self._work(), name=f"batcher-{number}")
 
     def observe(self, key: bytes, value: bytes | None, revision: int) -> None:
-        """The replica has met this write.  Called before it shows in the replica.
+        """The watch has brought this write.  Called before the replica shows it.
 
-        Its waiter need not wait for etcd's answer then, which as often as not comes after the watch, and behind all
-        that the commit wakes.  That goes for encrypted values alone: nobody else can have written the same.
+        Resolves the proposal before etcd's response, which arrives after the watch in about half of all cases, and
+        after all tasks that the commit wakes.  Only for encrypted values: no other manager can have written the same.
         """
-        found = self._witnesses.get(key)
+        found = self._markers.get(key)
         if found is not None and found[0].value == value:
-            self._seen[found[1]] = revision
+            self._observed[found[1]] = revision
             if not is_clear(key):
                 found[1].resolve(Committed(revision))
-        elif key == self._ticket_name and value == self._ticket_value:
-            self._ticket_moved(revision)
+        elif key == self._epoch_etcd_key and value == self._epoch_value:
+            self._epoch_advanced(revision)
 
-    async def _see_to_entries(self) -> None:
+    async def _work(self) -> None:
         while True:
-            given: asyncio.Future[Sending] = asyncio.get_running_loop().create_future()
-            self._idle.append(given)
-            self._send_on()
-            sending = await given
+            assigned: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
+            self._idle_workers.append(assigned)
+            self._send_queued()
+            batch = await assigned
             try:
-                await self._see_to(sending)
+                await self._complete(batch)
             finally:
-                self._away.remove(sending.entry.footprint)
+                self._in_flight.remove(batch.footprint)
 
-    def _send_on(self) -> None:
-        """Give entries of what may go now to those who are idle.
+    def _send_queued(self) -> None:
+        """Assign batches of what may be sent now to idle workers.
 
-        A small one leaves before this returns, and not when the turn of who sees to it comes in the event loop.
+        A small batch is sent before this returns, instead of when the event loop runs its worker.
         """
-        while self._queue and self._idle and self._move is None and self._has_room():
-            if self._idle[0].done():
-                self._idle.popleft()  # it ends
+        while self._queue and self._idle_workers and self._advancing is None and self._may_send():
+            if self._idle_workers[0].done():
+                self._idle_workers.popleft()  # cancelled
                 continue
-            entry = next_entry(self._queue, self._away)
-            if not entry.pending:
+            batch = fill_batch(
+                Batch(self._replica.resets, self._cipher.ring_revision), self._queue, self._in_flight
+            )
+            if not batch.proposals:
                 return
-            self._away.append(entry.footprint)
-            for pending in entry.pending:
-                pending.is_away = True
-            sending = Sending(entry, self._replica.resets, self._cipher.ring_revision)
-            self._idle.popleft().set_result(sending)
-            if len(entry.pending) < BREATH:
-                for pending in entry.pending:
-                    self._encode(pending, sending)
-                self._send(sending)
+            self._in_flight.append(batch.footprint)
+            for queued in batch.proposals:
+                queued.is_in_flight = True
+            self._idle_workers.popleft().set_result(batch)
+            if len(batch.proposals) < YIELD_EVERY:
+                for queued in batch.proposals:
+                    self._encode(queued, batch)
+                self._send(batch)
 
-    def _has_room(self) -> bool:
-        return len(self._away) < (IN_FLIGHT if self._took_s < SLOW_S else IN_FLIGHT_SLOW)
+    def _may_send(self) -> bool:
+        return len(self._in_flight) < (IN_FLIGHT_MAX if self._took_s < SLOW_S else IN_FLIGHT_MAX_SLOW)
 
-    def _encode(self, pending: Pending, sending: Sending) -> None:
-        txn = sending.request.success.add().request_txn
-        witness = fill_txn(txn, pending.proposal, pending.fence, self._cipher, self._sign)
-        sending.witnesses.append(witness)
-        self._witnesses[witness.key] = (witness, pending)
+    def _encode(self, queued: QueuedProposal, batch: Batch) -> None:
+        txn = batch.request.success.add().request_txn
+        marker = fill_txn(txn, queued.proposal, queued.fence, self._cipher, self._new_marker_key)
+        batch.markers.append(marker)
+        self._markers[marker.key] = (marker, queued)
 
-    def _sign(self) -> bytes:
+    def _new_marker_key(self) -> bytes:
         return (
-            self._spare_signs.pop()
-            if self._spare_signs
-            else b"%b/%d" % (self._ticket_name, next(self._signs))
+            self._spare_marker_keys.pop()
+            if self._spare_marker_keys
+            else b"%b/%d" % (self._epoch_etcd_key, next(self._marker_numbers))
         )
 
-    def _send(self, sending: Sending) -> None:
-        sending.request.MergeFrom(guard(self._ticket, self._ticket_revision, sending.ring_revision))
-        sending.sent_at = self._clock.monotonic()
-        sending.answer = self._client.txn(sending.request, timeout_s=self._patience.seconds)
+    def _send(self, batch: Batch) -> None:
+        batch.request.MergeFrom(guard(self._epoch_key, self._epoch_revision, batch.ring_revision))
+        batch.sent_at = self._clock.monotonic()
+        batch.response = self._client.txn(batch.request, timeout_s=self._timeout.seconds)
 
-    async def _see_to(self, sending: Sending) -> None:
-        entry = sending.entry
+    async def _complete(self, batch: Batch) -> None:
         try:
-            for pending in entry.pending[len(sending.witnesses) :]:
-                self._encode(pending, sending)
-                if len(sending.witnesses) % BREATH == 0:
-                    await asyncio.sleep(0)  # others' turn; this entry is already counted as on its way
-            if sending.answer is None:
-                self._send(sending)
-            assert sending.answer is not None, "it was just sent"
-            reply = await sending.answer
+            for queued in batch.proposals[len(batch.markers) :]:
+                self._encode(queued, batch)
+                if len(batch.markers) % YIELD_EVERY == 0:
+                    await asyncio.sleep(0)  # the batch already counts as in flight
+            if batch.response is None:
+                self._send(batch)
+            assert batch.response is not None, "it was just sent"
+            response = await batch.response
         except Uncertain as error:
-            log.warning("outcome of writes unknown", proposals=len(entry.pending), error=str(error))
-            self._took_s = self._patience.seconds
-            self._patience.missed()
-            await self._settle(entry, sending.loads)
+            log.warning("outcome of writes unknown", proposals=len(batch.proposals), error=str(error))
+            self._took_s = self._timeout.seconds
+            self._timeout.expired()
+            await self._settle(batch)
         except Busy:
             await self._backoff().sleep(self._clock)
-            self._requeue(entry.pending)
+            self._requeue(batch.proposals)
         except SkepError as error:
-            for pending in entry.pending:
-                pending.resolve(error)
+            for queued in batch.proposals:
+                queued.resolve(error)
         else:
-            self._took_s = self._clock.monotonic() - sending.sent_at
-            self._patience.answered(self._took_s)
-            self._answer(entry, reply)
+            self._took_s = self._clock.monotonic() - batch.sent_at
+            self._timeout.responded(self._took_s)
+            self._resolve(batch, response)
         finally:
-            for pending, witness in zip(entry.pending, sending.witnesses, strict=False):
-                self._seen.pop(pending, None)
-                self._witnesses.pop(witness.key, None)
-                if witness.key.startswith(self._ticket_name):
-                    self._spare_signs.append(witness.key)
+            for queued, marker in zip(batch.proposals, batch.markers, strict=False):
+                self._observed.pop(queued, None)
+                self._markers.pop(marker.key, None)
+                if marker.key.startswith(self._epoch_etcd_key):
+                    self._spare_marker_keys.append(marker.key)
 
-    def _answer(self, entry: Entry, reply: pb.TxnResponse) -> None:
-        if not reply.succeeded:
-            # The ticket moved, by ourselves, or there is another key ring: nothing of this was written.
-            ticket, ring = (read.response_range.kvs for read in reply.responses)
-            if ticket:
-                self._ticket_revision = ticket[0].mod_revision
+    def _resolve(self, batch: Batch, response: pb.TxnResponse) -> None:
+        if not response.succeeded:
+            # This manager has advanced its epoch, or there is another key ring: nothing was written.
+            epoch, ring = (read.response_range.kvs for read in response.responses)
+            if epoch:
+                self._epoch_revision = epoch[0].mod_revision
             if ring and ring[0].mod_revision > self._cipher.ring_revision:
                 self._cipher.use(decoded_ring(ring[0].value), ring[0].mod_revision)
-            self._requeue(entry.pending)
+            self._requeue(batch.proposals)
             return
-        revision = reply.header.revision
-        for pending, response in zip(entry.pending, reply.responses, strict=True):
-            nested = response.response_txn
+        revision = response.header.revision
+        for queued, operation in zip(batch.proposals, response.responses, strict=True):
+            nested = operation.response_txn
             if nested.succeeded:
-                pending.resolve(Committed(revision))
-            elif pending.fence is not None and is_fence_fallen(nested, pending.fence):
-                pending.resolve(NotLeader("another manager leads"))
+                queued.resolve(Committed(revision))
+            elif queued.fence is not None and is_fence_lost(nested, queued.fence):
+                queued.resolve(NotLeader("another manager leads"))
             else:
-                pending.resolve(Conflict(revision))
+                queued.resolve(Conflict(revision))
 
-    async def _settle(self, entry: Entry, loads: int) -> None:
-        """Find out what became of an entry without an answer, and send again what did not happen."""
-        revision = await self._move_ticket()
+    async def _settle(self, batch: Batch) -> None:
+        """Find out the outcome of an entry without a response, and send again what was not committed."""
+        revision = await self._advance_epoch()
         await self._replica.reached(revision)
-        if self._replica.resets != loads:
-            # The replica was loaded anew and may have missed the write and what came after it.
-            for pending in entry.pending:
-                pending.resolve(Uncertain("the outcome of a write could not be found out"))
+        if self._replica.resets != batch.resets:
+            # The replica was reloaded, and may have missed the write and later changes of the same key.
+            for queued in batch.proposals:
+                queued.resolve(Uncertain("the outcome of a write could not be determined"))
             return
-        lost: list[Pending] = []
-        for pending in entry.pending:
-            if pending in self._seen:
-                pending.resolve(Committed(self._seen[pending]))
+        lost: list[QueuedProposal] = []
+        for queued in batch.proposals:
+            if queued in self._observed:
+                queued.resolve(Committed(self._observed[queued]))
             else:
-                lost.append(pending)
+                lost.append(queued)
         self._requeue(lost)
 
-    async def _move_ticket(self) -> int:
-        """Void all entries on their way; the revision from which on that holds.
+    async def _advance_epoch(self) -> int:
+        """Void all entries in flight; gives the revision from which on that holds.
 
-        One move does for all that were sent before it ends: they compare an older ticket.
+        Concurrent calls share one write: all entries sent before it ends compare an older epoch.
         """
-        if self._move is not None:
-            return await asyncio.shield(self._move)
-        move: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._move = move
-        self._ticket_value = token_bytes(TICKET_BYTES)
+        if self._advancing is not None:
+            return await asyncio.shield(self._advancing)
+        advancing: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._advancing = advancing
+        self._epoch_value = token_bytes(EPOCH_BYTES)
         try:
             async with asyncio.TaskGroup() as group:
-                putting = group.create_task(self._put_ticket(), name="ticket")
-                revision = await move
+                putting = group.create_task(self._put_epoch(), name="writer-epoch")
+                revision = await advancing
                 putting.cancel()
         finally:
-            move.cancel()  # whoever waits for it ends, too
-            self._move = None
-        self._send_on()
+            advancing.cancel()  # concurrent calls end, too
+            self._advancing = None
+        self._send_queued()
         return revision
 
-    async def _put_ticket(self) -> None:
+    async def _put_epoch(self) -> None:
         backoff = self._backoff()
         while True:
             try:
-                reply = await self._client.put(
-                    self._ticket_name, self._ticket_value, timeout_s=self._patience.seconds
+                response = await self._client.put(
+                    self._epoch_etcd_key, self._epoch_value, timeout_s=self._timeout.seconds
                 )
             except Unavailable:
-                self._patience.missed()
+                self._timeout.expired()
                 await backoff.sleep(self._clock)
             else:
-                return self._ticket_moved(reply.header.revision)
+                return self._epoch_advanced(response.header.revision)
 
-    def _ticket_moved(self, revision: int) -> None:
-        self._ticket_revision = max(self._ticket_revision, revision)
-        if self._move is not None and not self._move.done():
-            self._move.set_result(revision)
+    def _epoch_advanced(self, revision: int) -> None:
+        self._epoch_revision = max(self._epoch_revision, revision)
+        if self._advancing is not None and not self._advancing.done():
+            self._advancing.set_result(revision)
 
-    def _requeue(self, pending: list[Pending]) -> None:
-        for one in pending:
-            one.came_back()
-        self._queue.extendleft(reversed(pending))
-        self._send_on()
+    def _requeue(self, queued: list[QueuedProposal]) -> None:
+        for one in queued:
+            one.returned()
+        self._queue.extendleft(reversed(queued))
+        self._send_queued()

@@ -1,4 +1,8 @@
-"""Calls to this manager's own etcd member, over its unix socket.  Every call has a deadline.
+"""The client of this manager's own etcd member, over one connection to its unix socket.  Every call has a deadline.
+
+The cost of a call here is most of the cost of a small request of the API, which makes one or two: headers and message
+are sent with one write, and a response wakes its caller once, in however many reads it arrives.  A connection that
+breaks, or that the peer closes with GOAWAY, fails all its calls; the next call makes another one.
 
 Keys here are etcd's, in full.
 """
@@ -6,23 +10,27 @@ Keys here are etcd's, in full.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from skep.rpc.calls import Calls
-from skep.rpc.client import ClientStream
+from skep.rpc import headers
+from skep.rpc.client import Bounds, ClientConnection, ClientStream
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.errors import Uncertain, answers_of_etcd
+from skep.store.etcd.errors import Uncertain, etcd_errors
 
-A = TypeVar("A", bound=Message)
+M = TypeVar("M", bound=Message)
+
+BOUNDS = Bounds(stream_window=8 * 1024 * 1024, connection_window=16 * 1024 * 1024, message=512 * 1024 * 1024)
+"""etcd answers a read of many keys in one message, and is trusted not to exhaust the memory with one."""
 
 WRITE_S = 1.0
-"""A write sent in the moment the leader dies is lost without a word; after this time its outcome is looked up."""
+"""A write sent while the leader dies gets no response; after this time its outcome is determined in another way."""
 
 WRITE_S_MAX = 7.0
-"""Where writes take longer: etcd itself gives up after 5 s and two election timeouts."""
+"""The longest timeout of a write: etcd itself gives up after 5 s and two election timeouts."""
 
 READ_S = 2.0
 CHANGE_S = 5.0
@@ -32,71 +40,78 @@ LOAD_S = 10.0
 DEFRAGMENT_S = 120.0
 
 
-class Patience:
-    """How long the answer to a write is waited for: ``WRITE_S``, and longer while writes take longer."""
+class AdaptiveTimeout:
+    """The timeout of a write: ``WRITE_S``, and longer while writes take longer."""
 
     def __init__(self) -> None:
         self.seconds = WRITE_S
 
-    def missed(self) -> None:
-        """No answer came in this time."""
+    def expired(self) -> None:
+        """There was no response in this time."""
         self.seconds = min(2 * self.seconds, WRITE_S_MAX)
 
-    def answered(self, took_s: float) -> None:
-        """One came after ``took_s``."""
+    def responded(self, took_s: float) -> None:
+        """There was one after ``took_s``."""
         if took_s < self.seconds / 4:
             self.seconds = max(self.seconds / 2, WRITE_S)
 
 
-class Watching:
-    """One open watch stream."""
+class WatchStream:
+    """One open watch of etcd."""
 
     def __init__(self, stream: ClientStream) -> None:
         self._stream = stream
 
     async def receive(self) -> pb.WatchResponse:
-        """The next response; waits for as long as nothing happens.  Raises: Uncertain: the stream is gone."""
-        with answers_of_etcd():
+        """The next response; waits until there is one.  Raises: Uncertain: the stream ended."""
+        with etcd_errors():
             message = await self._stream.receive()
             if message is None:
                 raise Uncertain("the store ended the watch")
         return pb.WatchResponse.FromString(message)
 
     def offer_to(self, take: Callable[[pb.WatchResponse], bool]) -> None:
-        """Show ``take`` first what comes while ``receive`` waits; it says whether that is done with.
+        """Call ``take`` with each response that arrives while ``receive`` waits; true: ``receive`` does not give it.
 
-        It saves a small change the way through the event loop to whoever waits.
+        A small change is processed so without another turn of the event loop.
         """
         self._stream.offer_to(lambda message: take(pb.WatchResponse.FromString(message)))
 
     async def request_progress(self) -> None:
-        """Ask for the revision up to which everything was sent."""
+        """Request the revision up to which everything was sent."""
         request = pb.WatchRequest(progress_request=pb.WatchProgressRequest())
-        with answers_of_etcd():
+        with etcd_errors():
             self._stream.send(request.SerializeToString())
 
 
 class Client:
-    """etcd's interface, as far as Skep calls it.  Use it in ``async with``."""
+    """The calls of etcd's API that Skep uses.  Use it in ``async with``."""
 
     def __init__(self, socket: Path) -> None:
-        self._calls = Calls(socket)
+        self._socket = socket
+        self._connection: ClientConnection | None = None
+        self._connecting = asyncio.Lock()
 
     async def __aenter__(self) -> "Client":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._calls.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls in flight fail."""
+        if self._connection is not None:
+            self._connection.abort()
 
     async def range(self, request: pb.RangeRequest, *, timeout_s: float = READ_S) -> pb.RangeResponse:
         """Read keys; linearizable unless the request says otherwise."""
         return await self._call("KV/Range", pb.RangeResponse, request, timeout_s)
 
     async def put(self, key: bytes, value: bytes, *, timeout_s: float = WRITE_S) -> pb.PutResponse:
-        """Write one key without asking what was there.
+        """Write one key unconditionally.
 
-        As a nested transaction, which etcd's quota lets through as it does with all others of Skep: the quota is kept
-        by Skep (``store.space``), and what settles writes or elects a leader may never be stopped by it.
+        It is a nested transaction, to which etcd does not apply its quota, like all writes of Skep: Skep keeps the
+        quota itself (``store.space``), and writes that determine outcomes or elect a leader must never be refused.
         Source: etcd 3.5, server/storage/quota.go (costTxn).
         """
         put = pb.RequestOp(request_put=pb.PutRequest(key=key, value=value))
@@ -104,30 +119,30 @@ class Client:
         return pb.PutResponse(header=reply.header)
 
     def txn(self, request: pb.TxnRequest, *, timeout_s: float = WRITE_S) -> Awaitable[pb.TxnResponse]:
-        """One raft entry: compares, then writes.  On its way at once, if the connection stands; to be awaited."""
+        """One raft entry: compares, then writes.  Sent at once, if there is a connection; to be awaited."""
         message = request.SerializeToString()
         path = _path("KV/Txn")
-        call = self._calls.begin(path, message, timeout_s)
-        answer = call.answer() if call is not None else self._calls.unary(path, message, timeout_s)
-        return _answered(pb.TxnResponse, answer)
+        call = self.begin(path, message, timeout_s)
+        response = call.response() if call is not None else self.unary(path, message, timeout_s)
+        return _decoded(pb.TxnResponse, response)
 
     async def compact(self, revision: int, *, timeout_s: float = LOAD_S) -> None:
-        """Forget history before ``revision``; returns when this member's file has its pages back."""
+        """Discard history before ``revision``; returns when the pages in this member's file are free."""
         request = pb.CompactionRequest(revision=revision, physical=True)
         await self._call("KV/Compact", pb.CompactionResponse, request, timeout_s)
 
     async def status(self, *, timeout_s: float = READ_S) -> pb.StatusResponse:
-        """What this member knows by itself: leader, term, size.  Answered without a quorum."""
+        """This member's leader, term and size.  Works without a quorum."""
         return await self._call("Maintenance/Status", pb.StatusResponse, pb.StatusRequest(), timeout_s)
 
     async def defragment(self) -> None:
-        """Give the free pages of this member's file back.  It answers nothing else meanwhile: some 9 s per GB."""
+        """Return the free pages of this member's file to the disk.  The member is blocked for some 9 s per GB."""
         await self._call(
             "Maintenance/Defragment", pb.DefragmentResponse, pb.DefragmentRequest(), DEFRAGMENT_S
         )
 
     async def disarm(self) -> int:
-        """End all alarms about space, of every member; how many there were."""
+        """Clear the NOSPACE alarms of every member; gives how many there were."""
         all_of = pb.AlarmRequest(action=pb.AlarmRequest.GET, alarm=pb.NOSPACE)
         found = (await self._call("Maintenance/Alarm", pb.AlarmResponse, all_of, CHANGE_S)).alarms
         for alarm in found:
@@ -138,7 +153,7 @@ class Client:
         return len(found)
 
     async def members(self, *, timeout_s: float = READ_S, is_current: bool = False) -> pb.MemberListResponse:
-        """The members of the cluster as this one knows them; with ``is_current`` as a quorum does."""
+        """The members of the cluster as of this member's state; ``is_current``: a linearizable read."""
         return await self._call(
             "Cluster/MemberList",
             pb.MemberListResponse,
@@ -147,12 +162,12 @@ class Client:
         )
 
     async def add_learner(self, url: str, *, timeout_s: float = CHANGE_S) -> pb.MemberAddResponse:
-        """Take a member in that learns and has no vote yet."""
+        """Add a member as a learner, without a vote."""
         request = pb.MemberAddRequest(peer_urls=[url], is_learner=True)
         return await self._call("Cluster/MemberAdd", pb.MemberAddResponse, request, timeout_s)
 
     async def promote(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
-        """Give a learner its vote."""
+        """Make a learner a voter."""
         await self._call(
             "Cluster/MemberPromote",
             pb.MemberPromoteResponse,
@@ -161,13 +176,13 @@ class Client:
         )
 
     async def remove(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
-        """Put a member out; its process ends by itself when it hears of it."""
+        """Remove a member; its process exits when it learns of it."""
         await self._call(
             "Cluster/MemberRemove", pb.MemberRemoveResponse, pb.MemberRemoveRequest(id=member_id), timeout_s
         )
 
     async def move_leader(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
-        """Hand raft's leadership over; only the leader's own member does that."""
+        """Transfer raft's leadership; only the leader itself accepts this."""
         await self._call(
             "Maintenance/MoveLeader",
             pb.MoveLeaderResponse,
@@ -176,51 +191,120 @@ class Client:
         )
 
     async def snapshot(self) -> AsyncIterator[bytes]:
-        """The whole store as its member has it now, in pieces; the last 32 bytes are the SHA-256 of the rest.
+        """The whole store of this member, in chunks; the last 32 bytes are the SHA-256 of the rest.
 
-        Answered without a quorum.  Raises: Uncertain: it broke off, or nothing came for 10 s.
+        Works without a quorum.  Raises: Uncertain: it was interrupted, or nothing arrived for 10 s.
         """
         request = pb.SnapshotRequest().SerializeToString()
-        with answers_of_etcd():
-            async with self._calls.stream(
+        with etcd_errors():
+            async with self.stream(
                 _path("Maintenance/Snapshot"), request, timeout_s=READ_S, is_last=True
             ) as stream:
                 while True:
                     async with asyncio.timeout(LOAD_S):
-                        piece = await stream.receive()
-                    if piece is None:
+                        chunk = await stream.receive()
+                    if chunk is None:
                         return
-                    yield pb.SnapshotResponse.FromString(piece).blob
+                    yield pb.SnapshotResponse.FromString(chunk).blob
 
     @asynccontextmanager
-    async def watch(self, prefix: bytes, after: int) -> AsyncIterator[Watching]:
-        """Follow all keys below ``prefix`` that change after revision ``after``.
+    async def watch(self, prefix: bytes, after: int) -> AsyncIterator[WatchStream]:
+        """Watch all keys below ``prefix`` for changes after revision ``after``.
 
-        The stream breaks when the member loses its leader, so that silence means that nothing happens.
+        The stream ends when the member has no leader, so no message means no change.
         """
         create = pb.WatchCreateRequest(
             key=prefix, range_end=prefix_end(prefix), start_revision=after + 1, fragment=True
         )
         request = pb.WatchRequest(create_request=create).SerializeToString()
         async with AsyncExitStack() as stack:
-            with answers_of_etcd():
-                opening = self._calls.stream(
+            with etcd_errors():
+                opening = self.stream(
                     _path("Watch/Watch"), request, timeout_s=READ_S, metadata=(("hasleader", "true"),)
                 )
                 stream = await stack.enter_async_context(opening)
-            yield Watching(stream)
+            yield WatchStream(stream)
 
-    async def _call(self, name: str, reply: type[A], request: Message, timeout_s: float) -> A:
-        return await _answered(reply, self._calls.unary(_path(name), request.SerializeToString(), timeout_s))
+    async def _call(self, name: str, reply: type[M], request: Message, timeout_s: float) -> M:
+        return await _decoded(reply, self.unary(_path(name), request.SerializeToString(), timeout_s))
+
+    # -- gRPC ------------------------------------------------------------------------------------------------------
+
+    async def unary(self, path: str, request: bytes, timeout_s: float) -> bytes:
+        """The response to ``request``.  Raises: CallFailed; TimeoutError; OSError: no connection, or it broke."""
+        call = self.begin(path, request, timeout_s)
+        if call is None:
+            deadline = asyncio.get_running_loop().time() + timeout_s
+            async with asyncio.timeout_at(deadline):
+                connection = await self._connected()
+            left_s = deadline - asyncio.get_running_loop().time()
+            call = Call(connection, headers.request_block(path, timeout_s), request, left_s)
+        return await call.response()
+
+    def begin(self, path: str, request: bytes, timeout_s: float) -> "Call | None":
+        """Send ``request`` now; its response is to be awaited.  None: there is no connection."""
+        connection = self._connection
+        if connection is None or connection.is_lost or connection.is_used_up:
+            return None
+        return Call(connection, headers.request_block(path, timeout_s), request, timeout_s)
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        path: str,
+        request: bytes,
+        *,
+        timeout_s: float,
+        metadata: tuple[tuple[str, str], ...] = (),
+        is_last: bool = False,
+    ) -> AsyncIterator[ClientStream]:
+        """A call of many messages, begun with ``request`` (``is_last``: the only one); it ends with the context.
+
+        ``timeout_s``: for the connection.  Raises: TimeoutError; OSError: no connection.
+        """
+        async with asyncio.timeout(timeout_s):
+            connection = await self._connected()
+        with connection.stream() as stream:
+            stream.begin(headers.request_block(path, None, metadata), request, is_last=is_last)
+            yield stream
+
+    async def _connected(self) -> ClientConnection:
+        if self._connection is None or self._connection.is_lost:
+            async with self._connecting:
+                if self._connection is None or self._connection.is_lost:
+                    loop = asyncio.get_running_loop()
+                    _, self._connection = await loop.create_unix_connection(
+                        partial(ClientConnection, BOUNDS), str(self._socket)
+                    )
+        return self._connection
 
 
-async def _answered(reply: type[A], answer: Awaitable[bytes]) -> A:
-    with answers_of_etcd():
-        return reply.FromString(await answer)
+class Call:
+    """A request that was sent, and its one response."""
+
+    def __init__(self, connection: ClientConnection, block: bytes, request: bytes, timeout_s: float) -> None:
+        self._connection = connection
+        self._stream = connection.open()
+        # A timer costs half as much as asyncio.timeout, which has to handle tasks and cancellation.
+        self._expiry = asyncio.get_running_loop().call_later(timeout_s, self._stream.expire)
+        self._stream.begin(block, request, is_last=True)
+
+    async def response(self) -> bytes:
+        """Raises: CallFailed; TimeoutError; Lost."""
+        try:
+            return await self._stream.only_message()
+        finally:
+            self._expiry.cancel()
+            self._connection.release(self._stream)
+
+
+async def _decoded(reply: type[M], response: Awaitable[bytes]) -> M:
+    with etcd_errors():
+        return reply.FromString(await response)
 
 
 def nested(operation: pb.RequestOp) -> pb.RequestOp:
-    """``operation`` as a transaction within the transaction."""
+    """``operation`` as a nested transaction."""
     return pb.RequestOp(request_txn=pb.TxnRequest(success=[operation]))
 
 

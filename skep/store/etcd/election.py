@@ -21,7 +21,7 @@ from skep.model.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher
-from skep.store.etcd.client import Client, Patience, nested
+from skep.store.etcd.client import AdaptiveTimeout, Client, nested
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import change_of, compared_leader, compared_ring, etcd_key
 from skep.store.leadership import LeaderRecord, TermState
@@ -51,7 +51,7 @@ class Election:
         self._clock = clock
         self._nonce = ""
         """Of the claim that may have been written; none: there is no such claim."""
-        self._patience = Patience()
+        self._timeout = AdaptiveTimeout()
 
     async def elected(self, backoff: Backoff) -> AsyncIterator[TermState]:
         """Yields when this manager has become leader; keeps the term's state true until it is lost.
@@ -108,12 +108,12 @@ class Election:
         began = self._clock.monotonic()
         try:
             reply = await self._client.txn(
-                self._claiming(name, record, seen), timeout_s=self._patience.seconds
+                self._claiming(name, record, seen), timeout_s=self._timeout.seconds
             )
         except Uncertain:
-            self._patience.missed()
+            self._timeout.expired()
             raise
-        self._patience.answered(self._clock.monotonic() - began)
+        self._timeout.responded(self._clock.monotonic() - began)
         return self._won(reply.header.revision) if reply.succeeded else None
 
     def _claiming(self, name: bytes, record: LeaderRecord, seen: int) -> pb.TxnRequest:

@@ -85,7 +85,7 @@ _MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
 
 
 @contextmanager
-def answers_of_etcd() -> Iterator[None]:
+def etcd_errors() -> Iterator[None]:
     """Raise our errors instead of those of a call.
 
     Raises: Uncertain, Busy, OutOfSpace, NotServing, Compacted, Refused.

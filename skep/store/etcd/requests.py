@@ -1,4 +1,4 @@
-"""Proposals as etcd's requests, etcd's keys as ours.  Pure but for the nonces of encryption."""
+"""Proposals as etcd requests, etcd's keys as store keys.  Pure but for the nonces of encryption."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -19,26 +19,26 @@ log = structlog.get_logger()
 PREFIX = b"/skep/v1/"
 
 _CLEAR = ("meta/", "w/", "probe/")
-"""Keys whose values are not encrypted: read before any data key is known, or empty."""
+"""Keys whose values are not encrypted, because they are read before any data key is known, or empty."""
 
 
 def etcd_key(key: str) -> bytes:
-    """One of our keys as etcd stores it."""
+    """A store key as etcd has it."""
     return PREFIX + key.encode()
 
 
-WITNESS_BYTES = 16
+MARKER_BYTES = 16
 
 
-class Witness(msgspec.Struct, frozen=True):
-    """By this write a lost proposal is recognized: an encrypted value is never the same twice, nor a random one."""
+class Marker(msgspec.Struct, frozen=True):
+    """The write that identifies a proposal in the watch: encrypted and random values are unique."""
 
     key: bytes
     value: bytes
 
 
-NO_WITNESS = Witness(b"", b"")
-"""Of a proposal that only compares: whether it took effect makes no difference."""
+NO_MARKER = Marker(b"", b"")
+"""Of a proposal that only compares: it is the same whether it took effect or not."""
 
 
 def fill_txn(
@@ -46,70 +46,70 @@ def fill_txn(
     proposal: Proposal,
     fence: int | None,
     cipher: Cipher,
-    sign: Callable[[], bytes] | None = None,
-) -> Witness:
+    marker_key: Callable[[], bytes] | None = None,
+) -> Marker:
     """Write a proposal into an empty transaction.  With a ``fence``, the failure branch reads the leader key.
 
-    ``sign``: a key of this manager's alone, for a proposal that only deletes: that something is gone proves nothing,
-    as another manager may have deleted it, before or after.
+    ``marker_key``: gives a key that only this manager writes, for a proposal that only deletes: that a key is gone
+    proves nothing, as another manager may have deleted it, before or after.
 
-    Messages are filled where they lie: one that is handed to another's constructor is copied with all that is in it.
+    Messages are filled in place, because protobuf copies a message that is passed to another one's constructor.
     """
     for compare in proposal.compares:
         _add_compare(txn, compare)
     if fence is not None:
         _add_compare(txn, Unchanged(keys.LEADER, fence))
         txn.failure.append(_READ_LEADER)
-    witness: Witness | None = None
+    marker: Marker | None = None
     for key, value in proposal.puts:
         name = etcd_key(key)
         stored = value if key.startswith(_CLEAR) else cipher.encrypt(name, value)
         put = txn.success.add().request_put
         put.key = name
         put.value = stored
-        witness = witness or Witness(name, stored)
+        marker = marker or Marker(name, stored)
     for key in proposal.deletes:
         name = etcd_key(key)
         txn.success.add().request_delete_range.key = name
-    if witness is None and proposal.deletes:
-        assert sign is not None, "nobody could tell what became of it"
-        witness = Witness(sign(), token_bytes(WITNESS_BYTES))
+    if marker is None and proposal.deletes:
+        assert marker_key is not None, "its outcome could not be determined"
+        marker = Marker(marker_key(), token_bytes(MARKER_BYTES))
         put = txn.success.add().request_put
-        put.key, put.value = witness.key, witness.value
-    return witness or NO_WITNESS
+        put.key, put.value = marker.key, marker.value
+    return marker or NO_MARKER
 
 
 @lru_cache(maxsize=4)
-def guard(ticket: str, ticket_revision: int, ring_revision: int) -> pb.TxnRequest:
-    """What makes an entry void as soon as this manager has moved its ticket or there is another key ring.
+def guard(epoch_key: str, epoch_revision: int, ring_revision: int) -> pb.TxnRequest:
+    """Compares that void an entry once this manager has advanced its writer epoch or there is another key ring.
 
-    Its failure branch reads both.  To be merged into the entry, not to be changed.
+    The failure branch reads both.  To be merged into the request of the entry, not to be changed.
     """
     return pb.TxnRequest(
-        compare=[compared_key(etcd_key(ticket), ticket_revision), compared_ring(ring_revision)],
+        compare=[compared_key(etcd_key(epoch_key), epoch_revision), compared_ring(ring_revision)],
         failure=[
-            _read(ticket),
+            _read(epoch_key),
             pb.RequestOp(request_range=pb.RangeRequest(key=etcd_key(keys.KEY_RING))),
         ],
     )
 
 
 def compared_ring(revision: int) -> pb.Compare:
-    """That the key ring is still the one of ``revision``."""
+    """The key ring is still the one of ``revision``."""
     return compared_key(etcd_key(keys.KEY_RING), revision)
 
 
 def compared_leader(revision: int) -> pb.Compare:
-    """That the leader key is still the one of ``revision``, a term's fence; 0: that nobody has led yet."""
+    """The leader key is still the one of ``revision``, a term's fence; 0: there is none yet."""
     return compared_key(etcd_key(keys.LEADER), revision)
 
 
 def compared_key(key: bytes, revision: int) -> pb.Compare:
-    """That ``key`` (etcd's) was last written at ``revision``; 0: that it does not exist."""
+    """``key`` (etcd's) was last written at ``revision``; 0: it does not exist."""
     return pb.Compare(key=key, target=pb.Compare.MOD, result=pb.Compare.EQUAL, mod_revision=revision)
 
 
-def is_fence_fallen(reply: pb.TxnResponse, fence: int) -> bool:
+def is_fence_lost(reply: pb.TxnResponse, fence: int) -> bool:
     """Whether a failed fenced transaction failed because another term has begun."""
     (read,) = reply.responses
     found = read.response_range.kvs
@@ -117,9 +117,9 @@ def is_fence_fallen(reply: pb.TxnResponse, fence: int) -> bool:
 
 
 def change_of(kv: pb.KeyValue, cipher: Cipher, *, is_delete: bool = False) -> KeyChange | None:
-    """One of etcd's keys as ours, decrypted; one that cannot be is given with its damage, as it is no removal.
+    """One of etcd's keys as a store key, decrypted; a value that cannot be is given with its ``damage``.
 
-    None: it cannot be, and is of no object (the leader's record).
+    None: a value that cannot be decrypted and belongs to no object (the leader's record).
     """
     key = kv.key[len(PREFIX) :].decode(errors="replace")
     if is_delete:
@@ -176,7 +176,7 @@ def _add_compare(txn: pb.TxnRequest, compare: Compare) -> None:
             )
         case NothingSince(prefix, revision):
             first = etcd_key(prefix)
-            # Of an empty range etcd compares a key of revision 0, which is older than any.
+            # For an empty range etcd compares a key of revision 0, which is less than any.
             txn.compare.add(
                 key=first,
                 range_end=prefix_end(first),

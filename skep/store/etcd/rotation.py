@@ -23,7 +23,7 @@ from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, KeyRing, Unreadable, decoded_ring
 from skep.store.etcd.client import LOAD_S, WRITE_S_MAX, Client, nested, prefix_end
-from skep.store.etcd.follow import PAGE_KEYS_FIRST, next_limit
+from skep.store.etcd.reflector import PAGE_KEYS_FIRST, next_limit
 from skep.store.etcd.requests import PREFIX, compared_key, compared_leader, compared_ring, etcd_key, is_clear
 from skep.store.interface import NotLeader
 from skep.store.leadership import TermState

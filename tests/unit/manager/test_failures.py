@@ -82,7 +82,7 @@ async def test_of_many_changes_one_that_breaks_fails_alone() -> None:
 def test_a_store_that_does_not_answer_is_the_error_of_every_change() -> None:
     loop = VirtualLoop()
     store = MemoryStore(VirtualClock(loop))
-    store.cut()
+    store.partition()
     results = loop.run_until_complete(write_each(store, _put_good, [_config("good"), _config("better")]))
     loop.close()
     assert [type(result) for result in results] == [Unavailable, Unavailable]

@@ -91,7 +91,7 @@ def test_where_nobody_answers_the_term_is_over(rig: Rig) -> None:
         leading = asyncio.create_task(rig.lead(term))
         await asyncio.sleep(0.5 * WRITE_S)
         await rig.overrun()
-        rig.store.faults.is_cut = True
+        rig.store.faults.is_partitioned = True
         async with asyncio.timeout(60):
             await term.wait_lost()
         leading.cancel()

@@ -1,4 +1,4 @@
-"""Which proposals go together in one raft entry."""
+"""Which proposals go together in one raft batch."""
 
 import asyncio
 from collections import deque
@@ -10,25 +10,24 @@ from hypothesis import strategies as st
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import SystemClock
-from skep.store import updates
+from skep.store import leadership
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.batcher import (
-    ENTRY_BYTES_MAX,
-    ENTRY_PROPOSALS_MAX,
+    BATCH_BYTES_MAX,
+    BATCH_PROPOSALS_MAX,
     ETCD_OPERATIONS_MAX,
+    Batch,
     Batcher,
-    Entry,
-    Pending,
-    next_entry,
+    QueuedProposal,
+    fill_batch,
 )
 from skep.store.etcd.cipher import Cipher, new_key_ring, new_wrapping_key
 from skep.store.etcd.client import WRITE_S_MAX
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import etcd_key
 from skep.store.leadership import TermState
-from skep.store.proposal import Exists, Footprint, NothingSince, Proposal, Unchanged
+from skep.store.proposal import Committed, Exists, Footprint, NothingSince, Proposal, Unchanged
 from skep.store.replica import Replica
-from skep.store.updates import Committed
 
 
 def proposals() -> st.SearchStrategy[Proposal]:
@@ -51,17 +50,17 @@ def proposals() -> st.SearchStrategy[Proposal]:
     )
 
 
-def queued(them: list[Proposal]) -> deque[Pending]:
-    return deque(Pending(one, None) for one in them)
+def queued(them: list[Proposal]) -> deque[QueuedProposal]:
+    return deque(QueuedProposal(one, None) for one in them)
 
 
-def drained(queue: deque[Pending]) -> list[Entry]:
-    entries = []
+def drained(queue: deque[QueuedProposal]) -> list[Batch]:
+    batches = []
     while queue:
-        entry = next_entry(queue, [])
-        assert entry.pending, "the first in the queue can always go"
-        entries.append(entry)
-    return entries
+        batch = fill_batch(Batch(), queue, [])
+        assert batch.proposals, "the first in the queue can always go"
+        batches.append(batch)
+    return batches
 
 
 def in_loop(check):
@@ -85,9 +84,9 @@ def keys_of(proposal: Proposal) -> tuple[set[str], set[str]]:
 
 @given(st.lists(proposals(), max_size=12))
 def test_no_entry_holds_two_proposals_of_which_one_reads_or_writes_what_the_other_writes(them):
-    for entry in in_loop(lambda: drained(queued(them))):
-        for one in entry.pending:
-            for other in entry.pending:
+    for batch in in_loop(lambda: drained(queued(them))):
+        for one in batch.proposals:
+            for other in batch.proposals:
                 if one is not other:
                     written, _ = keys_of(one.proposal)
                     assert written.isdisjoint(set.union(*keys_of(other.proposal)))
@@ -95,7 +94,7 @@ def test_no_entry_holds_two_proposals_of_which_one_reads_or_writes_what_the_othe
 
 @given(st.lists(proposals(), max_size=12))
 def test_every_proposal_is_sent_once_and_rivals_keep_their_order(them):
-    sent = [one.proposal for entry in in_loop(lambda: drained(queued(them))) for one in entry.pending]
+    sent = [one.proposal for batch in in_loop(lambda: drained(queued(them))) for one in batch.proposals]
     assert sorted(map(id, sent)) == sorted(map(id, them))
     for first, one in enumerate(them):
         for other in them[first + 1 :]:
@@ -108,13 +107,13 @@ def test_what_touches_something_on_its_way_waits(them, away):
     def check():
         footprint = Footprint.of(away)
         queue = queued(them)
-        entry = next_entry(queue, [footprint])
+        batch = fill_batch(Batch(), queue, [footprint])
         written, compared = keys_of(away)
-        for one in entry.pending:
+        for one in batch.proposals:
             mine, read = keys_of(one.proposal)
             assert mine.isdisjoint(written | compared)
             assert read.isdisjoint(written)
-        assert len(entry.pending) + len(queue) == len(them)
+        assert len(batch.proposals) + len(queue) == len(them)
 
     in_loop(check)
 
@@ -126,10 +125,10 @@ def test_an_entry_stays_within_etcds_limit_of_operations(sizes):
             Proposal(puts=tuple((f"o/{number}/{key}", b"") for key in range(size)))
             for number, size in enumerate(sizes)
         ]
-        for entry in drained(queued(them)):
-            largest = max(one.operations for one in entry.pending)
-            assert len(entry.pending) == 1 or len(entry.pending) + largest <= ETCD_OPERATIONS_MAX
-            assert len(entry.pending) <= ENTRY_PROPOSALS_MAX
+        for batch in drained(queued(them)):
+            largest = max(one.operations for one in batch.proposals)
+            assert len(batch.proposals) == 1 or len(batch.proposals) + largest <= ETCD_OPERATIONS_MAX
+            assert len(batch.proposals) <= BATCH_PROPOSALS_MAX
 
     in_loop(check)
 
@@ -138,10 +137,10 @@ def test_an_entry_stays_within_its_bytes_and_a_large_proposal_goes_alone():
     def check():
         small = [Proposal(puts=((f"o/{n}", b"x" * 300_000),)) for n in range(6)]
         large = Proposal(puts=(("o/large", b"x" * 1_400_000),))
-        entries = drained(queued([*small, large]))
-        assert [len(entry.pending) for entry in entries] == [3, 3, 1]
-        for entry in entries[:2]:
-            assert sum(one.proposal.size_bytes for one in entry.pending) <= ENTRY_BYTES_MAX
+        batches = drained(queued([*small, large]))
+        assert [len(batch.proposals) for batch in batches] == [3, 3, 1]
+        for batch in batches[:2]:
+            assert sum(one.proposal.size_bytes for one in batch.proposals) <= BATCH_BYTES_MAX
 
     in_loop(check)
 
@@ -150,7 +149,7 @@ def test_a_proposal_nobody_waits_for_is_not_sent():
     def check():
         queue = queued([Proposal(puts=(("o/a", b""),)), Proposal(puts=(("o/b", b""),))])
         queue[0].outcome.cancel()
-        return [one.proposal.puts[0][0] for one in next_entry(queue, []).pending]
+        return [one.proposal.puts[0][0] for one in fill_batch(Batch(), queue, []).proposals]
 
     assert in_loop(check) == ["o/b"]
 
@@ -181,9 +180,9 @@ async def a_batcher(client: Unanswering) -> AsyncIterator[Batcher]:
 
 
 async def put_of(client: Unanswering) -> pb.PutRequest:
-    """The write of the one proposal in the next entry."""
-    entry = await client.entries.get()
-    return entry.success[0].request_txn.success[0].request_put
+    """The write of the one proposal in the next batch."""
+    batch = await client.entries.get()
+    return batch.success[0].request_txn.success[0].request_put
 
 
 async def test_a_write_that_the_watch_has_brought_is_committed_before_etcd_answers():
@@ -264,15 +263,15 @@ async def test_proposals_that_come_together_go_together_whoever_has_come_first()
     async with a_batcher(client) as batcher, asyncio.timeout(5):
         many = [Proposal(puts=((f"o/a/{number}", b"v"),)) for number in range(60)]
         proposing = asyncio.create_task(batcher.propose(many, None))
-        entry = await client.entries.get()
-        assert [txn.request_txn.success[0].request_put.key for txn in entry.success] == [
+        batch = await client.entries.get()
+        assert [txn.request_txn.success[0].request_put.key for txn in batch.success] == [
             etcd_key(f"o/a/{number}") for number in range(60)
         ]
         proposing.cancel()
 
 
 async def test_an_entry_compares_the_ring_of_before_its_first_value_was_encrypted():
-    """A new ring that comes while a long entry is being encoded voids it: its first values are under the old key."""
+    """A new ring that comes while a long batch is being encoded voids it: its first values are under the old key."""
     client = Taking()
     key = new_wrapping_key()
     cipher = Cipher(new_key_ring(key), key, 5)
@@ -281,13 +280,13 @@ async def test_an_entry_compares_the_ring_of_before_its_first_value_was_encrypte
         running = group.create_task(batcher.run())
         many = [Proposal(puts=((f"o/a/{number}", b"v"),)) for number in range(60)]
         proposing = group.create_task(batcher.propose(many, None))
-        while not batcher._witnesses:  # noqa: ASYNC110 - nobody is told how far an entry is
+        while not batcher._markers:  # noqa: ASYNC110 - nobody is told how far an batch is
             await asyncio.sleep(0)
         assert client.entries.empty()  # it is under way, and has given way to others
         cipher.use(cipher.new_ring(), 6)
-        entry = await client.entries.get()
+        batch = await client.entries.get()
         assert [
-            compare.mod_revision for compare in entry.compare if compare.key == etcd_key("meta/keys")
+            compare.mod_revision for compare in batch.compare if compare.key == etcd_key("meta/keys")
         ] == [5]
         proposing.cancel()
         running.cancel()
@@ -341,10 +340,10 @@ async def test_a_write_is_settled_by_its_ticket_in_the_watch_alone_and_each_atte
         assert client.entries.empty()  # it would be void
         batcher._replica.advance(7)
         batcher.observe(etcd_key("w/m1"), ticket, 7)
-        entry = await client.entries.get()  # sent again, as nothing of it had appeared
-        compared = {compare.key: compare.mod_revision for compare in entry.compare}
+        batch = await client.entries.get()  # sent again, as nothing of it had appeared
+        compared = {compare.key: compare.mod_revision for compare in batch.compare}
         assert compared[etcd_key("w/m1")] == 7
-        put = entry.success[0].request_txn.success[0].request_put
+        put = batch.success[0].request_txn.success[0].request_put
         batcher.observe(put.key, put.value, 8)
         assert await one == [Committed(8)]
 
@@ -352,26 +351,26 @@ async def test_a_write_is_settled_by_its_ticket_in_the_watch_alone_and_each_atte
 async def leaving(
     client: Taking, batcher: Batcher, terms: dict[str, TermState]
 ) -> tuple[dict[str, "asyncio.Task[object]"], pb.TxnRequest]:
-    """Writers of three terms are cancelled: an entry has left with what two of them write, not what the third does."""
+    """Writers of three terms are cancelled: an batch has left with what two of them write, not what the third does."""
     tasks: dict[str, asyncio.Task[object]] = {}
     for name in ("first", "second", "waiting"):
         key = "o/a/2" if name == "second" else "o/a/1"
         proposing = batcher.propose([Proposal(puts=((key, b"v"),))], terms[name])
         tasks[name] = asyncio.create_task(proposing)
-    entry = await client.entries.get()
+    batch = await client.entries.get()
     for task in tasks.values():
         task.cancel()
     await asyncio.wait([tasks["waiting"]])
     assert not terms["waiting"].is_lost
-    return tasks, entry
+    return tasks, batch
 
 
 async def test_a_writer_that_goes_waits_for_what_came_of_its_write_and_its_term_goes_on():
     client = Taking()
     terms = {name: TermState(1, 1) for name in ("first", "second", "waiting")}
     async with a_batcher(client) as batcher, asyncio.timeout(5):
-        tasks, entry = await leaving(client, batcher, terms)
-        for revision, one in zip((7, 8), entry.success, strict=True):
+        tasks, batch = await leaving(client, batcher, terms)
+        for revision, one in zip((7, 8), batch.success, strict=True):
             put = one.request_txn.success[0].request_put
             batcher.observe(put.key, put.value, revision)
         await asyncio.sleep(0.01)
@@ -383,7 +382,7 @@ async def test_a_writer_that_goes_waits_for_what_came_of_its_write_and_its_term_
 
 
 async def test_a_writer_that_goes_ends_its_term_where_nothing_is_known(monkeypatch):
-    monkeypatch.setattr(updates, "LEFT_S", 0.05)
+    monkeypatch.setattr(leadership, "SETTLE_S", 0.05)
     client = Taking()
     terms = {name: TermState(1, 1) for name in ("first", "second", "waiting")}
     async with a_batcher(client) as batcher, asyncio.timeout(5):
@@ -400,9 +399,9 @@ async def test_a_writer_of_a_term_that_is_over_goes_at_once():
     client = Taking()
     terms = {name: TermState(1, 1) for name in ("first", "second", "waiting")}
     async with a_batcher(client) as batcher, asyncio.timeout(5):
-        for term in terms.values():
-            term.lose()
         writing = asyncio.create_task(batcher.propose([Proposal(puts=(("o/a/1", b"v"),))], terms["first"]))
         await client.entries.get()
+        for term in terms.values():
+            term.lose()
         writing.cancel()
         await asyncio.wait([writing])

@@ -10,7 +10,7 @@ from skep.errors import FailedPrecondition
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, new_key_ring, new_wrapping_key
-from skep.store.etcd.follow import PAGE_BYTES, PAGE_KEYS_FIRST, PAGE_KEYS_MAX, Follower, next_limit
+from skep.store.etcd.reflector import PAGE_BYTES, PAGE_KEYS_FIRST, PAGE_KEYS_MAX, Reflector, next_limit
 from skep.store.etcd.requests import by_revision, etcd_key
 from skep.store.level import LEVEL
 from skep.store.replica import Replica
@@ -58,6 +58,6 @@ async def test_a_replica_that_is_loaded_anew_takes_no_level_that_it_does_not_kno
     client: Any = Pages(etcd_key(keys.LEVEL), str(LEVEL + 1).encode())
     key = new_wrapping_key()
     cipher = Cipher(new_key_ring(key), key)
-    follower = Follower(client, Replica(), cipher, lambda *_: None, SystemClock(), Backoff())
+    follower = Reflector(client, Replica(), cipher, lambda *_: None, SystemClock(), Backoff())
     with pytest.raises(FailedPrecondition, match="upgrade this manager"):
         await follower.run()

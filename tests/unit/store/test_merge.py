@@ -17,7 +17,7 @@ from skep.store.keys import object_key
 from skep.store.schema import SCHEMA_BY_TYPE
 from skep.store.state import State, differences
 from skep.store.tables import KeyChange, Table
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_task
 
 
@@ -240,7 +240,7 @@ def test_fields_of_a_newer_version_stay_when_this_one_writes(schema, data):
     objects = {Task: a_task("x", slot=1, node="n1"), Service: a_service("x"), Node: a_node("x")}
     one = objects.get(schema.type) or _an_object(schema.type)
     state, extras = State(), {}
-    tx = Writing(State(), 1)
+    tx = LocalTransaction(State(), 1)
     tx.put(one)
     puts = dict(tx.proposal().puts)
     changes = []
@@ -279,7 +279,7 @@ def test_a_state_that_an_older_manager_writes_keeps_what_a_newer_one_has_written
     head = msgspec.json.decode(parts_of(a_task("t1", node="n1"))[""] or b"")
     stored = msgspec.json.encode(head | {"Priority": {"Class": "high"}})
     state.apply(2, [KeyChange("o/task/t1", stored, 2, 1)])
-    tx = Writing(state, 1)
+    tx = LocalTransaction(state, 1)
     tx.put(replace(tx.get(Task, "t1"), desired_state=TaskState.SHUTDOWN))
     ((_, written),) = tx.proposal().puts
     assert msgspec.json.decode(written)["Priority"] == {"Class": "high"}

@@ -8,7 +8,7 @@ from skep.model.secret import Secret, SecretSpec
 from skep.store.replica import Replica
 from skep.store.state import State
 from skep.store.tables import KeyChange
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 
 
 async def test_whoever_waits_for_a_revision_goes_on_before_those_who_watch_begin():
@@ -27,7 +27,7 @@ async def test_whoever_waits_for_a_revision_goes_on_before_those_who_watch_begin
                 order.append("loop")
                 return
 
-    tx = Writing(replica.state, 0)
+    tx = LocalTransaction(replica.state, 0)
     tx.put(Secret(id=SecretId("s"), spec=SecretSpec(name="s")))
     async with asyncio.TaskGroup() as group:
         group.create_task(loop())

@@ -32,7 +32,7 @@ from skep.store.kinds import SpecVersion
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.store.proposal import Exists, NothingSince, Unchanged
 from skep.store.state import State, differences
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_task
 
 NOW = Timestamp("2026-01-01T00:00:00Z")
@@ -140,7 +140,7 @@ class StoreMachine(RuleBasedStateMachine):
                 for object in store.view().find(kind)
             }
             if cut:
-                other.cut()
+                other.partition()
             try:
                 expected = await store.update(body)
             except SkepError:
@@ -152,7 +152,7 @@ class StoreMachine(RuleBasedStateMachine):
             }
             assert seen == expected, "what the body saw last is what the store shows"
             if cut:
-                other.mend()
+                other.heal()
 
         self.loop.run_until_complete(run())
 
@@ -228,7 +228,7 @@ def written(state: State, *objects: Any) -> State:
     """``state`` after a transaction that puts ``objects``."""
     from skep.store.tables import KeyChange
 
-    tx = Writing(state, 0)
+    tx = LocalTransaction(state, 0)
     for object in objects:
         tx.put(object)
     proposal = tx.proposal()
@@ -243,7 +243,7 @@ def written(state: State, *objects: Any) -> State:
 
 def test_only_changed_parts_are_written():
     state = written(State(), a_task("t1"))
-    tx = Writing(state, 0)
+    tx = LocalTransaction(state, 0)
     task = tx.lookup(Task, "t1")
     assert task is not None
     tx.put(replace(task, status=TaskStatus(state=TaskState.FAILED)))
@@ -254,7 +254,7 @@ def test_only_changed_parts_are_written():
 
 def test_what_is_removed_and_made_anew_in_one_transaction_is_written():
     state = written(State(), a_task("t1", slot=1))
-    tx = Writing(state, 0)
+    tx = LocalTransaction(state, 0)
     tx.delete(Task, "t1")
     tx.put(a_task("t1", slot=2))
     assert [key for key, _ in tx.proposal().puts] == ["o/task/t1"]
@@ -262,7 +262,7 @@ def test_what_is_removed_and_made_anew_in_one_transaction_is_written():
 
 def test_putting_an_object_unchanged_writes_nothing():
     state = written(State(), a_service("web"))
-    tx = Writing(state, 0)
+    tx = LocalTransaction(state, 0)
     tx.put(tx.get(Service, "web"))
     assert tx.proposal().is_empty
 
@@ -270,14 +270,14 @@ def test_putting_an_object_unchanged_writes_nothing():
 def test_what_was_read_with_get_is_compared_and_what_was_looked_up_is_not():
     state = written(State(), a_task("t1"), Secret(id=SecretId("s"), spec=SecretSpec(name="s")))
     for read, expected in (("get", True), ("lookup", False)):
-        tx = Writing(state, 0)
+        tx = LocalTransaction(state, 0)
         getattr(tx, read)(Secret, "s")
         tx.put(a_task("t2"))
         assert (Unchanged("o/secret/s", 1) in tx.proposal().compares) is expected
 
 
 def test_an_object_that_was_missing_must_still_be_missing():
-    tx = Writing(State(), 0)
+    tx = LocalTransaction(State(), 0)
     assert tx.rely_on(Secret, "s") is None
     tx.put(a_task("t1"))
     assert Unchanged("o/secret/s", 0) in tx.proposal().compares
@@ -285,13 +285,13 @@ def test_an_object_that_was_missing_must_still_be_missing():
 
 def test_removing_something_compares_that_nobody_began_to_use_it():
     state = written(State(), Secret(id=SecretId("s"), spec=SecretSpec(name="s")))
-    tx = Writing(state, 0)
+    tx = LocalTransaction(state, 0)
     tx.delete(Secret, "s")
     assert NothingSince("r/secret/s/", state.revision) in tx.proposal().compares
 
 
 def test_what_is_created_and_removed_in_one_transaction_leaves_nothing():
-    tx = Writing(State(), 0)
+    tx = LocalTransaction(State(), 0)
     tx.put(a_service("web"))
     tx.delete(Service, "web")
     assert tx.proposal().is_empty
@@ -319,7 +319,7 @@ def test_a_write_disturbs_whoever_compares_the_prefix_over_it(key, prefix):
 
 def test_an_object_has_the_size_limit_of_its_kind():
     def proposed(one):
-        tx = Writing(State(), 0)
+        tx = LocalTransaction(State(), 0)
         tx.put(one)
         return tx.proposal()
 

@@ -25,7 +25,7 @@ from skep.store.kinds import SpecVersion
 from skep.store.schema import SCHEMA_BY_TYPE
 from skep.store.state import State
 from skep.store.tables import KeyChange
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_task, an_overlay
 from tests.unit.store.test_merge import changes_of, parts_of
 
@@ -147,7 +147,7 @@ def with_mounts(service: Service, mounts: tuple[Mount, ...]) -> Service:
 
 def written(state: State, changed: Object) -> dict[str, Any]:
     """What a manager of this version writes for ``changed``, by key."""
-    tx = Writing(state, 1)
+    tx = LocalTransaction(state, 1)
     tx.put(changed)
     return {key: msgspec.json.decode(value) for key, value in tx.proposal().puts if key.startswith("o/")}
 

@@ -9,11 +9,11 @@ import pytest
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.store.interface import Transaction
-from skep.store.leadership import TermState
-from skep.store.proposal import Proposal
+from skep.store.leadership import SETTLE_S, TermState
+from skep.store.proposal import Committed, Conflict, Proposal
 from skep.store.replica import Replica
 from skep.store.state import State
-from skep.store.updates import DEADLINE_S, LEFT_S, SHOWN_S, TERM_DEADLINE_S, Committed, Conflict, Updater
+from skep.store.updates import DEADLINE_S, SHOWN_S, TERM_DEADLINE_S, Updater
 from tests.support.builders import a_node
 
 REVISION = 7
@@ -30,7 +30,7 @@ class Late:
         self.proposed = 0
         self._shows = asyncio.Event()
 
-    async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Committed]:
+    async def propose(self, proposals: Sequence[Proposal], term: TermState | None) -> Sequence[Committed]:
         self.proposed += len(proposals)
         return [Committed(REVISION) for _ in proposals]
 
@@ -47,7 +47,9 @@ class Late:
 
     def updater(self, term: TermState | None = None) -> Updater:
         return Updater(
-            cast("Replica", self), self, self._barrier, VirtualClock(self.loop), self.reached, term=term
+            *(cast("Replica", self), self.propose, self._barrier, self.reached),
+            VirtualClock(self.loop),
+            term=term,
         )
 
     async def _barrier(self) -> None:
@@ -99,7 +101,7 @@ def test_a_leader_that_does_not_see_what_it_wrote_leads_no_longer(late: Late, ma
             with pytest.raises(Unavailable):
                 await leading.update(write)
 
-    assert late.took_s(lead) == pytest.approx(TERM_DEADLINE_S + LEFT_S, abs=0.1)
+    assert late.took_s(lead) == pytest.approx(TERM_DEADLINE_S + SETTLE_S, abs=0.1)
     assert term.is_lost
 
 
@@ -125,9 +127,9 @@ class Slow(Late):
 
     commits_after_s = 0.0
 
-    async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Committed]:
+    async def propose(self, proposals: Sequence[Proposal], term: TermState | None) -> Sequence[Committed]:
         await asyncio.sleep(self.commits_after_s)
-        return await super().propose(proposals)
+        return await super().propose(proposals, term)
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -151,7 +153,9 @@ def test_a_write_that_was_acknowledged_just_before_the_deadline_is_no_error(many
 class Contested(Late):
     """A store in which every proposal meets a conflict."""
 
-    async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Committed | Conflict]:  # type: ignore[override]
+    async def propose(  # type: ignore[override]
+        self, proposals: Sequence[Proposal], term: TermState | None
+    ) -> Sequence[Committed | Conflict]:
         self.proposed += len(proposals)
         return [Conflict(0) for _ in proposals]
 

@@ -5,7 +5,7 @@ from skep.manager.membership.roll_call import Mark, roll_call
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, Reachability
 from skep.store.state import State
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 
@@ -17,7 +17,7 @@ def a_manager(id: NodeId, reachability: Reachability, *, leads: bool = False) ->
 
 def shown(*nodes: Node, by: NodeId, leads: bool) -> dict[NodeId, ManagerStatus | None]:
     """Statuses after the manager ``by`` has shown itself."""
-    tx = Writing(State(), 0)
+    tx = LocalTransaction(State(), 0)
     for node in nodes:
         tx.put(node)
     write_manager_status(tx, by, f"{by}:2377", leads=leads)

@@ -1,7 +1,7 @@
-"""The first transaction of a cluster, and what every start checks before it trusts what it finds.
+"""The first transaction of a cluster, and the checks of its header at every start.
 
-``meta/format`` says how the data are laid out, ``meta/level`` the lowest version among the managers: nothing that
-this level does not know is written.  A store without ``meta/format`` is an unfinished init.
+``meta/format`` is the layout of the data, ``meta/level`` the lowest feature level among the managers, above which
+nothing is written.  A store without ``meta/format`` is an unfinished init.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from skep.store.interface import Transaction
 from skep.store.level import LEVEL, decoded_level
 from skep.store.proposal import Proposal, Unchanged
 from skep.store.state import State
-from skep.store.transaction import Writing
+from skep.store.transaction import LocalTransaction
 
 R = TypeVar("R")
 P = ParamSpec("P")
@@ -31,13 +31,13 @@ FORMAT = 1
 """The layout of keys and values that this version reads and writes."""
 
 FIRST_INCARNATION = 1
-"""Of a cluster that was never restored nor forced; stores from before there was a number have none."""
+"""Of a cluster that was never restored or forced new; stores of early versions have no number."""
 
 
-class Founded(msgspec.Struct, frozen=True):
-    """What a store says of the cluster in it, before any object can be read.
+class ClusterHeader(msgspec.Struct, frozen=True):
+    """The metadata of a cluster's store, which are readable before any object.
 
-    ``ring_revision``: when the key ring was last written.
+    ``ring_revision``: at which the key ring was last written.
     """
 
     ring: KeyRing
@@ -77,10 +77,10 @@ async def initialize_on(
 ) -> R:
     """``initialize`` through an open ``client``."""
     ring = new_key_ring(wrapping_key)
-    tx = Writing(State(), clock.now_ns())
+    tx = LocalTransaction(State(), clock.now_ns())
     result = body(tx, *args, **kwargs)
     first = tx.proposal()
-    founding = Proposal(
+    whole = Proposal(
         compares=(Unchanged(keys.FORMAT, 0), *first.compares),
         puts=(
             (keys.FORMAT, str(FORMAT).encode()),
@@ -91,22 +91,22 @@ async def initialize_on(
         ),
     )
     request = pb.TxnRequest()
-    fill_txn(request, founding, None, Cipher(ring, wrapping_key))
+    fill_txn(request, whole, None, Cipher(ring, wrapping_key))
     try:
         reply = await client.txn(request, timeout_s=LOAD_S)
-        is_in = reply.succeeded
+        is_committed = reply.succeeded
     except Uncertain:
-        # The keys in the ring are chance: if they are there, so is everything else.
-        is_in = await _stored_ring(client) == ring
-        if not is_in:
+        # The data keys are random: if the stored ring has them, the transaction was committed.
+        is_committed = await _stored_ring(client) == ring
+        if not is_committed:
             raise
-    if not is_in:
+    if not is_committed:
         raise AlreadyExists("this store holds a cluster already")
     return result
 
 
-async def founded(client: Client) -> Founded:
-    """The cluster in this store, if this version can serve it.
+async def cluster_in(client: Client) -> ClusterHeader:
+    """The header of the cluster in this store, if this version can serve it.
 
     Raises: Unfinished: there is none; FailedPrecondition: of a format or level unknown here; Unavailable.
     """
@@ -124,7 +124,7 @@ async def founded(client: Client) -> Founded:
     if ring is None:
         raise FailedPrecondition("the cluster's key ring is missing: restore the store from a backup")
     incarnation = await _read(client, keys.INCARNATION)
-    return Founded(
+    return ClusterHeader(
         decoded_ring(ring.value),
         ring.mod_revision,
         decoded_incarnation(incarnation.value) if incarnation is not None else FIRST_INCARNATION,
@@ -132,9 +132,10 @@ async def founded(client: Client) -> Founded:
 
 
 async def raise_incarnation(socket: Path, at_least: int) -> int:
-    """Begin another life of the cluster in this store, which nobody else serves yet; which one it is.
+    """Begin a new incarnation of the cluster in this store, which no other manager serves yet; gives its number.
 
-    Nobody leads it: raft's terms begin anew in a restored store, and a record of a higher one would bar every manager.
+    The leader key is deleted: raft's terms begin at 1 in a restored store, and a leader record of a higher term would
+    keep every manager from leading.
     Raises: Unfinished; Unavailable.
     """
     async with Client(socket) as client:
@@ -142,8 +143,8 @@ async def raise_incarnation(socket: Path, at_least: int) -> int:
 
 
 async def raise_incarnation_on(client: Client, at_least: int) -> int:
-    """The same through an open ``client``; a simulation brings a client of its own."""
-    incarnation = max((await founded(client)).incarnation + 1, at_least)
+    """The same through an open ``client``; a simulation passes its own client."""
+    incarnation = max((await cluster_in(client)).incarnation + 1, at_least)
     begin = pb.PutRequest(key=etcd_key(keys.INCARNATION), value=str(incarnation).encode())
     depose = pb.DeleteRangeRequest(key=etcd_key(keys.LEADER))
     operations = [

@@ -1,7 +1,7 @@
-"""Keeps the replica equal to etcd: load everything once, then follow the watch.
+"""Keeps the replica equal to etcd: load everything once, then apply the watch (a list-watch loop, or reflector).
 
-All events of one etcd transaction have one revision and are shown at once.  When the history needed to go on is
-gone (compaction, a restore), everything is loaded again and observers hear exactly the difference.
+All events of one etcd transaction have one revision and become visible together.  If the history needed to resume is
+gone (compaction, a restore), everything is loaded again and watchers get exactly the difference.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from skep.errors import FailedPrecondition, Unavailable
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, decoded_ring
-from skep.store.etcd.client import LOAD_S, Client, Watching, prefix_end
+from skep.store.etcd.client import LOAD_S, Client, WatchStream, prefix_end
 from skep.store.etcd.errors import Compacted, Uncertain
 from skep.store.etcd.requests import PREFIX, by_revision, change_of
 from skep.store.interface import Event
@@ -29,21 +29,21 @@ from skep.store.tables import KeyChange
 log = structlog.get_logger()
 
 PAGE_KEYS_MAX = 500
-"""Keys of one page of a load: a few milliseconds of work."""
+"""Keys of one page of a load: a few milliseconds of processing."""
 
 PAGE_KEYS_FIRST = 16
 PAGE_BYTES = 2 * 1024 * 1024
-"""Wanted size of a page: 500 of the largest configs would be half a gigabyte."""
+"""Target size of a page: 500 of the largest configs would be half a gigabyte."""
 
-SLICE = 200
-"""Events taken in, or objects compared, between two returns to the event loop."""
+YIELD_EVERY = 200
+"""Events applied, or objects compared, between two returns to the event loop."""
 
-NUDGE_S = 0.02
-"""How long a waiter waits for the watch to move by itself before progress is asked for."""
+PROGRESS_S = 0.02
+"""How long to wait for the next watch event before a progress notification is requested."""
 
 
-class Follower:
-    """Feeds one replica.  ``observe`` hears of every write before it shows: (etcd key, stored value, revision)."""
+class Reflector:
+    """Feeds one replica.  ``observe`` is called before a write becomes visible: (etcd key, stored value, revision)."""
 
     def __init__(
         self,
@@ -60,51 +60,51 @@ class Follower:
         self._observe = observe
         self._clock = clock
         self._backoff = backoff
-        self._watching: Watching | None = None
+        self._stream: WatchStream | None = None
         self._cluster_id = 0
-        self._held: list[pb.Event] = []
-        """Of a change that comes in fragments."""
+        self._fragments: list[pb.Event] = []
+        """Events of an incomplete fragmented response."""
         self._loaded = asyncio.Event()
         self._needs_load = True
 
     @property
     def is_current(self) -> bool:
-        """Whether the watch stands, so that silence means that nothing happened."""
-        return self._watching is not None
+        """Whether the watch is open, so that no event means no change."""
+        return self._stream is not None
 
     async def wait_loaded(self) -> None:
         """Return when the replica has shown the whole store once."""
         await self._loaded.wait()
 
     async def run(self) -> None:
-        """Follow until cancelled, through every loss of the connection."""
+        """Load and watch until cancelled, across losses of the connection."""
         while True:
             try:
                 if self._needs_load:
                     await self._load()
-                await self._follow()
+                await self._watch()
             except Compacted as error:
-                log.info("store must be loaded again", reason=str(error))
+                log.info("replica reloads the store", reason=str(error))
                 self._needs_load = True
             except Unavailable as error:
                 log.debug("watch interrupted", reason=str(error))
                 await self._backoff.sleep(self._clock)
 
     async def reached(self, revision: int) -> None:
-        """Return once the replica shows everything up to ``revision``, asking for progress if nothing moves."""
+        """Return once the replica shows everything up to ``revision``; requests progress if no event arrives."""
         while self._replica.revision < revision:
             try:
-                async with asyncio.timeout(NUDGE_S):
+                async with asyncio.timeout(PROGRESS_S):
                     await self._replica.reached(revision)
             except TimeoutError:
-                if self._watching is not None:
+                if self._stream is not None:
                     with suppress(Unavailable):
-                        await self._watching.request_progress()
+                        await self._stream.request_progress()
 
     async def _load(self) -> None:
-        """Read every key at one revision and put it in place of what the replica had.
+        """Read every key at one revision and replace the replica's state.
 
-        Raises: Compacted: history was cut meanwhile; the next attempt begins anew.
+        Raises: Compacted: the revision was compacted meanwhile; to be tried again.
         """
         state = State()
         leader: bytes | None = None
@@ -119,7 +119,7 @@ class Follower:
             )
             for kv in page.kvs:
                 if kv.key == _LEVEL:
-                    decoded_level(kv.value)  # raised while the watch was away
+                    decoded_level(kv.value)  # raised while the watch was closed
             changes = [change for kv in page.kvs if (change := change_of(kv, self._cipher)) is not None]
             leader = next((change.value for change in changes if change.key == keys.LEADER), leader)
             state.apply(revision, changes)
@@ -138,34 +138,34 @@ class Follower:
     async def _difference(self, state: State) -> list[Event]:
         events: list[Event] = []
         pending = differences(self._replica.state, state)
-        while some := list(islice(pending, SLICE)):
+        while some := list(islice(pending, YIELD_EVERY)):
             events += some
             await asyncio.sleep(0)
         return events
 
-    async def _follow(self) -> None:
-        async with self._client.watch(PREFIX, self._replica.revision) as watching:
-            self._held = []
-            watching.offer_to(self._is_taken_in)
+    async def _watch(self) -> None:
+        async with self._client.watch(PREFIX, self._replica.revision) as stream:
+            self._fragments = []
+            stream.offer_to(self._apply_at_once)
             try:
                 while True:
-                    response = await watching.receive()
+                    response = await stream.receive()
                     self._check(response)
                     if response.created:
-                        self._watching = watching
+                        self._stream = stream
                         self._backoff.reset()
-                    self._held.extend(response.events)
+                    self._fragments.extend(response.events)
                     if response.fragment:
                         continue
-                    await self._take_in(self._held)
-                    if not self._held and not response.created:
+                    await self._apply(self._fragments)
+                    if not self._fragments and not response.created:
                         self._replica.advance(response.header.revision)
-                    self._held = []
+                    self._fragments = []
             finally:
-                self._watching = None
+                self._stream = None
 
     def _check(self, response: pb.WatchResponse) -> None:
-        """Raises: Compacted: what comes is no continuation of what we have; Uncertain: the watch ended."""
+        """Raises: Compacted: the response does not continue the replica's state; Uncertain: the watch ended."""
         if response.canceled:
             if response.compact_revision:
                 raise Compacted(f"history before revision {response.compact_revision} is gone")
@@ -173,13 +173,13 @@ class Follower:
         if response.header.cluster_id != self._cluster_id:
             raise Compacted("this is another cluster's store")
         if response.header.revision < self._replica.revision:
-            # A watch from a future revision is accepted, and then silent for ever.
+            # etcd accepts a watch from a future revision and never sends an event.
             raise Compacted("the store was restored to an older state")
 
-    def _is_taken_in(self, response: pb.WatchResponse) -> bool:
-        """Take in what is small and plain where it arrives; whether it was.  All else is for ``_follow``."""
+    def _apply_at_once(self, response: pb.WatchResponse) -> bool:
+        """Apply a small response where it arrives; whether it was.  All others are left to ``_watch``."""
         events = response.events
-        if not 0 < len(events) < SLICE or self._held or response.fragment or response.created:
+        if not 0 < len(events) < YIELD_EVERY or self._fragments or response.fragment or response.created:
             return False
         try:
             self._check(response)
@@ -190,32 +190,34 @@ class Follower:
             self._replica.apply(revision, [change for change in changes if change is not None])
         return True
 
-    async def _take_in(self, events: list[pb.Event]) -> None:
-        taken = 0
+    async def _apply(self, events: list[pb.Event]) -> None:
+        applied = 0
         for revision, group in by_revision(events):
             changes: list[KeyChange] = []
             for event in group:
                 change = self._change(event, revision)
                 if change is not None:
                     changes.append(change)
-                taken += 1
-                if taken % SLICE == 0:
+                applied += 1
+                if applied % YIELD_EVERY == 0:
                     await asyncio.sleep(0)
             self._replica.apply(revision, changes)
 
     def _change(self, event: pb.Event, revision: int) -> KeyChange | None:
-        """What one key of the store has become; None: it cannot be read."""
+        """The change of one key; None: its value cannot be read."""
         kv = event.kv
         is_delete = event.type == pb.Event.DELETE
         if kv.key == _KEY_RING and not is_delete:
             self._use_key_ring(kv.value, kv.mod_revision)
         if kv.key == _LEVEL and not is_delete:
-            decoded_level(kv.value)  # or this manager ends: it would misread what the others write
+            decoded_level(
+                kv.value
+            )  # raises: this manager must end, as it would misread what the others write
         self._observe(kv.key, None if is_delete else kv.value, revision)
         return change_of(kv, self._cipher, is_delete=is_delete)
 
     def _use_key_ring(self, encoded: bytes, revision: int) -> None:
-        """Values encrypted with a new data key come after the ring that holds it."""
+        """Take over a new key ring, which comes before the values encrypted with its keys."""
         try:
             self._cipher.use(decoded_ring(encoded), revision)
         except FailedPrecondition as error:
@@ -223,7 +225,7 @@ class Follower:
 
 
 def next_limit(limit: int, page_bytes: int) -> int:
-    """Keys of the next page, when ``limit`` keys had this size: nearer to ``PAGE_BYTES``, growing carefully."""
+    """Keys of the next page, after ``limit`` keys had this size: towards ``PAGE_BYTES``, at most fourfold."""
     fitting = limit * PAGE_BYTES // max(page_bytes, 1)
     return max(1, min(fitting, 4 * limit, PAGE_KEYS_MAX))
 
