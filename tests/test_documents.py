@@ -13,7 +13,6 @@ from tests.test_status import exists
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-@pytest.mark.point("1")
 def test_the_readme_opens_with_five_lines_and_then_the_two_commands() -> None:
     title, opening, heading = (ROOT / "README.md").read_text().split("\n\n")[:3]
     assert title == "# Skep"
@@ -48,7 +47,6 @@ def test_every_file_of_the_code_that_is_named_exists(page: Path) -> None:
     assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
 
 
-@pytest.mark.point("1")
 def test_the_continuous_integration_runs_the_readmes_test_command() -> None:
     assert re.search(r"^make .*\btest\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     tests = re.search(r"^test: (.*)\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -57,7 +55,6 @@ def test_the_continuous_integration_runs_the_readmes_test_command() -> None:
     assert "--whole -m 'not slow'" in tests[2]
 
 
-@pytest.mark.point("1")
 @pytest.mark.parametrize("command", ["demo", "test"])
 def test_both_commands_do_their_own_set_up(command: str) -> None:
     needs = dict(re.findall(r"^([a-z-]+): *([a-z- ]*)", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -69,7 +66,6 @@ def test_both_commands_do_their_own_set_up(command: str) -> None:
     assert reached & {"setup", "setup-run"}
 
 
-@pytest.mark.point("1")
 def test_check_formats_lints_types_and_looks_at_imports() -> None:
     done = subprocess.run(
         ["make", "--dry-run", "check"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30

@@ -4,8 +4,6 @@ import pytest
 
 from tests.conftest import may_skip, missing
 
-pytestmark = pytest.mark.point("11")
-
 
 def test_a_missing_command_is_named_and_a_present_one_is_not() -> None:
     assert missing(["sh", "no-such-command"]) == ["no-such-command"]

@@ -38,8 +38,6 @@ from skep.wire.convert.node import description_to_pb
 from tests.support.builders import a_docker_node, a_service, a_task, an_overlay
 from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, describe, put
 
-pytestmark = pytest.mark.point("3-9")
-
 NET = an_overlay("net1", subnet="10.0.1.0/24", attachable=True)
 
 

@@ -34,8 +34,6 @@ from tests.contract.store_words import (
 )
 from tests.support.builders import a_node, a_service, a_task
 
-pytestmark = pytest.mark.point("3")
-
 
 async def test_an_object_comes_back_as_it_was_put(store: Store) -> None:
     wish = a_service("web", replicas=3, ports=(port(8080),))

@@ -42,8 +42,6 @@ from tests.contract.store_words import (
 )
 from tests.support.builders import a_service_spec
 
-pytestmark = pytest.mark.point("3")
-
 T = TypeVar("T", bound=msgspec.Struct)
 
 

@@ -36,8 +36,6 @@ from tests.contract.store_words import (
 )
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
-pytestmark = pytest.mark.point("3")
-
 
 async def test_no_update_is_lost_among_many_writers(rig: Rig) -> None:
     await rig.store.update(put, a_node("n1"))

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 from msgspec.structs import replace
 
 from skep.model.node import Node, NodeSession
@@ -28,8 +27,6 @@ from tests.contract.store_words import (
     put,
 )
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-
-pytestmark = pytest.mark.point("3")
 
 
 async def test_the_version_grows_with_the_wish_and_only_with_it(store: Store) -> None:

@@ -25,8 +25,6 @@ from tests.contract.store_words import (
 )
 from tests.support.builders import a_task
 
-pytestmark = pytest.mark.point("3")
-
 
 async def taken(watch: Watch, number: int) -> list[Commit]:
     commits: list[Commit] = []

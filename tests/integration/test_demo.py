@@ -14,7 +14,7 @@ from skep.aio.trees import discard_tree_now
 from tests.integration.cluster import TestCluster, wait_running, wait_until
 from tests.integration.footprint import inhabitants, machine, survivors
 
-pytestmark = [pytest.mark.point("10"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 
 ROOT = Path(__file__).parents[2]
 NAME = f"demo{os.getpid()}"

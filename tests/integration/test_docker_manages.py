@@ -15,7 +15,6 @@ from tests.integration.cluster import (
 )
 
 pytestmark = [
-    pytest.mark.point("3-9"),
     pytest.mark.slow,
     pytest.mark.needs("root", "dockerd"),
     pytest.mark.timeout(180),

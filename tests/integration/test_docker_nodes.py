@@ -34,7 +34,6 @@ from tests.integration.engines import (
 )
 
 pytestmark = [
-    pytest.mark.point("3-9"),
     pytest.mark.slow,
     pytest.mark.needs("root", "dockerd"),
     pytest.mark.timeout(180),

@@ -21,7 +21,7 @@ from docker.types import (
 
 from tests.integration.cluster import IMAGE, TestNode, wait_running, wait_until
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.point("7")]
+pytestmark = pytest.mark.timeout(120)
 
 TALK = ["sh", "-c", "echo hello; trap 'exit 0' TERM; while :; do sleep 1; done"]
 

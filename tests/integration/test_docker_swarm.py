@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.cluster import CLIS, IMAGE, TestCluster, TestNode, create, wait_running, wait_until
 
-pytestmark = [pytest.mark.point("8"), pytest.mark.timeout(120), pytest.mark.parametrize("cli", CLIS)]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.parametrize("cli", CLIS)]
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,6 @@ from tests.integration.etcd_words import (
 )
 from tests.support.etcd_rig import a_member, member_settings
 
-pytestmark = pytest.mark.point("3")
-
 
 @pytest.fixture
 def settings(tmp_path: Path) -> MemberSettings:

@@ -19,7 +19,6 @@ from tests.integration.cluster import (
 from tests.integration.engines import ENGINES, FOR_ENGINES, inside
 
 pytestmark = [
-    pytest.mark.point("3-9"),
     pytest.mark.slow,
     pytest.mark.needs("root", "dockerd"),
     pytest.mark.timeout(240),

@@ -48,7 +48,6 @@ def in_netns(node: TestNode, *command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.point("1")
 def test_a_full_network_says_so_on_its_tasks_and_goes_on_when_it_has_more_room(m1: TestNode) -> None:
     m1.docker("network", "create", "-d", "overlay", "--subnet", "10.200.0.0/29", "tiny")
     wait_subnets(m1, "tiny")
@@ -83,7 +82,6 @@ def test_a_full_network_says_so_on_its_tasks_and_goes_on_when_it_has_more_room(m
         m1.docker("network", "rm", "tiny")  # at once: who uses it is going
 
 
-@pytest.mark.point("1")
 def test_several_networks_are_removed_by_name_and_by_the_beginning_of_an_id(m1: TestNode) -> None:
     ids = [
         m1.docker("network", "create", "-d", "overlay", name).stdout.strip() for name in ("r1", "r2", "r3")
@@ -94,7 +92,6 @@ def test_several_networks_are_removed_by_name_and_by_the_beginning_of_an_id(m1: 
     assert m1.docker("network", "ls", "-q", "--filter", "name=^r").stdout == ""
 
 
-@pytest.mark.point("1")
 def test_a_refused_network_leaves_nothing_behind(m1: TestNode) -> None:
     m1.docker("network", "create", "-d", "overlay", "--subnet", "10.201.0.0/24", "first")
     before = m1.docker("network", "ls").stdout
@@ -114,7 +111,6 @@ def test_a_refused_network_leaves_nothing_behind(m1: TestNode) -> None:
         m1.docker("network", "rm", "first")
 
 
-@pytest.mark.point("1")
 def test_both_versions_of_ip_on_one_network(m1: TestNode) -> None:
     words = ("--ipv6", "--subnet", "10.203.0.0/24", "--subnet", "2001:db8:7::/64")
     m1.docker("network", "create", "-d", "overlay", *words, "dual")
@@ -144,7 +140,6 @@ def test_both_versions_of_ip_on_one_network(m1: TestNode) -> None:
         m1.docker("network", "rm", "dual", "own")
 
 
-@pytest.mark.point("1")
 def test_the_gateway_bridge_takes_the_subnet_it_is_made_again_with(own_cluster: TestCluster) -> None:
     m1 = own_cluster.node("m1")
     create(m1, "web", 1, command=IDLE)
@@ -171,7 +166,6 @@ def test_the_gateway_bridge_takes_the_subnet_it_is_made_again_with(own_cluster: 
 
 
 @pytest.mark.slow
-@pytest.mark.point("1")
 def test_networks_avoid_what_machines_reach_and_refuse_it_by_name(own_cluster: TestCluster) -> None:
     m1 = own_cluster.node("m1")
     first, second = wait_subnets(m1, "ingress")[0], "10.0.1.0/24"
@@ -197,7 +191,6 @@ def test_networks_avoid_what_machines_reach_and_refuse_it_by_name(own_cluster: T
     assert warning.startswith("10.0.1.0/25 overlaps with 10.0.1.0/24 on lan0 of node m1")
 
 
-@pytest.mark.point("1")
 @pytest.mark.parametrize(
     "words", [("ls",), ("inspect", "bridge", "host", "none", "docker_gwbridge", "ingress")]
 )
@@ -208,7 +201,6 @@ def test_what_docker_predefines_is_there(m1: TestNode, words: tuple[str, ...]) -
     assert m1.docker("network", *words).stdout == before
 
 
-@pytest.mark.point("1")
 def test_the_first_networks_of_a_cluster_avoid_what_its_machine_has() -> None:
     with (
         tempfile.TemporaryDirectory(prefix="skep-", dir="/var/tmp") as directory,

@@ -20,7 +20,7 @@ from tests.integration.cluster import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.point("1")]
+pytestmark = pytest.mark.timeout(180)
 
 SPREAD = ("--replicas-max-per-node", "1")
 OVERLAYS = ("network", "ls", "--filter", "driver=overlay", "--format", "{{.Name}}")

@@ -24,8 +24,6 @@ from tests.integration.cluster import (
 )
 from tests.integration.footprint import inhabitants, machine, survivors
 
-pytestmark = pytest.mark.point("9")
-
 
 @pytest.fixture(scope="module")
 def trio() -> Iterator[TestCluster]:
@@ -186,7 +184,6 @@ def test_an_image_archive_is_loaded_into_every_node(trio: TestCluster, tmp_path:
     trio.node("w1").docker("image", "inspect", "busybox:latest")
 
 
-@pytest.mark.point("5")
 def test_a_service_is_spread_over_all_ready_nodes(trio: TestCluster) -> None:
     manager = trio.node("m1")
     wait_until(lambda: set(states(trio).values()) == {"up"}, "all nodes are up")

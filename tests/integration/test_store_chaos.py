@@ -16,7 +16,7 @@ from tests.contract.store_rigs import Rig, etcd_rig
 from tests.contract.store_words import a_secret, put
 from tests.support.builders import a_node
 
-pytestmark = [pytest.mark.point("3"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 SECONDS = 10
 

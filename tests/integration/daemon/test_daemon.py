@@ -18,7 +18,6 @@ from tests.integration.daemon.rig import INIT, DaemonRig, children_named, daemon
 # --- starting -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.point("2.1 configuration")
 def test_a_node_outside_of_a_swarm_says_what_it_is(rig: DaemonRig) -> None:
     rig.start("--label", "zone=a b", "--generic-resource", "gpu=2")
     status, info = rig.get("/v1.41/info")
@@ -261,7 +260,6 @@ def test_an_unfinished_init_is_removed_at_the_next_start(rig: DaemonRig) -> None
 # --- surviving ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.point("5 adoption")
 def test_a_killed_node_process_leaves_the_others_running_and_the_next_adopts_them(swarm: DaemonRig) -> None:
     before = swarm.pid_of("manager"), swarm.pid_of("net")
     assert None not in before

@@ -75,7 +75,6 @@ def docker(rig: DaemonRig, root: Path, *tls: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
 
 
-@pytest.mark.point("2")
 def test_tcp_is_served_to_clients_with_a_certificate_of_the_authority_only(
     rig: DaemonRig, tmp_path: Path
 ) -> None:
@@ -95,7 +94,6 @@ def test_tcp_is_served_to_clients_with_a_certificate_of_the_authority_only(
     assert rig.answers()
 
 
-@pytest.mark.point("2")
 def test_several_unix_sockets_answer_alike(rig: DaemonRig) -> None:
     second = rig.run.parent / "second.sock"
     rig.start("--host", f"unix://{rig.run}/skep.sock", "--host", f"unix://{second}")
@@ -106,7 +104,6 @@ def test_several_unix_sockets_answer_alike(rig: DaemonRig) -> None:
     assert rig.get("/_ping")[0] == 200
 
 
-@pytest.mark.point("6")
 def test_a_node_runs_plain_commands_without_runc_and_images(rig: DaemonRig, tmp_path: Path) -> None:
     missing = str(tmp_path / "none")
     rig.start("--runc", missing, "--conmon", missing, "--nft", missing)
@@ -128,7 +125,6 @@ def test_a_node_runs_plain_commands_without_runc_and_images(rig: DaemonRig, tmp_
     wait_until(lambda: not any(map(is_running, started)), "both processes are gone")
 
 
-@pytest.mark.point("2")
 def test_what_the_kernel_cannot_do_is_published(rig: DaemonRig, tmp_path: Path) -> None:
     """As warnings for people and as engine labels for placement constraints; compared with trying it here."""
     found = features.detect(tmp_path)
@@ -143,7 +139,6 @@ def test_what_the_kernel_cannot_do_is_published(rig: DaemonRig, tmp_path: Path) 
     assert without == features.labels(found)
 
 
-@pytest.mark.point("2")
 def test_systemd_is_told_that_the_daemon_is_ready_and_stops(
     rig: DaemonRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,7 +59,6 @@ def wait_known(cluster: TestCluster, seen_by: str, name: str, addr: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.point("3-addresses")
 def test_all_managers_move_at_once_and_find_each_other() -> None:
     """Nobody is where anybody knew them to be; what they are told in their configuration is enough."""
     after = {"m1": "192.168.100.51", "m2": "192.168.100.52", "m3": "192.168.100.53"}
@@ -97,7 +96,6 @@ def translate(cluster: TestCluster, outside: Mapping[str, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.point("3-nat")
 def test_managers_behind_address_translation_reach_each_other() -> None:
     """Each advertises an address that none of its interfaces has; calls seem to come from the translator."""
     with a_playground("nat", managers=1) as cluster:
@@ -118,7 +116,6 @@ def test_managers_behind_address_translation_reach_each_other() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.point("3-addresses")
 def test_managers_move_one_after_another() -> None:
     """Nobody is told anything: each one that comes back tells the others where it is."""
     after = {"m1": "192.168.100.61", "m2": "192.168.100.62", "m3": "192.168.100.63"}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.cluster import TestCluster, TestNode, a_playground, wait_until
 
-pytestmark = [pytest.mark.point("3-join"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 EXTRA = "10.99.0.7"
 

@@ -35,7 +35,6 @@ def refusal(node: TestNode, *command: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.point("3-no-quorum")
 def test_without_a_quorum_reads_and_writes_say_so_and_work_goes_on() -> None:
     """Two managers, one killed: what ran runs on; when the other is back, everything is as it was."""
     with a_playground("noquorum", managers=2, workers=1) as cluster:
@@ -97,7 +96,6 @@ def wait_leaderless(node: TestNode) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.point("3-quorum-table")
 @pytest.mark.parametrize("managers", TOLERATED)
 def test_the_quorum_table(managers: int) -> None:
     """With the tolerated loss every manager left takes writes; with one more none does; with that one back all do."""
@@ -129,7 +127,6 @@ def _all_write(nodes: Sequence[TestNode], what: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.point("3-five-managers")
 def test_five_managers_with_one_in_maintenance_and_one_killed_stay_writable() -> None:
     names = [f"m{number}" for number in range(1, 6)]
     with a_playground("five", managers=5, workers=1) as cluster:
@@ -159,7 +156,6 @@ def wait_managers_with_one_away(seen_by: TestNode) -> None:
     assert roles(seen_by)["m4"] == "unreachable"
 
 
-@pytest.mark.point("3-no-quorum")
 def test_a_request_waits_for_a_leader_and_not_for_ever() -> None:
     """A leader that is gone for a moment costs waiting, no error; one that stays away costs five seconds."""
     with a_playground("patience", managers=3) as cluster:

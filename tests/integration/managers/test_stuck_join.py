@@ -27,7 +27,6 @@ def _nft(node: TestNode, rules: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.point("3-members")
 @pytest.mark.timeout(200)
 def test_a_join_that_never_completes_costs_no_quorum_and_nobody_elses_turn() -> None:
     with a_playground("stuck", managers=1) as cluster:

@@ -22,7 +22,7 @@ from tests.integration.managers.words import (
     write,
 )
 
-pytestmark = [pytest.mark.point("3-managers"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 ALL = ("m1", "m2", "m3")
 

@@ -20,7 +20,7 @@ from tests.integration.networks.lab import (
 from tests.integration.networks.resolving import ask, ask_all
 from tests.integration.networks.traces import leaving_nothing
 
-pytestmark = [pytest.mark.point("5-correctness"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 NODES = ("m1", "w1", "w2")
 

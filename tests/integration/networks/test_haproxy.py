@@ -32,7 +32,6 @@ from tests.integration.networks.lab import (
 from tests.integration.networks.traces import leaving_nothing
 
 pytestmark = [
-    pytest.mark.point("5-correctness"),
     pytest.mark.needs("haproxy"),
     pytest.mark.timeout(240),
 ]

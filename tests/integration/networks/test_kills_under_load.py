@@ -40,7 +40,7 @@ from tests.integration.networks.lab import (
 from tests.integration.networks.resolving import ask_all
 from tests.integration.networks.traces import leaving_nothing, run_directory, tables
 
-pytestmark = [pytest.mark.point("5-4"), pytest.mark.point("5-correctness"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 LOOKUPS = REQUESTS = 1_000
 CLIENTS = 4

@@ -18,7 +18,7 @@ from tests.integration.networks.lab import SERVE, hostname_of, in_place, place_o
 from tests.integration.networks.resolving import ask_all
 from tests.integration.networks.traces import leaving_nothing
 
-pytestmark = [pytest.mark.point("5-correctness"), pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.timeout(1500)
 
 LOOK_EVERY_S = 0.5
 """A list of hundreds of services costs the manager some of the time that it has for them."""

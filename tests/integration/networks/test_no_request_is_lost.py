@@ -31,7 +31,7 @@ from tests.integration.networks.lab import (
 )
 from tests.integration.networks.resolving import ask
 
-pytestmark = [pytest.mark.point("5-5"), pytest.mark.point("5-correctness"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from tests.integration.networks.lab import SERVE, addresses, hostname_of, in_pla
 from tests.integration.networks.resolving import ask_all
 from tests.integration.networks.traces import leaving_nothing, tables
 
-pytestmark = [pytest.mark.point("5-correctness"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 
 NODES = ("m1", "m2", "m3", "w1", "w2", "w3")
 HEALED_WITHIN_S = 10

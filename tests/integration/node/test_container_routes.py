@@ -11,8 +11,6 @@ from skep.agent.executor.oci import OciExecutor
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.api_lab import Api, serving
 
-pytestmark = pytest.mark.point("7")
-
 
 @pytest.fixture
 async def api(tmp_path: Path, executor: OciExecutor) -> AsyncIterator[Api]:

@@ -40,8 +40,6 @@ from tests.support.archives import (
 )
 from tests.support.own_time import own_time
 
-pytestmark = pytest.mark.point("6")
-
 ANSWERS = msgspec.json.decode((RECORDED / "image_loads.json").read_bytes(), type=dict[str, Answer])
 IDS = msgspec.json.decode((RECORDED / "image_ids.json").read_bytes(), type=dict[str, str])
 

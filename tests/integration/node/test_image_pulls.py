@@ -26,8 +26,6 @@ from skep.errors import InvalidArgument, NotFound, SkepError
 from tests.support.archives import sha256
 from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
 
-pytestmark = pytest.mark.point("6")
-
 
 class Rogue:
     """A registry whose every answer a test may bend.  ``blobs`` and ``manifests`` are what it gives."""

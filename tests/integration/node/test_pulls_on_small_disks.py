@@ -20,7 +20,6 @@ from tests.integration.node.test_image_pulls import Rogue
 from tests.support.archives import sha256
 from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
 
-pytestmark = pytest.mark.point("6")
 DISK_BYTES = 64 << 20
 
 

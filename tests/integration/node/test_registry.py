@@ -22,7 +22,7 @@ from tests.integration.cluster import CLIS
 from tests.support.archives import sha256
 from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
 
-pytestmark = [pytest.mark.point("6"), pytest.mark.needs("docker-registry")]
+pytestmark = pytest.mark.needs("docker-registry")
 
 
 @pytest.fixture
@@ -115,7 +115,6 @@ async def test_a_name_without_a_tag_pulls_every_tag(images: ImageStore, registry
         assert images.get(f"{registry}/team/app:1").id == sha256(CONFIG)
 
 
-@pytest.mark.point("8")
 @pytest.mark.parametrize("cli", CLIS)
 async def test_docker_pulls_and_shows_the_progress(
     images: ImageStore, registry: str, cli: str, tmp_path: Path

@@ -18,8 +18,6 @@ from tests.integration.node.test_image_pulls import Rogue, auth, wants_token
 from tests.support.archives import sha256
 from tests.support.registry_rig import CONFIG
 
-pytestmark = pytest.mark.point("6")
-
 
 @pytest.fixture
 async def rogue() -> AsyncIterator[Rogue]:

@@ -29,7 +29,7 @@ def _recorded(wanted: list[str]) -> list[ParameterSet]:
     ]
 
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.point("8")]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.mark.parametrize(
