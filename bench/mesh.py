@@ -15,8 +15,8 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
-from skep.dataplane.overlay import tables
-from skep.dataplane.rules import HostPort, gateway_table
+from skep.dataplane.netns import nft_table
+from skep.dataplane.plan.gateway import HostPort, gateway_table
 from tests.support.mesh_lab import NETWORK, LabNode, MeshLab
 
 REQUESTS = 1500
@@ -88,7 +88,7 @@ async def _measured(directory: Path, pairs: int) -> list[Figure]:
         inside = "172.18.0." + task.addresses[0].rpartition(".")[2]
         host_ports = [HostPort("tcp", host, inside, port) for _, port, _, host in _SERVERS.values()]
         gateway = gateway_table("skep-gw", IPv4Network("172.18.0.0/16"), host_ports)
-        await node.nft(tables.whole(gateway))
+        await node.nft(nft_table.whole(gateway))
         servers = [await _python(task.netns, program) for program, *_ in _SERVERS.values()]
         try:
             for server in servers:

@@ -21,7 +21,7 @@ from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
 from bench.machine import resident_mib
 from bench.packets import packet_us
 from bench.stream import gigabits
-from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.container_network import ContainerNetwork
 from skep.model.ids import NetworkId, TaskId
 from skep.model.sandbox import Sandbox
 from skep.model.tables import NetworkHead, Segment, TableEndpoint

@@ -24,9 +24,9 @@ import msgspec
 from dnslib import QTYPE, DNSRecord
 
 from bench.engine import Engine, EngineError
+from skep.dataplane.netns import read
 from skep.dataplane.netns.namespaces import inside
-from skep.dataplane.overlay import actual
-from skep.dataplane.overlay.state import State
+from skep.dataplane.netns.state import State
 from skep.playground.description import Node
 
 NETWORKS: dict[str, dict[str, str]] = {"plain": {}, "other": {}, "secret": {"encrypted": ""}}
@@ -201,7 +201,7 @@ def within(space: Path, work: Callable[[], T]) -> T:
 
 
 def _addresses() -> tuple[str, ...]:
-    held = actual.read(lambda _: True, State()).state.addresses
+    held = read.read(lambda _: True, State()).state.addresses
     return tuple(
         sorted(
             address for one in held if (address := one.interface.partition("/")[0]).startswith(OWN_SUBNETS)

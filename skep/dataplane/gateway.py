@@ -2,7 +2,7 @@
 
 One bridge per node with a subnet that collides with no route of the machine.  Each container gets an address on it,
 and an interface with the default route.  What of it is in the kernel is a part of the wish for the node's own
-namespace (``Domain``), so that it is healed as everything else.
+namespace (``NetnsReconciler``), so that it is healed as everything else.
 
 A container on a network with IPv6 gets out by IPv6 too, where the machine has it: from a unique local /64 that the node
 chose once, under the node's own address.  While no such container is there, the node is left as it was.
@@ -21,18 +21,18 @@ from pyroute2 import AsyncIPRoute
 
 from skep.api.errors import Forbidden
 from skep.dataplane.addresses import UNIQUE_LOCAL_BITS, Addresses, beside, free_subnet, mac_of, unique_local
+from skep.dataplane.netns.deferred import DeferredChanges
+from skep.dataplane.netns.diff import DeleteLink
 from skep.dataplane.netns.forwarding import forward_ipv6, ipv6_refusal
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.overlay.changing import carry_out
-from skep.dataplane.overlay.difference import DeleteLink
-from skep.dataplane.overlay.domain import Domain
-from skep.dataplane.overlay.rules import Owner, spoofing
-from skep.dataplane.overlay.settling import Settling
-from skep.dataplane.overlay.state import Address, Link, Peer, State
-from skep.dataplane.overlay.wanted import USUAL_MTU
+from skep.dataplane.netns.reconciler import NetnsReconciler
+from skep.dataplane.netns.state import Address, Link, Peer, State
+from skep.dataplane.netns.write import apply_operations
+from skep.dataplane.plan.gateway import HostPort, between_table, gateway_table, gateway_table_ipv6
+from skep.dataplane.plan.overlay import USUAL_MTU
+from skep.dataplane.plan.packet_filter import Owner, spoofing
 from skep.dataplane.ports import PortReservations
 from skep.dataplane.remembered import Network, kept_subnet, remember
-from skep.dataplane.rules import HostPort, between_table, gateway_table, gateway_table_ipv6
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.model.sandbox import PublishedPort, Sandbox
@@ -59,8 +59,8 @@ class Gateway:
         self,
         *,
         namespaces: Namespaces,
-        home: Domain,
-        settling: Settling,
+        home: NetnsReconciler,
+        settling: DeferredChanges,
         ports: PortReservations,
         state: Path,
         bridge: str = BRIDGE,
@@ -148,7 +148,7 @@ class Gateway:
     async def cut(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """The same for a container that runs on: its interface goes, too.  Raises: SkepError."""
         if sandbox.port:
-            await carry_out(self._namespaces, self._namespaces.home, [DeleteLink(sandbox.port)])
+            await apply_operations(self._namespaces, self._namespaces.home, [DeleteLink(sandbox.port)])
         await self.disconnect(container_id, sandbox)
 
     def sandbox_of(self, container_id: ContainerId) -> Sandbox | None:
@@ -199,15 +199,15 @@ class Gateway:
     async def _undo(self, container_id: ContainerId, address: str, ports: Sequence[PublishedPort]) -> None:
         sandbox = self._sandboxes.pop(container_id, None)
         if sandbox is not None:
-            self._home.let_go(sandbox.port)
+            self._home.expect_removal(sandbox.port)
             self._wish()
         if any(port.publish_mode is PublishMode.HOST for port in ports):
             try:
-                await self._home.settle()  # before somebody else gets the port
+                await self._home.apply()  # before somebody else gets the port
             except SkepError as error:  # the next comparison removes it
                 log.warning("the gateway was not cleared", container=container_id, error=str(error))
         else:
-            self._settling.soon(_PART, self._home.settle)
+            self._settling.soon(_PART, self._home.apply)
         for port in ports:
             if port.publish_mode is PublishMode.HOST:
                 await self._reservations.release(port.protocol, port.published_port, port.host_ip)
@@ -219,7 +219,7 @@ class Gateway:
         if self._used_subnet6() is not None and not self._forwards_ipv6:
             await self._namespaces.run(self._namespaces.home, forward_ipv6)
             self._forwards_ipv6 = True
-        await self._home.settle()
+        await self._home.apply()
 
     def _wish(self) -> None:
         subnet, subnet6, sandboxes = self._opened().subnet, self._used_subnet6(), self._sandboxes.values()
@@ -234,7 +234,7 @@ class Gateway:
         rules = [gateway_table(self._bridge, subnet, host_ports), spoofing(owners), between]
         if subnet6 is not None:
             rules.append(gateway_table_ipv6(self._bridge, subnet6))
-        self._home.wish(_PART, state, *rules)
+        self._home.set_part(_PART, state, *rules)
 
     def _used_subnet6(self) -> IPv6Network | None:
         """None: nobody gets out by IPv6 at present."""

@@ -12,7 +12,7 @@ from skep.model.sandbox import Sandbox
 
 
 class Networking(Protocol):
-    """Gives containers their places on networks (``dataplane/connecting.py``)."""
+    """Gives containers their places on networks (``dataplane/container_network.py``)."""
 
     def running(self) -> AbstractAsyncContextManager[None]:
         """Keep what containers are given, whatever others change, until the block ends."""

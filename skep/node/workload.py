@@ -20,7 +20,7 @@ from skep.configuration.configuration import Configuration
 from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.local.keeper import GatewayBridge, LocalNetworks
 from skep.dataplane.naming import NameService, Naming
-from skep.dataplane.overlay.overlays import Overlays
+from skep.dataplane.overlays import Overlays
 from skep.dataplane.ports import PortReservations
 from skep.dataplane.probe.prober import PathProber
 from skep.engine.api import absent

@@ -12,20 +12,20 @@ from skep.agent.executor.attaching import ClusterAttachments
 from skep.agent.executor.oci import OciExecutor
 from skep.agent.executor.pulling import Images
 from skep.aio.clock import Clock
-from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.gateway import BRIDGE, Gateway
 from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.joining import Joining
 from skep.dataplane.local.keeper import LocalNetworks
 from skep.dataplane.local.places import LocalPlaces
 from skep.dataplane.naming import NameService, Naming
+from skep.dataplane.netns.deferred import DeferredChanges
+from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.node_namespace import node_reconciler
 from skep.dataplane.netns.node_tables import NodeTables
-from skep.dataplane.overlay.healing import Healing
-from skep.dataplane.overlay.home import home_domain
-from skep.dataplane.overlay.overlays import Overlays
-from skep.dataplane.overlay.repairs import Repairs
-from skep.dataplane.overlay.settling import Settling
+from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.overlays import Overlays
 from skep.dataplane.ports import OwnReservations, PortReservations
 from skep.dataplane.probe.data_path import DataPath
 from skep.dataplane.probe.knocking import Knocking
@@ -165,9 +165,9 @@ def container_network(
 
     ``attachments``: plain containers' places on the cluster's networks; None: there are none.
     """
-    repairs, settling = Repairs(), Settling(clock)
-    healing = Healing(namespaces, clock, repairs, chance=chance)
-    home = home_domain(namespaces, repairs)
+    repairs, settling = Repairs(), DeferredChanges(clock)
+    healing = Healer(namespaces, clock, repairs, chance=chance)
+    home = node_reconciler(namespaces, repairs)
     overlays = Overlays(
         namespaces=namespaces,
         pins=Namespaces(paths.overlays, namespaces.home),

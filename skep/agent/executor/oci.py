@@ -22,12 +22,12 @@ from skep.agent.executor.template import expand
 from skep.agent.executor.wish import NodeFacts
 from skep.aio.clock import Clock
 from skep.aio.guard import persist
-from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.local.keeper import GatewayBridge
 from skep.dataplane.naming import Naming
 from skep.dataplane.netns.connections import inbound_of
-from skep.dataplane.overlay.overlays import Overlays
+from skep.dataplane.overlays import Overlays
 from skep.dataplane.probe.prober import PathProber
 from skep.engine.bundle import Bundles
 from skep.engine.container import Container, ContainerWish, NotRunning

@@ -14,16 +14,17 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.guard import contain, persist
-from skep.dataplane.ingress import flows, rules
+from skep.dataplane.ingress import flows
 from skep.dataplane.ingress.flows import Misled
 from skep.dataplane.ingress.obstacles import forwarding_tables, obstacles
-from skep.dataplane.ingress.plan import MeshPort, Plan, plan
 from skep.dataplane.ingress.returns import Returns
-from skep.dataplane.ingress.rules import FAMILIES, IPV4, Family, MeshRules
 from skep.dataplane.netns import netlink, nft
 from skep.dataplane.netns.forwarding import forward_ipv6
 from skep.dataplane.netns.namespaces import Namespaces, set_sysctl
 from skep.dataplane.netns.node_tables import NodeTables
+from skep.dataplane.plan import ingress_tables
+from skep.dataplane.plan.ingress import MeshPort, Plan, plan
+from skep.dataplane.plan.ingress_tables import FAMILIES, IPV4, Family, MeshRules
 from skep.dataplane.ports import AddressNotHere, PortReservations
 from skep.dataplane.proxy.relays import relay_ports
 from skep.errors import AlreadyExists, SkepError
@@ -219,13 +220,17 @@ class Mesh:
             for family in families:
                 self._tables.forget(family.table)
                 self._written.pop(family.name, None)
-            await self._tables.run("".join(map(rules.absent, families)))
+            await self._tables.run("".join(map(ingress_tables.absent, families)))
             return
         text, after = "", {}
         for family in families:
-            new = rules.mesh_rules(wanted, family)
+            new = ingress_tables.mesh_rules(wanted, family)
             before = self._written.get(family.name) if self._plan is not None else None
-            text += rules.whole(new, family) if before is None else rules.difference(before, new, family)
+            text += (
+                ingress_tables.whole(new, family)
+                if before is None
+                else ingress_tables.difference(before, new, family)
+            )
             counts = new.counts | (before.counts if before else frozenset())
             after[family.name] = MeshRules(counts, new.elements)
         await self._namespaces.run(self._namespaces.home, _set_up, wanted.has_ipv6)
@@ -236,7 +241,7 @@ class Mesh:
             self._tables.keep(family.table, partial(self._whole, family))
 
     def _whole(self, family: Family) -> str:
-        return rules.whole(self._written[family.name], family)
+        return ingress_tables.whole(self._written[family.name], family)
 
     async def _move_flows(self, wanted: Plan) -> None:
         before = {_key(port): port for port in self._plan.ports} if self._plan is not None else {}
@@ -279,7 +284,7 @@ class Mesh:
             while True:
                 try:
                     received = await loop.sock_recv(notices, _NOTICE_BYTES)
-                    concerns_bridge = rules.BRIDGE.encode() in received
+                    concerns_bridge = ingress_tables.BRIDGE.encode() in received
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
                         raise
@@ -306,7 +311,7 @@ def _addresses(port: MeshPort, version: int) -> frozenset[str]:
 
 def _find_obstacles() -> tuple[str, ...]:
     names = forwarding_tables(nft.run("list chains"))
-    return obstacles((nft.run(f"list table {name}") for name in names), (rules.BRIDGE,))
+    return obstacles((nft.run(f"list table {name}") for name in names), (ingress_tables.BRIDGE,))
 
 
 def _has_ipv6() -> bool:
@@ -317,7 +322,7 @@ def _set_up(has_ipv6: bool) -> None:
     """Settings of the present namespace without which nothing is forwarded."""
     set_sysctl("net/ipv4/ip_forward", "1")
     # A client on the node may use 127.0.0.1; nothing from outside gets there (chain ``raw``).
-    set_sysctl(f"net/ipv4/conf/{rules.BRIDGE}/route_localnet", "1")
-    set_sysctl(f"net/ipv4/conf/{rules.BRIDGE}/rp_filter", "0")
+    set_sysctl(f"net/ipv4/conf/{ingress_tables.BRIDGE}/route_localnet", "1")
+    set_sysctl(f"net/ipv4/conf/{ingress_tables.BRIDGE}/rp_filter", "0")
     if has_ipv6:
         forward_ipv6()

@@ -5,7 +5,7 @@ import socket
 import msgspec
 from pyroute2 import AsyncIPRoute
 
-from skep.dataplane.ingress.return_path import (
+from skep.dataplane.plan.reply_routing import (
     RULE_PRIORITY,
     UDP_RULE_PRIORITY,
     UDP_TABLE,

@@ -10,7 +10,6 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.clock import Clock
 from skep.aio.guard import contain
-from skep.dataplane.ingress.plan import Plan
 from skep.dataplane.ingress.return_kernel import (
     FAMILIES,
     index_of,
@@ -20,7 +19,10 @@ from skep.dataplane.ingress.return_kernel import (
     write_routes,
     write_udp_route,
 )
-from skep.dataplane.ingress.return_path import (
+from skep.dataplane.netns import netlink, nft
+from skep.dataplane.netns.namespaces import Namespaces, set_sysctl
+from skep.dataplane.plan.ingress import Plan
+from skep.dataplane.plan.reply_routing import (
     SYSCTLS,
     TABLE,
     ReturnPath,
@@ -30,8 +32,6 @@ from skep.dataplane.ingress.return_path import (
     uses_udp_route,
     whole,
 )
-from skep.dataplane.netns import netlink, nft
-from skep.dataplane.netns.namespaces import Namespaces, set_sysctl
 from skep.model.ids import ContainerId
 
 log = structlog.get_logger()

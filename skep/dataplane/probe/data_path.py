@@ -12,7 +12,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.overlay.wanted import Underlay
+from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.probe.bulk import BYTES_MAX, Carried, Sink, carry, connecting
 from skep.dataplane.probe.echoes import Echoes, Sockets
 from skep.dataplane.probe.findings import checksum_finding, large_finding, overlay_finding

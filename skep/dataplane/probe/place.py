@@ -3,15 +3,16 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from skep.dataplane import underlays
+from skep.dataplane.netns import pinned
 from skep.dataplane.netns.checksums import offloads
+from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.overlay import pinned, underlays
-from skep.dataplane.overlay.domain import Domain, every_link
-from skep.dataplane.overlay.healing import Healing
-from skep.dataplane.overlay.repairs import Repairs
-from skep.dataplane.overlay.rules import probing
-from skep.dataplane.overlay.state import State
-from skep.dataplane.overlay.wanted import Underlay
+from skep.dataplane.netns.reconciler import NetnsReconciler, every_link
+from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.state import State
+from skep.dataplane.plan.overlay import Underlay
+from skep.dataplane.plan.packet_filter import probing
 from skep.dataplane.probe.echoes import Sockets
 from skep.dataplane.probe.places import DEVICE, probe_state
 from skep.model.paths import PathWish
@@ -31,16 +32,16 @@ class ProbePlace:
         self,
         *,
         pins: Namespaces,
-        home: Domain,
+        home: NetnsReconciler,
         repairs: Repairs,
-        healing: Healing,
+        healing: Healer,
         bridges: Iterable[str],
     ) -> None:
         self._pins = pins
         self._home = home
         self._healing = healing
         self._bridges = tuple(bridges)
-        self._domain = Domain("probes", self.path, pins, repairs, selects=every_link)
+        self._reconciler = NetnsReconciler("probes", self.path, pins, repairs, selects=every_link)
 
     @property
     def path(self) -> Path:
@@ -55,22 +56,22 @@ class ProbePlace:
         own = wish.node.data_path
         found = await self._pins.run(self._pins.home, underlays.find, {own})
         underlay = found.get(own, Underlay(own))
-        self._home.wish(_PART, State(), probing(wish, self._bridges))
-        await self._home.settle()
-        await pinned.make_where_missing(self._pins, _NAME, self._domain, self._healing)
-        self._domain.wish(_PART, probe_state(wish, underlay, offloads=left_to_card))
-        await self._domain.settle()
-        await self._healing.watch(self._domain)
+        self._home.set_part(_PART, State(), probing(wish, self._bridges))
+        await self._home.apply()
+        await pinned.make_where_missing(self._pins, _NAME, self._reconciler, self._healing)
+        self._reconciler.set_part(_PART, probe_state(wish, underlay, offloads=left_to_card))
+        await self._reconciler.apply()
+        await self._healing.watch(self._reconciler)
         return underlay
 
     async def remove(self) -> None:
         """Leave nothing; harmless when nothing is there.  Raises: KernelRefused, NftFailed, OSError."""
-        self._healing.forget(self._domain)
-        if self._home.has(_PART):
-            self._home.unwish(_PART)
-            await self._home.settle()
+        self._healing.forget(self._reconciler)
+        if self._home.has_part(_PART):
+            self._home.remove_part(_PART)
+            await self._home.apply()
         await pinned.remove(self._pins, _NAME)
-        self._domain.forget()
+        self._reconciler.reset()
 
     async def is_left_to_card(self) -> bool:
         """Whether the device leaves checksums to the card at present.  Raises: OSError."""

@@ -9,8 +9,8 @@ from hashlib import sha256
 from ipaddress import IPv4Address
 
 from skep.dataplane.addresses import mac_of
-from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, State, Vxlan
-from skep.dataplane.overlay.wanted import OVERHEAD_V4, OVERHEAD_V6, OVERLAY_SYSCTLS, Underlay, plain_address
+from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, State, Vxlan
+from skep.dataplane.plan.overlay import OVERHEAD_V4, OVERHEAD_V6, OVERLAY_SYSCTLS, Underlay, plain_address
 from skep.model.ids import NodeId
 from skep.model.paths import PROBE_VNI, PathPeer, PathWish
 

@@ -17,7 +17,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import is_set_within
 from skep.aio.guard import persist
-from skep.dataplane.overlay.wanted import Underlay
+from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.probe.data_path import DataPath
 from skep.dataplane.probe.findings import is_news, reported
 from skep.dataplane.probe.kept import Kept, load, save

@@ -10,7 +10,7 @@ from ipaddress import ip_address
 
 import msgspec
 
-from skep.dataplane.ingress.plan import STICKY_SLOTS, MeshPort, Plan, sticky_slots
+from skep.dataplane.plan.ingress import STICKY_SLOTS, MeshPort, Plan, sticky_slots
 
 
 class RelayPort(msgspec.Struct, frozen=True, kw_only=True):

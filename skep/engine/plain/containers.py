@@ -13,7 +13,7 @@ import structlog
 from skep.agent.executor.mounting import Mounting
 from skep.aio.clock import Clock
 from skep.aio.guard import report
-from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.container_network import ContainerNetwork
 from skep.engine.container import Container, ContainerWish, MountPoint
 from skep.engine.containers import Containers
 from skep.engine.images.store import ImageStore

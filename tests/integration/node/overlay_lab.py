@@ -9,7 +9,7 @@ from pathlib import Path
 
 from skep.agent.executor.assembly import container_network
 from skep.aio.clock import SystemClock
-from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import OwnReservations
 from skep.engine.container import Container, ContainerConfig

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.encrypted.forwarder import Forwarder
 from skep.dataplane.encrypted.plan import Plan, PlannedPeer
 from skep.model.paths import PathCheck, PathPeer, PathReport, PathWish

@@ -15,7 +15,7 @@ import pytest
 from bench.overlay_pair import FORWARDER_PROGRAM
 from skep.aio.backoff import Backoff
 from skep.aio.clock import SystemClock
-from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.encrypted.client import ForwarderClient
 from skep.dataplane.encrypted.frames import GSO_BYTES_MAX
 from skep.dataplane.encrypted.methods import Refusal

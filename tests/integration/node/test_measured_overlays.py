@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.netns.checksums import offloads, set_offloads
 from skep.dataplane.probe.places import address_of
 from skep.model.paths import PathCheck, PathWish

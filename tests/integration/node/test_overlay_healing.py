@@ -10,14 +10,13 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from skep.dataplane.connecting import ContainerNetwork
-from skep.dataplane.netns import nft
+from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.netns import nft, nft_table
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.overlay import tables
-from skep.dataplane.overlay.domain import Domain
-from skep.dataplane.overlay.repairs import Repairs
-from skep.dataplane.overlay.rules import strangers
-from skep.dataplane.overlay.state import Address, Link, State
+from skep.dataplane.netns.reconciler import NetnsReconciler
+from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.state import Address, Link, State
+from skep.dataplane.plan.packet_filter import strangers
 from skep.dataplane.tables.sound import sound_table
 from skep.model.ids import NodeId
 from skep.model.sandbox import Sandbox
@@ -190,15 +189,17 @@ async def test_a_link_that_is_removed_while_others_change_is_made_again_with_the
     namespaces = Namespaces(tmp_path / "spaces")
     space = await namespaces.create("one", {})
     try:
-        domain = Domain("one", space, namespaces, Repairs())
+        reconciler = NetnsReconciler("one", space, namespaces, Repairs())
         bridge = Link(name="br", kind="bridge")
         for number in range(1, 6):
             other = Link(name=f"other{number}", kind="bridge")
-            domain.wish("other", State(links={other.name: other}))
+            reconciler.set_part("other", State(links={other.name: other}))
             where = f"10.9.{number}.1/24"
-            domain.wish("bridge", State(links={"br": bridge}, addresses=frozenset({Address("br", where)})))
-            await asyncio.gather(domain.settle(), domain.remove("br"))
-            await domain.settle()
+            reconciler.set_part(
+                "bridge", State(links={"br": bridge}, addresses=frozenset({Address("br", where)}))
+            )
+            await asyncio.gather(reconciler.apply(), reconciler.remove("br"))
+            await reconciler.apply()
             assert where in await shell(space, "ip -4 address show dev br")
     finally:
         await namespaces.destroy("one")
@@ -246,6 +247,6 @@ async def test_whatever_a_node_says_of_its_address_nft_takes_the_rules(scene: Sc
     said_table = msgspec.structs.replace(table, nodes={**table.nodes, **said})
     table = sound_table(said_table, lambda _: None)
     assert {"n1", "n2", "w7"} <= table.nodes.keys() < said_table.nodes.keys()
-    text = tables.whole(strangers({DUAL.id: table}, NodeId("n1"), ["br0"]))
+    text = nft_table.whole(strangers({DUAL.id: table}, NodeId("n1"), ["br0"]))
     namespaces = scene.lab.nodes[0].namespaces
     await namespaces.run(scene.home, nft.run, text.replace("skep_overlay", "skep_checked"))

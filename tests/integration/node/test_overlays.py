@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from skep.dataplane.addresses import mac_of
-from skep.dataplane.overlay.home import home_domain
-from skep.dataplane.overlay.repairs import Repairs
-from skep.dataplane.overlay.state import State
-from skep.dataplane.overlay.wanted import INGRESS_BRIDGE
+from skep.dataplane.netns.node_namespace import node_reconciler
+from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.state import State
+from skep.dataplane.plan.overlay import INGRESS_BRIDGE
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError
 from skep.model.ids import NetworkId, TaskId, new_container_id
 from skep.model.sandbox import PublishedPort
@@ -297,10 +297,10 @@ async def test_what_is_wanted_later_is_looked_at_first(lab: OverlayLab) -> None:
     """A node without tables says so before its gateway is wished for; its sysctls are set all the same."""
     node = lab.nodes[0]
     namespaces, repairs = node.namespaces, Repairs()
-    home = home_domain(namespaces, repairs)
-    await home.settle()
-    home.wish("gateway", State(sysctls={"net/ipv4/ip_forward": "1"}))
-    await home.settle()
+    home = node_reconciler(namespaces, repairs)
+    await home.apply()
+    home.set_part("gateway", State(sysctls={"net/ipv4/ip_forward": "1"}))
+    await home.apply()
     assert (await shell(node.home, "cat /proc/sys/net/ipv4/ip_forward")).strip() == "1"
     assert await home.heal() == 0
 

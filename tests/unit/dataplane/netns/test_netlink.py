@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.dataplane.netns.netlink import attribute, attributes, messages
-from skep.dataplane.overlay.changing import entry_message
-from skep.dataplane.overlay.state import Entry, EntryKind
+from skep.dataplane.netns.state import Entry, EntryKind
+from skep.dataplane.netns.write import entry_message
 
 MAC = "02:42:0a:00:01:05"
 NDMSG = struct.Struct("=BxxxiHBB")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from skep.dataplane.overlay import rules
+from skep.dataplane.plan import packet_filter
 
-PACKAGE = Path(rules.__file__).parents[2]
+PACKAGE = Path(packet_filter.__file__).parents[2]
 # Those that one would think of for a name; the last three are words since 1.0.8, and names with an older nft.
 # (The names of hooks are none.)
 WORDS = frozenset(
@@ -61,10 +61,10 @@ _ADDED = re.compile(r"add (?:chain|set|map) \{?[^ {}]*\}? ([a-z][a-z0-9_]*)")
 
 
 def _names(source: str) -> Iterator[str]:
-    """Of ``RuleTable(...)`` calls and of texts with ``add chain TABLE NAME`` and the like."""
+    """Of ``NftTable(...)`` calls and of texts with ``add chain TABLE NAME`` and the like."""
     yield from _ADDED.findall(source)
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "RuleTable":
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "NftTable":
             for word in node.keywords:
                 if word.arg in ("chains", "sets") and isinstance(word.value, ast.Tuple):
                     firsts = [row.elts[0] for row in word.value.elts if isinstance(row, ast.Tuple)]
@@ -84,5 +84,5 @@ def test_no_name_is_a_word_of_nft(path: str) -> None:
 
 
 def test_the_names_are_found() -> None:
-    assert {"from_peers", "arriving", "peers4"} <= SOURCES["dataplane/overlay/rules.py"]
+    assert {"from_peers", "arriving", "peers4"} <= SOURCES["dataplane/plan/packet_filter.py"]
     assert {"backends", "services", "known"} <= SOURCES["dataplane/vip/rules.py"]

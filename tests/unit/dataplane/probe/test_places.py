@@ -3,10 +3,10 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.dataplane.overlay.difference import difference
-from skep.dataplane.overlay.rules import probing
-from skep.dataplane.overlay.state import EntryKind, State
-from skep.dataplane.overlay.wanted import Underlay
+from skep.dataplane.netns.diff import difference
+from skep.dataplane.netns.state import EntryKind, State
+from skep.dataplane.plan.overlay import Underlay
+from skep.dataplane.plan.packet_filter import probing
 from skep.dataplane.probe.places import DEVICE, address_of, probe_state, reached
 from skep.model.ids import NodeId
 from skep.model.paths import PROBE_VNI, PathPeer, PathWish

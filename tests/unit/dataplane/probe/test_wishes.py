@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.dataplane.overlay.rules import probing
-from skep.dataplane.overlay.wanted import Underlay
+from skep.dataplane.plan.overlay import Underlay
+from skep.dataplane.plan.packet_filter import probing
 from skep.dataplane.probe.places import probe_state
 from skep.dataplane.probe.wishes import PEERS_MAX, host_and_port, sound
 from skep.model.ids import NodeId

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.dataplane.overlay.rules import strangers
-from skep.dataplane.overlay.wanted import Underlay, remote_entries
+from skep.dataplane.plan.overlay import Underlay, remote_entries
+from skep.dataplane.plan.packet_filter import strangers
 from skep.dataplane.tables.sound import sound_set, sound_table
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.publishing import PublishOptions

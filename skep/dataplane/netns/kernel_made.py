@@ -15,8 +15,7 @@ from ipaddress import IPv4Interface, ip_interface
 
 import msgspec
 
-from skep.dataplane.overlay.rules import link_local
-from skep.dataplane.overlay.state import (
+from skep.dataplane.netns.state import (
     DEFAULT_TABLE,
     LOCAL_TABLE,
     MAIN_TABLE,
@@ -28,6 +27,7 @@ from skep.dataplane.overlay.state import (
     Rule,
     State,
 )
+from skep.dataplane.plan.packet_filter import link_local
 
 RULES_4 = frozenset({Rule(4, 0, LOCAL_TABLE), Rule(4, 32766, MAIN_TABLE), Rule(4, 32767, DEFAULT_TABLE)})
 RULES_6 = frozenset({Rule(6, 0, LOCAL_TABLE), Rule(6, 32766, MAIN_TABLE)})

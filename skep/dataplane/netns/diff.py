@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, Route, RouteKind, Rule, State
+from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, RouteKind, Rule, State
 
 
 class AddLink(msgspec.Struct, frozen=True):

@@ -1,18 +1,18 @@
 """The node's own network namespace, in which others have devices and routes too."""
 
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.overlay.domain import Domain
-from skep.dataplane.overlay.repairs import Repairs
-from skep.dataplane.overlay.state import Link
-from skep.dataplane.overlay.wanted import INGRESS_BRIDGE, INGRESS_VXLAN, TAP
+from skep.dataplane.netns.reconciler import NetnsReconciler
+from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.state import Link
+from skep.dataplane.plan.overlay import INGRESS_BRIDGE, INGRESS_VXLAN, TAP
 
 
-def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:
+def node_reconciler(namespaces: Namespaces, repairs: Repairs) -> NetnsReconciler:
     """What is ours there.
 
     Until tables have come nobody knows what there belongs to no one, so nothing is removed.
     """
-    return Domain(
+    return NetnsReconciler(
         "node",
         namespaces.home,
         namespaces,

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from skep.dataplane.overlay.difference import AddLink, ChangeLink, DeleteLink, Operation, Put, Remove
-from skep.dataplane.overlay.state import Address, Entry, EntryKind, Rule
+from skep.dataplane.netns.diff import AddLink, ChangeLink, DeleteLink, Operation, Put, Remove
+from skep.dataplane.netns.state import Address, Entry, EntryKind, Rule
 
 _ENTRIES = {
     EntryKind.FORWARD: "forwarding",

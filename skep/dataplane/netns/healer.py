@@ -18,8 +18,8 @@ from skep.aio.first import wait_first
 from skep.aio.guard import explain, persist, report
 from skep.dataplane.netns import netlink
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.overlay.domain import Domain
-from skep.dataplane.overlay.repairs import Repairs
+from skep.dataplane.netns.reconciler import NetnsReconciler
+from skep.dataplane.netns.repairs import Repairs
 
 log = structlog.get_logger()
 
@@ -55,7 +55,7 @@ class _Failing:
         self.reason = ""
 
 
-class Healing:
+class Healer:
     """Comparisons of all namespaces of a node with what is wanted in them."""
 
     def __init__(
@@ -73,54 +73,56 @@ class Healing:
         self._clock = clock
         self._chance = chance
         self._share = share
-        self._sockets: dict[Domain, list[socket.socket]] = {}
-        self._due: dict[Domain, None] = {}
-        self._failing: dict[Domain, _Failing] = {}
+        self._sockets: dict[NetnsReconciler, list[socket.socket]] = {}
+        self._due: dict[NetnsReconciler, None] = {}
+        self._failing: dict[NetnsReconciler, _Failing] = {}
         self._wake = asyncio.Event()
 
-    async def watch(self, domain: Domain) -> None:
-        """Notice changes in ``domain`` from now on.  Raises: OSError."""
-        if domain in self._sockets:
+    async def watch(self, reconciler: NetnsReconciler) -> None:
+        """Notice changes in ``reconciler`` from now on.  Raises: OSError."""
+        if reconciler in self._sockets:
             return
-        self.take_turns(domain)
+        self.take_turns(reconciler)
         groups = list(_GROUPS)
-        if not domain.is_container:  # whose neighbours are its own
+        if not reconciler.is_container:  # whose neighbours are its own
             groups.append(netlink.GROUP_NEIGHBOUR)
-        opened = [await self._namespaces.run(domain.path, netlink.listening, socket.NETLINK_ROUTE, groups)]
-        if not domain.is_container:
+        opened = [
+            await self._namespaces.run(reconciler.path, netlink.listening, socket.NETLINK_ROUTE, groups)
+        ]
+        if not reconciler.is_container:
             tables = netlink.NETFILTER, [netlink.GROUP_NFTABLES]
-            opened.append(await self._namespaces.run(domain.path, netlink.listening, *tables))
-        if domain not in self._sockets:  # forgotten meanwhile
+            opened.append(await self._namespaces.run(reconciler.path, netlink.listening, *tables))
+        if reconciler not in self._sockets:  # forgotten meanwhile
             for one in opened:
                 one.close()
             return
-        self._sockets[domain] = opened
+        self._sockets[reconciler] = opened
         loop = asyncio.get_running_loop()
         for one in opened:
-            loop.add_reader(one, self._hear, domain, one)
+            loop.add_reader(one, self._hear, reconciler, one)
 
-    def take_turns(self, domain: Domain) -> None:
-        """Compare ``domain`` in the slow round, whether it tells of changes or not."""
-        self._sockets[domain] = []
+    def take_turns(self, reconciler: NetnsReconciler) -> None:
+        """Compare ``reconciler`` in the slow round, whether it tells of changes or not."""
+        self._sockets[reconciler] = []
 
-    def expect(self, domain: Domain) -> None:
-        """Compare ``domain`` soon."""
-        self._due[domain] = None
+    def expect(self, reconciler: NetnsReconciler) -> None:
+        """Compare ``reconciler`` soon."""
+        self._due[reconciler] = None
         self._wake.set()
 
-    def forget(self, domain: Domain) -> None:
-        """Look at ``domain`` no more."""
+    def forget(self, reconciler: NetnsReconciler) -> None:
+        """Look at ``reconciler`` no more."""
         loop = asyncio.get_running_loop()
-        for one in self._sockets.pop(domain, ()):
+        for one in self._sockets.pop(reconciler, ()):
             loop.remove_reader(one)
             one.close()
-        self._due.pop(domain, None)
-        self._failing.pop(domain, None)
+        self._due.pop(reconciler, None)
+        self._failing.pop(reconciler, None)
 
     def close(self) -> None:
         """Forget all."""
-        for domain in tuple(self._sockets):
-            self.forget(domain)
+        for reconciler in tuple(self._sockets):
+            self.forget(reconciler)
 
     async def run(self) -> None:
         """Heal until cancelled."""
@@ -135,7 +137,7 @@ class Healing:
 
     # --- notices ----------------------------------------------------------------------------------------------
 
-    def _hear(self, domain: Domain, source: socket.socket) -> None:
+    def _hear(self, reconciler: NetnsReconciler, source: socket.socket) -> None:
         is_due = False
         while True:
             try:
@@ -145,75 +147,77 @@ class Healing:
             except OSError:  # ENOBUFS: something was told that did not fit
                 is_due = True
                 break
-            is_due = is_due or any(_concerns(domain, kind, body) for kind, body in netlink.messages(data))
+            is_due = is_due or any(_concerns(reconciler, kind, body) for kind, body in netlink.messages(data))
         if is_due:
-            self.expect(domain)
+            self.expect(reconciler)
 
     async def _heal_due(self) -> None:
         while True:
             await self._wait_due()
             await self._clock.sleep(GATHERING_SECONDS)
             self._wake.clear()
-            for domain in [one for one in self._due if not self._waits(one)]:
-                self._due.pop(domain, None)
-                await self._heal(domain)
+            for reconciler in [one for one in self._due if not self._waits(one)]:
+                self._due.pop(reconciler, None)
+                await self._heal(reconciler)
             await self._clock.sleep(PAUSE_SECONDS)
 
     async def _wait_due(self) -> None:
         """Return when something was told, or one that has failed may be tried again."""
-        waiting = [self._failing[domain].again_at for domain in self._due if domain in self._failing]
+        waiting = [
+            self._failing[reconciler].again_at for reconciler in self._due if reconciler in self._failing
+        ]
         if waiting:
             pause_s = max(0.0, min(waiting) - self._clock.monotonic())
             await wait_first(self._wake.wait(), self._clock.sleep(pause_s))
         else:
             await self._wake.wait()
 
-    def _waits(self, domain: Domain) -> bool:
-        failing = self._failing.get(domain)
+    def _waits(self, reconciler: NetnsReconciler) -> bool:
+        failing = self._failing.get(reconciler)
         return failing is not None and self._clock.monotonic() < failing.again_at
 
     async def _go_round(self) -> None:
         while True:
-            domains = tuple(one for one in self._sockets if not self._waits(one))
-            for domain in domains:
+            reconcilers = tuple(one for one in self._sockets if not self._waits(one))
+            for reconciler in reconcilers:
                 began = self._clock.monotonic()
-                await self._heal(domain)
+                await self._heal(reconciler)
                 spent = self._clock.monotonic() - began
                 await self._clock.sleep(max(spent / self._share - spent, ROUND_PAUSE_SECONDS_MIN))
-            if not domains:
+            if not reconcilers:
                 await self._clock.sleep(PAUSE_SECONDS)
 
-    async def _heal(self, domain: Domain) -> None:
-        """Have ``domain`` as it shall be; one that fails is tried again later and later, and no other waits for it."""
-        if domain not in self._sockets:
+    async def _heal(self, reconciler: NetnsReconciler) -> None:
+        """Repair one namespace; one that fails is retried with growing pauses, and delays no other."""
+        if reconciler not in self._sockets:
             return
         try:
-            await domain.heal()
+            await reconciler.heal()
         except Exception as error:
-            if domain in self._sockets:  # otherwise it was removed meanwhile
-                self._note_failure(domain, error)
+            if reconciler in self._sockets:  # otherwise it was removed meanwhile
+                self._note_failure(reconciler, error)
             return
-        if self._failing.pop(domain, None) is not None:
-            log.info("network repaired again", where=domain.name)
-        if domain.is_unsure and domain in self._sockets:
-            self.expect(domain)
+        if self._failing.pop(reconciler, None) is not None:
+            log.info("network repaired again", where=reconciler.name)
+        if reconciler.is_unsure and reconciler in self._sockets:
+            self.expect(reconciler)
 
-    def _note_failure(self, domain: Domain, error: Exception) -> None:
-        failing = self._failing.get(domain)
+    def _note_failure(self, reconciler: NetnsReconciler, error: Exception) -> None:
+        failing = self._failing.get(reconciler)
         if failing is None:
             backoff = Backoff(PAUSE_SECONDS, RETRY_SECONDS_MAX, chance=self._chance)
-            failing = self._failing[domain] = _Failing(backoff)
+            failing = self._failing[reconciler] = _Failing(backoff)
         delay_s = failing.backoff.next_delay_s()
         failing.again_at = self._clock.monotonic() + delay_s
         if failing.reason != explain(error):
             failing.reason = explain(error)
-            report(error, "network not repaired yet", where=domain.name, again_in_s=round(delay_s, 1))
-        self._due[domain] = None
+            report(error, "network not repaired yet", where=reconciler.name, again_in_s=round(delay_s, 1))
+        self._due[reconciler] = None
         self._wake.set()
 
 
-def _concerns(domain: Domain, kind: int, body: memoryview) -> bool:
+def _concerns(reconciler: NetnsReconciler, kind: int, body: memoryview) -> bool:
     """Whether a notice can mean a deviation: neighbours of other devices come and go all the time."""
-    if kind in _NEIGHBOUR_MESSAGES and domain.indices is not None:
-        return int.from_bytes(body[4:8], netlink.BYTE_ORDER) in domain.indices
+    if kind in _NEIGHBOUR_MESSAGES and reconciler.indices is not None:
+        return int.from_bytes(body[4:8], netlink.BYTE_ORDER) in reconciler.indices
     return True

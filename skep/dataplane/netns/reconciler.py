@@ -8,16 +8,15 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from skep.dataplane.netns import nft
+from skep.dataplane.netns import nft, nft_table, read
+from skep.dataplane.netns.diff import AddLink, DeleteLink, Operation, Put, difference
+from skep.dataplane.netns.kernel_made import RULES_4, RULES_6, completed, is_link_local
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.overlay import actual, tables
-from skep.dataplane.overlay.actual import Selection
-from skep.dataplane.overlay.changing import KernelRefused, carry_out
-from skep.dataplane.overlay.difference import AddLink, DeleteLink, Operation, Put, difference
-from skep.dataplane.overlay.kernel_made import RULES_4, RULES_6, completed, is_link_local
-from skep.dataplane.overlay.repairs import Repairs, kind_of
-from skep.dataplane.overlay.state import Link, Route, Rule, State
-from skep.dataplane.overlay.tables import Element, RuleTable
+from skep.dataplane.netns.nft_table import Element, NftTable
+from skep.dataplane.netns.read import Selection
+from skep.dataplane.netns.repairs import Repairs, kind_of
+from skep.dataplane.netns.state import Link, Route, Rule, State
+from skep.dataplane.netns.write import KernelRefused, apply_operations
 
 log = structlog.get_logger()
 
@@ -38,7 +37,7 @@ def every_link(link: Link) -> bool:
     return link.kind != "loopback"
 
 
-class Domain:
+class NetnsReconciler:
     """A namespace, what is wanted in it, and what it is believed to hold.
 
     The wish comes in parts (a network, the gateway), each from whoever knows it.  ``settle`` brings the latest wish
@@ -75,13 +74,13 @@ class Domain:
         self._own_rules = own_rules() if has_own_routes else frozenset[Rule]()
         self._remake = remake
         self._changing = asyncio.Lock()
-        self._parts: dict[str, tuple[State, tuple[RuleTable, ...]]] = {}
+        self._parts: dict[str, tuple[State, tuple[NftTable, ...]]] = {}
         self._wanted: State | None = None
         self._goal: State | None = None
-        self._goal_rules: Mapping[str, RuleTable] = {}
-        self._believed: State | None = None
+        self._goal_tables: Mapping[str, NftTable] = {}
+        self._assumed: State | None = None
         self._leaving: dict[str, int] = {}
-        self._rules: dict[str, RuleTable] = {}
+        self._tables: dict[str, NftTable] = {}
         self._listings: dict[str, str] = {}
         self._refused: dict[str, frozenset[Element]] = {}
         """Elements that the kernel does not take, by their table; they are left out while they are wanted."""
@@ -91,17 +90,17 @@ class Domain:
         self.indices: frozenset[int] | None = None
         """Of the links that matter, None: not known at present."""
 
-    def wish(self, part: str, state: State, *rules: RuleTable) -> None:
+    def set_part(self, part: str, state: State, *rules: NftTable) -> None:
         """What ``part`` wants from now on, instead of what it wanted before."""
         self._parts[part] = (state, rules)
         self._wanted = None
 
-    def unwish(self, part: str) -> None:
+    def remove_part(self, part: str) -> None:
         """``part`` wants nothing any more."""
         self._parts.pop(part, None)
         self._wanted = None
 
-    def has(self, part: str) -> bool:
+    def has_part(self, part: str) -> bool:
         """Whether ``part`` wants anything."""
         return part in self._parts
 
@@ -114,9 +113,9 @@ class Domain:
         return self._wanted
 
     @property
-    def wanted_rules(self) -> Mapping[str, RuleTable]:
+    def wanted_tables(self) -> Mapping[str, NftTable]:
         """The tables that all parts want, by name.  Parts that share one differ in its elements only."""
-        found: dict[str, RuleTable] = {}
+        found: dict[str, NftTable] = {}
         for _, rules in self._parts.values():
             for table in rules:
                 elements = table.elements | (
@@ -125,21 +124,21 @@ class Domain:
                 found[table.name] = msgspec.structs.replace(table, elements=elements)
         return found
 
-    async def settle(self) -> None:
+    async def apply(self) -> None:
         """Bring about what is wanted now.
 
         Rules come first: nothing is open for a moment.  Raises: KernelRefused, NftFailed: it is not all there, and the
         next ``heal`` goes on.
         """
         async with self._changing:
-            wanted, believed = self.wanted, self._believed
-            self._goal, self._goal_rules = wanted, self._possible_rules()
-            await self._settle_rules()
+            wanted, believed = self.wanted, self._assumed
+            self._goal, self._goal_tables = wanted, self._possible_tables()
+            await self._apply_tables()
             if believed is None or not wanted.sysctls.keys() <= believed.sysctls.keys():
                 believed = await self._read(wanted)
-            self._believed = None
+            self._assumed = None
             await self._do(difference(wanted, believed, is_ours=self.is_ours))
-            self._believed = self._goal  # without what was let go meanwhile
+            self._assumed = self._goal  # without what was let go meanwhile
 
     async def heal(self) -> int:
         """Compare with the kernel and put right what differs from the last wish that was settled.
@@ -148,19 +147,19 @@ class Domain:
         NftFailed, OSError.
         """
         async with self._changing:
-            wanted, was_there = self._goal, self._believed is not None
+            wanted, was_there = self._goal, self._assumed is not None
             if wanted is None:
                 return 0
-            repaired = await self._heal_rules()
+            repaired = await self._heal_tables()
             found = await self._read(wanted)
             wanted = self._goal or wanted  # what was let go meanwhile is not missed
             found = self._without_leaving(found)
             operations = self._without_unsure(difference(wanted, found, is_ours=self.is_ours))
             if operations:
-                self._believed = None
+                self._assumed = None
                 await self._do(operations)
                 repaired += [kind_of(one) for one in operations]
-            self._believed = self._goal
+            self._assumed = self._goal
         self._repairs.comparisons += 1
         if not was_there:
             return 0
@@ -172,27 +171,27 @@ class Domain:
     async def remake(self, name: str) -> None:
         """Make the link ``name`` anew, whatever has its name now.  Raises: KernelRefused; OSError."""
         async with self._changing:
-            self._believed = None
+            self._assumed = None
             goal = self._goal or State()
-            await carry_out(self._namespaces, self.path, [DeleteLink(name)])
+            await apply_operations(self._namespaces, self.path, [DeleteLink(name)])
             await self._do(difference(goal, await self._read(goal), is_ours=self.is_ours))
-            self._believed = goal
+            self._assumed = goal
 
     async def remove(self, name: str) -> None:
         """Remove the link ``name``; who wants it again, wants it with the next ``settle``.  Raises: KernelRefused."""
         async with self._changing:
-            self._believed = None
+            self._assumed = None
             await self._do([DeleteLink(name)])
 
     def adopt(self) -> None:
         """An earlier process brought the wish about; whether it is still so is for ``heal`` to see."""
-        self._goal, self._goal_rules = self.wanted, self._possible_rules()
+        self._goal, self._goal_tables = self.wanted, self._possible_tables()
 
-    def believe(self, state: State) -> None:
+    def assume(self, state: State) -> None:
         """It holds ``state``, as it was just made: there is no need to look."""
-        self._believed = state
+        self._assumed = state
 
-    def let_go(self, link: str) -> None:
+    def expect_removal(self, link: str) -> None:
         """``link`` goes by itself, with the namespace that has its other end; nobody has to delete it.
 
         It is taken from the wish too, or a change of another part would have it missed before its own part's next one.
@@ -209,21 +208,21 @@ class Domain:
         self._parts = {part: (left(state), rules) for part, (state, rules) in self._parts.items()}
         self._wanted = left(self._wanted) if self._wanted is not None else None
         self._goal = left(self._goal) if self._goal is not None else None
-        self._believed = left(self._believed) if self._believed is not None else None
+        self._assumed = left(self._assumed) if self._assumed is not None else None
 
-    def doubt(self) -> None:
+    def invalidate(self) -> None:
         """Look before the next change: what others left may be there."""
-        self._believed = None
+        self._assumed = None
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """The namespace is a new one: nothing of it is known."""
-        self._believed = None
+        self._assumed = None
         self.indices = None
-        self._rules.clear()
+        self._tables.clear()
         self._listings.clear()
 
     async def _read(self, wanted: State) -> State:
-        found = await self._namespaces.run(self.path, actual.read, self._selects, wanted)
+        found = await self._namespaces.run(self.path, read.read, self._selects, wanted)
         self.indices = frozenset(found.indices[name] for name in found.state.links)
         state = found.state
         if not self._has_own_routes:
@@ -272,39 +271,39 @@ class Domain:
             operations = difference(goal, await self._read(goal), is_ours=self.is_ours)
             if any(isinstance(one, AddLink) for one in operations):
                 raise KernelRefused(f"an interface of {self.name} cannot be made again")
-        await carry_out(self._namespaces, self.path, operations)
+        await apply_operations(self._namespaces, self.path, operations)
 
     # --- rules ------------------------------------------------------------------------------------------------
 
-    async def _settle_rules(self) -> None:
-        for name in sorted(self._rules.keys() - self._goal_rules.keys()):
+    async def _apply_tables(self) -> None:
+        for name in sorted(self._tables.keys() - self._goal_tables.keys()):
             await self._run(f"add table {name}\ndelete table {name}\n")
-            del self._rules[name]
+            del self._tables[name]
             self._listings.pop(name, None)
-        for name, table in self._goal_rules.items():
-            old = self._rules.get(name)
+        for name, table in self._goal_tables.items():
+            old = self._tables.get(name)
             if old == table:
                 continue
-            text = tables.changes(old, table) if old is not None else tables.whole(table)
-            await self._apply(table, text)
+            text = nft_table.changes(old, table) if old is not None else nft_table.whole(table)
+            await self._apply_table(table, text)
 
-    async def _heal_rules(self) -> list[str]:
+    async def _heal_tables(self) -> list[str]:
         repaired = []
-        for name, table in self._goal_rules.items():
+        for name, table in self._goal_tables.items():
             listing = await self._listing(name)
-            if self._rules.get(name) == table and listing == self._listings.get(name):
+            if self._tables.get(name) == table and listing == self._listings.get(name):
                 continue
-            is_changed_by_us = self._rules.get(name) == table and name not in self._listings
-            if is_changed_by_us and tables.fits(listing, table):
+            is_changed_by_us = self._tables.get(name) == table and name not in self._listings
+            if is_changed_by_us and nft_table.fits(listing, table):
                 self._listings[name] = listing
                 continue
-            await self._apply(table, tables.whole(table))
+            await self._apply_table(table, nft_table.whole(table))
             repaired.append("rules")
         return repaired
 
-    def _possible_rules(self) -> dict[str, RuleTable]:
+    def _possible_tables(self) -> dict[str, NftTable]:
         """What is wanted without what was refused; that is tried again once it was not wanted for a while."""
-        rules = dict(self.wanted_rules)
+        rules = dict(self.wanted_tables)
         self._refused = {
             name: still
             for name, refused in self._refused.items()
@@ -314,20 +313,20 @@ class Domain:
             rules[name] = msgspec.structs.replace(rules[name], elements=rules[name].elements - refused)
         return rules
 
-    async def _apply(self, table: RuleTable, text: str) -> None:
-        self._rules.pop(table.name, None)
+    async def _apply_table(self, table: NftTable, text: str) -> None:
+        self._tables.pop(table.name, None)
         try:
             await self._run(text)
         except nft.NftFailed:  # somebody else changed our table
             try:
-                await self._run(tables.whole(table))
+                await self._run(nft_table.whole(table))
             except nft.NftFailed as error:
                 table = await self._without_refused(table, error)
-                await self._run(tables.whole(table))
+                await self._run(nft_table.whole(table))
         self._listings.pop(table.name, None)
-        self._rules[table.name] = table
+        self._tables[table.name] = table
 
-    async def _without_refused(self, table: RuleTable, error: nft.NftFailed) -> RuleTable:
+    async def _without_refused(self, table: NftTable, error: nft.NftFailed) -> NftTable:
         """``table`` without the elements for which the kernel refuses it.  Raises: ``error``: it is not for them."""
         refused = frozenset([one async for one in self._refused_among(table, sorted(table.elements))])
         if not refused:
@@ -338,13 +337,13 @@ class Domain:
         )
         self._refused[table.name] = self._refused.get(table.name, frozenset()) | refused
         table = msgspec.structs.replace(table, elements=table.elements - refused)
-        self._goal_rules = {**self._goal_rules, table.name: table}
+        self._goal_tables = {**self._goal_tables, table.name: table}
         return table
 
-    async def _refused_among(self, table: RuleTable, elements: Sequence[Element]) -> AsyncIterator[Element]:
+    async def _refused_among(self, table: NftTable, elements: Sequence[Element]) -> AsyncIterator[Element]:
         """By halves: they are few."""
         try:
-            await self._run(tables.trial(table, elements))
+            await self._run(nft_table.trial(table, elements))
         except nft.NftFailed:
             if len(elements) < 2:
                 for element in elements:

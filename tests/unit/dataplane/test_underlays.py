@@ -4,8 +4,8 @@ from collections.abc import Collection
 
 import msgspec
 
-from skep.dataplane.overlay.underlays import Underlays
-from skep.dataplane.overlay.wanted import Underlay, mtu_of
+from skep.dataplane.plan.overlay import Underlay, mtu_of
+from skep.dataplane.underlays import Underlays
 from skep.model.ids import NetworkId, NodeId
 from skep.model.tables import NetworkHead, Segment, Table, TableNode
 

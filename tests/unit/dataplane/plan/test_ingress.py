@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.dataplane.ingress.flows import Misled, is_misled
-from skep.dataplane.ingress.plan import Backend, Gate, MeshPort, Plan, plan, sticky_slots
-from skep.dataplane.ingress.return_path import difference as path_difference
-from skep.dataplane.ingress.return_path import return_path, routes, uses_udp_route
-from skep.dataplane.ingress.return_path import whole as path_whole
-from skep.dataplane.ingress.rules import IPV4, IPV6, Family, difference, mesh_rules, whole
 from skep.dataplane.netns.conntrack import Tuple
+from skep.dataplane.plan.ingress import Backend, Gate, MeshPort, Plan, plan, sticky_slots
+from skep.dataplane.plan.ingress_tables import IPV4, IPV6, Family, difference, mesh_rules, whole
+from skep.dataplane.plan.reply_routing import difference as path_difference
+from skep.dataplane.plan.reply_routing import return_path, routes, uses_udp_route
+from skep.dataplane.plan.reply_routing import whole as path_whole
 from skep.dataplane.proxy.relays import RelayPort, relay_ports, sticky_slot
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.publishing import PublishOptions

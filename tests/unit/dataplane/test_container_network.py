@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.dataplane.connecting import ContainerNetwork
+from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.netns.nft import NftFailed
 from skep.engine.container import Container
 from skep.model.ids import ContainerId
 from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
 from tests.support.oci_rig import QuickClock
-from tests.unit.dataplane.overlay.test_wanted import HEAD
+from tests.unit.dataplane.plan.test_overlay import HEAD
 from tests.unit.engine.test_records import a_container
 
 

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.dataplane.addresses import mac_for
-from skep.dataplane.overlay.rules import link_local, owner, spoofing, strangers
-from skep.dataplane.overlay.state import Address, Entry, EntryKind, Route, State
-from skep.dataplane.overlay.wanted import (
+from skep.dataplane.netns.state import Address, Entry, EntryKind, Route, State
+from skep.dataplane.plan.overlay import (
     LocalPlace,
     Underlay,
     container_state,
@@ -18,6 +17,7 @@ from skep.dataplane.overlay.wanted import (
     network_state,
     remote_entries,
 )
+from skep.dataplane.plan.packet_filter import link_local, owner, spoofing, strangers
 from skep.model.ids import NetworkId, NodeId, TaskId
 from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
 from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode

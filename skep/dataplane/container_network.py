@@ -16,17 +16,17 @@ from skep.aio.groups import errors_as_they_are
 from skep.aio.guard import contain, explain, persist, report
 from skep.dataplane.gateway import Gateway
 from skep.dataplane.ingress.mesh import Mesh
-from skep.dataplane.ingress.return_path import SYSCTLS as RETURN_SYSCTLS
 from skep.dataplane.joining import Joining
 from skep.dataplane.local.keeper import LocalNetworks
 from skep.dataplane.naming import Naming
 from skep.dataplane.netns.conntrack import SYSCTLS as TRACKING_SYSCTLS
+from skep.dataplane.netns.deferred import DeferredChanges
+from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.overlay.domain import Domain
-from skep.dataplane.overlay.healing import Healing
-from skep.dataplane.overlay.overlays import Overlays
-from skep.dataplane.overlay.settling import Settling
-from skep.dataplane.overlay.wanted import check_sandbox
+from skep.dataplane.netns.reconciler import NetnsReconciler
+from skep.dataplane.overlays import Overlays
+from skep.dataplane.plan.overlay import check_sandbox
+from skep.dataplane.plan.reply_routing import SYSCTLS as RETURN_SYSCTLS
 from skep.dataplane.probe.prober import PathProber
 from skep.engine.container import Container
 from skep.errors import SkepError, Unavailable
@@ -51,13 +51,13 @@ class ContainerNetwork:
         self,
         *,
         namespaces: Namespaces,
-        home: Domain,
+        home: NetnsReconciler,
         gateway: Gateway,
         overlays: Overlays,
         mesh: Mesh,
         local: LocalNetworks,
-        healing: Healing,
-        settling: Settling,
+        healing: Healer,
+        settling: DeferredChanges,
         prober: PathProber,
         joining: Joining,
         clock: Clock,

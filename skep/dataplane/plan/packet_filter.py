@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from ipaddress import IPv6Address
 from typing import NamedTuple
 
-from skep.dataplane.overlay.tables import Element, RuleTable
-from skep.dataplane.overlay.wanted import plain_address
+from skep.dataplane.netns.nft_table import Element, NftTable
+from skep.dataplane.plan.overlay import plain_address
 from skep.model.ids import NetworkId, NodeId
 from skep.model.paths import PROBE_VNI, PathWish
 from skep.model.sandbox import Endpoint
@@ -40,7 +40,7 @@ def owner(connected: Endpoint) -> Owner:
     return Owner(connected.port, connected.mac_address, tuple(addresses))
 
 
-def spoofing(owners: Iterable[Owner]) -> RuleTable:
+def spoofing(owners: Iterable[Owner]) -> NftTable:
     """Of the namespace that the containers' ports are in.  What comes by any other port passes."""
     elements: set[Element] = set()
     for port, mac, addresses in owners:
@@ -55,7 +55,7 @@ def spoofing(owners: Iterable[Owner]) -> RuleTable:
                 elements.add(("senders4", f'"{port}" . {mac} . {address}'))
         local = link_local(mac)
         elements |= {("addresses6", f'"{port}" . {local}'), ("targets6", f'"{port}" . {_number(local)}')}
-    return RuleTable(
+    return NftTable(
         name=SPOOFING,
         sets=(
             ("ports", "type ifname"),
@@ -89,7 +89,7 @@ def spoofing(owners: Iterable[Owner]) -> RuleTable:
     )
 
 
-def strangers(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Iterable[str]) -> RuleTable:
+def strangers(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Iterable[str]) -> NftTable:
     """Of the node's own namespace.  ``bridges``: what containers' packets come from."""
     ports: set[int] = set()
     elements: set[Element] = set()
@@ -104,7 +104,7 @@ def strangers(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Itera
     return _vxlan_of(ports, bridges, elements)
 
 
-def probing(wish: PathWish, bridges: Iterable[str]) -> RuleTable:
+def probing(wish: PathWish, bridges: Iterable[str]) -> NftTable:
     """The same of the probes' VXLAN: it is taken from the peers of ``wish`` only."""
     elements: set[Element] = {("vnis", str(PROBE_VNI))}
     for peer in wish.peers:
@@ -114,10 +114,10 @@ def probing(wish: PathWish, bridges: Iterable[str]) -> RuleTable:
     return _vxlan_of({wish.node.vxlan_port}, bridges, elements)
 
 
-def _vxlan_of(ports: Iterable[int], bridges: Iterable[str], elements: set[Element]) -> RuleTable:
+def _vxlan_of(ports: Iterable[int], bridges: Iterable[str], elements: set[Element]) -> NftTable:
     elements |= {("ports", str(port)) for port in ports}
     elements |= {("bridges", f'"{bridge}"') for bridge in bridges}
-    return RuleTable(
+    return NftTable(
         name=STRANGERS,
         sets=(
             ("ports", "type inet_service"),

@@ -7,7 +7,7 @@ from socket import inet_ntop
 from typing import Protocol
 
 from skep.dataplane.netns.netlink import GETADDR, GETLINK, attributes, dumped
-from skep.dataplane.overlay.wanted import Underlay, plain_address
+from skep.dataplane.plan.overlay import Underlay, plain_address
 from skep.model.ids import NodeId
 from skep.model.tables import Table
 

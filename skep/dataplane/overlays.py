@@ -15,18 +15,16 @@ import structlog
 
 from skep.aio.guard import contain
 from skep.dataplane.encrypted.overlays import Encryption, NoEncryption
+from skep.dataplane.endpoints import connected_place
+from skep.dataplane.netns import pinned
+from skep.dataplane.netns.deferred import DeferredChanges
+from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.overlay import pinned
-from skep.dataplane.overlay.changing import KernelRefused
-from skep.dataplane.overlay.connected import connected_place
-from skep.dataplane.overlay.domain import Domain, every_link
-from skep.dataplane.overlay.healing import Healing
-from skep.dataplane.overlay.repairs import Repairs
-from skep.dataplane.overlay.rules import owner, spoofing, strangers
-from skep.dataplane.overlay.settling import Settling
-from skep.dataplane.overlay.state import Entry, State
-from skep.dataplane.overlay.underlays import Measurements, Underlays, find
-from skep.dataplane.overlay.wanted import (
+from skep.dataplane.netns.reconciler import NetnsReconciler, every_link
+from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.state import Entry, State
+from skep.dataplane.netns.write import KernelRefused
+from skep.dataplane.plan.overlay import (
     LocalPlace,
     Underlay,
     container_state,
@@ -35,6 +33,8 @@ from skep.dataplane.overlay.wanted import (
     network_state,
     remote_entries,
 )
+from skep.dataplane.plan.packet_filter import owner, spoofing, strangers
+from skep.dataplane.underlays import Measurements, Underlays, find
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
@@ -59,10 +59,10 @@ class Overlays:
         *,
         namespaces: Namespaces,
         pins: Namespaces,
-        home: Domain,
+        home: NetnsReconciler,
         repairs: Repairs,
-        healing: Healing,
-        settling: Settling,
+        healing: Healer,
+        settling: DeferredChanges,
         bridges: Iterable[str] = (),
     ) -> None:
         self._namespaces = namespaces
@@ -81,8 +81,8 @@ class Overlays:
         self._applying = asyncio.Lock()
         self._heads: dict[NetworkId, NetworkHead] = {}
         self._places: dict[NetworkId, dict[ContainerId, LocalPlace]] = {}
-        self._domains: dict[NetworkId, Domain] = {}
-        self._containers: dict[ContainerId, tuple[Domain, Sandbox]] = {}
+        self._reconcilers: dict[NetworkId, NetnsReconciler] = {}
+        self._containers: dict[ContainerId, tuple[NetnsReconciler, Sandbox]] = {}
         self._underlays = Underlays()
         self._locks: dict[NetworkId, asyncio.Lock] = {}
         self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
@@ -137,8 +137,8 @@ class Overlays:
         is_first = not self._is_cleared
         self._tables, self._knows_tables = dict(tables), True
         if is_first:
-            for domain in (self._home, *self._domains.values()):
-                domain.doubt()
+            for reconciler in (self._home, *self._reconcilers.values()):
+                reconciler.invalidate()
         refused: list[SkepError] = []
         await self._tried(self._find_underlays(), refused)
         await self._tried(self._settle_home(), refused)
@@ -182,16 +182,16 @@ class Overlays:
         """Who may send VXLAN here, before any device takes it."""
         if self._tables:
             table = strangers(self._tables, self._node_id, self._bridges)
-            self._home.wish(_STRANGERS_PART, State(), table)
+            self._home.set_part(_STRANGERS_PART, State(), table)
         else:
-            self._home.unwish(_STRANGERS_PART)
-        await self._home.settle()
+            self._home.remove_part(_STRANGERS_PART)
+        await self._home.apply()
 
     async def _clear_home(self) -> None:
         """Remove what no network wants at home; not before all have said what they want there."""
         self._home.is_ours = True
-        self._home.doubt()
-        await self._home.settle()
+        self._home.invalidate()
+        await self._home.apply()
 
     # --- containers -------------------------------------------------------------------------------------------
 
@@ -204,11 +204,11 @@ class Overlays:
     async def begin(self, live: Mapping[ContainerId, Sandbox]) -> None:
         """The node's own network is there: keep the insides of the ``live`` containers, and take tables."""
         for id, sandbox in live.items():
-            domain = self._container_domain(id, sandbox)
-            domain.adopt()
-            watching = self._healing.watch(domain)
+            reconciler = self._container_reconciler(id, sandbox)
+            reconciler.adopt()
+            watching = self._healing.watch(reconciler)
             await contain(watching, "changes in a container's namespace are not heard of", container=id)
-            self._healing.expect(domain)
+            self._healing.expect(reconciler)
         self._restored.set()
 
     async def connect(
@@ -234,9 +234,9 @@ class Overlays:
 
     async def settle_container(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
-        domain = await self._watch_container(container_id, sandbox)
-        domain.believe(just_made(domain.wanted, sandbox.sysctls))
-        await domain.settle()
+        reconciler = await self._watch_container(container_id, sandbox)
+        reconciler.assume(just_made(reconciler.wanted, sandbox.sysctls))
+        await reconciler.apply()
 
     async def change(self, id: ContainerId, gone: Iterable[Endpoint], sandbox: Sandbox) -> None:
         """Take a container that runs on from networks; it has ``sandbox`` now.  Raises: SkepError; OSError."""
@@ -245,7 +245,7 @@ class Overlays:
         for one in gone:
             if self._places.get(one.network_id, {}).pop(id, None) is not None:
                 await self._settle(one.network_id)
-        await (await self._watch_container(id, sandbox)).settle()
+        await (await self._watch_container(id, sandbox)).apply()
 
     def disconnect(self, container_id: ContainerId, connected: Sequence[Endpoint]) -> None:
         """Its ports go with its namespace; networks that nobody needs any more are removed in a moment.
@@ -259,9 +259,9 @@ class Overlays:
             id = one.network_id
             if self._places.get(id, {}).pop(container_id, None) is None:
                 continue
-            domain = self._home if self._head_of(id).is_ingress else self._domains.get(id)
-            if domain is not None:
-                domain.let_go(one.port)
+            reconciler = self._home if self._head_of(id).is_ingress else self._reconcilers.get(id)
+            if reconciler is not None:
+                reconciler.expect_removal(one.port)
             self._settling.soon(id, partial(self._settle, id))
 
     def holders(self) -> frozenset[ContainerId]:
@@ -284,13 +284,13 @@ class Overlays:
         places = self._places.setdefault(connected.network_id, {})
         places[container_id] = LocalPlace(netns, connected)
 
-    async def _watch_container(self, container_id: ContainerId, sandbox: Sandbox) -> Domain:
-        domain = self._container_domain(container_id, sandbox)
-        await self._healing.watch(domain)
-        return domain
+    async def _watch_container(self, container_id: ContainerId, sandbox: Sandbox) -> NetnsReconciler:
+        reconciler = self._container_reconciler(container_id, sandbox)
+        await self._healing.watch(reconciler)
+        return reconciler
 
-    def _container_domain(self, container_id: ContainerId, sandbox: Sandbox) -> Domain:
-        domain = Domain(
+    def _container_reconciler(self, container_id: ContainerId, sandbox: Sandbox) -> NetnsReconciler:
+        reconciler = NetnsReconciler(
             f"container {container_id[:12]}",
             Path(sandbox.netns),
             self._namespaces,
@@ -298,19 +298,19 @@ class Overlays:
             is_ours=False,
             remake=partial(self._remake, sandbox),
         )
-        domain.wish("container", container_state(sandbox, self._networks_of(sandbox)))
-        self._containers[container_id] = (domain, sandbox)
-        return domain
+        reconciler.set_part("container", container_state(sandbox, self._networks_of(sandbox)))
+        self._containers[container_id] = (reconciler, sandbox)
+        return reconciler
 
     async def _remake(self, sandbox: Sandbox, interface: str) -> None:
         """Make an interface of a container anew, from its bridge."""
         for one in sandbox.endpoints:
             if one.interface == interface:
                 is_ingress = self._head_of(one.network_id).is_ingress
-                domain = self._home if is_ingress else self._domains.get(one.network_id)
-                if domain is None:
+                reconciler = self._home if is_ingress else self._reconcilers.get(one.network_id)
+                if reconciler is None:
                     raise KernelRefused(f"nothing is known of network {one.network_name} yet")
-                await domain.remake(one.port)
+                await reconciler.remake(one.port)
         if interface == sandbox.interface and sandbox.port:
             await self._home.remake(sandbox.port)
 
@@ -318,11 +318,11 @@ class Overlays:
         """The MTU may be another one now."""
         for container_id in tuple(self._places.get(id, {})):
             if container_id in self._containers:
-                domain, sandbox = self._containers[container_id]
+                reconciler, sandbox = self._containers[container_id]
                 state = container_state(sandbox, self._networks_of(sandbox))
-                if state != domain.wanted:
-                    domain.wish("container", state)
-                    await domain.settle()
+                if state != reconciler.wanted:
+                    reconciler.set_part("container", state)
+                    await reconciler.apply()
 
     def _networks_of(self, sandbox: Sandbox) -> dict[NetworkId, tuple[NetworkHead, int]]:
         found = {}
@@ -349,13 +349,13 @@ class Overlays:
                 underlay=underlay,
                 remote=self._remote_entries(table, underlay) if table is not None else frozenset(),
             )
-            domain = await self._domain(id, head)
-            domain.wish(id, state, spoofing(owner(place.connected) for place in places))
-            await domain.settle()
+            reconciler = await self._reconciler(id, head)
+            reconciler.set_part(id, state, spoofing(owner(place.connected) for place in places))
+            await reconciler.apply()
             if head.is_encrypted and table is not None and underlay is not None:
                 mtu = self._underlays.encrypted_mtu(self._node_id, self._tables.values(), underlay)
                 self._encrypted.place(self._node_id, underlay.address, mtu)
-                self._encrypted.carry(table, domain.path)
+                self._encrypted.carry(table, reconciler.path)
 
     def _remote_entries(self, table: Table, underlay: Underlay | None) -> frozenset[Entry]:
         """Remembered for each table, of which a large network's is long, and many containers start on it."""
@@ -370,38 +370,41 @@ class Overlays:
         known = self._remote.get(id)
         return known is None or known[2] != self._underlays.of(self._node_id, self._tables.get(id))
 
-    async def _domain(self, id: NetworkId, head: NetworkHead) -> Domain:
+    async def _reconciler(self, id: NetworkId, head: NetworkHead) -> NetnsReconciler:
         if head.is_ingress:
             return self._home
         if not id.isalnum():  # it becomes the name of a file
             raise InvalidArgument(f"invalid network id {id!r}")
-        domain = self._domains.get(id)
-        if domain is None:
-            domain = self._domains[id] = Domain(
+        reconciler = self._reconcilers.get(id)
+        if reconciler is None:
+            reconciler = self._reconcilers[id] = NetnsReconciler(
                 f"network {head.name}", self._pins.path(id), self._pins, self.repairs, selects=every_link
             )
-        await pinned.make_where_missing(self._pins, id, domain, self._healing)
-        domain.is_ours = self._knows_tables
-        await self._healing.watch(domain)
-        return domain
+        await pinned.make_where_missing(self._pins, id, reconciler, self._healing)
+        reconciler.is_ours = self._knows_tables
+        await self._healing.watch(reconciler)
+        return reconciler
 
     async def _remove(self, id: NetworkId) -> None:
         self._encrypted.drop(id)
         self._heads.pop(id, None)
         self._remote.pop(id, None)
         self._places.pop(id, None)
-        domain = self._domains.pop(id, None)
-        if domain is not None:
-            self._healing.forget(domain)
+        reconciler = self._reconcilers.pop(id, None)
+        if reconciler is not None:
+            self._healing.forget(reconciler)
             await pinned.remove(self._pins, id)
-        elif self._home.has(id):
-            self._home.unwish(id)
-            await self._home.settle()
+        elif self._home.has_part(id):
+            self._home.remove_part(id)
+            await self._home.apply()
 
     async def _clear_pins(self) -> None:
         """Remove namespaces of networks that this node has no part in any more."""
         for id in self._pins.pinned():
-            if id not in self._domains and not self._locks.setdefault(NetworkId(id), asyncio.Lock()).locked():
+            if (
+                id not in self._reconcilers
+                and not self._locks.setdefault(NetworkId(id), asyncio.Lock()).locked()
+            ):
                 log.info("namespace of a network that is gone removed", network=id)
                 await pinned.remove(self._pins, id)
 

@@ -25,7 +25,7 @@ from ipaddress import IPv4Address, ip_network
 import msgspec
 
 from skep.dataplane.addresses import mac_of
-from skep.dataplane.ingress.plan import Gate, Plan
+from skep.dataplane.plan.ingress import Gate, Plan
 
 TABLE = "skep_return"
 RULE_PRIORITY = 1042

@@ -15,7 +15,7 @@ PAUSE_SECONDS = 0.2
 Settle = Callable[[], Awaitable[None]]
 
 
-class Settling:
+class DeferredChanges:
     """What is to be settled soon, each thing once."""
 
     def __init__(self, clock: Clock) -> None:

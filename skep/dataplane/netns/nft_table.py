@@ -8,7 +8,7 @@ Element = tuple[str, str]
 """Name of a set or map, and an element of it."""
 
 
-class RuleTable(msgspec.Struct, frozen=True, kw_only=True):
+class NftTable(msgspec.Struct, frozen=True, kw_only=True):
     """One table.  ``name``: with its family (``inet skep_overlay``).
 
     ``sets``: what declares the sets and maps, ``chains`` the chains, ``rules`` the rules of each (chain, rule); none of
@@ -22,7 +22,7 @@ class RuleTable(msgspec.Struct, frozen=True, kw_only=True):
     elements: frozenset[Element] = frozenset()
 
 
-def whole(table: RuleTable) -> str:
+def whole(table: NftTable) -> str:
     """The table, whatever it was before, as one transaction."""
     lines = [f"add table {table.name}", f"delete table {table.name}", f"add table {table.name}"]
     lines += [f"add set {table.name} {name} {{ {kind}; }}" for name, kind in table.sets if " : " not in kind]
@@ -32,14 +32,14 @@ def whole(table: RuleTable) -> str:
     return "\n".join([*lines, *_added(table.name, table.elements), ""])
 
 
-def trial(table: RuleTable, elements: Iterable[Element]) -> str:
+def trial(table: NftTable, elements: Iterable[Element]) -> str:
     """One transaction that is refused if one of ``elements`` is, and changes nothing."""
     name = f"{table.name}_trial"
-    sets = whole(RuleTable(name=name, sets=table.sets, elements=frozenset(elements)))
+    sets = whole(NftTable(name=name, sets=table.sets, elements=frozenset(elements)))
     return f"{sets}delete table {name}\n"
 
 
-def changes(old: RuleTable, new: RuleTable) -> str:
+def changes(old: NftTable, new: NftTable) -> str:
     """What makes ``old`` into ``new``: elements alone where nothing else differs; empty: nothing."""
     if msgspec.structs.replace(old, elements=new.elements) != new:
         return whole(new)
@@ -51,7 +51,7 @@ def changes(old: RuleTable, new: RuleTable) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def fits(listing: str, table: RuleTable) -> bool:
+def fits(listing: str, table: NftTable) -> bool:
     """Whether nft's ``listing`` has as many rules and elements as ``table``: what we have just written is whole.
 
     The spelling is nft's own, so it is compared with an earlier listing only.

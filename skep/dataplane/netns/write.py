@@ -18,11 +18,9 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.dataplane.encrypted.taps import open_tap
-from skep.dataplane.netns import netlink
+from skep.dataplane.netns import netlink, read
 from skep.dataplane.netns.checksums import set_offloads
-from skep.dataplane.netns.namespaces import Namespaces, set_sysctl
-from skep.dataplane.overlay import actual
-from skep.dataplane.overlay.difference import (
+from skep.dataplane.netns.diff import (
     AddLink,
     ChangeLink,
     DeleteLink,
@@ -31,7 +29,8 @@ from skep.dataplane.overlay.difference import (
     Remove,
     SetSysctl,
 )
-from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, Route, RouteKind, Rule, State
+from skep.dataplane.netns.namespaces import Namespaces, set_sysctl
+from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, RouteKind, Rule, State
 from skep.errors import Unavailable
 
 log = structlog.get_logger()
@@ -53,7 +52,7 @@ class KernelRefused(Unavailable):
     """The kernel did not do what the overlay needs; it is tried again."""
 
 
-async def carry_out(namespaces: Namespaces, path: Path, operations: Sequence[Operation]) -> None:
+async def apply_operations(namespaces: Namespaces, path: Path, operations: Sequence[Operation]) -> None:
     """Do ``operations`` in the namespace at ``path``, in their order.
 
     VXLAN devices are made by the node's own namespace, where their UDP socket stays.  Raises: KernelRefused.
@@ -76,8 +75,8 @@ async def remove_vxlans(namespaces: Namespaces, path: Path) -> None:
     logged.
     """
     try:
-        found = await namespaces.run(path, actual.read, _is_vxlan, State())
-        await carry_out(namespaces, path, [DeleteLink(name) for name in found.state.links])
+        found = await namespaces.run(path, read.read, _is_vxlan, State())
+        await apply_operations(namespaces, path, [DeleteLink(name) for name in found.state.links])
     except (Unavailable, OSError) as error:
         log.warning("network not cleared", path=str(path), error=str(error))
 
@@ -281,7 +280,7 @@ def _route_options(route: Route, index: int) -> dict[str, Any]:
     else:
         options["scope"] = _SCOPE_HOST if route.kind is RouteKind.LOCAL else _SCOPE_LINK
     if route.is_kernels:
-        options |= {"proto": actual.BY_KERNEL, "table": route.table, "type": int(route.kind)}
+        options |= {"proto": read.BY_KERNEL, "table": route.table, "type": int(route.kind)}
     if route.source:
         options["prefsrc"] = route.source
     elif route.is_kernels and route.kind is not RouteKind.LOCAL:
@@ -295,7 +294,7 @@ def _rule_options(rule: Rule) -> dict[str, Any]:
         "family": family,
         "priority": rule.priority,
         "table": rule.table,
-        "protocol": actual.BY_KERNEL,
+        "protocol": read.BY_KERNEL,
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.dataplane.overlay.difference import (
+from skep.dataplane.netns.diff import (
     AddLink,
     ChangeLink,
     DeleteLink,
@@ -17,7 +17,7 @@ from skep.dataplane.overlay.difference import (
     SetSysctl,
     difference,
 )
-from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, Route, State, Vxlan
+from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, State, Vxlan
 
 BRIDGES, DEVICES, PORTS = ("br0", "br1"), ("vx1", "vx2"), ("vs1", "vs2", "vs3")
 MACS = ("02:42:0a:00:00:02", "02:42:0a:00:00:03")

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from skep.dataplane.netns.deferred import DeferredChanges
+from skep.dataplane.netns.diff import AddLink, Put, SetSysctl
+from skep.dataplane.netns.healer import SHARE, Healer
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.overlay.difference import AddLink, Put, SetSysctl
-from skep.dataplane.overlay.domain import Domain
-from skep.dataplane.overlay.healing import SHARE, Healing
-from skep.dataplane.overlay.repairs import Repairs, kind_of
-from skep.dataplane.overlay.settling import Settling
-from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, Route, State
-from skep.dataplane.overlay.tables import RuleTable, changes, fits, whole
+from skep.dataplane.netns.nft_table import NftTable, changes, fits, whole
+from skep.dataplane.netns.reconciler import NetnsReconciler
+from skep.dataplane.netns.repairs import Repairs, kind_of
+from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, State
 from skep.errors import Unavailable
 
 
@@ -38,7 +38,7 @@ class Stopwatch:
         self.worked += seconds
 
 
-class Slow(Domain):
+class Slow(NetnsReconciler):
     """A namespace whose comparison takes ``seconds``."""
 
     def __init__(self, clock: Stopwatch, seconds: float) -> None:
@@ -54,17 +54,17 @@ class Slow(Domain):
 @pytest.mark.parametrize("seconds", [0.001, 0.01, 0.5])
 async def test_the_slow_round_keeps_to_its_share_and_leaves_none_out(seconds: float) -> None:
     clock = Stopwatch()
-    healing = Healing(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
-    domains = [Slow(clock, seconds) for _ in range(5)]
-    for domain in domains:
-        healing.take_turns(domain)
+    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
+    reconcilers = [Slow(clock, seconds) for _ in range(5)]
+    for reconciler in reconcilers:
+        healing.take_turns(reconciler)
     task = asyncio.get_running_loop().create_task(healing.run())
-    while domains[-1].compared < 20:  # noqa: ASYNC110  # nobody is told
+    while reconcilers[-1].compared < 20:  # noqa: ASYNC110  # nobody is told
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])
     assert clock.worked / (clock.worked + clock.slept) <= SHARE * 1.05
-    assert max(one.compared for one in domains) - min(one.compared for one in domains) <= 1
+    assert max(one.compared for one in reconcilers) - min(one.compared for one in reconcilers) <= 1
 
 
 class Broken(Slow):
@@ -77,10 +77,10 @@ class Broken(Slow):
 
 async def test_a_bug_met_in_one_namespace_ends_no_other_ones_healing() -> None:
     clock = Stopwatch()
-    healing = Healing(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
+    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
     broken, well = Broken(clock, 0.001), Slow(clock, 0.001)
-    for domain in (broken, well):
-        healing.take_turns(domain)
+    for reconciler in (broken, well):
+        healing.take_turns(reconciler)
     healing.expect(broken)
     task = asyncio.get_running_loop().create_task(healing.run())
     while min(broken.compared, well.compared) < 5 and not task.done():  # noqa: ASYNC110  # nobody is told
@@ -92,11 +92,11 @@ async def test_a_bug_met_in_one_namespace_ends_no_other_ones_healing() -> None:
 
 async def test_a_namespace_that_cannot_be_put_right_is_tried_less_and_less_often() -> None:
     clock = Stopwatch()
-    healing = Healing(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 1.0)
+    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 1.0)
     broken, well = Broken(clock, 0.001), Slow(clock, 0.001)
-    for domain in (broken, well):
-        healing.take_turns(domain)
-        healing.expect(domain)
+    for reconciler in (broken, well):
+        healing.take_turns(reconciler)
+        healing.expect(reconciler)
     task = asyncio.get_running_loop().create_task(healing.run())
     while clock.now < 600:  # nobody is told
         healing.expect(broken)  # whoever changes much in it
@@ -111,7 +111,7 @@ async def test_a_loop_that_meets_a_bug_is_begun_again_and_nothing_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = Stopwatch()
-    healing = Healing(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
+    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
     well, go_round, bugs = (
         Slow(clock, 0.001),
         healing._go_round,
@@ -138,7 +138,7 @@ async def test_what_is_settled_later_is_settled_once_and_a_failure_keeps_nobody_
     error: Exception,
 ) -> None:
     clock, calls = Stopwatch(), []
-    settling = Settling(clock)
+    settling = DeferredChanges(clock)
 
     def noting(name: str) -> object:
         async def settle() -> None:
@@ -176,7 +176,7 @@ def test_repairs_are_counted_by_kind(operation: AddLink | SetSysctl | Put, kind:
     assert (repairs.counts, repairs.total) == ({kind: 2}, 2)
 
 
-TABLE = RuleTable(
+TABLE = NftTable(
     name="inet t",
     sets=(("ports", "type inet_service"), ("targets", "type inet_service : ipv4_addr")),
     chains=(("c", "{ type filter hook input priority 0; }"), ("d", "")),
@@ -211,7 +211,7 @@ def test_a_table_is_written_whole_and_changed_by_its_elements() -> None:
     text = whole(TABLE)
     assert text.startswith("add table inet t\ndelete table inet t\nadd table inet t\n")
     assert "add map inet t targets { type inet_service : ipv4_addr; }" in text
-    fewer = RuleTable(
+    fewer = NftTable(
         name=TABLE.name,
         sets=TABLE.sets,
         chains=TABLE.chains,
@@ -231,28 +231,28 @@ def test_a_listing_that_lacks_something_is_no_measure(missing: str) -> None:
     assert not fits(LISTING.replace(missing, "").replace("1,\n", "1\n"), TABLE)
 
 
-def test_a_domains_wish_is_that_of_all_its_parts() -> None:
-    domain = Domain("d", Path("/none"), Namespaces(Path("/none")), Repairs())
-    domain.wish("one", State(links={"a": Link(name="a", kind="bridge")}), TABLE)
-    more = RuleTable(
+def test_the_wanted_state_is_the_sum_of_its_parts() -> None:
+    reconciler = NetnsReconciler("d", Path("/none"), Namespaces(Path("/none")), Repairs())
+    reconciler.set_part("one", State(links={"a": Link(name="a", kind="bridge")}), TABLE)
+    more = NftTable(
         name=TABLE.name,
         sets=TABLE.sets,
         chains=TABLE.chains,
         rules=TABLE.rules,
         elements=frozenset({("ports", "9")}),
     )
-    domain.wish("other", State(sysctls={"net/x": "1"}), more)
-    assert (list(domain.wanted.links), domain.wanted.sysctls) == (["a"], {"net/x": "1"})
-    assert domain.wanted_rules["inet t"].elements == TABLE.elements | {("ports", "9")}
-    domain.unwish("one")
-    assert domain.wanted.links == {}
+    reconciler.set_part("other", State(sysctls={"net/x": "1"}), more)
+    assert (list(reconciler.wanted.links), reconciler.wanted.sysctls) == (["a"], {"net/x": "1"})
+    assert reconciler.wanted_tables["inet t"].elements == TABLE.elements | {("ports", "9")}
+    reconciler.remove_part("one")
+    assert reconciler.wanted.links == {}
 
 
-def test_a_link_that_goes_by_itself_is_not_wanted_by_the_next_change_of_another_part() -> None:
-    domain = Domain("node", Path("/none"), Namespaces(Path("/none")), Repairs())
+def test_a_link_that_is_going_is_not_wanted_by_the_next_change_of_another_part() -> None:
+    reconciler = NetnsReconciler("node", Path("/none"), Namespaces(Path("/none")), Repairs())
     going, staying = Link(name="vs1", kind="veth"), Link(name="vs2", kind="veth")
-    domain.wish("network", State(links={"vs1": going, "vs2": staying}))
-    domain.adopt()
-    domain.let_go("vs1")
-    domain.wish("strangers", State())
-    assert domain.wanted.links == {"vs2": staying}
+    reconciler.set_part("network", State(links={"vs1": going, "vs2": staying}))
+    reconciler.adopt()
+    reconciler.expect_removal("vs1")
+    reconciler.set_part("strangers", State())
+    assert reconciler.wanted.links == {"vs2": staying}

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from skep.dataplane.ingress.plan import STICKY_SLOTS, Backend, MeshPort, Plan, sticky_slots
+from skep.dataplane.plan.ingress import STICKY_SLOTS, Backend, MeshPort, Plan, sticky_slots
 
 TABLE = "skep_ingress"
 BRIDGE = "skep-ingress"

@@ -17,7 +17,7 @@ import msgspec
 from skep.dataplane.addresses import mac_for
 from skep.dataplane.encrypted.frames import GSO_BYTES_MAX, inner_mtu
 from skep.dataplane.encrypted.plan import device_of as encrypted_device_of
-from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, Peer, Route, State, Vxlan
+from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Peer, Route, State, Vxlan
 from skep.model.ids import NetworkId, NodeId
 from skep.model.sandbox import Endpoint, Sandbox
 from skep.model.tables import NetworkHead, Segment, Table

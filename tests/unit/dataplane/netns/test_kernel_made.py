@@ -1,9 +1,9 @@
 """What the kernel makes of addresses; that it does so is shown on the kernel (test_every_object_is_healed.py)."""
 
-from skep.dataplane.overlay.difference import ChangeLink, Put, difference
-from skep.dataplane.overlay.kernel_made import RULES_4, completed
-from skep.dataplane.overlay.state import Address, Entry, EntryKind, Link, Route, RouteKind, State
-from skep.dataplane.overlay.wanted import just_made
+from skep.dataplane.netns.diff import ChangeLink, Put, difference
+from skep.dataplane.netns.kernel_made import RULES_4, completed
+from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, RouteKind, State
+from skep.dataplane.plan.overlay import just_made
 
 LO = Link(name="lo", kind="loopback")
 ETH = Link(name="eth0", kind="veth", mac="02:42:0a:00:01:05")

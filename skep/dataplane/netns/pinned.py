@@ -2,20 +2,22 @@
 
 import os
 
+from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.overlay.changing import remove_vxlans
-from skep.dataplane.overlay.domain import Domain
-from skep.dataplane.overlay.healing import Healing
-from skep.dataplane.overlay.wanted import OVERLAY_SYSCTLS
+from skep.dataplane.netns.reconciler import NetnsReconciler
+from skep.dataplane.netns.write import remove_vxlans
+from skep.dataplane.plan.overlay import OVERLAY_SYSCTLS
 
 
-async def make_where_missing(pins: Namespaces, name: str, domain: Domain, healing: Healing) -> None:
-    """Have the namespace of ``domain`` at ``name``; nothing is known of one made anew.  Raises: OSError."""
+async def make_where_missing(
+    pins: Namespaces, name: str, reconciler: NetnsReconciler, healing: Healer
+) -> None:
+    """Have the namespace of ``reconciler`` at ``name``; nothing is known of one made anew.  Raises: OSError."""
     if not os.path.ismount(pins.path(name)):
         await pins.destroy(name)
         await pins.create(name, OVERLAY_SYSCTLS)
-        domain.forget()
-        healing.forget(domain)
+        reconciler.reset()
+        healing.forget(reconciler)
 
 
 async def remove(pins: Namespaces, name: str) -> None:

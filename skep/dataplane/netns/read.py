@@ -26,7 +26,7 @@ from skep.dataplane.netns.netlink import (
     attributes,
     dumped,
 )
-from skep.dataplane.overlay.state import (
+from skep.dataplane.netns.state import (
     LOCAL_TABLE,
     MAIN_TABLE,
     Address,
@@ -65,14 +65,14 @@ Selection = Callable[[Link], bool]
 """Whether a link is looked at."""
 
 
-class Found(msgspec.Struct, frozen=True):
+class ReadState(msgspec.Struct, frozen=True):
     """``state``: of the selected links; ``indices``: of all links of the namespace by name."""
 
     state: State
     indices: dict[str, int]
 
 
-def read(selects: Selection, wanted: State) -> Found:
+def read(selects: Selection, wanted: State) -> ReadState:
     """The namespace of the calling thread.  Blocks.  Raises: OSError.
 
     ``wanted``: says which sysctls are looked at, and what of the kernel's own.
@@ -88,7 +88,7 @@ def read(selects: Selection, wanted: State) -> Found:
         rules=frozenset(_rules()) & wanted.rules if wanted.rules else frozenset(),
         sysctls=_sysctls(wanted.sysctls),
     )
-    return Found(state, indices)
+    return ReadState(state, indices)
 
 
 def _links() -> tuple[dict[str, int], dict[int, Link]]:

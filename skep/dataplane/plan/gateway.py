@@ -11,7 +11,7 @@ from ipaddress import IPv4Network, IPv6Network
 
 import msgspec
 
-from skep.dataplane.overlay.tables import RuleTable
+from skep.dataplane.netns.nft_table import NftTable
 
 TABLE, TABLE_IPV6 = "ip skep", "ip6 skep"
 BETWEEN = "bridge skep_gateway"
@@ -29,7 +29,7 @@ class HostPort(msgspec.Struct, frozen=True, order=True):
     """The only address of the node that it answers on; empty: all."""
 
 
-def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPort]) -> RuleTable:
+def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPort]) -> NftTable:
     """The whole table with all ``host_ports``.
 
     Packets to a published port are led to the container, from outside (``pre``) and from the node itself
@@ -38,7 +38,7 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
     address, because the answer must come back the same way.  Nothing else is forwarded to containers, from outside or
     from one to another.
     """
-    return RuleTable(
+    return NftTable(
         name=TABLE,
         sets=(
             ("host_ports", "type inet_proto . inet_service : ipv4_addr . inet_service"),
@@ -66,9 +66,9 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
     )
 
 
-def gateway_table_ipv6(bridge: str, subnet: IPv6Network) -> RuleTable:
+def gateway_table_ipv6(bridge: str, subnet: IPv6Network) -> NftTable:
     """The way out by IPv6, under the node's address.  From outside nothing but answers is forwarded to containers."""
-    return RuleTable(
+    return NftTable(
         name=TABLE_IPV6,
         chains=(
             ("post", "{ type nat hook postrouting priority 100; }"),
@@ -87,14 +87,14 @@ def _forward(bridge: str, *welcome: str) -> tuple[tuple[str, str], ...]:
     return tuple(("forward", rule) for rule in rules)
 
 
-def between_table(ports: Iterable[tuple[str, bool]]) -> RuleTable:
+def between_table(ports: Iterable[tuple[str, bool]]) -> NftTable:
     """``ports``: of the gateway bridge, and whether its container may reach others that may."""
     elements = set()
     for port, is_open in ports:
         elements.add(("ports", f'"{port}"'))
         if is_open:
             elements.add(("open", f'"{port}"'))
-    return RuleTable(
+    return NftTable(
         name=BETWEEN,
         sets=(("ports", "type ifname"), ("open", "type ifname")),
         chains=(("between", "{ type filter hook forward priority 0; }"),),
