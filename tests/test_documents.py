@@ -40,7 +40,8 @@ def test_every_target_of_make_that_is_named_exists(page: Path) -> None:
 @pages
 def test_every_file_of_the_code_that_is_named_exists(page: Path) -> None:
     """Paths are written from the root, from ``skep`` or from one of its folders; results may be still to come."""
-    roots = (ROOT, ROOT / "skep", ROOT / "skep" / "manager", ROOT / "skep" / "node", page.parent)
+    rooms = ("manager", "node", "agent", "engine", "dataplane")
+    roots = (ROOT, ROOT / "skep", *(ROOT / "skep" / room for room in rooms), page.parent)
     paths = [
         word for word in quoted(page) if re.fullmatch(r"[a-z_]+(/[a-z_0-9]+)+\.(py|sh|md|toml|txt)", word)
     ]
