@@ -24,7 +24,7 @@ from skep.agent import revisions, worker
 from skep.agent.reports import Reports
 from skep.agent.worker import Worker
 from skep.aio.clock import SystemClock
-from skep.manager.allocator.books import Books
+from skep.manager.allocator.allocations import Allocations
 from skep.manager.control import services, tasks
 from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
@@ -186,7 +186,7 @@ def _sent_again() -> list[Patch]:
 
 
 def _crowded_slots() -> list[Patch]:
-    return [Patch(restart, "_waited_for", lambda slot, situation: [])]
+    return [Patch(restart, "_still_stopping", lambda slot, situation: [])]
 
 
 def _all_runs_at_once() -> list[Patch]:
@@ -226,7 +226,7 @@ def _crowding_out() -> list[Patch]:
 
 
 def _one_too_many() -> list[Patch]:
-    return [Patch(restart, "_is_superfluous", lambda task, current, situation: False)]
+    return [Patch(restart, "_is_superseded", lambda task, current, situation: False)]
 
 
 def _keepsakes() -> list[Patch]:
@@ -289,27 +289,27 @@ def _suspects_all() -> list[Patch]:
 
 
 def _gives_back_early() -> list[Patch]:
-    real = Books.enter_task
+    real = Allocations.enter_task
 
-    def enter_task(self: Books, task: Task) -> bool:
+    def enter_task(self: Allocations, task: Task) -> bool:
         return real(self, task) if task.is_wanted else self.leave_task(task.id)
 
-    return [Patch(Books, "enter_task", enter_task)]
+    return [Patch(Allocations, "enter_task", enter_task)]
 
 
 def _gives_back_never() -> list[Patch]:
-    return [Patch(Books, "leave_task", lambda self, task_id: False)]
+    return [Patch(Allocations, "leave_task", lambda self, task_id: False)]
 
 
 def _keeps_removed_networks() -> list[Patch]:
-    return [Patch(Books, "_forget_gone", lambda self, ids: None)]
+    return [Patch(Allocations, "_forget_gone", lambda self, ids: None)]
 
 
 def _forgets_removed_networks() -> list[Patch]:
-    def leave_network(self: Books, network: Network) -> None:
+    def leave_network(self: Allocations, network: Network) -> None:
         self.networks.leave(network.id)
 
-    return [Patch(Books, "leave_network", leave_network)]
+    return [Patch(Allocations, "leave_network", leave_network)]
 
 
 # -- of the store alone ------------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         Limit("subnets of a network", "skep.manager.control.network_specs:SUBNETS_MAX", "refused"),
         Limit(
             "plain containers of a node on cluster networks",
-            "skep.manager.attachments.service:ATTACHMENTS_MAX",
+            "skep.manager.attachment_service:ATTACHMENTS_MAX",
             "refused",
         ),
         Limit("a delay in a label", "skep.model.labels:DELAY_S_MAX", "refused", "s"),

@@ -74,9 +74,9 @@ class Manager:
             try:
                 async with term.watch(Payload) as watch:
                     numbers = Numbers(term, self._clock)
-                    await numbers.give_all()
+                    await numbers.allocate_all()
                     async for _ in watch:
-                        await numbers.give_all()
+                        await numbers.allocate_all()
             except WatchLagged:
                 continue
             except NotLeader:
@@ -97,7 +97,7 @@ class Numbers:
         self._given: set[str] = set()
         """Not looked at again, as the allocator goes on with the next one, whatever the store shows."""
 
-    async def give_all(self) -> None:
+    async def allocate_all(self) -> None:
         """Until nobody wants.  Raises: NotLeader."""
         for one in self._term.view().find(Payload):
             if one.id.startswith(WANT):

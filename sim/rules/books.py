@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sim.rules.allocations import PORT, holdings
-from skep.manager.allocator.books import Books
+from skep.manager.allocator.allocations import Allocations
 from skep.manager.allocator.loop import Allocator
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.failures import Failures
@@ -57,8 +57,10 @@ def book_differences(loops: Iterable[object], view: View) -> Iterable[str]:
     for loop in loops:
         match loop:
             case Allocator():
-                yield from _differences("allocator", _allocated(loop._books), _allocated(Books.of(view)))
-                yield from _differences("allocator", _held(loop._books), _holding(view))
+                yield from _differences(
+                    "allocator", _allocated(loop._allocations), _allocated(Allocations.of(view))
+                )
+                yield from _differences("allocator", _held(loop._allocations), _holding(view))
             case Scheduler():
                 yield from _differences("scheduler", _placed(loop._accounting), _placed(_accounted(view)))
                 pending = {task.id for task in view.find(Task) if is_pending(task)}
@@ -85,12 +87,12 @@ def _stamps(loop: Orchestrator, view: View) -> Iterable[str]:
             yield f"orchestrator: remembers when node {node_id}, which is gone, was down"
 
 
-def _allocated(books: Books) -> Mapping[str, object]:
+def _allocated(books: Allocations) -> Mapping[str, object]:
     held = {owner: sorted(map(str, places)) for owner, places in books.addresses._held.items()}
     return {
         "addresses": held,
         "taken": {key: dict(taken) for key, taken in books.addresses._taken.items()},
-        "ports": books.ports._held,
+        "ports": books.ports._ports_by_service,
         "holders of ports": books.ports._holders,
         "VXLAN ids": books.networks._vxlan_ids,
         "subnets": books.networks._subnets,
@@ -100,7 +102,7 @@ def _allocated(books: Books) -> Mapping[str, object]:
     }
 
 
-def _held(books: Books) -> Mapping[str, object]:
+def _held(books: Allocations) -> Mapping[str, object]:
     held = books.addresses._held.items()
     return {"addresses": {owner.rpartition("/")[2]: frozenset(places) for owner, places in held if places}}
 

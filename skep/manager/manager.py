@@ -22,7 +22,7 @@ from skep.aio.loop_lag import LoopLag
 from skep.api.server import runner
 from skep.bootstrap import ManagerConfig
 from skep.errors import Unavailable
-from skep.manager.attachments.service import AttachmentService
+from skep.manager.attachment_service import AttachmentService
 from skep.manager.autolock import Autolock
 from skep.manager.backup import Backups
 from skep.manager.ca.admission import stamp

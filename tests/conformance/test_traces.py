@@ -164,14 +164,14 @@ def test_what_happens_is_what_happened_to_an_engine(scenario: Scenario, seed: in
 @pytest.mark.parametrize(
     ("module", "name", "twin", "scenario"),
     [
-        (restart, "_is_held_back", lambda *_: False, "update, stop-first"),
+        (restart, "_waits_for_update", lambda *_: False, "update, stop-first"),
         (
             update,
             "is_dirty",
             lambda task, situation: task.spec_version != situation.service.spec_version,
             "scale",
         ),
-        (update._Rollout, "verdict", lambda _: None, "failing update, pause"),
+        (update._Rollout, "failure_step", lambda _: None, "failing update, pause"),
         (restart, "should_restart", lambda *_: True, "crash"),
     ],
     ids=["starts beside", "every version is new", "no failure counts", "ever again"],

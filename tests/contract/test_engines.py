@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
-from skep.manager.attachments.service import CONTAINER_ID_CHARACTERS_MAX
+from skep.manager.attachment_service import CONTAINER_ID_CHARACTERS_MAX
 from skep.manager.control.networks import remove_network
 from skep.manager.gossip.keys import ROTATION_S, rotated
 from skep.manager.gossip.relay import Relay

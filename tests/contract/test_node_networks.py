@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.dataplane.local.keeper import LocalNetworks
 from skep.engine.container import Container, ContainerConfig, ContainerState
-from skep.manager.allocator.subnets import NetworkBook, allocated
+from skep.manager.allocator.subnets import NetworkAllocations, allocated
 from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId, new_container_id
 from skep.model.network import Network
 from skep.model.sandbox import Sandbox
@@ -254,7 +254,7 @@ async def test_what_every_node_has_is_the_nodes_unless_the_clusters_is_asked_for
 async def allocate(rig: Rig, name: str) -> Network:
     """As the leader does."""
     view = rig.manager.store.view()
-    book = NetworkBook()
+    book = NetworkAllocations()
     for other in view.find(Network):
         book.enter(other)
     network = view.find(Network, name=name)[0]

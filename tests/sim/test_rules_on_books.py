@@ -52,8 +52,8 @@ def an_address_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
     loop = a_loop(cluster, Allocator)
     assert isinstance(loop, Allocator)
     network = next(one for one in cluster.view.find(Network) if one.spec.ingress)
-    loop._books.give("gone", network)
-    return lambda: loop._books.addresses.release("gone")
+    loop._allocations.allocate("gone", network)
+    return lambda: loop._allocations.addresses.release("gone")
 
 
 def a_place_too_many(cluster: SimulatedCluster) -> Callable[[], object]:

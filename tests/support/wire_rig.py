@@ -18,7 +18,7 @@ from skep.agent.session import unknown_load
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.stream import TableSink
 from skep.errors import Unavailable, Unimplemented
-from skep.manager.attachments.service import AttachmentService
+from skep.manager.attachment_service import AttachmentService
 from skep.manager.ca.expiry import Expiry
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.ca.peer_files import PeerFiles

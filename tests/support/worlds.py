@@ -134,7 +134,7 @@ class World:
             old = self.tasks.get(object.id)
             event: Event = Created(object) if old is None else Updated(old, object)
             self.tasks[object.id] = object
-            self.seen.note(Commit(1, (event,)), self.now)
+            self.seen.record(Commit(1, (event,)), self.now)
         return object
 
     def _spec_of(self, task: Task) -> ServiceSpec | None:

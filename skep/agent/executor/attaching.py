@@ -1,6 +1,6 @@
 """Places of plain containers on cluster networks: asked of the managers, given by an assignment, held by the container.
 
-``docker run --network`` of an attachable network makes a task without a service (``manager/attachments``), assigned to
+``docker run --network`` of an attachable network makes a task without a service (``attachment_service``), assigned to
 this node.  Its controller starts nothing: the task runs while its container holds the place, and ends with it.  So
 what a manager was not told by ``detach`` (none was there, the node process died) it hears as the end of a task.
 

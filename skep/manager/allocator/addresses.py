@@ -1,9 +1,9 @@
-"""Addresses of overlay networks: who holds which, and which comes next.
+"""IPAM of overlay networks: which addresses are allocated, and which one is next.
 
-What is held is derived from the store: virtual IPs of services, attachments of tasks that have not ended, one
-address per network of every docker node.  So a new leader arrives at the same book.  The next address is looked
-for behind the last one given, or behind the highest one held where none was given yet: an address that was just
-given back is not given again at once.
+Allocations are derived from the store: virtual IPs of services, attachments of tasks that have not ended, one address
+per network of every docker node.  So a new leader derives the same.  The search for the next address starts after the
+last one allocated, or after the highest allocated one if this leader has not allocated any: an address that was just
+released is not reused at once.
 
 Source: moby, libnetwork/ipams/default (RequestAddress, serial allocation); swarmkit, manager/allocator/cnmallocator.
 """
@@ -21,15 +21,15 @@ from skep.model.ids import NetworkId
 from skep.model.network import IPAMConfig, Network, network_of, subnet_of
 
 _Key: TypeAlias = tuple[NetworkId, int]
-"""A network and a version of IP.  Its addresses are numbers here: a new leader enters those of all tasks, and objects
-of ``ipaddress`` take ten times as long."""
+"""A network and an IP version.  Addresses are kept as numbers: a new leader enters those of all tasks, and objects of
+``ipaddress`` take ten times as long."""
 
 NEARLY_FULL = 0.8
 """Share of a network's addresses in use from which on the user is warned."""
 
 
 class NoAddress(SkepError):
-    """The network has no address left, or not the one that was wished for."""
+    """The network has no free address, or the requested one is not free."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -46,17 +46,17 @@ class Usage(msgspec.Struct, frozen=True):
         return f"{self.used} of {self.size} addresses are in use"
 
 
-class AddressBook:
-    """Which address of which network belongs to whom."""
+class AddressAllocations:
+    """Allocated addresses per network, with their owners."""
 
     def __init__(self) -> None:
         self._taken: dict[_Key, dict[int, int]] = {}
-        """How often an address is held."""
+        """Number of owners of an address."""
         self._held: dict[str, tuple[tuple[_Key, int], ...]] = {}
         self._last: dict[_Key, int] = {}
 
     def hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> None:
-        """``owner`` holds exactly ``addresses`` (``ip/length``) from now on."""
+        """Set the addresses (``ip/length``) of ``owner``, in place of its earlier ones."""
         self._hold(owner, tuple([_parsed(network_id, text) for network_id, text in addresses]))
 
     def _hold(self, owner: str, held: tuple[tuple[_Key, int], ...]) -> None:
@@ -73,7 +73,7 @@ class AddressBook:
         taken[number] = taken.get(number, 0) + 1
 
     def release(self, owner: str) -> frozenset[NetworkId]:
-        """``owner`` holds nothing any more; gives the networks on which it did."""
+        """Release all addresses of ``owner``; gives the networks it had addresses of."""
         held = self._held.pop(owner, None)
         if held is None:
             return frozenset()
@@ -87,43 +87,43 @@ class AddressBook:
         return frozenset(network_id for (network_id, _), _ in held)
 
     def is_used(self, network_id: NetworkId) -> bool:
-        """Whether anybody holds an address of the network."""
+        """Whether any address of the network is allocated."""
         return (network_id, 4) in self._taken or (network_id, 6) in self._taken
 
     def usage(self, network: Network) -> Usage:
-        """How full an allocated network is.  Costs nothing to speak of: it is asked for every task."""
+        """How full an allocated network is.  Cheap: called for every task."""
         return usage_of(network, len(self._taken.get((network.id, 4), ())))
 
-    def give(self, owner: str, network: Network, wished: str = "") -> str:
-        """An IPv4 address of an allocated network for ``owner``, as ``ip/length``.  ``wished``: that one (``--ip``).
+    def allocate(self, owner: str, network: Network, requested: str = "") -> str:
+        """Allocate an IPv4 address of an allocated network, as ``ip/length``.  ``requested``: this one (``--ip``).
 
         Raises: NoAddress.
         """
-        return self._give(owner, network, wished, 4)
+        return self._allocate(owner, network, requested, 4)
 
-    def give_all(self, owner: str, network: Network, wished: str = "") -> tuple[str, ...]:
-        """An address of each version that the network has, IPv4 first.  Raises: NoAddress: nothing is given."""
+    def allocate_all(self, owner: str, network: Network, requested: str = "") -> tuple[str, ...]:
+        """Allocate an address of each IP version, IPv4 first.  Raises: NoAddress: nothing is allocated."""
         before = self._held.get(owner, ())
-        is_6 = ":" in wished
+        is_6 = ":" in requested
         try:
-            given: tuple[str, ...] = (self._give(owner, network, "" if is_6 else wished, 4),)
+            given: tuple[str, ...] = (self._allocate(owner, network, "" if is_6 else requested, 4),)
             if has_ipv6(network):
-                given = (*given, self._give(owner, network, wished if is_6 else "", 6))
+                given = (*given, self._allocate(owner, network, requested if is_6 else "", 6))
         except NoAddress:
             self._hold(owner, before)
             raise
         return given
 
-    def give_6(self, owner: str, network: Network) -> str:
-        """An IPv6 address of a network that has such.  Raises: NoAddress."""
-        return self._give(owner, network, "", 6)
+    def allocate_6(self, owner: str, network: Network) -> str:
+        """Allocate an IPv6 address of a network that has IPv6.  Raises: NoAddress."""
+        return self._allocate(owner, network, "", 6)
 
-    def _give(self, owner: str, network: Network, wished: str, version: int) -> str:
-        version = 6 if ":" in wished else version
+    def _allocate(self, owner: str, network: Network, requested: str, version: int) -> str:
+        version = 6 if ":" in requested else version
         key = network.id, version
         taken = self._taken.get(key, {})
-        if wished:
-            number, length = _wished(network, wished, taken)
+        if requested:
+            number, length = _requested(network, requested, taken)
         else:
             number, length = self._next(network, taken, version)
         self._take(key, number)
@@ -131,10 +131,10 @@ class AddressBook:
         return f"{(IPv6Address if version == 6 else IPv4Address)(number)}/{length}"
 
     def _next(self, network: Network, taken: Mapping[int, int], version: int) -> tuple[int, int]:
-        """Behind the last one given, and from the start again when the end is reached."""
+        """The next free address after the last one allocated, continuing from the start of the pools."""
         key = (network.id, version)
         if key not in self._last and taken:
-            self._last[key] = max(taken)  # a new leader: what was given before it is not known
+            self._last[key] = max(taken)  # a new leader: allocations of earlier terms are not known
         last = self._last.get(key)
         pools = [pool for pool in _pools(network) if pool.version == version]
         current = [pool for pool in pools if last is not None and pool.first <= last <= pool.last]
@@ -150,7 +150,7 @@ class AddressBook:
 
 
 def _parsed(network_id: NetworkId, text: str) -> tuple[_Key, int]:
-    """Of ``ip/length``."""
+    """The key and number of ``ip/length``."""
     try:
         return (network_id, 4), int.from_bytes(inet_pton(AF_INET, text.partition("/")[0]), "big")
     except OSError:
@@ -159,19 +159,20 @@ def _parsed(network_id: NetworkId, text: str) -> tuple[_Key, int]:
 
 
 def has_ipv6(network: Network) -> bool:
-    """Whether the network gives IPv6 addresses too."""
+    """Whether the network has IPv6 addresses too."""
     configs = network.ipam_options.configs if network.ipam_options is not None else ()
     return any(":" in config.subnet for config in configs)
 
 
 def usage_of(network: Network, used: int) -> Usage:
-    """How full an allocated network is, of which ``used`` IPv4 addresses are taken."""
+    """How full an allocated network is, if ``used`` of its IPv4 addresses are allocated."""
     size = sum(pool.size for pool in _pools(network) if pool.version == 4)
     return Usage(min(used, size), size)
 
 
 class _Pool:
-    """What can be given out of one subnet: its range, without gateway, auxiliary, first and last addresses."""
+    """The addresses of one subnet that can be allocated: its range without gateway, auxiliary, first and last
+    addresses."""
 
     def __init__(self, config: IPAMConfig) -> None:
         subnet = subnet_of(config)
@@ -191,13 +192,13 @@ class _Pool:
         reserved = sum(self.first <= number <= self.last for number in self._reserved)
         return self.last - self.first + 1 - reserved
 
-    def may_give(self, number: int, taken: Mapping[int, int]) -> bool:
+    def can_allocate(self, number: int, taken: Mapping[int, int]) -> bool:
         return number not in self._reserved and number not in taken
 
     def first_free(self, taken: Mapping[int, int], after: int | None) -> int | None:
         number = after + 1 if after is not None else self.first
         while number <= self.last:
-            if self.may_give(number, taken):
+            if self.can_allocate(number, taken):
                 return number
             number += 1
         return None
@@ -208,16 +209,16 @@ def _pools(network: Network) -> Iterator[_Pool]:
     return (_Pool(config) for config in configs)
 
 
-def _wished(network: Network, wished: str, taken: Mapping[int, int]) -> tuple[int, int]:
+def _requested(network: Network, requested: str, taken: Mapping[int, int]) -> tuple[int, int]:
     try:
-        address = parsed(wished.partition("/")[0])
+        address = parsed(requested.partition("/")[0])
     except ValueError:
-        raise NoAddress(f"{wished} is not an IP address") from None
+        raise NoAddress(f"{requested} is not an IP address") from None
     for config in network.ipam_options.configs if network.ipam_options is not None else ():
         if address not in subnet_of(config):
             continue
         pool = _Pool(config)
-        if pool.may_give(int(address), taken):
+        if pool.can_allocate(int(address), taken):
             return int(address), pool.length
         raise NoAddress(f"address {address} of network {network.spec.name} is already in use")
     raise NoAddress(f"address {address} is not in a subnet of network {network.spec.name}")

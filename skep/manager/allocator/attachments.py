@@ -1,9 +1,9 @@
-"""A task's places on its networks.
+"""A task's attachments to its networks.
 
-Networks of the node itself (``host``, ``bridge``, ``none``) need nothing from the cluster.  On an overlay network a
-task gets an address of its own, and stays NEW, saying why, until there is one: it never runs without a network
-that it asked for.  A task that publishes ports in ingress mode is on the ingress network too, before all others: the
-one network that both data planes have, each for its own nodes' tasks.
+Networks of the node itself (``host``, ``bridge``, ``none``) need no allocation.  On an overlay network a task gets an
+address of its own; until there is one it stays NEW, with the reason in its status: it never runs without a network of
+its spec.  A task that publishes ports in ingress mode is attached to the ingress network too, before all others: the
+only network that both data planes have, each for its own nodes' tasks.
 
 Source: swarmkit, manager/allocator/network.go (taskCreateNetworkAttachments).
 """
@@ -13,51 +13,53 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from skep.manager.allocator.addresses import NoAddress
-from skep.manager.allocator.subnets import has_addresses
+from skep.manager.allocator.subnets import has_addresses, is_allocated
 from skep.model.ids import NetworkId
 from skep.model.network import Network
 from skep.model.planes import is_overlay
 from skep.model.service import NetworkAttachmentConfig, ServiceSpec
-from skep.model.task import NetworkAttachment
+from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.store.interface import View
+from skep.store.kinds import spec_of
 
 
 class Attached(msgspec.Struct, frozen=True):
-    """Every network of the task is ready for it."""
+    """All networks of the task are ready."""
 
     attachments: tuple[NetworkAttachment, ...] = ()
 
 
 class NotAttached(msgspec.Struct, frozen=True):
-    """The task has to wait; ``reason`` is what the user reads on it."""
+    """The task has to wait; ``reason`` is shown on it."""
 
     reason: str
 
 
 class Networks(msgspec.Struct, frozen=True, kw_only=True):
-    """The cluster's networks as an attachment sees them."""
+    """The cluster's networks, as the attachment of a task needs them."""
 
     find: Callable[[NetworkId], Network | None]
     ingress: Network | None = None
-    """The network of published ports, as far as it is allocated; None: there is none."""
+    """The network of published ports, which may not be allocated yet; None: there is none."""
     failure: Callable[[NetworkId], str] = lambda _: "not yet"
-    """Why a network has no addresses to give."""
+    """Why a network is not allocated."""
 
 
 def attachments_for(
     spec: ServiceSpec,
     networks: Networks,
-    give: Callable[[Network, str], tuple[str, ...]],
-    wished: Sequence[NetworkAttachment] = (),
+    allocate: Callable[[Network, str], tuple[str, ...]],
+    requested: Sequence[NetworkAttachment] = (),
 ) -> Attached | NotAttached:
     """The attachments of a task made from ``spec``, or why there are none yet.
 
     Args:
-        give: gives addresses of a network, one of each version; the second argument is a wished one.  Raises:
-            NoAddress.
-        wished: attachments that name an address (``docker run --ip``).
+        allocate: allocates addresses of a network, one of each IP version; the second argument is a requested one.
+            Raises: NoAddress.
+        requested: attachments that name an address (``docker run --ip``).
     """
     attachments = []
-    addresses = {one.network.id: one.addresses[0] for one in wished if one.network and one.addresses}
+    addresses = {one.network.id: one.addresses[0] for one in requested if one.network and one.addresses}
     for wanted in wanted_networks(spec, networks.ingress):
         network = networks.find(NetworkId(wanted.target))
         if network is None:
@@ -69,7 +71,7 @@ def attachments_for(
             name = network.spec.name or network.id
             return NotAttached(f"network {name} is not allocated: {networks.failure(network.id)}")
         try:
-            given = give(network, addresses.get(network.id, ""))
+            given = allocate(network, addresses.get(network.id, ""))
         except NoAddress as error:
             return NotAttached(str(error))
         attachments.append(NetworkAttachment(network=network, addresses=given, aliases=wanted.aliases))
@@ -77,8 +79,25 @@ def attachments_for(
 
 
 def wanted_networks(spec: ServiceSpec, ingress: Network | None) -> list[NetworkAttachmentConfig]:
-    """The task template's networks; the service's own list is the older spelling of the same."""
+    """The task template's networks; the service's own list is the older form of the same."""
     wanted = spec.task_template.networks or spec.networks
     if ingress is not None and spec.publishes_in_ingress:
         return [NetworkAttachmentConfig(target=ingress.id), *wanted]
     return list(wanted)
+
+
+def is_new(task: Task) -> bool:
+    """Whether the task waits for the allocator."""
+    return task.status.state is TaskState.NEW and task.is_wanted
+
+
+def overlays_of(view: View, task: Task, networks: Networks) -> list[Network]:
+    """Networks on which a new task will get an address."""
+    wanted = wanted_networks(spec_or_template(view, task), networks.ingress)
+    found = (networks.find(NetworkId(one.target)) for one in wanted)
+    return [network for network in found if network and is_overlay(network) and is_allocated(network)]
+
+
+def spec_or_template(view: View, task: Task) -> ServiceSpec:
+    """The spec that the task was made from; the task's own template if that is no longer stored."""
+    return spec_of(view, task) or ServiceSpec(task_template=task.spec)

@@ -1,4 +1,4 @@
-"""What the allocator may give: each grant is data first, and one small transaction when it is applied."""
+"""The allocator's changes (grants): each is data first, and one small transaction when it is applied."""
 
 from typing import TypeAlias, assert_never
 
@@ -16,56 +16,56 @@ from skep.model.times import Timestamp
 from skep.store.interface import Transaction
 
 PENDING = "pending task scheduling"
-"""What a task says between the allocator and the scheduler (swarmkit's words)."""
+"""Message of a task between the allocator and the scheduler (swarmkit's text)."""
 
 
-class GiveSubnets(msgspec.Struct, frozen=True):
-    """A network gets its driver's state and its subnets; ``network`` is as it will be."""
+class AllocateSubnets(msgspec.Struct, frozen=True):
+    """Set a network's driver state and subnets; ``network`` is the result."""
 
     network: Network
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """A network claims what it has: one that was given that by a leader which knew of no such claims."""
+    """Write the claim keys of a network that was allocated by a leader of a version without such keys."""
 
     network: Network
 
 
-class GiveEndpoint(msgspec.Struct, frozen=True):
-    """A service gets its ports and virtual addresses."""
+class AllocateEndpoint(msgspec.Struct, frozen=True):
+    """Set a service's ports and virtual addresses."""
 
     service: Service
     endpoint: Endpoint
 
 
 class AttachNode(msgspec.Struct, frozen=True):
-    """A node gets its own places on networks."""
+    """Set a node's own attachments to networks."""
 
     node_id: NodeId
     attachments: tuple[NetworkAttachment, ...]
 
 
 class Release(msgspec.Struct, frozen=True):
-    """A task has all it needs and goes on to the scheduler."""
+    """Set the attachments of a task and pass it on to the scheduler."""
 
     task: Task
     attachments: tuple[NetworkAttachment, ...] = ()
 
 
 class Explain(msgspec.Struct, frozen=True):
-    """A task has to wait; ``reason`` is what the user reads on it."""
+    """Write to a waiting task why it waits."""
 
     task: Task
     reason: str
 
 
-Grant: TypeAlias = GiveSubnets | Claim | GiveEndpoint | AttachNode | Release | Explain
+Grant: TypeAlias = AllocateSubnets | Claim | AllocateEndpoint | AttachNode | Release | Explain
 
 
 def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
-    """Write ``grant``, unless what it was decided on is no longer so."""
+    """Write ``grant``, unless its preconditions no longer hold."""
     match grant:
-        case GiveSubnets(wanted_network):
+        case AllocateSubnets(wanted_network):
             network = tx.lookup(Network, wanted_network.id)
             if network is not None and not is_allocated(network):
                 state, addresses = wanted_network.driver_state, wanted_network.ipam_options
@@ -74,7 +74,7 @@ def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
             network = tx.lookup(Network, wanted_network.id)
             if network is not None:
                 tx.put(network)
-        case GiveEndpoint(wanted, endpoint):
+        case AllocateEndpoint(wanted, endpoint):
             service = tx.lookup(Service, wanted.id)
             if service is not None and service.spec_version == wanted.spec_version:
                 tx.put(replace(service, endpoint=endpoint))
@@ -96,13 +96,13 @@ def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
 
 
 def key_of(grant: Grant) -> str:
-    """What the loop has to look at again when the grant was not written."""
+    """The work queue's key to retry if the grant was not written."""
     match grant:
-        case GiveSubnets(network) | Claim(network):
+        case AllocateSubnets(network) | Claim(network):
             return network_key(network.id)
         case AttachNode(node_id):
             return node_key(node_id)
-        case GiveEndpoint(service):
+        case AllocateEndpoint(service):
             return service.id
         case Release(task) | Explain(task):
             return task.service_id
@@ -115,10 +115,10 @@ NODE = "node/"
 
 
 def network_key(id: str) -> str:
-    """A network on the allocator's agenda; services stand there by their bare ids."""
+    """The work queue's key of a network; the keys of services are their bare ids."""
     return f"{NETWORK}{id}"
 
 
 def node_key(id: str) -> str:
-    """A node on the allocator's agenda."""
+    """The work queue's key of a node."""
     return f"{NODE}{id}"

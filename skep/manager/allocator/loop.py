@@ -1,4 +1,4 @@
-"""The allocator's loop: gives networks their subnets and services their endpoints, then lets tasks go to PENDING."""
+"""The allocator's loop: allocates subnets of networks and endpoints of services, then sets tasks to PENDING."""
 
 from collections.abc import Iterable, Iterator
 from random import Random
@@ -8,22 +8,25 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.slices import Slices, go_through
+from skep.manager.allocator.addresses import AddressAllocations
+from skep.manager.allocator.allocations import Allocations, node_owner, service_owner
 from skep.manager.allocator.attachments import (
     Attached,
     Networks,
     NotAttached,
     attachments_for,
+    is_new,
+    overlays_of,
+    spec_or_template,
 )
-from skep.manager.allocator.books import Books, node_owner, service_owner
-from skep.manager.allocator.fullness import Fullness
 from skep.manager.allocator.grants import (
     NETWORK,
     NODE,
+    AllocateEndpoint,
+    AllocateSubnets,
     AttachNode,
     Claim,
     Explain,
-    GiveEndpoint,
-    GiveSubnets,
     Grant,
     Release,
     apply,
@@ -31,7 +34,6 @@ from skep.manager.allocator.grants import (
     network_key,
     node_key,
 )
-from skep.manager.allocator.new_tasks import is_new, overlays_of, spec_or_template
 from skep.manager.allocator.nodes import is_ready, networks_of_node, node_attachments
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
@@ -42,7 +44,7 @@ from skep.manager.work_queue import WorkQueue
 from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
-from skep.model.planes import is_docker_node
+from skep.model.planes import is_docker_node, is_overlay
 from skep.model.routes import routes_of_all
 from skep.model.service import Service
 from skep.model.swarm import Swarm
@@ -55,11 +57,11 @@ log = structlog.get_logger()
 ENDPOINTS = "endpoints"
 CLAIMS = "claims of networks"
 BATCH = 500
-"""Objects looked at before their changes are committed together."""
+"""Objects decided before their changes are committed together."""
 
 
 class Allocator:
-    """Gives networks, services, nodes and tasks what they need before a task can be placed."""
+    """Allocates what networks, services, nodes and tasks need before a task can be assigned."""
 
     def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
@@ -68,15 +70,15 @@ class Allocator:
         self._queue: WorkQueue[str] = WorkQueue(clock)
         """Services by their ids, networks and nodes by ``network_key`` and ``node_key``."""
         self._failures = Failures(clock, random)
-        self._books = Books()
+        self._allocations = Allocations()
         self._loading: Iterator[None] = iter(())
         self._new: dict[ServiceId, dict[TaskId, None]] = {}
-        """Tasks not yet released, by service: work is in proportion to them, not to what the service has."""
+        """Tasks not yet released, by service: the work is in proportion to them, not to all tasks of the service."""
         self._unallocated: dict[NetworkId, str] = {}
-        """Networks that cannot have what they ask for, and why."""
-        self._fullness = Fullness()
-        self._is_short = False
-        """Whether a task waits for something: the next address given back is news."""
+        """Networks that cannot be allocated, with the reason."""
+        self._fullness = FullnessWarnings()
+        self._has_waiting_tasks = False
+        """Whether a task waits for an address: then a released address requeues all waiting tasks."""
 
     async def run(self) -> None:
         """Allocate until cancelled.  Runs on the leader only."""
@@ -88,142 +90,146 @@ class Allocator:
     # -- keeping up with the store -----------------------------------------------------------------------------
 
     def _on_snapshot(self, _snapshot: View) -> None:
-        self._books = Books()
+        self._allocations = Allocations()
         self._new.clear()
         self._unallocated.clear()
         self._loading = self._load()
 
     def _load(self) -> Iterator[None]:
-        """Enter everything, with pauses; what is noted in one of them is entered as it is by then, like all else."""
+        """Enter all objects, with pauses; commits in between are entered with their newest state as well."""
         for kind in (Network, Service, Task, Node):
-            for portion in batches_of(self._term.view, kind):
-                for_each_isolated("allocator", portion, self._enter)
+            for batch in batches_of(self._term.view, kind):
+                for_each_isolated("allocator", batch, self._enter)
                 yield
-        self._note_nodes()
+        self._queue_nodes()
 
     def _enter(self, one: Object) -> None:
-        """Take in an object that was there when this began."""
+        """Enter an object of the snapshot."""
         if not isinstance(one, Task):
-            self._note_one(Created(one))
+            self._on_event(Created(one))
             return
         if one.networks_attachments:
-            self._books.enter_task(one)
-        self._note_new(one)
+            self._allocations.enter_task(one)
+        self._queue_new_task(one)
 
     def _on_commit(self, commit: Commit) -> None:
-        """Enter what the store shows *now*: an older state would give back what was given since."""
+        """Enter the *present* state of each object: an older state would release what was allocated since."""
         for event in commit.events:
-            self._note_one(event)
+            self._on_event(event)
 
-    def _note_one(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         match event:
             case Created(Service() as service) | Updated(_, Service() as service):
-                self._look_at_service(service.id)
+                self._update_service(service.id)
                 self._queue.add((service.id,))
             case Deleted(Service() as service):
-                self._look_at_service(service.id)
+                self._update_service(service.id)
                 self._new.pop(service.id, None)
-                self._note_unallocated()
+                self._queue_unallocated()
                 self._failures.clear(service.id)
                 self._failures.clear_write_failure(ENDPOINTS, service.id)
                 self._failures.clear(f"tasks of {service.id}")
             case Created(Task() as task):
-                self._look_at_task(task)
-                self._note_new(task)
+                self._update_task(task)
+                self._queue_new_task(task)
             case Updated(Task() as old, Task() as task) if task.networks_attachments:
-                self._look_at_task(task)
+                self._update_task(task)
                 if old.node_id != task.node_id:
-                    self._note_node_of(task)
+                    self._queue_node_of(task)
             case Deleted(Task() as task):
-                self._look_at_task(task)
+                self._update_task(task)
             case Created(Network() as network) | Updated(_, Network() as network):
-                self._note_network(network)
+                self._update_network(network)
             case Deleted(Network() as network):
-                self._books.leave_network(network)
+                self._allocations.leave_network(network)
                 self._unallocated.pop(network.id, None)
                 self._fullness.forget(network.id)
                 self._failures.clear_write_failure(CLAIMS, network_key(network.id))
-                self._note_unallocated()
-                self._note_nodes()
+                self._queue_unallocated()
+                self._queue_nodes()
             case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
-                self._look_at_node(node)
+                self._update_node(node)
 
-    def _look_at_service(self, id: ServiceId) -> None:
+    def _update_service(self, id: ServiceId) -> None:
         service = self._term.view().lookup(Service, id)
-        was_published = bool(self._books.publishing)
+        was_published = bool(self._allocations.publishing)
         if service is None:
-            self._books.leave_service(id)
+            self._allocations.leave_service(id)
         else:
-            self._books.enter_service(service)
-        if self._books.publishing and not was_published:
-            self._note_nodes()
+            self._allocations.enter_service(service)
+        if self._allocations.publishing and not was_published:
+            self._queue_nodes()
 
-    def _look_at_task(self, task: Task) -> None:
+    def _update_task(self, task: Task) -> None:
         current = self._term.view().lookup(Task, task.id)
-        gave_back = self._books.leave_task(task.id) if current is None else self._books.enter_task(current)
+        gave_back = (
+            self._allocations.leave_task(task.id)
+            if current is None
+            else self._allocations.enter_task(current)
+        )
         if gave_back:
-            self._note_node_of(task)
-            self._note_unallocated()
-            if self._is_short:
-                self._is_short = False
+            self._queue_node_of(task)
+            self._queue_unallocated()
+            if self._has_waiting_tasks:
+                self._has_waiting_tasks = False
                 self._queue.add(self._new)
 
-    def _look_at_node(self, node: Node) -> None:
+    def _update_node(self, node: Node) -> None:
         current = self._term.view().lookup(Node, node.id)
-        is_known = node.id in self._books.docker_nodes
+        is_known = node.id in self._allocations.docker_nodes
         if current is None:
-            self._books.leave_node(node)
+            self._allocations.leave_node(node)
         else:
-            self._books.enter_node(current)
-        self._note_unallocated()
+            self._allocations.enter_node(current)
+        self._queue_unallocated()
         if current is None:
             return
-        if (is_docker_node(current) and not is_known) or self._is_to_come_to_ingress(current):
+        if (is_docker_node(current) and not is_known) or self._needs_ingress_address(current):
             self._queue.add((node_key(node.id),))
 
-    def _is_to_come_to_ingress(self, node: Node) -> bool:
-        """Whether a skep node is to answer for published ports, and has no address for it yet."""
-        return bool(self._books.publishing) and not node.attachments and is_ready(node)
+    def _needs_ingress_address(self, node: Node) -> bool:
+        """Whether a skep node is to serve published ports and has no ingress address yet."""
+        return bool(self._allocations.publishing) and not node.attachments and is_ready(node)
 
-    def _note_nodes(self) -> None:
-        """Look at every node whose places may not be what they should be."""
-        known = self._books.docker_nodes
+    def _queue_nodes(self) -> None:
+        """Queue every node whose attachments may have to change."""
+        known = self._allocations.docker_nodes
         nodes = self._term.view().find(Node)
         self._queue.add(
             node_key(node.id)
             for node in nodes
-            if node.id in known or node.attachments or self._is_to_come_to_ingress(node)
+            if node.id in known or node.attachments or self._needs_ingress_address(node)
         )
 
-    def _note_new(self, task: Task) -> None:
+    def _queue_new_task(self, task: Task) -> None:
         if is_new(task):
             self._new.setdefault(task.service_id, {})[task.id] = None
             self._queue.add((task.service_id,))
-            self._note_node_of(task)
+            self._queue_node_of(task)
 
-    def _note_node_of(self, task: Task) -> None:
-        if task.node_id in self._books.docker_nodes:
+    def _queue_node_of(self, task: Task) -> None:
+        if task.node_id in self._allocations.docker_nodes:
             self._queue.add((node_key(task.node_id),))
 
-    def _note_network(self, network: Network) -> None:
-        self._books.enter_network(network)
+    def _update_network(self, network: Network) -> None:
+        self._allocations.enter_network(network)
         if not is_allocated(network):
             self._queue.add((network_key(network.id),))
             return
         self._unallocated.pop(network.id, None)
-        self._queue.add(self._new)  # those that wait for a network may be among them
+        self._queue.add(self._new)  # some of them may wait for this network
         if network.spec.ingress:
-            self._note_ingress()
+            self._queue_for_ingress()
 
-    def _note_unallocated(self) -> None:
-        """A removed network's subnet is free once nobody holds an address of it: another may wait for that."""
+    def _queue_unallocated(self) -> None:
+        """A removed network's subnet is free once its last address is released: another network may wait for it."""
         self._queue.add([network_key(id) for id in self._unallocated])
 
-    def _note_ingress(self) -> None:
-        """From now on published ports have the ingress network, and nodes their places on it."""
+    def _queue_for_ingress(self) -> None:
+        """The ingress network was allocated: queue services that publish ports, and the nodes."""
         services = self._term.view().find(Service)
         self._queue.add(service.id for service in services if service.spec.publishes_in_ingress)
-        self._note_nodes()
+        self._queue_nodes()
 
     # -- deciding ----------------------------------------------------------------------------------------------
 
@@ -236,7 +242,7 @@ class Allocator:
             networks = [NetworkId(key.removeprefix(NETWORK)) for key in keys if key.startswith(NETWORK)]
             nodes = [key.removeprefix(NODE) for key in keys if key.startswith(NODE)]
             services = [ServiceId(key) for key in keys if "/" not in key]
-            # In this order: each needs what the one before it gives, and finds it in the store.
+            # In this order: each step reads the results of the one before from the store.
             await self._commit("subnets", (self._subnets(id) for id in networks))
             await self._commit(CLAIMS, (self._claims(id) for id in networks))
             known = self._networks()
@@ -245,7 +251,7 @@ class Allocator:
             await self._commit("releases", (self._releases(id, known) for id in services))
 
     def _claims(self, id: NetworkId) -> list[Grant]:
-        """What a network from before the claims holds, if the store has not taken that yet."""
+        """The claims of a network that the store has not taken yet."""
         network = self._term.view().lookup(Network, id)
         if network is None or self._failures.write_failure(CLAIMS, network_key(id)) is None:
             return []
@@ -263,7 +269,7 @@ class Allocator:
             try:
                 given = allocated(
                     network,
-                    self._books.networks,
+                    self._allocations.networks,
                     pools,
                     length,
                     routes=routes_of_all(view.find(Node)),
@@ -275,14 +281,14 @@ class Allocator:
                 self._unallocated[id] = str(error)
                 self._queue.add(self._new)
             else:
-                self._books.enter_network(
+                self._allocations.enter_network(
                     given
-                )  # at once: the next network of this batch gets another subnet
-                grants = [GiveSubnets(given)]
+                )  # at once: the next network of this batch must get another subnet
+                grants = [AllocateSubnets(given)]
         return grants
 
     def _endpoint(self, service_id: ServiceId, networks: Networks) -> list[Grant]:
-        """The endpoint of a service, where it is not what it should be."""
+        """The endpoint of a service, if it has to change."""
         view = self._term.view()
         service = view.lookup(Service, service_id)
         if service is None or service.removed_at is not None:
@@ -290,39 +296,41 @@ class Allocator:
         with self._failures.caught(service_id):
             owner = service_owner(service_id)
             virtual_ips = virtual_ips_for(
-                service, networks, lambda network, version: self._books.give_virtual(owner, network, version)
+                service,
+                networks,
+                lambda network, version: self._allocations.allocate_virtual(owner, network, version),
             )
-            endpoint = endpoint_for(service, self._books.ports.is_free_for(service_id), virtual_ips)
+            endpoint = endpoint_for(service, self._allocations.ports.is_free_for(service_id), virtual_ips)
             if endpoint != service.endpoint:
-                # Entered at once, so that the next service of this batch gets another number.
-                self._books.enter_service(replace(service, endpoint=endpoint))
-                return [GiveEndpoint(service, endpoint)]
+                # Entered at once, so that the next service of this batch gets another port.
+                self._allocations.enter_service(replace(service, endpoint=endpoint))
+                return [AllocateEndpoint(service, endpoint)]
         return []
 
     def _attached_node(self, node_id: str, networks: Networks) -> list[Grant]:
-        """A node's own addresses, where they are not what they should be."""
+        """A node's own attachments, if they have to change."""
         view = self._term.view()
         node = view.lookup(Node, node_id)
         if node is None:
             return []
         with self._failures.caught(node_key(node_id)):
             tasks = view.find(Task, node_id=node_id) if is_docker_node(node) else ()
-            to_come = [one for task in tasks if is_new(task) for one in overlays_of(view, task, networks)]
+            upcoming = [one for task in tasks if is_new(task) for one in overlays_of(view, task, networks)]
             ingress = networks.ingress if networks.ingress and is_allocated(networks.ingress) else None
-            is_published = bool(self._books.publishing)
-            wanted = networks_of_node(node, tasks, ingress, to_come, is_published=is_published)
+            is_published = bool(self._allocations.publishing)
+            wanted = networks_of_node(node, tasks, ingress, upcoming, is_published=is_published)
             attachments = node_attachments(
-                node, wanted, lambda network: self._books.give(node_owner(node_id), network)
+                node, wanted, lambda network: self._allocations.allocate(node_owner(node_id), network)
             )
             if attachments != node.attachments:
-                self._books.enter_node(replace(node, attachments=attachments))
+                self._allocations.enter_node(replace(node, attachments=attachments))
                 return [AttachNode(node.id, attachments)]
         if (failure := self._failures.of(node_key(node_id))) is not None:
             self._queue.add_at(node_key(node_id), failure.retry_at)
         return []
 
     def _releases(self, service_id: ServiceId, networks: Networks) -> list[Grant]:
-        """What becomes of the service's new tasks: on to the scheduler, or a reason to wait."""
+        """The results for the service's new tasks: released to the scheduler, or a reason to wait."""
         grants: list[Grant] = []
         key = f"tasks of {service_id}"
         with self._failures.caught(key):
@@ -350,22 +358,22 @@ class Allocator:
 
     def _release(self, view: View, task: Task, networks: Networks) -> Grant:
         spec = spec_or_template(view, task)
-        self._books.leave_task(task.id)  # what an attempt before this one took
+        self._allocations.leave_task(task.id)  # of an earlier attempt
 
-        def give(network: Network, wished: str) -> tuple[str, ...]:
-            return self._books.give_all(task.id, network, wished)
+        def allocate(network: Network, requested: str) -> tuple[str, ...]:
+            return self._allocations.allocate_all(task.id, network, requested)
 
-        match attachments_for(spec, networks, give, task.networks_attachments):
+        match attachments_for(spec, networks, allocate, task.networks_attachments):
             case Attached(attachments):
-                self._fullness.look((one.network for one in attachments), self._books.addresses)
+                self._fullness.check((one.network for one in attachments), self._allocations.addresses)
                 return Release(task, attachments)
             case NotAttached(reason):
-                self._books.leave_task(task.id)
-                self._is_short = True
+                self._allocations.leave_task(task.id)
+                self._has_waiting_tasks = True
                 return Explain(task, reason)
 
     def _networks(self) -> Networks:
-        """An ingress network that has no addresses yet is one to wait for."""
+        """The ingress network is included before it is allocated: tasks have to wait for it."""
         known = self._term.view().find(Network)
         ingress = next((one for one in known if one.spec.ingress), None)
         return Networks(
@@ -393,23 +401,46 @@ class Allocator:
         results = await write_each(self._term, write, grants)
         for grant in grants:
             await slices.give_way()
-            # Whatever the outcome, the store shows it now; what it does not show is not held.
-            self._look_again(grant)
+            # Whatever the result, resync with the store: what was not written is not allocated.
+            self._resync(grant)
         self._failures.requeue_failed(self._queue, what, zip(map(key_of, grants), results, strict=True))
 
-    def _look_again(self, grant: Grant) -> None:
+    def _resync(self, grant: Grant) -> None:
         match grant:
-            case GiveSubnets(network):
+            case AllocateSubnets(network):
                 current = self._term.view().lookup(Network, network.id)
                 if current is not None:
-                    self._books.enter_network(current)
-            case GiveEndpoint(service):
-                self._look_at_service(service.id)
+                    self._allocations.enter_network(current)
+            case AllocateEndpoint(service):
+                self._update_service(service.id)
             case Release(task):
-                self._look_at_task(task)
+                self._update_task(task)
             case AttachNode(node_id):
                 node = self._term.view().lookup(Node, node_id)
                 if node is not None:
-                    self._books.enter_node(node)
+                    self._allocations.enter_node(node)
             case Explain() | Claim():
                 pass
+
+
+class FullnessWarnings:
+    """Logs a warning when a network is nearly full: once, and again if it had room meanwhile."""
+
+    def __init__(self) -> None:
+        self._warned: set[NetworkId] = set()
+
+    def check(self, networks: Iterable[Network | None], addresses: AddressAllocations) -> None:
+        """Check ``networks`` after addresses of them were allocated."""
+        for network in networks:
+            if network is None or not is_overlay(network):
+                continue
+            usage = addresses.usage(network)
+            if not usage.is_nearly_full:
+                self._warned.discard(network.id)
+            elif network.id not in self._warned:
+                self._warned.add(network.id)
+                log.warning("network nearly full", network=network.spec.name, usage=str(usage))
+
+    def forget(self, id: NetworkId) -> None:
+        """The network was deleted."""
+        self._warned.discard(id)

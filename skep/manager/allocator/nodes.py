@@ -1,9 +1,9 @@
-"""A node's own places on overlay networks.
+"""A node's own attachments to overlay networks.
 
-An engine needs an address of its own on every network that one of its tasks uses, from which it balances load
-there, and on the ingress network always; it has to know it before the first task comes.  A skep node needs one on the
-ingress network alone, from the first published port on; it keeps it then, so that nothing is written for thousands of
-nodes whenever the last port goes and another comes.
+An engine needs an address of its own on every network that one of its tasks uses, from which it balances load there,
+and always on the ingress network; it has to have it before the first task is assigned.  A skep node needs one on the
+ingress network only, from the first published port on.  It keeps it then, so that nothing is written for thousands of
+nodes whenever the last port is removed and another is published.
 
 Source: swarmkit, manager/allocator/network.go (allocateNode); moby, daemon/cluster/executor/container/executor.go.
 """
@@ -21,22 +21,23 @@ def networks_of_node(
     node: Node,
     tasks: Iterable[Task],
     ingress: Network | None,
-    to_come: Iterable[Network],
+    upcoming: Iterable[Network],
     *,
     is_published: bool = False,
 ) -> dict[NetworkId, Network]:
     """The overlay networks on which the node needs an address, by id.
 
     Args:
-        tasks: all of the node.  ``to_come``: networks of those that have no attachments yet.
-        is_published: whether any port is to be answered on every node.
+        tasks: all of the node.
+        upcoming: networks of those tasks that have no attachments yet.
+        is_published: whether any port is published on every node.
     """
     if not is_docker_node(node):
         if ingress is None or not (_is_on(node, ingress) or (is_published and is_ready(node))):
             return {}
         return {ingress.id: ingress}
     wanted = {ingress.id: ingress} if ingress is not None else {}
-    wanted.update((network.id, network) for network in to_come)
+    wanted.update((network.id, network) for network in upcoming)
     for task in tasks:
         if occupies_networks(task):
             used = (attachment.network for attachment in task.networks_attachments)
@@ -45,15 +46,15 @@ def networks_of_node(
 
 
 def node_attachments(
-    node: Node, wanted: dict[NetworkId, Network], give: Callable[[Network], str]
+    node: Node, wanted: dict[NetworkId, Network], allocate: Callable[[Network], str]
 ) -> tuple[NetworkAttachment, ...]:
-    """The attachments that ``node`` should have, in order of network id: those it has stay.
+    """The attachments that ``node`` should have, in order of network id; present ones are kept.
 
     Raises: NoAddress.
     """
     present = {one.network.id: one for one in node.attachments if one.network is not None}
     return tuple(
-        present.get(id) or NetworkAttachment(network=wanted[id], addresses=(give(wanted[id]),))
+        present.get(id) or NetworkAttachment(network=wanted[id], addresses=(allocate(wanted[id]),))
         for id in sorted(wanted)
     )
 
@@ -68,5 +69,5 @@ def _is_on(node: Node, network: Network) -> bool:
 
 
 def occupies_networks(task: Task) -> bool:
-    """Whether the task still needs the addresses it has: until it is seen to have ended."""
+    """Whether the task still needs its addresses: until its end is reported."""
     return task.status.state <= TaskState.RUNNING

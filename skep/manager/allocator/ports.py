@@ -1,8 +1,8 @@
-"""Published ports: which numbers a service's ports get.
+"""Published ports: the port numbers of a service.
 
-Ingress ports are unique in the cluster, per protocol.  One without a number gets the lowest free one of the dynamic
-range and keeps it as long as the service asks for the same target port.  Host ports are the node's affair and
-are only repeated here.
+Ingress ports are unique in the cluster, per protocol.  A port without a number gets the lowest free one of the
+dynamic range and keeps it as long as the service has the same target port.  Host ports are checked on the node and
+are only copied here.
 
 Source: swarmkit, manager/allocator/portallocator.go.
 """
@@ -26,39 +26,39 @@ FIRST_DYNAMIC = 30000
 LAST_DYNAMIC = 32767
 
 
-class PortBook:
-    """Which service holds which published port, by the services' wishes and endpoints."""
+class PortAllocations:
+    """Published ports and the services that have them, from specs and endpoints."""
 
     def __init__(self) -> None:
         self._holders: dict[tuple[str, int], set[ServiceId]] = {}
-        self._held: dict[ServiceId, frozenset[tuple[str, int]]] = {}
+        self._ports_by_service: dict[ServiceId, frozenset[tuple[str, int]]] = {}
 
     def enter(self, service: Service) -> None:
-        """A service as it is now; one that was removed holds nothing."""
+        """Update a service; a removed one has no ports."""
         self.leave(service.id)
         if service.removed_at is not None:
             return
         wanted = service.spec.endpoint_spec.ports if service.spec.endpoint_spec else ()
         ports = frozenset(_key(port) for port in (*wanted, *service.endpoint.ports) if port.published_port)
         if ports:
-            self._held[service.id] = ports
+            self._ports_by_service[service.id] = ports
         for port in ports:
             self._holders.setdefault(port, set()).add(service.id)
 
     def leave(self, service_id: ServiceId) -> None:
-        """The service holds nothing any more."""
-        for port in self._held.pop(service_id, ()):
+        """Release all ports of the service."""
+        for port in self._ports_by_service.pop(service_id, ()):
             self._holders[port].discard(service_id)
             if not self._holders[port]:
                 del self._holders[port]
 
     def is_free_for(self, service_id: ServiceId) -> Callable[[str, int], bool]:
-        """Says of (protocol, port) whether no other service holds it."""
+        """Gives a predicate over (protocol, port): whether no other service has it."""
         return lambda protocol, port: self._holders.get((protocol, port), set()) <= {service_id}
 
 
 class PortsExhausted(SkepError):
-    """No number of the dynamic range is free for this protocol."""
+    """The dynamic range has no free port for this protocol."""
 
     def __init__(self, protocol: str) -> None:
         super().__init__(f"no free {protocol} port between {FIRST_DYNAMIC} and {LAST_DYNAMIC}")
@@ -69,10 +69,10 @@ def endpoint_for(
     is_free: Callable[[str, int], bool],
     virtual_ips: tuple[EndpointVirtualIP, ...] = (),
 ) -> Endpoint:
-    """The endpoint that ``service`` should have; equal to its present one when nothing is to be done.
+    """The endpoint that ``service`` should have; equal to its present one if nothing is to be done.
 
-    ``is_free``: whether no other service holds (protocol, port).  A service without ports and networks is left
-    alone: it has no endpoint, and is not written once more.
+    ``is_free``: whether no other service has (protocol, port).  A service without ports and networks keeps its empty
+    endpoint and is not written again.
 
     Raises: PortsExhausted.
     Source: swarmkit, manager/allocator/network.go (serviceAllocate), networkallocator (IsServiceAllocated).
@@ -96,7 +96,7 @@ def _ports(
     ports = []
     for port in wanted:
         if _is_ingress(port) and not port.published_port:
-            before = next((one for one in kept if _asks_the_same(one, port)), None)
+            before = next((one for one in kept if _is_same_request(one, port)), None)
             if before is not None:
                 kept.remove(before)
                 number = before.published_port
@@ -115,8 +115,8 @@ def _lowest_free(protocol: str, taken: set[tuple[str, int]], is_free: Callable[[
     raise PortsExhausted(protocol)
 
 
-def _asks_the_same(given: PortConfig, wanted: PortConfig) -> bool:
-    """Whether ``given`` was a number of ours for a port like ``wanted``."""
+def _is_same_request(given: PortConfig, wanted: PortConfig) -> bool:
+    """Whether ``given`` has a dynamic number that was allocated for a port like ``wanted``."""
     is_dynamic = FIRST_DYNAMIC <= given.published_port <= LAST_DYNAMIC
     return is_dynamic and replace(given, published_port=0) == wanted
 

@@ -1,11 +1,11 @@
-"""What an overlay network gets: VXLAN ids, subnets and gateways, in the form Docker Engines expect.
+"""Allocation of an overlay network: VXLAN ids, subnets and gateways, in the form Docker Engines expect.
 
 A network has at least one IPv4 subnet, with a VXLAN id each.  With ``--ipv6`` it has IPv6 subnets too, which share
-the first VXLAN: named ones, or one of the cluster's own unique local addresses (RFC 4193).  Then it belongs to skep
-nodes, unless the user says otherwise: engines give such addresses out each for itself.
+the first VXLAN: those of the spec, or one of the cluster's own unique local addresses (RFC 4193).  Such a network
+belongs to skep nodes, unless the user says otherwise: engines allocate IPv6 addresses locally, each for itself.
 
-Subnets that nobody named avoid the routes of the machines.  A route as wide as a whole pool says nothing about where
-in it there is room; such a pool is used when no other has room.
+Subnets that the user does not name avoid the routes of the machines.  A route as wide as a whole pool does not say
+where in the pool there is room; such a pool is used if no other has room.
 
 Source: moby, libnetwork/drivers/overlay/ovmanager (VXLAN ids from 4096), swarmkit, manager/allocator/cnmallocator
 (allocatePools, allocateDriverState); moby, daemon/cluster/swarm.go (default address pools).
@@ -30,72 +30,72 @@ FIRST_VXLAN_ID = 4096
 
 
 class NotAllocated(SkepError):
-    """The network cannot have what it asks for."""
+    """The network's spec cannot be satisfied."""
 
 
-class NetworkBook:
-    """Which network holds which VXLAN ids and subnets."""
+class NetworkAllocations:
+    """VXLAN ids and subnets, with their networks."""
 
     def __init__(self) -> None:
         self._vxlan_ids: dict[NetworkId, frozenset[int]] = {}
         self._subnets: dict[NetworkId, tuple[Subnet, ...]] = {}
 
     def enter(self, network: Network) -> None:
-        """A network as it is now; one without an allocation holds nothing."""
+        """Update a network; one without an allocation has no ids and subnets."""
         self._vxlan_ids[network.id] = frozenset(vxlan_ids(network.driver_state.options))
         self._subnets[network.id] = tuple(subnet_of(config) for config in _given(network))
 
     def leave(self, network_id: NetworkId) -> None:
-        """The network holds nothing any more."""
+        """Release the ids and subnets of the network."""
         self._vxlan_ids.pop(network_id, None)
         self._subnets.pop(network_id, None)
 
-    def knows(self, network_id: NetworkId) -> bool:
+    def has(self, network_id: NetworkId) -> bool:
         return network_id in self._subnets
 
-    def vxlan_ids_but(self, network_id: NetworkId) -> frozenset[int]:
-        """Ids that other networks hold."""
+    def vxlan_ids_except(self, network_id: NetworkId) -> frozenset[int]:
+        """VXLAN ids of all other networks."""
         return frozenset().union(*(ids for id, ids in self._vxlan_ids.items() if id != network_id))
 
-    def subnets_but(self, network_id: NetworkId) -> list[Subnet]:
-        """Subnets that other networks hold."""
+    def subnets_except(self, network_id: NetworkId) -> list[Subnet]:
+        """Subnets of all other networks."""
         return [one for id, subnets in self._subnets.items() if id != network_id for one in subnets]
 
 
 def is_allocated(network: Network) -> bool:
-    """Whether the network has all it needs."""
+    """Whether the network is completely allocated."""
     if not network.driver_state.name:
         return False
     return not is_overlay(network) or (network.ipam_options is not None and not _missing(network))
 
 
 def has_addresses(network: Network) -> bool:
-    """Whether the network has a subnet to give of; another may still be to come."""
+    """Whether the network has a subnet to allocate from; further ones may be missing."""
     return bool(network.driver_state.name) and (not is_overlay(network) or bool(_given(network)))
 
 
 def allocated(
     network: Network,
-    book: NetworkBook,
+    allocations: NetworkAllocations,
     pools: Sequence[str],
     prefix_length: int,
     *,
     routes: Iterable[Subnet] = (),
     cluster: str = "",
 ) -> Network:
-    """``network`` with its driver's state and its addresses.  What it has already stays.
+    """``network`` with its driver state and subnets.  Present ones are kept.
 
     Args:
-        pools, prefix_length: where a subnet comes from for which the user named none (``--default-addr-pool``).
-        routes: what the nodes reach by themselves; avoided where the user named nothing.
+        pools, prefix_length: source of subnets that the user does not name (``--default-addr-pool``).
+        routes: routes of the nodes; avoided by subnets that the user does not name.
         cluster: the cluster's id; its IPv6 addresses are derived from it.
 
     Raises: NotAllocated: no subnet or id is free, or the one that the user named is not.
     """
-    wished = network.spec.driver_configuration or Driver()
+    requested = network.spec.driver_configuration or Driver()
     if not is_overlay(network):
-        return replace(network, driver_state=Driver(name=driver_of(network), options=wished.options))
-    taken = book.subnets_but(network.id) + [subnet_of(config) for config in _given(network)]
+        return replace(network, driver_state=Driver(name=driver_of(network), options=requested.options))
+    taken = allocations.subnets_except(network.id) + [subnet_of(config) for config in _given(network)]
     given = list(_given(network))
     for config in _missing(network):
         if config.subnet:
@@ -107,10 +107,10 @@ def allocated(
             config = replace(config, subnet=str(subnet))
         given.append(_with_gateway(config))
         taken.append(subnet_of(config))
-    given.sort(key=lambda config: ":" in config.subnet)  # engines take the first for that of IPv4
+    given.sort(key=lambda config: ":" in config.subnet)  # engines take the first one for IPv4
     count = sum(":" not in config.subnet for config in given)
-    ids = _ids_for(network, book, count)
-    options = {**wished.options, **network.driver_state.options, VXLAN_OPTION: ",".join(map(str, ids))}
+    ids = _ids_for(network, allocations, count)
+    options = {**requested.options, **network.driver_state.options, VXLAN_OPTION: ",".join(map(str, ids))}
     if _has_ipv6(network) and not plane_of(network):
         options[PLANE_OPTION] = SKEP
     return replace(
@@ -128,9 +128,9 @@ def free_subnet(
     taken: Iterable[IPv4Network],
     routes: Iterable[IPv4Network] = (),
 ) -> IPv4Network:
-    """The lowest subnet of the pools that overlaps with none of ``taken``, nor with a route.
+    """The lowest subnet of the pools that overlaps neither with ``taken`` nor with a route.
 
-    Where every pool is full or lies within a route, routes that contain a whole pool do not count.
+    If every pool is full or lies within a route, routes that contain a whole pool are ignored.
     Raises: NotAllocated.
     """
     held, reached = list(taken), list(routes)
@@ -146,19 +146,19 @@ def free_subnet(
 
 
 _LOCAL_6 = IPAMConfig()
-"""Stands for an IPv6 subnet that nobody named; its identity counts."""
+"""Placeholder of an IPv6 subnet that the user does not name; compared by identity."""
 
 
 def _missing(network: Network) -> list[IPAMConfig]:
-    """What the network is to have and has not: named subnets, and those without a name to be found."""
-    wished = network.spec.ipam_options.configs if network.spec.ipam_options is not None else ()
+    """The subnets that the network should have and does not: named ones, and placeholders for those to be found."""
+    requested = network.spec.ipam_options.configs if network.spec.ipam_options is not None else ()
     present = {subnet_of(config) for config in _given(network)}
-    named = [config for config in wished if config.subnet]
+    named = [config for config in requested if config.subnet]
     named_4 = [config for config in named if ":" not in config.subnet]
     named_6 = [config for config in named if ":" in config.subnet] if _has_ipv6(network) else []
     missing = [config for config in named_4 + named_6 if subnet_of(config) not in present]
     ours = present - {subnet_of(config) for config in named}
-    blanks = [config for config in wished if not config.subnet]
+    blanks = [config for config in requested if not config.subnet]
     if not blanks and not named_4:
         blanks = [IPAMConfig()]
     missing += blanks[sum(subnet.version == 4 for subnet in ours) :]
@@ -192,7 +192,7 @@ def _free_in(pool: IPv4Network, prefix_length: int, taken: Iterable[IPv4Network]
 
 
 def _unique_local(cluster: str, taken: Iterable[Subnet]) -> IPv6Network:
-    """The lowest free /64 of the cluster's own /48: ``fd``, and 40 bits that no other cluster has (RFC 4193)."""
+    """The lowest free /64 of the cluster's own /48: ``fd``, and 40 bits derived from the cluster's id (RFC 4193)."""
     prefix = 0xFD << 120 | int.from_bytes(hashlib.sha256(cluster.encode()).digest()[:5]) << 80
     held = [one for one in taken if one.version == 6]
     for number in range(2**16):
@@ -224,17 +224,17 @@ def _with_gateway(config: IPAMConfig) -> IPAMConfig:
     return replace(config, gateway=str(candidate))
 
 
-def _ids_for(network: Network, book: NetworkBook, count: int) -> list[int]:
-    """One VXLAN id per IPv4 subnet: those it has, those the user named, else the lowest free ones."""
-    taken = book.vxlan_ids_but(network.id)
-    wished = network.spec.driver_configuration
-    options = wished.options if wished is not None else {}
+def _ids_for(network: Network, allocations: NetworkAllocations, count: int) -> list[int]:
+    """One VXLAN id per IPv4 subnet: the present ones, those the user named, else the lowest free ones."""
+    taken = allocations.vxlan_ids_except(network.id)
+    requested = network.spec.driver_configuration
+    options = requested.options if requested is not None else {}
     ids = vxlan_ids(network.driver_state.options)
     if options.get(VXLAN_OPTION) and not ids:
         ids = vxlan_ids(options)
         if len(ids) != count or not taken.isdisjoint(ids):
             raise NotAllocated(f"VXLAN ids {options[VXLAN_OPTION]} are not {count} free numbers")
-    # 4096 is the ingress network's, as in Docker, also while it is not there.
+    # 4096 is reserved for the ingress network, as in Docker, even if it does not exist.
     number = FIRST_VXLAN_ID if network.spec.ingress else FIRST_VXLAN_ID + 1
     while len(ids) < count and number <= VXLAN_ID_MAX:
         if number not in taken and number not in ids:
@@ -246,5 +246,5 @@ def _ids_for(network: Network, book: NetworkBook, count: int) -> list[int]:
 
 
 def _ipam_options(network: Network) -> dict[str, str]:
-    wished = network.spec.ipam_options
-    return dict(wished.driver.options) if wished is not None else {}
+    requested = network.spec.ipam_options
+    return dict(requested.driver.options) if requested is not None else {}

@@ -1,4 +1,4 @@
-"""Virtual addresses of services: one per overlay network and version of IP, for as long as the service wants them.
+"""Virtual addresses of services: one per overlay network and IP version, kept while the service has the network.
 
 Source: swarmkit, manager/allocator/cnmallocator/networkallocator.go (AllocateService).
 """
@@ -17,15 +17,15 @@ DNS_ROUND_ROBIN = "dnsrr"
 
 
 def virtual_ips_for(
-    service: Service, networks: Networks, give: Callable[[Network, int], str]
+    service: Service, networks: Networks, allocate: Callable[[Network, int], str]
 ) -> tuple[EndpointVirtualIP, ...]:
-    """The virtual addresses that ``service`` should have: those it has, and new ones where they are missing.
+    """The virtual addresses that ``service`` should have: its present ones, and new ones where they are missing.
 
-    A network without an allocation is passed over; ask again when it has one.  Of one network the IPv4 address is
-    the first, which is all that engines read.
+    A network without an allocation is skipped until it has one.  The IPv4 address of a network comes first; engines
+    read no other.
 
     Args:
-        give: gives an address of a network and a version of IP.  Raises: NoAddress.
+        allocate: allocates an address of a network and an IP version.  Raises: NoAddress.
     """
     spec = service.spec.endpoint_spec
     if spec is not None and spec.mode == DNS_ROUND_ROBIN:
@@ -38,5 +38,7 @@ def virtual_ips_for(
             continue
         for version in (4, 6) if has_ipv6(network) else (4,):
             kept = present.get((network.id, version == 6))
-            virtual_ips.append(kept or EndpointVirtualIP(network_id=network.id, addr=give(network, version)))
+            virtual_ips.append(
+                kept or EndpointVirtualIP(network_id=network.id, addr=allocate(network, version))
+            )
     return tuple(virtual_ips)

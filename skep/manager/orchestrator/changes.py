@@ -1,7 +1,7 @@
-"""What the orchestrator may do: each change is data first, and one small transaction when it is applied.
+"""The orchestrator's changes: each is data first, and one small transaction when it is applied.
 
-A change is decided on one state and applied on a possibly newer one, so ``apply`` checks again what it needs:
-applied twice, or too late, it does nothing.  The watch then shows the newer state and a fresh decision follows.
+A change is decided on one state and applied on a possibly newer one, so ``apply`` checks its preconditions again:
+applied twice, or too late, it does nothing.  The watch then shows the newer state, and a new decision follows.
 """
 
 from collections.abc import Iterable
@@ -22,8 +22,8 @@ from skep.store.interface import Transaction
 class FillSlot(msgspec.Struct, frozen=True):
     """Create a task in a free slot: ``slot`` of a replicated service or job, ``node_id`` of a global one.
 
-    ``desired`` READY: prepare it, but start it only when ``starts`` says so.  RUNNING means COMPLETE to a job.
-    ``delay_s``: until it may start, from its creation; ``failures``: how many before it failed in a row.
+    ``desired`` READY: prepare it, and start it only when ``start_steps`` does.  RUNNING means COMPLETE for a job.
+    ``delay_s``: time from its creation until it may start; ``failures``: tasks before it that failed in a row.
     """
 
     service: Service
@@ -35,7 +35,7 @@ class FillSlot(msgspec.Struct, frozen=True):
 
 
 class RetireTask(msgspec.Struct, frozen=True):
-    """Have a task stopped.  SHUTDOWN keeps it as history of its slot, REMOVE deletes it once stopped."""
+    """Stop a task.  SHUTDOWN keeps it as history of its slot, REMOVE deletes it once stopped."""
 
     task: Task
     desired: TaskState = TaskState.SHUTDOWN
@@ -55,7 +55,7 @@ class StartTask(msgspec.Struct, frozen=True):
 
 
 class SetUpdateStatus(msgspec.Struct, frozen=True):
-    """Say how the update to ``service.spec_version`` stands."""
+    """Write the status of the update to ``service.spec_version``."""
 
     service: Service
     state: UpdateState
@@ -70,7 +70,7 @@ class RollBack(msgspec.Struct, frozen=True):
 
 
 class RemoveService(msgspec.Struct, frozen=True):
-    """Remove a job that has ended, as its user would."""
+    """Remove a job that has ended, as a user would."""
 
     service: Service
 
@@ -82,7 +82,7 @@ class Recheck(msgspec.Struct, frozen=True):
 
 
 ROLLED_BACK = "update rolled back"
-"""How the message of a rollback begins."""
+"""First words of a rollback's message."""
 
 Change: TypeAlias = (
     FillSlot | RetireTask | ReplaceTask | StartTask | SetUpdateStatus | RollBack | RemoveService
@@ -91,9 +91,10 @@ Step: TypeAlias = Change | Recheck
 
 
 def fallback_for(change: Change, error: SkepError) -> Change | None:
-    """What to write where ``change`` was refused for good; None: nothing but the same once more.
+    """What to write if ``change`` was refused for good; None: only the same change again.
 
-    What the previous spec needs (a secret, say) may have been removed since, as nothing referred to it any more.
+    A rollback may be refused because something that the previous spec needs (a secret, say) was removed since, when
+    nothing referred to it any more.
     """
     if not isinstance(change, RollBack):
         return None
@@ -103,7 +104,7 @@ def fallback_for(change: Change, error: SkepError) -> Change | None:
 
 
 def key_of(change: Change) -> str:
-    """What of its service a change is about: two of the same key are never decided together."""
+    """Which part of its service a change is about: two changes with one key are never decided together."""
     match change:
         case FillSlot(_, slot, node_id):
             return f"{slot or node_id}"
@@ -113,7 +114,7 @@ def key_of(change: Change) -> str:
 
 
 def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> None:
-    """Write ``change``, unless what it was decided on is no longer so.  ``now``: stamp for people to read."""
+    """Write ``change``, unless its preconditions no longer hold.  ``now``: timestamp for people to read."""
     match change:
         case FillSlot():
             _fill(tx, change, new_id, now)
@@ -174,7 +175,7 @@ def _restart(change: FillSlot, now: Timestamp) -> Restart | None:
 
 
 def _is_current(tx: Transaction, change: FillSlot) -> bool:
-    """Whether the service is still the one that was decided about; if not, it will be decided about anew."""
+    """Whether the service is still the one the decision was about; if not, a new decision follows."""
     service = tx.lookup(Service, change.service.id)
     return (
         service is not None
@@ -184,22 +185,22 @@ def _is_current(tx: Transaction, change: FillSlot) -> bool:
 
 
 def _after(slot: Iterable[Task], now: Timestamp) -> Timestamp:
-    """``now``, or the moment after the youngest task of ``slot`` where the leader's clock was set back meanwhile.
+    """``now``, or just after the youngest task of ``slot`` if the leader's clock was set back meanwhile.
 
-    By this stamp the tasks of a slot are in order, and by that order a successor knows whom it succeeds.
+    This timestamp orders the tasks of a slot, and by that order a successor finds its predecessor.
     """
     youngest_ns = max((unix_ns(task.created_at) for task in slot), default=0)
     return now if unix_ns(now) > youngest_ns else timestamp(youngest_ns + 1)
 
 
 def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp) -> bool:
-    """Whether the task was still to be retired (and now is)."""
+    """Retire the task; gives whether it was not retired before."""
     task = tx.lookup(Task, id)
     if task is None or task.desired_state >= desired:
         return False
     task = replace(task, desired_state=desired)
     if task.status.state < TaskState.ASSIGNED:
-        # No agent ever heard of it, so nobody else could report its end.
+        # It was never assigned, so no agent will report its end.
         status = TaskStatus(timestamp=now, state=TaskState.SHUTDOWN, message="shutdown before assignment")
         task = replace(task, status=status)
     tx.put(task)
@@ -226,7 +227,7 @@ def _set_update_status(
 
 
 def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -> None:
-    """The one wish that the leader writes: a newer wish of the user wins, because the version is compared."""
+    """The only spec that the leader writes.  A newer spec of the user wins, because the version is compared."""
     service = tx.get(Service, wanted.id)
     if service.spec_version != wanted.spec_version or service.previous_spec is None:
         return

@@ -1,9 +1,9 @@
-"""Slots at rest: those about which nothing is to be decided, found without a decision about each.
+"""Converged slots: those that need no decision, found without deciding about each.
 
-Nearly every slot of a large service is one at nearly every decision.  Exactly one task of it is wanted; that one runs
-on a sound node and is what the service asks for.  What else the slot has is history, and counts for nothing as long
-as a task is wanted.  Such a slot is filled, and no rule but two takes it up: a surplus of slots, and an update, which
-compares all of them.
+Nearly every slot of a large service is one, at nearly every decision.  Exactly one task of it is wanted, runs on a
+usable node, and matches the service's spec.  The slot's other tasks are history and do not matter while a task is
+wanted.  Such a slot is filled, and only two rules concern it: a surplus of slots, and an update, which compares all
+slots.
 """
 
 from skep.aio.slices import STEP, Sliced
@@ -18,10 +18,10 @@ _RUNNING = TaskState.RUNNING
 
 
 def converged_slots(situation: Situation) -> Sliced[set[int]]:
-    """Their numbers, of a replicated service; none while an update is under way.
+    """Numbers of the converged slots of a replicated service; none while an update is under way.
 
-    A decision without them comes out as one with them, unless there are more slots than are asked for or one of the
-    others is outdated.
+    A decision without them gives the same result as one with them, unless there are more slots than replicas or one
+    of the others is outdated.
     """
     status = situation.service.update_status
     if status is not None and status.state in UNDER_WAY:
@@ -34,7 +34,7 @@ def converged_slots(situation: Situation) -> Sliced[set[int]]:
         if number % STEP == 0:
             yield
         if task.node_id not in sound:
-            situation.is_sound(task.node_id)  # looks at all tasks of the node, and keeps what it finds
+            situation.is_sound(task.node_id)  # checks all tasks of the node, and caches the result
             yield
         slot = task.slot
         if (

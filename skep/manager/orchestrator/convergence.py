@@ -1,8 +1,9 @@
-"""One service's next steps: scale, restarts, update and starts, each on the slots the earlier ones left alone.
+"""The next steps for one service: scaling, restarts, update and starts, each on the slots that the earlier ones left
+alone.
 
-The order is a table of precedence.  A removed service is only ended.  A slot that comes or goes is nothing for the
-rules below.  A slot whose task ended is restarted before it is updated: the successor is made from the present spec
-anyway.  Starts come last because all others decide which task of a slot is meant to start.
+The order is the order of precedence.  A removed service is only stopped.  A slot that is created or removed is
+skipped by the later rules.  A slot whose task ended is restarted before it is updated: the successor is made from the
+present spec anyway.  Starts come last, because all other rules decide which task of a slot is to be started.
 """
 
 from collections.abc import Collection, Mapping
@@ -21,10 +22,10 @@ from skep.model.node import Availability
 
 
 def next_steps(situation: Situation) -> list[Step]:
-    """What to do for the service now, and when to look again.
+    """What to do for the service now, and when to decide again.
 
-    Applying the changes and asking again, nothing else having happened, makes and retires no further task; a start may
-    follow that had to wait for a retirement.
+    Applying the changes and deciding again, with no other event, creates and retires no further task; a start that
+    had to wait for a retirement may follow.
     """
     return finished(deciding(situation))
 
@@ -44,7 +45,7 @@ def deciding(situation: Situation) -> Sliced[list[Step]]:
             steps: list[Step] = [*changes]
         case "global":
             slots = _on_active_nodes(group_by_node(tasks), situation)
-            present = [task for task in tasks if not situation.is_held(task)]
+            present = [task for task in tasks if not situation.keeps_slot(task)]
             steps = [*global_services.reconcile(service, present, situation.nodes(), situation.seen)]
         case "replicated-job" | "global-job":
             return jobs.next_steps(situation)
@@ -70,7 +71,7 @@ def deciding(situation: Situation) -> Sliced[list[Step]]:
 
 
 def _slots(situation: Situation) -> Sliced[tuple[dict[int, Slot], Collection[int]]]:
-    """The slots of a replicated service that are to be looked at, and the numbers of those that need not be."""
+    """The slots of a replicated service that need a decision, and the numbers of those that do not."""
     tasks = situation.tasks
     converged = yield from converged_slots(situation)
     if converged:
@@ -82,7 +83,7 @@ def _slots(situation: Situation) -> Sliced[tuple[dict[int, Slot], Collection[int
 
 
 def _updatable(slots: Mapping[Any, Slot], situation: Situation) -> list[Slot]:
-    """Of a global service a node that may not have a task has nothing to update, whatever it once had."""
+    """The slots an update applies to.  For a global service, only those of nodes that may run its tasks."""
     service = situation.service
     if service.spec.mode.name != "global":
         return list(slots.values())
@@ -91,7 +92,7 @@ def _updatable(slots: Mapping[Any, Slot], situation: Situation) -> list[Slot]:
 
 
 def _on_active_nodes(slots: Mapping[NodeId, Slot], situation: Situation) -> dict[NodeId, Slot]:
-    """A paused node keeps what it has: nothing there is restarted or updated."""
+    """Slots on active nodes.  On a paused node nothing is restarted or updated."""
     active = {}
     for node_id, slot in slots.items():
         node = situation.node(node_id)
@@ -101,7 +102,7 @@ def _on_active_nodes(slots: Mapping[NodeId, Slot], situation: Situation) -> dict
 
 
 def _slot_of(step: Step) -> int | NodeId | None:
-    """The slot that a change touches: its number, or the node of a global service; None: not one slot."""
+    """The slot that a change is about: its number, or the node of a global service; None: not about one slot."""
     match step:
         case FillSlot(_, slot, node_id):
             return slot or node_id

@@ -1,4 +1,4 @@
-"""Whether a task still is what its service asks for."""
+"""Whether a task still matches its service's spec."""
 
 from msgspec.structs import replace
 
@@ -29,7 +29,7 @@ def is_dirty(task: Task, situation: Situation) -> bool:
 
 
 def is_same(task: Task, situation: Situation) -> bool:
-    """Whether the present spec asks for ``task`` just as it is, on whatever node; so it does for all of its version."""
+    """Whether the present spec asks for ``task`` as it is, on any node; true of all tasks of its version or none."""
     service = situation.service
     if task.spec_version == service.spec_version:
         return True

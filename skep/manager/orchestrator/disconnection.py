@@ -1,8 +1,8 @@
-"""When the tasks of a node that is down lose their places to others.
+"""When the tasks of a node that is down are replaced.
 
-By default at once.  A service may have it later, never, or only once the node has surely stopped them itself (labels
-of ``model.labels``); and nothing is replaced while replacement is frozen (``storm``).  Until then a task keeps its
-slot: should the node return, it is found as it was.
+By default at once.  Labels of the service (``model.labels``) can delay this, forbid it, or have it wait until the
+node has certainly stopped the tasks itself; and nothing is replaced while replacement is frozen (``disruption``).
+Until then a task keeps its slot, and continues if the node returns.
 """
 
 from math import inf
@@ -16,9 +16,9 @@ from skep.model.task import Task
 def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float, *, is_frozen: bool) -> float:
     """When ``task``, whose node is down since ``down_at``, is to be replaced; infinity: not for now.
 
-    STOP: the node counts its delay from when it was last heard, which is before ``down_at``, and then gives the
-    container its time to stop; so with both added nothing runs twice.  One that still waits for an answer of its only
-    manager does not know that it is cut off, so a shorter delay begins no earlier.
+    STOP: the node counts the delay from its last contact, which is before ``down_at``, and then gives the container
+    its stop grace period.  Both are added, so nothing runs twice.  A node that still waits for a response of its only
+    manager has not noticed that it is cut off, so shorter delays count as ``ANSWER_SECONDS_MAX``.
     """
     if is_frozen:
         return inf

@@ -1,7 +1,7 @@
-"""Carries the storm guard out: watches nodes, writes the freeze on the cluster, and takes it back.
+"""Disruption mode: freezes the replacement of tasks while too many nodes are down, and ends the freeze.
 
-It is frozen from the moment the rule trips, not from when that is written: the commit that trips it is also the one
-that would have tasks replaced.
+Replacement is frozen from the moment a disruption is detected, not from when that is written to the cluster object:
+the commit that completes the disruption is also the one that would have tasks replaced.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,49 +24,50 @@ log = structlog.get_logger()
 CHECK_S = 0.5
 HALF_BACK = "half of the nodes are back"
 SETTLING_GRACES = 2
-"""Graces for the other half: they register within seconds of each other, when the network is back."""
+"""Grace periods for the other half: nodes register within seconds of each other when the network is back."""
 
 
 class DisruptionMode:
     """Whether replacement is frozen.  Runs on the leader only."""
 
     def __init__(self, term: LoopStore, clock: Clock, changed: Callable[[], None]) -> None:
-        """``changed``: called when a freeze ends."""
+        """``changed`` is called when a freeze ends."""
         self._term = term
         self._clock = clock
         self._changed = changed
         self._history = NodeHistory(())
-        self._trip: Disruption | None = None
-        """Not written yet."""
+        self._detected: Disruption | None = None
+        """Detected, and not yet written to the cluster object."""
         self._frozen_at: float | None = None
-        """Since when this leader knows of the present freeze."""
+        """Since when this leader has seen the present freeze."""
         self.replaces_from = float("-inf")
-        """Nothing of a node that is down is replaced before.
+        """Tasks of down nodes are not replaced before this time.
 
-        Several fell, and more may; or half of a storm is back, and the others are to come.
+        Set while several nodes went down and more may follow, and when half of the nodes are back and the others are
+        expected.
         """
-        self._held_since = float("-inf")
+        self._delayed_since = float("-inf")
 
     @property
     def is_frozen(self) -> bool:
-        """Whether tasks of nodes that are down keep their places."""
-        return self._trip is not None or self._frozen_at is not None
+        """Whether tasks of down nodes keep their slots."""
+        return self._detected is not None or self._frozen_at is not None
 
     def start(self, view: View) -> None:
-        """Begin from a snapshot."""
+        """Start from a snapshot."""
         self._history = NodeHistory(view.find(Node))
-        self._trip = None
+        self._detected = None
         self._frozen_at = self._clock.monotonic() if _freeze(view) is not None else None
 
     def note(self, commit: Commit) -> None:
-        """Take in what changed."""
+        """Record what changed."""
         now = self._clock.monotonic()
         if self._history.note(commit, now):
-            self._look(now)
-            self._hold(now)
+            self._detect(now)
+            self._delay_replacement(now)
         is_written = _freeze(self._term.view()) is not None
         if is_written and self._frozen_at is None:
-            self._frozen_at, self._trip = now, None
+            self._frozen_at, self._detected = now, None
         elif not is_written and self._frozen_at is not None:
             self._end()
 
@@ -76,37 +77,37 @@ class DisruptionMode:
             await self._clock.sleep(CHECK_S)
             now = self._clock.monotonic()
             try:
-                if self._trip is not None:
-                    await self._term.update(_write, self._trip, timestamp(self._clock.now_ns()))
+                if self._detected is not None:
+                    await self._term.update(_write, self._detected, timestamp(self._clock.now_ns()))
                 elif self._frozen_at is not None and (reason := self._reason_to_end(now)):
                     if reason == HALF_BACK:
                         self.replaces_from = now + SETTLING_GRACES * _grace_s(self._term.view())
-                    await self._term.update(thaw)
-                    log.info("replacement goes on", reason=reason)
+                    await self._term.update(end_freeze)
+                    log.info("replacement of tasks resumed", reason=reason)
             except NotLeader:
                 raise
             except SkepError as error:
-                log.warning("freeze not written yet", error=str(error))
+                log.warning("freeze not written, will retry", reason=str(error))
 
-    def _look(self, now: float) -> None:
-        """Freeze if what fell is a storm.  Later falls in a freeze change nothing."""
+    def _detect(self, now: float) -> None:
+        """Freeze if the nodes that went down are a disruption.  Further ones during a freeze change nothing."""
         if self.is_frozen:
             return
-        self._trip = self._history.trip(now, _grace_s(self._term.view()))
-        if self._trip is not None:
+        self._detected = self._history.detect(now, _grace_s(self._term.view()))
+        if self._detected is not None:
             log.error(
-                "replacement is frozen: too many nodes went down at once",
-                nodes=self._trip.fallen,
-                ready_before=self._trip.ready_before,
+                "replacement of tasks frozen: too many nodes went down at once",
+                nodes=self._detected.nodes_down,
+                ready_before=self._detected.ready_before,
             )
 
-    def _hold(self, now: float) -> None:
-        """Wait for further falls where there was more than one, but for no longer than a grace."""
+    def _delay_replacement(self, now: float) -> None:
+        """Wait for further nodes to go down if there was more than one, for at most a grace period."""
         period_s, _ = configured_heartbeats(self._term.view())
         until = self._history.held_until(now, period_s)
         if now >= self.replaces_from:
-            self._held_since = now
-        until = min(until, self._held_since + _grace_s(self._term.view()))
+            self._delayed_since = now
+        until = min(until, self._delayed_since + _grace_s(self._term.view()))
         self.replaces_from = max(self.replaces_from, until)
 
     def _reason_to_end(self, now: float) -> str:
@@ -126,15 +127,15 @@ class DisruptionMode:
         self._changed()
 
 
-def _write(tx: Transaction, trip: Disruption, now: Timestamp) -> None:
+def _write(tx: Transaction, detect: Disruption, now: Timestamp) -> None:
     for swarm in tx.find(Swarm):
         if swarm.freeze is None:
-            freeze = Freeze(since=now, nodes=trip.fallen, ready_before=trip.ready_before)
+            freeze = Freeze(since=now, nodes=detect.nodes_down, ready_before=detect.ready_before)
             tx.put(replace(swarm, freeze=freeze))
 
 
-def thaw(tx: Transaction) -> None:
-    """Let replacement go on."""
+def end_freeze(tx: Transaction) -> None:
+    """Resume replacement."""
     for swarm in tx.find(Swarm):
         if swarm.freeze is not None:
             tx.put(replace(swarm, freeze=None))

@@ -1,11 +1,11 @@
-"""Enforcement: tasks that have to leave a node which changed under them, by its labels or by what it has.
+"""Enforcement: tasks that must leave a node because its labels or resources changed.
 
 A task leaves when its node no longer meets its constraints, or when the node has less than its tasks have reserved;
-then the oldest tasks stay.  A paused node keeps what it has, and a drained one loses everything by another rule.
+then the oldest tasks stay.  A paused node keeps its tasks; a drained one loses all of them by another rule.
 
-Differences from swarmkit: such a task is replaced like one of a drained node (it ends as SHUTDOWN, without the restart
-delay), where swarmkit calls it REJECTED while its container still runs; which tasks of an overcommitted node stay does
-not depend on chance.
+Differences from swarmkit: such a task is replaced like one of a drained node (it ends as SHUTDOWN, without the
+restart delay), where swarmkit sets it to REJECTED while its container still runs; which tasks of an overcommitted
+node stay is deterministic.
 
 Source: swarmkit, manager/orchestrator/constraintenforcer/constraint_enforcer.go.
 """
@@ -32,7 +32,7 @@ def violates_constraints(task: Task, node: Node) -> bool:
 
 
 def overcommitted(node: Node, tasks: Collection[Task]) -> frozenset[TaskId]:
-    """Which of the ``tasks`` of an active ``node`` are more than it has room for; the oldest find room first."""
+    """Which of the ``tasks`` of an active ``node`` exceed its resources; the oldest tasks are kept."""
     if node.spec.availability is not Availability.ACTIVE:
         return frozenset()
     resources = node.description.resources
@@ -54,7 +54,7 @@ def overcommitted(node: Node, tasks: Collection[Task]) -> frozenset[TaskId]:
 
 
 def _fits_all(resources: Resources, tasks: Iterable[Task]) -> bool:
-    """Whether there is room for all, whoever came first.  A new leader asks this about every task of the cluster."""
+    """Whether all tasks fit, in any order.  A new leader checks this for every task of the cluster."""
     nano_cpus = memory_bytes = 0
     for task in tasks:
         if task.generic_resources:
@@ -67,5 +67,5 @@ def _fits_all(resources: Resources, tasks: Iterable[Task]) -> bool:
 
 
 def _holds(task: Task) -> bool:
-    """Whether the task is meant to go on holding its part of the node."""
+    """Whether the task is to keep its reservations on the node."""
     return task.is_wanted and _ASSIGNED <= task.status.state.number <= _RUNNING

@@ -15,9 +15,9 @@ from skep.model.task import Task
 def reconcile(
     service: Service, tasks: Iterable[Task], nodes: Iterable[Node], seen: ObservedTimes | None = None
 ) -> list[Change]:
-    """Changes that give each eligible node one task of ``service``, and take it from the others.
+    """Changes that give each eligible node one task of ``service``, and remove those of other nodes.
 
-    A paused node keeps what it has and gets nothing new.  Applying the result and asking again gives ``[]``.
+    A paused node keeps its task and gets no new one.  Applying the result and deciding again gives ``[]``.
 
     Source: swarmkit, manager/orchestrator/global/global.go (reconcileServices).
     """
@@ -32,19 +32,19 @@ def reconcile(
             changes += [RetireTask(task) for task in wanted(slot) if task.status.state.is_terminal]
     for node_id, node in eligible.items():
         slot = slots.get(node_id, ())
-        if node.spec.availability is Availability.ACTIVE and not _is_held(slot, service, seen):
+        if node.spec.availability is Availability.ACTIVE and not _is_filled(slot, service, seen):
             changes.append(FillSlot(service, 0, node_id, first_state(slot)))
     return changes
 
 
 def is_eligible(node: Node, service: Service) -> bool:
-    """Whether ``node`` may hold a task of the service: up, not drained, and within the constraints."""
+    """Whether ``node`` may run a task of the service: up, not drained, and within the constraints."""
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return not is_unusable(node) and is_satisfied(constraints, node)
 
 
-def _is_held(slot: Slot, service: Service, seen: ObservedTimes | None) -> bool:
-    """Whether the node has its task: wanted, or ended for good (a rollback brings that back, too)."""
+def _is_filled(slot: Slot, service: Service, seen: ObservedTimes | None) -> bool:
+    """Whether the node has its task: a wanted one, or one that ended for good (which a rollback replaces)."""
     if wanted(slot):
         return True
     past = history(slot)

@@ -1,10 +1,10 @@
-"""Jobs: tasks that run to their end, a number of times in all (replicated) or once on each node (global).
+"""Jobs: tasks that run to completion, a number of times in all (replicated) or once on each node (global).
 
-A slot of a job is done with its first completed task.  One whose task failed is taken further by the restart policy;
-when that gives up, the slot stays taken, so that a job which cannot succeed comes to an end.  Each update is a new
-*iteration*, which begins from nothing: tasks of earlier ones are stopped, and those that ended stay as history.
+A slot of a job is done with its first completed task.  After a failed task the restart policy decides; when it gives
+up, the slot stays taken, so that a job that cannot succeed comes to an end.  Each update is a new *iteration*, which
+starts from nothing: tasks of earlier ones are stopped, and those that ended stay as history.
 
-Difference from swarmkit: a slot that was given up is not begun anew.
+Difference from swarmkit: a slot that was given up is not started again.
 
 Source: swarmkit, manager/orchestrator/jobs/{replicated,global}/reconciler.go.
 """
@@ -28,9 +28,9 @@ from skep.model.times import unix_ns
 
 
 def next_steps(situation: Situation) -> list[Step]:
-    """What to do for a job now, and when to look again.
+    """What to do for a job now, and when to decide again.
 
-    Applying the changes and asking again, nothing else having happened, gives no further change.
+    Applying the changes and deciding again, with no other event, gives no further change.
     """
     service = situation.service
     iteration = iteration_of(service)
@@ -54,7 +54,7 @@ def next_steps(situation: Situation) -> list[Step]:
             for key, slot in slots.items()
             if not any(_must_leave(task, situation) for task in wanted(slot))
         }
-    # A run that was replaced, its node being lost, has completed after all.
+    # A run was replaced because its node was lost, and has completed after all.
     steps += [RetireTask(task) for slot in slots.values() if is_done(slot) for task in slot if task.is_active]
     filled = {fill.slot or fill.node_id for fill in fills}
     steps += fills
@@ -66,7 +66,7 @@ def next_steps(situation: Situation) -> list[Step]:
 
 
 def iteration_of(service: Service) -> Version:
-    """Which run of the job is the present one."""
+    """The job's present iteration."""
     return service.job_status.job_iteration if service.job_status is not None else Version()
 
 
@@ -76,7 +76,7 @@ def is_done(slot: Iterable[Task]) -> bool:
 
 
 def _end(present: list[Task], situation: Situation) -> list[Step]:
-    """The removal of a job that has nothing left to do, when its time to live has passed since its last task."""
+    """Removes a job that has nothing left to do, once its time to live has passed since its last task ended."""
     ttl_s = job_ttl_s(situation.service.spec.labels)
     ended = [situation.seen.ended(task) for task in present]
     if ttl_s is None or not ended or any(at is None for at in ended):
@@ -88,11 +88,11 @@ def _end(present: list[Task], situation: Situation) -> list[Step]:
 def _missing_runs(
     service: Service, job: ReplicatedJob, slots: Mapping[int, Slot], situation: Situation
 ) -> list[FillSlot]:
-    """Runs to begin now: as many as may run beside those that do, and no more than are still to be completed."""
+    """Runs to start now: as many as the concurrency limit allows, and no more than are still to be completed."""
     total = job.total_completions or 0
     check_number(total)
     done = {number for number, slot in slots.items() if is_done(slot)}
-    # What took the place of a run that has completed after all counts until it is retired, which may fail.
+    # The replacement of a run that has completed after all counts until it is retired, which may fail.
     active = {number for number, slot in slots.items() if any(task.is_active for task in slot)}
     under_way = active | {number for number, slot in slots.items() if wanted(slot)} - done
     given_up = {number for number in slots if _is_given_up(slots[number], situation)} - done - under_way
@@ -106,7 +106,7 @@ def _missing_runs(
 
 
 def _missing_nodes(service: Service, slots: Mapping[Any, Slot], situation: Situation) -> list[FillSlot]:
-    """Runs to begin on nodes that were there when this iteration was asked for and have not had it yet."""
+    """Runs to start on nodes that existed when this iteration was requested and have not had one."""
     return [
         FillSlot(service, 0, node.id, first_state(slots.get(node.id, ())))
         for node in situation.nodes()
@@ -129,7 +129,7 @@ def _is_taken(slot: Slot, situation: Situation) -> bool:
 
 
 def _is_given_up(slot: Slot, situation: Situation) -> bool:
-    """Whether the slot's last task failed and its restart policy wants no further one."""
+    """Whether the slot's last task failed and its restart policy allows no further one."""
     past = history(slot)
     is_failed = bool(past) and past[-1].status.state in (TaskState.FAILED, TaskState.REJECTED)
     return is_failed and not wanted(slot) and not should_restart(past[-1], slot, situation.seen)
@@ -145,5 +145,5 @@ def _is_left_over(task: Task, iteration: Version) -> bool:
 
 
 def _retired(task: Task) -> RetireTask:
-    """What has ended stays as history; what still runs for an earlier iteration goes without a trace."""
+    """An ended task stays as history; one of an earlier iteration that still runs is stopped and deleted."""
     return RetireTask(task, TaskState.SHUTDOWN if task.status.state.is_terminal else TaskState.REMOVE)

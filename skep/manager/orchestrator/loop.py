@@ -34,16 +34,16 @@ from skep.store.kinds import spec_of
 log = structlog.get_logger()
 
 BATCH = 100
-"""Services looked at before their changes are committed together."""
+"""Services decided before their changes are committed together."""
 THROTTLE_S_PER_TASK = 25e-6
-"""Three times what one task costs a decision."""
+"""Three times the cost of one task in a decision."""
 THROTTLE_S_MIN, THROTTLE_S_MAX = 0.01, 0.25
 FAILED = "orchestration failed"
-"""How the message of a service begins whose decision raised."""
+"""First words of a service's message when its decision raised."""
 
 
 class Orchestrator:
-    """Keeps every service at its wanted tasks: replicated, global and jobs, restarts, rolling updates."""
+    """Keeps every service at its desired tasks: replicated, global and jobs, restarts, rolling updates."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Orchestrator:
         self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
         self._sound_nodes: dict[NodeId, bool] = {}
         self._throttled_until: dict[ServiceId, float] = {}
-        """Until when large services rest."""
+        """Until when large services are throttled."""
 
     async def run(self) -> None:
         """Converge until cancelled.  Runs on the leader only."""
@@ -86,7 +86,7 @@ class Orchestrator:
         self._loading = self._load({service.id for service in services})
 
     def _load(self, known: set[ServiceId]) -> Iterator[None]:
-        """Tasks whose service is gone have nobody else who asks for them."""
+        """Queue the services of tasks whose service no longer exists."""
         left_over: set[ServiceId] = set()
         for tasks in batches_of(self._term.view, Task):
             left_over.update({task.service_id for task in tasks} - known)
@@ -94,12 +94,12 @@ class Orchestrator:
         self._queue.add(sorted(left_over - {ServiceId("")}))
 
     def _on_commit(self, commit: Commit) -> None:
-        self._seen.note(commit, self._clock.monotonic())
-        self._disruption.note(commit)  # first: a storm is not to be answered by what makes it one
+        self._seen.record(commit, self._clock.monotonic())
+        self._disruption.note(commit)  # first: a disruption must be known before the decisions it would cause
         self._queue.add(self._affected(commit))
 
     def _affected(self, commit: Commit) -> Iterable[ServiceId]:
-        """Services whose decision may come out differently after ``commit``."""
+        """Services whose decision may change with ``commit``."""
         for event in commit.events:
             match event:
                 case Created(Service() as service) | Updated(_, Service() as service):
@@ -132,14 +132,14 @@ class Orchestrator:
                         yield from self._services_of_node(after)
 
     def _is_on_unusable_node(self, old: Task, new: Task) -> bool:
-        """Whether the task got a node that went away, or was labelled anew, at the same moment."""
+        """Whether the task was assigned to a node that went away, or was labelled anew, at the same moment."""
         if old.node_id == new.node_id:
             return False
         node = self._term.view().lookup(Node, new.node_id)
         return node is None or is_unusable(node) or violates_constraints(new, node)
 
     def _services_of_node(self, node: Node) -> Iterable[ServiceId]:
-        """Services with tasks on a node that changed, or went."""
+        """Services with tasks on a node that changed or was deleted."""
         self._sound_nodes.pop(node.id, None)
         yield from sorted(self._global)
         for task in self._term.view().find(Task, node_id=node.id):
@@ -151,7 +151,7 @@ class Orchestrator:
 
     async def _run_tasks(self) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._disruption.run(), name="freezer")
+            group.create_task(self._disruption.run(), name="disruption mode")
             group.create_task(go_through(self._loading, self._clock), name="tasks without a service")
             await self._work()
 
@@ -167,7 +167,7 @@ class Orchestrator:
             await self._commit(changes)
 
     def _is_throttled(self, service_id: ServiceId) -> bool:
-        """Whether a large service was looked at a moment ago; it is looked at again when it has rested."""
+        """Whether a large service was decided a moment ago; it is queued for the end of its throttling."""
         until = self._throttled_until.get(service_id)
         if until is None:
             return False
@@ -178,7 +178,8 @@ class Orchestrator:
         return False
 
     async def _decided(self, service_id: ServiceId) -> list[tuple[ServiceId, Change]]:
-        """The changes for one service; a decision that raises is written on the service and tried again later."""
+        """The changes for one service; if the decision raises, the error is written to the service and the decision
+        retried."""
         changes: list[Change] = []
         with self._failures.caught(service_id):
             for step in await self._steps(service_id):
@@ -194,12 +195,12 @@ class Orchestrator:
             self._queue.add_at(service_id, failure.retry_at)
             changes = []
         error = failure.error if failure is not None else self._refusals.error(service_id)
-        with self._failures.caught(f"mark on {service_id}"):
+        with self._failures.caught(f"error of {service_id}"):
             await self._write_error(service_id, error)
         return [(service_id, change) for change in changes]
 
     async def _write_error(self, service_id: ServiceId, error: str | None) -> None:
-        """Show on the service what is wrong with its decisions, or that nothing is any more."""
+        """Write to the service why its decision or write failed, or clear that."""
         service = self._term.view().lookup(Service, service_id)
         if error is not None and service is not None and not _has_error(service, error):
             await self._term.update(_set_error, service_id, error)
@@ -207,7 +208,7 @@ class Orchestrator:
             await self._term.update(_clear_error, service_id)
 
     async def _steps(self, service_id: ServiceId) -> Sequence[Change | Recheck]:
-        """The decision about one service; none where what it rests on has changed while it was made."""
+        """The decision about one service; empty if its inputs changed while it was made."""
         view = self._term.view()
         tasks = tuple(view.find(Task, service_id=service_id))
         if (rest := throttle_s(len(tasks))) > 0:
@@ -218,7 +219,7 @@ class Orchestrator:
         situation = Situation(
             service=service,
             tasks=tasks,
-            # A view is good until the next pause, and the decision has some.
+            # A view is valid until the next pause, and the decision pauses.
             nodes=lambda: tuple(self._term.view().find(Node)),
             node=lambda node_id: self._term.view().lookup(Node, node_id),
             overcommitted=self._overcommitted_on,
@@ -230,7 +231,7 @@ class Orchestrator:
             sound_nodes=self._sound_nodes,
         )
         steps = await in_slices(deciding(situation), self._clock)
-        # Of tasks that changed meanwhile each change looks again; a freeze and another wish hold for all of them.
+        # Each change checks for tasks that changed meanwhile; a freeze or a new spec would affect all of them.
         is_same = (
             self._term.view().lookup(Service, service_id) is service
             and situation.is_frozen == self._disruption.is_frozen
@@ -243,7 +244,7 @@ class Orchestrator:
         return steps
 
     def _overcommitted_on(self, node_id: NodeId) -> frozenset[TaskId]:
-        """Decided once for each change of a node: the scheduler never gives it more than it has."""
+        """Cached per node until it changes: the scheduler never assigns more than the node has."""
         if node_id not in self._overcommitted:
             view = self._term.view()
             node = view.lookup(Node, node_id)
@@ -272,14 +273,15 @@ class Orchestrator:
                 others += [(id, other)] if other is not None else []
         failed = [result for result in results if isinstance(result, SkepError)]
         if failed:
-            log.warning("not written, trying again", what="changes", count=len(failed), reason=str(failed[0]))
+            log.warning("write failed, will retry", what="changes", count=len(failed), reason=str(failed[0]))
         await self._commit(others)
 
 
 def throttle_s(tasks: int) -> float:
-    """Seconds until a service with so many tasks is looked at again, at the earliest.
+    """Seconds until a service with so many tasks is decided again, at the earliest.
 
-    A decision about thousands of tasks takes tens of milliseconds: what their nodes report meanwhile is taken in one.
+    A decision about thousands of tasks takes tens of milliseconds; what their nodes report meanwhile is handled in
+    one.
     """
     wished = tasks * THROTTLE_S_PER_TASK
     return min(wished, THROTTLE_S_MAX) if wished >= THROTTLE_S_MIN else 0.0
@@ -292,7 +294,8 @@ def _is_global(service: Service) -> bool:
 def _is_relevant(old: Task, new: Task) -> bool:
     """Whether a change of a task can change a decision: what its agent does between ASSIGNED and RUNNING cannot.
 
-    Except for one that is prepared while its predecessor runs: that it is ready, or finds no place, is waited for.
+    The exception is a task that is prepared while its predecessor runs: the decision waits for it to be ready or
+    refused.
     """
     if old.desired_state != new.desired_state:
         return True
@@ -304,13 +307,13 @@ def _is_relevant(old: Task, new: Task) -> bool:
 
 
 def _has_error(service: Service | None, error: str = "") -> bool:
-    """Whether the service shows ``error``; any of an earlier decision where none is given."""
+    """Whether the service shows ``error``; without an argument, any error of an earlier decision."""
     status = service.update_status if service is not None else None
     return status is not None and status.message.startswith(f"{FAILED}: {error}")
 
 
 def _set_error(tx: Transaction, service_id: ServiceId, error: str) -> None:
-    """Show on the service that its decision failed."""
+    """Write the error of a decision to the service."""
     service = tx.lookup(Service, service_id)
     if service is not None:
         status = service.update_status or UpdateStatus()
@@ -318,7 +321,7 @@ def _set_error(tx: Transaction, service_id: ServiceId, error: str) -> None:
 
 
 def _clear_error(tx: Transaction, service_id: ServiceId) -> None:
-    """The decision works again; an update under way says what swarmkit's say."""
+    """Clear the error; an update under way gets swarmkit's message again."""
     service = tx.lookup(Service, service_id)
     if service is not None and service.update_status is not None and _has_error(service):
         status = replace(service.update_status, message="update in progress")

@@ -1,9 +1,9 @@
-"""When this leader first saw what: the only stamps that restart delays, windows and monitors are measured with.
+"""When this leader first observed what; restart delays, windows and monitor times are measured with these only.
 
-Stamps in the objects come from other machines' clocks and are for people.  What happened before the term began
-counts as seen at its begin, so a new leader starts every delay again, bounded by its full length.  That is right for
-delays only: what is counted or judged by its duration asks whether it was seen (``saw_created``, ``saw_end``,
-``saw_start``), or every old restart would look like one of this moment.
+Timestamps in the objects come from other machines' clocks and are for people.  What happened before the term began
+counts as observed at its start, so a new leader starts every delay again, for at most its full length.  That is right
+for delays only.  Where a number of events or a duration is judged, ``saw_created``, ``saw_end`` and ``saw_start``
+must be checked first, or every old restart would count as one of this moment.
 """
 
 from skep.model.ids import NodeId, TaskId
@@ -17,15 +17,15 @@ STABLE_S = 10.0
 
 
 class ObservedTimes:
-    """First sightings of tasks' stages and of nodes going down, in seconds on the leader's monotonic clock."""
+    """First observations of tasks' stages and of nodes going down, in seconds on the leader's monotonic clock."""
 
     def __init__(self, began: float) -> None:
         """``began``: when the watch's snapshot was taken."""
         self._began = began
         self._created: dict[TaskId, float] = {}
         self._running: dict[TaskId, float] = {}
-        self._ran_before: set[TaskId] = set()
-        """Tasks that ran when the term began."""
+        self._ran_at_start: set[TaskId] = set()
+        """Tasks that were running when the term began."""
         self._retired: dict[TaskId, float] = {}
         self._ended: dict[TaskId, float] = {}
         self._down: dict[NodeId, float] = {}
@@ -35,37 +35,37 @@ class ObservedTimes:
         return self._created.get(task.id, self._began)
 
     def running(self, task: Task) -> float | None:
-        """When it was first seen running; None if it never was, as far as this leader knows."""
+        """When the task was first observed running; None if it never was, as far as this leader can tell."""
         if task.id in self._running:
             return self._running[task.id]
         return self._began if task.status.state is TaskState.RUNNING else None
 
     def saw_created(self, task: Task) -> bool:
-        """Whether it appeared in this term."""
+        """Whether the task was created in this term."""
         return task.id in self._created
 
     def saw_start(self, task: Task) -> bool:
-        """Whether ``running`` is when it began to run, and not just the begin of the term."""
-        return task.id in self._running and task.id not in self._ran_before
+        """Whether ``running`` is the time it began to run, and not just the start of the term."""
+        return task.id in self._running and task.id not in self._ran_at_start
 
     def saw_end(self, task: Task) -> bool:
         """Whether it ended in this term."""
         return task.id in self._ended
 
     def retired(self, task: Task) -> float:
-        """When the task was first seen not to be wanted any more; only to be asked of one that is not."""
+        """When the task was first observed to be no longer wanted; only valid for such a task."""
         return self._retired.get(task.id, self._began)
 
     def ended(self, task: Task) -> float | None:
-        """When it was first seen to have ended; None while it has not."""
+        """When the task was first observed to have ended; None while it has not."""
         if not task.status.state.is_terminal:
             return None
         return self._ended.get(task.id, self._began)
 
     def was_stable(self, task: Task, now: float) -> bool:
-        """Whether it has run for ``STABLE_S``; by its own stamps where only an earlier leader saw it start.
+        """Whether the task ran for ``STABLE_S``; by its own timestamps where only an earlier leader saw it start.
 
-        Those are of two machines' clocks: they decide about a delay of seconds, once in a change of leader.
+        Those come from two machines' clocks; they only decide about a delay of seconds, once per change of leader.
         """
         ran_at, until = self.running(task), self._ended.get(task.id, now)
         if ran_at is not None and until - ran_at >= STABLE_S:
@@ -76,23 +76,23 @@ class ObservedTimes:
         return unix_ns(task.status.timestamp) - unix_ns(task.created_at) - waited >= STABLE_S * SECOND_NS
 
     def down(self, node: Node) -> float:
-        """When the node was first seen down, of those times that it is down now."""
+        """When the node was first observed down, since it was last up."""
         return self._down.get(node.id, self._began)
 
-    def note(self, commit: Commit, now: float) -> None:
-        """Remember what ``commit`` shows for the first time."""
+    def record(self, commit: Commit, now: float) -> None:
+        """Record what ``commit`` shows for the first time."""
         for event in commit.events:
             match event:
                 case Created(Task() as task):
                     self._created[task.id] = now
-                    self._note_state(task, now)
+                    self._record_state(task, now)
                 case Updated(Task() as old, Task() as task):
                     if old.status.state is TaskState.RUNNING and task.id not in self._running:
                         self._running[task.id] = self._began
-                        self._ran_before.add(task.id)
+                        self._ran_at_start.add(task.id)
                     if old.is_wanted and not task.is_wanted:
                         self._retired.setdefault(task.id, now)
-                    self._note_state(task, now)
+                    self._record_state(task, now)
                 case Updated(Node() as before, Node() as node) if before.status.state != node.status.state:
                     self._down.pop(node.id, None)
                     if node.status.state is NodeState.DOWN:
@@ -102,9 +102,9 @@ class ObservedTimes:
                 case Deleted(Task() as task):
                     for stamps in (self._created, self._running, self._retired, self._ended):
                         stamps.pop(task.id, None)
-                    self._ran_before.discard(task.id)
+                    self._ran_at_start.discard(task.id)
 
-    def _note_state(self, task: Task, now: float) -> None:
+    def _record_state(self, task: Task, now: float) -> None:
         if task.status.state is TaskState.RUNNING:
             self._running.setdefault(task.id, now)
         elif task.status.state.is_terminal:

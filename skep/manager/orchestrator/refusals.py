@@ -1,4 +1,5 @@
-"""Changes that the store did not take: each is proposed again later from time to time, all others at once."""
+"""Changes that the store did not write: each is retried with growing delays; the service's other changes are not
+delayed."""
 
 from collections.abc import Sequence
 
@@ -10,47 +11,47 @@ from skep.model.ids import ServiceId
 
 
 class Refusals:
-    """What is held back, by service.  What is decided no longer is forgotten."""
+    """Changes in backoff, by service.  A change that is no longer decided is forgotten."""
 
     def __init__(self, failures: Failures, clock: Clock) -> None:
         self._failures = failures
         self._clock = clock
-        self._held: dict[ServiceId, set[str]] = {}
+        self._refused: dict[ServiceId, set[str]] = {}
 
     def admitted(self, service_id: ServiceId, changes: Sequence[Change]) -> tuple[list[Change], float | None]:
-        """Those of a service's ``changes`` whose time has come, and when to look at the next one again."""
-        held = self._held.get(service_id)
-        if held is None:
+        """The service's ``changes`` that may be written now, and when the next of the others is due."""
+        refused = self._refused.get(service_id)
+        if refused is None:
             return list(changes), None
-        for key in held - {key_of(change) for change in changes}:
+        for key in refused - {key_of(change) for change in changes}:
             self._forget(service_id, key)
         now = self._clock.monotonic()
-        later = {key: at for key in held if (at := self._retry_at(service_id, key)) > now}
+        later = {key: at for key in refused if (at := self._retry_at(service_id, key)) > now}
         return [change for change in changes if key_of(change) not in later], min(
             later.values(), default=None
         )
 
     def note(self, service_id: ServiceId, change: Change, result: object) -> float | None:
-        """What became of a change; gives when to decide again about one that was not written."""
+        """Record the result of a change; gives when to decide again if it was not written."""
         key = key_of(change)
         if isinstance(result, SkepError):
-            self._held.setdefault(service_id, set()).add(key)
+            self._refused.setdefault(service_id, set()).add(key)
             return self._failures.record_write_failure(key, service_id, result).retry_at
-        if service_id in self._held:
+        if service_id in self._refused:
             self._forget(service_id, key)
         return None
 
     def error(self, service_id: ServiceId) -> str | None:
-        """What is to be told on the service: why one of its changes was refused."""
-        for key in sorted(self._held.get(service_id, ())):
+        """The error to show on the service: why one of its changes was refused."""
+        for key in sorted(self._refused.get(service_id, ())):
             failure = self._failures.refusal(key, service_id)
             if failure is not None:
                 return failure.error
         return None
 
     def forget(self, service_id: ServiceId) -> None:
-        """The service is gone."""
-        for key in self._held.pop(service_id, ()):
+        """The service was deleted."""
+        for key in self._refused.pop(service_id, ()):
             self._failures.clear_write_failure(key, service_id)
 
     def _retry_at(self, service_id: ServiceId, key: str) -> float:
@@ -59,7 +60,7 @@ class Refusals:
 
     def _forget(self, service_id: ServiceId, key: str) -> None:
         self._failures.clear_write_failure(key, service_id)
-        held = self._held[service_id]
-        held.discard(key)
-        if not held:
-            del self._held[service_id]
+        refused = self._refused[service_id]
+        refused.discard(key)
+        if not refused:
+            del self._refused[service_id]

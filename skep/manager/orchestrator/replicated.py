@@ -1,4 +1,4 @@
-"""Replicated services: as many filled slots as the user wants."""
+"""Replicated services: as many filled slots as replicas."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -16,13 +16,13 @@ from skep.model.task import Task, TaskState
 
 
 def reconcile(service: Service, tasks: Iterable[Task], seen: ObservedTimes | None = None) -> list[Change]:
-    """Changes that bring ``service`` to its wanted number of slots.
+    """Changes that bring ``service`` to its desired number of slots.
 
-    Free slots are filled from the lowest number up.  Surplus slots are taken from the nodes that hold most of the
-    service, so what stays is spread evenly.  A slot whose last task ended and is not to be restarted stays taken.
-    Applying the result and asking again gives ``[]``.
+    Free slots are filled from the lowest number up.  Surplus slots are taken from the nodes that run most tasks of
+    the service, so the rest is spread evenly.  A slot whose last task ended and is not to be restarted stays taken.
+    Applying the result and deciding again gives ``[]``.
 
-    Raises: InvalidArgument: more than any service may have; the users' interface lets none through.
+    Raises: InvalidArgument: more replicas than allowed; the API rejects such a spec, so it was not written by it.
 
     Source: swarmkit, manager/orchestrator/replicated/services.go.
     """
@@ -34,27 +34,28 @@ def reconciling(
 ) -> Sliced[list[Change]]:
     """``reconcile`` for tasks by slot, with pauses.
 
-    ``converged``: further slots, all of them filled.  With ``slots`` they are no more than the service asks for.
+    ``converged``: further slots, all of them filled.  Together with ``slots`` they are at most the number of
+    replicas.
     """
     check_number(service.spec.replicas)
-    held: dict[int, Slot] = {}
+    filled: dict[int, Slot] = {}
     for number, slot in slots.items():
-        if is_held(slot, service, seen):
-            held[number] = slot
+        if is_filled(slot, service, seen):
+            filled[number] = slot
         if number % STEP == 0:
             yield
-    missing = service.spec.replicas - len(held) - len(converged)
-    kept = set(held)
+    missing = service.spec.replicas - len(filled) - len(converged)
+    kept = set(filled)
     changes: list[Change] = []
     if missing >= 0:
-        free = (number for number in count(1) if number not in held and number not in converged)
-        filled = list(islice(free, missing))
-        kept.update(filled)
-        changes += [FillSlot(service, n, desired=first_state(slots.get(n, ()))) for n in filled]
+        free = (number for number in count(1) if number not in filled and number not in converged)
+        added = list(islice(free, missing))
+        kept.update(added)
+        changes += [FillSlot(service, n, desired=first_state(slots.get(n, ()))) for n in added]
     else:
-        kept -= set(in_eviction_order(held)[missing:])
+        kept -= set(in_eviction_order(filled)[missing:])
     yield
-    # The history of a slot goes with it.
+    # The history of a slot is removed with it.
     changes += [
         RetireTask(task, TaskState.REMOVE)
         for number, slot in slots.items()
@@ -78,10 +79,10 @@ def retire_all(tasks: Iterable[Task]) -> list[Change]:
 def in_eviction_order(slots: Mapping[int, Slot]) -> list[int]:
     """Slot numbers, those to keep longest first.
 
-    Each slot counts as the n-th copy of the service on its node; higher copies go first, so that no node keeps more
-    than its share.  Among equals what does not run goes before what runs, then high numbers before low ones (the
-    first replica of a stateful service often is its master).  Slots without a node, or in the middle of an
-    update, go before all others.
+    Each slot counts as the n-th copy of the service on its node; higher copies are removed first, so that no node
+    keeps more than its share.  Among equals, slots that do not run are removed before those that do, then high
+    numbers before low ones (the first replica of a stateful service often is its master).  Slots without a node, or
+    in the middle of an update, are removed before all others.
 
     Source: swarmkit, manager/orchestrator/replicated/slot.go.
     """
@@ -100,10 +101,10 @@ def in_eviction_order(slots: Mapping[int, Slot]) -> list[int]:
     return sorted(by_state, key=ranks.__getitem__)
 
 
-def is_held(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
-    """Whether the slot counts as filled: a task is wanted in it, or its last one ended for good.
+def is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
+    """Whether the slot counts as filled: a task in it is wanted, or its last one ended for good.
 
-    A rollback refills what ended for good, so that it always arrives at the state it returns to.
+    A rollback refills slots that ended for good, so that it always arrives at the state it returns to.
     """
     if wanted(slot):
         return True

@@ -1,17 +1,18 @@
-"""Restarts: whether an ended task gets a successor, and when that one may start.
+"""Restarts: whether an ended task gets a successor, and when the successor may start.
 
 A task that ended, or whose node is gone, down or drained, is *replaced*: it is retired, and a successor takes its
-slot with desired state READY.  The successor is placed and prepared at once, so that preparing overlaps with the
-restart delay; it is started when the delay is over and nothing of the slot is still stopping.
+slot with desired state READY.  The successor is assigned and prepared at once, so that preparing overlaps with the
+restart delay; it is started when the delay is over and nothing in the slot is still stopping.
 
-What cannot even be prepared (REJECTED: a missing image, say) is tried again later and later, also without a delay in
-the policy: an attempt that can fail in a millisecond must not keep the leader busy with nothing else.  So is what ends
-soon after it ran, again and again: a crash loop without a delay of its own would start tasks as fast as it can.
+A task that could not even be prepared (REJECTED, for a missing image, say) is retried with growing delays, also
+without a delay in the policy: an attempt that can fail in a millisecond must not keep the leader busy.  The same
+holds for a task that ends soon after it started, again and again: without a delay, a crash loop would create tasks as
+fast as it can.
 
-Each successor carries what the next decision needs: its delay, and how many before it failed in a row.  So
-neither the history that is kept nor a change of leader changes a delay.  How often a slot was restarted is not counted
-anywhere: it is the number of tasks that the slot has had with the same version of the spec, less the first (the task
-history keeps as many as the policy needs).
+Each successor carries the input of the next decision: its delay, and how many tasks before it failed in a row.  So
+neither the history limit nor a change of leader changes a delay.  The number of restarts of a slot is not stored: it
+is the number of tasks that the slot has had with the same version of the spec, minus the first (the task history
+keeps as many as the policy needs).
 
 Source: swarmkit, manager/orchestrator/restart/restart.go and manager/orchestrator/taskinit/init.go.
 """
@@ -32,17 +33,17 @@ from skep.model.times import SECOND_NS
 
 DEFAULT_DELAY_S = 5.0
 REJECTED_DELAYS_S = (0.0, 0.25, 1.0, 2.0)
-"""Least delay after the first, second, ... rejection in a row; the last one holds for any more."""
+"""Minimal delay after the first, second, ... rejection in a row; the last value holds for all further ones."""
 CRASH_DELAYS_S = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""The same where the last one ended soon after it ran (``ObservedTimes.was_stable``).  A single crash costs nothing."""
+"""The same for a task that ended soon after its start (``ObservedTimes.was_stable``).  A single crash costs nothing."""
 DAMPED_BELOW_S = 1.0
-"""A delay that the user set is what happens, from here on; a shorter one would be a tight loop, and is damped."""
+"""A delay set by the user is used as it is from this value on; a shorter one would be a tight loop, and is raised."""
 STOP_TIMEOUT_S = 60.0
-"""A successor waits no longer than this for what it replaces to stop (swarmkit's defaultOldTaskTimeout)."""
+"""A successor waits at most this long for its predecessor to stop (swarmkit's defaultOldTaskTimeout)."""
 
 
 def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
-    """What to do about the tasks of one slot that ended or lost their node."""
+    """What to do about tasks of one slot that ended or lost their node."""
     steps: list[Step] = []
     current = wanted(slot)
     for task in current:
@@ -51,23 +52,24 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
                 steps.append(Recheck(leaves_at))
             continue
         if task is not current[-1]:
-            # An update has already put a newer task into the slot.
+            # An update has already created a newer task in the slot.
             steps.append(RetireTask(task))
-        elif _is_superfluous(task, current, situation) or not should_restart(task, slot, situation.seen):
+        elif _is_superseded(task, current, situation) or not should_restart(task, slot, situation.seen):
             steps.append(RetireTask(task))
         elif (starts_at := start_time(task, slot, situation)) > situation.now:
-            # It could not even be prepared: its own delay holds for the next attempt too, or a missing
-            # image would be asked for in a tight loop.
+            # It could not even be prepared: its own delay applies to the next attempt too, or a missing image would
+            # be requested in a tight loop.
             steps.append(Recheck(starts_at))
         else:
             steps.append(ReplaceTask(task, _successor(task, slot, situation)))
     return steps
 
 
-def _is_superfluous(task: Task, current: Slot, situation: Situation) -> bool:
-    """Whether another task of the slot, in its place, is what the service asks for now.
+def _is_superseded(task: Task, current: Slot, situation: Situation) -> bool:
+    """Whether another task of the slot, on a usable node, matches the service's present spec.
 
-    An update leaves such a one that was overtaken by another, and is returned to before it could run.
+    An update can leave such a task: it is overtaken by another update, which is rolled back before the task could
+    run.
     """
     return any(
         other is not task
@@ -79,20 +81,20 @@ def _is_superfluous(task: Task, current: Slot, situation: Situation) -> bool:
 
 
 def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
-    """Starts of prepared tasks whose time has come; when to look again for the others."""
+    """Starts of prepared tasks that are due; when to decide again for the others."""
     for task in wanted(slot):
         if task.desired_state is not TaskState.READY or task.status.state.is_terminal:
             continue
-        if _is_held_back(task, slot, situation):
-            continue  # the update retires what it is to take over from
+        if _waits_for_update(task, slot, situation):
+            continue  # the update retires its predecessor first
         starts_at = start_time(task, slot, situation)
         yield StartTask(task) if starts_at <= situation.now else Recheck(starts_at)
 
 
 def should_restart(task: Task, slot: Slot, seen: ObservedTimes) -> bool:
-    """Whether the restart policy gives ``task``, which ended or lost its node, a successor.
+    """Whether the restart policy allows a successor of ``task``, which ended or lost its node.
 
-    Within a window only restarts of this term count, since of earlier ones nobody knows when they were; and what an
+    With a window only restarts of this term count, because the times of earlier ones are not known; and what an
     earlier leader has given up stays so.
     """
     policy = task.spec.restart_policy or RestartPolicy()
@@ -121,7 +123,7 @@ def should_restart(task: Task, slot: Slot, seen: ObservedTimes) -> bool:
 
 
 def delay_s(task: Task) -> float:
-    """The restart delay that ``task`` asks for."""
+    """The restart delay of ``task``'s policy."""
     policy = task.spec.restart_policy
     if policy is None or policy.delay is None:
         return DEFAULT_DELAY_S
@@ -131,22 +133,24 @@ def delay_s(task: Task) -> float:
 def start_time(task: Task, slot: Slot, situation: Situation) -> float:
     """When a task with desired state READY may start, on the clock of ``situation.seen``.
 
-    Anything up to now means: at once.  A later moment may come forward when something changes meanwhile.
+    Any time up to now means: at once.  A later time can move forward when something changes meanwhile.
     """
     if task.desired_state is not TaskState.READY:
         return situation.now
     delay = task.restart.delay if task.restart is not None else 0
     starts_at = situation.seen.created(task) + delay / SECOND_NS
-    retired_at = [situation.seen.retired(other) for other in _waited_for(slot, situation)]
+    retired_at = [situation.seen.retired(other) for other in _still_stopping(slot, situation)]
     return max([starts_at, *(at + STOP_TIMEOUT_S for at in retired_at)])
 
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
-    """The task that takes the slot over; started at once where nothing has to be waited for."""
+    """The task that takes over the slot; started at once if there is nothing to wait for."""
     is_same = task.spec == situation.service.spec.task_template
     failures = failures_in_a_row(task, situation) if is_same else 0
-    delay = _pause_s(task, failures) if is_same and _is_delayed(task, situation) else 0.0
-    starts_now = delay == 0 and not _waited_for(slot, situation) and not _is_held_back(task, slot, situation)
+    delay = _successor_delay_s(task, failures) if is_same and _is_delayed(task, situation) else 0.0
+    starts_now = (
+        delay == 0 and not _still_stopping(slot, situation) and not _waits_for_update(task, slot, situation)
+    )
     starts_now = starts_now and (task.status.state.is_terminal or is_lost(situation.node_of(task)))
     return FillSlot(
         situation.service,
@@ -158,8 +162,8 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     )
 
 
-def _pause_s(last: Task, failures: int) -> float:
-    """Seconds between the end of ``last`` and its successor's start: what the user set, else damped as it must be."""
+def _successor_delay_s(last: Task, failures: int) -> float:
+    """Seconds between the end of ``last`` and the start of its successor: the user's setting, or the minimal delay."""
     wanted_s = delay_s(last)
     if _is_set(last) and wanted_s >= DAMPED_BELOW_S:
         return wanted_s
@@ -172,9 +176,9 @@ def _is_set(task: Task) -> bool:
 
 
 def failures_in_a_row(last: Task, situation: Situation) -> int:
-    """How many tasks of the slot up to ``last`` were rejected, or ended by themselves soon after they ran.
+    """How many tasks of the slot up to ``last`` were rejected, or ended by themselves soon after they started.
 
-    One that was stopped, or lost its node, in such a row is none of them and does not end the row.
+    A task that was stopped, or lost its node, does not count and does not end the row.
     """
     before = last.restart.failures if last.restart is not None else 0
     if last.status.state is TaskState.REJECTED:
@@ -185,14 +189,14 @@ def failures_in_a_row(last: Task, situation: Situation) -> int:
 
 
 def _nth(delays_s: tuple[float, ...], index: int) -> float:
-    """The delay at ``index``; beyond the end the last one holds."""
+    """The delay at ``index``; the last one for larger indexes."""
     return delays_s[min(max(index, 0), len(delays_s) - 1)]
 
 
 def _is_delayed(predecessor: Task, situation: Situation) -> bool:
-    """Whether the successor of ``predecessor`` starts under the restart delay, what a task is being the same as before.
+    """Whether the restart delay applies to the successor of ``predecessor``, if the spec is the same.
 
-    Not when it was stopped on purpose or had to leave a drained node.
+    Not if it was stopped on purpose or had to leave a drained node.
     """
     if predecessor.status.state.is_terminal:
         return predecessor.status.state is not TaskState.SHUTDOWN
@@ -201,12 +205,12 @@ def _is_delayed(predecessor: Task, situation: Situation) -> bool:
     return is_lost(node) and bool(predecessor.node_id) and not is_drained
 
 
-def _is_held_back(task: Task, slot: Slot, situation: Situation) -> bool:
-    """Whether ``task`` is only prepared while an older one is meant to run on: an update, stop-first."""
+def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
+    """Whether ``task`` is only prepared while an older one is to run on: a stop-first update."""
     is_first = wanted(slot)[:1] in ((), (task,))
     return not is_first and situation.rollout_config.order is not UpdateOrder.START_FIRST
 
 
-def _waited_for(slot: Slot, situation: Situation) -> list[Task]:
-    """What of the slot is still stopping, on a node that can be expected to say so."""
+def _still_stopping(slot: Slot, situation: Situation) -> list[Task]:
+    """Tasks of the slot that are still stopping, on nodes that can be expected to report it."""
     return [task for task in slot if is_stopping(task) and not is_lost(situation.node_of(task))]

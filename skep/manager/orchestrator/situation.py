@@ -1,4 +1,4 @@
-"""All that a decision about one service may look at."""
+"""The inputs of a decision about one service."""
 
 from collections.abc import Callable
 from math import inf
@@ -20,7 +20,7 @@ _DEFAULTS = UpdateConfig(parallelism=1)
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
-    """A service, its tasks, the nodes, and what this leader has seen of them when."""
+    """A service, its tasks, the nodes, and when this leader observed what."""
 
     service: Service
     tasks: tuple[Task, ...]
@@ -30,20 +30,20 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     spec_of: Callable[[Task], ServiceSpec | None]
     """The service's spec that a task was made from; None when it is no longer kept."""
     overcommitted: Callable[[NodeId], frozenset[TaskId]]
-    """Tasks of a node that it has no room for any more."""
+    """Tasks of a node that exceed its resources."""
     seen: ObservedTimes
     now: float
     """Seconds on the clock of ``seen``."""
     is_frozen: bool = False
-    """Whether tasks of nodes that are down keep their places (``storm``)."""
+    """Whether tasks of down nodes keep their slots (``disruption_mode``)."""
     replaces_from: float = -inf
-    """Before this they keep them, too: a storm is just over."""
+    """Tasks of down nodes keep their slots until then: a disruption may be beginning, or has just ended."""
     sound_nodes: dict[NodeId, bool] = msgspec.field(default_factory=dict)
-    """What is known already of ``is_sound``; whoever keeps it forgets a node that changes."""
+    """Cache of ``is_sound``; its owner removes nodes that change."""
 
     @property
     def rollout_config(self) -> UpdateConfig:
-        """Settings of the update that is under way, or would be: those of a rollback while one is."""
+        """Settings of the present or next update; those of a rollback during one."""
         status, spec = self.service.update_status, self.service.spec
         is_rollback = status is not None and status.state in ROLLBACKS
         return (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
@@ -52,7 +52,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return self.node(task.node_id) if task.node_id else None
 
     def is_misplaced(self, task: Task) -> bool:
-        """Whether the task has a node and must leave it."""
+        """Whether the task is on a node that it must leave."""
         if not task.node_id:
             return False
         node = self.node(task.node_id)
@@ -65,7 +65,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return violates_constraints(task, node) or task.id in self.overcommitted(task.node_id)
 
     def is_sound(self, node_id: NodeId) -> bool:
-        """Whether a node has nothing about it that its tasks would have to leave, unless by their constraints."""
+        """Whether no task has to leave the node, except by its own constraints."""
         sound = self.sound_nodes.get(node_id)
         if sound is None:
             node = self.node(node_id)
@@ -74,7 +74,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return sound
 
     def leaves_at(self, task: Task) -> float:
-        """When a task whose node is down loses its place; infinity: not for now, or its node is not down."""
+        """When a task whose node is down is to be replaced; infinity: not for now, or its node is not down."""
         node = self.node_of(task)
         if node is None or not _is_down_only(node):
             return inf
@@ -82,12 +82,12 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         down_at = max(self.seen.down(node), self.replaces_from)
         return replaced_at(policy, task, down_at, is_frozen=self.is_frozen)
 
-    def is_held(self, task: Task) -> bool:
-        """Whether the task keeps its place though its node is down."""
+    def keeps_slot(self, task: Task) -> bool:
+        """Whether the task keeps its slot though its node is down."""
         node = self.node_of(task)
         return node is not None and _is_down_only(node) and not self.is_misplaced(task)
 
 
 def _is_down_only(node: Node) -> bool:
-    """Whether a node is down and nobody wants it to be empty anyway."""
+    """Whether a node is down, and not drained."""
     return node.status.state is NodeState.DOWN and node.spec.availability is not Availability.DRAIN

@@ -1,7 +1,8 @@
-"""Slots: the places of a service, each taken by one task after another.
+"""Slots of a service: each is filled by one task after another.
 
 A replicated service has numbered slots, a global one has a slot per node.  A slot's tasks are its history: the
-retired and ended ones, and at most one that is wanted (two for a moment while an update starts the new one first).
+retired and ended ones, and at most one that is wanted (two for a short time while an update starts the new one
+first).
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from skep.model.node import Availability, Node, NodeState
 from skep.model.task import Task, TaskState
 
 PAUSE = 1000
-"""Tasks that are sorted between two pauses: of a few tenths of a microsecond each."""
+"""Tasks sorted between two pauses; a few tenths of a microsecond each."""
 
 Slot: TypeAlias = tuple[Task, ...]
 """The tasks of one slot, oldest first."""
@@ -58,25 +59,25 @@ def age(task: Task) -> tuple[str, str]:
 
 def wanted(slot: Slot) -> Slot:
     """The tasks of a slot that are meant to run."""
-    if len(slot) == 1:  # most slots, and every decision asks
+    if len(slot) == 1:  # most slots; called in every decision
         return slot if slot[0].is_wanted else ()
     return tuple([task for task in slot if task.is_wanted])  # a list costs less than a generator
 
 
 def history(slot: Slot) -> Slot:
-    """The tasks of a slot without those on their way to removal, which no longer count for anything."""
+    """The tasks of a slot without those that are being removed, which count for nothing."""
     if len(slot) == 1 and slot[0].is_wanted:
         return slot
     return tuple([task for task in slot if task.desired_state < TaskState.REMOVE])
 
 
 def is_stopping(task: Task) -> bool:
-    """Whether the task is retired and its agent has not reported its end yet."""
+    """Whether the task is retired and its agent has not reported its end."""
     return not task.is_wanted and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
 
 
 def first_state(slot: Slot) -> TaskState:
-    """Desired state of a new task: a slot used again waits for what is still stopping in it."""
+    """Desired state of a new task: in a slot where a task is still stopping, the new one waits (READY)."""
     return TaskState.READY if any(map(is_stopping, slot)) else TaskState.RUNNING
 
 
@@ -89,5 +90,5 @@ def is_unusable(node: Node | None) -> bool:
 
 
 def is_lost(node: Node | None) -> bool:
-    """Whether nothing can be expected to be reported from this node."""
+    """Whether no further report can be expected from this node."""
     return node is None or node.status.state is NodeState.DOWN

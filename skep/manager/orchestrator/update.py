@@ -1,31 +1,31 @@
-"""Rolling updates: tasks made from an old spec give way to tasks of the present one, a few slots at a time.
+"""Rolling updates: tasks of an old spec are replaced by tasks of the present one, a few slots at a time.
 
-An update has no memory of its own: how far it is can be seen in the slots.
+An update has no state of its own: its progress is read from the slots.
 
-* A slot is *outdated* when a wanted task in it (or its last task, which ended for good) was made from a spec that
-  differs in what a task is.  ``dirty`` says when.
-* An updated slot has a *lead*: the first task made from the present version that its node can still speak for.  The
-  lead is *settled* when it was seen running or ended.  Until then, and for the update delay after it, the slot occupies
-  one of ``parallelism`` places.  So does a slot in which nothing serves and which the update has not begun with: an
+* A slot is *outdated* if a wanted task in it (or its last task, which ended for good) was made from a spec that
+  differs in what a task is (``dirty``).
+* An updated slot has a *lead*: the first task of the present version, unless it was given up on a lost node.  The
+  lead is *settled* once it was observed running or ended.  Until then, and for the update delay after it, the slot
+  counts against ``parallelism``.  So does a slot without a running task that the update has not started with: an
   update that this one overtook may have left it so.
 * A lead that ends by itself before it ran for the monitor time is a failure, and so is one that is not settled within
   the progress deadline (a label of the service).  More failures than the ratio allows pause the update, roll it back,
   or are ignored; the update's message names the last one and its cause.
-* The update is complete when every slot was begun with and the monitor time has passed since the last lead settled.
+* The update is complete when every slot was started with and the monitor time has passed since the last lead settled.
   An old task may then still run beside the attempts at a new one.
 
-A task that runs is given up for nothing less than a successor that is ready.  stop-first has the new task placed and
-prepared first (desired READY), then retires the old one, and starts the new one when that has stopped; start-first
-retires the old task when the new one runs.  Either way a new task that does not get so far is retried by the restart
-policy while the old one runs on.  Only where the old task itself takes the room that the new one needs (reservations,
-host ports, addresses, replicas per node) is it retired for one that cannot be placed; and one that does not run is
-nothing to hold on to.
+A running task is only retired once its successor is ready.  With stop-first the new task is assigned and prepared
+first (desired READY), then the old one is retired, and the new one is started when that has stopped; with start-first
+the old task is retired when the new one runs.  In both cases a new task that does not get so far is retried by the
+restart policy while the old one runs on.  The old task is retired for one that cannot be assigned only if it occupies
+what the new one needs (reservations, host ports, addresses, replicas per node).  An old task that does not run is
+retired at once.
 
 Differences from swarmkit: it retires the old task of a stop-first update at once, so that an image which cannot be
-pulled leaves nothing running (the order kept here is the one that its makers' talks tell); nothing waits for the update
-delay after the last slot; a lead that we stop ourselves (a drained node, a scale down) is no failure; failures of tasks
-that a scale-up adds to the update count; a task that gets nowhere ends an update after the progress deadline, where
-swarmkit waits for ever.
+pulled leaves nothing running (the order here is the one that its makers' talks describe); nothing waits for the
+update delay after the last slot; a lead that we stop ourselves (a drained node, a scale down) is no failure; failures
+of tasks that a scale-up adds to the update count; a task without progress ends an update after the progress deadline,
+where swarmkit waits for ever.
 
 Source: swarmkit, manager/orchestrator/update/updater.go.
 """
@@ -85,37 +85,38 @@ class _SlotView(msgspec.Struct, frozen=True):
     """Wanted tasks (or the last one, ended for good) made from an older, different spec."""
     lead: Task | None
     """The first task of the present version (``_lead``)."""
-    begun: Task | None
-    """What the slot was begun with: its lead, or what a version before that asks for the same has made (``_begun``)."""
+    started: Task | None
+    """The task the slot was started with: its lead, or one of an earlier version with the same task spec
+    (``_started``)."""
 
     @property
     def serves(self) -> bool:
-        """Whether something of the slot runs, and is to."""
+        """Whether a task of the slot runs and is wanted."""
         return any(map(_serves, self.slot))
 
     @property
     def stops(self) -> bool:
-        """Whether something of the slot stops, or would have to."""
+        """Whether a task of the slot is stopping, or would have to be stopped."""
         return any(TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING for task in self.slot)
 
 
 def step_seconds_max(spec: ServiceSpec) -> float:
-    """How long a step may get nowhere before the update ends.
+    """How long a step may make no progress before the update fails.
 
-    The task before may need its grace to stop; so long the new one waits for nothing of its own.
+    The stop grace period is added, because the new task may have to wait for the old one to stop.
     """
     return progress_deadline_s(spec.labels) + spec.task_template.stop_grace_s
 
 
 def monitor_s(config: UpdateConfig) -> float:
-    """How long a lead has to run."""
+    """How long a lead is monitored."""
     return config.monitor / SECOND_NS if config.monitor else DEFAULT_MONITOR_S
 
 
 def update_steps(slots: Iterable[Slot], situation: Situation) -> Sliced[list[Step]]:
     """The next steps of the update of a service's ``slots`` (those that stay), if there is anything to update.
 
-    Asking again after the steps were applied gives ``[]`` or a ``Recheck`` until something else happens.
+    Deciding again after the steps were applied gives ``[]`` or a ``Recheck`` until something else happens.
     """
     service = situation.service
     views: list[_SlotView] = []
@@ -136,25 +137,25 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> Sliced[list[Ste
         return steps
     if state is None:
         steps.append(SetUpdateStatus(service, UpdateState.UPDATING, "update in progress"))
-    yield from rollout.look()
-    if (verdict := rollout.verdict()) is not None:
-        return [*steps, verdict]
+    yield from rollout.observe()
+    if (failure_step := rollout.failure_step()) is not None:
+        return [*steps, failure_step]
     if waiting := [view for view in outdated if not view.current and view.lead is None]:
-        return [*steps, *(yield from rollout.beginning(waiting))]
+        return [*steps, *(yield from rollout.start_slots(waiting))]
     return [*steps, *rollout.complete()]
 
 
 class _Rollout:
-    """How the update to one version stands, and its settings."""
+    """The progress of the update to one version, and its settings."""
 
     def __init__(self, service: Service, views: list[_SlotView], situation: Situation) -> None:
         self._service = service
         self._views = views
-        self._begun = [view.begun for view in views if view.begun is not None]
+        self._started = [view.started for view in views if view.started is not None]
         self._settled: dict[TaskId, float | None] = {}
-        """When each of these settled; see ``look``."""
+        """When each of these settled; see ``observe``."""
         self._failed: list[Task] = []
-        """Leads."""
+        """Failed leads."""
         self._seen = situation.seen
         self._now = situation.now
         self._spec_of = situation.spec_of
@@ -168,25 +169,25 @@ class _Rollout:
         self._deadline_s = step_seconds_max(spec)
 
     def finish(self, view: _SlotView) -> Iterator[Step]:
-        """Retire what a current task of the same slot makes superfluous."""
+        """Retire what a current task of the same slot replaces."""
         if not view.current:
             return
         serving = [task for task in view.outdated if _serves(task)]
-        if not serving or any(self._takes_over(task, serving) for task in view.current):
+        if not serving or any(self._can_take_over(task, serving) for task in view.current):
             yield from (RetireTask(task) for task in view.outdated if task.desired_state <= TaskState.RUNNING)
         if len(view.current) > 1:
             best = max(view.current, key=lambda task: (task.desired_state.number, task.status.state.number))
             yield from (RetireTask(task) for task in view.current if task is not best)
 
-    def beginning(self, waiting: list[_SlotView]) -> Sliced[list[Step]]:
-        """Take as many further slots as there is room for; say when a delay makes room again.
+    def start_slots(self, waiting: list[_SlotView]) -> Sliced[list[Step]]:
+        """Start with as many further slots as ``parallelism`` allows; recheck when a delay ends.
 
-        Slots in which nothing serves come first, and one that serves is taken only where there is room for all of them
-        as well: an update before this one may have taken them out of service, and with as many more the service could
-        be left without any.
+        Slots without a running task come first, and one with a running task is only started with if ``parallelism``
+        leaves room for all of the idle ones as well: an earlier update may have stopped those, and with as many more
+        stopped the service could be left without any.
         """
         busy, room_at = 0, []
-        for task in self._begun:
+        for task in self._started:
             settled_at = self._settled[task.id]
             if settled_at is None:
                 busy += 1
@@ -210,18 +211,18 @@ class _Rollout:
             steps.append(Recheck(min(room_at)))
         return [*steps, *self._recheck_progress()]
 
-    def look(self) -> Sliced[None]:
-        """Find out which tasks are settled and which have failed, for all that follows."""
+    def observe(self) -> Sliced[None]:
+        """Find out which leads are settled and which have failed; the other methods rely on it."""
         for number, view in enumerate(self._views):
-            if view.begun is not None:
-                self._settled[view.begun.id] = self._settled_at(view.begun)
+            if view.started is not None:
+                self._settled[view.started.id] = self._settled_at(view.started)
             if view.lead is not None and self._has_failed(view.lead):
                 self._failed.append(view.lead)
             if number % STEP == 0:
                 yield
 
-    def verdict(self) -> Step | None:
-        """What too many failures lead to."""
+    def failure_step(self) -> Step | None:
+        """The step that too many failures lead to; None: not too many."""
         action = self._config.failure_action or UpdateFailureAction.PAUSE
         if action is UpdateFailureAction.CONTINUE:
             return None
@@ -243,7 +244,7 @@ class _Rollout:
         return RollBack(self._service, f"{ROLLED_BACK} {reason}")
 
     def complete(self) -> Iterator[Step]:
-        """No slot is left to begin with: the update is over once every lead was watched for the monitor time."""
+        """No slot is left to start with: the update is over once every lead was monitored for the monitor time."""
         if self.state not in UNDER_WAY:
             return
         leads = [self._settled[view.lead.id] for view in self._views if view.lead is not None]
@@ -260,13 +261,13 @@ class _Rollout:
             yield SetUpdateStatus(self._service, UpdateState.COMPLETED, "update completed")
 
     def _rolled_back(self) -> str:
-        """Docker's words, and what they forget: why the update was rolled back."""
+        """Docker's message, with the cause of the rollback, which Docker omits."""
         status = self._service.update_status
         cause = status.message if status is not None and status.message.startswith(ROLLED_BACK) else ""
         return "rollback completed" + (f": {cause}" if cause else "")
 
     def _replace(self, view: _SlotView) -> Iterator[Step]:
-        """Begin with one slot.  Of several outdated tasks (an update was overtaken by this one) the best counts."""
+        """Start with one slot.  Of several outdated tasks (this update overtook another) the best counts."""
         *others, best = sorted(
             view.outdated, key=lambda task: (task.status.state is TaskState.RUNNING, age(task))
         )
@@ -282,14 +283,14 @@ class _Rollout:
             yield ReplaceTask(others.pop(), successor) if others else successor
         yield from map(RetireTask, others)
 
-    def _takes_over(self, task: Task, serving: list[Task]) -> bool:
-        """Whether those that serve give way to ``task``: to one that runs, or (stop-first) that could start at once."""
+    def _can_take_over(self, task: Task, serving: list[Task]) -> bool:
+        """Whether the ``serving`` tasks may be retired for ``task``: it runs, or (stop-first) could start at once."""
         if task.status.state is TaskState.RUNNING:
             return True
         if self._starts_first:
             return False
         is_prepared = TaskState.READY <= task.status.state < TaskState.RUNNING
-        return is_prepared or any(_is_in_the_way(old, task, self._spec_of(old)) for old in serving)
+        return is_prepared or any(_blocks(old, task, self._spec_of(old)) for old in serving)
 
     def _settled_at(self, lead: Task) -> float | None:
         moments = (self._seen.running(lead), self._seen.ended(lead))
@@ -299,8 +300,8 @@ class _Rollout:
         return settled_at
 
     def _recheck_progress(self) -> Iterator[Step]:
-        """Look again when the deadline of the first that is not settled has passed."""
-        due = [self._due_at(task) for task in self._begun if self._settled[task.id] is None]
+        """Decide again when the first deadline of the unsettled leads has passed."""
+        due = [self._due_at(task) for task in self._started if self._settled[task.id] is None]
         if due:
             yield Recheck(min(due))
 
@@ -312,7 +313,7 @@ class _Rollout:
         return is_open and self._due_at(lead) <= self._now
 
     def _reason(self, lead: Task) -> str:
-        """Docker's words, and what they leave out: the cause."""
+        """Docker's message, with the cause, which Docker omits."""
         status = lead.status
         if self._is_overdue(lead):
             words = f"because task {lead.id} made no progress within {self._deadline_s:g} s"
@@ -321,7 +322,7 @@ class _Rollout:
         return words + (f": {status.err}" if status.err else "")
 
     def _has_failed(self, lead: Task) -> bool:
-        """Whether the task ended by itself, before it ran for as long as it is monitored, or never got anywhere."""
+        """Whether the task ended by itself before the monitor time, or made no progress until the deadline."""
         if self._is_overdue(lead):
             return True
         if lead.status.state not in BY_ITSELF or _is_unseen(lead, self._seen, self._monitor_s):
@@ -331,34 +332,34 @@ class _Rollout:
 
 
 def is_outdated(slot: Slot, situation: Situation) -> bool:
-    """Whether the slot has something that an update would replace."""
+    """Whether an update would replace something in the slot."""
     past = history(slot)
     return bool(_outdated(wanted(past), past, situation))
 
 
 def _outdated(kept: Slot, past: Slot, situation: Situation) -> Slot:
-    """Of the wanted tasks of a slot, or the last where none is; ``past``: its history."""
+    """The outdated ones of a slot's wanted tasks, or of its last task if none is wanted; ``past``: its history."""
     if len(kept) == 1:
         return kept if is_dirty(kept[0], situation) else ()
     return tuple([task for task in kept or past[-1:] if is_dirty(task, situation)])
 
 
 def _view(slot: Slot, situation: Situation) -> _SlotView:
-    # Asked of every slot of a service at every decision: no loop where there is one task, as nearly always.
+    # Called for every slot of a service in every decision: no loop for the usual case of one task.
     past = history(slot)
     kept = wanted(past)
     outdated = _outdated(kept, past, situation)
     current = kept if not outdated else tuple([task for task in kept if task not in outdated])
     lead = _lead(past, situation)
-    return _SlotView(slot, current, outdated, lead, lead or _begun(past, current, situation))
+    return _SlotView(slot, current, outdated, lead, lead or _started(past, current, situation))
 
 
 def _serves(task: Task) -> bool:
     return task.desired_state <= TaskState.RUNNING and task.status.state is TaskState.RUNNING
 
 
-def _is_in_the_way(serving: Task, task: Task, spec: ServiceSpec | None) -> bool:
-    """Whether ``task`` was refused an address or a node, and ``serving``, of a service's ``spec``, takes the like."""
+def _blocks(serving: Task, task: Task, spec: ServiceSpec | None) -> bool:
+    """Whether ``task`` was refused an address or a node, and ``serving``, of a service's ``spec``, has the same."""
     if not task.status.err:
         return False
     if task.status.state is TaskState.NEW:
@@ -373,7 +374,7 @@ def _is_in_the_way(serving: Task, task: Task, spec: ServiceSpec | None) -> bool:
 
 
 def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
-    """Whether it ended and this leader cannot say how long it ran: its run lies before the term, wholly or in part."""
+    """Whether it ended and this leader cannot tell how long it ran, because its run began or ended before the term."""
     if not seen.saw_end(task):
         return task.status.state.is_terminal
     ran_at, ended_at = seen.running(task), seen.ended(task)
@@ -383,9 +384,10 @@ def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
 
 
 def _lead(past: Slot, situation: Situation) -> Task | None:
-    """The first task of the present version; one that was given up on a lost node speaks for nothing any more.
+    """The first task of the present version that counts; not one that was given up on a lost node.
 
-    Nor does one whose run a new leader has not seen: neither for nor against it.  The next attempt does.
+    Nor one whose run a new leader has not observed: it counts neither as success nor as failure; the next attempt
+    does.
     """
     made = [task for task in past if task.spec_version == situation.service.spec_version]
     for task in made[:-1]:
@@ -393,17 +395,18 @@ def _lead(past: Slot, situation: Situation) -> Task | None:
             task, situation.seen, monitor_s(situation.rollout_config)
         ):
             continue
-        is_told = task.status.state.is_terminal or situation.seen.running(task) is not None
-        if task.is_wanted or is_told or not is_lost(situation.node_of(task)):
+        is_reported = task.status.state.is_terminal or situation.seen.running(task) is not None
+        if task.is_wanted or is_reported or not is_lost(situation.node_of(task)):
             return task
     return made[-1] if made else None
 
 
-def _begun(past: Slot, current: Slot, situation: Situation) -> Task | None:
-    """The first of the present kind in the row that a slot without a lead ends with.
+def _started(past: Slot, current: Slot, situation: Situation) -> Task | None:
+    """The first matching task in the row that a slot without a lead ends with.
 
-    Labels that change in the middle of an update make a new version that asks for the same tasks: a slot that the
-    version before has begun with still takes its place.  The attempts after the first do not, as after a lead.
+    Labels that change in the middle of an update make a new version with the same task spec: a slot that the earlier
+    version has started with still counts against ``parallelism``.  The attempts after the first do not count, as
+    after a lead.
     """
     if not current:
         return None

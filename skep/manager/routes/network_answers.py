@@ -12,7 +12,7 @@ from typing import Any
 from skep.api.network_form import endpoint_id, flat_form, known_driver
 from skep.api.networks import PREDEFINED_LABEL, SWARM, Facts
 from skep.manager.allocator.addresses import usage_of
-from skep.manager.allocator.subnets import NetworkBook, NotAllocated, allocated, has_addresses
+from skep.manager.allocator.subnets import NetworkAllocations, NotAllocated, allocated, has_addresses
 from skep.manager.control import networks as control
 from skep.manager.routes.shown import damage_of
 from skep.model.ids import NodeId
@@ -189,7 +189,7 @@ def _service_entry(
 
 def _why_without_addresses(view: View, network: Network) -> list[str]:
     """What the leader finds when it looks at a network that has none; nothing, if it only has not looked yet."""
-    book = NetworkBook()
+    book = NetworkAllocations()
     for other in view.find(Network):
         book.enter(other)
     swarms = view.find(Swarm)

@@ -1,9 +1,9 @@
-"""Task history: how many ended tasks a slot keeps, and when what was removed is really gone.
+"""Task history: how many ended tasks a slot keeps, and when removed objects are deleted.
 
-A task that is to be removed goes as soon as it has stopped (or never had started).  Of each slot's ended tasks as many
-stay as the cluster's history limit says, and the youngest always; with ``max_attempts`` at least one more than that,
-because restarts are counted in them.  A removed service goes with its last task; a version of a spec goes when no task
-follows it.
+A task that is to be removed is deleted as soon as it has stopped (or if it never started).  Of each slot's ended
+tasks as many are kept as the cluster's history limit says, and always the youngest; with ``max_attempts`` at least
+one more than that, because restarts are counted by them.  A removed service is deleted with its last task; a version
+of a spec is deleted when no task refers to it.
 
 Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go.
 """
@@ -27,12 +27,12 @@ def is_disposable(task: Task) -> bool:
 
 
 def is_past_attachment(task: Task, node: Node | None) -> bool:
-    """Whether the task stood for a plain container that is gone, or whose node is: nobody reads its history."""
+    """Whether the task stood for a plain container that is gone, or whose node is: its history has no use."""
     return task.spec.network_attachment_spec is not None and (node is None or task.status.state.is_terminal)
 
 
 def is_live(task: Task, node: Node | None) -> bool:
-    """Whether the task is none that could be removed: it is wanted, has not ended, and its node is there."""
+    """Whether the task can certainly not be removed: it is wanted, has not ended, and its node exists."""
     return (
         task.is_active
         and task.spec.network_attachment_spec is None
@@ -41,7 +41,7 @@ def is_live(task: Task, node: Node | None) -> bool:
 
 
 def is_orphaned(task: Task, node: Node | None) -> bool:
-    """Whether nobody will ever report the task's end, because its node left the cluster."""
+    """Whether the task's end will never be reported, because its node left the cluster."""
     return (
         node is None and bool(task.node_id) and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
     )
@@ -50,12 +50,12 @@ def is_orphaned(task: Task, node: Node | None) -> bool:
 def surplus_history(
     slot: Sequence[Task], limit: int, iteration: Version | None = None, updating: Version | None = None
 ) -> Slot:
-    """Tasks of one slot that its history no longer keeps, oldest first.
+    """Tasks of one slot that exceed its history limit, oldest first.
 
-    ``limit`` counts all tasks of the slot, the running one included; negative: keep everything.  Whatever the limit,
-    what decisions are read from stays: the youngest task of the slot (its delay, and that the slot was given up); what
-    a job has completed in its present ``iteration``, which would be run once more; and the first task of the version
-    to which an update is under way (``updating``), by which it may fail.
+    ``limit`` counts all tasks of the slot, the running one included; negative: no limit.  Whatever the limit, tasks
+    that decisions depend on are kept: the youngest task of the slot (its delay, and that the slot was given up); the
+    completed tasks of a job's present ``iteration``, which would be run once more; and the first task of the version
+    to which an update is under way (``updating``), whose failure counts.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
@@ -65,7 +65,8 @@ def surplus_history(
     past = [
         task for task in ordered[:-1] if _is_past(task) and task is not lead and not _counts(task, iteration)
     ]
-    # Of what is present one counts: an older one that still stops takes no place from what restarts are counted in.
+    # Only one unfinished task counts: an older one that is still stopping must not displace a task that restarts are
+    # counted by.
     return tuple(past[: max(len(slot) - max(present - 1, 0) - limit, 0)])
 
 
@@ -85,7 +86,7 @@ def history_limit(service: Service, cluster_limit: int | None) -> int:
 def unused_versions(
     service: Service, versions: Iterable[SpecVersion], tasks: Iterable[Task]
 ) -> list[SpecVersion]:
-    """Versions of the service's spec that no task follows; the present one always stays."""
+    """Versions of the service's spec that no task refers to; the present one is always kept."""
     used = {task.spec_version.index for task in tasks if task.spec_version is not None}
     if service.spec_version is not None:
         used.add(service.spec_version.index)
@@ -95,8 +96,8 @@ def unused_versions(
 def _is_past(task: Task) -> bool:
     """Whether the task has ended, or will never run.
 
-    One that has ended and is still wanted waits for its successor, which takes its delay and its count from it; only
-    a completed run of a job is wanted for ever.
+    An ended task that is still wanted waits for its successor, which takes over its delay and count; only a completed
+    run of a job is wanted for ever.
     """
     is_run = task.job_iteration is not None and task.status.state is TaskState.COMPLETE
     if task.is_wanted and not is_run:

@@ -1,4 +1,4 @@
-"""The reaper's loop: deletes what ``history`` says is no longer needed."""
+"""The reaper's loop: deletes what ``history`` no longer needs."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -36,25 +36,25 @@ from skep.store.kinds import SpecVersion
 log = structlog.get_logger()
 
 BATCH = 500
-"""Slots and services looked at before their changes are committed together."""
+"""Slots and services decided before their changes are committed together."""
 
 Key = NewType("Key", str)
 """A slot (``<service>/<slot or node>``) or a service (its id)."""
 
 
 VERSIONS_WITH_SERVICE_MAX = 50
-"""Versions of its spec that go in one transaction with a service; more are removed one by one before it."""
+"""Versions of its spec that are deleted in one transaction with a service; more are deleted one by one before it."""
 AGAIN_S = 0.1
 
 
 class Orphan(msgspec.Struct, frozen=True):
-    """The task's node is gone: the leader says how it ended, because nobody else will."""
+    """The task's node is gone: the leader sets its final state, because no agent will report it."""
 
     task: Task
 
 
 class DeleteTask(msgspec.Struct, frozen=True):
-    """The task is history that nobody keeps."""
+    """The task exceeds the history limit, or was removed."""
 
     task: Task
 
@@ -66,7 +66,7 @@ class DeleteService(msgspec.Struct, frozen=True):
 
 
 class DeleteVersion(msgspec.Struct, frozen=True):
-    """No task follows this version of the spec any more."""
+    """No task refers to this version of the spec any more."""
 
     version: SpecVersion
 
@@ -75,7 +75,7 @@ Removal: TypeAlias = Orphan | DeleteTask | DeleteService | DeleteVersion
 
 
 class Reaper:
-    """Keeps task history within its limit, and finishes what users have removed."""
+    """Keeps task history within its limit, and deletes what users have removed."""
 
     def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
@@ -190,7 +190,7 @@ class Reaper:
 
 
 def _write(tx: Transaction, removal: Removal, now: Timestamp) -> None:
-    """Write a removal, unless what it was decided on is no longer so."""
+    """Write a removal, unless its preconditions no longer hold."""
     match removal:
         case Orphan(wanted):
             task = tx.lookup(Task, wanted.id)

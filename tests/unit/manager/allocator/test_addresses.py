@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.allocator.addresses import AddressBook, NoAddress
+from skep.manager.allocator.addresses import AddressAllocations, NoAddress
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network
 from tests.support.builders import an_overlay
@@ -16,55 +16,57 @@ NET = an_overlay("net1", subnet="10.0.1.0/29")
 
 
 def test_network_broadcast_and_gateway_are_never_given() -> None:
-    book = AddressBook()
-    given_ones = [book.give(f"t{number}", NET) for number in range(5)]
+    allocations = AddressAllocations()
+    given_ones = [allocations.allocate(f"t{number}", NET) for number in range(5)]
     assert given_ones == [f"10.0.1.{host}/29" for host in (2, 3, 4, 5, 6)]
     with pytest.raises(NoAddress):
-        book.give("t5", NET)
+        allocations.allocate("t5", NET)
 
 
 def test_an_address_that_was_given_back_waits_its_turn() -> None:
-    book = AddressBook()
-    assert book.give("a", NET) == "10.0.1.2/29"
-    book.release("a")
-    assert [book.give(owner, NET) for owner in "bcde"] == [f"10.0.1.{host}/29" for host in (3, 4, 5, 6)]
-    assert book.give("f", NET) == "10.0.1.2/29"
+    allocations = AddressAllocations()
+    assert allocations.allocate("a", NET) == "10.0.1.2/29"
+    allocations.release("a")
+    assert [allocations.allocate(owner, NET) for owner in "bcde"] == [
+        f"10.0.1.{host}/29" for host in (3, 4, 5, 6)
+    ]
+    assert allocations.allocate("f", NET) == "10.0.1.2/29"
 
 
 def test_an_address_that_somebody_has_cannot_be_wished_for() -> None:
-    book = AddressBook()
-    assert book.give("a", NET, "10.0.1.4") == "10.0.1.4/29"
+    allocations = AddressAllocations()
+    assert allocations.allocate("a", NET, "10.0.1.4") == "10.0.1.4/29"
     with pytest.raises(NoAddress, match=r"address 10\.0\.1\.4 of network net1 is already in use"):
-        book.give("b", NET, "10.0.1.4")
+        allocations.allocate("b", NET, "10.0.1.4")
     with pytest.raises(NoAddress, match="is not an IP address"):
-        book.give("b", NET, "nonsense")
+        allocations.allocate("b", NET, "nonsense")
 
 
 def test_a_range_bounds_what_is_given_not_the_length_of_the_prefix() -> None:
     config = IPAMConfig(subnet="10.0.1.0/24", range="10.0.1.128/30", gateway="10.0.1.1")
     net = replace(NET, ipam_options=IPAMOptions(driver=Driver(name="default"), configs=(config,)))
-    assert AddressBook().give("a", net) == "10.0.1.128/24"
+    assert AddressAllocations().allocate("a", net) == "10.0.1.128/24"
 
 
 def test_a_second_subnet_is_used_when_the_first_is_full() -> None:
     configs = (IPAMConfig(subnet="10.0.1.0/30", gateway="10.0.1.1"), IPAMConfig(subnet="10.9.0.0/24"))
     net = replace(NET, ipam_options=IPAMOptions(driver=Driver(name="default"), configs=configs))
-    book = AddressBook()
-    assert [book.give(owner, net) for owner in "ab"] == ["10.0.1.2/30", "10.9.0.1/24"]
+    allocations = AddressAllocations()
+    assert [allocations.allocate(owner, net) for owner in "ab"] == ["10.0.1.2/30", "10.9.0.1/24"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.booleans()), max_size=40))
 def test_nobody_shares_an_address(steps: list[tuple[int, bool]]) -> None:
-    book = AddressBook()
+    allocations = AddressAllocations()
     held: dict[str, str] = {}
     for number, takes in steps:
         owner = f"t{number}"
-        book.release(owner)
+        allocations.release(owner)
         held.pop(owner, None)
         if not takes:
             continue
         try:
-            address = book.give(owner, NET)
+            address = allocations.allocate(owner, NET)
         except NoAddress:
             assert len(held) == 5
             continue
@@ -81,56 +83,58 @@ def with_both(subnet_6: str = "fd00:1::/64", **fields: object) -> Network:
 
 
 def test_a_network_of_both_versions_gives_an_address_of_each() -> None:
-    book = AddressBook()
+    allocations = AddressAllocations()
     net = with_both()
-    assert book.give_all("a", net) == ("10.0.1.2/29", "fd00:1::2/64")
-    assert book.give_all("b", net) == ("10.0.1.3/29", "fd00:1::3/64")
-    book.release("a")
-    assert book.give_all("c", net, "10.0.1.2") == ("10.0.1.2/29", "fd00:1::4/64")
-    assert book.give_all("d", net, "fd00:1::77") == ("10.0.1.4/29", "fd00:1::77/64")
+    assert allocations.allocate_all("a", net) == ("10.0.1.2/29", "fd00:1::2/64")
+    assert allocations.allocate_all("b", net) == ("10.0.1.3/29", "fd00:1::3/64")
+    allocations.release("a")
+    assert allocations.allocate_all("c", net, "10.0.1.2") == ("10.0.1.2/29", "fd00:1::4/64")
+    assert allocations.allocate_all("d", net, "fd00:1::77") == ("10.0.1.4/29", "fd00:1::77/64")
 
 
 def test_a_network_that_lacks_addresses_of_one_version_gives_none_of_the_other() -> None:
-    book = AddressBook()
+    allocations = AddressAllocations()
     net = with_both("fd00:1::/126")
-    assert [len(book.give_all(owner, net)) for owner in "ab"] == [2, 2]
+    assert [len(allocations.allocate_all(owner, net)) for owner in "ab"] == [2, 2]
     with pytest.raises(NoAddress, match="no available IPv6 addresses on this network's address pools: net1"):
-        book.give_all("c", net)
-    assert book.usage(net).used == 2
-    assert book.give("c", net) == "10.0.1.5/29"  # what was tried comes again only in its turn
+        allocations.allocate_all("c", net)
+    assert allocations.usage(net).used == 2
+    assert allocations.allocate("c", net) == "10.0.1.5/29"  # what was tried comes again only in its turn
 
 
 def test_auxiliary_addresses_are_never_given() -> None:
     config = IPAMConfig(subnet="10.0.1.0/29", gateway="10.0.1.1", auxiliary_addresses={"nas": "10.0.1.3"})
     net = replace(NET, ipam_options=IPAMOptions(driver=Driver(name="default"), configs=(config,)))
-    book = AddressBook()
-    assert [book.give(owner, net) for owner in "abcd"] == [f"10.0.1.{host}/29" for host in (2, 4, 5, 6)]
-    assert str(book.usage(net)) == "4 of 4 addresses are in use"
+    allocations = AddressAllocations()
+    assert [allocations.allocate(owner, net) for owner in "abcd"] == [
+        f"10.0.1.{host}/29" for host in (2, 4, 5, 6)
+    ]
+    assert str(allocations.usage(net)) == "4 of 4 addresses are in use"
     with pytest.raises(NoAddress):
-        book.give("e", net)
+        allocations.allocate("e", net)
 
 
 def test_a_network_is_nearly_full_from_four_fifths_on() -> None:
-    book = AddressBook()
-    given_ones = [book.give(owner, NET) for owner in "abc"]
-    assert not book.usage(NET).is_nearly_full
-    book.give("d", NET)
-    assert book.usage(NET).is_nearly_full, given_ones
+    allocations = AddressAllocations()
+    given_ones = [allocations.allocate(owner, NET) for owner in "abc"]
+    assert not allocations.usage(NET).is_nearly_full
+    allocations.allocate("d", NET)
+    assert allocations.usage(NET).is_nearly_full, given_ones
 
 
 def test_a_new_leader_does_not_give_again_what_may_just_have_been_given_back() -> None:
-    book = AddressBook()
-    book.hold("a", [(NET.id, "10.0.1.4/29")])
-    assert book.give("b", NET) == "10.0.1.5/29"
+    allocations = AddressAllocations()
+    allocations.hold("a", [(NET.id, "10.0.1.4/29")])
+    assert allocations.allocate("b", NET) == "10.0.1.5/29"
 
 
 def test_a_thousand_tasks_come_and_go_in_a_small_network() -> None:
     net = an_overlay("tiny", subnet="10.0.1.0/28")
-    book = AddressBook()
+    allocations = AddressAllocations()
     before = ""
     for number in range(1000):
-        address = book.give(f"t{number}", net)
+        address = allocations.allocate(f"t{number}", net)
         assert address != before
         before = address
-        book.release(f"t{number}")
-    assert not book.is_used(net.id)
+        allocations.release(f"t{number}")
+    assert not allocations.is_used(net.id)

@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from skep.manager.allocator.addresses import AddressBook
+from skep.manager.allocator.addresses import AddressAllocations
 from skep.manager.allocator.attachments import Attached, Networks, NotAttached, attachments_for
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
@@ -28,9 +28,9 @@ def attached_to(*targets: str) -> ServiceSpec:
 def attachments(
     spec: ServiceSpec, networks: Networks = NETWORKS, wished: tuple[NetworkAttachment, ...] = ()
 ) -> Attached | NotAttached:
-    book = AddressBook()
+    allocations = AddressAllocations()
     return attachments_for(
-        spec, networks, lambda network, address: book.give_all("task", network, address), wished
+        spec, networks, lambda network, address: allocations.allocate_all("task", network, address), wished
     )
 
 
@@ -71,10 +71,10 @@ def test_a_task_waits_for_a_network_that_is_not_there() -> None:
 def test_a_task_waits_when_every_address_is_taken() -> None:
     tiny = an_overlay("net1", subnet="10.0.1.0/30")
     networks = Networks(find=lambda _: tiny)
-    book = AddressBook()
-    book.give("other", tiny)
+    allocations = AddressAllocations()
+    allocations.allocate("other", tiny)
     waiting = attachments_for(
-        attached_to("net1"), networks, lambda network, _: book.give_all("task", network)
+        attached_to("net1"), networks, lambda network, _: allocations.allocate_all("task", network)
     )
     assert waiting == NotAttached("no available IPv4 addresses on this network's address pools: net1 (net1)")
 

@@ -2,28 +2,28 @@
 
 from structlog.testing import capture_logs
 
-from skep.manager.allocator.addresses import AddressBook
-from skep.manager.allocator.fullness import Fullness
+from skep.manager.allocator.addresses import AddressAllocations
+from skep.manager.allocator.loop import FullnessWarnings
 from tests.support.builders import an_overlay
 
 NET = an_overlay("net1", subnet="10.0.1.0/29")  # five addresses
 
 
 def test_it_is_said_once_and_again_after_there_was_room() -> None:
-    book, fullness = AddressBook(), Fullness()
+    allocations, fullness = AddressAllocations(), FullnessWarnings()
     said: list[str] = []
 
-    def give(owner: str) -> None:
-        book.give(owner, NET)
+    def allocate(owner: str) -> None:
+        allocations.allocate(owner, NET)
         with capture_logs() as logs:
-            fullness.look([NET, None], book)
+            fullness.check([NET, None], allocations)
         said.extend(f"{owner}: {entry['network']}: {entry['usage']}" for entry in logs)
 
     for owner in "abcde":
-        give(owner)
+        allocate(owner)
     assert said == ["d: net1: 4 of 5 addresses are in use"]
     for owner in "abc":
-        book.release(owner)
-    give("f")
-    give("g")
+        allocations.release(owner)
+    allocate("f")
+    allocate("g")
     assert said[1:] == ["g: net1: 4 of 5 addresses are in use"]

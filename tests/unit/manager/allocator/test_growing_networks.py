@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.allocator.subnets import NetworkBook, NotAllocated, allocated, is_allocated
+from skep.manager.allocator.subnets import NetworkAllocations, NotAllocated, allocated, is_allocated
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network
 from skep.model.overlays import vxlan_ids
@@ -42,13 +42,13 @@ def wished_by(network: Network) -> tuple[IPAMConfig, ...]:
 
 @given(steps)
 def test_networks_never_share_what_they_have(steps: list[tuple[str, str, IPAMConfig, bool]]) -> None:
-    book = NetworkBook()
+    allocations = NetworkAllocations()
     networks: dict[str, Network] = {}
     for verb, name, config, has_ipv6 in steps:
         present = networks.get(name)
         if verb == "remove":
             networks.pop(name, None)
-            book.leave(an_overlay(name).id)
+            allocations.leave(an_overlay(name).id)
             continue
         if verb == "create" and present is None:
             wanted = wishing(an_overlay(name, subnet="", ipv6_enabled=has_ipv6), config)
@@ -57,7 +57,7 @@ def test_networks_never_share_what_they_have(steps: list[tuple[str, str, IPAMCon
         else:
             continue
         try:
-            given_network = allocated(wanted, book, POOLS, 27, routes=ROUTES, cluster="c1")
+            given_network = allocated(wanted, allocations, POOLS, 27, routes=ROUTES, cluster="c1")
         except NotAllocated:
             continue  # and nothing has changed
         kept = (
@@ -66,13 +66,13 @@ def test_networks_never_share_what_they_have(steps: list[tuple[str, str, IPAMCon
         assert given_network.ipam_options is not None
         assert set(map(str, kept)) <= set(map(str, given_network.ipam_options.configs))
         assert is_allocated(given_network)
-        assert allocated(given_network, book, POOLS, 27, routes=ROUTES, cluster="c1") == given_network
+        assert allocated(given_network, allocations, POOLS, 27, routes=ROUTES, cluster="c1") == given_network
         if present is not None:
             assert vxlan_ids(given_network.driver_state.options)[
                 : len(vxlan_ids(present.driver_state.options))
             ] == vxlan_ids(present.driver_state.options)
         networks[name] = given_network
-        book.enter(given_network)
+        allocations.enter(given_network)
     subnets = [
         ip_network(config.subnet)
         for network in networks.values()

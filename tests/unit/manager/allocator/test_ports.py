@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.allocator.ports import FIRST_DYNAMIC, LAST_DYNAMIC, PortBook, PortsExhausted, endpoint_for
+from skep.manager.allocator.ports import (
+    FIRST_DYNAMIC,
+    LAST_DYNAMIC,
+    PortAllocations,
+    PortsExhausted,
+    endpoint_for,
+)
 from skep.model.service import EndpointSpec, PortConfig, PublishMode
 from tests.support.builders import a_service, a_service_spec
 
@@ -62,27 +68,27 @@ def test_when_no_number_is_left_it_says_so() -> None:
 
 
 def test_a_removed_service_holds_no_port() -> None:
-    book = PortBook()
+    allocations = PortAllocations()
     web = a_service("web", ports=(a_port(80, 8080),))
-    book.enter(web)
-    assert not book.is_free_for(a_service("other").id)("tcp", 8080)
-    assert book.is_free_for(web.id)("tcp", 8080)
-    book.enter(replace(web, removed_at="2026-01-01T00:00:00Z"))
-    assert book.is_free_for(a_service("other").id)("tcp", 8080)
+    allocations.enter(web)
+    assert not allocations.is_free_for(a_service("other").id)("tcp", 8080)
+    assert allocations.is_free_for(web.id)("tcp", 8080)
+    allocations.enter(replace(web, removed_at="2026-01-01T00:00:00Z"))
+    assert allocations.is_free_for(a_service("other").id)("tcp", 8080)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from([0, 0, 30000, 30001, 80])), max_size=8))
 def test_ports_are_unique_and_giving_them_twice_changes_nothing(wanted: list[tuple[int, int]]) -> None:
-    book = PortBook()
+    allocations = PortAllocations()
     for number, (target, published) in enumerate(wanted):
         id = f"s{number}"
-        if published and not book.is_free_for(a_service(id).id)("tcp", published):
+        if published and not allocations.is_free_for(a_service(id).id)("tcp", published):
             continue
         service = a_service(id, spec=a_service_spec(id, ports=(a_port(target, published),)))
-        given_endpoint = endpoint_for(service, book.is_free_for(service.id))
+        given_endpoint = endpoint_for(service, allocations.is_free_for(service.id))
         (port,) = given_endpoint.ports
-        assert book.is_free_for(service.id)("tcp", port.published_port)
+        assert allocations.is_free_for(service.id)("tcp", port.published_port)
         assert port.published_port == published or FIRST_DYNAMIC <= port.published_port <= LAST_DYNAMIC
         service = replace(service, endpoint=given_endpoint)
-        book.enter(service)
-        assert endpoint_for(service, book.is_free_for(service.id)) == given_endpoint
+        allocations.enter(service)
+        assert endpoint_for(service, allocations.is_free_for(service.id)) == given_endpoint

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.allocator.subnets import (
-    NetworkBook,
+    NetworkAllocations,
     NotAllocated,
     allocated,
     free_subnet,
@@ -24,9 +24,9 @@ from tests.support.builders import an_overlay
 POOLS = ("10.0.0.0/8",)
 
 
-def entered(book: NetworkBook, network: Network) -> Network:
-    given_network = allocated(network, book, POOLS, 24)
-    book.enter(given_network)
+def entered(allocations: NetworkAllocations, network: Network) -> Network:
+    given_network = allocated(network, allocations, POOLS, 24)
+    allocations.enter(given_network)
     return given_network
 
 
@@ -37,10 +37,10 @@ def config_of(network: Network) -> IPAMConfig:
 
 
 def test_networks_get_subnets_and_vxlan_ids_one_after_another_as_docker_gives_them() -> None:
-    book = NetworkBook()
-    ingress = entered(book, an_overlay("ingress", subnet="", ingress=True))
-    first = entered(book, an_overlay("net1", subnet=""))
-    second = entered(book, an_overlay("net2", subnet=""))
+    allocations = NetworkAllocations()
+    ingress = entered(allocations, an_overlay("ingress", subnet="", ingress=True))
+    first = entered(allocations, an_overlay("net1", subnet=""))
+    second = entered(allocations, an_overlay("net2", subnet=""))
     assert [config_of(one).subnet for one in (ingress, first, second)] == [
         "10.0.0.0/24",
         "10.0.1.0/24",
@@ -55,27 +55,27 @@ def test_networks_get_subnets_and_vxlan_ids_one_after_another_as_docker_gives_th
 
 
 def test_what_a_removed_network_held_is_given_again() -> None:
-    book = NetworkBook()
-    first = entered(book, an_overlay("net1", subnet=""))
-    entered(book, an_overlay("net2", subnet=""))
-    book.leave(first.id)
-    assert config_of(entered(book, an_overlay("net3", subnet=""))) == config_of(first)
+    allocations = NetworkAllocations()
+    first = entered(allocations, an_overlay("net1", subnet=""))
+    entered(allocations, an_overlay("net2", subnet=""))
+    allocations.leave(first.id)
+    assert config_of(entered(allocations, an_overlay("net3", subnet=""))) == config_of(first)
 
 
 def test_a_subnet_that_the_user_names_is_kept_unless_it_overlaps() -> None:
-    book = NetworkBook()
+    allocations = NetworkAllocations()
     named = IPAMOptions(driver=Driver(name="default"), configs=(IPAMConfig(subnet="10.0.0.0/20"),))
-    first = entered(book, an_overlay("net1", subnet="", ipam_options=named))
+    first = entered(allocations, an_overlay("net1", subnet="", ipam_options=named))
     assert config_of(first) == IPAMConfig(subnet="10.0.0.0/20", gateway="10.0.0.1")
     with pytest.raises(NotAllocated, match="Pool overlaps with other one on this address space"):
-        allocated(an_overlay("net2", subnet="", ipam_options=named), book, POOLS, 24)
-    assert config_of(entered(book, an_overlay("net3", subnet=""))).subnet == "10.0.16.0/24"
+        allocated(an_overlay("net2", subnet="", ipam_options=named), allocations, POOLS, 24)
+    assert config_of(entered(allocations, an_overlay("net3", subnet=""))).subnet == "10.0.16.0/24"
 
 
 def test_a_network_of_the_node_only_learns_its_driver() -> None:
     host = Network(id=NetworkId("h"), spec=NetworkSpec(name="host", driver_configuration=Driver(name="host")))
     assert not is_allocated(host)
-    given_network = allocated(host, NetworkBook(), POOLS, 24)
+    given_network = allocated(host, NetworkAllocations(), POOLS, 24)
     assert is_allocated(given_network)
     assert given_network == replace(host, driver_state=Driver(name="host"))
 
@@ -83,7 +83,7 @@ def test_a_network_of_the_node_only_learns_its_driver() -> None:
 def test_the_drivers_own_options_stay() -> None:
     options = {"encrypted": "", "com.docker.network.driver.mtu": "1400"}
     spec = NetworkSpec(name="n", driver_configuration=Driver(name="overlay", options=options))
-    state = allocated(Network(id=NetworkId("n"), spec=spec), NetworkBook(), POOLS, 24).driver_state
+    state = allocated(Network(id=NetworkId("n"), spec=spec), NetworkAllocations(), POOLS, 24).driver_state
     assert state.options == {**options, VXLAN_OPTION: "4097"}
 
 
@@ -106,12 +106,12 @@ def test_a_free_subnet_overlaps_with_nothing_and_is_the_lowest(taken: set[int], 
 
 def test_the_routes_of_machines_are_avoided() -> None:
     routes = [IPv4Network("10.0.0.0/24"), IPv4Network("10.0.2.0/23"), IPv4Network("192.168.0.0/16")]
-    book = NetworkBook()
+    allocations = NetworkAllocations()
     names = ("net1", "net2", "net3")
     subnets = []
     for name in names:
-        network = allocated(an_overlay(name, subnet=""), book, POOLS, 24, routes=routes)
-        book.enter(network)
+        network = allocated(an_overlay(name, subnet=""), allocations, POOLS, 24, routes=routes)
+        allocations.enter(network)
         subnets.append(config_of(network).subnet)
     assert subnets == ["10.0.1.0/24", "10.0.4.0/24", "10.0.5.0/24"]
 
@@ -123,12 +123,12 @@ def test_another_pool_is_taken_before_one_that_a_route_contains() -> None:
 
 
 def test_a_network_with_ipv6_has_a_subnet_of_each_version_and_belongs_to_skep_nodes() -> None:
-    book = NetworkBook()
-    first = allocated(an_overlay("net1", subnet="", ipv6_enabled=True), book, POOLS, 24, cluster="c1")
-    book.enter(first)
-    second = allocated(an_overlay("net2", subnet="", ipv6_enabled=True), book, POOLS, 24, cluster="c1")
+    allocations = NetworkAllocations()
+    first = allocated(an_overlay("net1", subnet="", ipv6_enabled=True), allocations, POOLS, 24, cluster="c1")
+    allocations.enter(first)
+    second = allocated(an_overlay("net2", subnet="", ipv6_enabled=True), allocations, POOLS, 24, cluster="c1")
     other = allocated(
-        an_overlay("net1", subnet="", ipv6_enabled=True), NetworkBook(), POOLS, 24, cluster="c2"
+        an_overlay("net1", subnet="", ipv6_enabled=True), NetworkAllocations(), POOLS, 24, cluster="c2"
     )
     v4, v6 = first.ipam_options.configs if first.ipam_options else ()
     assert (v4.subnet, IPv6Network(v6.subnet).prefixlen) == ("10.0.0.0/24", 64)
@@ -146,7 +146,7 @@ def test_named_subnets_of_both_versions_are_kept_ipv4_first() -> None:
     configs = (IPAMConfig(subnet="2001:db8::/64"), IPAMConfig(subnet="10.9.0.0/24"))
     named = IPAMOptions(driver=Driver(name="default"), configs=configs)
     network = allocated(
-        an_overlay("n", subnet="", ipv6_enabled=True, ipam_options=named), NetworkBook(), POOLS, 24
+        an_overlay("n", subnet="", ipv6_enabled=True, ipam_options=named), NetworkAllocations(), POOLS, 24
     )
     assert network.ipam_options is not None
     assert [(one.subnet, one.gateway) for one in network.ipam_options.configs] == [
@@ -157,13 +157,13 @@ def test_named_subnets_of_both_versions_are_kept_ipv4_first() -> None:
 
 def test_engines_give_ipv6_addresses_for_themselves() -> None:
     wished = an_overlay("n", subnet="", ipv6_enabled=True, labels={PLANE_OPTION: DOCKER})
-    assert config_of(allocated(wished, NetworkBook(), POOLS, 24)).subnet == "10.0.0.0/24"
+    assert config_of(allocated(wished, NetworkAllocations(), POOLS, 24)).subnet == "10.0.0.0/24"
 
 
 def test_the_gateway_is_no_auxiliary_address() -> None:
     config = IPAMConfig(subnet="10.9.0.0/24", auxiliary_addresses={"a": "10.9.0.1", "b": "10.9.0.2"})
     named = IPAMOptions(driver=Driver(name="default"), configs=(config,))
-    network = allocated(an_overlay("n", subnet="", ipam_options=named), NetworkBook(), POOLS, 24)
+    network = allocated(an_overlay("n", subnet="", ipam_options=named), NetworkAllocations(), POOLS, 24)
     assert config_of(network).gateway == "10.9.0.3"
 
 

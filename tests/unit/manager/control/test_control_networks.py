@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument
-from skep.manager.allocator.subnets import NetworkBook, allocated, is_allocated
+from skep.manager.allocator.subnets import NetworkAllocations, allocated, is_allocated
 from skep.manager.control.networks import add_subnets, create_network, first_networks, remove_network
 from skep.manager.control.service_form import settled
 from skep.manager.control.services import create_service
@@ -52,7 +52,7 @@ async def create(store, spec: NetworkSpec) -> Network:
 
 async def give(store, network: Network) -> Network:
     """As the leader does."""
-    book = NetworkBook()
+    book = NetworkAllocations()
     for other in store.view().find(Network):
         book.enter(other)
     return await store.update(lambda tx: tx.put(allocated(network, book, ("10.0.0.0/8",), 24)))

@@ -83,7 +83,7 @@ def test_a_single_fall_is_held_back_by_nothing() -> None:
 def test_a_fall_that_is_not_the_only_one_is_held_for_longer_than_a_period(
     period_s: float, before: float
 ) -> None:
-    together = NodeDown(NodeId("n1"), 100.0, is_together=True)
+    together = NodeDown(NodeId("n1"), 100.0, with_others=True)
     two = [NodeDown(NodeId("n1"), 100.0 - before * period_s), NodeDown(NodeId("n2"), 100.0)]
     for fallen in ([together], two):
         assert held_until(fallen, now=100.0, period_s=period_s) >= 100.0 + period_s
@@ -111,21 +111,21 @@ def test_the_history_knows_who_was_ready_a_minute_ago() -> None:
             history.note(Commit(revision=1, events=(Updated(unknown, node),)), 1000.0)
         has_fall = history.note(Commit(revision=2, events=tuple(map(down, ready_nodes(5)))), 1000.0 + age_s)
         assert has_fall
-        assert (history.trip(1000.0 + age_s, GRACE_S) is not None) is expected
+        assert (history.detect(1000.0 + age_s, GRACE_S) is not None) is expected
 
 
 def test_nodes_that_were_not_heard_since_a_restore_are_a_storm_when_they_turn_out_to_be_gone() -> None:
     unknown = [replace(node, status=NodeStatus(state=NodeState.UNKNOWN)) for node in ready_nodes(5)]
     history = NodeHistory(unknown)
     history.note(Commit(revision=2, events=tuple(map(down, unknown[:3]))), 20.0)
-    assert history.trip(20.0, GRACE_S) is not None
+    assert history.detect(20.0, GRACE_S) is not None
 
 
 def test_a_node_that_is_back_did_not_fall() -> None:
     history = NodeHistory(ready_nodes(5))
     for node in ready_nodes(3):
         history.note(Commit(revision=1, events=(down(node),)), 10.0)
-    assert history.trip(10.5, GRACE_S) is not None
+    assert history.detect(10.5, GRACE_S) is not None
     node = ready_nodes(1)[0]
     history.note(Commit(revision=2, events=(Updated(fallen(node), node),)), 11.0)
-    assert history.trip(11.0, GRACE_S) is None
+    assert history.detect(11.0, GRACE_S) is None

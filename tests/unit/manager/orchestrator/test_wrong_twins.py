@@ -305,7 +305,7 @@ def _never_over(*_: object) -> bool:
 
 
 TWINS: tuple[tuple[str, Property, Any, str, Any], ...] = (
-    ("a slot is filled again", one_application_is_enough, replicated, "is_held", _fills_again),
+    ("a slot is filled again", one_application_is_enough, replicated, "is_filled", _fills_again),
     (
         "tasks are taken as they come",
         the_order_of_tasks_does_not_matter,
@@ -317,7 +317,7 @@ TWINS: tuple[tuple[str, Property, Any, str, Any], ...] = (
         "the successor starts beside",
         no_slot_has_two_tasks_of_one_kind,
         restart,
-        "_is_held_back",
+        "_waits_for_update",
         lambda *_: False,
     ),
     (
@@ -331,7 +331,7 @@ TWINS: tuple[tuple[str, Property, Any, str, Any], ...] = (
         "a wish is as good as a deed",
         what_serves_gives_way_to_what_is_ready,
         update._Rollout,
-        "_takes_over",
+        "_can_take_over",
         _never_over,
     ),
     (

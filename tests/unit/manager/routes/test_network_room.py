@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.manager.allocator.subnets import NetworkBook, allocated
+from skep.manager.allocator.subnets import NetworkAllocations, allocated
 from skep.manager.routes import ManagerApi, application
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
@@ -24,7 +24,7 @@ async def a_network(api: ManagerApi, client: TestClient[Any, Any], name: str, su
     async with client.post("/networks/create", json=body) as answer:
         id = (await answer.json())["Id"]
     network = api.store.view().get(Network, id)
-    await api.store.update(lambda tx: tx.put(allocated(network, NetworkBook(), (), 24)))
+    await api.store.update(lambda tx: tx.put(allocated(network, NetworkAllocations(), (), 24)))
     return str(id)
 
 

@@ -1,11 +1,11 @@
-"""What the allocator remembers of who holds what: derived from the store, kept up to date commit by commit."""
+"""All allocations of the cluster: derived from the store, updated with each commit."""
 
 from collections.abc import Iterable
 
-from skep.manager.allocator.addresses import AddressBook
+from skep.manager.allocator.addresses import AddressAllocations
 from skep.manager.allocator.nodes import occupies_networks
-from skep.manager.allocator.ports import PortBook
-from skep.manager.allocator.subnets import NetworkBook
+from skep.manager.allocator.ports import PortAllocations
+from skep.manager.allocator.subnets import NetworkAllocations
 from skep.model.ids import NetworkId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
@@ -15,32 +15,32 @@ from skep.model.task import NetworkAttachment, Task
 from skep.store.interface import View
 
 
-class Books:
-    """Ports, addresses, subnets and VXLAN ids with their holders; which nodes are docker nodes, who publishes."""
+class Allocations:
+    """Allocated ports, addresses, subnets and VXLAN ids with their owners; docker nodes and publishing services."""
 
     def __init__(self) -> None:
-        self.ports = PortBook()
-        self.addresses = AddressBook()
-        self.networks = NetworkBook()
+        self.ports = PortAllocations()
+        self.addresses = AddressAllocations()
+        self.networks = NetworkAllocations()
         self.docker_nodes: set[str] = set()
         self.publishing: set[ServiceId] = set()
-        """Services with ports that every node answers."""
+        """Services with ports published on every node."""
         self._gone: set[NetworkId] = set()
-        """Networks that were removed while tasks still had addresses on them: their subnets stay taken."""
+        """Networks removed while tasks still had addresses on them: their subnets stay allocated."""
 
     @classmethod
-    def of(cls, view: View) -> "Books":
-        """The books as the store has them."""
-        books = cls()
+    def of(cls, view: View) -> "Allocations":
+        """The allocations in the store."""
+        allocations = cls()
         for network in view.find(Network):
-            books.enter_network(network)
+            allocations.enter_network(network)
         for service in view.find(Service):
-            books.enter_service(service)
+            allocations.enter_service(service)
         for task in view.find(Task):
-            books.enter_task(task)
+            allocations.enter_task(task)
         for node in view.find(Node):
-            books.enter_node(node)
-        return books
+            allocations.enter_node(node)
+        return allocations
 
     def enter_network(self, network: Network) -> None:
         self._gone.discard(network.id)
@@ -66,21 +66,21 @@ class Books:
         self._forget_gone(self.addresses.release(service_owner(id)))
 
     def enter_task(self, task: Task) -> bool:
-        """A task as it is now; whether it gave addresses back."""
+        """Update a task's addresses; gives whether it released any."""
         if not occupies_networks(task):
             return self.leave_task(task.id)
         addresses = _addresses(task.networks_attachments) if task.networks_attachments else ()
         if addresses:
             for attachment in task.networks_attachments:
                 network = attachment.network
-                if network is not None and not self.networks.knows(network.id):
+                if network is not None and not self.networks.has(network.id):
                     self.networks.enter(network)
                     self._gone.add(network.id)
             self._hold(task.id, addresses)
         return False
 
     def leave_task(self, id: TaskId) -> bool:
-        """The task has ended, or never got what was meant for it; whether it gave addresses back."""
+        """The task has ended, or its allocation was not written; gives whether it released addresses."""
         released = self.addresses.release(id)
         self._forget_gone(released)
         return bool(released)
@@ -96,17 +96,17 @@ class Books:
         self.docker_nodes.discard(node.id)
         self._forget_gone(self.addresses.release(node_owner(node.id)))
 
-    def give(self, owner: str, network: Network, wished: str = "") -> str:
-        """An address for a service, task or node.  Raises: NoAddress."""
-        return self.addresses.give(owner, network, wished)
+    def allocate(self, owner: str, network: Network, requested: str = "") -> str:
+        """Allocate an address for a service, task or node.  Raises: NoAddress."""
+        return self.addresses.allocate(owner, network, requested)
 
-    def give_all(self, owner: str, network: Network, wished: str = "") -> tuple[str, ...]:
-        """An address of each version that the network has, IPv4 first.  Raises: NoAddress."""
-        return self.addresses.give_all(owner, network, wished)
+    def allocate_all(self, owner: str, network: Network, requested: str = "") -> tuple[str, ...]:
+        """Allocate an address of each IP version of the network, IPv4 first.  Raises: NoAddress."""
+        return self.addresses.allocate_all(owner, network, requested)
 
-    def give_virtual(self, owner: str, network: Network, version: int) -> str:
-        """A service's virtual address of one version.  Raises: NoAddress."""
-        return (self.addresses.give_6 if version == 6 else self.addresses.give)(owner, network)
+    def allocate_virtual(self, owner: str, network: Network, version: int) -> str:
+        """Allocate a service's virtual address of one IP version.  Raises: NoAddress."""
+        return (self.addresses.allocate_6 if version == 6 else self.addresses.allocate)(owner, network)
 
     def _hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> None:
         before = self.addresses.release(owner)
@@ -122,12 +122,12 @@ class Books:
 
 
 def service_owner(id: str) -> str:
-    """By this name a service holds its virtual addresses; tasks hold theirs by their bare ids."""
+    """Owner name of a service's virtual addresses; the owner name of a task is its bare id."""
     return f"service/{id}"
 
 
 def node_owner(id: str) -> str:
-    """By this name a node holds its own addresses."""
+    """Owner name of a node's own addresses."""
     return f"node/{id}"
 
 

@@ -1,9 +1,10 @@
-"""``docker run --network`` of an attachable network: the container's node asks the cluster for a place on it.
+"""``docker run --network`` of an attachable network: the container's node requests an attachment from the cluster.
 
-A place is a task without a service, made for the node that asks: allocator, scheduler and dispatcher treat it like
-any other, and the node gets the address with its assignments.  While it is there, the network cannot be removed.
+The attachment is a task without a service, on the node that requested it: allocator, scheduler and dispatcher treat
+it like any other task, and the node gets the address with its assignments.  While it exists, the network cannot be
+removed.
 
-A skep node names the container by the first of the place's aliases; an engine tells its names to other engines.
+A skep node names the container by the first alias of the attachment; an engine sends its names to other engines.
 
 Source: swarmkit, manager/resourceapi/allocator.go; moby, daemon/cluster/networks.go (AttachNetwork).
 """
@@ -36,11 +37,11 @@ ATTACHMENTS_MAX = 1000
 CONTAINER_ID_CHARACTERS_MAX = 128
 ALIASES_MAX = 32
 ALIAS_CHARACTERS_MAX = 253
-"""A name of the DNS has no more."""
+"""The maximum of a DNS name."""
 
 
-class Wish(msgspec.Struct, frozen=True, kw_only=True):
-    """A node's wish for one of its containers."""
+class AttachmentRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's request for one of its containers."""
 
     task_id: TaskId
     node_id: NodeId
@@ -54,7 +55,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AttachmentService:
-    """Answers ``ResourceAllocator`` on every manager."""
+    """Serves ``ResourceAllocator`` on every manager."""
 
     def __init__(self, store: Store, clock: Clock, new_id: IdSource) -> None:
         self._store = store
@@ -62,12 +63,12 @@ class AttachmentService:
         self._new_id = new_id
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """The handlers for ``wire.server.serve``."""
         return (unary(methods.ATTACH_NETWORK, self._attach), unary(methods.DETACH_NETWORK, self._detach))
 
     async def _attach(self, request: pb.AttachNetworkRequest, caller: Caller) -> pb.AttachNetworkResponse:
-        await self._store.barrier()  # the network may come from another manager a moment ago
-        wish = Wish(
+        await self._store.barrier()  # the network may have been created on another manager a moment ago
+        attachment = AttachmentRequest(
             task_id=TaskId(self._new_id()),
             node_id=caller.node_id,
             container_id=request.container_id,
@@ -75,58 +76,64 @@ class AttachmentService:
             address=next(iter(request.config.addresses), ""),
             aliases=tuple(request.config.aliases),
         )
-        await self._store.update(attach, wish, timestamp(self._clock.now_ns()))
-        log.info("container attached", node=wish.node_id, network=wish.network, task=wish.task_id)
-        return pb.AttachNetworkResponse(attachment_id=wish.task_id)
+        await self._store.update(attach, attachment, timestamp(self._clock.now_ns()))
+        log.info(
+            "container attached", node=attachment.node_id, network=attachment.network, task=attachment.task_id
+        )
+        return pb.AttachNetworkResponse(attachment_id=attachment.task_id)
 
     async def _detach(self, request: pb.DetachNetworkRequest, caller: Caller) -> pb.DetachNetworkResponse:
         await self._store.update(detach, caller.node_id, TaskId(request.attachment_id))
         return pb.DetachNetworkResponse()
 
 
-def attach(tx: Transaction, wish: Wish, now: Timestamp) -> Task:
-    """Make the task that stands for the container's place; the allocator gives it an address.
+def attach(tx: Transaction, attachment: AttachmentRequest, now: Timestamp) -> Task:
+    """Create the task that stands for the container's attachment; the allocator gives it an address.
 
     Raises:
         NotFound: no such network.  PermissionDenied: it is not attachable, or the node was removed.
         FailedPrecondition: its data plane is not the node's.
-        InvalidArgument, ResourceExhausted: a container id, aliases or a number of places that nobody needs.
+        InvalidArgument, ResourceExhausted: a container id, aliases or a number of attachments beyond the limits.
     """
-    if not 0 < len(wish.container_id) <= CONTAINER_ID_CHARACTERS_MAX:
+    if not 0 < len(attachment.container_id) <= CONTAINER_ID_CHARACTERS_MAX:
         raise InvalidArgument("the request names no container")
-    if len(wish.aliases) > ALIASES_MAX or any(len(one) > ALIAS_CHARACTERS_MAX for one in wish.aliases):
+    if len(attachment.aliases) > ALIASES_MAX or any(
+        len(one) > ALIAS_CHARACTERS_MAX for one in attachment.aliases
+    ):
         raise InvalidArgument(
             f"a container has {ALIASES_MAX} names of {ALIAS_CHARACTERS_MAX} characters on a network, at most"
         )
-    node = tx.rely_on(Node, wish.node_id, "session")
+    node = tx.rely_on(Node, attachment.node_id, "session")
     if node is None:
-        raise PermissionDenied(f"Permission denied: node {wish.node_id} was removed from the swarm")
+        raise PermissionDenied(f"Permission denied: node {attachment.node_id} was removed from the swarm")
     try:
-        network = tx.resolve(Network, wish.network)
+        network = tx.resolve(Network, attachment.network)
     except NotFound:
-        raise NotFound(f"network {wish.network} not found") from None
+        raise NotFound(f"network {attachment.network} not found") from None
     require_attachable(network, node)
     owner, plane = plane_of(network), plane_of_node(node)
     if owner not in ("", plane):
         raise FailedPrecondition(
             f"network {network.spec.name} belongs to {owner} nodes: containers of a {plane} node cannot join it"
         )
-    places = [one for one in tx.find(Task, node_id=node.id) if _is_attachment(one)]
-    if len(places) >= ATTACHMENTS_MAX:
+    present = [one for one in tx.find(Task, node_id=node.id) if _is_attachment(one)]
+    if len(present) >= ATTACHMENTS_MAX:
         raise ResourceExhausted(f"the node has {ATTACHMENTS_MAX} containers on cluster networks already")
-    here = sum(network.id in {config.target for config in one.spec.networks} for one in places)
+    here = sum(network.id in {config.target for config in one.spec.networks} for one in present)
     require_share(network, here, len(tx.find(Node)))
-    wished = NetworkAttachment(network=network, addresses=(wish.address,) if wish.address else ())
+    requested = NetworkAttachment(
+        network=network, addresses=(attachment.address,) if attachment.address else ()
+    )
     return tx.put(
         Task(
-            id=wish.task_id,
+            id=attachment.task_id,
             created_at=now,
             spec=TaskSpec(
-                network_attachment_spec=NetworkAttachmentSpec(container_id=wish.container_id),
-                networks=(NetworkAttachmentConfig(target=network.id, aliases=wish.aliases),),
+                network_attachment_spec=NetworkAttachmentSpec(container_id=attachment.container_id),
+                networks=(NetworkAttachmentConfig(target=network.id, aliases=attachment.aliases),),
             ),
             node_id=node.id,
-            networks_attachments=(wished,) if wish.address else (),
+            networks_attachments=(requested,) if attachment.address else (),
             status=TaskStatus(timestamp=now, state=TaskState.NEW, message="created"),
             desired_state=TaskState.RUNNING,
         )
@@ -134,7 +141,7 @@ def attach(tx: Transaction, wish: Wish, now: Timestamp) -> Task:
 
 
 def detach(tx: Transaction, node_id: NodeId, task_id: TaskId) -> None:
-    """The container is gone, its place with it.
+    """Remove the attachment of a container that is gone.
 
     Raises: InvalidArgument, NotFound; PermissionDenied: another node's, or a task of a service.
     """

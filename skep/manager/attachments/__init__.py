@@ -1,1 +1,0 @@
-"""Plain containers of docker nodes on attachable networks of the cluster."""
