@@ -325,6 +325,13 @@ LABELS = (
     ),
     Label(
         LabelTarget.ENGINE,
+        "skep.wireguard",
+        "`KEY@PORT`, at most two, separated by commas",
+        "",
+        "the node's public WireGuard keys in base64, the oldest first, each with its UDP port",
+    ),
+    Label(
+        LabelTarget.ENGINE,
         "skep.data-path-addr",
         "IP address",
         "",

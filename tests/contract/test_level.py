@@ -59,6 +59,7 @@ async def test_a_raised_level_is_seen_by_all_and_raised_once(
     monkeypatch.setattr("skep.store.level.LEVEL", 5)
     for id, level in (("m1", 3), ("m2", 2)):
         await rig.store.update(a_manager, id, level)
+    await rig.other.barrier()
     await asyncio.gather(rig.store.update(write_level), rig.other.update(write_level))
     for store in (rig.store, rig.other):
         await store.barrier()

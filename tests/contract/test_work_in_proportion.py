@@ -85,7 +85,7 @@ async def test_work_on_everything_would_be_noticed(monkeypatch: pytest.MonkeyPat
     async def careful(self: Any, *decisions: Any) -> None:
         await real(self, *decisions)
         term: LoopStore = self._term
-        self._start(term.view())
+        self._on_snapshot(term.view())
         for _ in self._loading:
             pass
 
