@@ -1,6 +1,6 @@
 """At the end of a whole run (``--whole``) every test that docs/status.md names has to have passed in it.
 
-With several workers (pytest-xdist) each has a part of the tests, so it is their controller that asks.
+With several workers (pytest-xdist) each runs a part of the tests, so their controller compares.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _LEFT_OUT = "skep_left_out"
 
 
 class WholeRun:
-    """What ran, and the question at the end."""
+    """Records how tests ended; after the last one, fails the run if a named test did not pass."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -36,8 +36,8 @@ class WholeRun:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if (told := getattr(self._config, "workeroutput", None)) is not None:
-            told[_LEFT_OUT] = sorted(self._outcomes.left_out)
+        if (output := getattr(self._config, "workeroutput", None)) is not None:
+            output[_LEFT_OUT] = sorted(self._outcomes.left_out)
         elif self._config.getoption("--whole"):
             self._missing = not_shown(named_tests(), self._outcomes)
             if self._missing:

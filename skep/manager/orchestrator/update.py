@@ -22,10 +22,9 @@ what the new one needs (reservations, host ports, addresses, replicas per node).
 retired at once.
 
 Differences from swarmkit: it retires the old task of a stop-first update at once, so that an image which cannot be
-pulled leaves nothing running (the order here is the one that its makers' talks describe); nothing waits for the
-update delay after the last slot; a lead that we stop ourselves (a drained node, a scale down) is no failure; failures
-of tasks that a scale-up adds to the update count; a task without progress ends an update after the progress deadline,
-where swarmkit waits for ever.
+pulled leaves nothing running; nothing waits for the update delay after the last slot; a lead that we stop ourselves (a
+drained node, a scale down) is no failure; failures of tasks that a scale-up adds to the update count; a task without
+progress ends an update after the progress deadline, where swarmkit waits for ever.
 
 Source: swarmkit, manager/orchestrator/update/updater.go.
 """
