@@ -15,7 +15,7 @@ from sim.links import Links
 from skep.model.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.client import CHANGE_S, LOAD_S, READ_S, WRITE_S, Client, WatchStream, nested
-from skep.store.etcd.errors import Busy, Uncertain, meaning_of
+from skep.store.etcd.errors import Busy, Uncertain, error_of
 from skep.store.etcd.membership import name_in
 from skep.store.etcd.peers import peer_url
 from skep.store.etcd.requests import etcd_key
@@ -99,10 +99,10 @@ class SimulatedClient(Client):
     async def add_learner(self, url: str, *, timeout_s: float = CHANGE_S) -> pb.MemberAddResponse:
         await self._changing(timeout_s)
         if any(not member.is_voter for member in self._raft.members.values()):
-            raise meaning_of("etcdserver: too many learner members in cluster")
+            raise error_of("etcdserver: too many learner members in cluster")
         id = NodeId(name_in(url))
         if id in self._raft.members:
-            raise meaning_of("etcdserver: Peer URLs already exists: peerURLs exists")
+            raise error_of("etcdserver: Peer URLs already exists: peerURLs exists")
         self._raft.add(id, is_voter=False)
         return pb.MemberAddResponse(members=self._members())
 
@@ -110,9 +110,9 @@ class SimulatedClient(Client):
         await self._changing(timeout_s)
         member = self._raft.numbered(member_id)
         if member.is_voter:
-            raise meaning_of("etcdserver: can only promote a learner member")
+            raise error_of("etcdserver: can only promote a learner member")
         if not self._raft.promote(member.id):
-            raise meaning_of("etcdserver: can only promote a learner member which is in sync with leader")
+            raise error_of("etcdserver: can only promote a learner member which is in sync with leader")
 
     async def remove(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
         await self._changing(timeout_s)
@@ -133,7 +133,7 @@ class SimulatedClient(Client):
     @asynccontextmanager
     async def watch(self, prefix: bytes, after: int) -> AsyncIterator[WatchStream]:
         if not self._member.is_running:
-            raise Uncertain("the store does not answer: connection refused")
+            raise Uncertain("the store does not respond: connection refused")
         watching = SimulatedWatchStream(self._raft, self._member, self._links, self._random, after)
         self._member.watchers.append(watching)
         try:
@@ -194,7 +194,7 @@ class SimulatedClient(Client):
             raise Uncertain(NO_LEADER) from error
         await self._links.wait_thawed(self._member.id)
         if not self._member.is_running:
-            raise Uncertain("the store does not answer: connection lost")
+            raise Uncertain("the store does not respond: connection lost")
         return answer
 
 

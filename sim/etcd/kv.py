@@ -56,7 +56,7 @@ class KeyValues:
         """
         at = request.revision or revision
         if at < self.compacted:
-            raise Compacted("the history asked for is gone")
+            raise Compacted("the requested history is compacted")
         response = pb.RangeResponse(header=pb.ResponseHeader(revision=revision, cluster_id=1))
         limit = request.limit or len(self._names) + 1
         for name in self._named(request.key, request.range_end):

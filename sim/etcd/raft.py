@@ -21,7 +21,7 @@ from sim.etcd.space import Space
 from sim.links import Links, Port
 from skep.model.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.errors import Uncertain, meaning_of
+from skep.store.etcd.errors import Uncertain, error_of
 
 REFUSED_S = 0.0002
 """How long it takes to find out that nobody listens: whoever asks again at once lets some time pass all the same."""
@@ -138,7 +138,7 @@ class Raft:
         """The member that etcd calls so.  Raises: NoMember."""
         found = [member for member in self.members.values() if member.number == number]
         if not found:
-            raise meaning_of("etcdserver: member not found")
+            raise error_of("etcdserver: member not found")
         return found[0]
 
     @property
@@ -174,10 +174,10 @@ class Raft:
         """
         await self._wait_connected(member)
         if self.space.has_alarm and any(one.HasField("request_put") for one in request.success):
-            raise meaning_of("etcdserver: mvcc: database space exceeded")
+            raise error_of("etcdserver: mvcc: database space exceeded")
         if member.leadership is None:
             await asyncio.sleep(REFUSED_S)
-            raise meaning_of("etcdserver: raft proposal dropped")
+            raise error_of("etcdserver: raft proposal dropped")
         entry = Entry(member, request, self.loop.create_future(), self._now())
         member.entries.append(entry)
         leadership = member.leadership
@@ -195,13 +195,13 @@ class Raft:
         """Raises: Uncertain: ``member`` does not run."""
         if not member.is_running:
             await asyncio.sleep(REFUSED_S)
-            raise Uncertain("the store does not answer: connection refused")
+            raise Uncertain("the store does not respond: connection refused")
 
     def _lose_answers(self, member: Member) -> None:
         entries, member.entries = member.entries, []
         for entry in entries:
             if not entry.answer.done():
-                entry.answer.set_exception(Uncertain("the store does not answer: connection lost"))
+                entry.answer.set_exception(Uncertain("the store does not respond: connection lost"))
 
     def hang(self, id: NodeId) -> None:
         """The disk of a member writes nothing until ``resume``; it keeps its office all the same."""

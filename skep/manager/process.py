@@ -193,7 +193,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             else:
                 listening = _listening(config, pair, whereabouts)
                 waiting = wait_for_others(
-                    paths.manager_waiting, whereabouts, listening, clock, lambda: member.trouble
+                    paths.manager_waiting, whereabouts, listening, clock, lambda: member.error
                 )
             meanwhile = (
                 group.create_task(asking, name="ask others"),
@@ -219,7 +219,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             whereabouts=whereabouts,
             restart_member=lambda: member.restart(member.settings),
             cut_peers=lambda: end_peer_connections(member.pid, member.settings.peer_port),
-            trouble=lambda: member.trouble,
+            trouble=lambda: member.error,
             socket=paths.manager_socket,
             clock=clock,
             new_id=new_id,

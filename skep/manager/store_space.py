@@ -104,7 +104,7 @@ class StoreSpace:
             case Compact(kept_revisions):
                 if await self._store.compact(kept_revisions):
                     self._cut = self._clock.monotonic(), kept_revisions
-                    log.info("history of the store cut", space=spaces[self._own].words)
+                    log.info("history of the store cut", space=spaces[self._own].summary)
                     await self._clock.sleep(SETTLE_S)
             case Defragment(node_id):
                 log.warning(
@@ -120,7 +120,7 @@ class StoreSpace:
                 )  # this term is about to end, unless leadership came straight back
             case Disarm():
                 await self._store.disarm()
-                log.info("store has room again", space=spaces[self._own].words)
+                log.info("store has room again", space=spaces[self._own].summary)
 
     async def _others(self, names: Sequence[str]) -> Mapping[NodeId, Space]:
         """The space of the other managers that answer."""

@@ -1,12 +1,12 @@
-"""The store as the control plane sees it: an in-memory replica, transactions, watches, leadership.
+"""The store's interface: an in-memory replica, transactions, watches, leadership.
 
 Two implementations pass one contract suite (``tests/contract/test_store.py``): ``store.memory`` and ``store.etcd``.
 
-Reads are synchronous and local.  A transaction is a plain function that is run against the replica and
-proposed; on a conflict it is simply run again on newer state, so it must be free of side effects.  It is
-serializable by itself: the proposal compares every key it wrote and every object it read with ``get``.  What
-``find`` listed is not compared: "nobody uses it" and "it is free" are keys of their own (references and claims,
-see ``schema``), so removal of a used secret and a second service on one port cannot slip through.
+Reads are synchronous and local.  A transaction is a plain function that runs against the replica and is then
+proposed; on a conflict it runs again on newer state, so it must be free of side effects.  The proposal compares every
+key that it wrote and every object that it read with ``get``.  The results of ``find`` are not compared: "unused" and
+"free" have their own keys (references and claims, see ``schema``), so concurrent transactions cannot remove a secret
+in use or publish one port twice.
 """
 
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
@@ -40,7 +40,7 @@ class View(Protocol):
         """The level of the stored data (``store.level``)."""
 
     def get(self, kind: type[T], id: str) -> T:
-        """The object with exactly this id.  Raises: NotFound; Unavailable: it is stored and cannot be read."""
+        """The object with exactly this id.  Raises: NotFound; Unavailable: it is stored but cannot be read."""
 
     def lookup(self, kind: type[T], id: str) -> T | None:
         """The object with exactly this id, or None."""
@@ -52,40 +52,40 @@ class View(Protocol):
         """
 
     def ids(self, kind: type[Object]) -> Sequence[str]:
-        """The ids of all objects of a kind, in order: a copy, for whoever goes through very many with pauses."""
+        """The ids of all objects of a kind, in order: a copy, for loops over very many that yield to the event loop."""
 
     def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
-        """Ids of objects of a kind that are stored but cannot be read, and why; empty unless something is damaged.
+        """Ids of stored objects of a kind that cannot be read -> the error; empty unless something is damaged.
 
-        Such an object is not found, which is not to be taken for its removal; or it is found as it was before, or (a
-        node) as far as its other parts are readable.
+        Such an object is not found, which does not mean that it was removed; or it is found in its last readable state,
+        or (a node) with its other parts.
         """
 
     def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
-        """Id -> parts beside the head that are stored but cannot be read -> why; usually none.
+        """Id -> stored parts besides the head that cannot be read -> the error; usually none.
 
-        Such a part is as it was before, or as if it were not there.  Whoever writes it mends it.
+        Such a part keeps its last readable value, or its defaults.  Writing it repairs it.
         """
 
     def resolve(self, kind: type[T], word: str) -> T:
-        """What a user means by ``word``: full id, else name, else unique prefix of an id (Docker's order).
+        """The object that ``word`` names: by full id, else name, else unique prefix of an id (Docker's order).
 
-        Removed services, still there as owners of their tasks, are not meant.
+        Removed services, which are still stored as owners of their tasks, are not found.
         Raises: NotFound: "service web not found"; InvalidArgument: "... is ambiguous (2 matches found)"; Unavailable:
-        it is there and cannot be read.
+        it is stored but cannot be read.
         """
 
 
 class Transaction(View, Protocol):
-    """A view that can be written to.  Lives inside one call of a transaction function."""
+    """A view that can be written to.  Valid during one call of a transaction function."""
 
     def put(self, object: T) -> T:
-        """Create or replace ``object``; gives it back as stored (version, updated_at set by the store).
+        """Create or replace ``object``; returns it as stored (version, updated_at set by the store).
 
-        Only the parts that changed are written.  A change of the wish bumps ``version``.
-        A new service spec is stored a second time as a ``SpecVersion``, and ``spec_version`` names it.
-        Raises: AlreadyExists: the name belongs to another object; InvalidArgument: a published port does; both with
-        Docker's words.  NotFound: a reference names no object.
+        Only the parts that changed are written.  A change of the head increases ``version``.
+        A new service spec is also stored as a ``SpecVersion``, which ``spec_version`` names.
+        Raises: AlreadyExists: another object has the name; InvalidArgument: or a published port; both with Docker's
+        texts.  NotFound: a reference names no object.
         """
 
     def delete(self, kind: type[T], id: str) -> None:
@@ -96,18 +96,18 @@ class Transaction(View, Protocol):
         """
 
     def raise_level(self, level: int) -> None:
-        """Have the stored data be of this level from now on, unless they are of a higher one."""
+        """Raise the level of the stored data (``store.level``), unless it is higher already."""
 
     def rely_on(self, kind: type[T], id: str, *parts: str) -> T | None:
-        """Like ``lookup``, and the commit fails if the object changed in between (``get`` does the same).
+        """Like ``lookup``, but the commit fails if the object changed concurrently (``get`` does the same).
 
-        ``parts``: only these count (``"session"`` of a node), and that the object still exists; default all.
-        Raises: Unavailable: it is stored and cannot be read, so that nobody knows whether to decide as without it.
+        ``parts``: compare only these (``"session"`` of a node) and that the object still exists; default all.
+        Raises: Unavailable: it is stored but cannot be read, which must not be taken for absence.
         """
 
 
 class InUse(SkepError):
-    """A removal met references.  ``users``: (kind name, id) of those who refer to it, sorted."""
+    """An object that other objects refer to cannot be removed.  ``users``: their (kind name, id), sorted."""
 
     def __init__(self, message: str, users: Sequence[tuple[str, str]]) -> None:
         super().__init__(message)
@@ -138,7 +138,7 @@ class Commit(msgspec.Struct, frozen=True, gc=False):
 
 
 class WatchLagged(SkepError):
-    """The reader of a watch fell behind its bound: start again from a fresh snapshot."""
+    """The reader of a watch is too far behind: it has to start again from a new snapshot."""
 
 
 class Watch(Protocol):
@@ -146,47 +146,46 @@ class Watch(Protocol):
 
     @property
     def snapshot(self) -> View:
-        """What is there at the beginning; to be asked for before the first commit is."""
+        """The state at the beginning; to be read before the first commit."""
 
     def __aiter__(self) -> AsyncIterator[Commit]:
         """Raises: WatchLagged."""
 
 
 class NotLeader(Unavailable):
-    """A write of a leader's loop met a newer leader: nothing was written, and nothing ever will be in this term."""
+    """A leader's write found another leader: nothing was written, and nothing more will be in this term."""
 
 
 class Updates(Protocol):
-    """What both the store and a term can do: run transactions."""
+    """Runs transactions: a store, or a term."""
 
     async def update(
         self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Run ``body(tx, ...)`` until it commits; return its result once the local replica shows the write.
 
-        A body that writes nothing commits nothing.  What the body raises is raised here, nothing is written.
-        Raises: Unavailable: no quorum, or no answer within the store's deadline (5 s) and the outcome could not
-        be found out.
+        A body that writes nothing commits nothing.  Errors of the body are raised, and nothing is written.
+        Raises: Unavailable: no quorum, or no response within the store's deadline (5 s) and the outcome is unknown.
         """
 
     async def update_each(
         self, body: Callable[[Transaction, Item], R], items: Iterable[Item], /
     ) -> Sequence[R | SkepError]:
-        """``update`` once per item, each a proposal of its own, committed in as few raft entries as possible.
+        """``update`` once per item, each a separate proposal, committed in as few raft entries as possible.
 
-        One item's conflict or error does not touch the others; the result has one entry per item, in order.
-        A store that does not answer, or a term that is over, is the error of every item.
+        One item's conflict or error does not affect the others; the result has one entry per item, in order.
+        If the store does not respond, or the term is over, every item has that error.
         """
 
 
 class Store(Updates, Protocol):
-    """The replica of one manager, and its way to write."""
+    """The replica of one manager, and the writes of that manager."""
 
     def view(self) -> View:
         """The present local state."""
 
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
-        """Follow commits that touch one of ``kinds``, from a snapshot on.  Bounded (10,000 commits)."""
+        """Commits that change objects of ``kinds``, from a snapshot on.  Bounded (10,000 commits)."""
 
     async def barrier(self) -> None:
         """Return once the replica shows everything acknowledged anywhere before this call.
@@ -195,38 +194,38 @@ class Store(Updates, Protocol):
         """
 
     def terms(self, node_id: NodeId, addr: str) -> AsyncIterator["Term"]:
-        """Terms of leadership of this manager, one after another: yields when this manager has become leader."""
+        """Terms of leadership of this manager: yields each time this manager has become leader."""
 
     @property
     def leader(self) -> NodeId | None:
-        """Who leads, as far as this replica knows."""
+        """The leader, as of this replica."""
 
     async def rotate_data_key(self) -> None:
-        """Encrypt everything with a fresh data key: new values at once, the others in the background.
+        """Encrypt everything with a new data key: new values at once, the others in the background.
 
-        Returns when the new key is in use.  Nothing of it shows in any object.  Raises: Unavailable.
+        Returns when the new key is in use.  No object changes.  Raises: Unavailable.
         """
 
     async def space(self) -> Space | None:
-        """How much room this manager's own copy has, as of a moment ago; None: there is no limit.
+        """Size and quota of this manager's own copy, as of a moment ago; None: there is no limit.
 
         Raises: Unavailable.
         """
 
     async def compact(self, kept_revisions: int) -> bool:
-        """Forget all history but the last revisions; whether there was any to forget.  Raises: Unavailable."""
+        """Discard all history but the last revisions; whether there was any to discard.  Raises: Unavailable."""
 
     async def defragment(self) -> None:
-        """Give free pages of this manager's own copy back.  It stands still meanwhile.  Raises: Unavailable."""
+        """Return free pages of this manager's own copy to the disk.  It is blocked meanwhile.  Raises: Unavailable."""
 
     async def disarm(self) -> None:
-        """Take writes again after the quota was reached.  Raises: Unavailable."""
+        """Clear the alarm of a reached quota, so that writes are accepted again.  Raises: Unavailable."""
 
     @property
     def incarnation(self) -> int:
-        """Which life of the cluster this store serves, 1 and up; raised by every restore and forced new cluster.
+        """The cluster's incarnation, 1 and up; increased by every restore and forced new cluster.
 
-        Revisions of different incarnations do not compare.
+        Revisions of different incarnations are not comparable.
         """
 
 
@@ -241,17 +240,17 @@ class Term(Updates, Protocol):
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]: ...
 
     async def confirm(self) -> None:
-        """Have the fence compared, and nothing written; then the replica shows what was written before.
+        """Compare the fence without a write; on return the replica shows everything written before.
 
-        For what no fence covers, as a change of the consensus itself.  Raises: NotLeader; Unavailable.
+        For changes that no fence covers, as of the raft membership itself.  Raises: NotLeader; Unavailable.
         """
 
     async def wait_lost(self) -> None:
-        """Return when the term is over (another leader, or no word from the member for too long)."""
+        """Return when the term is over (another leader, or no response of the member for too long)."""
 
 
 def nothing(object: Any) -> Iterable[Any]:
-    """What objects of most kinds claim, share and refer to."""
+    """The claims and references of most kinds: none."""
     return ()
 
 
@@ -262,42 +261,42 @@ class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
     type: type[Object]
 
     parts: Mapping[str, tuple[str, ...]] = {}
-    """Part name -> field names.  Every other field is the head ("wish"), whose change bumps the version."""
+    """Part name -> field names.  All other fields are the head, whose change increases the version."""
 
-    answers: frozenset[str] = frozenset()
-    """Parts that answer a spec: stored with its version, dropped by the merge when they answer an older one."""
+    spec_statuses: frozenset[str] = frozenset()
+    """Parts that report on one version of the spec (as Kubernetes' ``observedGeneration``): stored with that version,
+    and ignored once the spec has a newer one."""
 
     claims: Callable[[Any], Iterable[str]] = nothing
-    """Keys (``n/service/web``, ``p/tcp/8080``) that only one object may hold."""
+    """Keys (``n/service/web``, ``p/tcp/8080``) that at most one object may hold."""
 
     shared_claims: Callable[[Any], Iterable[str]] = nothing
-    """Claims that many may hold together while nobody holds them alone (host-mode ports)."""
+    """Claims that several objects may share while no object holds them exclusively (host-mode ports)."""
 
     taken: Callable[[str, Any, Any], SkepError]
-    """``(claim, wanting object, holder) -> error``: the refusal in Docker's words."""
+    """``(claim, claiming object, holder) -> error``, with Docker's text."""
 
     references: Callable[[Any], Iterable[tuple[str, str]]] = nothing
-    """(kind name, id) of the objects it needs; these cannot be deleted meanwhile."""
+    """(kind name, id) of the objects that it uses, which cannot be deleted meanwhile."""
 
     max_bytes: int = 1024 * 1024
-    """One part of such an object, encoded."""
+    """Limit of one encoded part."""
 
     is_referable: bool = False
-    """Whether objects of other kinds may refer to this one, so that its removal has to ask."""
+    """Whether objects of other kinds may refer to this one, so that its removal has to compare that none does."""
 
     indexes: Mapping[str, Callable[[Any], str | None]] = {}
-    """Index name -> value of an object (None or empty: not in this index).  ``name`` is without regard to case."""
+    """Index name -> value of an object (None or empty: not in this index).  ``name`` is case-insensitive."""
 
     indexed_part: str = ""
-    """The part that all indexes look at; "" is the head.  While it stays as it is, so do they."""
+    """The part that all indexes are computed from; "" is the head.  They are updated only when it changes."""
 
     is_hidden: Callable[[Any], bool] = lambda _: False
-    """Whether users no longer see it (a removed service)."""
+    """Whether it is not shown to users (a removed service)."""
 
-    has_stand_in: bool = False
-    """Whether an object whose head was never readable is shown all the same, made of its other parts: ``type(id=...)``
-    stands for the head."""
+    has_placeholder: bool = False
+    """Whether an object whose head was never readable is shown with its other parts, and ``type(id=...)`` as head."""
 
-    assumed: Callable[[Any, Collection[str]], Any] = lambda one, _: one
-    """``(object, parts that were never readable and hold their defaults) -> object`` as it is safe to take it: what
-    cannot be read must not look like a loss.  Idempotent."""
+    safe_fallback: Callable[[Any, Collection[str]], Any] = lambda one, _: one
+    """``(object, parts that were never readable and have their defaults) -> object`` with safe values in these parts:
+    damage must not look like a loss of the task or node.  Idempotent."""

@@ -1,4 +1,4 @@
-"""Kinds of objects that only the store's users inside a manager see: no API shows them."""
+"""Kinds of objects that are internal to managers: no API shows them."""
 
 import msgspec
 from msgspec.structs import replace
@@ -22,17 +22,17 @@ GOSSIP_KEYS_ID = "gossip-keys"
 """Id of the payload that holds the keys of docker nodes' gossip (``model.gossip``)."""
 
 OVERLAY_KEYS_ID = "overlay-keys"
-"""Id of the payload that skep nodes' keys for encrypted overlays are derived from; there once there is such a one."""
+"""Id of the payload from which nodes derive keys of encrypted overlays; exists once there is an encrypted overlay."""
 
 UNLOCK_KEY_ID = "unlock-key"
-"""Id of the payload that holds the key which opens locked managers; there exactly while autolock is on."""
+"""Id of the payload that holds the unlock key of managers; exists exactly while autolock is on."""
 
 
 class SpecVersion(ApiObject):
-    """A service's spec as it was at one version; tasks are filled from it.
+    """A service's spec at one version, from which its tasks get their spec.
 
-    Written by the store beside every new spec; removed with the service, or by the leader when no task follows
-    it any more: a task that outlives it shows an empty spec.
+    Written by the store with every new spec; removed with the service, or by the leader when no task refers to it any
+    more.  A task that outlives it has an empty spec.
     """
 
     id: str
@@ -44,8 +44,8 @@ class SpecVersion(ApiObject):
 class Payload(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
     """Bytes that must never be shown: a secret's data, the root CA's key, registry credentials.
 
-    Ids say what it belongs to: ``secret/<id>``, ``root-ca``, ``root-ca-next``, ``registry/<service id>``.  Read by id,
-    by the dispatcher and the CA alone.
+    The id names their object: ``secret/<id>``, ``root-ca``, ``root-ca-next``, ``registry/<service id>``.  Only read by
+    id, by the dispatcher and the CA.
     """
 
     id: str
@@ -56,24 +56,24 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknow
 
 
 class Revocation(ApiObject):
-    """What a node may no longer use its certificates for.  Forgotten when the last of them has expired.
+    """The revoked certificates of a node.  Deleted when the last of them has expired.
 
-    ``id``: the node's.  ``is_removed``: for nothing at all; else only those of ``serials`` count for nothing.
+    ``id``: the node's.  ``is_removed``: all of them are revoked; else only those of ``serials``.
     """
 
     id: str
     until: Timestamp
     is_removed: bool = False
     serials: tuple[IssuedSerial, ...] = ()
-    """Of its certificates as a manager, for etcd's peer port."""
+    """Of its manager certificates, for etcd's peer port."""
     before: Timestamp = Timestamp("")
-    """Certificates that it was issued until then count for nothing where a manager's is wanted; whatever they are."""
+    """All its certificates issued until then are revoked as manager certificates."""
     foreign: tuple[IssuedSerial, ...] = ()
-    """Certificates in its name that it does not have: they count for nothing at all, whoever got them."""
+    """Certificates in its name that were issued to another holder: revoked for every purpose."""
 
 
 def registry_auth_id(service_id: str) -> str:
-    """The id of the payload with the credentials for the service's image."""
+    """The id of the payload with the registry credentials for the service's image."""
     return f"registry/{service_id}"
 
 
@@ -88,20 +88,20 @@ def spec_version_id(service_id: str, version: Version) -> str:
 
 
 def spec_version_of(view: View, task: Task) -> SpecVersion | None:
-    """The stored spec that ``task`` follows; None: it follows none, or one that is no longer kept."""
+    """The stored spec of ``task``'s spec version; None: it has none, or that one was removed."""
     if task.spec_version is None:
         return None
     return view.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
 
 
 def filled(task: Task, version: SpecVersion | None) -> Task:
-    """``task`` with the spec of the ``version`` it follows, if that is stored."""
+    """``task`` with the spec of its spec ``version``, if that is stored."""
     if version is None or version.spec.task_template is task.spec:
         return task
     return replace(task, spec=version.spec.task_template)
 
 
 def spec_of(view: View, task: Task) -> ServiceSpec | None:
-    """The service's spec as it was when ``task`` was made from it, if that is kept."""
+    """The service's spec from which ``task`` was made, if it is still stored."""
     version = spec_version_of(view, task)
     return version.spec if version is not None else None

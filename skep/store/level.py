@@ -1,8 +1,8 @@
-"""The level of the stored data: the lowest among what the managers know.  Nothing that a higher one brought is written.
+"""The feature level of the stored data: the lowest of the managers' levels, as etcd's cluster version.
 
-A version that stores something which the one before would not understand raises ``LEVEL``, and stores it only while
-``View.level`` has come as far.  The leader raises ``meta/level`` once every manager says that it knows more
-(``ManagerStatus``); it never falls: an older manager does not start on a store of a higher level.
+A version of Skep that stores data which the one before cannot read has a higher ``LEVEL``, and stores such data only
+once ``View.level`` has reached it.  The leader raises ``meta/level`` when every manager reports a higher one
+(``ManagerStatus``); it is never lowered: an older manager does not start on a store of a higher level.
 """
 
 from typing import Final
@@ -10,14 +10,14 @@ from typing import Final
 from skep.errors import FailedPrecondition
 
 LEVEL: Final = 1
-"""The newest level that this version knows."""
+"""The newest level that this version can read."""
 
 LOWEST: Final = 1
-"""That of every version that does not say."""
+"""The level of managers that do not report one."""
 
 
 def decoded_level(stored: bytes) -> int:
-    """Raises: FailedPrecondition: it is damaged, or other managers already write what this version does not know."""
+    """Raises: FailedPrecondition: it is damaged, or higher than the level of this version."""
     try:
         level = int(stored)
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""One manager's copy of the cluster: the merged state, who waits for a revision, who watches.
+"""One manager's copy of the cluster: the merged state, waiters for revisions, watches.
 
-Feeding it (from etcd's watch, or from the memory cluster) is the business of its owner; everybody else reads.
+It is written by its owner (the reflector of etcd, or the store in memory); all others only read it.
 """
 
 import asyncio
@@ -20,42 +20,42 @@ _EVERY_KIND = frozenset(SCHEMA_BY_TYPE)
 
 
 class Replica:
-    """The state as this manager knows it.  ``state`` is a view; ``reset`` replaces it."""
+    """The state at one revision.  ``state`` is a view; ``reset`` replaces it."""
 
     def __init__(self, watch_capacity: int = CAPACITY) -> None:
         self.state = State()
         self.leader_record: bytes | None = None
-        """What the leader key says, undecoded."""
+        """The value of the leader key, undecoded."""
         self.resets = 0
-        """How often everything was loaded anew."""
+        """How often everything was reloaded."""
         self._watches = Watches(watch_capacity)
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = count()
 
     @property
     def revision(self) -> int:
-        """The last revision that is wholly in here."""
+        """The last revision that was applied completely."""
         return self.state.revision
 
     def apply(self, revision: int, changes: Sequence[KeyChange]) -> None:
-        """Take in one whole revision and tell everybody."""
+        """Apply one complete revision, wake its waiters and publish its events."""
         for change in changes:
             if change.key == LEADER:
                 self.leader_record = change.value
         events = self.state.apply(revision, changes)
-        self._arrived(Commit(revision, events))
+        self._publish(Commit(revision, events))
 
     def advance(self, revision: int) -> None:
-        """Nothing that is kept here changed up to ``revision``."""
+        """Move to ``revision`` without a change."""
         if revision > self.state.revision:
             self.state.revision = revision
             self._wake()
 
     def reset(self, state: State, leader_record: bytes | None, events: Iterable[Event] = ()) -> None:
-        """Replace everything by a freshly loaded state; observers get exactly the difference, ``events``."""
+        """Replace everything by a newly loaded state; watchers get the difference, ``events``."""
         self.state, self.leader_record = state, leader_record
         self.resets += 1
-        self._arrived(Commit(state.revision, tuple(events)))
+        self._publish(Commit(state.revision, tuple(events)))
 
     async def reached(self, revision: int) -> None:
         """Return once the state shows everything up to ``revision``."""
@@ -67,12 +67,12 @@ class Replica:
 
     @asynccontextmanager
     async def watch(self, *kinds: type[Object]) -> AsyncIterator[Watch]:
-        """Follow the commits that touch one of ``kinds`` (none given: any)."""
-        with self._watches.open(self.state, frozenset(kinds) or _EVERY_KIND) as line:
-            yield line
+        """The commits that change objects of ``kinds`` (none given: any)."""
+        with self._watches.open(self.state, frozenset(kinds) or _EVERY_KIND) as queue:
+            yield queue
 
-    def _arrived(self, commit: Commit) -> None:
-        self._wake()  # first: they end here, with an answer to somebody; for those who watch, work begins
+    def _publish(self, commit: Commit) -> None:
+        self._wake()  # first: waiters return results to callers, while watchers only begin their work
         if commit.events:
             self._watches.publish(commit)
 

@@ -1,7 +1,7 @@
 """How each kind of object is stored: its parts and their writers, its claims, references and indexes.
 
-One writer per part keeps managers, leader and sessions from disturbing each other (docs/architecture.md,
-"Objects").  The words of refusals are Docker's.
+With one writer per part, managers, leader and sessions do not conflict with each other (docs/architecture.md,
+"Objects").  The texts of errors are Docker's.
 
 Source: swarmkit, manager/controlapi/{service,network,secret,config}.go (conflicts), api/storeobject.go (names).
 """
@@ -30,12 +30,12 @@ from skep.store.kinds import Payload, Revocation, SpecVersion
 
 
 def is_removed(service: Service) -> bool:
-    """Whether the user has removed it: hidden, its name and ports free, still the owner of its tasks."""
+    """Whether it was removed: it is hidden and its name and ports are free, but it still owns its tasks."""
     return service.removed_at is not None
 
 
 def _published_ports(service: Service) -> Iterator[PortConfig]:
-    """Ports with a number: what the user asked for, and what the allocator gave."""
+    """Ports with a number, from the spec and from the allocator."""
     wanted = service.spec.endpoint_spec.ports if service.spec.endpoint_spec else ()
     for port in (*wanted, *service.endpoint.ports):
         if port.published_port:
@@ -59,9 +59,9 @@ def _service_shared_claims(service: Service) -> Iterator[str]:
             yield port_claim(port.protocol, port.published_port)
 
 
-def _service_taken(claim: str, wanting: Service, holder: Service) -> SkepError:
+def _service_taken(claim: str, claiming: Service, holder: Service) -> SkepError:
     if claim.startswith("n/"):
-        name = wanting.spec.name
+        name = claiming.spec.name
         return AlreadyExists(f"name conflicts with an existing object: service {name} already exists")
     mode = "an ingress" if claim in set(_service_claims(holder)) else "a host-published"
     port = claim.rpartition("/")[2]
@@ -83,14 +83,14 @@ def _service_references(service: Service) -> Iterator[tuple[str, str]]:
 
 
 def _task_references(task: Task) -> Sequence[tuple[str, str]]:
-    """The networks of a plain container's attachment; a service's tasks are covered by their service."""
+    """The networks of a plain container's attachment; those of a service's tasks are references of the service."""
     if task.spec.network_attachment_spec is None:
         return ()
     return [("network", attachment.target) for attachment in task.spec.networks]
 
 
 def _task_slot(task: Task) -> str:
-    """``<service>/<slot>``; a global service's tasks have their node as slot."""
+    """``<service>/<slot>``; for a task of a global service the node takes the place of the slot."""
     return f"{task.service_id}/{task.slot or task.node_id}"
 
 
@@ -99,7 +99,7 @@ def _name_claims(kind: str) -> Callable[[Any], Iterable[str]]:
 
 
 def _network_claims(network: Network) -> Iterator[str]:
-    """Its name, and what the leader gave it."""
+    """Its name, and the VXLAN ids and subnets that the leader allocated."""
     yield name_claim("network", network.spec.name)
     if is_overlay(network):
         yield from map(vxlan_claim, vxlan_ids(network.driver_state.options))
@@ -108,20 +108,20 @@ def _network_claims(network: Network) -> Iterator[str]:
                 yield subnet_claim(str(subnet_of(config)))
 
 
-def _network_taken(claim: str, wanting: Network, holder: Network) -> SkepError:
+def _network_taken(claim: str, claiming: Network, holder: Network) -> SkepError:
     if claim.startswith("n/"):
-        return AlreadyExists(f"network {wanting.spec.name} already exists")
+        return AlreadyExists(f"network {claiming.spec.name} already exists")
     what = "VXLAN id" if claim.startswith("v/") else "subnet"
     given = unquote(claim.partition("/")[2])
     return AlreadyExists(f"{what} {given} belongs to network {holder.spec.name} ({holder.id})")
 
 
 def _name_taken(kind: str) -> Callable[[str, Any, Any], SkepError]:
-    return lambda _, wanting, __: AlreadyExists(f"{kind} {wanting.spec.name} already exists")
+    return lambda _, claiming, __: AlreadyExists(f"{kind} {claiming.spec.name} already exists")
 
 
-def _node_as_known(node: Node, unknown: Collection[str]) -> Node:
-    """Without its spec a node keeps what it has and gets nothing new, in the role that it was last seen in."""
+def _node_fallback(node: Node, unknown: Collection[str]) -> Node:
+    """A node without a readable spec keeps its tasks and gets no new ones; its role is the one of its other parts."""
     if HEAD not in unknown:
         return node
     certificate = node.certificate
@@ -132,14 +132,14 @@ def _node_as_known(node: Node, unknown: Collection[str]) -> Node:
     return replace(node, spec=NodeSpec(availability=Availability.PAUSE, role=role))
 
 
-def _task_as_known(task: Task, unknown: Collection[str]) -> Task:
-    """A task with a node is assigned at least: its node tells the rest when it begins its next session."""
+def _task_fallback(task: Task, unknown: Collection[str]) -> Task:
+    """A task with a node is at least ASSIGNED: the node reports its state when its next session begins."""
     if "status" not in unknown or not task.node_id:
         return task
     return replace(task, status=TaskStatus(state=TaskState.ASSIGNED))
 
 
-def _nothing_taken(claim: str, wanting: Object, holder: Object) -> SkepError:
+def _nothing_taken(claim: str, claiming: Object, holder: Object) -> SkepError:
     return AlreadyExists(f"{claim} belongs to another object")
 
 
@@ -149,7 +149,7 @@ def _spec_name(object: Any) -> str:
 
 
 SCHEMAS: Final[tuple[KindSchema, ...]] = (
-    # Before tasks: the merge fills a task's spec from the version stored in the same revision.
+    # Before tasks, because the merge fills in a task's spec from the version stored in the same revision.
     KindSchema(
         name="spec",
         type=SpecVersion,
@@ -164,7 +164,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
             "endpoint": ("endpoint",),
             "job": ("job_status",),
         },
-        answers=frozenset({"update", "job"}),
+        spec_statuses=frozenset({"update", "job"}),
         claims=_service_claims,
         shared_claims=_service_shared_claims,
         taken=_service_taken,
@@ -187,7 +187,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
             "node_id": attrgetter("node_id"),
             "slot": _task_slot,
         },
-        assumed=_task_as_known,
+        safe_fallback=_task_fallback,
     ),
     KindSchema(
         name="node",
@@ -206,8 +206,8 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         indexes={"name": lambda node: node.description.hostname.lower(), "underlay": claimed_underlay},
         indexed_part="status",
         max_bytes=256 * 1024,
-        has_stand_in=True,
-        assumed=_node_as_known,
+        has_placeholder=True,
+        safe_fallback=_node_fallback,
     ),
     KindSchema(
         name="swarm",
@@ -253,6 +253,6 @@ SCHEMA_BY_TYPE: Final = {schema.type: schema for schema in SCHEMAS}
 
 
 def head_fields(schema: KindSchema) -> tuple[str, ...]:
-    """The fields of a kind that no other part holds; ``service_status`` and ``damage`` exist in answers only."""
+    """The fields of a kind that no other part has; ``service_status`` and ``damage`` exist in API responses only."""
     elsewhere = {field for fields in schema.parts.values() for field in fields} | {"service_status", "damage"}
     return tuple(field.name for field in msgspec.structs.fields(schema.type) if field.name not in elsewhere)

@@ -1,7 +1,7 @@
-"""How much room the store has, and what its leader does about it.  Pure.
+"""The store's quota, and the leader's steps to stay below it.  Pure.
 
-etcd's file only grows: what is compacted becomes free pages, which new writes use, and only a defragmentation gives
-them back.  Its quota counts the file.  So room for data is the quota less what is *in use*, and a file near its quota
+etcd's file only grows: a compaction makes free pages, which new writes use; only a defragmentation shrinks it.  The
+quota applies to the file.  So the space left for data is the quota less what is *in use*, and a file near the quota
 with free pages in it has to be defragmented.
 """
 
@@ -13,23 +13,23 @@ import msgspec
 from skep.model.ids import NodeId
 
 QUOTA_BYTES = 4 * 1024**3
-"""Unless ``store-quota`` says otherwise."""
+"""Default of ``store-quota``."""
 
 COMPACT_AT, DEFRAGMENT_AT, WARN_AT, REFUSE_AT, REFUSE_ALL_AT = 0.5, 0.7, 0.7, 0.8, 0.95
-"""Shares of the quota: history is cut; a file with free pages is defragmented; people are warned; users create nothing
-more; they change nothing either."""
+"""Shares of the quota: history is compacted; a file with free pages is defragmented; warnings are shown; users' creates
+are refused; users' updates are refused, too."""
 
 GAIN = 0.2
-"""Share of the quota that a defragmentation must give back to be worth its pause."""
+"""Share of the quota that a defragmentation must free to justify its pause."""
 ALARM_GAIN = 0.02
 DISARM_BELOW = 0.9
 
 KEPT_REVISIONS = ((0.7, 0), (0.6, 10), (0.0, 1000))
-"""Share in use -> revisions of history that a compaction leaves.  A replica that is further behind loads anew."""
+"""Share in use -> revisions of history that a compaction leaves.  A replica that is further behind has to reload."""
 
 
 class Space(msgspec.Struct, frozen=True, kw_only=True):
-    """One member's file, in bytes.  ``has_alarm``: etcd refuses plain writes for want of space."""
+    """One member's file, in bytes.  ``has_alarm``: etcd's NOSPACE alarm is set: it refuses plain writes."""
 
     size: int
     in_use: int
@@ -38,19 +38,19 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def share(self) -> float:
-        """Of the quota, how much is in use."""
+        """The part of the quota that is in use."""
         return self.in_use / self.quota
 
     @property
     def is_worth_defragmenting(self) -> bool:
-        """Whether the file is large and much of it is free."""
+        """Whether the file is large and much of it is free pages."""
         gain = (self.size - self.in_use) / self.quota
         if self.has_alarm and self.size >= DISARM_BELOW * self.quota:
             return gain >= ALARM_GAIN
         return self.size >= DEFRAGMENT_AT * self.quota and gain >= GAIN
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """``83 % full (3.3 of 4.0 GiB)``"""
         unit, name = (1024**3, "GiB") if self.quota >= 1024**3 else (1024**2, "MiB")
         return f"{self.share:.0%} full ({self.in_use / unit:.1f} of {self.quota / unit:.1f} {name})".replace(
@@ -59,37 +59,37 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Compact(msgspec.Struct, frozen=True):
-    """Cut the history down to so many revisions."""
+    """Compact the history to so many revisions."""
 
     kept_revisions: int
 
 
 class Defragment(msgspec.Struct, frozen=True):
-    """Have one manager's member defragment its file."""
+    """Defragment the file of one manager's member."""
 
     node_id: NodeId
 
 
 class HandOver(msgspec.Struct, frozen=True):
-    """The leader's own file is next: another manager leads first."""
+    """Transfer leadership, because the leader's own file is next."""
 
     to: NodeId
 
 
 class Disarm(msgspec.Struct, frozen=True):
-    """There is room: end etcd's alarm."""
+    """Clear etcd's NOSPACE alarm."""
 
 
 Step: TypeAlias = Compact | Defragment | HandOver | Disarm
 
 
 def next_step(own: NodeId, members: Mapping[NodeId, Space], *, can_compact: bool = True) -> Step | None:
-    """The next thing to do; None: nothing.
+    """The next step; None: there is none.
 
     Args:
         own: the leader.
-        members: of the managers that answered, the leader among them.
-        can_compact: whether history may be cut, which was not tried at this look yet.
+        members: of the managers that responded, including the leader.
+        can_compact: whether history may be compacted: false if this round has tried it already.
     """
     mine = members[own]
     if can_compact and mine.share >= COMPACT_AT:
@@ -106,17 +106,17 @@ def next_step(own: NodeId, members: Mapping[NodeId, Space], *, can_compact: bool
 
 
 def refusal(space: Space, *, creates: bool) -> str:
-    """Why a user's write is refused, with what to do; empty: it is not.  ``creates``: it adds an object."""
+    """The error of a user's write that is refused; empty: it is accepted.  ``creates``: it adds an object."""
     if space.share < (REFUSE_AT if creates else REFUSE_ALL_AT):
         return ""
     return (
-        f"the cluster's store is {space.words}: remove configs, secrets or services that are not needed, or raise "
+        f"the cluster's store is {space.summary}: remove configs, secrets or services that are not needed, or raise "
         "store-quota in skep.toml on every manager; it makes room by itself within a minute (skep status shows it)"
     )
 
 
 def warning(space: Space) -> str:
-    """What people are told before it comes to that; empty: nothing."""
+    """The warning for users before writes are refused; empty: none."""
     if space.has_alarm:
-        return f"the cluster's store has reached its quota and is being cleared: {space.words}"
-    return f"the cluster's store is {space.words}" if space.share >= WARN_AT else ""
+        return f"the cluster's store has reached its quota and is being compacted: {space.summary}"
+    return f"the cluster's store is {space.summary}" if space.share >= WARN_AT else ""

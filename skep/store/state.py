@@ -1,7 +1,7 @@
-"""The whole replicated state: one table per kind, who holds which claim, who refers to what.
+"""The whole replicated state: one table per kind, the owners of claims, the references.
 
-``State.apply`` takes one revision's keys and gives the events it means.  It is pure bookkeeping without a clock
-or a network; ``replica`` publishes what it returns.
+``State.apply`` applies the keys of one revision and returns the events.  It uses neither clock nor network; ``replica``
+publishes the events.
 """
 
 from bisect import bisect_left, insort
@@ -32,9 +32,9 @@ Owner = tuple[str, str]
 
 
 class Claim(msgspec.Struct, frozen=True, gc=False):
-    """Who holds a unique name or port, and since which revision.
+    """The owner of a unique name or port, and the revision of the claim.
 
-    ``is_damaged``: its value cannot be read; then ``owner`` is the one before, or None: not known.
+    ``is_damaged``: its value cannot be read; ``owner`` is then the last one known, or None.
     """
 
     owner: Owner | None
@@ -52,14 +52,14 @@ class State:
         self.tables = [Table(schema) for schema in SCHEMAS]
         self.table_by_name: Final = {table.schema.name: table for table in self.tables}
         self.table_by_type: Final = {table.schema.type: table for table in self.tables}
-        self.table_by_type[Task].completed = partial(
+        self.table_by_type[Task].fill_in = partial(
             _filled, self.table_by_type[SpecVersion], self.table_by_type[Service].objects
         )
         self.claims: dict[str, Claim] = {}
         self.sharers: dict[str, list[Owner]] = {}
-        """Claim -> those who share it, sorted."""
+        """Claim -> the objects that share it, sorted."""
         self.users: dict[Owner, list[Owner]] = {}
-        """Object -> those who refer to it, sorted."""
+        """Object -> the objects that refer to it, sorted."""
 
     # -- View ------------------------------------------------------------------------------------------------
 
@@ -93,12 +93,12 @@ class State:
         """Ids of ``kind`` that begin with ``prefix``, in order."""
         return self.table_by_type[kind].with_prefix(prefix)
 
-    # -- what transactions need to know ------------------------------------------------------------------------
+    # -- for transactions ----------------------------------------------------------------------------------------
 
     def holder(self, claim: str) -> Claim | None:
-        """Who holds ``claim`` alone.  A claim that cannot be read is held by the object that claims this.
+        """The exclusive owner of ``claim``.  For a damaged claim it is the object whose fields imply the claim.
 
-        Raises: Unavailable: that cannot be found out, as such objects cannot be read either.
+        Raises: Unavailable: that object cannot be determined, as some objects cannot be read either.
         """
         held = self.claims.get(claim)
         if held is None or held.owner is not None:
@@ -109,15 +109,15 @@ class State:
                 if claim in set(table.schema.claims(object)):
                     return Claim((table.schema.name, id), held.revision, is_damaged=True)
         if any(table.unreadable for table in claiming):
-            raise Unavailable(f"{claim} is taken, and what holds it cannot be read")
+            raise Unavailable(f"{claim} is taken, and its owner cannot be read")
         return held
 
     # -- changes -----------------------------------------------------------------------------------------------
 
     def apply(self, revision: int, changes: Iterable[KeyChange]) -> tuple[Event, ...]:
-        """Take in everything that ``revision`` changed, and say what happened to which object."""
+        """Apply all changes of ``revision``, and return the events."""
         objects: dict[str, dict[str, KeyChange]] = {}
-        """Key of a head -> part -> what became of that part's key."""
+        """Key of a head -> part -> the change of that part's key."""
         for change in changes:
             key = change.key
             match key[:2]:
@@ -157,13 +157,13 @@ class State:
         self.claims[change.key] = Claim(before.owner if before else None, change.revision, is_damaged=True)
 
     def keep_unreadable(self, before: "State") -> None:
-        """Take what cannot be read here from ``before``, the state that this one replaces, as far as that had it."""
+        """Copy what cannot be read here from ``before``, the state that this one replaces, as far as it has that."""
         for table, old in zip(self.tables, before.tables, strict=True):
             table.keep_unreadable(old)
 
     def _merged(self, by_kind: dict[str, dict[str, dict[str, KeyChange]]]) -> Iterable[Event]:
         specs: set[str] = set()
-        for table in self.tables:  # what is not among them, only newer versions of Skep know
+        for table in self.tables:  # all other kinds are those of newer versions
             kind = table.schema.type
             for id, changes in by_kind.get(table.schema.name, {}).items():
                 event = table.apply(id, changes)
@@ -176,7 +176,7 @@ class State:
             yield from self._refilled(specs, by_kind.get("task", {}).keys())
 
     def _refilled(self, spec_ids: set[str], done: Collection[str]) -> Iterable[Event]:
-        """Tasks that were there before the spec they follow, or have lost it."""
+        """Events of tasks whose spec version was stored after them, or was removed."""
         tasks = self.table_by_type[Task]
         for service_id in sorted({id.rpartition("/")[0] for id in spec_ids}):
             for task in tasks.find({"service_id": service_id}):
@@ -192,7 +192,7 @@ class State:
 
 
 def _filled(versions: Table, services: Mapping[str, Service], task: Task) -> Task:
-    """``task`` with the spec of the version it follows, if that is stored."""
+    """``task`` with the spec of its spec version, if that is stored."""
     if task.spec_version is None:
         return task
     id = spec_version_id(task.service_id, task.spec_version)
@@ -200,14 +200,14 @@ def _filled(versions: Table, services: Mapping[str, Service], task: Task) -> Tas
     if version is None and id in versions.unreadable:
         service = services.get(task.service_id)
         if service is not None and service.spec_version == task.spec_version:
-            return replace(task, spec=service.spec.task_template)  # the same is written there
+            return replace(task, spec=service.spec.task_template)  # it is the same spec
     return filled(task, version)
 
 
 def differences(old: State, new: State) -> Iterator[Event]:
-    """What an observer of ``old`` must hear to know ``new``: removals first, then the rest by kind and id.
+    """The events that lead from ``old`` to ``new``: removals first, then the others by kind and id.
 
-    Lazily, so that a loop can take it in slices; neither state may change meanwhile.
+    Lazy, so that the caller can yield to the event loop in between; neither state may change meanwhile.
     """
     for before, after in zip(old.tables, new.tables, strict=True):
         for id in before.ids:
@@ -224,21 +224,21 @@ def differences(old: State, new: State) -> Iterator[Event]:
 
 def _set_member(lists: dict[Any, list[Owner]], key: Any, member: Owner, *, present: bool) -> None:
     members = lists.get(key, [])
-    place = bisect_left(members, member)
-    is_there = place < len(members) and members[place] == member
-    if present and not is_there:
+    index = bisect_left(members, member)
+    is_member = index < len(members) and members[index] == member
+    if present and not is_member:
         insort(lists.setdefault(key, members), member)
-    elif is_there and not present:
-        del members[place]
+    elif is_member and not present:
+        del members[index]
         if not members:
             del lists[key]
 
 
 def resolved(view: Any, table: Table, word: str) -> Any:
-    """The one object that a user means by ``word``: id, else name, else unique prefix of an id.
+    """The object that ``word`` names: by id, else name, else unique prefix of an id.
 
-    ``view`` gives ``lookup``, ``find`` and ``ids_with_prefix``: the state, or a transaction over it.
-    Raises: NotFound; InvalidArgument: several objects fit; Unavailable: what fits cannot be read.
+    ``view`` has ``lookup``, ``find`` and ``ids_with_prefix``: the state, or a transaction over it.
+    Raises: NotFound; InvalidArgument: several objects match; Unavailable: the object cannot be read.
 
     Source: moby, daemon/cluster/helpers.go.
     """

@@ -1,7 +1,7 @@
 """The merged objects of one kind in memory, with their indexes.
 
-An object is several keys, one writer each; ``Table`` puts them together and remembers at which revision each
-key was last written, which is what transactions compare.
+An object is stored under several keys with one writer each; ``Table`` merges them and keeps the revision at which each
+key was last written, which transactions compare.
 """
 
 from bisect import bisect_left, insort
@@ -25,13 +25,13 @@ _set = msgspec.structs.force_setattr
 NAME = "name"
 
 META = ("version", "created_at", "updated_at")
-"""What the store itself writes into heads."""
+"""Fields of heads that the store itself sets."""
 
 
 class KeyChange(msgspec.Struct, frozen=True, gc=False):
-    """One key as the store now has it, its value in clear.
+    """The present state of one key, its value in clear.
 
-    ``value`` None: deleted.  ``damage``: why the stored value cannot be decrypted; then ``value`` means nothing.
+    ``value`` None: deleted.  ``damage``: why the stored value cannot be decrypted; ``value`` is then undefined.
     """
 
     key: str
@@ -44,8 +44,8 @@ class KeyChange(msgspec.Struct, frozen=True, gc=False):
 class Table:
     """All objects of one kind.  ``objects`` by id, ``ids`` sorted, ``indexes`` name -> value -> sorted ids.
 
-    In an index one id alone stands for itself: a list for each of 100,000 slots would be most of what a garbage
-    collection has to walk through.
+    A single id in an index is stored without a list: lists for each of 100,000 slots would dominate the time of a
+    garbage collection.
     """
 
     def __init__(self, schema: KindSchema) -> None:
@@ -53,29 +53,29 @@ class Table:
         self.codecs = codecs_of(schema)
         self.is_versioned = "version" in self.codecs[HEAD].fields
         own = {*META, "spec_version"} if schema.type is Service else set(META)
-        self.wish = values_of(name for name in self.codecs[HEAD].fields if name not in own)
-        """The head of an object but for what the store itself writes into it."""
+        self.head_values = values_of(name for name in self.codecs[HEAD].fields if name not in own)
+        """The fields of an object's head, without those that the store itself sets."""
         self.objects: dict[str, Any] = {}
         self.ids: list[str] = []
-        self.completed: Callable[[Any], Any] | None = None
-        """Gives an object that was put together from its keys what it has from another one (a task: its spec)."""
+        self.fill_in: Callable[[Any], Any] | None = None
+        """Adds to a merged object what another object has (a task: its spec)."""
         self.created: dict[str, int] = {}
         """Id -> revision at which its head was created."""
         self.revisions: dict[str, dict[str, int]] = {part: {} for part in self.codecs}
         """Part -> id -> revision at which that key was last written; existing keys only."""
-        self.answers: dict[str, dict[str, int]] = {part: {} for part in schema.answers}
-        """Part -> id -> spec version that it answers."""
+        self.status_versions: dict[str, dict[str, int]] = {part: {} for part in schema.spec_statuses}
+        """Part -> id -> spec version that it reports on."""
         self.unreadable: dict[str, str] = {}
-        """Id -> why its head cannot be read.  Such an object is not there, has a stand-in for its head, or is what it
-        was before.  The revisions of its keys are known all the same."""
+        """Id -> why its head cannot be read.  Such an object is missing, has a placeholder for its head, or keeps its
+        last readable state.  The revisions of its keys are known."""
         self.damaged: dict[str, dict[str, str]] = {}
-        """Id -> part -> why that cannot be read.  Such a part is not there, or is what it was before."""
+        """Id -> part -> why that cannot be read.  Such a part is missing, or keeps its last readable value."""
         self._extras: dict[tuple[str, str], Unknown] = {}
-        """Part (or head) and id -> its fields that this version does not know."""
+        """Part (or head) and id -> its fields that are unknown to this version."""
         self._never_read: dict[str, set[str]] = {}
-        """Id -> damaged parts (or the head) of which no earlier value is known either."""
+        """Id -> damaged parts (or the head) without an earlier readable value."""
         self.indexes: dict[str, dict[str, str | list[str]]] = {name: {} for name in schema.indexes}
-        self._places = [(value_of, self.indexes[name]) for name, value_of in schema.indexes.items()]
+        self._index_entries = [(value_of, self.indexes[name]) for name, value_of in schema.indexes.items()]
         self._decode_head = head_decoder(schema.type)
         self._elsewhere = tuple(field for part in schema.parts.values() for field in part)
         """The fields of the other parts."""
@@ -101,7 +101,7 @@ class Table:
         return self.ids[first:last]
 
     def missing(self, id: str) -> SkepError:
-        """What to say of an object that is not in ``objects``: not found, or it cannot be read."""
+        """The error for an object that is not in ``objects``: not found, or it cannot be read."""
         if id in self.unreadable:
             return Unavailable(f"{self.schema.name} {id} cannot be read: {self.unreadable[id]}")
         return NotFound(f"{self.schema.name} {id} not found")
@@ -111,20 +111,20 @@ class Table:
         return self.revisions[part].get(id, 0)
 
     def apply(self, id: str, changes: Mapping[str, KeyChange]) -> Event | None:
-        """Merge what one revision changed in one object, by part; None when nothing that can be seen did.
+        """Merge the changes of one revision to one object, by part; None if no visible field changed.
 
-        A value that cannot be read leaves its part as it was: one bad key must not stop a manager.
+        A value that cannot be read leaves its part unchanged: one damaged key must not stop a manager.
         """
         old: Any = self.objects.get(id)
         if old is not None:
-            # One and the same string wherever the object is filed: it is found without a comparison.
+            # The same string object in every dictionary, so that lookups succeed by identity.
             id = old.id
         merged = old
         fields: dict[str, Any] = {}
         for part, change in changes.items():
             revisions = self.revisions.get(part)
             if revisions is None:
-                continue  # only newer versions of Skep know it
+                continue  # a part of a newer version of Skep
             value = change.value
             if value is None:
                 if part == HEAD:
@@ -140,24 +140,24 @@ class Table:
                 fields |= self._read(id, part, change, is_first=is_first)
         if merged is None:
             if id not in self.unreadable:
-                self._unmark(id)  # a part that outlived its object
+                self._unmark(id)  # a part without its head
             return None
         if merged is not old:
             self._complete(merged, id, old, fields)
         elif fields:
             merged = msgspec.structs.replace(merged, **fields)
-        if self.answers:
-            merged = self._without_stale_answers(id, merged)
-        if self.completed is not None:
-            merged = self.completed(merged)
+        if self.status_versions:
+            merged = self._without_stale_statuses(id, merged)
+        if self.fill_in is not None:
+            merged = self.fill_in(merged)
         if self._never_read and (parts := self._never_read.get(id)):
-            merged = self.schema.assumed(merged, parts)
+            merged = self.schema.safe_fallback(merged, parts)
         return self.store(id, old, merged, moves=self.schema.indexed_part in changes)
 
     def _complete(self, head: Any, id: str, old: Any, fields: Mapping[str, Any]) -> None:
-        """Lay over ``head`` what the other parts say now (``fields``) or have said (``old``).
+        """Set the fields of the other parts in ``head``, from ``fields`` or else from ``old``.
 
-        It was decoded just now and nobody else has it, so it is changed in place: a copy takes twice as long.
+        It was just decoded and is not shared yet, so it is changed in place: a copy takes twice as long.
         """
         _set(head, "id", id)
         for name, value in fields.items():
@@ -168,54 +168,54 @@ class Table:
                     _set(head, name, getattr(old, name))
 
     def _part_removed(self, id: str, part: str) -> Mapping[str, Any]:
-        """What the fields of a part are without it."""
+        """The values of a part's fields without the part: their defaults."""
         self.revisions[part].pop(id, None)
         if self._extras:
             self._extras.pop((part, id), None)
-        if part in self.answers:
-            self.answers[part].pop(id, None)
+        if part in self.status_versions:
+            self.status_versions[part].pop(id, None)
         if self.damaged:
-            self._mended(id, part)
+            self._repaired(id, part)
         return self.codecs[part].defaults
 
     def _read_head(self, id: str, old: Any, change: KeyChange) -> Any:
-        """A head as an object whose other parts hold their defaults; ``old``, or a stand-in, when it cannot be read.
+        """A head as an object whose other parts have their defaults; ``old``, or a placeholder, if it cannot be read.
 
-        That takes half as long as to read its fields and lay them over ``old``: there are more of them than of others.
+        Copying the fields of the other parts into it is twice as fast as copying its fields into ``old``: it has more.
         """
         try:
             head, extras = self._decode_head(_intact(change))
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            self._complain(id, HEAD, error)
+            self._log_unreadable(id, HEAD, error)
             self.unreadable[id] = str(error)
-            if old is not None or not self.schema.has_stand_in:
+            if old is not None or not self.schema.has_placeholder:
                 return old
             self._never_read.setdefault(id, set()).add(HEAD)
             return self.schema.type(id=id)
         if self.unreadable and self.unreadable.pop(id, None) is not None:
-            self._read_at_last(id, HEAD)
+            self._now_readable(id, HEAD)
         if extras is not NOTHING or self._extras:
             self._keep_extras(id, HEAD, extras)
         return head
 
     def _read(self, id: str, part: str, change: KeyChange, *, is_first: bool) -> Mapping[str, Any]:
-        """The fields of a part that is not the head; none when it cannot be read.
+        """The fields of a part that is not the head; none if it cannot be read.
 
-        ``is_first``: nothing was known of it before.
+        ``is_first``: it had no value before.
         """
         codec = self.codecs[part]
         try:
-            fields, answered, extras = codec.decode(_intact(change))
+            fields, spec_version, extras = codec.decode(_intact(change))
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            self._complain(id, part, error)
+            self._log_unreadable(id, part, error)
             self.damaged.setdefault(id, {})[part] = str(error)
             if is_first:
                 self._never_read.setdefault(id, set()).add(part)
             return {}
         if self.damaged:
-            self._mended(id, part)
-        if codec.is_answer:
-            self.answers[part][id] = answered
+            self._repaired(id, part)
+        if codec.is_spec_status:
+            self.status_versions[part][id] = spec_version
         if extras is not NOTHING or self._extras:
             self._keep_extras(id, part, extras)
         return fields
@@ -229,36 +229,36 @@ class Table:
     def encoded(self, part: str, id: str, object: Any) -> bytes | None:
         """A part of ``object`` as it is to be stored; None: it needs no key.
 
-        What a newer version has written there, and this one does not know, stays.
+        Fields of a newer version of Skep, unknown to this one, are kept.
         """
         value = self.codecs[part].encode(object)
         extras = self._extras.get((part, id)) if self._extras else None
         return self.codecs[part].with_unknown(value, extras) if extras is not None else value
 
     def unknown_in(self, id: str, field: str) -> Unknown:
-        """What of one field of a head (its name in JSON) this version does not know, for copies of it elsewhere."""
+        """The unknown fields inside one field of a head (its name in JSON), for copies of that field."""
         extras = self._extras.get((HEAD, id), NOTHING)
         return Unknown(inside={field: extras.inside[field]}) if field in extras.inside else NOTHING
 
-    def _complain(self, id: str, part: str, error: Exception) -> None:
+    def _log_unreadable(self, id: str, part: str, error: Exception) -> None:
         kind = self.schema.name
         log.error("stored value cannot be read", kind=kind, id=id, part=part, error=str(error))
 
-    def _without_stale_answers(self, id: str, merged: Any) -> Any:
-        """``merged`` without the parts that answer another version of its spec."""
+    def _without_stale_statuses(self, id: str, merged: Any) -> Any:
+        """``merged`` without the statuses of another version of its spec."""
         if merged.spec_version is None:
             return merged
         current = merged.spec_version.index
         stale: dict[str, Any] = {}
-        for part, answered in self.answers.items():
-            if answered.get(id, current) != current:
+        for part, versions in self.status_versions.items():
+            if versions.get(id, current) != current:
                 stale |= self.codecs[part].defaults
         return msgspec.structs.replace(merged, **stale) if stale else merged
 
     def store(self, id: str, old: Any, new: Any, *, moves: bool = True) -> Event | None:
-        """Keep ``new`` in place of ``old`` and say what that means to an observer.
+        """Replace ``old`` by ``new`` and return the event for watchers.
 
-        ``moves``: whether that may change its places in the indexes.
+        ``moves``: whether its index values may have changed.
         """
         if old is None:
             if self.ids and id < self.ids[-1]:
@@ -276,13 +276,13 @@ class Table:
         return Updated(old, new)
 
     def keep_unreadable(self, before: "Table") -> None:
-        """Take what cannot be read here from ``before``, an earlier state of the same table, as far as that had it."""
+        """Copy what cannot be read here from ``before``, an earlier state of the same table, as far as it has that."""
         for id in self.unreadable:
             old = before.objects.get(id)
             if old is not None:
                 head = {name: getattr(old, name) for name in self.codecs[HEAD].fields}
                 now = self.objects.get(id)
-                self._read_at_last(id, HEAD)
+                self._now_readable(id, HEAD)
                 self.store(id, now, old if now is None else msgspec.structs.replace(now, **head))
         for id, parts in self.damaged.items():
             old, now = before.objects.get(id), self.objects.get(id)
@@ -290,7 +290,7 @@ class Table:
                 continue
             fields = {name: getattr(old, name) for part in parts for name in self.schema.parts[part]}
             for part in parts:
-                self._read_at_last(id, part)
+                self._now_readable(id, part)
             self.store(id, now, msgspec.structs.replace(now, **fields))
 
     def _removed(self, id: str, old: Any) -> Event | None:
@@ -306,21 +306,21 @@ class Table:
         return Deleted(old)
 
     def _unmark(self, id: str) -> None:
-        for revisions in (self.created, *self.revisions.values(), *self.answers.values()):
+        for revisions in (self.created, *self.revisions.values(), *self.status_versions.values()):
             revisions.pop(id, None)
         for part in self.codecs if self._extras else ():
             self._extras.pop((part, id), None)
 
-    def _mended(self, id: str, part: str) -> None:
-        """The part was written anew, or removed."""
+    def _repaired(self, id: str, part: str) -> None:
+        """A damaged part was written again, or removed."""
         parts = self.damaged.get(id, {})
         parts.pop(part, None)
         if not parts:
             self.damaged.pop(id, None)
-        self._read_at_last(id, part)
+        self._now_readable(id, part)
 
-    def _read_at_last(self, id: str, part: str) -> None:
-        """A value of the part (or head) is known; nothing has to be assumed for it any more."""
+    def _now_readable(self, id: str, part: str) -> None:
+        """The part (or head) has a readable value; it needs no safe fallback any more."""
         parts = self._never_read.get(id)
         if parts is not None:
             parts.discard(part)
@@ -328,35 +328,35 @@ class Table:
                 del self._never_read[id]
 
     def _enter(self, id: str, new: Object) -> None:
-        for value_of, index in self._places:
+        for value_of, index in self._index_entries:
             if value := value_of(new):
-                _put_in(index, value, id)
+                _index_add(index, value, id)
 
     def _move(self, id: str, old: Object, new: Object) -> None:
-        for value_of, index in self._places:
+        for value_of, index in self._index_entries:
             before, after = value_of(old), value_of(new)
             if before == after:
                 continue
             if before:
-                _take_out(index, before, id)
+                _index_remove(index, before, id)
             if after:
-                _put_in(index, after, id)
+                _index_add(index, after, id)
 
     def _leave(self, id: str, old: Object) -> None:
-        for value_of, index in self._places:
+        for value_of, index in self._index_entries:
             if value := value_of(old):
-                _take_out(index, value, id)
+                _index_remove(index, value, id)
 
 
 def _intact(change: KeyChange) -> bytes:
-    """The value that was written.  Raises: msgspec.DecodeError: it cannot be decrypted."""
+    """The decrypted value.  Raises: msgspec.DecodeError: it cannot be decrypted."""
     if change.damage:
         raise msgspec.DecodeError(change.damage)
     assert change.value is not None, "a removal has no value to read"
     return change.value
 
 
-def _put_in(index: dict[str, str | list[str]], value: str, id: str) -> None:
+def _index_add(index: dict[str, str | list[str]], value: str, id: str) -> None:
     found = index.get(value)
     if found is None:
         index[value] = id
@@ -368,7 +368,7 @@ def _put_in(index: dict[str, str | list[str]], value: str, id: str) -> None:
         insort(found, id)
 
 
-def _take_out(index: dict[str, str | list[str]], value: str, id: str) -> None:
+def _index_remove(index: dict[str, str | list[str]], value: str, id: str) -> None:
     found = index[value]
     if isinstance(found, str):
         del index[value]

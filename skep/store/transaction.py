@@ -178,7 +178,7 @@ class LocalTransaction:
                 "created_at": now if object.created_at == ZERO_TIME else object.created_at,
                 "updated_at": now,
             }
-        elif base is not None and table.wish(base) == table.wish(object):
+        elif base is not None and table.head_values(base) == table.head_values(object):
             if (
                 base.version is object.version
                 and table.schema.type is not Service
@@ -213,7 +213,7 @@ class LocalTransaction:
         if base is None or base.spec_version == stamped.spec_version:
             return stamped
         stale: dict[str, Any] = {}
-        for part in table.schema.answers:
+        for part in table.schema.spec_statuses:
             if table.codecs[part].is_same(base, stamped):
                 stale |= table.codecs[part].defaults
         return msgspec.structs.replace(stamped, **stale) if stale else stamped

@@ -1,7 +1,7 @@
-"""Watches: each reader's own bounded line of commits.
+"""Watches: a bounded queue of commits per reader.
 
-The publisher never waits for a reader; one that falls behind by more than its bound loses its line and is told
-to start again from a snapshot.
+The publisher never waits for a reader; one that falls behind by more than the bound loses its queue and gets
+``WatchLagged``, upon which it has to start again from a snapshot.
 """
 
 import asyncio
@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from skep.store.interface import Commit, Object, Updated, View, WatchLagged
 
 CAPACITY = 10_000
-"""Commits that a reader may be behind."""
+"""Commits in one queue."""
 
 
-class Line:
+class WatchQueue:
     """The commits that one reader has not yet taken.  Implements ``interface.Watch``."""
 
     def __init__(self, snapshot: View, kinds: frozenset[type[Object]], capacity: int) -> None:
@@ -28,14 +28,14 @@ class Line:
 
     @property
     def snapshot(self) -> View:
-        assert self._snapshot is not None, "asked for before the first commit"
+        assert self._snapshot is not None, "it is read before the first commit"
         return self._snapshot
 
     def __aiter__(self) -> AsyncIterator[Commit]:
         return self
 
     async def __anext__(self) -> Commit:
-        # A replica that is loaded anew has another state: whoever reads for long would keep the old one alive.
+        # A reloaded replica has another state object; a reference here would keep the old one in memory.
         self._snapshot = None
         while not self._commits:
             if self._is_lagged:
@@ -61,30 +61,32 @@ class Watches:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._lines: dict[Line, None] = {}  # ordered, unlike a set: a simulation must run the same way twice
+        self._queues: dict[
+            WatchQueue, None
+        ] = {}  # ordered, unlike a set: a simulation must run the same way twice
 
     def publish(self, commit: Commit) -> None:
-        """Hand every reader what concerns it; readers of the same kinds share the work."""
+        """Queue for every reader the events of its kinds; readers of the same kinds share one commit."""
         kinds = [type(event.new if isinstance(event, Updated) else event.object) for event in commit.events]
         present = frozenset(kinds)
         shares: dict[frozenset[type[Object]], Commit | None] = {}
-        for line in self._lines:
-            wanted = line.kinds & present
+        for queue in self._queues:
+            wanted = queue.kinds & present
             if wanted not in shares:
                 shares[wanted] = _share(commit, kinds, wanted, present)
             if (share := shares[wanted]) is not None:
-                line.offer(share)
+                queue.offer(share)
 
     @contextmanager
-    def open(self, snapshot: View, kinds: frozenset[type[Object]]) -> Iterator[Line]:
-        """A line that gets everything published from now on."""
-        line = Line(snapshot, kinds, self._capacity)
-        del snapshot  # the line alone keeps it, until it is read
-        self._lines[line] = None
+    def open(self, snapshot: View, kinds: frozenset[type[Object]]) -> Iterator[WatchQueue]:
+        """A queue of everything published from now on."""
+        queue = WatchQueue(snapshot, kinds, self._capacity)
+        del snapshot  # only the queue keeps it, until it is read
+        self._queues[queue] = None
         try:
-            yield line
+            yield queue
         finally:
-            self._lines.pop(line, None)
+            self._queues.pop(queue, None)
 
 
 def _share(
@@ -93,7 +95,7 @@ def _share(
     wanted: frozenset[type[Object]],
     present: frozenset[type[Object]],
 ) -> Commit | None:
-    """The events of ``wanted`` kinds; None: there are none."""
+    """The commit with the events of ``wanted`` kinds; None: there are none."""
     if wanted == present:
         return commit if wanted else None
     if not wanted:

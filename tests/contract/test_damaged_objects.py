@@ -95,7 +95,7 @@ def test_an_object_that_cannot_be_read_stops_nobody_and_says_so(kind: str) -> No
         async with leading(store):
             await a_good_service_converges(store)
         (schema,) = (one for one in SCHEMAS if one.name == kind)
-        if schema.has_stand_in:
+        if schema.has_placeholder:
             assert damage_of(store.view(), schema.type, "broken").startswith("it cannot be read: ")
             return
         with pytest.raises(Unavailable, match=f"{kind} broken cannot be read: "):

@@ -349,7 +349,7 @@ def test_a_version_that_loses_data_is_refused(tmp_path: Path, version: str, reas
 
 
 def test_something_else_called_etcd_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FailedPrecondition, match="does not say its version"):
+    with pytest.raises(FailedPrecondition, match="prints no version"):
         find_binary(a_fake_etcd(tmp_path / "etcd", "echo hello").path)
     with pytest.raises(FailedPrecondition, match="cannot be run"):
         find_binary(tmp_path / "missing")
@@ -359,7 +359,7 @@ async def test_data_of_a_newer_etcd_are_refused(settings: MemberSettings) -> Non
 
     settings.directory.mkdir(parents=True)
     (settings.directory / "etcd-version").write_text("3.6.9\n")
-    with pytest.raises(FailedPrecondition, match=r"last served by etcd 3\.6\.9"):
+    with pytest.raises(FailedPrecondition, match=r"last used by etcd 3\.6\.9"):
         async with a_member(settings).running():
             pytest.fail("started")
 

@@ -25,5 +25,5 @@ async def store_space(request: web.Request) -> web.Response:
     space = await manager_of(request).store.space()
     if space is None:
         raise Unavailable("this manager's store has no file")
-    summary = f"{space.words}; reached its quota" if space.has_alarm else space.words
+    summary = f"{space.summary}; reached its quota" if space.has_alarm else space.summary
     return json_answer(StoreAnswer(size=space.size, in_use=space.in_use, quota=space.quota, summary=summary))

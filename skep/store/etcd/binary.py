@@ -1,6 +1,6 @@
-"""Finding an etcd that may be trusted with the cluster.
+"""The etcd to run, and the versions that are accepted.
 
-Order: what the configuration names, what set-up placed beside the Python environment, ``$PATH``.
+Searched in this order: the configured path, the copy that the set-up installs in the Python environment, ``$PATH``.
 """
 
 import re
@@ -24,25 +24,25 @@ OLDEST = (3, 5, 16)
 REFUSED_FROM, REFUSED_BEFORE = (3, 6, 0), (3, 6, 5)
 """These do not start on data of 3.5 in which a member was promoted (etcd issue 19557)."""
 
-ADVISED = (3, 5, 26)
-"""Before it, promotions are not fully stored, which a later 3.6 stumbles over (etcd issue 20797)."""
+RECOMMENDED = (3, 5, 26)
+"""Earlier versions do not store promotions completely, which breaks a later 3.6 (etcd issue 20797)."""
 
 SAFE_UPGRADE_FROM = (3, 5, 24)
-"""What must have served a directory before 3.6 may start on it."""
+"""The version that must have run on a directory before 3.6 may start on it."""
 
 _VERSION = re.compile(r"etcd Version: (\d+)\.(\d+)\.(\d+)")
 _INSTALL = "install etcd 3.5.26 or newer (Debian: etcd-server), or run `make setup`"
 
 
 class Binary(msgspec.Struct, frozen=True):
-    """An etcd that may be used."""
+    """An accepted etcd."""
 
     path: Path
     version: tuple[int, int, int]
 
 
-class _Asked(msgspec.Struct, frozen=True):
-    """What a file said of its version; every other file differs in one of these."""
+class _CachedVersion(msgspec.Struct, frozen=True):
+    """The version of an etcd file, and the attributes that identify the file."""
 
     path: str
     device: int
@@ -56,11 +56,11 @@ def find_binary(configured: Path | None = None, remembered: Path | None = None) 
     """The etcd to run.
 
     Args:
-        remembered: keeps what the last one said of its version, which takes longer to ask than all else here.
+        remembered: a file that caches the version, since running ``etcd --version`` takes longer than all else here.
 
-    Raises: FailedPrecondition: none, or not a usable version, with what to do.
+    Raises: FailedPrecondition: there is none, or its version is not accepted.
     """
-    path = configured or _placed() or _on_path()
+    path = configured or _installed() or _on_path()
     if path is None:
         raise FailedPrecondition(f"etcd is missing: {_INSTALL}")
     version = version_of(path) if remembered is None else _known_version(path, remembered)
@@ -69,24 +69,24 @@ def find_binary(configured: Path | None = None, remembered: Path | None = None) 
 
 
 def _known_version(path: Path, remembered: Path) -> tuple[int, int, int]:
-    """What ``path`` says, or said when it was asked last.  Raises: FailedPrecondition."""
+    """The version of ``path``, from the cache if it is of the same file.  Raises: FailedPrecondition."""
     try:
         found = path.stat()
     except OSError:
         return version_of(path)
-    this = _Asked(str(path), found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns)
+    this = _CachedVersion(str(path), found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns)
     with suppress(OSError, msgspec.DecodeError):
-        known = msgspec.json.decode(remembered.read_bytes(), type=_Asked)
+        known = msgspec.json.decode(remembered.read_bytes(), type=_CachedVersion)
         if msgspec.structs.replace(known, version=this.version) == this:
             return known.version
-    asked = msgspec.structs.replace(this, version=version_of(path))
+    found_version = msgspec.structs.replace(this, version=version_of(path))
     with suppress(OSError):
-        replace_file(remembered, msgspec.json.encode(asked), mode=0o600, is_durable=False)
-    return asked.version
+        replace_file(remembered, msgspec.json.encode(found_version), mode=0o600, is_durable=False)
+    return found_version.version
 
 
 def version_of(path: Path) -> tuple[int, int, int]:
-    """What ``etcd --version`` says.  Raises: FailedPrecondition."""
+    """The version that ``etcd --version`` prints.  Raises: FailedPrecondition."""
     try:
         # Its environment is empty: etcd takes ETCD_... variables for flags.
         ran = subprocess.run(
@@ -96,24 +96,29 @@ def version_of(path: Path) -> tuple[int, int, int]:
         raise FailedPrecondition(f"{path} cannot be run ({error}): {_INSTALL}") from error
     match = _VERSION.search(ran.stdout)
     if match is None:
-        raise FailedPrecondition(f"{path} does not say its version: {_INSTALL}")
+        raise FailedPrecondition(f"{path} --version prints no version: {_INSTALL}")
     major, minor, patch = map(int, match.groups())
     return major, minor, patch
 
 
 def check_version(path: Path, version: tuple[int, int, int]) -> None:
-    """Raises: FailedPrecondition: this version is not to be used."""
+    """Raises: FailedPrecondition: this version is not accepted."""
     name = ".".join(map(str, version))
     if version < OLDEST:
         raise FailedPrecondition(f"{path} is etcd {name}, which is too old: {_INSTALL}")
     if REFUSED_FROM <= version < REFUSED_BEFORE:
         raise FailedPrecondition(f"{path} is etcd {name}, which loses members on upgraded data: {_INSTALL}")
-    if version < ADVISED:
-        log.warning("etcd is old", path=str(path), version=name, advised=".".join(map(str, ADVISED)))
+    if version < RECOMMENDED:
+        log.warning(
+            "etcd version older than recommended",
+            path=str(path),
+            version=name,
+            recommended=".".join(map(str, RECOMMENDED)),
+        )
 
 
 def check_upgrade(served_by: tuple[int, int, int] | None, version: tuple[int, int, int]) -> None:
-    """Whether ``version`` may start on a directory last served by ``served_by``.
+    """Check that ``version`` may start on a directory last used by version ``served_by``.
 
     Raises: FailedPrecondition.
     """
@@ -121,16 +126,16 @@ def check_upgrade(served_by: tuple[int, int, int] | None, version: tuple[int, in
         return
     old, new = (".".join(map(str, one)) for one in (served_by, version))
     if version < served_by:
-        raise FailedPrecondition(f"the store was last served by etcd {old}: etcd {new} cannot read it")
+        raise FailedPrecondition(f"the store was last used by etcd {old}: etcd {new} cannot read it")
     if version[:2] != (served_by[0], served_by[1] + 1) or served_by < SAFE_UPGRADE_FROM:
         raise FailedPrecondition(
-            f"the store was last served by etcd {old}: run etcd 3.5.26 or newer on it once before etcd {new}"
+            f"the store was last used by etcd {old}: run etcd 3.5.26 or newer on it once before etcd {new}"
         )
 
 
-def _placed() -> Path | None:
-    placed = Path(sys.prefix) / "libexec" / "skep" / "etcd"
-    return placed if placed.exists() else None
+def _installed() -> Path | None:
+    installed = Path(sys.prefix) / "libexec" / "skep" / "etcd"
+    return installed if installed.exists() else None
 
 
 def _on_path() -> Path | None:

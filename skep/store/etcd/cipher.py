@@ -1,11 +1,11 @@
-"""Values are stored encrypted: AES-256-GCM with the cluster's data key.
+"""Encryption of stored values: AES-256-GCM with the cluster's data key.
 
 Layout of a value: one byte of layout version, four bytes of key id, twelve of nonce, the ciphertext with its
-tag.  The name of the key is the associated data, so a value cannot be moved to another key.  Names stay in clear.
+tag.  The name of the key is the associated data, so a value cannot be moved to another key.  Names are not encrypted.
 
-The data keys lie in the store themselves, wrapped (RFC 3394) by a key that does not: it stays in the manager's
-key directory.  While it is replaced a manager keeps several: all that the ring may be under at its next start.
-``meta/...`` is in clear: it is read before any key is known.
+The data keys are in the store, wrapped (RFC 3394) by a key that is not: it is in the manager's key directory.  While it
+is being replaced a manager keeps several: all that may wrap the ring at its next start.
+``meta/...`` is not encrypted: it is read before any key is known.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ _NONCE_BYTES = 12
 _HEADER_BYTES = 1 + 4 + _NONCE_BYTES
 KEY_BYTES = 32
 WRAPPING_KEYS_MAX = 16
-"""Of more that the ring may soon be under the oldest are forgotten: they are of attempts that came to nothing."""
+"""Wrapping keys that are kept; older ones, of failed replacements, are dropped."""
 
 
 class Unreadable(SkepError):
-    """A stored value is not what was written there: damaged, moved, or of an unknown key."""
+    """A stored value cannot be decrypted: it is damaged, was moved, or has an unknown key."""
 
 
 class WrappedKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,22 +41,22 @@ class WrappedKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KeyRing(msgspec.Struct, frozen=True, kw_only=True):
-    """All data keys that values may be encrypted with; ``current`` is for new ones."""
+    """All data keys that values may be encrypted with; ``current`` is the id of the one for new values."""
 
     current: int
     keys: tuple[WrappedKey, ...]
 
     def with_new_key(self, wrapping_key: bytes) -> "KeyRing":
-        """The ring with one more data key, from now on the current one."""
+        """The ring with one more data key, which is the current one."""
         id = self.current + 1
-        return KeyRing(current=id, keys=(*self.keys, _fresh_key(id, wrapping_key)))
+        return KeyRing(current=id, keys=(*self.keys, _new_key(id, wrapping_key)))
 
     def without_old_keys(self) -> "KeyRing":
-        """The ring with its current key alone: nothing is encrypted with any other."""
+        """The ring with its current key only, once no value is encrypted with another."""
         return KeyRing(current=self.current, keys=tuple(key for key in self.keys if key.id == self.current))
 
     def rewrapped(self, old: bytes, new: bytes) -> "KeyRing":
-        """The same data keys under another wrapping key.  Raises: FailedPrecondition."""
+        """The same data keys with another wrapping key.  Raises: FailedPrecondition."""
         return KeyRing(
             current=self.current,
             keys=tuple(
@@ -66,9 +66,11 @@ class KeyRing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def split_keys(keys: bytes) -> tuple[bytes, ...]:
-    """Wrapping keys as they are kept and handed on: one or more, of 32 bytes each.  Raises: FailedPrecondition."""
+    """Concatenated wrapping keys of 32 bytes each.  Raises: FailedPrecondition."""
     if not keys or len(keys) % KEY_BYTES:
-        raise FailedPrecondition(f"{len(keys)} bytes are no wrapping keys of {KEY_BYTES} bytes")
+        raise FailedPrecondition(
+            f"{len(keys)} bytes are not a whole number of wrapping keys of {KEY_BYTES} bytes"
+        )
     return tuple(keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES))
 
 
@@ -81,28 +83,28 @@ def decoded_ring(stored: bytes) -> KeyRing:
 
 
 def new_key_ring(wrapping_key: bytes) -> KeyRing:
-    """A ring with one fresh data key."""
-    return KeyRing(current=1, keys=(_fresh_key(1, wrapping_key),))
+    """A ring with one new data key."""
+    return KeyRing(current=1, keys=(_new_key(1, wrapping_key),))
 
 
 def new_wrapping_key() -> bytes:
-    """A fresh key to wrap data keys with."""
+    """A new wrapping key."""
     return secrets.token_bytes(KEY_BYTES)
 
 
 class Cipher:
     """Encrypts and decrypts values with the keys of a ring.
 
-    ``ring_revision``: of the stored ring that this one is; every write compares it, so that once a new data key is
-    in the store nothing is written under an older one any more.  ``changed`` is set whenever the ring changes,
-    ``rewrapped`` when it is under another wrapping key than before.
+    ``ring_revision``: of the stored ring; every write compares it, so that once a new data key is stored nothing is
+    encrypted with an older one any more.  ``changed`` is set whenever the ring changes, ``rewrapped`` when its wrapping
+    key changes.
     """
 
     def __init__(self, ring: KeyRing, wrapping_keys: bytes, ring_revision: int = 0) -> None:
-        """``wrapping_keys``: see ``split_keys``.  Raises: FailedPrecondition: none of them opens the ring."""
+        """``wrapping_keys``: see ``split_keys``.  Raises: FailedPrecondition: none of them unwraps the ring."""
         self._wrapping_keys = split_keys(wrapping_keys)
         self.wrapping_key = self._wrapping_keys[0]
-        """The one that the ring is under."""
+        """The one that wraps the ring."""
         self.rewrapped = asyncio.Event()
         self._keys: dict[bytes, AESGCM] = {}
         self._current = b""
@@ -112,14 +114,13 @@ class Cipher:
         self.use(ring, ring_revision)
 
     def use(self, ring: KeyRing, revision: int) -> None:
-        """Take over a changed ring; an older one than the present is passed over.  Raises: FailedPrecondition.
+        """Use a changed ring; an older one than the present is ignored.  Raises: FailedPrecondition.
 
-        Keys that are no longer in it are kept until the end of the process: what was written before they went may
-        still be on its way here.
+        Removed keys are kept until the end of the process, for older events that the watch has not brought yet.
         """
         if revision < self.ring_revision:
             return
-        wrapping_key, opened = _opened(ring, self._wrapping_keys)
+        wrapping_key, opened = _unwrapped_ring(ring, self._wrapping_keys)
         keys = {id.to_bytes(4, "big"): AESGCM(key) for id, key in opened.items()}
         current = ring.current.to_bytes(4, "big")
         if current not in keys:
@@ -132,18 +133,18 @@ class Cipher:
         self.changed.set()
 
     def learn(self, wrapping_key: bytes) -> None:
-        """The ring may be under this wrapping key soon."""
+        """Also accept rings with this wrapping key."""
         if wrapping_key not in self._wrapping_keys:
             others = [key for key in self._wrapping_keys if key != self.wrapping_key]
             kept = others[-(WRAPPING_KEYS_MAX - 2) :]
             self._wrapping_keys = (self.wrapping_key, *kept, *split_keys(wrapping_key))
 
     def new_ring(self) -> KeyRing:
-        """The present ring with one more data key, from then on the current one."""
+        """The present ring with one more data key, which is the current one."""
         return self.ring.with_new_key(self.wrapping_key)
 
     def rewrapped_ring(self, wrapping_key: bytes) -> KeyRing:
-        """The present ring under another wrapping key, and with a data key that was never under the present one."""
+        """The present ring with another wrapping key, and with a new data key that the present one never wrapped."""
         return self.ring.rewrapped(self.wrapping_key, wrapping_key).with_new_key(wrapping_key)
 
     def is_current(self, stored: bytes) -> bool:
@@ -151,13 +152,13 @@ class Cipher:
         return stored[1:5] == self._current
 
     def encrypt(self, key: bytes, value: bytes) -> bytes:
-        """``value`` as it is stored under ``key``.  Never the same twice."""
-        # Random nonces are good for 2**32 values per data key; `rotation` makes another one in time.
+        """``value`` as it is stored under ``key``.  The result is unique."""
+        # Random nonces are safe for 2**32 values per data key; `rotation` makes a new key before that.
         nonce = os.urandom(_NONCE_BYTES)
         return b"".join((_LAYOUT, self._current, nonce, self._keys[self._current].encrypt(nonce, value, key)))
 
     def decrypt(self, key: bytes, stored: bytes) -> bytes:
-        """What was encrypted for ``key``.  Raises: Unreadable."""
+        """The value that was encrypted for ``key``.  Raises: Unreadable."""
         if stored[:1] != _LAYOUT:
             raise Unreadable("unknown layout of an encrypted value")
         opener = self._keys.get(stored[1:5])
@@ -169,8 +170,8 @@ class Cipher:
             raise Unreadable("a stored value is damaged, or was moved from another key") from error
 
 
-def _opened(ring: KeyRing, wrapping_keys: Sequence[bytes]) -> tuple[bytes, dict[int, bytes]]:
-    """The wrapping key that the ring is under, and its data keys by id.  Raises: FailedPrecondition: none fits."""
+def _unwrapped_ring(ring: KeyRing, wrapping_keys: Sequence[bytes]) -> tuple[bytes, dict[int, bytes]]:
+    """The wrapping key of the ring, and its data keys by id.  Raises: FailedPrecondition: no key unwraps it."""
     *others, last = wrapping_keys
     for wrapping_key in others:
         with suppress(FailedPrecondition):
@@ -178,7 +179,7 @@ def _opened(ring: KeyRing, wrapping_keys: Sequence[bytes]) -> tuple[bytes, dict[
     return last, {key.id: _unwrapped(key, last) for key in ring.keys}
 
 
-def _fresh_key(id: int, wrapping_key: bytes) -> WrappedKey:
+def _new_key(id: int, wrapping_key: bytes) -> WrappedKey:
     return WrappedKey(id=id, wrapped=aes_key_wrap(wrapping_key, secrets.token_bytes(KEY_BYTES)))
 
 

@@ -1,7 +1,7 @@
-"""What is wrong with a member's files, in a sentence that says the way back.
+"""Damage of a member's files, as error texts with the way to recover.
 
-Found before the start where it can be, else by what etcd says when it ends: its own words for damage ("discovery
-failed: walpb: crc mismatch", "panic: cannot use none as id") name neither the file nor what to do.  Each was provoked
+Detected before the start where possible, else from etcd's last output: its own messages ("discovery failed: walpb: crc
+mismatch", "panic: cannot use none as id") name neither the file nor a remedy.  Each case was reproduced
 (``tests/integration/test_etcd_member.py``).
 """
 
@@ -24,12 +24,12 @@ DATABASE = (
     + " Alone: docker swarm leave --force, then skep restore a backup."
 )
 
-_WORDS = (
+_MESSAGES = (
     ("crc mismatch", LOG),
     ("cannot use none as id", LOG),  # the log is empty
     ("wal: ", LOG),
     ("walpb", LOG),
-    ("unexpected fault address", DATABASE),  # it is shorter than it says
+    ("unexpected fault address", DATABASE),  # the file is truncated
     ("Page expected to be", DATABASE),
     ("assertion failed", DATABASE),
     ("invalid database", DATABASE),
@@ -38,7 +38,7 @@ _WORDS = (
     ("failed to recover v3 backend", DATABASE),
     ("invalid freelist page", DATABASE),
 )
-"""Text in etcd's last words -> what it means; first match wins.  Source: etcd 3.5, wal, bbolt."""
+"""Text in etcd's last output -> error text; first match wins.  Source: etcd 3.5, wal, bbolt."""
 
 _NOT_OF_FILES = (
     "no space left on device",
@@ -46,18 +46,18 @@ _NOT_OF_FILES = (
     "too many open files",
     "cannot allocate memory",
 )
-"""The disk or the machine has too little of something: nothing is wrong with the files, and it passes."""
+"""A lack of resources of the machine: the files are not damaged, and a later start may succeed."""
 
 _MAGIC_AT, _MAGIC = 16, bytes.fromhex("edda0ced")
-"""Of a bbolt database, in the byte order of the machines that we run on."""
+"""Magic number of a bbolt database, little-endian."""
 
 
 class Damaged(FailedPrecondition):
-    """A member's files cannot be used; trying again does not help."""
+    """A member's files cannot be used; a retry does not help."""
 
 
 def check_files(data: Path) -> None:
-    """Refuse a member directory that etcd would start on and never finish a write, or end on without a clear word.
+    """Reject files on which etcd would start without ever finishing a write, or exit without a clear message.
 
     Raises: Damaged.
     """
@@ -69,11 +69,11 @@ def check_files(data: Path) -> None:
         raise Damaged(DATABASE.format(directory=data))
 
 
-def named(reason: str, data: Path) -> Damaged | None:
-    """What etcd's last words mean; None: nothing about its files."""
+def damage_reported(reason: str, data: Path) -> Damaged | None:
+    """The damage that etcd's last output reports; None: none."""
     if any(text in reason for text in _NOT_OF_FILES):
         return None
-    sentence = next((sentence for text, sentence in _WORDS if text in reason), None)
+    sentence = next((sentence for text, sentence in _MESSAGES if text in reason), None)
     return Damaged(f"{sentence.format(directory=data)} (etcd: {reason})") if sentence else None
 
 
@@ -87,5 +87,5 @@ def head_of(database: Path) -> bytes:
 
 
 def is_database(head: bytes) -> bool:
-    """Whether a file that begins so is a store's database."""
+    """Whether a file that begins with ``head`` is a bbolt database."""
     return head[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC

@@ -1,13 +1,13 @@
-"""Deadlines for the connections between members, which etcd has lost.
+"""Timeouts for the connections between members, which etcd fails to set.
 
-A member reads what another one streams to it until the connection ends.  etcd means to end one that has said nothing
-for 5 s (``ConnReadTimeout``), but tells this to a dialer that Go's transport does not ask while it has another one,
-and it has: ``NewTimeoutTransport`` sets ``Dial`` where ``NewTransport`` has set ``DialContext``, in 3.5 and in 3.6.
-So what a cut of the network has killed is taken for alive, and all that raft says goes into it until the kernel sends
-again, with pauses that double: after a cut of 30 s a manager heard nothing of the others for 24 s more.
+A member reads the stream of another one until the connection ends.  etcd intends to close a connection that was silent
+for 5 s (``ConnReadTimeout``), but sets the timeout on a dialer that Go's transport ignores because it has another one:
+``NewTimeoutTransport`` sets ``Dial`` where ``NewTransport`` has set ``DialContext``, in 3.5 and in 3.6.  So connections
+that a network partition has broken stay open, and raft's messages are lost in them until the kernel retransmits, with
+exponential backoff: after a partition of 30 s a manager got no messages for 24 s more.
 
-The kernel keeps the deadline in etcd's stead, told so by duplicates of etcd's descriptors: a connection whose other end
-has acknowledged nothing for so long ends, on both sides, and etcd makes a new one at once.
+Therefore TCP timeouts are set on duplicates of etcd's descriptors: a connection whose peer has acknowledged nothing
+for so long is closed on both sides, and etcd makes a new one at once.
 """
 
 import errno
@@ -23,46 +23,46 @@ from skep.linux.processes import borrowed
 log = structlog.get_logger()
 
 SILENT_S = 5
-"""As etcd means it to be; what both ends say, at least every 1.7 s, comes in between."""
+"""etcd's intended value; in both directions there is a message at least every 1.7 s."""
 _PROBES = {socket.TCP_KEEPIDLE: 2, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: SILENT_S - 2}
-"""For an end that only reads: asked after two seconds of silence, and then each second."""
+"""For an end that only reads: keepalive probes after two seconds of silence, then every second."""
 
 
 class Deadlines:
-    """Those of one process, all of whose TCP connections are to peers."""
+    """The timeouts of one process, all of whose TCP connections are to peers."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._done: frozenset[str] = frozenset()
-        """Sockets that were looked at, as ``/proc`` names them; only those that are still open."""
+        """Open sockets that were handled already, as ``/proc`` names them."""
 
-    def keep(self) -> int:
-        """Give what is new a deadline; how many got one.
+    def apply(self) -> int:
+        """Set the timeouts of new connections; gives how many there were.
 
-        Raises: OSError: the process has ended, or this one may not have its descriptors.
+        Raises: OSError: the process has ended, or its descriptors may not be duplicated.
         """
-        done, given = set(), 0
+        done, count = set(), 0
         for name, process, number in _sockets(self._pid):
             if name not in self._done:
-                given += _on_connection(process, number, _limit)
+                count += _on_connection(process, number, _limit)
             done.add(name)
         self._done = frozenset(done)
-        return given
+        return count
 
 
 def end_connections(pid: int, port: int) -> int:
-    """End the connections that others have made to ``port`` of a process; how many there were.
+    """Close the connections that peers have made to ``port`` of a process; gives how many there were.
 
-    etcd looks at a certificate, and at the list of those that were taken back, when a connection begins, and never
-    again.  Those that may connect do so again at once.
+    etcd checks certificates and the revocation list only when a connection begins.  Peers with a valid certificate
+    reconnect at once.
 
-    Raises: OSError: as ``Deadlines.keep``.
+    Raises: OSError: as ``Deadlines.apply``.
     """
 
     def end(connection: socket.socket) -> bool:
         if connection.getsockname()[1] != port:
             return False
-        with suppress(OSError):  # it has just ended by itself
+        with suppress(OSError):  # it has just ended
             connection.shutdown(socket.SHUT_RDWR)
         return True
 
@@ -70,19 +70,19 @@ def end_connections(pid: int, port: int) -> int:
 
 
 def end_peer_connections(pid: int | None, port: int) -> None:
-    """Have the other members of a running etcd connect anew, each with a certificate that still counts."""
+    """Make the peers of a running etcd reconnect, so that their certificates are checked again."""
     if pid is None:
         return
     try:
         ended = end_connections(pid, port)
     except OSError as error:
-        log.error("connections of etcd not ended: restart this manager", error=str(error))
+        log.error("peer connections of etcd not closed: restart this manager", error=str(error))
     else:
-        log.info("connections of etcd ended: its peers show their certificates anew", connections=ended)
+        log.info("peer connections of etcd closed, to check certificates again", connections=ended)
 
 
 def _sockets(pid: int) -> Iterator[tuple[str, int, int]]:
-    """Of each socket of a process: its name in ``/proc``, a pidfd, and its number there.  Raises: OSError."""
+    """Of each socket of a process: its name in ``/proc``, a pidfd of the process, its descriptor.  Raises: OSError."""
     process = os.pidfd_open(pid)
     try:
         for number in os.listdir(f"/proc/{pid}/fd"):
@@ -94,7 +94,7 @@ def _sockets(pid: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _socket(path: str) -> str | None:
-    """What a descriptor leads to, if that is a socket."""
+    """The target of a descriptor in ``/proc``, if it is a socket."""
     try:
         target = os.readlink(path)
     except FileNotFoundError:  # closed meanwhile
@@ -103,7 +103,7 @@ def _socket(path: str) -> str | None:
 
 
 def _on_connection(process: int, descriptor: int, act: Callable[[socket.socket], bool]) -> bool:
-    """What ``act`` gives, if the descriptor is a connection of TCP; else False.  Raises: OSError."""
+    """The result of ``act`` if the descriptor is a TCP connection; else False.  Raises: OSError."""
     try:
         opened = socket.socket(fileno=borrowed(process, descriptor))
     except OSError as error:

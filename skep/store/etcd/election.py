@@ -1,9 +1,9 @@
-"""Who leads: the manager beside raft's leader, as soon as it has written the leader key.
+"""Leader election: the manager of raft's leader leads once it has written the leader key.
 
-The revision of that write is the fence of its term.  A claim without an answer is looked for in the key itself: it
-carries a number that no other one has.  Raft's term in the record keeps a manager whose member has
-been asleep from taking the key back.  A status that does not come proves nothing (a defragmentation blocks it for
-seconds): only another raft leader, or a failed fence, ends a term.
+The revision of that write is the fence of its term.  If the write gets no response, the key itself is read: each write
+has a nonce.  Raft's term in the record keeps a manager whose member was suspended from taking the key back.  A missing
+status response proves nothing (a defragmentation blocks it for seconds): only another raft leader, or a failed fence,
+ends a term.
 """
 
 import asyncio
@@ -29,19 +29,19 @@ from skep.store.leadership import LeaderRecord, TermState
 log = structlog.get_logger()
 
 CANDIDATE_POLL_S = 0.15
-"""How often a manager that does not lead asks its own member who does: a lost leader is replaced later by half of it.
+"""Interval in which a follower polls its own member for the leader; half of it is added to a failover on average.
 
-Twenty times a second made up half of what an idle manager and its member cost.
+Twenty polls per second were half of the idle cost of a manager and its member.
 """
 
 NONCE_BYTES = 16
 
 LEADER_POLL_S = 0.5
-"""How often one that leads does.  Until it hears that it no longer does, the fence refuses what it writes."""
+"""The same for the leader.  Until it learns that it has lost leadership, the fence refuses its writes."""
 
 
 class Election:
-    """One manager's candidacy.  ``elected`` gives its terms, one after another."""
+    """One manager's candidacy.  ``elected`` gives its terms."""
 
     def __init__(self, client: Client, cipher: Cipher, node_id: NodeId, addr: str, clock: Clock) -> None:
         self._client = client
@@ -50,13 +50,13 @@ class Election:
         self._addr = addr
         self._clock = clock
         self._nonce = ""
-        """Of the claim that may have been written; none: there is no such claim."""
+        """Of a write of the leader key without a response; empty: there is none."""
         self._timeout = AdaptiveTimeout()
 
     async def elected(self, backoff: Backoff) -> AsyncIterator[TermState]:
-        """Yields when this manager has become leader; keeps the term's state true until it is lost.
+        """Yields when this manager has become leader, and ends that term when leadership is lost.
 
-        Ask for the next one at once: it is asking that watches over the term.
+        The caller must request the next term at once: only then is the present one monitored.
         """
         term: TermState | None = None
         while True:
@@ -74,13 +74,13 @@ class Election:
                         yield term
                 backoff.reset()
             except Unavailable as error:
-                log.debug("election waits", reason=str(error))
+                log.debug("election delayed", reason=str(error))
                 await backoff.sleep(self._clock)
                 continue
             await self._pause(term)
 
     async def _pause(self, term: TermState | None) -> None:
-        """Until it is time to ask again; a term that a failed fence has ended is replaced at once."""
+        """Wait for the next poll; a term that a failed fence has ended is replaced at once."""
         if term is None:
             await self._clock.sleep(CANDIDATE_POLL_S)
             return
@@ -89,7 +89,7 @@ class Election:
                 await term.wait_lost()
 
     async def _claim(self, raft_term: int) -> TermState | None:
-        """Write the leader key, unless somebody of a later raft term has, or another of this one."""
+        """Write the leader key, unless its record has a later raft term, or another manager's of this term."""
         name = etcd_key(keys.LEADER)
         read = await self._client.range(pb.RangeRequest(key=name))
         seen = 0
@@ -108,7 +108,7 @@ class Election:
         began = self._clock.monotonic()
         try:
             reply = await self._client.txn(
-                self._claiming(name, record, seen), timeout_s=self._timeout.seconds
+                self._claim_request(name, record, seen), timeout_s=self._timeout.seconds
             )
         except Uncertain:
             self._timeout.expired()
@@ -116,7 +116,7 @@ class Election:
         self._timeout.responded(self._clock.monotonic() - began)
         return self._won(reply.header.revision) if reply.succeeded else None
 
-    def _claiming(self, name: bytes, record: LeaderRecord, seen: int) -> pb.TxnRequest:
+    def _claim_request(self, name: bytes, record: LeaderRecord, seen: int) -> pb.TxnRequest:
         value = self._cipher.encrypt(name, msgspec.json.encode(record))
         return pb.TxnRequest(
             compare=[compared_leader(seen), compared_ring(self._cipher.ring_revision)],

@@ -1,6 +1,6 @@
-"""What etcd's refusals mean, told apart by their text: the same gRPC status stands for several of them.
+"""etcd's errors, distinguished by their text, because several have the same gRPC status.
 
-Source: etcd 3.5, api/v3rpc/rpctypes/error.go; each meaning was provoked (etcd note, section 10).
+Source: etcd 3.5, api/v3rpc/rpctypes/error.go; each was reproduced.
 """
 
 from collections.abc import Iterator
@@ -12,27 +12,27 @@ from skep.store.updates import NO_LEADER
 
 
 class Uncertain(Unavailable):
-    """No answer: what was asked for may have happened, or may yet."""
+    """No response: the request may have taken effect, or may still do."""
 
 
 class Busy(Unavailable):
-    """Too much at once; nothing happened."""
+    """Overload; the request had no effect."""
 
 
 class OutOfSpace(Unavailable):
-    """The database has reached its quota: plain writes are refused until the leader has made room."""
+    """The database has reached its quota: plain writes are refused until the leader has freed space."""
 
 
 class NotServing(Unavailable):
-    """This member only learns; it serves after its promotion."""
+    """This member is a learner; it serves after its promotion."""
 
 
 class StillLearning(Unavailable):
-    """The member has not caught up with the leader yet: it gets its vote later."""
+    """The learner has not caught up with the leader yet: it is promoted later."""
 
 
 class NoLearner(SkepError):
-    """The member has its vote already."""
+    """The member is a voter already."""
 
 
 class NoMember(SkepError):
@@ -40,14 +40,14 @@ class NoMember(SkepError):
 
 
 class Compacted(Unavailable):
-    """The history asked for is gone: load again."""
+    """The requested history is compacted: reload."""
 
 
 class Refused(SkepError):
-    """etcd found the request itself wrong, which is our mistake."""
+    """etcd rejected the request as invalid, which is a bug of Skep."""
 
 
-_MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
+_ERRORS: tuple[tuple[str, type[SkepError], str], ...] = (
     ("leader changed", Uncertain, NO_LEADER),
     ("no leader", Uncertain, NO_LEADER),
     ("request timed out", Uncertain, NO_LEADER),
@@ -55,7 +55,7 @@ _MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
     ("context deadline exceeded", Uncertain, NO_LEADER),
     ("server stopped", Uncertain, "the store is stopping"),
     ("too many requests", Busy, "the store is busy: try again"),
-    # While leadership is handed over: raft's own words, which etcd passes on.
+    # During a transfer of leadership: raft's own text, which etcd passes on.
     ("raft proposal dropped", Busy, "the store is changing its leader: try again"),
     ("database space exceeded", OutOfSpace, "the store has reached its quota; see `skep status`"),
     ("rpc not supported for learner", NotServing, "this manager is still joining the cluster"),
@@ -64,12 +64,12 @@ _MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
         StillLearning,
         "this manager has not caught up yet",
     ),
-    ("can only promote a learner member", NoLearner, "this manager has its vote already"),
+    ("can only promote a learner member", NoLearner, "this manager is a voter already"),
     ("too many learner members", Busy, "another manager is joining at the moment: try again"),
-    ("member not found", NoMember, "this manager is no member of the cluster's store"),
+    ("member not found", NoMember, "this manager is not a member of the cluster's store"),
     ("peerURLs exists", Busy, "this manager is a member of the cluster's store already"),
     ("unhealthy cluster", Busy, "the cluster of managers is not healthy: try again"),
-    ("required revision has been compacted", Compacted, "the history asked for is gone"),
+    ("required revision has been compacted", Compacted, "the requested history is compacted"),
     ("required revision is a future revision", Compacted, "the store was restored to an older state"),
     *(
         (text, Refused, f"etcd refused: {text}")
@@ -81,29 +81,29 @@ _MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
         )
     ),
 )
-"""Text in the message -> meaning -> what a user reads.  First match wins."""
+"""Text in the message, our error, the text for users.  First match wins."""
 
 
 @contextmanager
 def etcd_errors() -> Iterator[None]:
-    """Raise our errors instead of those of a call.
+    """Translate the errors of a call to ours.
 
     Raises: Uncertain, Busy, OutOfSpace, NotServing, Compacted, Refused.
     """
     try:
         yield
     except CallFailed as error:
-        raise meaning_of(str(error)) from error
+        raise error_of(str(error)) from error
     except TimeoutError as error:
         raise Uncertain(NO_LEADER) from error
     except OSError as error:
-        raise Uncertain(f"the store does not answer: {error}") from error
+        raise Uncertain(f"the store does not respond: {error}") from error
 
 
-def meaning_of(message: str) -> SkepError:
+def error_of(message: str) -> SkepError:
     """Our error for etcd's ``message``."""
-    for text, meaning, sentence in _MEANINGS:
+    for text, error, shown in _ERRORS:
         if text in message:
-            return meaning(sentence)
-    # Whatever it is, it may pass, and what was asked for may have happened.
+            return error(shown)
+    # Unknown errors count as temporary, and the request may have taken effect.
     return Uncertain(f"the store failed: {message}")

@@ -10,23 +10,23 @@ from skep.store.etcd.peers import HOSTS_FILE, Peer, peer_url
 from skep.store.space import QUOTA_BYTES
 
 MAX_OPERATIONS = 1200
-"""Compares or writes of an entry, nested ones included; a member asks this only of what its own manager sends."""
+"""Compares or writes of an entry, including nested ones; a member checks only the requests of its own manager."""
 
 MAX_REQUEST_BYTES = 1_572_864
 HISTORY_REVISIONS = 20_000
 
 TIMERS_MS = (100, 500)
-"""Heartbeat and election.  A single voter does not wait for its own (``campaign``)."""
+"""Heartbeat and election timeout.  A single voter does not wait for the latter (``campaign``)."""
 
 SEALED_OFF_TIMERS_MS = (20, 100)
-"""Of a member whom nobody can ask to elect itself."""
+"""Of a member to which ``campaign`` cannot connect."""
 
 SOLO_SNAPSHOT_COUNT = 1000
 SNAPSHOT_COUNT = 10_000
 
 SOLO_HEAP_GROWTH = "50"
-"""For Go's collector: how much, in percent, a heap grows until the next collection.  With a small raft log that keeps
-a single member's memory small; a limit in bytes has it collect all the time once its keys alone are beyond it."""
+"""GOGC: growth of the heap in percent until the next garbage collection.  With a small raft log it keeps a single
+member's memory small; a limit in bytes would cause constant collections once the keys alone exceed it."""
 
 
 class PeerFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,17 +39,17 @@ class PeerFiles(msgspec.Struct, frozen=True, kw_only=True):
     key: Path
     roots: Path
     revoked: Path | None = None
-    """Certificates that count for nothing (a CRL); must exist, and is read at each handshake."""
+    """A CRL; must exist, and is read at each handshake."""
 
 
 class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
     """One member.
 
-    ``name``: the node's id, by which other members know it; ``directory``: 0700, its data and our files beside
-    them; ``peer_listen``: ``ip:port``; ``cluster_token``: the cluster's id; ``is_solo``: it is the only voter.
-    ``joins``: all members of the cluster that it comes into at its first start, itself included; empty: it founds one.
-    ``has_hosts``: it finds its peers in a hosts file of its own, which lies in its directory.
-    ``ready_s``: a single member that is not ready by then never will be.  ``is_fsync_off``: for tests.
+    ``name``: the node's id, its name for other members; ``directory``: 0700, with its data and Skep's files;
+    ``peer_listen``: ``ip:port``; ``cluster_token``: the cluster's id; ``is_solo``: it is the only voter.
+    ``joins``: all members of the cluster that it joins at its first start, including itself; empty: a new cluster.
+    ``has_hosts``: it resolves its peers with its own hosts file, which is in its directory.
+    ``ready_s``: a single member that is not ready by then has failed.  ``is_fsync_off``: for tests.
     """
 
     name: str
@@ -66,8 +66,8 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
     is_fsync_off: bool = False
     is_debug: bool = False
     is_sealed_off: bool = False
-    """A throw-away copy in a network namespace of its own: everything in its log counts as decided, and nobody reaches
-    it.  For a snapshot of what is left of a member without its others."""
+    """A temporary copy in a network namespace of its own, which treats its whole log as committed and is not reachable.
+    For a snapshot of a member that has lost its peers."""
 
     @property
     def data(self) -> Path:
@@ -76,29 +76,29 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def peer_port(self) -> int:
-        """Where it listens to other members."""
+        """The port for other members."""
         return int(parted(self.peer_listen)[1])
 
     @property
     def peer_url(self) -> str:
-        """Where other members reach it: by name, so that addresses may change."""
+        """Its URL for other members: by name, so that addresses may change."""
         return peer_url(self.name, self.peer_port)
 
     @property
     def hosts(self) -> Path | None:
-        """What stands for ``/etc/hosts`` in its namespace."""
+        """The file that is mounted on ``/etc/hosts`` in its namespace."""
         return self.directory / HOSTS_FILE if self.has_hosts else None
 
 
 def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[str]:
-    """etcd's arguments.  ``initial-...`` count at the first start only."""
+    """etcd's arguments.  ``initial-...`` are used at the first start only."""
     heartbeat_ms, election_ms = SEALED_OFF_TIMERS_MS if settings.is_sealed_off else TIMERS_MS
     files = settings.peer_files
     flags = {
         "name": settings.name,
         "data-dir": settings.data,
         "listen-client-urls": f"unix://{settings.socket}",
-        # Nothing dials it, and a path is refused here.
+        # Required, but never dialled; a path is not accepted here.
         "advertise-client-urls": f"unix://{settings.name}:1",
         "listen-peer-urls": f"https://{settings.peer_listen}",
         "initial-advertise-peer-urls": settings.peer_url,
@@ -112,7 +112,7 @@ def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[s
         "peer-cert-allowed-hostname": MANAGER_NAME,
         "heartbeat-interval": heartbeat_ms,
         "election-timeout": election_ms,
-        # Skep guards the quorum itself; etcd's check refuses joins while any manager is down.
+        # Skep checks the quorum itself; etcd's check refuses joins while any manager is down.
         "strict-reconfig-check": "false",
         "quota-backend-bytes": settings.quota_bytes,
         "auto-compaction-mode": "revision",
@@ -141,9 +141,9 @@ def _initial_cluster(settings: MemberSettings) -> str:
 
 
 def environment(settings: MemberSettings) -> dict[str, str]:
-    """The whole environment of the process: nothing is inherited, since etcd takes ETCD_... for flags.
+    """The whole environment of the process: nothing is inherited, since etcd reads ETCD_... variables as flags.
 
-    Go's own resolver reads the hosts file again when it changes.
+    Go's own resolver re-reads the hosts file when it changes.
     """
     resolver = {"GODEBUG": "netdns=go"} if settings.has_hosts else {}
     return ({"GOGC": SOLO_HEAP_GROWTH} if settings.is_solo else {}) | resolver

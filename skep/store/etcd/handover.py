@@ -1,7 +1,7 @@
-"""Raft's leadership moves away from this machine's member, from outside of the manager beside it.
+"""Transfers raft's leadership away from this machine's member, from outside of its manager.
 
-etcd lets only the leader's own member hand over, and a manager that hangs does not ask it to: who watches the manager
-does, over the member's socket.
+Only the leader itself can transfer leadership, and a hung manager does not request it.  Therefore the supervisor of the
+manager does, over the member's socket.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ from skep.store.etcd.membership import parsed_members
 log = structlog.get_logger()
 
 MOVE_S = 2.0
-"""For one successor to catch up and to be elected."""
+"""Timeout for one successor to catch up and be elected."""
 
 
 async def hand_over(socket: Path) -> bool:
-    """Have another voter lead, if this member leads; gives whether one does now.  Raises: Unavailable."""
+    """If this member leads, transfer leadership to another voter; true: done.  Raises: Unavailable."""
     async with Client(socket) as client:
         status = await client.status()
         if status.leader != status.header.member_id:
@@ -31,8 +31,8 @@ async def hand_over(socket: Path) -> bool:
             try:
                 await client.move_leader(member.id, timeout_s=MOVE_S)
             except Unavailable as error:
-                log.warning("leadership not taken", to=member.name, reason=str(error))
+                log.warning("leadership transfer failed", to=member.name, reason=str(error))
             else:
-                log.warning("leadership handed over", to=member.name)
+                log.warning("leadership transferred", to=member.name)
                 return True
     return False

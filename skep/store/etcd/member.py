@@ -1,8 +1,8 @@
-"""The etcd process of this manager: started, watched, started again, and never left behind.
+"""The supervisor of this manager's etcd process.
 
-etcd dies with its manager (``setpriv --pdeathsig``): an orphan would keep raft's leadership, and no manager would
-lead.  A member is ready when it knows a leader and has finished a write; reads prove nothing, since a member whose
-log is gone serves every read and finishes no write.
+etcd is killed when its manager dies (``setpriv --pdeathsig``): an orphan would keep raft's leadership, and no manager
+would lead.  A member is ready when it has a leader and has finished a write; reads prove nothing, since a member whose
+log is gone serves reads but never finishes a write.
 """
 
 import asyncio
@@ -40,15 +40,15 @@ log = structlog.get_logger()
 
 SOCKET_PATH_BYTES_MAX = 107
 FRESH_BYTES = 200 * 1024 * 1024
-"""A fresh member preallocates 123 MB of log at once."""
+"""A new member preallocates 123 MB of log."""
 
 KNOWN_BYTES = 80 * 1024 * 1024
-"""One that has data needs room for the next file of its log."""
+"""A member with data needs space for the next file of its log."""
 
 POLL_S = 0.01
 PROBE_S = 5.0
 DEADLINES_S = 1.0
-"""How often new connections of etcd are looked for; it takes a fifth of a millisecond."""
+"""Interval in which new connections of etcd get their timeouts; a pass takes 0.2 ms."""
 STOP_S = 5.0
 NO_SPACE = "no space left on device"
 CRASHES_MAX = 5
@@ -56,7 +56,7 @@ CRASHES_WITHIN_S = 60.0
 
 
 class MemberFailed(SkepError):
-    """The store's process does not stay up, or does not get ready; the message says why."""
+    """etcd crashes repeatedly, or does not become ready; the message has the reason."""
 
 
 class MemberRemoved(SkepError):
@@ -64,7 +64,7 @@ class MemberRemoved(SkepError):
 
 
 class Member:
-    """One supervised etcd.  ``running`` starts and ends it."""
+    """One supervised etcd process.  ``running`` starts and stops it."""
 
     def __init__(
         self,
@@ -72,18 +72,18 @@ class Member:
         binary: Binary,
         clock: Clock,
         backoff: Backoff,
-        tell: Callable[[str], None] = lambda _: None,
+        on_error: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``tell`` hears of ``trouble``, whenever it has changed."""
+        """``on_error`` is called with ``error`` whenever it has changed."""
         self.settings = settings
         self.starts = 0
-        """How often the process was started."""
-        self.trouble = ""
-        """Why it cannot be started at the moment, in a sentence for users; empty: nothing is wrong."""
+        """Number of starts of the process."""
+        self.error = ""
+        """Why it cannot be started at present, as a text for users; empty: no error."""
         self._binary = binary
         self._clock = clock
         self._backoff = backoff
-        self._tell = tell
+        self._on_error = on_error
         self._process: asyncio.subprocess.Process | None = None
         self._had_data = False
         self._ready = asyncio.Event()
@@ -91,39 +91,39 @@ class Member:
 
     @property
     def pid(self) -> int | None:
-        """Of the running process."""
+        """The pid of the running process."""
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Member"]:
-        """The member, ready; it is kept up until the block ends.
+        """The ready member, which is restarted after crashes until the block ends.
 
-        Raises: FailedPrecondition: what is found on this machine rules a start out; MemberFailed; MemberRemoved:
-        now, or later out of the block.
+        Raises: FailedPrecondition: the state of this machine prevents a start; MemberFailed; MemberRemoved: now, or
+        later from the block.
         """
         self._prepare()
         with locked(self.settings.directory):
             await end_orphan(self.settings.directory, self._clock)
             async with errors_as_they_are(), asyncio.TaskGroup() as group:
-                keeping = group.create_task(self._keep_up(), name="etcd-member")
+                supervising = group.create_task(self._supervise(), name="etcd-member")
                 try:
                     await self._ready.wait()
                     yield self
                 finally:
-                    keeping.cancel()
-                    self._in_trouble("")
+                    supervising.cancel()
+                    self._set_error("")
 
     async def wait_ready(self) -> None:
-        """Return when the member serves, after a restart of it too."""
+        """Return when the member is ready, also after a restart."""
         await self._ready.wait()
 
     def is_one_of_several(self) -> None:
-        """Others come in: from now on it is no failure to wait for them.  Limits of memory stay to the next start."""
+        """There are other members: waiting for them is no failure any more.  Memory limits change at the next start."""
         self.settings = msgspec.structs.replace(self.settings, is_solo=False)
 
     async def restart(self, settings: MemberSettings) -> None:
-        """Go on with other ``settings`` (of the same directory); returns when the member serves again."""
+        """Restart with other ``settings`` (of the same directory); returns when the member is ready again."""
         self.settings = settings
         process = self._process
         if process is not None and process.returncode is None:
@@ -138,7 +138,7 @@ class Member:
         settings = self.settings
         if len(os.fsencode(settings.socket)) > SOCKET_PATH_BYTES_MAX:
             raise FailedPrecondition(
-                f"the path of a socket may have {SOCKET_PATH_BYTES_MAX} bytes, and {settings.socket} has more: "
+                f"the path of a unix socket may have {SOCKET_PATH_BYTES_MAX} bytes, and {settings.socket} is longer: "
                 "choose a shorter run directory"
             )
         for tool in ("setpriv", "unshare", "mount"):
@@ -159,7 +159,7 @@ class Member:
 
     # -- while it runs -----------------------------------------------------------------------------------------
 
-    async def _keep_up(self) -> None:
+    async def _supervise(self) -> None:
         crashes: deque[float] = deque()
         while True:
             await self._wait_for_space()
@@ -173,27 +173,27 @@ class Member:
             if return_code == 0:
                 raise MemberRemoved("this node is no longer a manager: the other managers removed its store")
             now = self._clock.monotonic()
-            log.error("etcd ended", return_code=return_code, reason=output.reason)
+            log.error("etcd exited", return_code=return_code, reason=output.reason)
             if now - started > CRASHES_WITHIN_S:
                 self._backoff.reset()
             if missing_bytes(self.settings.data) or NO_SPACE in output.reason:
-                self._in_trouble(full(self.settings.directory))
+                self._set_error(full(self.settings.directory))
                 await self._backoff.sleep(self._clock)
                 continue
-            if (damaged := damage.named(output.reason, self.settings.data)) is not None:
+            if (damaged := damage.damage_reported(output.reason, self.settings.data)) is not None:
                 raise damaged
             crashes.append(now)
             while now - crashes[0] > CRASHES_WITHIN_S:
                 crashes.popleft()
             if len(crashes) >= CRASHES_MAX:
-                raise MemberFailed(f"etcd ended {CRASHES_MAX} times in a minute: {output.reason}")
+                raise MemberFailed(f"etcd exited {CRASHES_MAX} times in a minute: {output.reason}")
             await self._backoff.sleep(self._clock)
 
     async def _run_once(self, output: Output) -> int:
-        """Start the process, announce when it is ready, and return how it ended."""
+        """Start the process, signal when it is ready, and return its exit code."""
         settings = self.settings
         settings.socket.unlink(missing_ok=True)
-        # The signal follows the thread that forks, so this must run in the main thread, as event loops do.
+        # The signal is sent when the forking thread ends, so this must run in the main thread, as event loops do.
         process = await asyncio.create_subprocess_exec(
             *("setpriv", "--pdeathsig", "TERM"),
             *_with_own_hosts(settings),
@@ -206,41 +206,41 @@ class Member:
             limit=1024 * 1024,
             process_group=0,
         )
-        assert process.stderr is not None, "asked for above"
+        assert process.stderr is not None, "stderr=PIPE"
         self._process = process
         self.starts += 1
         try:
             write_pid(settings.directory, process.pid)
             async with errors_as_they_are(), asyncio.TaskGroup() as group:
                 group.create_task(output.read(process.stderr), name="etcd-output")
-                probing = group.create_task(self._announce_ready(), name="etcd-probe")
-                limiting = group.create_task(self._keep_deadlines(process.pid), name="etcd-deadlines")
+                probing = group.create_task(self._wait_serving(), name="etcd-probe")
+                deadlines = group.create_task(self._apply_deadlines(process.pid), name="etcd-deadlines")
                 return_code = await process.wait()
                 probing.cancel()
-                limiting.cancel()
+                deadlines.cancel()
             return return_code
         finally:
             self._ready.clear()
             await self._end(process)
             remove_pid(settings.directory)
 
-    async def _keep_deadlines(self, pid: int) -> None:
+    async def _apply_deadlines(self, pid: int) -> None:
         deadlines = Deadlines(pid)
         while True:
             await self._clock.sleep(DEADLINES_S)
             if self.settings.is_solo:
                 continue
             try:
-                deadlines.keep()
+                deadlines.apply()
             except (ProcessLookupError, FileNotFoundError):
                 return
             except OSError as error:
                 if error.errno in (errno.EPERM, errno.ENOSYS):
-                    log.warning("etcd hears late of the others after a cut", reason=str(error))
+                    log.warning("peer connections of etcd have no timeouts", reason=str(error))
                     return
-                log.debug("connections of etcd not looked at", error=str(error))
+                log.debug("peer connections of etcd not listed", error=str(error))
 
-    async def _announce_ready(self) -> None:
+    async def _wait_serving(self) -> None:
         started = self._clock.monotonic()
         self._had_data = (self.settings.directory / "etcd-version").exists()
         async with (
@@ -249,7 +249,7 @@ class Member:
             asyncio.TaskGroup() as group,
         ):
             campaigning = group.create_task(self._campaign(), name="etcd-campaign")
-            while not await self._knows_leader(client):
+            while not await self._has_leader(client):
                 if self.settings.is_solo and self._clock.monotonic() - started > self.settings.ready_s:
                     raise MemberFailed(self._not_ready())
                 await self._clock.sleep(POLL_S)
@@ -264,15 +264,15 @@ class Member:
             await campaign(self.settings, self._binary.version, self._clock)
 
     async def _probe(self, client: Client, started: float) -> None:
-        """Finish a write.  A learner does when it has got its vote, one among several when there is a quorum.
+        """Return when a write was finished: for a learner after its promotion, for one of several with a quorum.
 
-        A single member whose disk is slow does so later; one whose log is gone never does.
+        A single member with a slow disk takes longer; one whose log is gone never finishes it.
         """
         while True:
             try:
                 await client.put(PREFIX + b"probe/" + self.settings.name.encode(), b"", timeout_s=PROBE_S)
             except OutOfSpace as error:
-                # It serves, and takes what Skep writes; the leader makes room.
+                # It serves, and accepts Skep's writes; the leader frees space.
                 log.warning("etcd has reached its quota", reason=str(error))
                 return
             except Unavailable as error:
@@ -283,14 +283,14 @@ class Member:
                 return
 
     def _not_ready(self) -> str:
-        """A single member with data that finds no leader, or finishes no write, lacks a part of its log."""
+        """The error of a single member; one with data but without leader or finished write lacks a part of its log."""
         if missing := missing_bytes(self.settings.data):
             return no_space(self.settings.directory, missing)
         if self._had_data:
             return damage.LOG.format(directory=self.settings.directory)
         return f"etcd was not ready after {self.settings.ready_s:.0f} s"
 
-    async def _knows_leader(self, client: Client) -> bool:
+    async def _has_leader(self, client: Client) -> bool:
         try:
             status = await client.status(timeout_s=1.0)
         except Unavailable:
@@ -298,35 +298,37 @@ class Member:
         return status.leader != 0
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        """SIGTERM: etcd hands leadership over by itself and ends within milliseconds."""
-        for ask in (signal.SIGTERM, signal.SIGKILL):
+        """SIGTERM: etcd transfers leadership and exits within milliseconds."""
+        for stop in (signal.SIGTERM, signal.SIGKILL):
             if process.returncode is not None:
                 return
-            process.send_signal(ask)
+            process.send_signal(stop)
             try:
                 async with asyncio.timeout(STOP_S):
                     await process.wait()
             except TimeoutError:
-                log.warning("etcd does not end", signal=ask.name)
+                log.warning("etcd does not exit", signal=stop.name)
 
     async def _wait_for_space(self) -> None:
         while missing := missing_bytes(self.settings.data):
-            if not self.trouble:
-                log.error("no space for the store", path=str(self.settings.directory), missing_bytes=missing)
-            self._in_trouble(no_space(self.settings.directory, missing))
+            if not self.error:
+                log.error(
+                    "no disk space for the store", path=str(self.settings.directory), missing_bytes=missing
+                )
+            self._set_error(no_space(self.settings.directory, missing))
             await self._clock.sleep(1.0)
-        self._in_trouble("")
+        self._set_error("")
 
-    def _in_trouble(self, trouble: str) -> None:
-        if trouble != self.trouble:
-            self.trouble = trouble
-            self._tell(trouble)
+    def _set_error(self, error: str) -> None:
+        if error != self.error:
+            self.error = error
+            self._on_error(error)
 
 
 def _with_own_hosts(settings: MemberSettings) -> tuple[str, ...]:
-    """What stands before a command that finds its peers in its own hosts file.
+    """The prefix of a command that runs with its own hosts file.
 
-    ``slave``: what is unmounted on this machine vanishes from etcd's namespace, too.
+    ``slave``: unmounts on this machine apply in etcd's namespace, too.
     """
     if settings.is_sealed_off:
         return ("unshare", "--net", "--")
@@ -337,24 +339,24 @@ def _with_own_hosts(settings: MemberSettings) -> tuple[str, ...]:
 
 
 def missing_bytes(data: Path) -> int:
-    """Disk space that the store lacks for a start; 0: there is enough."""
-    there = data
-    while not there.exists():
-        there = there.parent
-    disk = os.statvfs(there)
+    """Missing disk space for a start; 0: there is enough."""
+    existing = data
+    while not existing.exists():
+        existing = existing.parent
+    disk = os.statvfs(existing)
     needed = KNOWN_BYTES if (data / "member").exists() else FRESH_BYTES
     return max(0, needed - disk.f_bavail * disk.f_frsize)
 
 
 def full(directory: Path) -> str:
-    """The sentence for users while nothing says how much is missing: it may be no bytes, but inodes."""
+    """The error text if it is not known how much is missing: it may be inodes instead of bytes."""
     return (
         f"{directory}: the store of this manager has run out of disk space. Make room: it goes on by itself."
     )
 
 
 def no_space(directory: Path, missing: int) -> str:
-    """The sentence for users."""
+    """The error text if the missing space is known."""
     return (
         f"{directory}: {_megabytes(missing)} MB of disk space are missing for the store of this manager. "
         "Make room: it goes on by itself."
@@ -366,7 +368,7 @@ def _megabytes(missing: int) -> int:
 
 
 def read_version(directory: Path) -> tuple[int, int, int] | None:
-    """The etcd that served this directory last."""
+    """The version of etcd that used this directory last."""
     try:
         major, minor, patch = map(int, (directory / "etcd-version").read_text().strip().split("."))
     except (FileNotFoundError, ValueError):
@@ -375,6 +377,6 @@ def read_version(directory: Path) -> tuple[int, int, int] | None:
 
 
 def write_version(directory: Path, version: tuple[int, int, int]) -> None:
-    """Remember which etcd serves this directory."""
+    """Record the version of etcd that uses this directory."""
     content = ".".join(map(str, version)) + "\n"
     replace_file(directory / "etcd-version", content.encode(), is_durable=False)

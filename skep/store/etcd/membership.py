@@ -1,7 +1,7 @@
-"""Changes of etcd's membership, one at a time, and what the members are now.
+"""The members of etcd's cluster, and changes of them, one at a time.
 
-A member comes in as a learner, which costs no quorum while it is away, and gets its vote when it has caught up.
-Whether a change leaves a quorum is judged before it (``manager.membership.quorum``): etcd's own check is off, since
+A member joins as a learner, which does not count for the quorum, and is promoted when it has caught up.
+Whether a change leaves a quorum is checked before it (``manager.membership.quorum``): etcd's own check is off, since
 it refuses every join while any member is down.
 """
 
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 class RaftMember(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """One member as etcd lists it.  ``name``: its node's id, also of one that has never started."""
+    """A member in etcd's list.  ``name``: its node's id, even if it has never started."""
 
     name: str
     url: str
@@ -30,7 +30,7 @@ class RaftMember(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 class RaftMembers:
-    """The membership as seen and changed through this manager's own member."""
+    """Reads and changes the membership through this manager's own member."""
 
     def __init__(self, client: Client, member: Member) -> None:
         self._client = client
@@ -42,10 +42,10 @@ class RaftMembers:
         return parsed_members((await self._client.members(is_current=is_current)).members)
 
     async def add(self, name: str, url: str) -> tuple[RaftMember, ...]:
-        """Take ``name`` in as a learner; gives all members.
+        """Add ``name`` as a learner; returns all members.
 
-        A learner of that name is of an attempt that failed, and is removed first.
-        Raises: Busy: another one is learning; Unavailable.
+        An existing learner of that name is left from a failed attempt, and is removed first.
+        Raises: Busy: there is another learner; Unavailable.
         """
         async with self._one_at_a_time:
             for member in await self.all(is_current=True):
@@ -57,22 +57,22 @@ class RaftMembers:
         return parsed_members(reply.members)
 
     async def promote(self, name: str) -> None:
-        """Give ``name`` its vote; again is harmless.
+        """Promote ``name`` to a voter.  Idempotent.
 
         Raises: StillLearning: it has not caught up; NoMember: it was removed meanwhile; Unavailable.
         """
         member = await self._member(name)
         if member is None:
-            raise NoMember(f"{name} is no member of the cluster's store")
+            raise NoMember(f"{name} is not a member of the cluster's store")
         if member.is_learner:
             try:
                 await self._client.promote(member.id)
             except NoLearner:
                 return
-            log.info("manager votes", node=name)
+            log.info("manager promoted to voter", node=name)
 
     async def remove(self, member: RaftMember) -> None:
-        """Put this member out, and no later one of its name; one that is out already is fine.  Raises: Unavailable."""
+        """Remove the member with this id, not a later one of its name.  Idempotent.  Raises: Unavailable."""
         try:
             await self._client.remove(member.id)
         except NoMember:
@@ -80,7 +80,7 @@ class RaftMembers:
         log.info("manager removed", node=member.name)
 
     async def move_leader(self, to: RaftMember) -> None:
-        """Hand raft's leadership over; for the leader's own member only.  Raises: Unavailable."""
+        """Transfer raft's leadership; only for the leader's own member.  Raises: Unavailable."""
         await self._client.move_leader(to.id)
 
     async def _member(self, name: str) -> RaftMember | None:
@@ -88,7 +88,7 @@ class RaftMembers:
 
 
 def parsed_members(members: Sequence[pb.Member]) -> tuple[RaftMember, ...]:
-    """etcd's members as ours.  One that has never started has no name, but its URL has."""
+    """Members from etcd's messages.  One that has never started has no name, except in its URL."""
     return tuple(
         sorted(
             RaftMember(

@@ -1,6 +1,6 @@
-"""One etcd per directory: our own lock, and the process that an earlier manager may have left behind.
+"""One etcd per directory: a lock of our own, and the end of a process that an earlier manager has left.
 
-A second etcd on the same directory would wait for etcd's file lock without a word, so ours is taken first.
+A second etcd on the same directory would block on etcd's file lock silently, so our lock is taken first.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ POLL_S = 0.02
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold this directory.  Raises: FailedPrecondition: another manager does."""
+    """Hold the lock of this directory.  Raises: FailedPrecondition: another manager has it."""
     handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -39,7 +39,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 async def end_orphan(directory: Path, clock: Clock) -> None:
-    """End the etcd that an earlier manager started here, if it still runs."""
+    """Stop the etcd that an earlier manager has started here, if it still runs."""
     recorded = _recorded(directory)
     handle = open_pidfd(*recorded) if recorded is not None else None
     if recorded is None or handle is None:
@@ -47,9 +47,9 @@ async def end_orphan(directory: Path, clock: Clock) -> None:
     pid, _ = recorded
     with suppress(ProcessLookupError):
         try:
-            log.warning("ending an etcd left behind", pid=pid)
-            for ask in (signal.SIGTERM, signal.SIGKILL):
-                signal.pidfd_send_signal(handle, ask)
+            log.warning("stopping an orphaned etcd", pid=pid)
+            for stop in (signal.SIGTERM, signal.SIGKILL):
+                signal.pidfd_send_signal(handle, stop)
                 if await _has_ended(handle, clock):
                     break
         finally:
@@ -58,18 +58,18 @@ async def end_orphan(directory: Path, clock: Clock) -> None:
 
 
 def write_pid(directory: Path, pid: int) -> None:
-    """Record the process with the time it started and the boot it counts from: a reused number is recognized."""
+    """Record the process with its start time and boot id, so that a reused pid is detected."""
     record = f"{pid} {start_ticks_of(pid) or 0} {boot_id()}\n"
     replace_file(directory / "pid", record.encode(), is_durable=False)
 
 
 def remove_pid(directory: Path) -> None:
-    """No process of ours runs here any more."""
+    """Remove the record."""
     (directory / "pid").unlink(missing_ok=True)
 
 
 def _recorded(directory: Path) -> tuple[int, int] | None:
-    """Pid and start time of the recorded process, whether or not it still is that one; None: it is of another boot."""
+    """Pid and start time of the recorded process, which may have ended; None: none, or of another boot."""
     try:
         pid, started, boot = (directory / "pid").read_text().split()
         return (int(pid), int(started)) if boot == boot_id() else None
@@ -78,7 +78,7 @@ def _recorded(directory: Path) -> tuple[int, int] | None:
 
 
 async def _has_ended(handle: int, clock: Clock) -> bool:
-    """A descriptor of a process becomes readable when it ends, whether or not anybody has reaped it."""
+    """A pidfd becomes readable when its process ends, even before it is reaped."""
     until = clock.monotonic() + END_S
     while not select.select([handle], [], [], 0)[0]:
         if clock.monotonic() > until:

@@ -1,4 +1,4 @@
-"""What etcd writes to stderr: JSON lines, logged again as ours, and the last of them that says why it ended."""
+"""etcd's stderr: JSON lines, which are logged as log events of Skep, and the reason of its exit."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ _NOISE = (
     "Running http and grpc server on single port",
     "simple token is not cryptographically signed",
 )
-"""True of every member of ours, and no news."""
+"""Messages that every member logs."""
 
 _LEVELS = {"debug": "debug", "info": "info", "warn": "warning"}
 
@@ -20,7 +20,7 @@ _MAX_PLAIN = 500
 
 
 class Output:
-    """Reads one process's stderr to its end.  ``reason``: the line that best says why it ended."""
+    """Reads one process's stderr to its end.  ``reason``: the last fatal line, or else the last line."""
 
     def __init__(self) -> None:
         self._fatal = ""
@@ -28,7 +28,7 @@ class Output:
 
     @property
     def reason(self) -> str:
-        return self._fatal or self._last or "it said nothing"
+        return self._fatal or self._last or "no output"
 
     async def read(self, stderr: asyncio.StreamReader) -> None:
         """Log line by line until the process closes its end."""
@@ -49,7 +49,7 @@ class Output:
             if text.startswith("panic:") or not self._last:
                 self._fatal = self._fatal or (text if text.startswith("panic:") else "")
             self._last = self._last or text
-            log.warning("etcd says", line=text)
+            log.warning("etcd output", line=text)
             return
         message = str(entry.pop("msg", ""))
         if any(noise in message for noise in _NOISE) or _is_probe(message, entry):
@@ -66,7 +66,7 @@ class Output:
 
 
 def _is_probe(message: str, entry: dict[str, Any]) -> bool:
-    """Whether another manager looked whether the port is open: a connection that ends before its handshake."""
+    """Whether it is about a port probe of another manager: a connection that ends before its handshake."""
     return message.startswith("rejected connection") and entry.get("error") == "EOF"
 
 

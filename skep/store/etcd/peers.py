@@ -1,7 +1,7 @@
-"""The members of the managers' consensus, and the private hosts file in which each etcd finds them.
+"""The peers of this manager's etcd, and the private hosts file that resolves their names.
 
-Peers are named by node id (``https://<node id>:2378``) and never by address, so addresses may change.  What a name
-leads to stands in a hosts file that only this manager's etcd sees, in place of ``/etc/hosts``.
+Peers are named by node id (``https://<node id>:2378``), not by address, so addresses may change.  A hosts file resolves
+the names, which is mounted on ``/etc/hosts`` for this manager's etcd only.
 """
 
 import os
@@ -23,9 +23,9 @@ _HEAD = "127.0.0.1 localhost\n::1 localhost\n"
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """One member.  ``name``: its node's id; ``url``: as raft knows it; ``ip``: where the name leads to.
+    """One member.  ``name``: its node's id; ``url``: in raft's membership; ``ip``: the address of the name.
 
-    ``manager_port``: of the manager beside it; 0: nothing is known but that it was the port before the URL's.
+    ``manager_port``: of its manager; 0: unknown, then the port before the URL's is assumed.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
     @property
     def manager_addr(self) -> str:
-        """``ip:port`` of the manager beside it; empty: that is not known."""
+        """``ip:port`` of its manager; empty: unknown."""
         _, port = parted(self.url)
         manager_port = self.manager_port or (int(port) - 1 if port.isdecimal() else 0)
         return joined(self.ip, manager_port) if self.ip and manager_port else ""
 
     @property
     def peer_addr(self) -> str:
-        """``ip:port`` where other members reach it; empty: that is not known."""
+        """``ip:port`` of its peer port; empty: unknown."""
         _, port = parted(self.url)
         return joined(self.ip, port) if self.ip and port.isdecimal() else ""
 
@@ -53,7 +53,7 @@ def peer_url(name: str, port: int) -> str:
 
 
 def hosts_content(peers: Iterable[Peer]) -> bytes:
-    """The hosts file in which all of ``peers`` are found, whose names and addresses are nothing else."""
+    """The hosts file for ``peers``, without entries whose name or address is invalid."""
     lines = sorted(
         {f"{peer.ip} {peer.name}\n" for peer in peers if is_address(peer.ip) and _NAME.fullmatch(peer.name)}
     )
@@ -61,9 +61,9 @@ def hosts_content(peers: Iterable[Peer]) -> bytes:
 
 
 def write_hosts(directory: Path, peers: Iterable[Peer]) -> None:
-    """Make etcd find ``peers``; it looks again within 5 s, and at once for a name it has not asked for yet.
+    """Write the hosts file; etcd re-reads it within 5 s, and at once for a name that it has not resolved yet.
 
-    The file is mounted in etcd's namespace, so it is written in place: a new one would not be seen.
+    The file is bind-mounted in etcd's namespace, so it is written in place: a new file would not be visible there.
     """
     content = hosts_content(peers)
     descriptor = os.open(directory / HOSTS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -76,7 +76,7 @@ def write_hosts(directory: Path, peers: Iterable[Peer]) -> None:
 
 
 def save_peers(directory: Path, peers: Iterable[Peer]) -> None:
-    """Remember ``peers`` for the next start, and have etcd find them."""
+    """Store ``peers`` for the next start, and write the hosts file."""
     known = sorted(peers)
     if load_peers(directory) != tuple(known):
         replace_file(
@@ -86,9 +86,9 @@ def save_peers(directory: Path, peers: Iterable[Peer]) -> None:
 
 
 def load_peers(directory: Path) -> tuple[Peer, ...]:
-    """The members as last heard of; empty: this one is alone, or has not come in yet.
+    """The last stored peers; empty: this member is the only one, or has not joined yet.
 
-    Raises: FailedPrecondition: the file is damaged; OSError: it cannot be read now.
+    Raises: FailedPrecondition: the file is damaged; OSError: it cannot be read at present.
     """
     path = directory / MEMBERS_FILE
     try:

@@ -1,13 +1,13 @@
-"""A new data key: new values use it at once, the leader re-encrypts the others, then the old keys go.
+"""Rotation of the data key: new values use it at once, the leader re-encrypts the others, then old keys are removed.
 
-The ring in the store says everything, so a rotation that was interrupted goes on with the next term: more than one
-key in the ring means that older values may be left.  Every write compares the ring it encrypted with (``guard``),
-so nothing is written under an old key after the ring changed, and one pass over all keys finds everything.  What
-somebody else writes during the pass needs no second look.
+The state of a rotation is the ring in the store, so the next term resumes an interrupted one: more than one key in the
+ring means that there may be values of older keys.  Every write compares the ring that it encrypted with (``guard``), so
+nothing is encrypted with an old key after the ring changed, and one pass over all keys is enough; values that others
+write during the pass have the new key.
 
-Only etcd's revisions move: versions lie inside the values, and a replica that meets an equal value says nothing.
-The leader's own record is the fence of its term; if it is under an old key, the term ends first and the next one,
-a moment later, writes it anew.
+Only etcd's revisions change: versions are inside the values, and a replica publishes no event for an equal value.
+The leader's record is the fence of its term; if it is encrypted with an old key, the term ends first, and the next term
+writes it again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,20 +33,20 @@ log = structlog.get_logger()
 BATCH_KEYS_MAX = 50
 BATCH_BYTES_MAX = 512 * 1024
 PAUSE_S = 0.01
-"""Between two batches: users' writes go first."""
+"""Between two batches, in favour of users' writes."""
 
-LOOK_S = 3600.0
-"""How often it is looked whether a data key has encrypted enough."""
+CHECK_S = 3600.0
+"""Interval of the check whether the data key has to be rotated."""
 REVISIONS_PER_KEY = 2**24
-"""Revisions of the store under one data key.  A revision has 127 values at the most, and random nonces of 96 bits are
-good for 2**32 values of one key (NIST SP 800-38D, 8.3)."""
+"""Revisions of the store per data key.  A revision has at most 127 values, and random nonces of 96 bits are safe for
+2**32 values of one key (NIST SP 800-38D, 8.3)."""
 
 _LEADER = etcd_key(keys.LEADER)
 _RING = etcd_key(keys.KEY_RING)
 
 
 class _Superseded(Exception):
-    """Another term, or another ring: what was being done is for somebody else to do, or to do again."""
+    """There is another term or another ring: this attempt is void."""
 
 
 class KeyRotation:
@@ -56,24 +56,24 @@ class KeyRotation:
         self._client = client
         self._cipher = cipher
         self._clock = clock
-        self._left: tuple[int, tuple[str, ...]] | None = None
-        """Which ring the last whole pass was for, by its revision, and the keys of values that it could not read."""
+        self._last_pass: tuple[int, tuple[str, ...]] | None = None
+        """Revision of the ring of the last complete pass, and the keys of values that it could not read."""
 
     @property
     def unreadable(self) -> tuple[str, ...]:
-        """Keys of values that stay under an older data key, all others being done; empty: none, or none yet."""
-        ring_revision, left = self._left or (0, ())
+        """Keys of values that cannot be re-encrypted, after a complete pass; empty: none, or no complete pass yet."""
+        ring_revision, left = self._last_pass or (0, ())
         return left if ring_revision == self._cipher.ring_revision else ()
 
     async def begin(self) -> None:
-        """Put one more data key in the ring, for everything that is written from now on.  Raises: Unavailable."""
+        """Add a data key to the ring, for all further writes.  Raises: Unavailable."""
         while not await self._replace_ring(self._cipher.new_ring(), ()):
-            pass  # it was another ring, which is known now
+            pass  # the ring had changed; its present state is known now
 
     async def replace_wrapping_key(self, fence: int, wrapping_key: bytes) -> None:
-        """Put the ring under another wrapping key, with a fresh data key, in one write of the term with this fence.
+        """Wrap the ring with another key, and add a new data key, in one write of the term with this fence.
 
-        Every manager has it safely by then: whoever has not is shut out of the store.
+        Every manager must have stored the key by then: one that has not cannot open the store any more.
 
         Raises: NotLeader: the term is over; Unavailable.
         """
@@ -81,46 +81,44 @@ class KeyRotation:
         while self._cipher.wrapping_key != wrapping_key:
             before = self._cipher.ring_revision
             ring = self._cipher.rewrapped_ring(wrapping_key)
-            is_done = await self._replace_ring(ring, (compared_leader(fence),))
-            if not is_done and self._cipher.ring_revision == before:
+            is_written = await self._replace_ring(ring, (compared_leader(fence),))
+            if not is_written and self._cipher.ring_revision == before:
                 raise NotLeader("this term of leadership is over")
 
-    async def run(self, term: TermState, *, chance: Callable[[], float]) -> None:
-        """Re-encrypt whenever there is something to, until the term is over."""
-        await wait_first(self._work(term, Backoff(longest_s=5.0, chance=chance)), term.wait_lost())
+    async def run(self, term: TermState, *, rng: Callable[[], float]) -> None:
+        """Rotate and re-encrypt when necessary, until the term is over."""
+        await wait_first(self._work(term, Backoff(longest_s=5.0, chance=rng)), term.wait_lost())
 
     async def _work(self, term: TermState, backoff: Backoff) -> None:
         while True:
             self._cipher.changed.clear()
             try:
                 if len(self._cipher.ring.keys) == 1:
-                    await wait_first(self._cipher.changed.wait(), self._clock.sleep(LOOK_S))
+                    await wait_first(self._cipher.changed.wait(), self._clock.sleep(CHECK_S))
                     if not self._cipher.changed.is_set():
-                        await self._begin_if_worn()
+                        await self._begin_if_due()
                     continue
                 await self._finish(term)
                 backoff.reset()
             except (_Superseded, Unavailable) as error:
-                log.debug("rotation of data keys waits", reason=str(error))
+                log.debug("data key rotation delayed", reason=str(error))
                 await backoff.sleep(self._clock)
 
-    async def _begin_if_worn(self) -> None:
-        """Put a new key in the ring when the present one has encrypted enough.  Raises: Unavailable."""
+    async def _begin_if_due(self) -> None:
+        """Begin a rotation after ``REVISIONS_PER_KEY``.  Raises: Unavailable."""
         leader = await self._client.range(pb.RangeRequest(key=_LEADER, count_only=True))
         if leader.header.revision - self._cipher.ring_revision >= REVISIONS_PER_KEY:
-            log.info(
-                "a data key has encrypted enough: another one is made", data_key=self._cipher.ring.current
-            )
+            log.info("data key rotation due", data_key=self._cipher.ring.current)
             await self.begin()
 
     async def _finish(self, term: TermState) -> None:
-        """Bring the rotation under way to its end.  Raises: _Superseded, Unavailable: not in this attempt."""
+        """Finish the present rotation.  Raises: _Superseded, Unavailable: to be tried again."""
         leader = await self._client.range(pb.RangeRequest(key=_LEADER))
         if leader.kvs and not self._cipher.is_current(leader.kvs[0].value):
-            log.info("term ends for a new data key", term=term.number)
+            log.info("term ends: leader key has an old data key", term=term.number)
             term.lose()
             return
-        log.info("re-encrypting", data_key=self._cipher.ring.current)
+        log.info("re-encryption started", data_key=self._cipher.ring.current)
         count, after, limit = 0, PREFIX, PAGE_KEYS_FIRST
         ring_revision = self._cipher.ring_revision
         damaged: list[str] = []
@@ -136,14 +134,14 @@ class KeyRotation:
             after = page.kvs[-1].key + b"\0" if page.more else b""
         fence = compared_leader(term.fence)
         if damaged:
-            # Another member may have them undamaged, and would need the old keys to read them.
-            log.warning("old data keys stay: some values cannot be read on this manager", values=len(damaged))
-            self._left = ring_revision, tuple(damaged)
+            # Another member may have undamaged copies, for which the old keys are needed.
+            log.warning("old data keys kept: some values cannot be read on this manager", values=len(damaged))
+            self._last_pass = ring_revision, tuple(damaged)
             await self._cipher.changed.wait()
             return
         if not await self._replace_ring(self._cipher.ring.without_old_keys(), (fence,)):
             raise _Superseded("the term is over, or the ring is another one")
-        log.info("re-encrypted", values=count, data_key=self._cipher.ring.current)
+        log.info("re-encryption finished", values=count, data_key=self._cipher.ring.current)
 
     def _outdated(self, kvs: Iterable[pb.KeyValue]) -> Sequence[pb.KeyValue]:
         return [
@@ -153,7 +151,7 @@ class KeyRotation:
         ]
 
     async def _rewrite(self, batch: Sequence[pb.KeyValue], term: TermState) -> Sequence[str]:
-        """Each value anew under the current key, unless it changed meanwhile; the keys of those that cannot be read.
+        """Re-encrypt each value, unless it changed meanwhile; gives the keys of those that cannot be read.
 
         Raises: _Superseded, Unavailable.
         """
@@ -181,7 +179,7 @@ class KeyRotation:
         return damaged
 
     async def _replace_ring(self, ring: KeyRing, conditions: Sequence[pb.Compare]) -> bool:
-        """Write ``ring`` in place of the one that is known; False: it was not that one, now the present one is known.
+        """Replace the known ring by ``ring``; False: it had changed, and the cipher now has the present one.
 
         Raises: Unavailable.
         """
@@ -206,7 +204,7 @@ class KeyRotation:
 
 
 def batches(kvs: Iterable[pb.KeyValue]) -> Iterable[Sequence[pb.KeyValue]]:
-    """``kvs`` in portions that fit one raft entry each; a value larger than that goes alone."""
+    """``kvs`` in batches that fit in one raft entry; a value larger than that is a batch of its own."""
     batch: list[pb.KeyValue] = []
     size = 0
     for kv in kvs:

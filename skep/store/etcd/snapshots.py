@@ -1,7 +1,7 @@
-"""Snapshots of a store: taken from a running member, or from what is left of one, and made into a new store.
+"""Snapshots of a store: taken from a running member or from the files of a stopped one, and restored as a new store.
 
-A store that is made from a snapshot has new ids, so no member of the old one can ever talk to it; its revisions begin
-far beyond the old ones, and no watch can go on across them.
+A restored store has new ids, so members of the old one cannot connect to it; its revisions begin far beyond the old
+ones, so that no watch can resume across them.
 
 Source: etcd 3.5, etcdutl/snapshot/v3_snapshot.go (a snapshot is the database file and the SHA-256 of it).
 """
@@ -32,32 +32,32 @@ log = structlog.get_logger()
 
 HASH_BYTES = 32
 REVISIONS_BETWEEN = 1_000_000_000
-"""By how much the revisions of a restored store are ahead of the snapshot's."""
+"""Added to the snapshot's revision in a restored store."""
 
 _RESTORE_S = 120.0
 
 
 async def take_snapshot(socket: Path, to: Path) -> None:
-    """Write what the member behind ``socket`` has, quorum or not, to the file ``to``, safely.
+    """Write a snapshot of the member behind ``socket``, with or without quorum, durably to the file ``to``.
 
-    Raises: FailedPrecondition: what arrived is not whole; Unavailable.
+    Raises: FailedPrecondition: it is incomplete; Unavailable.
     """
     async with Client(socket) as client:
         await save_snapshot(client.snapshot(), to)
 
 
-async def save_snapshot(pieces: AsyncIterator[bytes], to: Path) -> None:
-    """Write a snapshot's ``pieces`` to the file ``to``, once all of them are there.
+async def save_snapshot(chunks: AsyncIterator[bytes], to: Path) -> None:
+    """Write a snapshot's ``chunks`` to the file ``to``, which appears once it is complete.
 
-    Raises: FailedPrecondition: they are not a whole snapshot.
+    Raises: FailedPrecondition: they are not a complete snapshot.
     """
     beside = to.with_name(to.name + BESIDE)
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         check = Verified()
-        async for piece in pieces:
-            check.update(piece)
-            await asyncio.to_thread(file.write, piece)
+        async for chunk in chunks:
+            check.update(chunk)
+            await asyncio.to_thread(file.write, chunk)
         check.check()
         file.flush()
         await asyncio.to_thread(os.fsync, file.fileno())
@@ -66,7 +66,7 @@ async def save_snapshot(pieces: AsyncIterator[bytes], to: Path) -> None:
 
 
 class Verified:
-    """Checks a snapshot as its pieces go by."""
+    """Checks a snapshot incrementally."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -74,31 +74,31 @@ class Verified:
         self._tail = b""
         self.size_bytes = 0
 
-    def update(self, piece: bytes) -> None:
-        """The next piece."""
+    def update(self, chunk: bytes) -> None:
+        """Add the next chunk."""
         if len(self._head) < 64:
-            self._head += piece[:64]
-        self.size_bytes += len(piece)
-        known = self._tail + piece
+            self._head += chunk[:64]
+        self.size_bytes += len(chunk)
+        known = self._tail + chunk
         self._hash.update(known[:-HASH_BYTES])
         self._tail = known[-HASH_BYTES:]
 
     def check(self) -> None:
-        """Raises: FailedPrecondition: it was no snapshot, or not all of one."""
+        """Raises: FailedPrecondition: it is not a snapshot, or incomplete."""
         if not is_database(self._head):
-            raise FailedPrecondition("this is no snapshot of a store")
+            raise FailedPrecondition("this is not a snapshot of a store")
         if self._hash.digest() != self._tail:
-            raise FailedPrecondition("the snapshot of the store is damaged or not whole")
+            raise FailedPrecondition("the snapshot of the store is damaged or incomplete")
 
 
 async def salvage(settings: MemberSettings, binary: Binary, clock: Clock, to: Path) -> bool:
-    """Take a snapshot of what a stopped member left, at ``to``; whether it is a bare database file.
+    """Take a snapshot of a stopped member's files; true: it is a bare database file, without hash.
 
-    Without its others a member serves nobody, so a copy of its files is started in a network namespace of its own,
-    where everything in its log counts as decided: no write is lost that this member has.  One whose log is damaged
-    or gone still has its database, which may lack the last moments before the end.
+    A member without its peers has no quorum, so a copy of its files is started in a network namespace of its own, where
+    its whole log counts as committed: no write that this member has is lost.  If the log is damaged or gone, the
+    database is used, which may lack the last writes.
 
-    Raises: Damaged: nothing is left that could be read; FailedPrecondition: no space for the copy.
+    Raises: Damaged: the database cannot be read either; FailedPrecondition: no space for the copy.
     """
     copy = settings.directory / "salvage"
     sealed_off = msgspec.structs.replace(
@@ -110,7 +110,9 @@ async def salvage(settings: MemberSettings, binary: Binary, clock: Clock, to: Pa
             await take_snapshot(settings.socket, to)
             return False
     except (SkepError, OSError) as error:
-        log.warning("the store's own log cannot be used, its database is", reason=str(error))
+        log.warning(
+            "snapshot taken from the database, as the log of the store cannot be used", reason=str(error)
+        )
     finally:
         await discard_tree(copy)
     database = settings.data / "member" / "snap" / "db"
@@ -126,9 +128,9 @@ def _copy_files(source: Path, to: Path) -> None:
 
 
 async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary, *, is_bare: bool) -> None:
-    """Make ``snapshot`` the store of a single member; what its directory held is kept as ``data.old``.
+    """Restore ``snapshot`` as the store of a single member; previous data are kept as ``data.old``.
 
-    Raises: FailedPrecondition: etcdutl is missing, or does not take the snapshot.
+    Raises: FailedPrecondition: etcdutl is missing, or rejects the snapshot.
     """
     new, old = settings.directory / "data.new", settings.directory / "data.old"
     for leftover in (new, *([old] if settings.data.exists() else [])):
@@ -147,9 +149,9 @@ async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )
-    _, said = await communicate(process, _RESTORE_S)
+    _, stderr = await communicate(process, _RESTORE_S)
     if process.returncode != 0:
-        last = said.decode(errors="replace").strip().splitlines()[-1:]
+        last = stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise FailedPrecondition(f"the snapshot cannot be restored: {''.join(last)}")
     if settings.data.exists():
         os.replace(settings.data, old)
@@ -162,6 +164,6 @@ def _etcdutl(binary: Binary) -> Path:
     found = str(beside) if beside.exists() else shutil.which("etcdutl")
     if found is None:
         raise FailedPrecondition(
-            "etcdutl is missing, and only it restores a store: install it (Debian: etcd-client)"
+            "etcdutl, which restores a store, is missing: install it (Debian: etcd-client)"
         )
     return Path(found)

@@ -76,7 +76,7 @@ class EtcdStore(Updater):
             async with asyncio.TaskGroup() as group:
                 async for state in election.elected(Backoff(longest_s=1.0, chance=self._rng)):
                     terms.put_nowait(state)
-                    rotating = self._rotation.run(state, chance=self._rng)
+                    rotating = self._rotation.run(state, rng=self._rng)
                     group.create_task(rotating, name="store-keys")
 
         holding = self._group.create_task(hold_elections(), name="store-election")

@@ -176,7 +176,7 @@ def test_with_the_files_of_an_evicted_manager_nothing_is_read_and_nobody_is_reac
     assert "m3 is evicted" in done.stdout, done.stderr + done.stdout
     closed_at = float(held.communicate(timeout=10)[0])
     assert float(in_another_name.communicate(timeout=10)[0]) > begun_at
-    removed_at = told_at(cluster, "connections of etcd ended")
+    removed_at = told_at(cluster, "peer connections of etcd closed")
     assert begun_at < removed_at
     assert closed_at - removed_at < CUT_WITHIN_S
 

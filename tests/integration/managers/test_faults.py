@@ -264,7 +264,7 @@ def test_the_watch_of_a_manager_that_stood_still_is_cut_off_by_compaction(
     tasks = a_service(at, 4, "--constraint", "node.role==worker")
     before = pids(five, "w1", "w2")
     (manager,) = still.pids("skep-manager")
-    told = manager_log(still).count("store must be loaded again")
+    told = manager_log(still).count("replica reloads the store")
     os.kill(manager, signal.SIGSTOP)
     try:
         wait_until(lambda: roles(at)[still.name] == UNREACHABLE, "it is shown as unreachable")
@@ -277,7 +277,7 @@ def test_the_watch_of_a_manager_that_stood_still_is_cut_off_by_compaction(
         compact(at)
     finally:
         os.kill(manager, signal.SIGCONT)
-    wait_until(lambda: manager_log(still).count("store must be loaded again") > told, "it loads again")
+    wait_until(lambda: manager_log(still).count("replica reloads the store") > told, "it loads again")
     wait_managers(at, *MANAGERS)
     assert still.pids("skep-manager") == [manager]
     assert meanwhile <= secrets(still)

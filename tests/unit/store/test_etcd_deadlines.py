@@ -14,10 +14,10 @@ def timeout_ms(one: socket.socket) -> int:
 
 def test_each_connection_is_given_a_deadline_once_on_both_sides_and_a_listener_none() -> None:
     deadlines = Deadlines(os.getpid())
-    deadlines.keep()  # whatever this process has besides
+    deadlines.apply()  # whatever this process has besides
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.getsockname()) as near, listener.accept()[0] as far:
-            assert deadlines.keep() == 2
+            assert deadlines.apply() == 2
             for end in (near, far):
                 assert timeout_ms(end) == SILENT_S * 1000
                 assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -27,11 +27,11 @@ def test_each_connection_is_given_a_deadline_once_on_both_sides_and_a_listener_n
                 )
                 assert idle + pause * count == SILENT_S
             assert timeout_ms(listener) == 0
-            assert deadlines.keep() == 0
+            assert deadlines.apply() == 0
             near.sendall(b"it goes on")
             assert far.recv(100) == b"it goes on"
         with socket.create_connection(listener.getsockname()), listener.accept()[0]:
-            assert deadlines.keep() == 2, "the next ones, too"
+            assert deadlines.apply() == 2, "the next ones, too"
 
 
 def test_a_process_that_has_ended_has_no_connections() -> None:
@@ -40,7 +40,7 @@ def test_a_process_that_has_ended_has_no_connections() -> None:
         os._exit(0)
     os.waitpid(child, 0)
     with pytest.raises(ProcessLookupError):
-        Deadlines(child).keep()
+        Deadlines(child).apply()
 
 
 def test_connections_that_others_have_made_end_and_no_others() -> None:

@@ -12,7 +12,7 @@ from skep.errors import FailedPrecondition, SkepError
 from skep.store.etcd import damage
 from skep.store.etcd.binary import check_upgrade, check_version, find_binary
 from skep.store.etcd.compile import DESCRIPTORS, HERE, STUB, compile_into
-from skep.store.etcd.errors import Busy, Compacted, NotServing, OutOfSpace, Refused, Uncertain, meaning_of
+from skep.store.etcd.errors import Busy, Compacted, NotServing, OutOfSpace, Refused, Uncertain, error_of
 from skep.store.etcd.flags import MemberSettings, PeerFiles, arguments, environment
 from skep.store.etcd.output import Output
 from tests.support.etcd_rig import member_settings
@@ -145,7 +145,7 @@ def test_minor_versions_change_one_step_at_a_time_and_upwards(served_by, version
     ],
 )
 def test_the_text_of_a_refusal_tells_its_meaning(text: str, meaning: type[SkepError]):
-    assert type(meaning_of(text)) is meaning
+    assert type(error_of(text)) is meaning
 
 
 def test_lines_are_logged_with_their_level_and_details():
@@ -160,7 +160,7 @@ def test_lines_are_logged_with_their_level_and_details():
             )
     assert logs == [
         {"log_level": "warning", "event": "slow fdatasync", "etcd_took": "1.2s"},
-        {"log_level": "warning", "event": "etcd says", "line": "plain words"},
+        {"log_level": "warning", "event": "etcd output", "line": "plain words"},
         {
             "log_level": "warning",
             "event": "rejected connection on peer endpoint",
@@ -171,7 +171,7 @@ def test_lines_are_logged_with_their_level_and_details():
 
 def test_the_reason_is_the_fatal_line_else_the_panic_else_the_last_line():
     output = Output()
-    assert output.reason == "it said nothing"
+    assert output.reason == "no output"
     output.take(b'{"level":"warn","msg":"something"}')
     assert output.reason == "something"
     output.take(b"panic: index out of range\n")
@@ -203,7 +203,7 @@ def test_the_committed_messages_are_those_of_the_proto_file(tmp_path: Path):
     ],
 )
 def test_a_disk_without_room_is_no_damage(reason: str, is_damage: bool, tmp_path: Path):
-    assert (damage.named(reason, tmp_path) is not None) is is_damage
+    assert (damage.damage_reported(reason, tmp_path) is not None) is is_damage
 
 
 def test_the_quota_is_the_one_of_the_settings(tmp_path: Path):

@@ -167,7 +167,7 @@ class StoreMachine(RuleBasedStateMachine):
             for table, other in zip(state.tables, fresh.tables, strict=True):
                 assert table.indexes == other.indexes
                 assert (table.created, table.revisions) == (other.created, other.revisions)
-                assert table.answers == other.answers
+                assert table.status_versions == other.status_versions
 
     @invariant()
     def names_and_ports_have_one_owner_and_references_their_objects(self) -> None:
