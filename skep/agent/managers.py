@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from skep.model.ids import NodeId
-from skep.model.node import ANSWER_SECONDS_MAX
+from skep.model.node import RESPONSE_SECONDS_MAX
 from skep.node.local import Peer
 
 ANSWER_SECONDS_MIN = 1.0
@@ -18,8 +18,8 @@ def patience(period_s: float, managers: int) -> float:
     where there is nobody else to go to.
     """
     if managers < 2 or not period_s:
-        return ANSWER_SECONDS_MAX
-    return min(max(period_s, ANSWER_SECONDS_MIN), ANSWER_SECONDS_MAX)
+        return RESPONSE_SECONDS_MAX
+    return min(max(period_s, ANSWER_SECONDS_MIN), RESPONSE_SECONDS_MAX)
 
 
 def connect_patience(failures: int, managers: int, absent: int = 0) -> float:
@@ -29,10 +29,12 @@ def connect_patience(failures: int, managers: int, absent: int = 0) -> float:
     a node that went through the dead ones first would come back after its grace.
     """
     if managers < 2:
-        return ANSWER_SECONDS_MAX
+        return RESPONSE_SECONDS_MAX
     is_answered = absent < managers
     longest_s = (
-        max(ANSWER_SECONDS_MAX / max(absent, 1), ANSWER_SECONDS_MIN) if is_answered else ANSWER_SECONDS_MAX
+        max(RESPONSE_SECONDS_MAX / max(absent, 1), ANSWER_SECONDS_MIN)
+        if is_answered
+        else RESPONSE_SECONDS_MAX
     )
     return min(ANSWER_SECONDS_MIN * float(1 << min(failures, 8)), longest_s)
 

@@ -11,7 +11,7 @@ from skep.dataplane.dns.truth import NameChecks
 from skep.dataplane.probe.interface import PathProbes
 from skep.errors import SkepError, Unavailable, Unimplemented
 from skep.model.ids import NodeId
-from skep.model.paths import Examination, PathPeer, PathReport, PathWish
+from skep.model.paths import DiagnosticsRequest, PathPeer, PathReport, ProbeTargets
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import Call, Channel
@@ -30,13 +30,13 @@ class PathSource(Protocol):
     def reports(self) -> Mapping[NodeId, PathReport]:
         """The latest of each peer."""
 
-    def wish(self, wish: PathWish | None) -> None:
+    def wish(self, wish: ProbeTargets | None) -> None:
         """Probe these from now on."""
 
     async def next_reports(self) -> tuple[PathReport, ...]:
         """What has changed, once it has."""
 
-    async def examine(self, own: PathPeer | None, examination: Examination) -> tuple[PathReport, ...]:
+    async def examine(self, own: PathPeer | None, examination: DiagnosticsRequest) -> tuple[PathReport, ...]:
         """Look now; ``own``: this node as others see it, None if it was not told."""
 
 
@@ -51,13 +51,13 @@ class NodePaths:
     def reports(self) -> Mapping[NodeId, PathReport]:
         return self._probes.reports
 
-    def wish(self, wish: PathWish | None) -> None:
+    def wish(self, wish: ProbeTargets | None) -> None:
         self._probes.wish(wish)
 
     async def next_reports(self) -> tuple[PathReport, ...]:
         return await self._probes.next_reports()
 
-    async def examine(self, own: PathPeer | None, examination: Examination) -> tuple[PathReport, ...]:
+    async def examine(self, own: PathPeer | None, examination: DiagnosticsRequest) -> tuple[PathReport, ...]:
         """What is found of names comes as a report of this node itself."""
         reports = await self._probes.examine(examination.peers, throughput=examination.throughput)
         findings = await self._names.look(examination.names)
@@ -72,7 +72,7 @@ class PathStream:
     def __init__(self, channel: Channel, source: PathSource) -> None:
         self._channel = channel
         self._source = source
-        self._wish: PathWish | None = None
+        self._wish: ProbeTargets | None = None
         self._sending = asyncio.Lock()
 
     async def run(self, session_id: str) -> None:

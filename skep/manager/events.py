@@ -281,7 +281,7 @@ def _node_changes(old: Node, new: Node) -> dict[str, str]:
 
 def _words(troubles: Iterable[FailingPath | CutOff]) -> str:
     """Not in Docker: it does not find out which node does not reach which."""
-    return "; ".join(one.words for one in troubles)
+    return "; ".join(one.summary for one in troubles)
 
 
 def _changed(name: str, old: str, new: str) -> dict[str, str]:

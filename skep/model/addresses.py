@@ -21,7 +21,7 @@ def joined(host: object, port: int | str) -> str:
 
 
 def parted(addr: str) -> tuple[str, str]:
-    """Host and port of ``addr``, the host without its brackets; either is empty where ``addr`` says nothing of it."""
+    """Host and port of ``addr``, the host without brackets; empty if missing."""
     host, _, port = addr.rpartition(":")
     return host.strip("[]"), port
 
@@ -32,14 +32,14 @@ def host_of(addr: str) -> str:
 
 
 def from_here(addr: str) -> str:
-    """Where a listener on ``addr`` is reached from its own machine: one on all addresses at the loopback."""
+    """The address of a listener on ``addr`` for its own machine: loopback if it listens on all addresses."""
     host, port = parted(addr)
     return joined(_FROM_HERE.get(host, host), port)
 
 
 @lru_cache(maxsize=16384)
 def parsed(text: str) -> Address:
-    """The address that ``text`` is, which has no scope.  Raises: ValueError."""
+    """``text`` as an address without scope.  Raises: ValueError."""
     if "%" in text:
         raise ValueError(f"{text!r} has a scope, which means nothing on another machine")
     return ip_address(text)
@@ -55,7 +55,7 @@ def is_address(text: str) -> bool:
 
 
 def is_of_a_machine(address: Address) -> bool:
-    """Whether other machines may reach one by ``address``.
+    """Whether ``address`` can be an address of one machine for others.
 
     Not so: loopback, multicast, broadcast and unspecified addresses, those of one link (IPv6), and IPv4 addresses in
     the guise of IPv6 ones.
@@ -81,6 +81,6 @@ def is_subnet(text: str) -> bool:
 
 
 def default_peer_addr(listen_addr: str) -> str:
-    """Where the etcd of a manager at ``listen_addr`` (``ip:port``) listens for others: at the port after it."""
+    """The peer address of the etcd of a manager at ``listen_addr`` (``ip:port``): the next port."""
     host, port = parted(listen_addr)
     return joined(host, int(port) + 1)

@@ -1,6 +1,6 @@
-"""Assignments: what a node is told to run, with everything its tasks need.
+"""Assignments: the tasks that a node is to run, with everything they need.
 
-Made by the dispatcher, carried by the wire, taken by the node; never stored as such.
+Made by the dispatcher, sent to the node; never stored in this form.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from skep.model.task import AssignedTask
 
 
 class SecretFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A secret with its data, for the tasks that refer to it.  Never written to a disk."""
+    """A secret with its data, for the tasks that refer to it.  Must not be written to disk."""
 
     id: SecretId
     name: str = ""
@@ -36,15 +36,15 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
 class AssignmentSet(msgspec.Struct, frozen=True, kw_only=True):
     """One message of assignments.
 
-    ``complete``: this is everything; what is not named here is no longer assigned (the ``removed_*`` are
-    empty then).  Otherwise it is a difference to what was assigned before: named objects are new or replace
-    those with the same id.  What a task refers to comes in the same set as the task, or came before.
+    ``complete``: everything that is assigned; what is missing here is no longer assigned (the ``removed_*`` are then
+    empty).  Otherwise a difference to earlier messages: objects are new or replace those with the same id.  Objects
+    that a task refers to are in the same set as the task or in an earlier one.
     """
 
     complete: bool
     revision: int = 0
-    """Revision of the manager's store that this set shows; 0 from managers that do not say (Docker's).  The
-    agent never hands over a set whose revision lies before that of an earlier one."""
+    """Revision of the manager's store; 0 from managers that do not send it (Docker's).  The agent ignores a set with a
+    lower revision than an earlier one."""
     tasks: tuple[AssignedTask, ...] = ()
     removed_tasks: tuple[TaskId, ...] = ()
     secrets: tuple[SecretFile, ...] = ()
@@ -52,4 +52,4 @@ class AssignmentSet(msgspec.Struct, frozen=True, kw_only=True):
     configs: tuple[ConfigFile, ...] = ()
     removed_configs: tuple[ConfigId, ...] = ()
     registry_auths: Mapping[TaskId, str] = {}
-    """Registry credentials (``X-Registry-Auth``: base64 of JSON) of tasks in ``tasks`` that have some."""
+    """Registry credentials (``X-Registry-Auth``: base64 of JSON) of tasks in ``tasks``."""

@@ -1,6 +1,6 @@
-"""Which node may take places on a network for its plain containers, and how many.  Pure.
+"""Which nodes may attach plain containers to a network, and how many.  Pure.
 
-In Docker every node may, on every attachable network, and so it is here unless the network's label says else.
+Every node may, on every attachable network, as in Docker, unless a label of the network restricts it.
 """
 
 from ipaddress import IPv4Network
@@ -11,22 +11,22 @@ from skep.model.network import Network, subnet_of
 from skep.model.node import Node
 
 ATTACH_LABEL = "skep.attach"
-"""On a network: constraints that a node has to meet for its plain containers to join, separated by commas.  Only
-what the cluster says of nodes counts, never what they say of themselves."""
+"""On a network: comma-separated constraints that a node has to meet to attach plain containers.  Only attributes that
+the cluster sets are allowed, not those that a node reports itself."""
 
 _TRUSTED = ("node.id", "node.role", constraints.NODE_LABEL)
 
 SHARE = 2
-"""One node's plain containers have at most every second address of a network, where there are other nodes."""
+"""One node's plain containers get at most 1/SHARE of the addresses of a network, if there are other nodes."""
 
 
 def attach_constraints(label: str) -> tuple[constraints.Constraint, ...]:
-    """What the label's value says.  Raises: InvalidArgument."""
+    """The constraints of the label.  Raises: InvalidArgument."""
     parsed = constraints.parsed(tuple(part.strip() for part in label.split(",")))
     for constraint in parsed:
         if not constraint.key.lower().startswith(_TRUSTED):
             raise InvalidArgument(
-                f"{ATTACH_LABEL}: {constraint.key} is said by the node itself: use node.labels, node.role or node.id"
+                f"{ATTACH_LABEL}: {constraint.key} is reported by the node: use node.labels, node.role or node.id"
             )
     return parsed
 
@@ -40,20 +40,20 @@ def require_attachable(network: Network, node: Node) -> None:
     try:
         is_met = constraints.meets(attach_constraints(label), node)
     except InvalidArgument:
-        is_met = False  # written by a version that knew more
+        is_met = False  # written by a newer version
     if not is_met:
         raise PermissionDenied(
-            f"network {network.spec.name} takes containers of nodes with {label} only, and this node is none"
+            f"network {network.spec.name} accepts only containers of nodes with {label}, which this node does not meet"
         )
 
 
 def require_share(network: Network, taken: int, nodes: int) -> None:
-    """Raises: ResourceExhausted: ``taken`` places of one node are enough, where there are other nodes."""
+    """Raises: ResourceExhausted: one node's ``taken`` addresses have reached its share."""
     configs = network.ipam_options.configs if network.ipam_options is not None else ()
     subnets = [subnet for config in configs if isinstance(subnet := subnet_of(config), IPv4Network)]
     addresses = sum(subnet.num_addresses for subnet in subnets)
     if nodes > 1 and addresses and taken >= addresses // SHARE:
         raise ResourceExhausted(
             f"containers of this node have half of the {addresses} addresses of network {network.spec.name}: "
-            f"skep network update --subnet-add SUBNET {network.spec.name} gives it more"
+            f"skep network update --subnet-add SUBNET {network.spec.name} adds addresses"
         )

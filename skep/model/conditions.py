@@ -1,4 +1,4 @@
-"""Conditions of a node as engine labels, by which its managers hear of them."""
+"""Conditions of a node, which it reports as engine labels."""
 
 from typing import Final
 
@@ -6,7 +6,7 @@ from skep.model.node import NodeDescription
 
 _PREFIX: Final = "skep.condition."
 NEIGHBOURS: Final = "neighbours"
-"""The kernel's table of neighbours overflows."""
+"""The kernel's neighbour table overflows."""
 CHARACTERS_MAX: Final = 300
 CONDITIONS_MAX: Final = 16
 
@@ -17,13 +17,13 @@ def condition_label(name: str) -> str:
 
 
 def condition_messages(description: NodeDescription) -> tuple[str, ...]:
-    """What a node says is wrong with it, by name; bounded, whatever the node sent."""
+    """The conditions that a node reports, by name; limited in number and length."""
     labels = description.engine.labels
     named = sorted(name for name in labels if name.startswith(_PREFIX))[:CONDITIONS_MAX]
     return tuple(labels[name][:CHARACTERS_MAX] for name in named)
 
 
 def network_conditions(description: NodeDescription) -> tuple[str, ...]:
-    """What a node says is wrong with its network."""
-    said = description.engine.labels.get(condition_label(NEIGHBOURS), "")
-    return (said[:CHARACTERS_MAX],) if said else ()
+    """The conditions of its network that a node reports."""
+    reported = description.engine.labels.get(condition_label(NEIGHBOURS), "")
+    return (reported[:CHARACTERS_MAX],) if reported else ()

@@ -1,4 +1,4 @@
-"""Placement constraints: ``node.labels.zone == north`` and their like.
+"""Placement constraints, such as ``node.labels.zone == north``.
 
 Keys and values compare without regard to case; the name of a label keeps its case.  A label that a node does not
 have counts as empty.
@@ -36,7 +36,7 @@ def parse(expression: str) -> Constraint:
     """The constraint that ``expression`` spells.
 
     Raises:
-        InvalidArgument: with Docker's words.
+        InvalidArgument: with Docker's text.
     """
     for operator in _OPERATORS:
         if operator not in expression:
@@ -67,7 +67,7 @@ def meets(constraints: Iterable[Constraint], node: Node) -> bool:
 
 
 def label_of(node: Node, descriptor: str) -> str | None:
-    """The value of ``node.labels.x`` or ``engine.labels.x`` ("" for a label it lacks); None for any other word."""
+    """The value of ``node.labels.x`` or ``engine.labels.x`` ("" if it is not set); None for any other key."""
     for prefix, labels in (
         (NODE_LABEL, node.spec.labels),
         (ENGINE_LABEL, node.description.engine.labels),

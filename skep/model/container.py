@@ -1,4 +1,4 @@
-"""What a task's container should be: the user's wish, never touched by us."""
+"""The container part of a task spec, as given by the user."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
@@ -11,7 +11,7 @@ from skep.model.meta import Driver
 from skep.model.times import SECOND_NS, Nanoseconds
 
 DEFAULT_STOP_GRACE_NS = 10 * SECOND_NS
-"""What a container without a grace period of its own gets; Docker's."""
+"""Default grace period, as in Docker."""
 
 
 class CredentialSpec(ApiObject):
@@ -50,7 +50,7 @@ class Privileges(ApiObject):
 
 
 class HealthConfig(ApiObject):
-    """How to find out whether it works.  ``test``: ``["CMD", ...]``, ``["CMD-SHELL", x]`` or ``["NONE"]``."""
+    """The health check.  ``test``: ``["CMD", ...]``, ``["CMD-SHELL", x]`` or ``["NONE"]``."""
 
     __go_name__: ClassVar[str | None] = "container.HealthConfig"
 
@@ -152,7 +152,7 @@ class ClusterOptions(ApiObject):
 
 
 class Mount(ApiObject):
-    """A file system placed into the container.  ``type``: bind, volume, tmpfs, npipe, cluster, image."""
+    """A mount in the container.  ``type``: bind, volume, tmpfs, npipe, cluster, image."""
 
     __go_name__: ClassVar[str | None] = "mount.Mount"
 
@@ -202,5 +202,5 @@ class ContainerSpec(ApiObject):
 
     @property
     def stop_grace_ns(self) -> int:
-        """What it gets between the stop signal and the end."""
+        """Time between the stop signal and SIGKILL."""
         return DEFAULT_STOP_GRACE_NS if self.stop_grace_period is None else self.stop_grace_period

@@ -1,4 +1,4 @@
-"""When a task begins to drain: it is to stop, and others may be connected to it."""
+"""When a task begins to drain: it is to stop, and may have connections."""
 
 from skep.model.planes import is_overlay
 from skep.model.task import Task, TaskState

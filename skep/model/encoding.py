@@ -1,4 +1,4 @@
-"""How the Structs of the model are spelled in JSON.
+"""The JSON names of the model's Structs.
 
 The model *is* the Engine API: Python names inside, Docker's spelling outside, one definition for the API,
 the store and the tests.  Go's ``omitempty`` decides per field whether an empty value is written:
@@ -19,7 +19,7 @@ Uint32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1, extra={"go": "uint32"})
 GoInt = Annotated[int, msgspec.Meta(extra={"go": "int"})]
 Float32 = Annotated[float, msgspec.Meta(extra={"go": "float32"})]
 FileMode = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1, extra={"go": "fs.FileMode"})]
-"""Numbers of a size; ``go`` is how Go names the type where a client sends something else (see ``api.bodies``)."""
+"""Integers of a size; ``go`` is Go's type name, for errors about other values (see ``api.bodies``)."""
 
 _INITIALISMS = {
     word.lower(): word
@@ -31,7 +31,7 @@ _INITIALISMS = {
 
 
 def go_name(name: str) -> str:
-    """``nano_cpus`` -> ``NanoCPUs``: the spelling Docker gives a field.
+    """``nano_cpus`` -> ``NanoCPUs``: Docker's name of a field.
 
     Words that Go writes as initialisms keep that form; every other word is capitalized.
     """
@@ -53,22 +53,22 @@ class ApiObject(
     forbid_unknown_fields=True,
     rename=go_name,
 ):
-    """Base of every object of the Engine API: immutable, keyword-only, spelled as Docker spells it.
+    """Base of every object of the Engine API: immutable, keyword-only, with Docker's names.
 
-    Unknown fields are refused, at any depth and at no cost: the store then keeps them, whoever else reads what another
-    version may have written asks ``model.unknown.leniently``, and bodies of requests are cut to what is known before.
+    Unknown fields are rejected, at any depth and at no cost: the store keeps them (``model.unknown``), other readers of
+    data that another version may have written use ``model.unknown.leniently``, and request bodies are stripped before.
 
     ``gc=False`` is safe because an immutable tree cannot hold a cycle; it halves the time to decode.
     """
 
     __go_name__: ClassVar[str | None] = None
-    """Go's name of the type, where it is not that of the class in package ``swarm``."""
+    """Go's name of the type, if it is not the name of the class in package ``swarm``."""
 
 
 def always(default: T) -> T:
-    """A default that is written even when nothing else was given (Go without ``omitempty``)."""
-    # msgspec leaves out a value that equals a plain default; a factory hides the default from it.  Every object that is
-    # read without the field asks the factory, so it is none that is written in Python.
+    """A default that is always encoded (a Go field without ``omitempty``)."""
+    # msgspec omits a value that equals a plain default, but not one of a factory.  The factory is called for every
+    # object that is decoded without the field, so it is not a Python function.
     return msgspec.field(default_factory=repeat(default).__next__)
 
 

@@ -6,7 +6,7 @@ from skep.model.times import Timestamp
 
 
 class GossipKey(msgspec.Struct, frozen=True, kw_only=True):
-    """One key (AES-128-GCM).  ``lamport_time`` tells keys apart: unique over all of a cluster's keys."""
+    """One key (AES-128-GCM).  ``lamport_time`` is unique among all of a cluster's keys."""
 
     subsystem: str
     key: bytes
@@ -21,13 +21,13 @@ class GossipKeys(msgspec.Struct, frozen=True, kw_only=True):
 
     keys: tuple[GossipKey, ...] = ()
     rotated_at: Timestamp
-    """By the clock of the leader that did it."""
+    """By the clock of the leader at that time."""
 
     def encode(self) -> bytes:
-        """As a store keeps them."""
+        """The stored form."""
         return msgspec.json.encode(self)
 
 
 def decoded_keys(data: bytes) -> GossipKeys:
-    """What ``encode`` made.  Raises: msgspec.DecodeError."""
+    """The inverse of ``encode``.  Raises: msgspec.DecodeError."""
     return msgspec.json.decode(data, type=GossipKeys)

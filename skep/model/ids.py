@@ -1,7 +1,7 @@
 """Typed ids of cluster objects, and how they are made.
 
 Object ids are 25 characters of lower-case base 36 (128 random bits), container ids 64 of hex.
-Chance is an argument: whatever makes ids is handed an ``IdSource``.
+Randomness is an argument: code that creates ids takes an ``IdSource``.
 """
 
 import secrets
@@ -19,7 +19,7 @@ SessionId = NewType("SessionId", str)
 ContainerId = NewType("ContainerId", str)
 
 IdSource = Callable[[], str]
-"""Gives a fresh object id at each call."""
+"""Gives a new object id at each call."""
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _PAIRS = [first + second for first in _DIGITS for second in _DIGITS]
@@ -36,10 +36,10 @@ def base36(number: int, width: int) -> str:
 
 
 def new_id() -> str:
-    """A fresh object id from the system's randomness."""
+    """A new object id from the system's random source."""
     return base36(secrets.randbits(128), ID_LENGTH)
 
 
 def new_container_id() -> ContainerId:
-    """A fresh container id: 64 hexadecimal characters."""
+    """A new container id: 64 hexadecimal characters."""
     return ContainerId(secrets.token_hex(32))

@@ -1,4 +1,4 @@
-"""Labels by which a plain Docker client sets what only Skep has, and reads what nodes report: all ``skep.*`` labels.
+"""All ``skep.*`` labels: settings that Docker's API does not have, and reports of nodes.
 
 ``LABELS`` lists every one of them.  A label that cannot be read is refused when it is written; should one be there all
 the same, it counts as absent.
@@ -13,52 +13,52 @@ from skep.errors import InvalidArgument
 from skep.model.times import SECOND_NS, duration_ns
 
 HEARTBEAT_GRACE = "skep.heartbeat-grace"
-"""On the cluster: how long a silent node of ours is believed alive (``5s``); default three heartbeat periods."""
+"""On the cluster: how long a silent skep node counts as alive (``5s``); default three heartbeat periods."""
 GRACE_S_MAX = 3600.0
 
 ON_DISCONNECT = "skep.on-disconnect"
 ON_DISCONNECT_DELAY = "skep.on-disconnect-delay"
 PROGRESS_DEADLINE = "skep.progress-deadline"
-"""On services: how long an update waits for one task to run or to end; then it has failed."""
+"""On services: timeout of an update for one task to run or to end."""
 DEFAULT_PROGRESS_S = 600.0
-"""Long enough for large images over slow lines."""
+"""Long enough for large images over slow links."""
 
 JOB_TTL = "skep.job-ttl"
-"""On jobs: how long one that has ended is kept before it is removed with its tasks; without it: for ever."""
+"""On jobs: how long a finished job is kept before it is removed with its tasks; unset: forever."""
 
 DRAIN = "skep.drain"
-"""On services: how long a task that is to stop waits for those who may still send it something, and again for the last
-of its connections."""
+"""On services: how long a stopping task waits until no new connections arrive, and again for its last connections to
+end."""
 DEFAULT_DRAIN_S = 1.0
 
 IGNORE_PATHS = "skep.ignore-paths"
-"""``true`` has the node take tasks on overlay networks though others do not reach it."""
+"""``true``: the node gets tasks on overlay networks even if other nodes do not reach it."""
 
 LABEL_TASK_ID = "com.docker.swarm.task.id"
-"""Docker's, on a task's container: by it the container is found again."""
+"""Docker's label of a task's container, by which the container is identified."""
 
 DELAY_S_MAX = 365 * 24 * 3600.0
 
 
 class OnDisconnect(Enum):
-    """What becomes of a service's tasks on a node that lost all managers."""
+    """What happens to a service's tasks on a node that has lost all managers."""
 
     REPLACE = "replace"
-    """Others take their places when the delay has passed; what survived is removed on return."""
+    """They are replaced after the delay; those that still run are removed when the node returns."""
     KEEP = "keep"
-    """They keep their places for as long as the node exists."""
+    """They are not replaced as long as the node exists."""
     STOP = "stop"
-    """The node itself stops them when the delay has passed, and only then others take their places."""
+    """The node itself stops them after the delay, and only then they are replaced."""
 
 
 DEFAULT_STOP_DELAY_S = 30.0
-"""Longer than managers need to restart and nodes to move, so that neither stops anything."""
+"""Longer than a restart of managers or a change of manager takes, so that neither stops tasks."""
 
 
 class DisconnectPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """A service's labels, read.
+    """A service's parsed ``on-disconnect`` labels.
 
-    ``delay_s``: from when the node is down (REPLACE), from when it was last heard (STOP); KEEP has none.
+    ``delay_s``: since the node is down (REPLACE), since its last heartbeat (STOP); KEEP has none.
     """
 
     action: OnDisconnect = OnDisconnect.REPLACE
@@ -66,7 +66,7 @@ class DisconnectPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
-    """What the labels of a service say."""
+    """The policy in the labels of a service."""
     try:
         return _disconnect_policy(labels)
     except InvalidArgument:
@@ -74,7 +74,7 @@ def disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
 
 
 def progress_deadline_s(labels: Mapping[str, str]) -> float:
-    """What the labels of a service say, in seconds."""
+    """The value in the labels of a service, in seconds."""
     try:
         return _progress_deadline_s(labels)
     except InvalidArgument:
@@ -82,7 +82,7 @@ def progress_deadline_s(labels: Mapping[str, str]) -> float:
 
 
 def job_ttl_s(labels: Mapping[str, str]) -> float | None:
-    """What the labels of a job say, in seconds; None: nothing."""
+    """The value in the labels of a job, in seconds; None: unset."""
     try:
         return _job_ttl_s(labels)
     except InvalidArgument:
@@ -90,7 +90,7 @@ def job_ttl_s(labels: Mapping[str, str]) -> float | None:
 
 
 def drain_s(labels: Mapping[str, str]) -> float:
-    """What the labels of a service say, in seconds."""
+    """The value in the labels of a service, in seconds."""
     try:
         return _drain_s(labels)
     except InvalidArgument:
@@ -98,7 +98,7 @@ def drain_s(labels: Mapping[str, str]) -> float:
 
 
 def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
-    """What the labels of the cluster say; None: nothing."""
+    """The value in the labels of the cluster; None: unset."""
     try:
         return _heartbeat_grace_s(labels)
     except InvalidArgument:
@@ -106,12 +106,12 @@ def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
 
 
 def ignores_paths(node_labels: Mapping[str, str]) -> bool:
-    """Whether the labels of a node have it take tasks whatever becomes of their traffic."""
+    """Whether the node gets tasks on overlay networks even if other nodes do not reach it."""
     return node_labels.get(IGNORE_PATHS, "").lower() == "true"
 
 
 def check_service_labels(labels: Mapping[str, str]) -> None:
-    """Raises: InvalidArgument: a label of ours that cannot be read."""
+    """Raises: InvalidArgument: a ``skep.*`` label is invalid."""
     _disconnect_policy(labels)
     _progress_deadline_s(labels)
     _job_ttl_s(labels)
@@ -119,17 +119,17 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
 
 
 def check_swarm_labels(labels: Mapping[str, str]) -> None:
-    """Raises: InvalidArgument: a label of ours that cannot be read."""
+    """Raises: InvalidArgument: a ``skep.*`` label is invalid."""
     _heartbeat_grace_s(labels)
 
 
 def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
-    word = labels.get(ON_DISCONNECT, OnDisconnect.REPLACE.value)
+    value = labels.get(ON_DISCONNECT, OnDisconnect.REPLACE.value)
     try:
-        action = OnDisconnect(word)
+        action = OnDisconnect(value)
     except ValueError:
         wanted = ", ".join(action.value for action in OnDisconnect)
-        raise InvalidArgument(f"invalid label {ON_DISCONNECT}={word}: want one of {wanted}") from None
+        raise InvalidArgument(f"invalid label {ON_DISCONNECT}={value}: want one of {wanted}") from None
     delay_s = _seconds(labels, ON_DISCONNECT_DELAY, DELAY_S_MAX)
     if delay_s is None:
         delay_s = DEFAULT_STOP_DELAY_S if action is OnDisconnect.STOP else 0.0
@@ -167,7 +167,7 @@ def _seconds(labels: Mapping[str, str], name: str, largest_s: float) -> float | 
 
 
 class LabelTarget(Enum):
-    """What carries a label; the value is a sentence on how to set or read it."""
+    """The kind of object with a label; the value is a sentence on how to set or read it."""
 
     SERVICE = "`docker service create --label NAME=VALUE`, `docker service update --label-add`."
     NETWORK = "`docker network create --label NAME=VALUE`."
@@ -180,7 +180,7 @@ class LabelTarget(Enum):
 
 
 class Label(msgspec.Struct, frozen=True):
-    """One label of ours, for the reference.  Upper-case words in ``name`` stand for something."""
+    """One ``skep.*`` label, for the reference.  Upper-case words in ``name`` are placeholders."""
 
     target: LabelTarget
     name: str

@@ -1,4 +1,4 @@
-"""Lines of tasks' output, and the question for them."""
+"""Lines of tasks' output, and the options of a request for them."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -9,14 +9,14 @@ from skep.model.ids import NodeId, ServiceId, TaskId
 
 
 class LogStream(Enum):
-    """Where a line came from; the values are SwarmKit's."""
+    """The stream of a line; the values are SwarmKit's."""
 
     STDOUT = 1
     STDERR = 2
 
 
 class LogQuery(msgspec.Struct, frozen=True, kw_only=True):
-    """Which lines are wanted.
+    """Which lines are requested.
 
     A task is meant when it is named by any of ``services``, ``tasks`` and ``nodes``.
     """
@@ -25,11 +25,11 @@ class LogQuery(msgspec.Struct, frozen=True, kw_only=True):
     tasks: tuple[TaskId, ...] = ()
     nodes: tuple[NodeId, ...] = ()
     follow: bool = False
-    """Go on with new lines (and new tasks) until the reader stops."""
+    """Continue with new lines (and new tasks) until the reader stops."""
     tail: int | None = None
-    """Start with the last ``tail`` lines of each task; None: with the first line."""
+    """Begin with the last ``tail`` lines of each task; None: with the first line."""
     since_ns: int = 0
-    """Leave out lines before this point (Unix time)."""
+    """Omit lines before this time (Unix time)."""
     streams: tuple[LogStream, ...] = ()
     """Empty: both."""
 
@@ -44,4 +44,4 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True):
     timestamp_ns: int = 0
     data: bytes = b""
     attrs: Mapping[str, str] = {}
-    """What the container's log driver was told to add (``--log-opt labels=...``)."""
+    """Attributes that the log driver adds (``--log-opt labels=...``)."""

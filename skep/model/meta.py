@@ -1,4 +1,4 @@
-"""What every object of the cluster carries."""
+"""Fields that objects of the cluster have in common."""
 
 from collections.abc import Mapping
 
@@ -6,10 +6,10 @@ from skep.model.encoding import ApiObject, Uint64
 
 
 class Version(ApiObject, order=True):
-    """Where an object stands in its own history (``Version.Index`` of the API).
+    """The version of an object (``Version.Index`` of the API).
 
-    Lives inside the value and only grows: ``max(previous + 1, revision the writer had seen)``.  Written by
-    the store when the wish of an object changes; it is no revision of etcd.
+    Stored inside the value and only grows: ``max(previous + 1, revision that the writer had seen)``.  Set by the
+    store when the head of an object changes; it is not an etcd revision.
     """
 
     index: Uint64 = 0
@@ -23,7 +23,7 @@ class Driver(ApiObject):
 
 
 class TLSInfo(ApiObject):
-    """The trust a node or a cluster stands on (base64 in JSON for the two binary fields)."""
+    """The trusted root and the issuer of certificates (base64 in JSON for the two binary fields)."""
 
     trust_root: str = ""
     cert_issuer_subject: bytes = b""

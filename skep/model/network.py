@@ -16,7 +16,7 @@ MTUS: Final = range(68, 1 << 16)
 
 
 class IPAMConfig(ApiObject):
-    """One subnet of a network.  ``auxiliary_addresses``: name -> address that is never given out."""
+    """One subnet of a network.  ``auxiliary_addresses``: name -> address that is never allocated."""
 
     subnet: str = ""
     range: str = ""
@@ -30,7 +30,7 @@ class IPAMOptions(ApiObject):
 
 
 class ConfigReference(ApiObject):
-    """The network of a node from which a cluster's network takes its settings (macvlan, ipvlan)."""
+    """The node-local network with the settings of a cluster network (macvlan, ipvlan)."""
 
     __go_name__: ClassVar[str | None] = "network.ConfigReference"
 
@@ -38,7 +38,7 @@ class ConfigReference(ApiObject):
 
 
 class NetworkSpec(ApiObject):
-    """The user's wish for a network (the cluster's form; ``/networks`` answers a flat one)."""
+    """The user's spec of a network (the cluster's form; ``/networks`` responds with a flat one)."""
 
     name: str = ""
     labels: Mapping[str, str] = always({})
@@ -65,21 +65,21 @@ class Network(ApiObject):
 
 
 def is_ingress(network: Network) -> bool:
-    """Whether this is the network that carries published ports from node to node."""
+    """Whether this is the network for published ports between nodes."""
     spec = network.spec
     return spec.ingress or (spec.name == "ingress" and _INTERNAL_LABEL in spec.labels)
 
 
 _INTERNAL_LABEL = "com.docker.swarm.internal"
-"""By this the first swarms knew their ingress network."""
+"""Label of the ingress network in early swarms."""
 
 
 def subnet_of(config: IPAMConfig) -> IPv4Network | IPv6Network:
-    """The subnet itself, without the host bits that a user may have written."""
+    """The subnet, without host bits that the user may have given."""
     return network_of(config.subnet)
 
 
 @lru_cache(4096)
 def network_of(text: str) -> IPv4Network | IPv6Network:
-    """The network of an ``address/length``.  Asked for every task, and there are few."""
+    """The network of an ``address/length``.  Cached: called for every task, with few distinct values."""
     return ip_interface(text).network

@@ -13,8 +13,8 @@ from skep.model.service import Platform, Resources
 from skep.model.task import NetworkAttachment
 from skep.model.times import ZERO_TIME, Timestamp
 
-ANSWER_SECONDS_MAX = 5.0
-"""How long a node waits for an answer of a manager where there is no other to go to."""
+RESPONSE_SECONDS_MAX = 5.0
+"""How long a node waits for the response of its only manager."""
 
 
 class NodeRole(Enum):
@@ -46,7 +46,7 @@ class Reachability(Enum):
 
 
 class NodeSpec(ApiObject):
-    """What the user decides about a node."""
+    """The user's settings of a node."""
 
     name: str = ""
     labels: Mapping[str, str] = always({})
@@ -59,7 +59,7 @@ class Topology(ApiObject):
 
 
 class CSIInfo(ApiObject):
-    """What a storage plugin says of itself on this node."""
+    """A storage plugin's description of itself on this node."""
 
     plugin_name: str = ""
     node_id: str = ""
@@ -79,7 +79,7 @@ class EngineDescription(ApiObject):
 
 
 class NodeDescription(ApiObject):
-    """What the node says of itself when it registers."""
+    """The node's description of itself, sent when it registers."""
 
     hostname: str = ""
     platform: Platform = always(Platform())
@@ -96,11 +96,11 @@ class NodeStatus(ApiObject):
 
 
 class ManagerStatus(ApiObject):
-    """``has_vote``: false for a manager that a restore or a forced new cluster left behind.
+    """``has_vote``: false for a manager that is no member any more after a restore or a forced new cluster.
 
-    ``level``: the newest level of the stored data that it knows; 0: it is of a version that does not say, and knows 1.
-    ``peer_addr``: ``ip:port`` where the other managers reach its etcd; empty: it does not say.
-    The three are left out of answers.
+    ``level``: the newest feature level of the store that it supports; 0: not reported, which means 1.
+    ``peer_addr``: ``ip:port`` of its etcd for the other managers; empty: not reported.
+    The three are not in API responses.
     """
 
     leader: bool = False
@@ -112,74 +112,74 @@ class ManagerStatus(ApiObject):
 
 
 class NodeSession(ApiObject):
-    """Which manager holds the node's session.  Taken by compare-and-swap; every write made for it names it."""
+    """The manager that owns the node's session.  Taken by compare-and-swap; every write of the session compares it."""
 
     manager_id: NodeId = NodeId("")
     session_id: SessionId = SessionId("")
 
 
 class IssuedSerial(ApiObject):
-    """One certificate that was issued: its serial number in hexadecimal digits, and when it expires."""
+    """An issued certificate: its serial number in hexadecimal digits, and its expiry."""
 
     serial: str
     not_after: Timestamp
 
 
 class NodeCertificate(ApiObject):
-    """State of the node's certificate; the certificate itself stays with the node."""
+    """State of the node's certificate; the certificate itself is stored on the node."""
 
     role: NodeRole = NodeRole.WORKER
     state: str = ""
-    """issued, or rotate: the node is asked to renew."""
+    """``issued``, or ``rotate``: the node is to renew it."""
     not_after: Timestamp = Timestamp("")
-    """When the newest one expires."""
+    """Expiry of the newest one."""
     issuer: str = ""
     """Digest of the public key that signed the newest one (``security.trust.issuer_digest``)."""
     serials: tuple[IssuedSerial, ...] = ()
-    """Manager certificates that have not expired: those that have to be taken back when it is no manager any more."""
+    """Manager certificates that have not expired; revoked when it is no manager any more."""
     plane: str = ""
-    """Which kind of node it joined as, and stays: ``docker`` or ``skep`` (``model.planes``).
+    """The kind of node as which it joined: ``docker`` or ``skep`` (``model.planes``).
 
-    Empty: it joined when that was not kept yet, and is what it says to be until it renews.
+    Empty: it joined before this field existed; its description is used until it renews.
     """
     last_not_after: Timestamp = Timestamp("")
-    """When the last of all that were issued to it expires: not the newest, once the lifetime was shortened."""
+    """The latest expiry of all its certificates: not that of the newest, if the lifetime was shortened."""
 
 
 class FailingPath(ApiObject):
-    """Another node that this one does not reach by one of the ways there are.  Names are as of when it was found."""
+    """A failing check from this node to another one.  Names are of the time of the check."""
 
     peer: NodeId
     hostname: str = ""
     check: str = ""
-    """What was tried: a ``PathCheck``, or what a later version tries."""
+    """A ``PathCheck``, or a check of a later version."""
     port: str = ""
     """``4789/udp``"""
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """``w2 4789/udp (overlay)``"""
         return f"{self.hostname or self.peer} {self.port} ({self.check})"
 
 
 class CutOff(ApiObject):
-    """Tasks on networks that need this way between nodes are not placed on the node."""
+    """No tasks on networks that need this check to pass are placed on the node."""
 
     check: str
-    """As of a ``FailingPath``."""
+    """As in ``FailingPath``."""
     port: str = ""
     peers: tuple[str, ...] = ()
-    """Host names of nodes that it does not reach, or that do not reach it; the first few."""
+    """Host names of nodes to or from which the check fails; the first few."""
     others: int = 0
-    """How many more there are."""
+    """The number of further nodes."""
 
     @property
     def networks(self) -> str:
-        """``overlay networks``: those that need this way."""
+        """The networks that need this check, for messages: ``overlay networks``."""
         return "encrypted overlay networks" if self.check == PathCheck.ENCRYPTED else "overlay networks"
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """``4789/udp fails between this node and w2, w3 and 5 others``"""
         more = f" and {self.others} other{'s' if self.others > 1 else ''}" if self.others else ""
         return f"{self.port} fails between this node and {', '.join(self.peers)}{more}"
@@ -188,10 +188,10 @@ class CutOff(ApiObject):
 class Node(ApiObject):
     """A machine of the cluster.
 
-    Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_*``, and as parts of their
-    own ``load`` and ``failing_paths``; whoever takes it: ``session``; CA: ``certificate``; leader: ``attachments``,
-    ``cut_off``; that manager itself: ``manager_status``, ``peer_roots``.
-    What follows ``manager_status`` is internal and left out of API answers.
+    Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_*``, and as separate parts
+    ``load`` and ``failing_paths``; new owner of the session: ``session``; CA: ``certificate``; leader: ``attachments``,
+    ``cut_off``; the manager on this node: ``manager_status``, ``peer_roots``.
+    Fields after ``manager_status`` are internal and not in API responses.
     """
 
     id: NodeId
@@ -202,30 +202,29 @@ class Node(ApiObject):
     description: NodeDescription = always(NodeDescription())
     status: NodeStatus = always(NodeStatus())
     load: float | None = None
-    """Share of the node in use, 0 to 1, as it measured and as far as it matters to placement; None: it has not said.
-    Not in Docker's answers."""
+    """Measured utilization, 0 to 1, rounded as placement needs it; None: not reported.  Not in Docker's API."""
     manager_status: ManagerStatus | None = None
     session: NodeSession | None = None
     certificate: NodeCertificate | None = None
     attachments: tuple[NetworkAttachment, ...] = ()
     peer_roots: str = ""
-    """Of a manager: digest of the roots that its etcd has trusted since its last start."""
+    """For a manager: digest of the roots that its etcd trusts since its last start."""
     silent_since: Timestamp | None = None
-    """Of a node that is down: when it was last heard, on its judge's clock."""
+    """For a node that is down: time of its last heartbeat, by the clock of the manager that marked it down."""
     silent_together: bool = False
-    """Of a node that is down: whether its judge had missed heartbeats of others then, too."""
+    """For a node that is down: whether that manager had missed heartbeats of other nodes at that time, too."""
     failing_paths: tuple[FailingPath, ...] = ()
-    """What it said of its ways to others, as far as it fails; the first few, by peer and check."""
+    """Its failing checks to other nodes; the first few, by peer and check."""
     cut_off: tuple[CutOff, ...] = ()
-    """What of that makes it the node to avoid, so that those that are left reach each other; by check."""
+    """Failing checks for which placement avoids this node, so that the remaining nodes reach each other; by check."""
 
     @property
     def is_reachable_manager(self) -> bool:
-        """Whether it is a manager that the leader hears."""
+        """Whether it is a manager that the leader reaches."""
         status = self.manager_status
         return status is not None and status.reachability is Reachability.REACHABLE
 
 
 def differ_in_load_alone(one: Node, other: Node) -> bool:
-    """Whether the load is all that has changed: news for the choice of nodes and for nothing else."""
+    """Whether only the load has changed, which is relevant for placement only."""
     return one.load != other.load and replace(one, load=other.load) == other

@@ -1,4 +1,4 @@
-"""What the options of an overlay network say, by Docker's names for them.
+"""The options of an overlay network, by Docker's names.
 
 Source: moby, libnetwork/drivers/overlay/overlay.go (names of the options), ov_network.go (parseNetworkOptions: the
 value of ``encrypted`` does not matter).
@@ -14,37 +14,37 @@ from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 from skep.model.tables import NetworkHead, Segment
 
 VXLAN_OPTION: Final = "com.docker.network.driver.overlay.vxlanid_list"
-"""Numbers with commas between them: one per IPv4 subnet in their order; IPv6 subnets share the first."""
+"""Comma-separated numbers: one per IPv4 subnet in their order; IPv6 subnets share the first."""
 ENCRYPTED_OPTION: Final = "encrypted"
 VXLAN_ID_MAX: Final = PROBE_VNI - 1
 
 
 def options_of(network: Network) -> Mapping[str, str]:
-    """As wished, and as allocated, which counts where both say something."""
-    wished = network.spec.driver_configuration
-    return {**(wished.options if wished is not None else {}), **network.driver_state.options}
+    """The requested and the allocated options; the latter take precedence."""
+    requested = network.spec.driver_configuration
+    return {**(requested.options if requested is not None else {}), **network.driver_state.options}
 
 
 def is_encrypted(network: Network) -> bool:
     """Whether it was made with ``--opt encrypted``."""
-    wished = network.spec.driver_configuration
-    return wished is not None and ENCRYPTED_OPTION in wished.options
+    requested = network.spec.driver_configuration
+    return requested is not None and ENCRYPTED_OPTION in requested.options
 
 
 def vxlan_ids(options: Mapping[str, str]) -> list[int]:
-    """The ids that ``options`` name; words that are no numbers are left out."""
-    return [int(word) for word in options.get(VXLAN_OPTION, "").split(",") if is_number(word.strip())]
+    """The ids in ``options``; anything else than numbers is ignored."""
+    return [int(item) for item in options.get(VXLAN_OPTION, "").split(",") if is_number(item.strip())]
 
 
-def is_number(word: str) -> bool:
-    """Whether ``word`` is a whole number without a sign, of at most nine digits."""
-    return 0 < len(word) <= 9 and word.isascii() and word.isdigit()
+def is_number(text: str) -> bool:
+    """Whether ``text`` is a whole number without a sign, of at most nine digits."""
+    return 0 < len(text) <= 9 and text.isascii() and text.isdigit()
 
 
 def head_of(network: Network, port: int = DEFAULT_DATA_PATH_PORT) -> NetworkHead:
-    """The network itself, for those who carry it.  ``port``: UDP, of the cluster's VXLAN.
+    """The network's properties for the data plane.  ``port``: UDP, of the cluster's VXLAN.
 
-    Options and subnets that make no sense count as not said.
+    Invalid options and subnets are ignored.
     """
     options = options_of(network)
     mtu = options.get(MTU_OPTION, "")
@@ -61,7 +61,7 @@ def head_of(network: Network, port: int = DEFAULT_DATA_PATH_PORT) -> NetworkHead
 
 
 def _segments(network: Network, ids: list[int]) -> tuple[Segment, ...]:
-    """Each subnet with its VXLAN; one without an id of its own (IPv6 beside IPv4) is carried by the first."""
+    """Each subnet with its VXLAN id; one without its own (IPv6 beside IPv4) uses the first."""
     configs = network.ipam_options.configs if network.ipam_options is not None and ids else ()
     known = [one for one in configs if is_subnet(one.subnet)]
     if len(ids) < len(known):

@@ -1,8 +1,8 @@
-"""Paths between nodes: whom a node is to probe, and what it found.
+"""Reachability between nodes: the targets of a node's probes, and their results.
 
-A manager tells each node a ``PathWish``; the node answers with a ``PathReport`` for each peer.  Pairs are told to both
-ends: a node answers the probes of those it knows only.  Each end reports what *it* sends, so a path that is open in
-one direction only is seen.
+A manager sends each node its ``ProbeTargets``; the node sends a ``PathReport`` for each peer.  Both nodes of a pair get
+each other as target, because a node responds to probes of its targets only.  Each node reports on the packets that *it*
+sends, so a path that works in one direction only is detected.
 """
 
 from collections.abc import Mapping
@@ -15,36 +15,36 @@ from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 
 DETAIL_CHARACTERS_MAX = 300
 PROBE_VNI = (1 << 24) - 1
-"""VXLAN id of the probes between nodes, the largest there is; no network is given it."""
+"""VXLAN id of probes, the largest possible; never allocated to a network."""
 MTU_MIN = 576
-"""The smallest MTU that is looked for: what every IPv4 network carries (RFC 791)."""
+"""The smallest MTU that is probed: every IPv4 network supports it (RFC 791)."""
 SETTLED_ROUNDS = 2
-"""Rounds in a row after which a verdict counts: one lost round is nothing yet."""
+"""Consecutive rounds with the same result that make it count; a single lost round does not."""
 
 
 class PathPeer(msgspec.Struct, frozen=True, kw_only=True):
-    """A node as others probe it.  Empty addresses are not asked."""
+    """A node as a target of probes.  Empty addresses are not probed."""
 
     node_id: NodeId
     hostname: str
     data_path: str = ""
-    """Underlay address that its VXLAN leaves from and arrives at, without a length; empty of a docker node."""
+    """Underlay address of its VXLAN, without prefix length; empty for a docker node."""
     vxlan_port: int = DEFAULT_DATA_PATH_PORT
     """UDP; the cluster's data-path port."""
     control: str = ""
-    """``192.0.2.1:2377`` or ``[fd09::1]:2377``; empty: no manager, or not to be asked."""
+    """``192.0.2.1:2377`` or ``[fd09::1]:2377``; empty: not a manager, or not to be probed."""
     etcd: str = ""
-    """``192.0.2.1:2378``, where managers reach another one's etcd; empty: not to be asked."""
+    """``192.0.2.1:2378``, the peer port of its etcd; empty: not to be probed."""
     gossip: str = ""
-    """``192.0.2.1:7946`` of a docker node; empty: not to be asked."""
+    """``192.0.2.1:7946`` of a docker node; empty: not to be probed."""
     encrypted: bool = False
     """Whether both nodes carry encrypted networks together, by UDP port ``vxlan_port + 10``."""
 
 
-class PathWish(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a node is told of paths; the latest wins.
+class ProbeTargets(msgspec.Struct, frozen=True, kw_only=True):
+    """All targets of one node; the latest message replaces earlier ones.
 
-    ``node``: the node itself, whose ``data_path`` its probes leave from; ``peers``: without itself.
+    ``node``: the node itself, whose ``data_path`` is the source address of its probes; ``peers``: without itself.
     """
 
     node: PathPeer
@@ -52,14 +52,14 @@ class PathWish(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PathCheck(StrEnum):
-    """What is checked between two nodes."""
+    """The checks between two nodes."""
 
     CONTROL = "control"
-    """A TLS hello is answered on a manager's control port."""
+    """A manager's control port responds to a TLS client hello."""
     ETCD = "etcd"
-    """A manager's etcd takes connections on its peer port.  Asked by managers alone."""
+    """A manager's etcd accepts connections on its peer port.  Probed by managers only."""
     OVERLAY = "overlay"
-    """Small frames come through VXLAN and are answered."""
+    """Small frames through VXLAN arrive and get responses."""
     LARGE_PACKETS = "large packets"
     """So do frames of at least ``MTU_MIN``, unfragmented."""
     CHECKSUM_OFFLOAD = "checksum offload"
@@ -69,7 +69,7 @@ class PathCheck(StrEnum):
     GOSSIP = "gossip"
     """A docker node takes connections on its gossip port."""
     NAMES = "names"
-    """The names of a network are those that the store says."""
+    """The names of a network resolve to what is in the store."""
 
 
 class PathFinding(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,29 +81,28 @@ class PathFinding(msgspec.Struct, frozen=True, kw_only=True):
     sent: int
     lost: int
     round_trip_ms: float | None = None
-    """The shortest one; None: nothing came back."""
+    """The shortest one; None: no response."""
     detail: str = ""
-    """A sentence of at most ``DETAIL_CHARACTERS_MAX``; not empty where it fails, and where it was put right."""
+    """A text of at most ``DETAIL_CHARACTERS_MAX``; not empty if the check fails, or if its cause was repaired."""
 
     @property
     def is_failing(self) -> bool:
-        """More than half was lost."""
+        """Whether more than half was lost."""
         return self.lost * 2 > self.sent
 
 
 class PathReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node found of one peer, in its latest round.
+    """A node's results for one peer, of its latest round.
 
-    ``rounds``: how many in a row failed in the same checks, or in none; a verdict is settled from ``SETTLED_ROUNDS``
-    on.
+    ``rounds``: consecutive rounds with the same failing checks; a result is settled from ``SETTLED_ROUNDS`` on.
     """
 
     peer: NodeId
     findings: tuple[PathFinding, ...] = ()
     mtu: int = 0
-    """Largest packet of the underlay that arrives in one piece; 0: unknown."""
+    """Largest packet of the underlay that arrives unfragmented; 0: unknown."""
     throughput: int = 0
-    """Bytes per second over TCP inside VXLAN; 0: not asked for, or it failed."""
+    """Bytes per second over TCP inside VXLAN; 0: not requested, or failed."""
     rounds: int = 1
 
     @property
@@ -116,7 +115,7 @@ class PathReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NetworkNames(msgspec.Struct, frozen=True, kw_only=True):
-    """What names of services stand for on one network, as the store says; perhaps not all of them.
+    """The addresses of service names on one network, as of the store; possibly incomplete.
 
     ``names``: name -> addresses without lengths, sorted.
     """
@@ -126,16 +125,16 @@ class NetworkNames(msgspec.Struct, frozen=True, kw_only=True):
     names: Mapping[str, tuple[str, ...]]
 
 
-class Examination(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node is asked to look at now.  ``throughput``: to measure that as well."""
+class DiagnosticsRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Checks that a node is to run now.  ``throughput``: measure that as well."""
 
     peers: tuple[PathPeer, ...] = ()
     throughput: bool = False
     names: tuple[NetworkNames, ...] = ()
 
 
-class Examined(msgspec.Struct, frozen=True, kw_only=True):
-    """What one node found when it was asked to; ``error``: why there is nothing, or something is missing."""
+class DiagnosticsResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The results of one node's ``DiagnosticsRequest``; ``error``: why they are missing or incomplete."""
 
     node_id: NodeId
     reports: tuple[PathReport, ...] = ()

@@ -1,8 +1,8 @@
-"""The two data planes of overlay networks: Docker Engines' own, and ours.
+"""The two data planes of overlay networks: Docker Engine's and Skep's.
 
-Docker Engines tell each other by gossip which container has which address; skep nodes are told by the managers.
-Both use VXLAN, but neither hears of the other's containers: so an overlay network belongs to one of the two, and its
-tasks run on nodes of that kind (docs/decisions/0011).
+Docker Engines exchange the addresses of containers by gossip; skep nodes get them from the managers.  Both use VXLAN,
+but neither learns of the other's containers: so an overlay network belongs to one of the two, and its tasks run on
+nodes of that kind (docs/decisions/0011).
 """
 
 from collections.abc import Iterable
@@ -19,51 +19,52 @@ SKEP: Final = "skep"
 PLANES: Final = frozenset({DOCKER, SKEP})
 
 PLANE_OPTION: Final = "skep.data-plane"
-"""Driver option or label of a network: the plane it shall belong to; in the driver's state: the one it does."""
+"""Driver option or label of a network: the requested plane; in the driver state: the actual one."""
 
 NODE_LABEL: Final = "skep.node"
-"""Engine label by which a skep node says what it is; Docker Engines do not know it."""
+"""Engine label that identifies a skep node; Docker Engines do not have it."""
 
 DATA_PATH_LABEL: Final = "skep.data-path-addr"
-"""Engine label by which a skep node says which of its addresses VXLAN leaves from and arrives at."""
+"""Engine label of a skep node with the underlay address of its VXLAN."""
 
 REFUSED_DATA_PATH_LABEL: Final = "skep.data-path-addr.refused"
-"""What a manager makes of that label when the address is another node's."""
+"""The name that a manager gives to that label if the address belongs to another node."""
 
 PATHS_LABEL: Final = "skep.paths"
-"""Engine label by which a skep node says that it probes others and answers their probes."""
+"""Engine label of skep nodes that send and answer probes."""
 
 NODE_DRIVERS: Final = frozenset({"host", "bridge", "null", "none", "macvlan", "ipvlan"})
-"""Drivers of networks that live on one node."""
+"""Drivers of networks that are local to one node."""
 
 
 def driver_of(network: Network) -> str:
-    """The driver's name: as allocated, else as wished."""
-    wished = network.spec.driver_configuration
-    return network.driver_state.name or (wished.name if wished else "") or "overlay"
+    """The driver's name: as allocated, else as requested."""
+    requested = network.spec.driver_configuration
+    return network.driver_state.name or (requested.name if requested else "") or "overlay"
 
 
 def is_overlay(network: Network) -> bool:
-    """Whether the cluster gives out addresses on the network, and a data plane carries it from node to node."""
+    """Whether the cluster allocates addresses on the network, and a data plane connects the nodes."""
     return driver_of(network) not in NODE_DRIVERS
 
 
-def wished_plane(network: Network) -> str:
-    """The plane that the user named when the network was made; empty: none."""
+def requested_plane(network: Network) -> str:
+    """The plane that the user requested for the network; empty: none."""
     driver = network.spec.driver_configuration
     named = driver.options.get(PLANE_OPTION, "") if driver is not None else ""
     return named or network.spec.labels.get(PLANE_OPTION, "")
 
 
 def plane_of(network: Network) -> str:
-    """The plane that the network belongs to; empty: the first task on it decides."""
-    return network.driver_state.options.get(PLANE_OPTION, "") or wished_plane(network)
+    """The plane that the network belongs to; empty: its first task determines it."""
+    return network.driver_state.options.get(PLANE_OPTION, "") or requested_plane(network)
 
 
 def is_docker_node(node: Node) -> bool:
-    """Whether the node is a Docker Engine.  A node that has not described itself yet is none.
+    """Whether the node is a Docker Engine; false before its first description.
 
-    What it joined as counts, not what it says: docker nodes are sent keys that skep nodes never have.
+    The kind under which it has joined takes precedence over its description: docker nodes are sent keys that skep
+    nodes must not get.
     """
     engine = node.description.engine
     if node.certificate is not None and node.certificate.plane:
@@ -72,27 +73,26 @@ def is_docker_node(node: Node) -> bool:
 
 
 def probes_paths(node: Node) -> bool:
-    """Whether the node takes part in the probes between nodes."""
+    """Whether the node sends and answers probes."""
     return PATHS_LABEL in node.description.engine.labels
 
 
 def plane_of_node(node: Node) -> str:
-    """The plane that overlay networks have on the node."""
+    """The data plane of the node."""
     return DOCKER if is_docker_node(node) else SKEP
 
 
 def underlay_of(node: Node) -> str:
-    """The address that the node's VXLAN leaves from: as it says itself, else the one it connects from.
+    """The node's underlay address: from its label, else the source address of its connection to the managers.
 
-    Empty: neither is an address that other machines reach it by.  One that connects over the loopback is on the
-    machine of its manager, and keeps that address.
+    Empty: other machines can use neither.  A loopback address is kept: such a node is on its manager's machine.
     """
-    said = node.description.engine.labels.get(DATA_PATH_LABEL, "")
-    return usable_address(said) or usable_address(node.status.addr, may_be_loopback=True)
+    reported = node.description.engine.labels.get(DATA_PATH_LABEL, "")
+    return usable_address(reported) or usable_address(node.status.addr, may_be_loopback=True)
 
 
 def claimed_underlay(node: Node) -> str | None:
-    """The address that no other node may have for its VXLAN while this one is up; None: it keeps none from others."""
+    """The underlay address that no other node may have while this one is up; None: it reserves none."""
     if node.status.state is NodeState.DOWN or is_docker_node(node):
         return None
     underlay = underlay_of(node)
@@ -100,9 +100,9 @@ def claimed_underlay(node: Node) -> str | None:
 
 
 def holder(claiming: Iterable[Node]) -> NodeId | None:
-    """Whose an address is that all of ``claiming`` have for their VXLAN; None: nobody claims it.
+    """The owner of an underlay address, of all nodes ``claiming`` it; None: there are none.
 
-    It is the node's that connects from there, which nobody can pretend; else that of the one that joined first.
+    It is the node that connects from this address, which cannot be forged; else the one that joined first.
     """
 
     def order(node: Node) -> tuple[bool, str, str]:
@@ -112,7 +112,7 @@ def holder(claiming: Iterable[Node]) -> NodeId | None:
 
 
 def usable_address(text: str, *, may_be_loopback: bool = False) -> str:
-    """``text`` in the usual spelling; empty: it is no address that other machines reach one by."""
+    """``text`` in canonical form; empty: it is not an address that other machines can connect to."""
     try:
         address = parsed(text)
     except ValueError:

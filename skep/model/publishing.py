@@ -3,9 +3,9 @@
 ``skep.publish.<option>`` holds for all ports of the service, ``skep.publish.<port>.<option>`` and
 ``skep.publish.<port>/<protocol>.<option>`` for one, named by the number under which it is published:
 
-* ``host-ip``: the only address of a node that it answers on (``127.0.0.1``, ``::1``, ``0.0.0.0``: every IPv4 address);
+* ``host-ip``: the only node address that it is published on (``127.0.0.1``, ``::1``, ``0.0.0.0``: every IPv4 address);
 * ``affinity``: ``client-ip``: one client always meets the same task; ``none``;
-* ``local``: ``true``: a node with serving tasks of its own asks only those;
+* ``local``: ``true``: a node with serving tasks of its own uses only those;
 * ``proxy-protocol``: ``v1`` or ``v2``: each connection begins with a header that names its client (TCP).
 
 The last three belong to the routing mesh; a port in host mode has an address only.
@@ -36,16 +36,16 @@ _WORDS = {
 
 
 class PublishOptions(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """How a port is published, as far as Docker has no word for it."""
+    """Options of a published port that Docker does not have."""
 
     host_ip: str = ""
-    """The only address it answers on; empty: all."""
+    """The only address it is published on; empty: all."""
     is_sticky: bool = False
-    """One client meets one task, as long as that serves."""
+    """Session affinity: connections of one client go to one task, as long as it serves."""
     prefers_local: bool = False
-    """The node's own serving tasks, if there are any."""
+    """Connections go to serving tasks of the same node, if there are any."""
     proxy_protocol: int = 0
-    """Version of the header that each connection begins with; 0: none."""
+    """Version of the PROXY protocol header of each connection; 0: none."""
 
 
 class _Setting(msgspec.Struct, frozen=True):
@@ -62,10 +62,10 @@ class _Setting(msgspec.Struct, frozen=True):
 
 
 def publish_options(labels: Mapping[str, str], port: PortConfig) -> PublishOptions:
-    """What the labels of a service say of ``port``; a label that cannot be read counts as absent."""
+    """The options in the labels of a service for ``port``; an invalid label counts as absent."""
     found: dict[str, str] = {}
     for setting in sorted(_readable(labels), key=lambda one: (bool(one.number), bool(one.protocol))):
-        if setting.concerns(port):  # the more exact label comes later
+        if setting.concerns(port):  # the more specific label comes later
             found[setting.option] = setting.value
     is_mesh = port.publish_mode is PublishMode.INGRESS
     version = found.get(PROXY_PROTOCOL, "none") if is_mesh and port.protocol == "tcp" else "none"
@@ -78,7 +78,7 @@ def publish_options(labels: Mapping[str, str], port: PortConfig) -> PublishOptio
 
 
 def check_publishing(spec: ServiceSpec) -> None:
-    """Raises: InvalidArgument: a label of ours that cannot be read, or is of no port of the service."""
+    """Raises: InvalidArgument: a ``skep.*`` label is invalid, or matches no port of the service."""
     ports = spec.endpoint_spec.ports if spec.endpoint_spec else ()
     for name, value in spec.labels.items():
         if name.startswith(PREFIX):

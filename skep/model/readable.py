@@ -1,4 +1,4 @@
-"""Readable names for what was given none: services, plain containers."""
+"""Readable names for services and plain containers without a name."""
 
 from collections.abc import Callable
 from random import Random
@@ -13,13 +13,13 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_HOW = _words("""
+_ADJECTIVES = _words("""
     amber ample autumn balmy bold brave breezy bright brisk calm candid clear clever cosy crisp dapper dewy eager
     early fabled fair fleet fond frank gentle gilded glad golden hardy hazel honest humble jolly keen kind lively
     loyal lucid mellow merry mild mossy nimble noble placid plucky proud quiet rapid ready rosy rustic serene
     sharp silver sleek snug spry steady sunny swift tidy vivid warm witty zesty
 """)
-_WHO = _words("""
+_NOUNS = _words("""
     alder ash aster balm basil beech birch borage bramble briar broom cedar cherry clover comfrey cowslip crocus
     daisy elder elm fennel fern foxglove gorse hawthorn heather holly hyssop ivy juniper larch laurel lavender
     lilac linden lupin maple marjoram meadow melissa mint myrtle oak orchard pear phacelia pine plum poppy
@@ -28,12 +28,12 @@ _WHO = _words("""
 
 
 def names_from(random: Random) -> NameSource:
-    """Names such as ``mellow_clover``: what a bee may find, and how."""
-    return lambda: f"{random.choice(_HOW)}_{random.choice(_WHO)}"
+    """Names such as ``mellow_clover``."""
+    return lambda: f"{random.choice(_ADJECTIVES)}_{random.choice(_NOUNS)}"
 
 
 def free_name(new_name: NameSource, is_taken: Callable[[str], bool], attempts: int) -> str | None:
-    """A name that nobody has, after a few attempts with a number behind it; None: none was found."""
+    """An unused name, after a few attempts with a number appended; None: none was found."""
     for attempt in range(attempts):
         name = new_name() if attempt < _ATTEMPTS_WITHOUT_NUMBER else f"{new_name()}{attempt}"
         if not is_taken(name):

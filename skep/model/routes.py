@@ -1,7 +1,7 @@
-"""Which networks a machine reaches by itself, as its node tells the managers.
+"""The IP routes of nodes, as they report them to the managers.
 
-An overlay whose subnet is also that of a machine's own network cuts the containers there off from that network.  So
-skep nodes report their routes, in an engine label of the node, which the wire carries already and the user can read:
+Containers on an overlay cannot reach networks of their machine with the same subnet.  So skep nodes report their IP
+routes in an engine label, which existing messages carry and users can read:
 ``10.0.0.0/24=eth0 192.168.7.0/24=eth1``.
 """
 
@@ -16,14 +16,14 @@ from skep.model.node import Node
 
 ROUTES_LABEL: Final = "skep.routes"
 ROUTES_MAX: Final = 64
-"""As many of a node are told and heard of; of more than that, the widest."""
+"""Routes of a node that are reported and read; if it has more, the widest."""
 _LABEL_CHARACTERS_MAX = 8192
 
 Subnet: TypeAlias = IPv4Network | IPv6Network
 
 
 class MachineRoute(msgspec.Struct, frozen=True):
-    """A network that a machine reaches through one of its interfaces."""
+    """An IP route of a machine."""
 
     subnet: Subnet
     interface: str
@@ -32,12 +32,12 @@ class MachineRoute(msgspec.Struct, frozen=True):
         return f"{self.subnet}={self.interface}"
 
 
-class Clash(msgspec.Struct, frozen=True):
-    """A subnet of the cluster lies across a route of a node."""
+class RouteOverlap(msgspec.Struct, frozen=True):
+    """A subnet of the cluster overlaps with an IP route of a node."""
 
     subnet: Subnet
     node: str
-    """Its name, or its id where it has none."""
+    """Its name, or else its id."""
     route: MachineRoute
 
     def __str__(self) -> str:
@@ -47,9 +47,9 @@ class Clash(msgspec.Struct, frozen=True):
 
 
 def routes_label(routes: Iterable[MachineRoute]) -> str:
-    """The label for ``routes``: without those that others of their interface contain, the widest first."""
+    """The label for ``routes``, without those that another one of the same interface contains, the widest first."""
     outermost: list[MachineRoute] = []
-    for route in sorted(set(filter(_says_something, routes)), key=_by_interface_and_place):
+    for route in sorted(set(filter(_is_specific, routes)), key=_by_interface_and_subnet):
         last = outermost[-1] if outermost else None
         if last is None or last.interface != route.interface or not _contains(last.subnet, route.subnet):
             outermost.append(route)
@@ -58,21 +58,21 @@ def routes_label(routes: Iterable[MachineRoute]) -> str:
 
 
 def routes_of(node: Node) -> tuple[MachineRoute, ...]:
-    """What the node reports; words that are no routes are passed over."""
+    """The routes in the node's label; invalid ones are ignored."""
     return _read(_label_of(node))
 
 
 def routes_of_all(nodes: Iterable[Node]) -> frozenset[Subnet]:
-    """What any of ``nodes`` reports.  Machines of one kind report the same, so each label is looked at once."""
+    """The routes of all ``nodes``.  Many nodes have equal labels, so each label is parsed once."""
     labels = {_label_of(node) for node in nodes}
     return frozenset(route.subnet for label in labels for route in _read(label))
 
 
-def clashes(subnets: Iterable[Subnet], nodes: Iterable[Node]) -> list[Clash]:
-    """Where ``subnets`` lie across routes of ``nodes``, in their order."""
+def route_overlaps(subnets: Iterable[Subnet], nodes: Iterable[Node]) -> list[RouteOverlap]:
+    """The overlaps of ``subnets`` with routes of ``nodes``, in the order of the nodes."""
     wanted = list(subnets)
     by_label: dict[str, list[tuple[Subnet, MachineRoute]]] = {}
-    found: list[Clash] = []
+    found: list[RouteOverlap] = []
     for node in nodes:
         label = _label_of(node)
         if label not in by_label:
@@ -83,7 +83,7 @@ def clashes(subnets: Iterable[Subnet], nodes: Iterable[Node]) -> list[Clash]:
                 if overlap(subnet, route.subnet)
             ]
         name = node.description.hostname or node.id
-        found += (Clash(subnet, name, route) for subnet, route in by_label[label])
+        found += (RouteOverlap(subnet, name, route) for subnet, route in by_label[label])
     return found
 
 
@@ -94,22 +94,22 @@ def _label_of(node: Node) -> str:
 @lru_cache(4096)
 def _read(label: str) -> tuple[MachineRoute, ...]:
     routes = []
-    for word in label.split()[:ROUTES_MAX]:
-        text, _, interface = word.partition("=")
+    for item in label.split()[:ROUTES_MAX]:
+        text, _, interface = item.partition("=")
         try:
             routes.append(MachineRoute(ip_network(text), interface))
         except ValueError:
             continue
-    return tuple(filter(_says_something, routes))
+    return tuple(filter(_is_specific, routes))
 
 
-def _says_something(route: MachineRoute) -> bool:
-    """Default routes do not; nor do the two halves of everything, by which tunnels take a default route's place."""
+def _is_specific(route: MachineRoute) -> bool:
+    """False for default routes, and for the two /1 routes with which tunnels override a default route."""
     return route.subnet.prefixlen > 1
 
 
-def _by_interface_and_place(route: MachineRoute) -> tuple[str, int, int, int]:
-    """Behind each subnet come those within it."""
+def _by_interface_and_subnet(route: MachineRoute) -> tuple[str, int, int, int]:
+    """Sorts each subnet before those that it contains."""
     return route.interface, route.subnet.version, int(route.subnet.network_address), route.subnet.prefixlen
 
 

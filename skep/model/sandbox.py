@@ -28,7 +28,7 @@ class NetworkMode(Enum):
 
 
 class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A network that a user asks for.  ``network``: an id or a name, as given."""
+    """A requested network.  ``network``: an id or a name, as given."""
 
     network: str
     aliases: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Secrets and configs: what the API shows of them.  Their data are objects of a kind of their own."""
+"""Secrets and configs as in the API.  Their data are separate objects (``Payload``)."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Services: the user's wish for a set of tasks, and what became of it."""
+"""Services: the user's spec for a set of tasks, and its status."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -15,7 +15,7 @@ from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 ModeName = Literal["replicated", "global", "replicated-job", "global-job"]
 
 REPLICAS_MAX = 100_000
-"""Tasks of one service."""
+"""Maximum number of tasks of one service."""
 
 
 class NamedResource(ApiObject):
@@ -33,14 +33,14 @@ class DiscreteResource(ApiObject):
 
 
 class GenericResource(ApiObject):
-    """A resource the user invented (``gpu``): one named unit, or a number of equal ones."""
+    """A user-defined resource (``gpu``): one named unit, or a number of equal ones."""
 
     named_resource_spec: NamedResource | None = None
     discrete_resource_spec: DiscreteResource | None = None
 
 
 class Limits(ApiObject):
-    """Upper bounds of one task.  0: no bound."""
+    """Limits of one task.  0: no limit."""
 
     __go_name__: ClassVar[str | None] = "swarm.Limit"
 
@@ -50,7 +50,7 @@ class Limits(ApiObject):
 
 
 class Resources(ApiObject):
-    """What one task reserves on a node, or what a node has."""
+    """Resources that one task reserves, or that a node has."""
 
     nano_cpus: int = msgspec.field(name="NanoCPUs", default=0)
     memory_bytes: int = 0
@@ -102,7 +102,7 @@ class Placement(ApiObject):
 
 
 class NetworkAttachmentConfig(ApiObject):
-    """A wish to be attached.  ``target``: network id (control resolves names)."""
+    """A requested network attachment.  ``target``: network id (``control`` resolves names)."""
 
     target: str = ""
     aliases: tuple[str, ...] = ()
@@ -134,7 +134,7 @@ class NetworkAttachmentSpec(ApiObject):
 
 
 class TaskSpec(ApiObject):
-    """What each task of a service should be.  ``force_update`` changes to restart equal tasks."""
+    """The spec of each task of a service.  A change of ``force_update`` restarts tasks with an unchanged spec."""
 
     plugin_spec: PluginSpec | None = None
     container_spec: ContainerSpec | None = None
@@ -149,7 +149,7 @@ class TaskSpec(ApiObject):
 
     @property
     def stop_grace_s(self) -> float:
-        """What a task gets between the stop signal and the end."""
+        """Time between the stop signal and SIGKILL."""
         return (self.container_spec or ContainerSpec()).stop_grace_ns / SECOND_NS
 
 
@@ -171,7 +171,7 @@ class GlobalJob(ApiObject):
 
 
 class ServiceMode(ApiObject):
-    """Exactly one of the four is set; ``name`` says which (control refuses anything else)."""
+    """Exactly one of the four is set; ``name`` gives which (``control`` rejects anything else)."""
 
     replicated: ReplicatedService | None = None
     global_: GlobalService | None = msgspec.field(name="Global", default=None)
@@ -180,7 +180,7 @@ class ServiceMode(ApiObject):
 
     @property
     def name(self) -> ModeName:
-        """Which alternative is set; replicated when none is, as Docker takes it."""
+        """The alternative that is set; replicated if none is, as in Docker."""
         if self.global_ is not None:
             return "global"
         if self.replicated_job is not None:
@@ -206,7 +206,7 @@ class UpdateOrder(Enum):
 
 
 class UpdateConfig(ApiObject):
-    """How a change rolls through the tasks.  ``parallelism`` 0: all at once."""
+    """Settings of a rolling update.  ``parallelism`` 0: all tasks at once."""
 
     parallelism: Uint64 = always(0)
     delay: Nanoseconds = 0
@@ -224,7 +224,7 @@ class PublishMode(Enum):
 
 
 class PortConfig(ApiObject):
-    """A port of the tasks reachable from outside.  ``published_port`` 0: the cluster (or node) picks."""
+    """A published port of the tasks.  ``published_port`` 0: allocated by the cluster (or node)."""
 
     name: str = ""
     protocol: Annotated[str, msgspec.Meta(extra={"go": "swarm.PortConfigProtocol"})] = always("tcp")
@@ -241,7 +241,7 @@ class EndpointSpec(ApiObject):
 
 
 class ServiceSpec(ApiObject):
-    """The user's wish for a service."""
+    """The user's spec of a service."""
 
     name: str = ""
     labels: Mapping[str, str] = always({})
@@ -254,7 +254,7 @@ class ServiceSpec(ApiObject):
 
     @property
     def replicas(self) -> int:
-        """Wanted number of tasks of a replicated service (1 when unsaid, as Docker takes it)."""
+        """Desired number of tasks of a replicated service (1 if unset, as in Docker)."""
         replicated = self.mode.replicated
         if replicated is None or replicated.replicas is None:
             return 1
@@ -262,7 +262,7 @@ class ServiceSpec(ApiObject):
 
     @property
     def publishes_in_ingress(self) -> bool:
-        """Whether it has ports that every node shall answer for."""
+        """Whether it has ports that are published on every node."""
         ports = self.endpoint_spec.ports if self.endpoint_spec is not None else ()
         return any(port.publish_mode is PublishMode.INGRESS for port in ports)
 
@@ -273,7 +273,7 @@ class EndpointVirtualIP(ApiObject):
 
 
 class Endpoint(ApiObject):
-    """Where a service is reached: what the allocator gave it."""
+    """The allocated virtual addresses and ports of a service."""
 
     spec: EndpointSpec = always(EndpointSpec())
     ports: tuple[PortConfig, ...] = ()
@@ -290,7 +290,7 @@ class UpdateState(Enum):
 
 
 UNDER_WAY = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
-"""Tasks are being replaced."""
+"""States in which tasks are being replaced."""
 
 
 class UpdateStatus(ApiObject):
@@ -301,7 +301,7 @@ class UpdateStatus(ApiObject):
 
 
 class ServiceStatus(ApiObject):
-    """Counts for ``service ls``; computed for an answer, never stored."""
+    """Counts for ``service ls``; computed for a response, never stored."""
 
     running_tasks: int = always(0)
     desired_tasks: int = always(0)
@@ -318,7 +318,7 @@ class Service(ApiObject):
 
     Writers: API: ``spec``, ``previous_spec``, ``version``, ``spec_version``, ``removed_at``; leader:
     ``update_status``, ``endpoint``, ``job_status``.  ``service_status`` and ``damage`` exist in
-    answers only.
+    API responses only.
     """
 
     id: ServiceId
@@ -328,12 +328,12 @@ class Service(ApiObject):
     spec: ServiceSpec = always(ServiceSpec())
     previous_spec: ServiceSpec | None = None
     spec_version: Version | None = None
-    """Version at which the spec last changed; tasks name the spec they follow by it."""
+    """Version at which the spec last changed; tasks refer to their spec by it."""
     endpoint: Endpoint = always(Endpoint())
     update_status: UpdateStatus | None = None
     service_status: ServiceStatus | None = None
     damage: str = ""
-    """What of it cannot be read; not in Docker's answers."""
+    """The parts that cannot be read; not in Docker's API."""
     job_status: JobStatus | None = None
     removed_at: Timestamp | None = None
-    """Set when the user removed it: hidden from the API, owner of its tasks until the last has stopped."""
+    """Set when the user removed it: hidden from the API, but owner of its tasks until the last one has stopped."""

@@ -13,9 +13,9 @@ from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 DEFAULT_POOL: Final = ("10.0.0.0/8",)
 DEFAULT_SUBNET_SIZE: Final = 24
 DEFAULT_DATA_PATH_PORT: Final = 4789
-"""UDP port of VXLAN where nobody names one, as in Docker."""
+"""Default UDP port of VXLAN, as in Docker."""
 RENEW_WINDOW_LABEL = "skep.renew-window"
-"""Label of the cluster: for how long an expired certificate of a node may be renewed, as Go writes durations; ``0``:
+"""Label of the cluster: how long after its expiry a node's certificate may be renewed, as a Go duration; ``0``:
 never."""
 
 
@@ -78,7 +78,7 @@ class SwarmSpec(ApiObject):
 
 
 class InitRequest(ApiObject):
-    """Body of ``POST /swarm/init``.  ``availability`` stays a word until it is checked (case does not count)."""
+    """Body of ``POST /swarm/init``.  ``availability`` is a string until it is validated (case-insensitive)."""
 
     listen_addr: str = ""
     advertise_addr: str = ""
@@ -104,7 +104,7 @@ class JoinRequest(ApiObject):
 
 
 class UnlockRequest(ApiObject):
-    """Body of ``POST /swarm/unlock``, and answer of ``GET /swarm/unlockkey``."""
+    """Body of ``POST /swarm/unlock``, and response of ``GET /swarm/unlockkey``."""
 
     unlock_key: str = always("")
 
@@ -119,15 +119,15 @@ class RootRotation(ApiObject):
 
     root: str
     cross_signed: str
-    """The new root as the old one vouches for it: goes with every certificate until all nodes have a new one."""
+    """The new root, cross-signed by the old one: sent with every certificate until all nodes have a new one."""
 
 
 class Freeze(ApiObject):
-    """Replacement of tasks is frozen: so many nodes went down at once that the judge is more likely wrong than they."""
+    """Disruption mode: so many nodes went down at once that task replacement is suspended."""
 
     since: Timestamp
     nodes: tuple[NodeId, ...] = ()
-    """Those that went down."""
+    """The nodes that went down."""
     ready_before: int = 0
     """How many nodes were ready a minute before."""
 
@@ -138,7 +138,7 @@ class Swarm(ApiObject):
     Writers: API: ``spec``; CA: ``join_tokens``, ``tls_info``, ``root_rotation_in_progress``, ``rotation``; leader
     and API (which only ends it): ``freeze``; init: the rest.  There is exactly one, whose id is the cluster's.
     While the root is rotated, ``tls_info`` trusts the old root and names the new one as issuer.  ``rotation`` and
-    ``freeze`` are internal and left out of API answers.
+    ``freeze`` are internal and not in API responses.
     """
 
     id: ClusterId
@@ -155,7 +155,7 @@ class Swarm(ApiObject):
     rotation: RootRotation | None = None
     freeze: Freeze | None = None
     damage: str = ""
-    """What of it cannot be read; in answers only, and not in Docker's."""
+    """The parts that cannot be read; in responses only, not in Docker's API."""
 
 
 DEFAULT_SWARM_SPEC = SwarmSpec(

@@ -1,8 +1,8 @@
-"""Network tables: what a node has to know of the networks it takes part in.
+"""Network tables: the state of a network that its nodes need.
 
-A table is derived from the store by the managers, for one network of skep nodes, and is the same for every node on
-it: where each container is (so that frames find it), which services there are, and which of their tasks serve.
-Nodes get a table whole, then changes; what a node knows has a revision, so it can be compared and acknowledged.
+The managers derive one table per network of skep nodes from the store; it is the same for every node: the location of
+each container (for forwarding), the services, and which of their tasks serve.  Nodes get a complete table, then
+changes; tables have a revision, which nodes acknowledge.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ V = TypeVar("V")
 
 
 class Segment(msgspec.Struct, frozen=True):
-    """One subnet of a network with the VXLAN that carries it.  ``subnet``: ``10.0.1.0/24``."""
+    """One subnet of a network with its VXLAN id.  ``subnet``: ``10.0.1.0/24``."""
 
     subnet: str
     gateway: str
@@ -28,13 +28,13 @@ class Segment(msgspec.Struct, frozen=True):
 
 
 class NetworkHead(msgspec.Struct, frozen=True, kw_only=True):
-    """The network itself."""
+    """The network's own properties."""
 
     id: NetworkId
     name: str
     segments: tuple[Segment, ...] = ()
     mtu: int = 0
-    """As the user wished; 0: as measured."""
+    """As configured; 0: as measured."""
     port: int = DEFAULT_DATA_PATH_PORT
     """UDP port of its VXLAN."""
     is_ingress: bool = False
@@ -43,19 +43,19 @@ class NetworkHead(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TableNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A node that takes part in the network."""
+    """A node with containers on the network."""
 
     id: NodeId
     underlay: str
-    """Address that its VXLAN leaves from and arrives at."""
+    """Underlay address of its VXLAN."""
     addresses: tuple[str, ...] = ()
-    """Its own on the network (ingress only), without a length."""
+    """Its own addresses on the network (ingress only), without prefix length."""
     wireguard_keys: tuple[PublicKey, ...] = ()
     """On encrypted networks, the oldest first; empty: nothing can be sent to the node."""
 
 
 class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A task's container on the network; there from its assignment until it has ended."""
+    """A task's container on the network; in the table from its assignment until it has ended."""
 
     task_id: TaskId
     node_id: NodeId
@@ -64,17 +64,17 @@ class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     slot: int = 0
     """0: of a global service."""
     name: str = ""
-    """The container's."""
+    """Of the container."""
     aliases: tuple[str, ...] = ()
-    """Further names of this container alone."""
+    """Further names of this container only."""
     addresses: tuple[str, ...] = ()
-    """Without a length, IPv4 first."""
+    """Without prefix length, IPv4 first."""
     is_running: bool = False
     """Its process runs, healthy or not."""
     is_serving: bool = False
-    """It is to get new connections: it runs, is healthy, and is not to stop."""
+    """It gets new connections: it runs, is healthy, and is not to stop."""
     is_left_out: bool = False
-    """It serves, but its node does not answer and no manager is there (``dataplane/tables/silence.py``)."""
+    """It serves, but its node does not respond and no manager is reachable (``dataplane/tables/silence.py``)."""
 
 
 class TablePort(msgspec.Struct, frozen=True, kw_only=True, order=True):
@@ -93,13 +93,13 @@ class TableService(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     aliases: tuple[str, ...] = ()
     virtual_ips: tuple[str, ...] = ()
-    """Without a length; empty: names give the tasks' own addresses (DNSRR)."""
+    """Without prefix length; empty: names resolve to the tasks' own addresses (DNSRR)."""
     ports: tuple[TablePort, ...] = ()
     """On the ingress network; elsewhere empty."""
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is known of one network, as of ``revision`` of the store."""
+    """The table of one network, as of ``revision`` of the store."""
 
     head: NetworkHead
     revision: int = 0
@@ -107,11 +107,11 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: Mapping[TaskId, TableEndpoint] = {}
     services: Mapping[ServiceId, TableService] = {}
     unread: tuple[ServiceId, ...] = ()
-    """Services that the managers cannot read, on this network or another: what was told of them before holds."""
+    """Services that the managers cannot read, of any network: their earlier entries stay valid."""
 
 
 class TableChange(msgspec.Struct, frozen=True, kw_only=True):
-    """What makes one table into the next.  ``is_whole``: nothing else is left of the table before."""
+    """The difference of two tables.  ``is_whole``: it replaces the table before."""
 
     head: NetworkHead
     revision: int
@@ -123,11 +123,11 @@ class TableChange(msgspec.Struct, frozen=True, kw_only=True):
     services: tuple[TableService, ...] = ()
     removed_services: tuple[ServiceId, ...] = ()
     unread: tuple[ServiceId, ...] = ()
-    """As in ``Table``; in whole tables only."""
+    """As in ``Table``; only in whole tables."""
 
 
 class TableSet(msgspec.Struct, frozen=True, kw_only=True):
-    """One message to a node.  ``is_complete``: networks that are not named are none of its any more."""
+    """One message to a node.  ``is_complete``: the node is on no other networks than these."""
 
     revision: int
     is_complete: bool = False
@@ -136,7 +136,7 @@ class TableSet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def whole(table: Table) -> TableChange:
-    """The change that gives ``table`` from nothing."""
+    """The change from nothing to ``table``."""
     return TableChange(
         head=table.head,
         revision=table.revision,
@@ -149,7 +149,7 @@ def whole(table: Table) -> TableChange:
 
 
 def difference(old: Table, new: Table) -> TableChange | None:
-    """What to tell who knows ``old``; None: nothing, whatever their revisions are."""
+    """The change from ``old`` to ``new``; None: they differ at most in their revision."""
     nodes, removed_nodes = _differing(old.nodes, new.nodes)
     endpoints, removed_endpoints = _differing(old.endpoints, new.endpoints)
     services, removed_services = _differing(old.services, new.services)
@@ -187,7 +187,7 @@ def changed(old: Table | None, change: TableChange) -> Table:
 
 
 def keeping_unread(before: Table | None, after: Table) -> Table:
-    """``after`` with what ``before`` said of services that cannot be read any more: names, addresses, ports."""
+    """``after`` with the names, addresses and ports from ``before`` of services that cannot be read any more."""
     if before is None or not after.unread:
         return after
     kept = {

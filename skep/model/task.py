@@ -1,4 +1,4 @@
-"""Tasks: one container's life from the first wish to the last report."""
+"""Tasks: the life cycle of one container, from its spec to its last status report."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -14,16 +14,16 @@ from skep.model.times import ZERO_TIME, Timestamp
 
 
 class TaskState(Enum):
-    """How far a task has come.  States are ordered and only grow; of two reports the larger is the newer.
+    """The states of a task.  They are ordered and only grow; of two reports the larger is the newer.
 
-    The value is the API's word, ``number`` is SwarmKit's, with its gaps.
+    The value is the API's name, ``number`` is SwarmKit's, with its gaps.
 
     Source: swarmkit, api/types.proto (TaskState).
     """
 
     number: int
     is_terminal: bool
-    """Whether a task in this state has ended and will never run again."""
+    """Whether a task in this state has ended for good."""
 
     NEW = "new"
     PENDING = "pending"
@@ -40,9 +40,9 @@ class TaskState(Enum):
     REMOVE = "remove"
     ORPHANED = "orphaned"
     UNKNOWN = "unknown"
-    """In answers only: its node is not heard any more.  Neither stored nor reported; it lies before all others."""
+    """In API responses only: its node does not respond.  Neither stored nor reported; it is less than all others."""
 
-    # Each by itself: loops over all tasks compare states, and `functools.total_ordering` takes three times as long.
+    # All four, as loops compare the states of all tasks: `functools.total_ordering` takes three times as long.
     def __lt__(self, other: "TaskState") -> bool:
         return self.number < other.number
 
@@ -80,13 +80,13 @@ class ContainerStatus(ApiObject):
 
 
 class PortStatus(ApiObject):
-    """Host-mode ports as the node really opened them."""
+    """Host-mode ports that the node has actually opened."""
 
     ports: tuple[PortConfig, ...] = ()
 
 
 class TaskStatus(ApiObject):
-    """What the task's node observed.  Written by the owner of its session (before that: by the leader)."""
+    """The observed state, from the task's node.  Written by the owner of its session (before that: by the leader)."""
 
     timestamp: Timestamp = always(ZERO_TIME)
     state: TaskState = always(TaskState.NEW)
@@ -97,7 +97,7 @@ class TaskStatus(ApiObject):
 
 
 class NetworkAttachment(ApiObject):
-    """A task's (or node's) place on one network.  ``addresses``: ``ip/prefix length``."""
+    """The attachment of a task (or node) to one network.  ``addresses``: ``ip/prefix length``."""
 
     network: Network | None = None
     addresses: tuple[str, ...] = ()
@@ -111,7 +111,7 @@ class VolumeAttachment(ApiObject):
 
 
 class Restart(ApiObject):
-    """What a task follows in its slot: all that restarts are decided by, whatever is kept of the tasks before it.
+    """The restarts in a slot before a task: everything that restart decisions need, even if earlier tasks are removed.
 
     ``failures``: how many before it failed in a row; ``delay``: from its creation until it may start, in nanoseconds;
     ``not_before``: the end of that by the clock of the leader, for people to read.
@@ -146,11 +146,11 @@ class Task(ApiObject):
     volumes: tuple[VolumeAttachment, ...] = always(())
     spec_version: Version | None = None
     restart: Restart | None = None
-    """Not in Docker's answers."""
+    """Not in Docker's API."""
 
     @property
     def shown_slot(self) -> int:
-        """The slot as clients and nodes know it: those of a job count from 0, and count from 1 in the store.
+        """The slot number for clients and nodes: those of a job begin at 0, and at 1 in the store.
 
         There 0 means "none", so that a slot always has a key of its own.
         """
@@ -158,17 +158,19 @@ class Task(ApiObject):
 
     @property
     def is_wanted(self) -> bool:
-        """Whether the task is meant to run (a job's: to its end); it may have ended all the same."""
-        return self.desired_state.number <= _COMPLETE  # every loop asks for every task: no call of `__le__`
+        """Whether the task is desired to run (a job's: to its end); it may have ended already."""
+        return (
+            self.desired_state.number <= _COMPLETE
+        )  # called for every task by every loop: avoids a call of `__le__`
 
     @property
     def is_active(self) -> bool:
-        """Whether the task is still wanted and has not ended."""
+        """Whether the task is desired to run and has not ended."""
         return self.is_wanted and not self.status.state.is_terminal
 
 
 class AssignedTask(msgspec.Struct, frozen=True, kw_only=True):
-    """A task as its node sees it: the task and what it needs to know of its service.
+    """A task as sent to its node: the task, and the properties of its service that it needs.
 
     Made by ``wire`` on the node, by the dispatcher on a manager; never stored.
     """

@@ -17,7 +17,7 @@ Timestamp = NewType("Timestamp", str)
 Nanoseconds = Annotated[int, msgspec.Meta(extra={"go": "time.Duration"})]
 
 ZERO_TIME = Timestamp("0001-01-01T00:00:00Z")
-"""Go's zero time, which Docker writes where nothing has happened yet."""
+"""Go's zero time, Docker's value for "never"."""
 
 SECOND_NS = 1_000_000_000
 
@@ -36,7 +36,7 @@ _PATTERN = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(
 
 
 def timestamp(unix_ns: int) -> Timestamp:
-    """The point ``unix_ns`` nanoseconds after the epoch, without trailing zeros (Go's RFC3339Nano)."""
+    """The time ``unix_ns`` nanoseconds after the epoch, without trailing zeros (Go's RFC3339Nano)."""
     seconds, nanoseconds = divmod(unix_ns, SECOND_NS)
     fraction = f".{nanoseconds:09d}".rstrip("0").rstrip(".") if nanoseconds else ""
     return Timestamp(f"{_second(seconds)}{fraction}Z")
@@ -48,7 +48,7 @@ def _second(unix_s: int) -> str:
 
 
 def moment(unix_ns: int) -> datetime:
-    """The same point as the certificates' libraries write it, in UTC; exact to the microsecond."""
+    """The same time as a ``datetime`` in UTC; exact to the microsecond."""
     return datetime.fromtimestamp(unix_ns / SECOND_NS, UTC)
 
 
@@ -72,7 +72,7 @@ def unix_ns(stamp: str) -> int:
 
 
 def duration_ns(text: str) -> int | None:
-    """A duration as Go writes it (``1h30m``), in nanoseconds; None if it is none."""
+    """A Go duration (``1h30m``) in nanoseconds; None if it is invalid."""
     sign = -1 if text.startswith("-") else 1
     rest = text.removeprefix("-").removeprefix("+")
     if rest == "0":

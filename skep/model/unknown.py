@@ -1,12 +1,12 @@
-"""Fields that this version does not know, at any depth of a JSON value: set apart when it is read, put back when it is
-written.
+"""Unknown fields, which a newer version has written, at any depth of a JSON value: separated when it is decoded, merged
+when it is encoded.
 
-Structs of the model refuse such fields, which costs nothing where there are none; only then a value comes here.
+Structs of the model reject unknown fields, which costs nothing if there are none; only then this module is used.
 
-* Of an object, they stay at their place for as long as the object is there, if only as a default.
-* Of an item of a list, they stay with the item that is the same in all that is known, or else with the one that has the
-  same name (the first field of ``NAMES`` that it has).  One that is neither is another item, and has none of them.
-* Of a value in a mapping, they stay with its key.
+* Unknown fields of an object are kept as long as the object exists, even if all its known fields have their defaults.
+* Those of an item of a list are kept with the item whose known fields are equal, or else with the one of the same name
+  (the first field of ``NAMES`` that it has).  If there is neither, they are dropped with the item.
+* Those of a value in a mapping are kept with its key.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +19,11 @@ from msgspec import inspect
 T = TypeVar("T")
 
 NAMES = ("ID", "SecretID", "ConfigID", "NetworkID", "Network", "Target", "Name", "Subnet", "Serial", "URL")
-"""What tells items of lists apart, in the model's objects."""
+"""Fields that identify items of lists, in the model's objects."""
 
 
 class Unknown(msgspec.Struct, frozen=True):
-    """What is not known of one object (or mapping)."""
+    """The unknown fields of one object (or mapping)."""
 
     fields: Mapping[str, bytes] = {}
     inside: Mapping[str, "Unknown | UnknownOfItems"] = {}
@@ -31,10 +31,10 @@ class Unknown(msgspec.Struct, frozen=True):
 
 
 class UnknownOfItems(msgspec.Struct, frozen=True):
-    """What is not known of a list."""
+    """The unknown fields of a list's items."""
 
     items: Sequence[tuple[bytes, bytes, Unknown]] = ()
-    """Of each item of which something is not known: all that is, its name (empty: none), the rest."""
+    """For each item with unknown fields: its known fields, its name (empty: none), its unknown fields."""
 
 
 Extras: TypeAlias = Unknown | UnknownOfItems
@@ -46,18 +46,18 @@ _encode = msgspec.json.Encoder().encode
 
 
 def divided(data: bytes, type_: Any) -> tuple[bytes, Unknown]:
-    """An encoded object of ``type_`` without what is unknown of it, and that.  Raises: msgspec.DecodeError."""
+    """An encoded object of ``type_`` without its unknown fields, and those.  Raises: msgspec.DecodeError."""
     known, extras = _divided(data, _shape_of(type_))
     return known, extras if isinstance(extras, Unknown) else NOTHING
 
 
 def joined(encoded: bytes | None, extras: Unknown, type_: Any) -> bytes:
-    """An encoded object (None: only defaults) with what is not this version's to lose."""
+    """An encoded object (None: only defaults) with unknown fields."""
     return _joined(encoded or b"{}", extras, _shape_of(type_))
 
 
 def leniently(data: bytes, type_: type[T]) -> T:
-    """A value as far as it is known; the rest is dropped.  Raises: msgspec.DecodeError."""
+    """A decoded value without its unknown fields.  Raises: msgspec.DecodeError."""
     try:
         return msgspec.json.decode(data, type=type_)
     except msgspec.ValidationError:
@@ -108,7 +108,7 @@ def _divided_items(data: bytes, shape: inspect.Type) -> tuple[bytes, Extras | No
         known, rest = _divided(bytes(item), shape)
         items.append(msgspec.Raw(known))
         if isinstance(rest, Unknown) and isinstance(shape, inspect.StructType):
-            same = _encode(msgspec.json.decode(known, type=shape.cls))  # spelled as this version spells it
+            same = _encode(msgspec.json.decode(known, type=shape.cls))  # re-encoded, for comparison
             found.append((same, _name_of(same), rest))
     return (_encode(items), UnknownOfItems(found)) if found else (data, None)
 
@@ -123,7 +123,7 @@ def _joined(encoded: bytes, extras: Extras, shape: inspect.Type) -> bytes:
         core = shapes[name] if shapes is not None else _core(shape.value_type)  # type: ignore[attr-defined]
         if name in ours and bytes(ours[name]) != _NULL:
             fields[name] = msgspec.Raw(_joined(bytes(ours[name]), rest, core))
-        elif isinstance(rest, Unknown) and name not in ours and _stands_by_default(shape, name):
+        elif isinstance(rest, Unknown) and name not in ours and _defaults_to_object(shape, name):
             fields[name] = msgspec.Raw(_joined(b"{}", rest, core))
     return _encode(fields)
 
@@ -131,30 +131,30 @@ def _joined(encoded: bytes, extras: Extras, shape: inspect.Type) -> bytes:
 def _joined_items(encoded: bytes, extras: UnknownOfItems, shape: inspect.Type) -> bytes:
     items = [bytes(item) for item in _items_of(encoded)]
     left = list(extras.items)
-    whose: dict[int, Unknown] = {}
+    extras_of: dict[int, Unknown] = {}
     for index, item in enumerate(items):
         for kept in left:
             if kept[0] == item:
                 left.remove(kept)
-                whose[index] = kept[2]
+                extras_of[index] = kept[2]
                 break
     for index, item in enumerate(items):
-        name = _name_of(item) if index not in whose and left else b""
+        name = _name_of(item) if index not in extras_of and left else b""
         for kept in left:
             if name and kept[1] == name:
                 left.remove(kept)
-                whose[index] = kept[2]
+                extras_of[index] = kept[2]
                 break
     return _encode(
         [
-            msgspec.Raw(_joined(item, whose[index], shape) if index in whose else item)
+            msgspec.Raw(_joined(item, extras_of[index], shape) if index in extras_of else item)
             for index, item in enumerate(items)
         ]
     )
 
 
 def _name_of(item: bytes) -> bytes:
-    """What tells an item from the others of its list, whatever else of it changes; empty: nothing does."""
+    """The identifying field of an item of a list; empty: it has none."""
     fields = _fields_of(item)
     for name in NAMES:
         value = bytes(fields.get(name, b""))
@@ -189,12 +189,12 @@ def _shapes_of(shape: inspect.Type) -> Mapping[str, inspect.Type] | None:
 @cache
 def _shapes_by_class(cls: type) -> Mapping[str, inspect.Type]:
     shape = _shape_of(cls)
-    assert isinstance(shape, inspect.StructType), "asked for objects alone"
+    assert isinstance(shape, inspect.StructType), "called for Structs only"
     return {field.encode_name: _core(field.type) for field in shape.fields}
 
 
-def _stands_by_default(shape: inspect.Type, name: str) -> bool:
-    """Whether an object that is left out is one with defaults, and not none."""
+def _defaults_to_object(shape: inspect.Type, name: str) -> bool:
+    """Whether an absent field means an object with defaults, not None."""
     if not isinstance(shape, inspect.StructType):
         return False
     field = next(field for field in shape.fields if field.encode_name == name)
@@ -211,7 +211,7 @@ def _parts(shape: inspect.Type) -> Iterator[inspect.Type]:
 
 
 def _is_deep(shape: inspect.Type) -> bool:
-    """Whether there may be an object in it."""
+    """Whether it may contain an object."""
     match shape:
         case inspect.StructType():
             return True

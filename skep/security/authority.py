@@ -27,11 +27,11 @@ from skep.security.keys import PrivateKey, load_private_key, new_private_key, pr
 ROOT_LIFETIME = timedelta(days=20 * 365)
 NODE_LIFETIME = timedelta(days=90)
 BACKDATE = timedelta(hours=1)
-"""How far before its issue a certificate starts, for nodes whose clock is behind."""
+"""By how much a certificate is backdated, for nodes whose clock is behind."""
 
 NODE_LIFETIME_MIN = timedelta(hours=1)
 """An engine renews between 50 and 80 % of a certificate's span, backdating included: a shorter life makes it
-renew in a hot loop (4 minutes: 3,950 times a minute)."""
+renew in a tight loop (4 minutes: 3,950 times a minute)."""
 
 CSR_BYTES_MAX = 16 * 1024
 
@@ -46,10 +46,10 @@ def issued_s(certificate: Mapping[str, Any]) -> int:
 
 
 class Authority:
-    """A root certificate with its key: signs what nodes ask for.
+    """A root certificate with its key, which signs nodes' certificates.
 
     ``intermediate_pem``: this root as the root before it vouches for it, while the cluster rotates from one to the
-    other; it goes with every certificate, so that who trusts the old root trusts what the new one signs.
+    other; it is sent with every certificate, so that nodes which trust the old root accept certificates of the new one.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Authority:
 
     @property
     def root_pem(self) -> bytes:
-        """The root certificate; what nodes trust, and what join tokens carry the digest of."""
+        """The root certificate, which nodes trust, and whose digest is in join tokens."""
         return pem(self._certificate)
 
     @property
@@ -136,7 +136,7 @@ class Authority:
         *,
         not_before_s: int = 0,
     ) -> bytes:
-        """A certificate (PEM chain) that says: who holds this key is ``identity``.  It does not outlive its root.
+        """A certificate (PEM chain) of ``identity`` for this key.  It does not outlive its root.
 
         Args:
             not_before_s: unix seconds; a clock that is behind that counts as standing there.
@@ -175,7 +175,7 @@ class Authority:
         return pem(builder.sign(self._key, hashes.SHA256())) + self._intermediate_pem
 
     def cross_sign(self, other: x509.Certificate) -> bytes:
-        """``other``, a root, as an intermediate (PEM) that this root vouches for.
+        """``other``, a root, as an intermediate (PEM) signed by this root.
 
         The authority key identifier is what SwarmKit leaves out: names of issuer and subject are mostly equal, and
         OpenSSL takes a certificate without the identifier for self-signed then.
@@ -227,7 +227,7 @@ def requested_key(csr_pem: bytes) -> PublicKey:
 
 
 def _subject_identifier(root: x509.Certificate) -> x509.SubjectKeyIdentifier:
-    """As the root itself has it; a root of the user's may have computed it in another way, or have none."""
+    """The root's own key identifier; a user's root may have computed it differently, or have none."""
     try:
         return root.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     except x509.ExtensionNotFound:

@@ -1,4 +1,4 @@
-"""A certificate that has expired: who may still renew it, and how its owner proves to be that.
+"""Renewal of expired certificates: when it is allowed, and the proof of possession.
 
 Source: the request of users whose machines were off for longer than a certificate lives (SwarmKit refuses them, and
 they have to leave and join again).
@@ -21,9 +21,9 @@ _CONTEXT = b"skep renew expired\0"
 
 
 def proof_of(pair: KeyPair, csr_pem: bytes) -> bytes:
-    """The signature that shows: who asks for ``csr_pem`` has the key of the expired certificate.
+    """A signature of ``csr_pem`` with the key of the expired certificate.
 
-    It is bound to the new key, which only its owner has: shown a second time, it gains nobody anything.
+    It is bound to the new key, which only its owner has, so that replaying it is useless.
     """
     key = load_private_key(pair.key_pem)
     signed = _signed(pair.certificate, csr_pem)
@@ -41,7 +41,7 @@ def proven_identity(
     now: datetime,
     window: timedelta,
 ) -> Identity:
-    """Whose expired certificate this is.
+    """The owner of an expired certificate.
 
     Args:
         root_pem: the roots that the cluster trusts.
@@ -56,7 +56,7 @@ def proven_identity(
         is_ours = _is_under(chain, x509.load_pem_x509_certificates(root_pem))
         _verify(certificate, signature, _signed(certificate, csr_pem))
     except (ValueError, TypeError, InvalidSignature) as error:
-        raise PermissionDenied("the expired certificate is not proven to be the caller's") from error
+        raise PermissionDenied("the expired certificate does not belong to the caller") from error
     if not is_ours:
         raise PermissionDenied("the expired certificate was not issued by this swarm")
     if now < certificate.not_valid_before_utc:
@@ -74,7 +74,7 @@ def _signed(certificate: x509.Certificate, csr_pem: bytes) -> bytes:
 
 
 def _verify(certificate: x509.Certificate, signature: bytes, signed: bytes) -> None:
-    """Raises: InvalidSignature; TypeError: no key that signs."""
+    """Raises: InvalidSignature; TypeError: a kind of key that cannot sign."""
     match certificate.public_key():
         case ec.EllipticCurvePublicKey() as key:
             key.verify(signature, signed, ec.ECDSA(hashes.SHA256()))
@@ -85,7 +85,7 @@ def _verify(certificate: x509.Certificate, signature: bytes, signed: bytes) -> N
 
 
 def _is_under(chain: list[x509.Certificate], roots: list[x509.Certificate]) -> bool:
-    """Whether a root signed the first of ``chain``, or signed its second as an authority, and that one the first."""
+    """Whether a root signed the first certificate of ``chain``, directly or through an intermediate, the second."""
     leaf, *others = chain
     intermediates = [other for other in others[:1] if _is_authority(other) and _is_signed_by(other, roots)]
     return _is_signed_by(leaf, [*roots, *intermediates])

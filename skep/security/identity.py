@@ -1,4 +1,4 @@
-"""Who a certificate says its owner is."""
+"""The identity in a certificate."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,16 +12,16 @@ from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 
 ROOT_NAME = "swarm-ca"
-"""Common name of the root, and the name under which a manager answers a node that has no certificate yet."""
+"""Common name of the root, and a manager's server name for nodes without a certificate."""
 
 ROLE_NAMES = {NodeRole.WORKER: "swarm-worker", NodeRole.MANAGER: "swarm-manager"}
-"""Organizational unit of each role; ``swarm-manager`` is also the name nodes verify their manager for."""
+"""Organizational unit of each role; ``swarm-manager`` is also the name that nodes verify of their manager."""
 
 _ROLES = {name: role for role, name in ROLE_NAMES.items()}
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """A node of a cluster in a role, as its certificate's subject says (CN, O, OU).
+    """A node of a cluster in a role, from its certificate's subject (CN, O, OU).
 
     Source: swarmkit, ca/certificates.go (the subject), design/tls.md.
     """
@@ -30,13 +30,13 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     cluster_id: ClusterId
     role: NodeRole
     issued_s: int = 0
-    """When the certificate was issued, in unix seconds, as its issuer says; 0: not looked at."""
+    """When the certificate was issued, in unix seconds; 0: not read."""
     serial: str = ""
-    """Of the certificate, in hexadecimal digits; empty: not looked at."""
+    """Of the certificate, in hexadecimal digits; empty: not read."""
 
 
 def identity_of(certificate: x509.Certificate) -> Identity:
-    """The identity in a certificate's subject.  Raises: Unauthenticated: it is no node's certificate."""
+    """The identity in a certificate's subject.  Raises: Unauthenticated: it is not a node's certificate."""
     subject = {attribute.oid: str(attribute.value) for attribute in certificate.subject}
     return _identity(
         subject.get(NameOID.COMMON_NAME, ""),
@@ -58,5 +58,5 @@ def peer_identity(certificate: Mapping[str, Any]) -> Identity:
 def _identity(common_name: str, organization: str, unit: str) -> Identity:
     role = _ROLES.get(unit)
     if role is None or not common_name or not organization:
-        raise Unauthenticated("the certificate names no node of a cluster")
+        raise Unauthenticated("the certificate does not name a node of a cluster")
     return Identity(node_id=NodeId(common_name), cluster_id=ClusterId(organization), role=role)

@@ -44,13 +44,12 @@ class KeyPair:
 
     @cached_property
     def chain(self) -> tuple[x509.Certificate, ...]:
-        """The node's own certificate and what goes with it: while the root is rotated, the new root as the old one
-        vouches for it."""
+        """The node's certificate and its intermediates: during a root rotation, the new root signed by the old one."""
         return tuple(x509.load_pem_x509_certificates(self.certificate_pem))
 
     @cached_property
     def identity(self) -> Identity:
-        """Who this node is."""
+        """The node's identity."""
         return identity_of(self.certificate)
 
     @property
@@ -62,7 +61,7 @@ class KeyPair:
         return self.certificate.not_valid_after_utc
 
     def with_root(self, root_pem: bytes) -> "KeyPair":
-        """The same key pair under another root bundle (the cluster rotates its root)."""
+        """The same key pair with another root bundle (the cluster rotates its root)."""
         if root_pem == self.root_pem:
             return self
         return KeyPair(certificate_pem=self.certificate_pem, key_pem=self.key_pem, root_pem=root_pem)
@@ -72,7 +71,7 @@ class KeyPair:
 
 
 def save(pair: KeyPair, directory: Path, lock: KeyLock | None = None) -> None:
-    """Write the three files so that at any moment ``load`` finds the old pair or the new one.
+    """Write the three files so that at any time ``load`` gives the old pair or the new one.
 
     Args:
         lock: writes the key, locked if it is on; None: this directory is never locked.
@@ -104,7 +103,7 @@ def load(directory: Path, lock: KeyLock | None = None) -> KeyPair:
 
 
 def _read(directory: Path, lock: KeyLock | None) -> KeyPair:
-    """Key and certificate that belong together.  The certificate in place is tried twice: it may just have come."""
+    """A matching key and certificate.  The present certificate is tried twice: it may have just been written."""
     try:
         root_pem = (directory / ROOT_FILE).read_bytes()
         key = directory / KEY_FILE
@@ -123,14 +122,14 @@ def _read(directory: Path, lock: KeyLock | None) -> KeyPair:
 
 
 def _complete(directory: Path, lock: KeyLock | None) -> None:
-    """Finish a save that a crash broke off between its two renames.  For the one who saves: readers change nothing."""
+    """Finish a save that was interrupted between its two renames.  For writers only: readers change nothing."""
     beside = directory / (CERTIFICATE_FILE + BESIDE)
     if not beside.exists():
         return
     try:
         pair = _read(directory, lock)
     except (NotFound, FailedPrecondition):
-        return  # nothing in place that could be lost
+        return  # there is no previous pair
     if pair.certificate_pem == beside.read_bytes():
         os.replace(beside, directory / CERTIFICATE_FILE)
         sync_directory(directory)

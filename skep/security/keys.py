@@ -8,11 +8,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from skep.errors import FailedPrecondition
 
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
-"""Ours are elliptic curves; a root that the user brings may be RSA."""
+"""Skep's keys are elliptic curves; a user's root may be RSA."""
 
 
 def new_private_key() -> ec.EllipticCurvePrivateKey:
-    """A fresh key on P-256, the curve that SwarmKit uses throughout."""
+    """A new key on P-256, SwarmKit's curve."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
@@ -35,6 +35,6 @@ def load_private_key(key_pem: bytes) -> PrivateKey:
 
 
 def signing_request(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A request (PEM) for a certificate; its subject is empty because the authority decides who we are."""
+    """A request (PEM) for a certificate; its subject is empty because the authority sets it."""
     csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
     return csr.public_bytes(serialization.Encoding.PEM)

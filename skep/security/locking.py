@@ -1,4 +1,4 @@
-"""What lies locked on a manager's disk while the cluster has autolock on, and how it is opened.
+"""Autolock: encryption of a manager's secret files, and their unlocking.
 
 ::
 
@@ -8,8 +8,8 @@
        seals
     wrapping key of the store, private key of the node: below <data>
 
-So a new unlock key replaces one small file, in one step, whoever else writes keys meanwhile.  There is a lock key
-exactly while the node is to be locked at its next start.  Files are told apart by how they begin: a clear one is
+So a new unlock key replaces one small file atomically, even while other processes write keys.  There is a lock key
+exactly while the node is to be locked at its next start.  Files are distinguished by their first bytes: a clear one is
 read as it is, so that turning the lock on or off may stop at any point and go on later.
 
 A crash of a process leaves the copy on tmpfs, and the next one goes on with it; an orderly stop removes it, a reboot
@@ -41,28 +41,28 @@ _KEY_BYTES = 32
 
 
 class Locked(FailedPrecondition):
-    """What was asked for needs the unlock key first."""
+    """The operation needs the unlock key first."""
 
 
 class WrongUnlockKey(Unauthenticated):
-    """The unlock key is another one."""
+    """The unlock key does not match."""
 
     def __init__(self) -> None:
         super().__init__("swarm could not be unlocked: invalid key provided")
 
 
 def new_unlock_key() -> bytes:
-    """A fresh key to lock managers with."""
+    """A new unlock key."""
     return secrets.token_bytes(_KEY_BYTES)
 
 
 def shown_unlock_key(key: bytes) -> str:
-    """The key as users see it: ``SWMKEY-1-...``."""
+    """The key in the form for users: ``SWMKEY-1-...``."""
     return _FORM + base64.b64encode(key).decode().rstrip("=")
 
 
 def parsed_unlock_key(shown: str) -> bytes:
-    """What ``shown_unlock_key`` showed.  Raises: InvalidArgument, in Docker's words."""
+    """The inverse of ``shown_unlock_key``.  Raises: InvalidArgument, with Docker's text."""
     digits = shown.removeprefix(_FORM)
     try:
         if not shown.startswith(_FORM):
@@ -73,7 +73,7 @@ def parsed_unlock_key(shown: str) -> bytes:
 
 
 REPLACING = threading.Lock()
-"""Held by a thread that reads a locked file to replace it: what another one writes meanwhile would be lost."""
+"""Held while a thread reads and replaces a locked file, so that no concurrent write is lost."""
 
 
 class KeyLock:
@@ -87,7 +87,7 @@ class KeyLock:
 
     @property
     def is_on(self) -> bool:
-        """Whether the node is locked after its next start."""
+        """Whether the node will be locked after its next start."""
         return self._paths.lock_key.exists()
 
     @property
@@ -109,7 +109,7 @@ class KeyLock:
         self._paths.open_lock_key.unlink(missing_ok=True)
 
     def turn(self, unlock_key: bytes | None) -> bool:
-        """Lock what lies on the disk with ``unlock_key``, None: not at all; whether anything had to change.
+        """Lock the files on disk with ``unlock_key``, None: unlock them; whether anything changed.
 
         Done again after a crash in the middle it goes on.  Raises: Locked; FailedPrecondition: a file is damaged.
         """
@@ -147,14 +147,14 @@ class KeyLock:
             content = _sealed(content, self._required_key(), path.name)
         replace_file(path, content, mode=mode)
 
-    # --- within -----------------------------------------------------------------------------------------------
+    # --- helpers ----------------------------------------------------------------------------------------------
 
     def _keep_sealed(self, unlock_key: bytes) -> bool:
         """The lock key, made if there is none, under ``unlock_key``."""
         path = self._paths.lock_key
         if not self.is_on:
             key = secrets.token_bytes(_KEY_BYTES)
-            # First in clear on tmpfs: a lock without its open copy would be locked, and its node run on unlocked.
+            # First in clear on tmpfs: without that copy the lock would be closed while its node runs unlocked.
             replace_file(self._paths.open_lock_key, key, mode=0o600, is_durable=False)
         elif self._opened_if_right(unlock_key) is not None:
             if self._key_in_clear() is None:
@@ -215,7 +215,7 @@ class KeyLock:
 
 
 def _name(key: bytes) -> bytes:
-    """By what a lock key is recognized; says nothing about it."""
+    """An identifier of a lock key, which does not reveal it."""
     return hashlib.sha256(b"name of " + key).digest()[:_NAME_BYTES]
 
 

@@ -1,4 +1,4 @@
-"""A manager follows the node's certificate, which the agent of the same machine renews."""
+"""Reloads the node's key pair, which the agent of the same machine renews, in its manager."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class KeyPairFiles:
         self._seen: tuple[int, ...] = ()
 
     def changed(self) -> KeyPair | None:
-        """The key pair, if it is another one than at the last call; the first call gives it always.
+        """The key pair, if it has changed since the last call; the first call always gives it.
 
         Raises: NotFound, FailedPrecondition: it cannot be read; the next call tries again.
         """

@@ -1,11 +1,11 @@
-"""From one root certificate to the next.
+"""Rotation of the cluster's root certificate.
 
 A rotation begins with a new root whose key the old root vouches for (the *cross-signed* intermediate).  From then on
-the new root signs; the intermediate goes with every certificate, so that everybody who trusts the old root trusts it
-too, and nobody has to change whom he trusts before all have new certificates.  When all have, the new root is
+the new root signs; the intermediate is sent with every certificate, so that nodes which trust the old root accept it,
+and no node has to change its trusted roots before all have new certificates.  When all have, the new root is
 announced and the old one forgotten.
 
-Source: swarmkit, manager/controlapi/ca_rotation.go (the rules, the words), ca/reconciler.go.
+Source: swarmkit, manager/controlapi/ca_rotation.go (the rules, the texts), ca/reconciler.go.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from skep.security.authority import Authority, pem
 from skep.security.keys import load_private_key
 
 ROOT_LIFETIME_LEFT_MIN = timedelta(days=365)
-"""A root that the user brings must live for at least that long."""
+"""A user's root must be valid for at least that long."""
 
 
 class NextRoot(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +36,7 @@ class NextRoot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Roots(msgspec.Struct, frozen=True, kw_only=True):
-    """A cluster's root with its key (PEM), and the one it rotates to, if it does."""
+    """A cluster's root with its key (PEM), and the new one during a rotation."""
 
     root_pem: bytes
     key_pem: bytes
@@ -47,24 +47,24 @@ class Roots(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def wished_roots(
-    roots: Roots, wish: CAConfig, *, is_forced: bool, now: datetime, create: Callable[[], Authority]
+    roots: Roots, config: CAConfig, *, is_forced: bool, now: datetime, create: Callable[[], Authority]
 ) -> Roots:
-    """What becomes of ``roots`` when the user wishes ``wish``; the same if nothing changes.
+    """``roots`` after the user requests ``config``; the same if nothing changes.
 
-    A wish for the present root ends a rotation; one for another root than the present rotation's starts it over.
+    A request for the present root ends a rotation; one for another root than the present rotation's restarts it.
 
     Args:
-        is_forced: the wish counts one rotation more than the last one.
+        is_forced: the config's ``force_rotate`` is higher than before.
         create: makes a new root.
 
     Raises:
-        InvalidArgument: the wish can never work, in Docker's words.
+        InvalidArgument: the config is invalid, with Docker's text.
     """
-    if wish.signing_ca_key and not wish.signing_ca_cert:
+    if config.signing_ca_key and not config.signing_ca_cert:
         raise InvalidArgument("if a signing CA key is provided, the signing CA cert must also be provided")
-    if not wish.signing_ca_cert:
+    if not config.signing_ca_cert:
         return _towards(roots, create()) if is_forced else roots
-    wanted = _wanted(wish, now)
+    wanted = _user_root(config, now)
     if wanted.root_pem == roots.root_pem:
         return Roots(root_pem=roots.root_pem, key_pem=wanted.key_pem)
     if _same_key(wanted.certificate, roots.root_pem):
@@ -75,7 +75,7 @@ def wished_roots(
 
 
 def _towards(roots: Roots, wanted: Authority) -> Roots:
-    """The present root vouches for the new one, never one on the way to which the cluster was."""
+    """Cross-sign the new root with the present one, never with the target of an unfinished rotation."""
     present = Authority.load(roots.key_pem, roots.root_pem)
     return msgspec.structs.replace(
         roots,
@@ -87,22 +87,22 @@ def _towards(roots: Roots, wanted: Authority) -> Roots:
     )
 
 
-def _wanted(wish: CAConfig, now: datetime) -> Authority:
-    """The root that the user brings."""
-    certificate = _root_certificate(wish.signing_ca_cert)
-    if not wish.signing_ca_key:
+def _user_root(config: CAConfig, now: datetime) -> Authority:
+    """The user's root."""
+    certificate = _root_certificate(config.signing_ca_cert)
+    if not config.signing_ca_key:
         raise InvalidArgument(
             "there must be at least one valid, reachable external CA corresponding to the desired CA certificate"
         )
     try:
-        key = load_private_key(wish.signing_ca_key.encode())
+        key = load_private_key(config.signing_ca_key.encode())
     except FailedPrecondition as error:
         raise InvalidArgument(f"malformed private key: {error}") from error
     if key.public_key() != certificate.public_key():
         raise InvalidArgument("certificate key mismatch")
     if certificate.not_valid_after_utc < now + ROOT_LIFETIME_LEFT_MIN:
         raise InvalidArgument("CA certificate expires too soon")
-    return Authority.load(wish.signing_ca_key.encode(), pem(certificate))
+    return Authority.load(config.signing_ca_key.encode(), pem(certificate))
 
 
 def _root_certificate(text: str) -> x509.Certificate:

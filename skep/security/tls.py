@@ -1,7 +1,7 @@
-"""TLS contexts of both sides.
+"""TLS contexts of clients and servers.
 
-One port serves nodes with a certificate and machines that have none yet, so the server asks for a certificate and
-takes none for an answer; what a caller may do then is decided per call (``wire/access.py``).
+One port serves nodes with a certificate and machines that have none yet, so the server requests a certificate
+but does not require it; what a client without one may do is decided per call (``wire/access.py``).
 
 An ``SSLContext`` cannot forget a root or a certificate it has loaded.  The server therefore listens with a *front*
 context that, at each handshake, hands over to the current one: renewal and root rotation need no restart.
@@ -16,18 +16,18 @@ from skep.errors import FailedPrecondition
 from skep.security.keypair import KeyPair
 
 MANAGER_NAME = "swarm-manager"
-"""The name that managers' certificates, and no others, carry: callers verify it, and never look at addresses."""
+"""The name in managers' certificates only: clients verify it instead of addresses."""
 
 
 class ServerTls:
-    """What a manager listens with: ``front`` for the listener, ``replace`` when the key pair or the roots change."""
+    """A manager's server contexts: ``front`` for the listener, ``replace`` when the key pair or the roots change."""
 
     def __init__(self, pair: KeyPair) -> None:
         self.pair = pair
-        """The one in use; for calls to others, too."""
+        """The one in use; also for calls to other managers."""
         self._current = _server_context(pair)
         self.front = _server_context(pair)
-        self.front.sni_callback = self._hand_over  # is called without a server name too
+        self.front.sni_callback = self._hand_over  # also called without a server name
 
     def replace(self, pair: KeyPair) -> None:
         """Use ``pair`` and its roots from the next handshake on; open connections stay."""
@@ -39,21 +39,21 @@ class ServerTls:
 
 
 def client_context(pair: KeyPair) -> ssl.SSLContext:
-    """For calls of a node to a manager of its cluster: both sides prove who they are."""
+    """For calls of a node to a manager of its cluster: mutual TLS."""
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     _load_pair(context, pair)
     return context
 
 
 def joining_context(root_pem: bytes) -> ssl.SSLContext:
-    """For the call that asks for a certificate: the manager is verified, we have nothing to show."""
+    """For the request of a certificate: the manager is verified, the client has no certificate."""
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     _load_roots(context, root_pem)
     return context
 
 
 def unverified_context() -> ssl.SSLContext:
-    """For the very first call, which fetches the root; the join token's digest proves what comes back."""
+    """For the first call, which fetches the root; the result is verified with the join token's digest."""
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -64,7 +64,7 @@ def _server_context(pair: KeyPair) -> ssl.SSLContext:
     context = _context(ssl.PROTOCOL_TLS_SERVER)
     _load_pair(context, pair)
     context.verify_mode = ssl.CERT_OPTIONAL
-    # A resumed session would bring back a client verified under roots that may be gone.
+    # A resumed session would skip verification with the present roots.
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
     return context
@@ -92,7 +92,7 @@ def _load_roots(context: ssl.SSLContext, root_pem: bytes) -> None:
 
 @contextmanager
 def _in_memory(content: bytes) -> Iterator[str]:
-    """A path under which OpenSSL finds ``content``, though no disk ever holds it."""
+    """A path at which OpenSSL can read ``content``, which is not written to disk."""
     descriptor = os.memfd_create("skep-tls")
     try:
         os.write(descriptor, content)

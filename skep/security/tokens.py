@@ -1,4 +1,4 @@
-"""Join tokens: what a machine needs to know to become a node.
+"""Join tokens, with which a machine becomes a node.
 
     SWMTKN-1-<digest of the root, 50 characters>-<secret, 25 characters>
 
@@ -31,18 +31,18 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def join_token(root_pem: bytes, secret: str) -> str:
-    """The token for ``secret`` in the cluster with this root bundle (PEM, exactly as the CA gives it out)."""
+    """The token for ``secret`` in the cluster with this root bundle (PEM, exactly as the CA returns it)."""
     digest = int.from_bytes(hashlib.sha256(root_pem).digest(), "big")
     return f"SWMTKN-1-{base36(digest, 50)}-{secret}"
 
 
 def new_join_tokens(root_pem: bytes) -> JoinTokens:
-    """Fresh tokens for both roles."""
+    """New tokens for both roles."""
     return JoinTokens(worker=join_token(root_pem, new_id()), manager=join_token(root_pem, new_id()))
 
 
 def parse_token(text: str) -> Token:
-    """Take a token apart.  Raises: InvalidArgument: it is none (Docker's words)."""
+    """Parse a token.  Raises: InvalidArgument: it is invalid (Docker's text)."""
     match = _PATTERN.fullmatch(text) or _FIPS_PATTERN.fullmatch(text)
     number = int(match[1], 36) if match else 1 << 256
     if match is None or number >> 256:
@@ -51,9 +51,9 @@ def parse_token(text: str) -> Token:
 
 
 def check_root(token: Token, root_pem: bytes) -> None:
-    """Make sure that ``root_pem`` is the root the token was made for.
+    """Check that ``root_pem`` is the root of the token.
 
-    Raises: FailedPrecondition: another cluster, or somebody between us and the manager.
+    Raises: FailedPrecondition: another cluster, or a man in the middle.
     """
     if not hmac.compare_digest(hashlib.sha256(root_pem).digest(), token.root_sha256):
         raise FailedPrecondition(
@@ -64,7 +64,7 @@ def check_root(token: Token, root_pem: bytes) -> None:
 
 
 def role_of(text: str, tokens: JoinTokens) -> NodeRole | None:
-    """The role that a presented token gives, or None.  Compared as a whole, in constant time."""
+    """The role of a token, or None.  Compared as a whole, in constant time."""
     given = text.encode()
     is_manager = hmac.compare_digest(given, tokens.manager.encode())
     is_worker = hmac.compare_digest(given, tokens.worker.encode())

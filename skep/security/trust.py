@@ -1,4 +1,4 @@
-"""What a node or a cluster says about the roots it stands on."""
+"""``TLSInfo`` of nodes and of the cluster: trusted root and issuer."""
 
 import hashlib
 
@@ -12,7 +12,7 @@ from skep.security.keypair import KeyPair
 
 
 def tls_info(root_pem: bytes, issuer_pem: bytes = b"") -> TLSInfo:
-    """The trust in ``root_pem`` as the API shows it.
+    """``TLSInfo`` for ``root_pem``, as the API shows it.
 
     Args:
         issuer_pem: what issues certificates now; default the first certificate of the bundle.  Another one while
@@ -29,7 +29,7 @@ def tls_info(root_pem: bytes, issuer_pem: bytes = b"") -> TLSInfo:
 
 
 def tls_info_of(pair: KeyPair) -> TLSInfo:
-    """What a node with this key pair says of itself: whom it trusts, and who issued its own certificate."""
+    """``TLSInfo`` of a node with this key pair: its trusted roots, and the issuer of its certificate."""
     trust_root = pair.root_pem.decode("ascii", errors="replace")
     for candidate in (*pair.chain[1:], *x509.load_pem_x509_certificates(pair.root_pem)):
         try:
@@ -41,27 +41,27 @@ def tls_info_of(pair: KeyPair) -> TLSInfo:
 
 
 def public_key_der(certificate: x509.Certificate) -> bytes:
-    """The public key of a certificate, as certificates hold it."""
+    """The public key of a certificate, DER-encoded as in certificates."""
     return certificate.public_key().public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
 
 
 def issuer_digest(info: TLSInfo) -> str:
-    """Short for an issuer's public key: its SHA-256 in hexadecimal digits."""
+    """Digest of an issuer's public key: its SHA-256 in hexadecimal digits."""
     return hashlib.sha256(info.cert_issuer_public_key).hexdigest()
 
 
 def root_digest(root_pem: bytes) -> str:
-    """Short for a bundle of roots: its SHA-256 in hexadecimal digits."""
+    """Digest of a root bundle: its SHA-256 in hexadecimal digits."""
     return hashlib.sha256(root_pem).hexdigest()
 
 
-def is_issued_by(said: TLSInfo, wanted: TLSInfo) -> bool:
-    """Whether a node's certificate comes from the wanted issuer."""
+def is_issued_by(reported: TLSInfo, wanted: TLSInfo) -> bool:
+    """Whether a node's certificate has the wanted issuer."""
     return (
-        said.cert_issuer_public_key == wanted.cert_issuer_public_key
-        and said.cert_issuer_subject == wanted.cert_issuer_subject
+        reported.cert_issuer_public_key == wanted.cert_issuer_public_key
+        and reported.cert_issuer_subject == wanted.cert_issuer_subject
     )
 
 

@@ -132,7 +132,7 @@ async def test_who_lacks_the_key_gets_nothing(cluster, tmp_path):
     async with connected(cluster.address, joining_context(pair.root_pem), "swarm-ca") as channel:
         for signature in (b"", forged, replayed):
             request = skep.RenewExpiredRequest(certificate=pair.certificate_pem, csr=csr, signature=signature)
-            with pytest.raises(PermissionDenied, match="not proven"):
+            with pytest.raises(PermissionDenied, match="does not belong to the caller"):
                 await channel.call(methods.RENEW_EXPIRED, request)
         for certificate in (b"", b"nonsense", cluster.authority.root_pem):
             request = skep.RenewExpiredRequest(certificate=certificate, csr=csr, signature=forged)

@@ -17,7 +17,7 @@ from skep.manager.paths.loop import PathJudge
 from skep.manager.paths.streams import REPORTS_MAX
 from skep.model.ids import NodeId
 from skep.model.node import FailingPath, Node, NodeRole, NodeState, NodeStatus
-from skep.model.paths import Examined, PathCheck
+from skep.model.paths import DiagnosticsResult, PathCheck
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import Channel
@@ -97,7 +97,7 @@ async def test_a_pair_that_fails_is_written_and_the_later_node_is_cut_off_until_
         later = max(a, b, key=lambda one: (cluster.node(one).created_at, one))
         await until(lambda: cluster.node(later).cut_off)
         (cut_off,) = cluster.node(later).cut_off
-        assert cut_off.words == "4789/udp fails between this node and worker"
+        assert cut_off.summary == "4789/udp fails between this node and worker"
         assert [node.id for node in cluster.view.find(Node) if node.cut_off] == [later]
         of_one.say(a_report(b))
         await until(lambda: not any(node.cut_off for node in cluster.view.find(Node)))
@@ -185,10 +185,10 @@ async def test_managers_ask_docker_nodes_for_gossip(cluster: Cluster, tmp_path: 
 # -- examinations ---------------------------------------------------------------------------------------------------
 
 
-async def examined(examinations: Examinations, within_s: float = 5.0) -> dict[str, Examined]:
-    found: dict[str, Examined] = {}
+async def examined(examinations: Examinations, within_s: float = 5.0) -> dict[str, DiagnosticsResult]:
+    found: dict[str, DiagnosticsResult] = {}
 
-    async def tell(one: Examined) -> None:
+    async def tell(one: DiagnosticsResult) -> None:
         assert one.node_id not in found
         found[one.node_id] = one
 

@@ -109,7 +109,10 @@ def test_other_workers_and_other_networks_are_refused(cluster: TestCluster, m1: 
     assert "desc = network closed not manually attachable" in refused(w1, "closed")
     for node in (w2, m1):
         said = refused(node, "inner")
-        assert "takes containers of nodes with node.labels.zone==inner only, and this node is none" in said
+        assert (
+            "accepts only containers of nodes with node.labels.zone==inner, which this node does not meet"
+            in said
+        )
         assert not node.docker("ps", "-aq", "--filter", "label=plain").stdout
     assert not attachments(m1)
 
@@ -118,7 +121,9 @@ def test_a_worker_that_says_it_is_another_is_still_itself(cluster: TestCluster, 
     run(cluster.node("w1"), "box", "--network", "inner", "--ip", ADDRESS)
     (place,) = attachments(m1)
     answers = impostor(cluster, "inner", place["ID"])
-    assert answers["attach"].startswith("PermissionDenied: network inner takes containers of nodes with")
+    assert answers["attach"].startswith(
+        "PermissionDenied: network inner accepts only containers of nodes with"
+    )
     assert answers["detach"] == f"PermissionDenied: attachment {place['ID']} doesn't belong to this node"
     # What a node joined as decides its kind.
     answers = impostor(cluster, "engines", place["ID"])

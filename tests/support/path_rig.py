@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from skep.model.ids import NodeId
 from skep.model.paths import (
     SETTLED_ROUNDS,
-    Examination,
+    DiagnosticsRequest,
     PathCheck,
     PathFinding,
     PathPeer,
     PathReport,
-    PathWish,
+    ProbeTargets,
 )
 
 
@@ -36,8 +36,8 @@ class ScriptedProbes:
     """Implements ``node.path_stream.PathSource``."""
 
     def __init__(self) -> None:
-        self.wishes: list[PathWish | None] = []
-        self.examined: list[Examination] = []
+        self.wishes: list[ProbeTargets | None] = []
+        self.examined: list[DiagnosticsRequest] = []
         self.answers: tuple[PathReport, ...] = ()
         self.may_answer = asyncio.Event()
         self.may_answer.set()
@@ -59,13 +59,13 @@ class ScriptedProbes:
     def reports(self) -> Mapping[NodeId, PathReport]:
         return self._reports
 
-    def wish(self, wish: PathWish | None) -> None:
+    def wish(self, wish: ProbeTargets | None) -> None:
         self.wishes.append(wish)
 
     async def next_reports(self) -> tuple[PathReport, ...]:
         return (await self._news.get(),)
 
-    async def examine(self, own: PathPeer | None, examination: Examination) -> tuple[PathReport, ...]:
+    async def examine(self, own: PathPeer | None, examination: DiagnosticsRequest) -> tuple[PathReport, ...]:
         self.examined.append(examination)
         await self.may_answer.wait()
         return self.answers

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from skep.dataplane.netns.nft_table import Element, NftTable
 from skep.dataplane.plan.overlay import plain_address
 from skep.model.ids import NetworkId, NodeId
-from skep.model.paths import PROBE_VNI, PathWish
+from skep.model.paths import PROBE_VNI, ProbeTargets
 from skep.model.sandbox import Endpoint
 from skep.model.tables import Table
 
@@ -104,7 +104,7 @@ def strangers(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Itera
     return _vxlan_of(ports, bridges, elements)
 
 
-def probing(wish: PathWish, bridges: Iterable[str]) -> NftTable:
+def probing(wish: ProbeTargets, bridges: Iterable[str]) -> NftTable:
     """The same of the probes' VXLAN: it is taken from the peers of ``wish`` only."""
     elements: set[Element] = {("vnis", str(PROBE_VNI))}
     for peer in wish.peers:

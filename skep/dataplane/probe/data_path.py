@@ -24,7 +24,7 @@ from skep.dataplane.probe.place import ProbePlace
 from skep.dataplane.probe.places import IP_UDP_BYTES, PORT, address_of, number_of, overhead, reached
 from skep.errors import SkepError
 from skep.model.ids import NodeId
-from skep.model.paths import PathFinding, PathPeer, PathWish
+from skep.model.paths import PathFinding, PathPeer, ProbeTargets
 
 log = structlog.get_logger()
 
@@ -47,7 +47,7 @@ class DataPath:
         self._namespaces = namespaces
         self._echoes = Echoes(clock, self.said, numbers)
         self._clock = clock
-        self._wish: PathWish | None = None
+        self._wish: ProbeTargets | None = None
         self._underlay: Underlay | None = None
         self._reached: dict[NodeId, str] = {}
         self._sockets: Sockets | None = None
@@ -71,7 +71,7 @@ class DataPath:
 
     # --- place ------------------------------------------------------------------------------------------------
 
-    async def settle(self, wish: PathWish | None) -> str:
+    async def settle(self, wish: ProbeTargets | None) -> str:
         """Be able to ask those of ``wish``, and answer them; what keeps this node from it, empty: nothing."""
         async with self._placing:
             self._wish = wish
@@ -89,7 +89,7 @@ class DataPath:
                 self.trouble = ""
             return self.trouble
 
-    async def _settle(self, wish: PathWish) -> None:
+    async def _settle(self, wish: ProbeTargets) -> None:
         self._underlay = await self._place.settle(wish, left_to_card=self._left_to_card)
         if self._left_to_card is None:
             # What an earlier process found out is seen at the device; a new one leaves checksums to the card.

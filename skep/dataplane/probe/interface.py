@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from skep.model.ids import NodeId
-from skep.model.paths import PathPeer, PathReport, PathWish
+from skep.model.paths import PathPeer, PathReport, ProbeTargets
 
 
 class PathProbes(Protocol):
     """Probes of one node (``paths.Paths``)."""
 
-    def wish(self, wish: PathWish | None) -> None:
+    def wish(self, wish: ProbeTargets | None) -> None:
         """Probe these from now on, new ones at once; the latest wish wins.  None: nobody, and leave nothing."""
 
     @property

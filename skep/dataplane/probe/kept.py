@@ -11,7 +11,7 @@ import structlog
 
 from skep.dataplane.probe.mtu import Measured
 from skep.linux.files import replace_file
-from skep.model.paths import PathWish
+from skep.model.paths import ProbeTargets
 
 log = structlog.get_logger()
 
@@ -19,7 +19,7 @@ log = structlog.get_logger()
 class Kept(msgspec.Struct, frozen=True):
     """The last wish, and what was measured of it."""
 
-    wish: PathWish
+    wish: ProbeTargets
     measured: Measured
 
 

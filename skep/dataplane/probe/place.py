@@ -15,7 +15,7 @@ from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.packet_filter import probing
 from skep.dataplane.probe.echoes import Sockets
 from skep.dataplane.probe.places import DEVICE, probe_state
-from skep.model.paths import PathWish
+from skep.model.paths import ProbeTargets
 
 _NAME = "probe"
 _PART = "probes"
@@ -47,7 +47,7 @@ class ProbePlace:
     def path(self) -> Path:
         return self._pins.path(_NAME)
 
-    async def settle(self, wish: PathWish, *, left_to_card: bool | None) -> Underlay:
+    async def settle(self, wish: ProbeTargets, *, left_to_card: bool | None) -> Underlay:
         """Bring ``wish`` about; what its probes leave from.
 
         ``left_to_card``: checksums of what the device sends; None: as it is.  Raises: KernelRefused, NftFailed,

@@ -12,7 +12,7 @@ from skep.dataplane.addresses import mac_of
 from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, State, Vxlan
 from skep.dataplane.plan.overlay import OVERHEAD_V4, OVERHEAD_V6, OVERLAY_SYSCTLS, Underlay, plain_address
 from skep.model.ids import NodeId
-from skep.model.paths import PROBE_VNI, PathPeer, PathWish
+from skep.model.paths import PROBE_VNI, PathPeer, ProbeTargets
 
 DEVICE = "probe"
 PORT = 4787
@@ -38,7 +38,7 @@ def overhead(underlay: str) -> int:
     return OVERHEAD_V6 if ":" in underlay else OVERHEAD_V4
 
 
-def reached(wish: PathWish) -> Mapping[str, PathPeer]:
+def reached(wish: ProbeTargets) -> Mapping[str, PathPeer]:
     """Peers that are probed by VXLAN, by probe address: those on an underlay of the same kind, one at each address."""
     own, is_v6 = address_of(wish.node.node_id), ":" in wish.node.data_path
     found: dict[str, PathPeer] = {}
@@ -49,7 +49,7 @@ def reached(wish: PathWish) -> Mapping[str, PathPeer]:
     return found
 
 
-def probe_state(wish: PathWish, underlay: Underlay, *, offloads: bool | None) -> State:
+def probe_state(wish: ProbeTargets, underlay: Underlay, *, offloads: bool | None) -> State:
     """The namespace.  ``offloads``: of its device; None: as it is."""
     own = address_of(wish.node.node_id)
     entries = set()

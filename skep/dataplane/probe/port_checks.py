@@ -6,7 +6,7 @@ from skep.dataplane.encrypted.plan import PORT_OFFSET
 from skep.dataplane.probe.findings import port_finding
 from skep.dataplane.probe.knocking import Knocking
 from skep.dataplane.probe.wishes import host_and_port
-from skep.model.paths import PathCheck, PathFinding, PathPeer, PathWish
+from skep.model.paths import PathCheck, PathFinding, PathPeer, ProbeTargets
 
 
 class PortChecks:
@@ -15,7 +15,7 @@ class PortChecks:
     def __init__(self, knocking: Knocking) -> None:
         self._knocking = knocking
 
-    async def findings(self, wish: PathWish | None, peer: PathPeer) -> Sequence[PathFinding]:
+    async def findings(self, wish: ProbeTargets | None, peer: PathPeer) -> Sequence[PathFinding]:
         """One after the other: most peers have one at most."""
         found = []
         if peer.control:

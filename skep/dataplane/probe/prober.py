@@ -28,7 +28,7 @@ from skep.dataplane.probe.port_checks import PortChecks
 from skep.dataplane.probe.wishes import PEERS_MAX, sound
 from skep.errors import SkepError
 from skep.model.ids import NodeId
-from skep.model.paths import PathPeer, PathReport, PathWish
+from skep.model.paths import PathPeer, PathReport, ProbeTargets
 
 log = structlog.get_logger()
 
@@ -65,7 +65,7 @@ class PathProber:
         self._remeasured = remeasured
         self._clock = clock
         self._chance = chance
-        self._wish: PathWish | None = None
+        self._wish: ProbeTargets | None = None
         self._is_told = False
         self._changed = asyncio.Event()
         self._tasks: dict[NodeId, tuple[PathPeer, asyncio.Task[None]]] = {}
@@ -79,7 +79,7 @@ class PathProber:
 
     # --- asked by the agent -----------------------------------------------------------------------------------
 
-    def wish(self, wish: PathWish | None) -> None:
+    def wish(self, wish: ProbeTargets | None) -> None:
         """Probe these from now on, new ones at once; the latest wish wins.  None: nobody, and leave nothing."""
         self._wish, self._is_told = sound(wish) if wish is not None else None, True
         self._changed.set()
@@ -104,7 +104,7 @@ class PathProber:
         """Probe these now; those that took longer than ``EXAMINATION_S`` are not in the answer."""
         if self._wish is None:
             return ()
-        asked = PathWish(node=self._wish.node, peers=tuple(peers))
+        asked = ProbeTargets(node=self._wish.node, peers=tuple(peers))
         chosen = {peer.node_id: peer for peer in sound(asked).peers}
         until = self._clock.monotonic() + _GUEST_S
         self._guests |= {id: (peer, until) for id, peer in chosen.items()}

@@ -4,7 +4,7 @@ from ipaddress import ip_address
 
 import msgspec
 
-from skep.model.paths import PathPeer, PathWish
+from skep.model.paths import PathPeer, ProbeTargets
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 
 PEERS_MAX = 512
@@ -12,10 +12,10 @@ PEERS_MAX = 512
 _PORT_MAX = (1 << 16) - 1
 
 
-def sound(wish: PathWish) -> PathWish:
+def sound(wish: ProbeTargets) -> ProbeTargets:
     """``wish`` without addresses that are none, without the node itself, each peer once, no more than ``PEERS_MAX``."""
     peers = {peer.node_id: _sound(peer) for peer in wish.peers if peer.node_id != wish.node.node_id}
-    return PathWish(node=_sound(wish.node), peers=tuple(peers.values())[:PEERS_MAX])
+    return ProbeTargets(node=_sound(wish.node), peers=tuple(peers.values())[:PEERS_MAX])
 
 
 def host_and_port(text: str) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is
 from skep.model.node import Node
 from skep.model.overlays import vxlan_ids
 from skep.model.planes import is_overlay
-from skep.model.routes import Subnet, clashes, overlap
+from skep.model.routes import Subnet, overlap, route_overlaps
 from skep.model.service import PublishMode, Service
 from skep.model.task import Task
 from skep.model.times import Timestamp
@@ -172,7 +172,7 @@ def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]
     allowed = {**network.spec.labels, **(driver.options if driver is not None else {})}.get(OVERLAP_LABEL)
     if not wanted or allowed == "true":
         return
-    for clash in clashes(wanted, tx.find(Node)):
+    for clash in route_overlaps(wanted, tx.find(Node)):
         raise FailedPrecondition(
             f"Pool overlaps with other one on this address space: {clash} "
             f"(label {OVERLAP_LABEL}=true takes it all the same)"

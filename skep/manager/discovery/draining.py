@@ -27,7 +27,7 @@ from skep.wire.service import Handler, unary
 
 PATIENCE_S = 2.0
 """How long a manager waits for its nodes before it answers that they are not there yet."""
-ANSWER_SECONDS_MAX = PATIENCE_S + 1.0
+RESPONSE_SECONDS_MAX = PATIENCE_S + 1.0
 FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.5
 ASKED_MAX = 10_000
@@ -115,7 +115,7 @@ class Draining:
                 request = skep.AwaitTablesRequest(network_id=network_id, revision=revision)
                 try:
                     reply = await self._channel(manager).call(
-                        methods.AWAIT_TABLES, request, timeout_s=ANSWER_SECONDS_MAX
+                        methods.AWAIT_TABLES, request, timeout_s=RESPONSE_SECONDS_MAX
                     )
                 except SkepError:
                     return False

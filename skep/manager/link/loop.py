@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 
 TICK_S = 0.2
 PING_S = 0.5
-ANSWER_SECONDS_MAX = 1.5
+RESPONSE_SECONDS_MAX = 1.5
 CONNECT_SECONDS_MAX = 2.0
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 1.0
@@ -169,7 +169,7 @@ class ManagerLink:
     async def _ping(self, channel: Channel, manager: NodeId) -> None:
         async with channel.stream(methods.PINGS) as call:
             while True:
-                async with asyncio.timeout(ANSWER_SECONDS_MAX):
+                async with asyncio.timeout(RESPONSE_SECONDS_MAX):
                     await call.send(self._own_ping())
                     answer = await call.receive()
                 if answer is None:

@@ -37,7 +37,7 @@ from skep.wire.service import Handler, client_stream, server_stream
 
 log = structlog.get_logger(__name__)
 
-ANSWER_SECONDS_MAX = 10.0
+RESPONSE_SECONDS_MAX = 10.0
 """A node that sends nothing for so long, while everything it sent was read, is named as missing."""
 NOBODY = NodeId("")
 RELAYED_LINES = 100
@@ -143,7 +143,7 @@ class LogBroker:
             await subscription.wait_news()
             return
         try:
-            async with asyncio.timeout(ANSWER_SECONDS_MAX):
+            async with asyncio.timeout(RESPONSE_SECONDS_MAX):
                 await subscription.wait_news()
         except TimeoutError:
             for node_id in sorted(subscription.pending):

@@ -9,7 +9,7 @@ from math import inf
 from typing import assert_never
 
 from skep.model.labels import DisconnectPolicy, OnDisconnect
-from skep.model.node import ANSWER_SECONDS_MAX
+from skep.model.node import RESPONSE_SECONDS_MAX
 from skep.model.task import Task
 
 
@@ -18,7 +18,7 @@ def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float, *, is_froz
 
     STOP: the node counts the delay from its last contact, which is before ``down_at``, and then gives the container
     its stop grace period.  Both are added, so nothing runs twice.  A node that still waits for a response of its only
-    manager has not noticed that it is cut off, so shorter delays count as ``ANSWER_SECONDS_MAX``.
+    manager has not noticed that it is cut off, so shorter delays count as ``RESPONSE_SECONDS_MAX``.
     """
     if is_frozen:
         return inf
@@ -28,6 +28,6 @@ def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float, *, is_froz
         case OnDisconnect.KEEP:
             return inf
         case OnDisconnect.STOP:
-            return down_at + max(policy.delay_s, ANSWER_SECONDS_MAX) + task.spec.stop_grace_s
+            return down_at + max(policy.delay_s, RESPONSE_SECONDS_MAX) + task.spec.stop_grace_s
         case _:
             assert_never(policy.action)

@@ -9,7 +9,7 @@ from skep.manager.paths.plan import Plan
 from skep.model.addresses import joined
 from skep.model.ids import NetworkId, NodeId
 from skep.model.node import Node, NodeState
-from skep.model.paths import PathPeer, PathWish
+from skep.model.paths import PathPeer, ProbeTargets
 from skep.model.planes import is_docker_node, probes_paths, underlay_of
 
 GOSSIP_PORT = 7946
@@ -68,7 +68,7 @@ def wish_for(
     directory: Directory,
     plan: Plan,
     encrypted: Callable[[NodeId], Sequence[NetworkId]],
-) -> PathWish | None:
+) -> ProbeTargets | None:
     """Whom the node is to probe; None: it takes no part.
 
     ``encrypted``: the encrypted networks of a node.
@@ -87,7 +87,7 @@ def wish_for(
             known.add(peer_id)
     managers = controlled(id, directory) if own.control else ()
     others = (manager for manager in managers if manager.node_id not in known)
-    return PathWish(node=own, peers=(*peers, *others, *_gossiping(id, directory)))
+    return ProbeTargets(node=own, peers=(*peers, *others, *_gossiping(id, directory)))
 
 
 def _as_told(peer: PathPeer, own: PathPeer) -> PathPeer:

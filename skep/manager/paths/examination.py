@@ -13,7 +13,7 @@ from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.paths.streams import PathStreams
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
-from skep.model.paths import Examined
+from skep.model.paths import DiagnosticsResult
 from skep.model.planes import is_docker_node, probes_paths
 from skep.store.interface import Store
 from skep.wire import methods
@@ -26,12 +26,12 @@ from skep.wire.service import Handler, duplex
 
 log = structlog.get_logger(__name__)
 
-ANSWER_SECONDS_MAX = 25.0
+RESPONSE_SECONDS_MAX = 25.0
 AT_ONCE = 64
 """Nodes of one manager that are under way together; each probes some tens of others."""
 
 
-Tell = Callable[[Examined], Awaitable[None]]
+Tell = Callable[[DiagnosticsResult], Awaitable[None]]
 Send = Callable[[skep.RelayedExamination], Awaitable[None]]
 
 
@@ -56,7 +56,7 @@ class Examinations:
         return (duplex(methods.RELAY_EXAMINATIONS, self._relay),)
 
     async def examine_all(
-        self, tell: Tell, *, throughput: bool = False, within_s: float = ANSWER_SECONDS_MAX
+        self, tell: Tell, *, throughput: bool = False, within_s: float = RESPONSE_SECONDS_MAX
     ) -> None:
         """Tell of every node of ours once, as it answers; of those that have not within ``within_s`` at the end, why.
 
@@ -66,7 +66,7 @@ class Examinations:
         waiting = {node.id: node for node in nodes.values() if _takes_part(node)}
         troubles: dict[NodeId, str] = {}
 
-        async def take(answer: Examined) -> None:
+        async def take(answer: DiagnosticsResult) -> None:
             if waiting.pop(answer.node_id, None) is not None:
                 await tell(answer)
 
@@ -80,9 +80,9 @@ class Examinations:
             log.info("examination incomplete", silent=len(waiting))
         for id in sorted(nodes):
             if id in waiting:
-                await tell(Examined(node_id=id, error=_why_silent(waiting[id], troubles, within_s)))
+                await tell(DiagnosticsResult(node_id=id, error=_why_silent(waiting[id], troubles, within_s)))
             elif not _takes_part(nodes[id]):
-                await tell(Examined(node_id=id, error=_why_not_asked(nodes[id])))
+                await tell(DiagnosticsResult(node_id=id, error=_why_not_asked(nodes[id])))
 
     async def _ask_manager(
         self, manager: NodeId, tell: Tell, troubles: dict[NodeId, str], *, throughput: bool
@@ -94,7 +94,9 @@ class Examinations:
                 async for message in call:
                     reports = reports_from_pb(message.reports)
                     await tell(
-                        Examined(node_id=NodeId(message.node_id), reports=reports, error=message.error)
+                        DiagnosticsResult(
+                            node_id=NodeId(message.node_id), reports=reports, error=message.error
+                        )
                     )
         except SkepError as error:
             troubles[manager] = str(error)
@@ -108,12 +110,12 @@ class Examinations:
         if request is None:
             raise InvalidArgument("the request is missing")
 
-        async def tell(one: Examined) -> None:
+        async def tell(one: DiagnosticsResult) -> None:
             reports = reports_to_pb(one.reports)
             await send(skep.RelayedExamination(node_id=one.node_id, reports=reports, error=one.error))
 
         try:
-            async with asyncio.timeout(ANSWER_SECONDS_MAX):
+            async with asyncio.timeout(RESPONSE_SECONDS_MAX):
                 await self._ask_own(tell, throughput=request.throughput)
         except* (TimeoutError, *LOST_PEER):
             log.info("examination for another manager incomplete")
@@ -127,9 +129,9 @@ class Examinations:
             async with at_once:
                 try:
                     reports, error = await self._streams.examine(id, throughput=throughput)
-                    answer = Examined(node_id=id, reports=reports, error=error)
+                    answer = DiagnosticsResult(node_id=id, reports=reports, error=error)
                 except Unavailable as trouble:
-                    answer = Examined(node_id=id, error=str(trouble))
+                    answer = DiagnosticsResult(node_id=id, error=str(trouble))
                 async with one_at_a_time:
                     await tell(answer)
 

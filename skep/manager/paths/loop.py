@@ -95,7 +95,7 @@ class PathJudge:
                     is_written = False
                     log.warning("judgement not written yet", node=one.node_id, error=str(result))
                 elif one.cut_off:
-                    words = "; ".join(cut_off.words for cut_off in one.cut_off)
+                    words = "; ".join(cut_off.summary for cut_off in one.cut_off)
                     log.warning("node takes no tasks on overlay networks", node=one.node_id, reason=words)
                 else:
                     log.info("node takes tasks on overlay networks again", node=one.node_id)

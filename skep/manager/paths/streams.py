@@ -22,7 +22,7 @@ from skep.manager.paths.records import PathRecord, record_paths
 from skep.manager.paths.verdicts import Verdicts
 from skep.model.ids import NetworkId, NodeId
 from skep.model.node import Node
-from skep.model.paths import Examination, NetworkNames, PathPeer, PathReport, PathWish
+from skep.model.paths import DiagnosticsRequest, NetworkNames, PathPeer, PathReport, ProbeTargets
 from skep.model.planes import data_path_port, probes_paths
 from skep.model.swarm import Swarm
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
@@ -103,7 +103,7 @@ class PathStreams:
         managers = (peer for peer in controlled(node_id, self._directory) if peer.node_id not in known)
         peers = (*wished, *managers)
         names = self._networks.names_for(node_id)
-        return await stream.examine(Examination(peers=peers, throughput=throughput, names=names))
+        return await stream.examine(DiagnosticsRequest(peers=peers, throughput=throughput, names=names))
 
     async def run(self) -> None:
         """Plan and write until cancelled."""
@@ -189,7 +189,7 @@ class PathStreams:
             return
         results = await self._store.update_each(record_paths, due)
         for record, result in zip(due, results, strict=True):
-            words = ", ".join(path.words for path in record.failing)
+            words = ", ".join(path.summary for path in record.failing)
             if isinstance(result, SkepError):
                 log.warning("paths not written yet", node=record.node_id, error=str(result))
             elif result and record.failing:
@@ -235,18 +235,18 @@ class _Stream(NodeStream):
     def __init__(self, node_id: NodeId, session: NodeSession, line: Line, verdicts: Verdicts) -> None:
         super().__init__(node_id, session, line)
         self.verdicts = verdicts
-        self.wish: PathWish | None = None
+        self.wish: ProbeTargets | None = None
         self.is_dirty = False
         """Whether what is written may be out of date."""
-        self._told: PathWish | None = None
+        self._told: ProbeTargets | None = None
         self._peers: Mapping[NodeId, PathPeer] = {}
         self._one_at_a_time = asyncio.Lock()
-        self._examination: tuple[int, Examination] | None = None
+        self._examination: tuple[int, DiagnosticsRequest] | None = None
         """That is to be told."""
         self._numbers = 0
         self._answer: asyncio.Future[tuple[tuple[PathReport, ...], str]] | None = None
 
-    def set_wish(self, wish: PathWish | None) -> None:
+    def set_wish(self, wish: ProbeTargets | None) -> None:
         """The node is to probe others than before."""
         self.wish = wish
         self._peers = {peer.node_id: peer for peer in wish.peers} if wish is not None else {}
@@ -265,7 +265,7 @@ class _Stream(NodeStream):
         elif news.examination == self._numbers and self._answer is not None and not self._answer.done():
             self._answer.set_result((reports, news.error))
 
-    async def examine(self, examination: Examination) -> tuple[tuple[PathReport, ...], str]:
+    async def examine(self, examination: DiagnosticsRequest) -> tuple[tuple[PathReport, ...], str]:
         """One at a time.  Raises: why the stream is over."""
         async with self._one_at_a_time:
             self.require_open()

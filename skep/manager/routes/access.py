@@ -19,7 +19,7 @@ from skep.manager.events import ClusterEvents
 from skep.manager.quorum import Quorum
 from skep.model.ids import IdSource, NodeId
 from skep.model.logs import LogLine, LogQuery
-from skep.model.paths import Examined
+from skep.model.paths import DiagnosticsResult
 from skep.model.readable import NameSource
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Store, Transaction, View
@@ -56,7 +56,7 @@ class Examiner(Protocol):
     """Who has nodes look at the paths between them (``manager.paths``)."""
 
     async def examine_all(
-        self, tell: Callable[[Examined], Awaitable[None]], *, throughput: bool = False
+        self, tell: Callable[[DiagnosticsResult], Awaitable[None]], *, throughput: bool = False
     ) -> None:
         """Tell what each node finds, as it answers, within 25 s; why of those that do not answer."""
 

@@ -9,7 +9,7 @@ from skep.model.conditions import network_conditions
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
 from skep.model.node import Node
-from skep.model.paths import Examined, PathFinding, PathReport
+from skep.model.paths import DiagnosticsResult, PathFinding, PathReport
 from skep.model.planes import is_docker_node
 from skep.store.interface import View
 
@@ -78,7 +78,7 @@ async def examine_network(request: web.Request) -> web.StreamResponse:
             Beginning(nodes=tuple(ExaminedNode(id=id, hostname=_hostname(view, id)) for id in ours))
         )
 
-        async def tell(examined: Examined) -> None:
+        async def tell(examined: DiagnosticsResult) -> None:
             await lines.send(answer_of(view, examined))
 
         try:
@@ -88,7 +88,7 @@ async def examine_network(request: web.Request) -> web.StreamResponse:
     return lines.response
 
 
-def answer_of(view: View, examined: Examined) -> Answer:
+def answer_of(view: View, examined: DiagnosticsResult) -> Answer:
     """What a node found, with names."""
     return Answer(
         id=examined.node_id,

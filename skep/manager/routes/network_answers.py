@@ -19,7 +19,7 @@ from skep.model.ids import NodeId
 from skep.model.network import Network, is_ingress
 from skep.model.node import Node
 from skep.model.planes import is_overlay
-from skep.model.routes import clashes
+from skep.model.routes import route_overlaps
 from skep.model.service import PublishMode, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
@@ -203,7 +203,7 @@ def _why_without_addresses(view: View, network: Network) -> list[str]:
 
 def _clash_warnings(view: View, network: Network) -> list[str]:
     subnets = control.subnets_of(network)
-    found = clashes(subnets, view.find(Node))
+    found = route_overlaps(subnets, view.find(Node))
     lines = [f"{clash}: containers there cannot reach that network" for clash in found[:_WARNED_OF_MAX]]
     rest = len(found) - len(lines)
     return [*lines, f"{rest} more clashes with networks of nodes"] if rest else lines

@@ -101,9 +101,9 @@ def path_message(node: Node) -> str:
     """What a ready node's status tells of its ways to others; empty: nothing fails."""
     told: list[str] = []
     if not ignores_paths(node.spec.labels):
-        told += [f"takes no tasks on {one.networks}: {one.words}" for one in node.cut_off]
+        told += [f"takes no tasks on {one.networks}: {one.summary}" for one in node.cut_off]
     if node.failing_paths:
-        told.append(f"cannot reach {', '.join(one.words for one in node.failing_paths[:_PATHS_SHOWN])}")
+        told.append(f"cannot reach {', '.join(one.summary for one in node.failing_paths[:_PATHS_SHOWN])}")
         if len(node.failing_paths) > _PATHS_SHOWN:
             told[-1] += f" and {len(node.failing_paths) - _PATHS_SHOWN} more"
     return "; ".join(told)

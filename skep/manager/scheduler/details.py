@@ -47,7 +47,7 @@ def data_plane(wish: Requirements, account: Account, copies: int) -> str:
 
 def paths(wish: Requirements, account: Account, copies: int) -> str:
     """Which way to which nodes fails, and how to have the task there all the same."""
-    failing = [one.words for one in account.node.cut_off if one.check in wish.paths]
+    failing = [one.summary for one in account.node.cut_off if one.check in wish.paths]
     return f"{'; '.join(failing)} (the node's label {IGNORE_PATHS}=true would allow it)"
 
 

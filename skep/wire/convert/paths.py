@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from skep.model.ids import NetworkId, NodeId
 from skep.model.paths import (
     DETAIL_CHARACTERS_MAX,
-    Examination,
+    DiagnosticsRequest,
     NetworkNames,
     PathCheck,
     PathFinding,
     PathPeer,
     PathReport,
-    PathWish,
+    ProbeTargets,
 )
 from skep.wire import skep_pb2 as pb
 
@@ -21,15 +21,15 @@ FINDINGS_MAX = 16
 PORT_CHARACTERS_MAX = 32
 
 
-def wish_to_pb(wish: PathWish) -> pb.PathWish:
+def wish_to_pb(wish: ProbeTargets) -> pb.PathWish:
     return pb.PathWish(node=_peer_to_pb(wish.node), peers=map(_peer_to_pb, wish.peers))
 
 
-def wish_from_pb(message: pb.PathWish) -> PathWish:
-    return PathWish(node=_peer_from_pb(message.node), peers=tuple(map(_peer_from_pb, message.peers)))
+def wish_from_pb(message: pb.PathWish) -> ProbeTargets:
+    return ProbeTargets(node=_peer_from_pb(message.node), peers=tuple(map(_peer_from_pb, message.peers)))
 
 
-def examination_to_pb(number: int, examination: Examination) -> pb.Examination:
+def examination_to_pb(number: int, examination: DiagnosticsRequest) -> pb.Examination:
     return pb.Examination(
         number=number,
         peers=map(_peer_to_pb, examination.peers),
@@ -48,8 +48,8 @@ def examination_to_pb(number: int, examination: Examination) -> pb.Examination:
     )
 
 
-def examination_from_pb(message: pb.Examination) -> Examination:
-    return Examination(
+def examination_from_pb(message: pb.Examination) -> DiagnosticsRequest:
+    return DiagnosticsRequest(
         peers=tuple(map(_peer_from_pb, message.peers)),
         throughput=message.throughput,
         names=tuple(

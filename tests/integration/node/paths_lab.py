@@ -13,7 +13,7 @@ from pathlib import Path
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.encrypted.forwarder import Forwarder
 from skep.dataplane.encrypted.plan import Plan, PlannedPeer
-from skep.model.paths import PathCheck, PathPeer, PathReport, PathWish
+from skep.model.paths import PathCheck, PathPeer, PathReport, ProbeTargets
 from tests.integration.node.overlay_lab import LabNode, OverlayLab
 from tests.support.etcd_rig import peer_files
 
@@ -38,7 +38,7 @@ def wish_all(lab: OverlayLab, networks: list[ContainerNetwork], *, has_ports: bo
     peers = [a_peer(node, has_ports=has_ports) for node in lab.nodes]
     for node, network in zip(lab.nodes, networks, strict=True):
         network.prober.wish(
-            PathWish(node=a_peer(node), peers=tuple(peer for peer in peers if peer.node_id != node.id))
+            ProbeTargets(node=a_peer(node), peers=tuple(peer for peer in peers if peer.node_id != node.id))
         )
 
 

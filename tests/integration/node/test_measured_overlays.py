@@ -10,7 +10,7 @@ import pytest
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.netns.checksums import offloads, set_offloads
 from skep.dataplane.probe.places import address_of
-from skep.model.paths import PathCheck, PathWish
+from skep.model.paths import PathCheck, ProbeTargets
 from skep.model.sandbox import Sandbox
 from tests.integration.node.overlay_lab import WEB, LabNode, OverlayLab, carried, place, reaches, shell
 from tests.integration.node.paths_lab import a_peer, report_until, wish_all
@@ -218,7 +218,7 @@ async def test_a_card_that_computes_wrong_checksums_is_found_and_asked_no_more(l
         assert await namespaces.run(second.paths.overlays / WEB.id, offloads, "vx4097")
     async with first.running() as network:
         await network.overlays.apply(lab.tables, frozenset())
-        network.prober.wish(PathWish(node=a_peer(first), peers=(a_peer(second),)))
+        network.prober.wish(ProbeTargets(node=a_peer(first), peers=(a_peer(second),)))
         async with asyncio.timeout(10):
             while not network.prober.warnings():  # noqa: ASYNC110  # it is seen at the device, nothing is tried anew
                 await asyncio.sleep(0.05)

@@ -13,7 +13,7 @@ import pytest
 from skep.dataplane.addresses import mac_of
 from skep.dataplane.probe.packets import QUESTION_BYTES_MIN, Said, answer, answered, question
 from skep.dataplane.probe.places import PORT, address_of
-from skep.model.paths import PROBE_VNI, PathCheck, PathReport, PathWish
+from skep.model.paths import PROBE_VNI, PathCheck, PathReport, ProbeTargets
 from tests.integration.node.overlay_lab import OverlayLab, shell, tried
 from tests.integration.node.paths_lab import a_peer, failing, report_until, served_ports, wish_all
 
@@ -138,7 +138,7 @@ async def test_what_strangers_send_does_not_arrive(lab: OverlayLab) -> None:
     target, forged = address_of(first.id), address_of(second.id)
     async with first.running() as one:
         await shell(second.home, "ip link set under down")
-        one.prober.wish(PathWish(node=a_peer(first), peers=(a_peer(second),)))
+        one.prober.wish(ProbeTargets(node=a_peer(first), peers=(a_peer(second),)))
         await report_until(one, second, lambda report: bool(report.failing))
         await shell(
             stranger.home,
@@ -152,7 +152,7 @@ async def test_what_strangers_send_does_not_arrive(lab: OverlayLab) -> None:
         assert await stranger.namespaces.run(stranger.home, asked, forged, target, *questions) == []
         assert (await shell(inside, heard)).strip() == "0"
         known = (a_peer(second), a_peer(stranger))
-        one.prober.wish(PathWish(node=a_peer(first), peers=known))
+        one.prober.wish(ProbeTargets(node=a_peer(first), peers=known))
         async with asyncio.timeout(10):
             while (await shell(inside, heard)).strip() == "0":
                 await stranger.namespaces.run(stranger.home, asked, forged, target, question(3, 0))

@@ -6,7 +6,7 @@ import pytest
 
 from skep.agent.managers import ManagerList, next_manager
 from skep.model.ids import NodeId
-from skep.model.node import ANSWER_SECONDS_MAX
+from skep.model.node import RESPONSE_SECONDS_MAX
 from skep.node.local import Peer
 
 OWN, M2, M3 = (Peer(NodeId(f"m{number}"), f"10.0.0.{number}:2377") for number in (1, 2, 3))
@@ -77,7 +77,7 @@ def test_dead_managers_together_cost_no_longer_than_a_single_one_while_others_an
         managers.failed(M2, was_there=False)
         managers.failed(M3, was_there=False)
     managers.failed(OWN)
-    assert managers.connect_patience(M2) + managers.connect_patience(M3) == ANSWER_SECONDS_MAX
+    assert managers.connect_patience(M2) + managers.connect_patience(M3) == RESPONSE_SECONDS_MAX
 
 
 def test_where_nobody_answers_each_gets_the_time_that_a_crowded_one_needs() -> None:
@@ -85,4 +85,4 @@ def test_where_nobody_answers_each_gets_the_time_that_a_crowded_one_needs() -> N
     for _ in range(4):
         managers.failed(M2, was_there=False)
         managers.failed(M3, was_there=False)
-    assert managers.connect_patience(M2) == ANSWER_SECONDS_MAX
+    assert managers.connect_patience(M2) == RESPONSE_SECONDS_MAX

@@ -44,7 +44,7 @@ def test_the_label_names_the_nodes_that_may(label, node, may):
     if may:
         require_attachable(network, node)
     else:
-        with pytest.raises(PermissionDenied, match="only, and this node is none"):
+        with pytest.raises(PermissionDenied, match="which this node does not meet"):
             require_attachable(network, node)
 
 

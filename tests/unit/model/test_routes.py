@@ -11,7 +11,7 @@ from skep.model.routes import (
     ROUTES_LABEL,
     ROUTES_MAX,
     MachineRoute,
-    clashes,
+    route_overlaps,
     routes_label,
     routes_of,
     routes_of_all,
@@ -70,7 +70,9 @@ def test_halves_of_everything_say_as_little_as_a_default_route() -> None:
 
 
 def test_clashes_name_node_and_interface() -> None:
-    (clash,) = clashes([ip_network("10.0.0.0/20"), ip_network("fd00::/64")], [reporting("10.0.1.0/24=eth0")])
+    (clash,) = route_overlaps(
+        [ip_network("10.0.0.0/20"), ip_network("fd00::/64")], [reporting("10.0.1.0/24=eth0")]
+    )
     assert str(clash) == "10.0.0.0/20 overlaps with 10.0.1.0/24 on eth0 of node n1"
 
 
@@ -79,5 +81,5 @@ def test_nodes_that_report_the_same_are_each_named() -> None:
         reporting("10.0.1.0/24=eth0 10.0.1.128/25=eth1"),
         reporting("10.0.1.0/24=eth0 10.0.1.128/25=eth1"),
     ]
-    assert len(clashes([ip_network("10.0.1.128/25")], nodes)) == 4
+    assert len(route_overlaps([ip_network("10.0.1.128/25")], nodes)) == 4
     assert routes_of_all(nodes) == {ip_network("10.0.1.0/24"), ip_network("10.0.1.128/25")}

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from skep.model.ids import NetworkId, NodeId
 from skep.model.paths import (
     DETAIL_CHARACTERS_MAX,
-    Examination,
+    DiagnosticsRequest,
     NetworkNames,
     PathCheck,
     PathFinding,
     PathPeer,
     PathReport,
-    PathWish,
+    ProbeTargets,
 )
 from skep.wire import skep_pb2 as pb
 from skep.wire.convert import paths as convert
@@ -56,19 +56,22 @@ NAMES = st.builds(
 )
 
 
-@given(st.builds(PathWish, node=PEERS, peers=LISTS))
-def test_wishes_survive(wish: PathWish) -> None:
+@given(st.builds(ProbeTargets, node=PEERS, peers=LISTS))
+def test_wishes_survive(wish: ProbeTargets) -> None:
     sent = convert.wish_to_pb(wish).SerializeToString()
     assert convert.wish_from_pb(pb.PathWish.FromString(sent)) == wish
 
 
 @given(
     st.builds(
-        Examination, peers=LISTS, throughput=st.booleans(), names=st.lists(NAMES, max_size=2).map(tuple)
+        DiagnosticsRequest,
+        peers=LISTS,
+        throughput=st.booleans(),
+        names=st.lists(NAMES, max_size=2).map(tuple),
     ),
     SMALL,
 )
-def test_examinations_survive(examination: Examination, number: int) -> None:
+def test_examinations_survive(examination: DiagnosticsRequest, number: int) -> None:
     sent = pb.Examination.FromString(convert.examination_to_pb(number, examination).SerializeToString())
     assert sent.number == number
     assert convert.examination_from_pb(sent) == examination

@@ -6,10 +6,10 @@ from skep.dataplane.probe.kept import Kept, load, save
 from skep.dataplane.probe.mtu import Measured
 from skep.dataplane.probe.packets import Said
 from skep.model.ids import NodeId
-from skep.model.paths import PathPeer, PathWish
+from skep.model.paths import PathPeer, ProbeTargets
 
 KEPT = Kept(
-    PathWish(
+    ProbeTargets(
         node=PathPeer(node_id=NodeId("me"), hostname="m", data_path="192.0.2.1"),
         peers=(PathPeer(node_id=NodeId("p"), hostname="h", control="192.0.2.2:2377"),),
     ),

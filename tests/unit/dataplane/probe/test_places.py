@@ -9,7 +9,7 @@ from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.packet_filter import probing
 from skep.dataplane.probe.places import DEVICE, address_of, probe_state, reached
 from skep.model.ids import NodeId
-from skep.model.paths import PROBE_VNI, PathPeer, PathWish
+from skep.model.paths import PROBE_VNI, PathPeer, ProbeTargets
 
 IDS = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=25).map(NodeId)
 
@@ -18,7 +18,7 @@ def a_node(id: str, data_path: str) -> PathPeer:
     return PathPeer(node_id=NodeId(id), hostname=id, data_path=data_path)
 
 
-WISH = PathWish(
+WISH = ProbeTargets(
     node=a_node("me", "192.0.2.1"),
     peers=(a_node("two", "192.0.2.2"), a_node("six", "fd09::6"), a_node("docker", "")),
 )
@@ -53,7 +53,9 @@ def test_a_peer_has_its_entries_and_the_device_never_fragments() -> None:
 @given(st.lists(IDS, min_size=1, max_size=8, unique=True))
 def test_every_address_has_one_peer(ids: list[NodeId]) -> None:
     own, *others = ids
-    wish = PathWish(node=a_node(own, "192.0.2.1"), peers=tuple(a_node(one, "192.0.2.9") for one in others))
+    wish = ProbeTargets(
+        node=a_node(own, "192.0.2.1"), peers=tuple(a_node(one, "192.0.2.9") for one in others)
+    )
     state = probe_state(wish, Underlay("192.0.2.1"), offloads=False)
     forwarded = [one.mac for one in state.entries if one.kind is EntryKind.FORWARD]
     assert len(forwarded) == len(set(forwarded)) == len(reached(wish))

@@ -9,7 +9,7 @@ from skep.dataplane.plan.packet_filter import probing
 from skep.dataplane.probe.places import probe_state
 from skep.dataplane.probe.wishes import PEERS_MAX, host_and_port, sound
 from skep.model.ids import NodeId
-from skep.model.paths import PathPeer, PathWish
+from skep.model.paths import PathPeer, ProbeTargets
 
 TEXTS = st.one_of(
     st.sampled_from(
@@ -28,8 +28,8 @@ PEERS = st.builds(
 )
 
 
-@given(st.builds(PathWish, node=PEERS, peers=st.lists(PEERS, max_size=5).map(tuple)))
-def test_whatever_is_said_something_sound_is_done(wish: PathWish) -> None:
+@given(st.builds(ProbeTargets, node=PEERS, peers=st.lists(PEERS, max_size=5).map(tuple)))
+def test_whatever_is_said_something_sound_is_done(wish: ProbeTargets) -> None:
     found = sound(wish)
     assert sound(found) == found
     assert found.node.node_id not in {peer.node_id for peer in found.peers}
@@ -45,13 +45,13 @@ def test_what_makes_sense_stays() -> None:
         node_id=NodeId("p"), hostname="h", data_path="fd09::1", vxlan_port=4790, control="[fd09::1]:2377",
         gossip="192.0.2.7:7946", encrypted=True,
     )  # fmt: skip
-    wish = PathWish(node=PathPeer(node_id=NodeId("me"), hostname="m"), peers=(peer,))
+    wish = ProbeTargets(node=PathPeer(node_id=NodeId("me"), hostname="m"), peers=(peer,))
     assert sound(wish) == wish
 
 
 def test_there_is_an_end_to_peers() -> None:
     peers = tuple(PathPeer(node_id=NodeId(f"n{number}"), hostname="h") for number in range(PEERS_MAX + 1))
-    wish = PathWish(node=PathPeer(node_id=NodeId("me"), hostname="m"), peers=peers)
+    wish = ProbeTargets(node=PathPeer(node_id=NodeId("me"), hostname="m"), peers=peers)
     assert sound(wish).peers == peers[:PEERS_MAX]
 
 

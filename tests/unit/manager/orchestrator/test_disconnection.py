@@ -19,7 +19,7 @@ from skep.model.labels import (
     disconnect_policy,
     heartbeat_grace_s,
 )
-from skep.model.node import ANSWER_SECONDS_MAX
+from skep.model.node import RESPONSE_SECONDS_MAX
 from skep.model.times import SECOND_NS
 from tests.support.builders import a_task
 
@@ -51,7 +51,7 @@ def test_what_its_node_stops_is_replaced_when_it_has_surely_stopped() -> None:
 
 def test_however_short_the_delay_a_node_has_the_time_to_find_out_that_it_is_cut_off() -> None:
     policy = disconnect_policy({"skep.on-disconnect": "stop", "skep.on-disconnect-delay": "1s"})
-    assert replaced_at(policy, a_task("t"), 7.0, is_frozen=False) == 7.0 + ANSWER_SECONDS_MAX + 10.0
+    assert replaced_at(policy, a_task("t"), 7.0, is_frozen=False) == 7.0 + RESPONSE_SECONDS_MAX + 10.0
 
 
 @given(st.sampled_from(OnDisconnect), st.floats(0, 1e6), st.floats(0, 1e6))

@@ -98,5 +98,5 @@ def test_only_some_of_those_that_are_not_reached_are_named() -> None:
     others = [f"n{number}" for number in range(2, 8)]
     nodes = [a_probing_node("n1", *others), *(a_probing_node(id, "n1") for id in others)]
     (judged,) = judgements(nodes)[NodeId("n1")]
-    assert judged.words == "4789/udp fails between this node and n2, n3, n4 and 3 others"
+    assert judged.summary == "4789/udp fails between this node and n2, n3, n4 and 3 others"
     assert list(judgements(nodes)) == ["n1"]
