@@ -12,7 +12,7 @@ from sim.time import VirtualClock
 from skep.errors import SkepError
 from skep.manager.informer import LoopStore
 from skep.model.ids import NodeId
-from skep.node.supervision.answers import wait_past_help
+from skep.node.supervision.responses import wait_hung
 from skep.store.interface import Object, Store, Transaction, View, Watch
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def hang_manager(cluster: "SimulatedCluster", id: NodeId, *, for_s: float = inf)
     async def supervise() -> None:
         try:
             async with asyncio.timeout(for_s if for_s < inf else None):
-                await wait_past_help(is_answered, hand_over, VirtualClock(cluster.loop))
+                await wait_hung(is_answered, hand_over, VirtualClock(cluster.loop))
         except TimeoutError:
             thaw()
             return

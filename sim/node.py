@@ -15,10 +15,11 @@ from sim.time import VirtualClock
 from skep.agent.agent import Agent
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.agent.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
-from skep.agent.last_heard import LastHeard
+from skep.agent.last_seen import LastSeen
 from skep.agent.managers import ManagerList
 from skep.agent.reports import Reports
 from skep.agent.revisions import SeenRevision
+from skep.agent.session_state import SessionState
 from skep.agent.task_files import RememberedTask, TaskFiles
 from skep.agent.worker import Worker
 from skep.aio.clock import Clock
@@ -28,7 +29,6 @@ from skep.dataplane.tables.keeper import TableKeeper
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import NodeDescription
 from skep.model.task import AssignedTask, Task
-from skep.node.contact import Contact
 from skep.node.local import Peer
 from skep.security.identity import Identity
 
@@ -61,7 +61,7 @@ class SimulatedNode:
         self.tasks: dict[TaskId, AssignedTask] = {}
         """What each process on the machine was made for, for whoever looks at it from outside."""
         self.disk = MemoryFiles()
-        self._last_heard = LastHeard(clock.since_boot)
+        self._last_seen = LastSeen(clock.since_boot)
         self._seen = SeenRevision(None, identity.cluster_id)
         """On the disk too."""
         self._identity = identity
@@ -98,9 +98,13 @@ class SimulatedNode:
         """Be a node process until cancelled; what runs then goes on alone."""
         reports = Reports()
         executor = ImageExecutor(self, self._clock, self._random, self._behaviour)
-        contact = Contact(self._clock, self._last_heard)
+        session_state = SessionState(self._clock, self._last_seen)
         worker = Worker(
-            executor=executor, files=self.disk, reports=reports, clock=self._clock, contact=contact
+            executor=executor,
+            files=self.disk,
+            reports=reports,
+            clock=self._clock,
+            session_state=session_state,
         )
         tables = TableKeeper(StoredTables(None, self._clock), (), self._clock, self._random.random)
         managers = ManagerList(self._managers)
@@ -113,7 +117,7 @@ class SimulatedNode:
             logs=NoLogs(),
             clock=self._clock,
             random=self._random,
-            contact=contact,
+            session_state=session_state,
             seen=self._seen,
             tables=tables,
         )
@@ -129,7 +133,7 @@ class SimulatedNode:
 
     def lose_power(self) -> None:
         """Every process is gone; the disk stays."""
-        self._last_heard.forget()
+        self._last_seen.forget()
         self.machine.lose_power()
 
 

@@ -22,12 +22,10 @@ import msgspec
 import structlog
 
 from skep import logs
-from skep.agent.last_heard import LastHeardFile
 from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import SystemClock
 from skep.aio.groups import first_alone
 from skep.aio.guard import report
-from skep.bootstrap import FUTILE, REMOVED, STARVED
 from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
 from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
@@ -35,29 +33,24 @@ from skep.dataplane import process as net_process
 from skep.dataplane.encrypted import process as forwarder
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import replace_file
-from skep.linux.processes import boot_id
 from skep.logs import LogSettings
 from skep.node import requirements
-from skep.node.assembly import Node, Surroundings
 from skep.node.conditions import Conditions
+from skep.node.environment import Environment
 from skep.node.features import Features, detect
 from skep.node.isolation import check_isolation
 from skep.node.machine import this_machine
-from skep.node.orphans import adopt_orphans
+from skep.node.node import Node
+from skep.node.reaping import adopt_orphans
 from skep.node.supervision import zygote
-from skep.node.supervision.answers import manager_past_help
 from skep.node.supervision.detached import detached, held_lock, set_title
-from skep.node.supervision.supervisor import Supervisor
+from skep.node.supervision.processes import NodeProcesses
 from skep.node.supervision.zygote import Zygote
 from skep.paths import Paths
 from skep.security.locking import KeyLock
 from skep.store.etcd.binary import find_binary
 
 log = structlog.get_logger()
-
-_REMOVED = (
-    "The other managers do not take this one in: promote the node, or have it leave the swarm and join again."
-)
 
 _LOCK_WAIT_S = 2.0
 """For the end of a node process that was killed a moment ago, and of what it had forked."""
@@ -156,7 +149,14 @@ class Daemon:
         self._clock = SystemClock()
         self._random = SystemRandom()
         self._conditions = Conditions(self._clock)
-        self._is_stopping = False
+        self._processes = NodeProcesses(
+            loaded.configuration.paths,
+            parent,
+            self._clock,
+            self._random.random,
+            self._conditions,
+            _hand_over,
+        )
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT.  Raises: SkepError: this machine or this configuration will not do."""
@@ -178,7 +178,7 @@ class Daemon:
             features = await asyncio.to_thread(self._features)
             node = Node(
                 self._configuration,
-                Surroundings(
+                Environment(
                     machine=this_machine(),
                     features=features,
                     versions=versions,
@@ -186,18 +186,7 @@ class Daemon:
                     clock=self._clock,
                     random=self._random,
                     conditions=self._conditions,
-                    last_heard=LastHeardFile(paths.last_heard, self._clock.since_boot, boot_id()),
-                    net=self._supervisor("net", hands_over=True, gives_up=False),
-                    forwarder=self._supervisor("forwarder", gives_up=False),
-                    manager=lambda: self._supervisor(
-                        "manager",
-                        final={REMOVED: _REMOVED},
-                        futile=FUTILE,
-                        starved=STARVED,
-                        say=self._conditions.say("manager"),
-                        past_help=partial(manager_past_help, paths, _hand_over, self._clock),
-                    ),
-                    manager_stands_by=lambda wanted: self._zygote.stand_by("manager", wanted=wanted),
+                    processes=self._processes,
                 ),
             )
             async with asyncio.TaskGroup() as group:
@@ -205,10 +194,10 @@ class Daemon:
                 reloading = group.create_task(self._reload_on(hangup, node), name="reload")
                 await stop.wait()
                 log.info("stopping")
-                self._is_stopping = True
+                self._processes.stop_with_node()
                 self._zygote.notify("STOPPING=1")
                 reloading.cancel()
-                await node.farewell()
+                await node.announce_stop()
                 running.cancel()
             _forget_keys(paths)
             paths.features.unlink(missing_ok=True)
@@ -249,20 +238,6 @@ class Daemon:
         except OSError as error:  # the next process finds out again
             report(error, "what this machine can do is not kept")
         return features
-
-    @property
-    def _supervisor(self) -> "partial[Supervisor]":
-        """A supervisor of one process, but for its name and what is special about it."""
-        paths = self._configuration.paths
-        return partial(
-            Supervisor,
-            arguments=(str(paths.data), str(paths.run)),
-            paths=paths,
-            zygote=self._zygote,
-            clock=self._clock,
-            chance=self._random.random,
-            ends_with_node=lambda: self._is_stopping,
-        )
 
     async def _reload_on(self, hangup: asyncio.Event, node: Node) -> None:
         """Read the configuration again at every SIGHUP; what cannot be read changes nothing."""

@@ -80,6 +80,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data / "manager"
 
     @property
+    def removed_manager(self) -> Path:
+        """What was ``manager`` until the node stopped being one; it is being removed."""
+        return self.data / "manager.removed"
+
+    @property
     def manager_config(self) -> Path:
         return self.manager / "config.json"
 

@@ -22,6 +22,7 @@ from skep.agent.path_stream import PathSource
 from skep.agent.reports import Reports
 from skep.agent.revisions import Revision, SeenRevision
 from skep.agent.session import Session, unknown_load
+from skep.agent.session_state import SessionState
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
@@ -34,7 +35,6 @@ from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
 from skep.model.pair_keys import KeysTold
 from skep.model.sandbox import EndpointRequest
-from skep.node.contact import Contact
 from skep.node.local import Peer
 from skep.node.renewal import Managers
 from skep.security.identity import Identity
@@ -119,7 +119,7 @@ class Agent:
         logs: LogSource,
         clock: Clock,
         random: Random,
-        contact: Contact | None = None,
+        session_state: SessionState | None = None,
         seen: SeenRevision | None = None,
         address_of: Callable[[Peer], str] = lambda peer: peer.addr,
         load: Callable[[], float | None] = unknown_load,
@@ -151,7 +151,7 @@ class Agent:
         self._clock = clock
         self._random = random
         self._credentials = credentials
-        self._contact = contact or Contact(clock)
+        self._session_state = session_state or SessionState(clock)
         self._seen = seen or SeenRevision(None, credentials.identity.cluster_id)
         self._peer: Peer | None = None
         self._channel: Channel | None = None
@@ -232,8 +232,8 @@ class Agent:
             async with asyncio.TaskGroup() as group:
                 attempt = group.create_task(self._attempt(), name="session attempt")
             self.registered.clear()
-            self._contact.lost()
-            if self._contact.silence_s() >= UNREACHED_S:
+            self._session_state.end()
+            if self._session_state.silence_s() >= UNREACHED_S:
                 self._unreached(self._managers.unreached())
             if attempt.result() is Attempt.SESSION and self._clock.monotonic() - started >= LASTED_S:
                 backoff.reset()
@@ -309,7 +309,7 @@ class Agent:
             log.info("registered", manager=peer.addr, session=message.session_id)
             self._managers.worked(peer)
             self._peer = peer
-            self._contact.gained()
+            self._session_state.begin()
             self._unreached("")
             self.registered.set()
         peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
@@ -325,12 +325,12 @@ class Agent:
 
     def heard(self, asked_at: float) -> None:
         """The manager answered a heartbeat sent at ``asked_at``."""
-        self._contact.heard(asked_at)
+        self._session_state.record_response(asked_at)
 
     @property
-    def contact(self) -> Contact:
+    def session_state(self) -> SessionState:
         """With the managers."""
-        return self._contact
+        return self._session_state
 
     def patience_s(self, period_s: float) -> float:
         """How long to wait for the answer to a heartbeat."""
@@ -353,8 +353,8 @@ class _Host(msgspec.Struct, frozen=True):
         self.agent.heard(asked_at)
 
     @property
-    def contact(self) -> Contact:
-        return self.agent.contact
+    def session_state(self) -> SessionState:
+        return self.agent.session_state
 
     def patience_s(self, period_s: float) -> float:
         return self.agent.patience_s(period_s)

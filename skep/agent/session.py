@@ -18,6 +18,7 @@ from skep.agent.path_stream import PathSource, PathStream
 from skep.agent.publishing import LogPublisher
 from skep.agent.reports import Reports
 from skep.agent.revisions import Revision
+from skep.agent.session_state import SessionState
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import Overtaken, unless, wait_first
@@ -28,7 +29,6 @@ from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.node import NodeDescription
 from skep.model.pair_keys import KeysTold
 from skep.model.times import SECOND_NS
-from skep.node.contact import Contact
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
@@ -77,7 +77,7 @@ class SessionHost(Protocol):
         """How long to wait for the answer to a heartbeat; ``period_s``: between two, 0 before the first."""
 
     @property
-    def contact(self) -> Contact:
+    def session_state(self) -> SessionState:
         """Where a planned stop is announced, and noted when the manager has heard of it."""
 
 
@@ -211,7 +211,7 @@ class Session:
         async with self._channel.stream(methods.HEARTBEATS) as call:
             while True:
                 asked_at = self._clock.monotonic()
-                is_away = self._host.contact.is_departing
+                is_away = self._host.session_state.is_stopping
                 try:
                     reply = await unless(self._beat(call, is_away), self._lose_patience(period_s))
                 except Overtaken as error:
@@ -220,10 +220,10 @@ class Session:
                     raise Unavailable(f"{self._channel.address} ended the heartbeats")
                 self._host.heard(asked_at)
                 if is_away:
-                    self._host.contact.departed()
+                    self._host.session_state.stop_announced()
                     await asyncio.Event().wait()  # any further heartbeat would take it back
                 period_s = _seconds(reply.period)
-                await wait_first(self._clock.sleep(period_s), self._host.contact.wait_departing())
+                await wait_first(self._clock.sleep(period_s), self._host.session_state.wait_stopping())
 
     async def _beat(
         self, call: Call[skep.Heartbeat, skep.HeartbeatPeriod], is_away: bool

@@ -18,6 +18,7 @@ import structlog
 
 from skep.agent.attempts import CUT_OFF_S, next_attempt
 from skep.agent.executor.interface import Controller, TaskExit
+from skep.agent.session_state import SessionState
 from skep.aio.clock import Clock
 from skep.aio.first import Overtaken, unless
 from skep.aio.guard import explain, persist, report
@@ -26,7 +27,6 @@ from skep.model.ids import TaskId
 from skep.model.labels import drain_s
 from skep.model.task import AssignedTask, ContainerStatus, PortStatus, TaskState, TaskStatus
 from skep.model.times import timestamp
-from skep.node.contact import Contact
 
 log = structlog.get_logger()
 
@@ -110,7 +110,7 @@ class TaskDriver:
         *,
         clock: Clock,
         on_status: Callable[[TaskId, TaskStatus], None],
-        contact: Contact | None = None,
+        session_state: SessionState | None = None,
         attempts: int = 0,
     ) -> None:
         """
@@ -125,7 +125,7 @@ class TaskDriver:
         self.controller = controller
         self._clock = clock
         self._on_status = on_status
-        self._contact = contact
+        self._session_state = session_state
         self._attempts = [clock.monotonic()] * attempts
         self._stopped = ""
         self._desired_changed = asyncio.Event()
@@ -226,16 +226,16 @@ class TaskDriver:
 
     async def _may_try_again(self, ended: TaskExit) -> bool:
         """Whether there is no manager to replace the task, and its policy allows an attempt; returns when it is due."""
-        contact = self._contact
-        if contact is None or contact.has_manager:
+        session_state = self._session_state
+        if session_state is None or session_state.has_session:
             return False
         code = ended.exit_code or (1 if ended.message else 0)
         delay_s = next_attempt(self.task.task, code, self._attempts, self._clock.monotonic())
         if delay_s is None:
             return False
         try:
-            wait_s = max(delay_s, CUT_OFF_S - contact.silence_s())
-            await unless(self._clock.sleep(wait_s), contact.wait_gained())
+            wait_s = max(delay_s, CUT_OFF_S - session_state.silence_s())
+            await unless(self._clock.sleep(wait_s), session_state.wait_session())
         except Overtaken:
             return False  # the manager that is back decides
         return True

@@ -16,6 +16,7 @@ import structlog
 
 from skep.agent.assignments import AssignmentSet, ConfigFile, SecretFile, StatusReports
 from skep.agent.executor.interface import Controller, Executor, Rejected, Running, TaskExit
+from skep.agent.session_state import SessionState
 from skep.agent.task import TaskDriver
 from skep.agent.task_files import RememberedTask, TaskFiles
 from skep.aio.clock import Clock
@@ -23,7 +24,6 @@ from skep.aio.guard import contain, explain, persist, report
 from skep.model.ids import ConfigId, SecretId, TaskId
 from skep.model.labels import ON_DISCONNECT, OnDisconnect, disconnect_policy
 from skep.model.task import AssignedTask, TaskState, TaskStatus
-from skep.node.contact import Contact
 
 log = structlog.get_logger()
 
@@ -63,15 +63,15 @@ class Worker:
         reports: StatusReports,
         clock: Clock,
         payloads: PayloadSink | None = None,
-        contact: Contact | None = None,
+        session_state: SessionState | None = None,
     ) -> None:
-        """``payloads``: None for an executor that mounts nothing; ``contact``: with the managers, None: unknown."""
+        """``payloads``: None for an executor that mounts nothing; ``session_state``: None: unknown."""
         self._executor = executor
         self._files = files
         self._reports = reports
         self._clock = clock
         self._payloads = payloads
-        self._contact = contact
+        self._session_state = session_state
         self._drivers: dict[TaskId, TaskDriver] = {}
         self._running: dict[TaskId, asyncio.Task[None]] = {}
         self._removing: dict[TaskId, asyncio.Task[None]] = {}
@@ -88,8 +88,8 @@ class Worker:
             # A session may have begun before, and then nobody told it how these are.
             for id, status in self.statuses().items():
                 self._reports.report(id, status)
-            if self._contact is not None:
-                self._spawn(self._stop_when_cut_off(self._contact), "stop-when-cut-off")
+            if self._session_state is not None:
+                self._spawn(self._stop_when_cut_off(self._session_state), "stop-when-cut-off")
             self._spawn(self._files.run(), "task-files")
             self._ready.set()
 
@@ -166,7 +166,7 @@ class Worker:
             controller,
             clock=self._clock,
             on_status=self._on_status,
-            contact=self._contact,
+            session_state=self._session_state,
             attempts=attempts,
         )
         self._drivers[id] = driver
@@ -225,11 +225,11 @@ class Worker:
 
         await persist(free, "task not removed", clock=self._clock, task=id)
 
-    async def _stop_when_cut_off(self, contact: Contact) -> None:
+    async def _stop_when_cut_off(self, session_state: SessionState) -> None:
         """Stop the tasks of services that want it so, each when this node was cut off for its service's delay."""
         while True:
-            await contact.wait_lost()
-            silence_s = contact.unheard_s()
+            await session_state.wait_no_session()
+            silence_s = session_state.total_silence_s()
             for driver in self._drivers.values():
                 reason = stop_reason(driver.task, silence_s)
                 if reason and not driver.status.state.is_terminal:

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from skep.aio.clock import Clock
+from skep.dataplane.ipc import IpcClient
 from skep.dataplane.ports import AddressNotHere
 from skep.dataplane.protocol import (
     FRAME_BYTES_MAX,
@@ -27,7 +28,6 @@ from skep.dataplane.protocol import (
 )
 from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
 from skep.model.ids import NetworkId
-from skep.node.conversation import Conversation
 
 
 class NetClient:
@@ -39,9 +39,7 @@ class NetClient:
 
     def __init__(self, path: Path, clock: Clock, chance: Callable[[], float], owner: str = "") -> None:
         self._owner = owner
-        self._conversation = Conversation(
-            path, clock, chance, whom="the net process", bytes_max=FRAME_BYTES_MAX
-        )
+        self._ipc = IpcClient(path, clock, chance, whom="the net process", bytes_max=FRAME_BYTES_MAX)
 
     async def reserve(self, protocol: str, port: int, address: str = "") -> int:
         """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
@@ -114,10 +112,10 @@ class NetClient:
 
     def close(self) -> None:
         """Drop the connection; the next call opens another."""
-        self._conversation.close()
+        self._ipc.close()
 
     async def _ask(self, request: Request) -> Answer:
-        return decode_answer(await self._conversation.ask(msgspec.msgpack.encode(request)))
+        return decode_answer(await self._ipc.ask(msgspec.msgpack.encode(request)))
 
 
 def _owner(token: str) -> str:

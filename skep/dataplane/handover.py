@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from skep.dataplane.ipc import LENGTH_BYTES
 from skep.dataplane.protocol import (
     FRAME_BYTES_MAX,
     HandedOver,
@@ -19,7 +20,6 @@ from skep.dataplane.protocol import (
 )
 from skep.dataplane.reservations import PROTOCOL_NUMBERS, Held
 from skep.linux.descriptors import set_aside_descriptor
-from skep.node.conversation import LENGTH_BYTES
 
 log = structlog.get_logger()
 

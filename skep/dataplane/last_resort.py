@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from skep.agent.last_heard import heard_at
+from skep.agent.last_seen import seen_at
 from skep.agent.task_files import read_tasks
 from skep.aio.clock import SystemClock
 from skep.aio.guard import persist, report
@@ -82,7 +82,7 @@ class LastResort:
 
     def look(self) -> None:
         """Signal whose time has come.  Blocks."""
-        at = heard_at(self._paths.last_heard, self._boot_id)
+        at = seen_at(self._paths.last_heard, self._boot_id)
         silence_s = self._clock.since_boot() - at if at is not None else 0.0
         if silence_s < AWAKE_S:
             self._doomed, self._scan_at = (), 0.0

@@ -15,6 +15,7 @@ from skep.aio.clock import SystemClock
 from skep.aio.guard import persist
 from skep.dataplane import handover
 from skep.dataplane.handover import Taken
+from skep.dataplane.ipc import read_frame, serve
 from skep.dataplane.last_resort import LastResort
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import AddressNotHere
@@ -42,7 +43,6 @@ from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.reservations import Reservations, reopened
 from skep.dataplane.serving import Serving
 from skep.errors import AlreadyExists, SkepError
-from skep.node.conversation import read_frame, serve
 from skep.node.supervision.detached import detached
 from skep.paths import Paths
 

@@ -9,8 +9,8 @@ from typing import cast
 
 import msgspec
 
+from skep.dataplane.ipc import framed
 from skep.model.ids import NetworkId, TaskId
-from skep.node.conversation import framed
 
 FRAME_BYTES_MAX = 4 * 1024 * 1024
 

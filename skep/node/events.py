@@ -74,7 +74,7 @@ class NodeEvents:
     """The events of this node, past and coming."""
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+        self.clock = clock
         self._past: deque[Message] = deque(maxlen=KEPT)
         self._readers: set[Reader] = set()
 
@@ -82,7 +82,7 @@ class NodeEvents:
         self, type: str, action: str, id: str, attributes: Mapping[str, str], at_ns: int | None = None
     ) -> None:
         """Tell every client that ``action`` happened."""
-        message = message_of(type, action, id, attributes, self._clock.now_ns() if at_ns is None else at_ns)
+        message = message_of(type, action, id, attributes, self.clock.now_ns() if at_ns is None else at_ns)
         self._past.append(message)
         for reader in self._readers:
             reader.offer(message)
@@ -110,7 +110,7 @@ class NodeEvents:
         """
         with self._reading() as reader:
             past = [message for message in self._past if _is_wanted_past(message, wish)]
-            if wish.until_ns is not None and wish.until_ns <= self._clock.now_ns():
+            if wish.until_ns is not None and wish.until_ns <= self.clock.now_ns():
                 for source in sources:
                     past += await _past_of(source, wish)
                 for message in sorted(past, key=lambda one: int(one["timeNano"])):
@@ -137,7 +137,7 @@ class NodeEvents:
                 raise errors.exceptions[0] from None
 
     async def _end_at(self, until_ns: int, reader: Reader) -> None:
-        await self._clock.sleep((until_ns - self._clock.now_ns()) / SECOND_NS)
+        await self.clock.sleep((until_ns - self.clock.now_ns()) / SECOND_NS)
         reader.offer(None)
 
 

@@ -1,13 +1,25 @@
-"""Why a manager does not leave unasked, in Docker's words.
+"""Leaving a cluster as a manager: Docker's warnings, and the removal from the raft group.
 
 Source: moby 20.10, daemon/cluster/swarm.go (Leave).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import structlog
 
 from skep.errors import SkepError
 from skep.node.local_api import LocalApi
+from skep.security.keypair import KeyPair
+from skep.security.tls import MANAGER_NAME, client_context
+from skep.wire import methods
+from skep.wire import skep_pb2 as pb
+from skep.wire.client import connected
+
+log = structlog.get_logger()
+
+RESIGN_TIMEOUT_S = 6.0
+"""Longer than the manager that removes the member waits for that."""
 
 _LEAVING = "You are attempting to leave the swarm on a node that is participating as a manager. "
 _LAST_MANAGER = (
@@ -20,7 +32,7 @@ _LEAVING_END = (
 
 
 def objection_to_leaving(nodes: Iterable[Mapping[str, Any]] | None) -> str:
-    """What speaks against it.  ``nodes``: as ``GET /nodes`` shows them; None: the manager does not answer."""
+    """Docker's warning.  ``nodes``: as ``GET /nodes`` shows them; None: the manager does not respond."""
     if nodes is None:
         return f"{_LEAVING}Doing so may lose the consensus of your cluster. {_LEAVING_END}"
     statuses = [node["ManagerStatus"] for node in nodes if "ManagerStatus" in node]
@@ -36,8 +48,25 @@ def objection_to_leaving(nodes: Iterable[Mapping[str, Any]] | None) -> str:
 
 
 async def objection(manager_api: LocalApi) -> str:
-    """What speaks against it, as far as this node's manager knows."""
+    """Docker's warning, from the node list of this node's manager."""
     try:
         return objection_to_leaving(await manager_api.get("/nodes"))
     except SkepError:
         return objection_to_leaving(None)
+
+
+async def leave_manager_group(managers: Sequence[str], pair: KeyPair) -> bool:
+    """Ask the other managers (``ip:port``) in turn to remove this one's etcd member; whether one has done it.
+
+    They refuse when the remaining members would have no quorum.  A member that leaves without this counts against
+    the quorum of the others.
+    """
+    for manager in managers:
+        try:
+            async with connected(manager, client_context(pair), MANAGER_NAME) as channel:
+                await channel.call(methods.RESIGN, pb.ResignRequest(), timeout_s=RESIGN_TIMEOUT_S)
+        except SkepError as error:
+            log.warning("not removed from the managers", manager=manager, reason=str(error))
+        else:
+            return True
+    return False

@@ -75,7 +75,7 @@ def why_no_vote(mark: Path) -> str:
 
 
 def local_section(
-    node: LocalNode | None, *, status: str, trouble: str, managers: Sequence[Peer]
+    node: LocalNode | None, *, status: str, error: str, managers: Sequence[Peer]
 ) -> dict[str, Any]:
     """What the node says by itself.  ``managers``: as its agent heard last."""
     section: dict[str, Any] = {
@@ -83,7 +83,7 @@ def local_section(
         "NodeAddr": "",
         "LocalNodeState": status,
         "ControlAvailable": False,
-        "Error": trouble,
+        "Error": error,
         "RemoteManagers": None,
     }
     if node is not None:

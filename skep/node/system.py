@@ -8,25 +8,23 @@ from typing import Any
 
 import msgspec
 
-from skep.aio.clock import Clock
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
 from skep.model.times import timestamp
 from skep.node import features, info
-from skep.node.engine import Engine, added
+from skep.node.docker_engine import DockerEngine, added
 from skep.node.events import Message, NodeEvents, Wish
 from skep.node.local_api import LocalApi
 from skep.node.membership import Membership
 
 
 class NodeSystem:
-    """Answers for ``routes.system``.
+    """Implements ``routes.system``.
 
     Args:
-        count: counts our containers and images at the moment of asking.
-        engine: the machine's Docker Engine, if there is one.
-        warnings: what the configuration has to say for itself.
-        network_warnings: the same of conditions, published ports and ways to other nodes, at any time.
+        count: counts containers and images of this node's engine.
+        docker: the machine's Docker Engine, if there is one.
+        warnings: sentences about the configuration, conditions, published ports and connections to other nodes.
     """
 
     def __init__(
@@ -36,21 +34,17 @@ class NodeSystem:
         membership: Membership,
         manager_api: LocalApi,
         events: NodeEvents,
-        clock: Clock,
         count: Callable[[], info.Counts],
-        engine: Engine | None = None,
-        warnings: tuple[str, ...] = (),
-        network_warnings: Callable[[], Sequence[str]] = tuple,
+        docker: DockerEngine | None = None,
+        warnings: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._node = node
         self._membership = membership
         self._manager_api = manager_api
         self._events = events
-        self._clock = clock
         self._count = count
-        self._engine = engine
+        self._docker = docker
         self._warnings = warnings
-        self._network_warnings = network_warnings
 
     def configure(self, configuration: Configuration) -> None:
         """Show ``configuration`` from now on (it was reloaded)."""
@@ -61,16 +55,16 @@ class NodeSystem:
         return self._membership.header
 
     def version(self) -> Mapping[str, Any]:
-        if self._engine is None:
+        if self._docker is None:
             return info.version(self._node, str(NEWEST))
-        node = msgspec.structs.replace(self._node, engine=self._engine.version)
-        return info.version(node, str(self._engine.api_version))
+        node = msgspec.structs.replace(self._node, engine=self._docker.version)
+        return info.version(node, str(self._docker.api_version))
 
     async def info(self) -> Mapping[str, Any]:
         swarm = await self._membership.info()
         counts = self._count()
-        if self._engine is not None:
-            counts = added(counts, await self._engine.counts())
+        if self._docker is not None:
+            counts = added(counts, await self._docker.counts())
         return info.info(
             self._node,
             counts=counts,
@@ -78,15 +72,15 @@ class NodeSystem:
             warnings=(
                 *swarm.get("Warnings", ()),
                 *features.warnings(self._node.features),
-                *(f"WARNING: {sentence}" for sentence in (*self._warnings, *self._network_warnings())),
+                *(f"WARNING: {sentence}" for sentence in self._warnings()),
             ),
-            now=timestamp(self._clock.now_ns()),
+            now=timestamp(self._events.clock.now_ns()),
         )
 
     async def stream_events(self, wish: Wish, send: Callable[[Message], Awaitable[None]]) -> None:
         sources = [self._manager_api] if self._membership.is_manager else []
-        if self._engine is not None:
-            sources.append(self._engine.api)
+        if self._docker is not None:
+            sources.append(self._docker.api)
         await self._events.stream(wish, sources, send)
 
 

@@ -228,7 +228,7 @@ async def test_a_node_that_stops_as_planned_is_waited_for_longer_than_one_that_f
         an_agent(cluster, planned, tmp_path / "planned") as (leaving, _),
         an_agent(cluster, sudden, tmp_path / "sudden") as (dying, _),
     ):
-        await leaving.contact.say_farewell()
+        await leaving.session_state.announce_stop()
     await cluster.until(lambda view: view.get(Node, dying.node_id).status.state is NodeState.DOWN)
     assert cluster.node(leaving.node_id).status.state is NodeState.READY
     async with an_agent(cluster, planned, tmp_path / "planned") as (back, _):

@@ -24,7 +24,7 @@ from skep.linux.files import replace_file
 from skep.model.ids import NetworkId
 from skep.model.tables import Table
 from skep.node.supervision.identity import ProcessIdentity, identify, read_pid_file
-from skep.node.supervision.supervisor import Supervisor, terminate, wait_end
+from skep.node.supervision.supervisor import Policy, Supervisor, terminate, wait_end
 from skep.paths import Paths
 from tests.support import zygote_rig
 from tests.support.zygote_rig import StartedZygote
@@ -54,14 +54,12 @@ async def net(paths: Paths, started: StartedZygote) -> AsyncIterator[NetClient]:
     """A supervised net process for the block; it is stopped at its end."""
     supervisor = Supervisor(
         "net",
-        (),
-        paths=paths,
+        paths,
         zygote=started,
         clock=SystemClock(),
-        chance=random.random,
+        rng=random.random,
         ends_with_node=lambda: True,
-        hands_over=True,
-        gives_up=False,
+        policy=Policy(hands_over=True, gives_up=False),
     )
     client = NetClient(paths.net_socket, SystemClock(), random.random)
     async with asyncio.TaskGroup() as group:

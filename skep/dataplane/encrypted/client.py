@@ -17,17 +17,15 @@ from skep.dataplane.encrypted.protocol import (
     Request,
     decode_answer,
 )
+from skep.dataplane.ipc import IpcClient
 from skep.errors import FailedPrecondition
-from skep.node.conversation import Conversation
 
 
 class ForwarderClient:
     """The node process's end.  While the forwarder restarts a call waits; after 10 s it raises ``Unavailable``."""
 
     def __init__(self, path: Path, clock: Clock, chance: Callable[[], float]) -> None:
-        self._conversation = Conversation(
-            path, clock, chance, whom="the forwarder", bytes_max=FRAME_BYTES_MAX
-        )
+        self._ipc = IpcClient(path, clock, chance, whom="the forwarder", bytes_max=FRAME_BYTES_MAX)
 
     async def apply(self, plan: Plan) -> Status:
         """Have ``plan`` done; devices that could be made exist when this returns.
@@ -42,10 +40,10 @@ class ForwarderClient:
 
     def close(self) -> None:
         """Drop the connection; the next call opens another."""
-        self._conversation.close()
+        self._ipc.close()
 
     async def _ask(self, request: Request) -> Status:
-        match decode_answer(await self._conversation.ask(msgspec.msgpack.encode(request))):
+        match decode_answer(await self._ipc.ask(msgspec.msgpack.encode(request))):
             case Now(status):
                 return status
             case Refused(sentence):

@@ -30,9 +30,9 @@ from skep.dataplane.encrypted.protocol import (
     decode_request,
     frame,
 )
+from skep.dataplane.ipc import read_frame, serve
 from skep.errors import SkepError
 from skep.linux.files import replace_file
-from skep.node.conversation import read_frame, serve
 from skep.node.supervision.detached import detached
 from skep.paths import Paths
 

@@ -6,7 +6,7 @@ import msgspec
 
 from skep.dataplane.encrypted.forwarder import Status
 from skep.dataplane.encrypted.plan import Plan
-from skep.node.conversation import framed
+from skep.dataplane.ipc import framed
 
 FRAME_BYTES_MAX = 64 * 1024 * 1024
 """A plan of 200 networks with 50,000 containers takes 5 MB."""

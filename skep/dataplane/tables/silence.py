@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 import msgspec
 import structlog
 
+from skep.agent.session_state import SessionState
 from skep.aio.clock import Clock
 from skep.aio.first import Overtaken, unless
 from skep.model.ids import NodeId, ServiceId
 from skep.model.paths import PathCheck, PathReport
 from skep.model.tables import Table, TableEndpoint
-from skep.node.contact import Contact
 
 log = structlog.get_logger()
 
@@ -88,22 +88,22 @@ def _is_left_out(one: TableEndpoint, silent: frozenset[NodeId], kept: Iterable[S
 
 
 async def watch(
-    contact: Contact,
+    session_state: SessionState,
     reports: Callable[[], Mapping[NodeId, PathReport]],
     leave_out: Callable[[Silence], None],
     clock: Clock,
 ) -> None:
     """Have silent peers left out whenever no manager's word is fresh, until cancelled."""
     while True:
-        await contact.wait_lost()
+        await session_state.wait_no_session()
         try:
-            await _while_without_manager(contact, reports, leave_out, clock)
+            await _while_without_manager(session_state, reports, leave_out, clock)
         finally:
             leave_out(NOBODY)
 
 
 async def _while_without_manager(
-    contact: Contact,
+    session_state: SessionState,
     reports: Callable[[], Mapping[NodeId, PathReport]],
     leave_out: Callable[[Silence], None],
     clock: Clock,
@@ -111,17 +111,18 @@ async def _while_without_manager(
     gained_at: float | None = None
     before = NOBODY
     while gained_at is None or clock.monotonic() - gained_at < FRESH_SECONDS:
-        is_lost = not contact.has_manager
+        is_lost = not session_state.has_session
         if is_lost or gained_at is None:
             gained_at = None if is_lost else clock.monotonic()
-        if contact.silence_s() >= LOST_SECONDS or before != NOBODY:
+        if session_state.silence_s() >= LOST_SECONDS or before != NOBODY:
             found = silent(reports())
             if found != before:
                 log.warning("peers that do not answer serve nothing here", peers=sorted(found.plain))
             leave_out(found)
             before = found
         try:
-            await unless(clock.sleep(LOOK_SECONDS), contact.wait_gained() if is_lost else contact.wait_lost())
+            changed = session_state.wait_session() if is_lost else session_state.wait_no_session()
+            await unless(clock.sleep(LOOK_SECONDS), changed)
         except Overtaken:
             if before == NOBODY and is_lost:
                 return  # nothing was left out

@@ -20,7 +20,7 @@ from skep.engine.images.store import ImageStore
 from skep.engine.plain.containers import PlainContainers
 from skep.engine.plain.requests import read_create
 from skep.errors import NotFound
-from skep.node.engine import Engine
+from skep.node.docker_engine import DockerEngine
 
 log = structlog.get_logger()
 
@@ -60,7 +60,7 @@ async def _create(plain: PlainContainers, request: web.Request) -> web.StreamRes
 
 
 def plain_container_routes(
-    engine: Engine, images: ImageStore | None, plain: PlainContainers | None, in_cluster: NetworkKnown
+    engine: DockerEngine, images: ImageStore | None, plain: PlainContainers | None, in_cluster: NetworkKnown
 ) -> Routes:
     """The same beside an engine.
 
@@ -109,7 +109,7 @@ def _wish_of(body: bytes) -> _Wish:
         return _Wish()
 
 
-async def _lend(engine: Engine, images: ImageStore, word: str) -> None:
+async def _lend(engine: DockerEngine, images: ImageStore, word: str) -> None:
     """Have the engine get the image that ``word`` means, if it is ours and not the engine's.  Raises: Unavailable."""
     if images.resolve(word) is None or await engine.has_image(word):
         return

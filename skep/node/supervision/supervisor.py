@@ -8,6 +8,7 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import msgspec
 import structlog
 
 from skep import __version__
@@ -23,79 +24,82 @@ log = structlog.get_logger()
 
 STOP_GRACE_S = 15.0
 _LASTING_S = 15.0
-"""After which a process has what it needs."""
+"""A process that has run for so long lacks no resource."""
 _RETRY_SECONDS_MAX = 5.0
-"""Between attempts to look after a process that may well run: no descriptor was free, for example."""
+"""Between attempts to supervise a process that may be running: no descriptor was free, for example."""
 
 
 class Forks(Protocol):
-    """Who starts processes (``Zygote``)."""
+    """Starts processes (``Zygote``)."""
 
     async def fork(self, entry: str, arguments: Sequence[str]) -> int: ...
 
     async def reap(self, pid: int) -> int | None: ...
 
 
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """How one kind of process is treated.
+
+    Args:
+        hands_over: its successor takes over from it (net); otherwise it is stopped first (manager).
+        gives_up: five ends within a minute are enough; otherwise it is started again without limit.
+        final: exit codes after which it is not started again, each with the reason.
+        futile: exit code after which it is not started again, for the reason that it has written.
+        starved: exit code after which it is started again without limit: it lacked a resource of the machine.
+        show_condition: called with why it does not run while it is ``starved``, and with an empty text once it does.
+        wait_hung: watches the process while it runs, and returns why it is to be killed.
+    """
+
+    hands_over: bool = False
+    gives_up: bool = True
+    final: Mapping[int, str] = MappingProxyType({})
+    futile: int | None = None
+    starved: int | None = None
+    show_condition: Callable[[str], None] = lambda _: None
+    wait_hung: Callable[[], Coroutine[Any, Any, str]] | None = None
+
+
+_DEFAULT = Policy()
+
+
 class Supervisor:
     """One detached process.  ``run`` keeps it alive.
 
     It outlives ``run``, and the next node process adopts it, unless it was to end: ``dismiss`` was called, or the node
-    stops as planned.  That the node process fails, or anything else in it, is no reason to stop a manager.
+    stops as planned.  An exception in the node process does not stop a manager.
 
     Args:
-        hands_over: its successor takes over from it (net); otherwise it is stopped first (manager).
-        gives_up: five ends within a minute are enough; otherwise it is tried for ever.
-        ends_with_node: whether the node stops as planned, at the moment of asking.
-        final: exit codes after which it is not started again, each with the reason.
-        futile: exit code after which it is not started again because of what it said.
-        starved: exit code after which it is started again however often it ended: the machine refused it something.
-        say: told why it does not run while it is ``starved``, and an empty text once it does.
-        past_help: watches over the process while it runs, and returns why it is to be killed.
+        rng: numbers from 0 to 1.
+        ends_with_node: whether the node stops as planned, at the moment of the call.
     """
 
     def __init__(
         self,
         name: str,
-        arguments: Sequence[str],
-        *,
         paths: Paths,
+        *,
         zygote: Forks,
         clock: Clock,
-        chance: Callable[[], float],
+        rng: Callable[[], float],
         ends_with_node: Callable[[], bool],
-        hands_over: bool = False,
-        gives_up: bool = True,
-        final: Mapping[int, str] = MappingProxyType({}),
-        futile: int | None = None,
-        starved: int | None = None,
-        say: Callable[[str], None] = lambda _: None,
-        past_help: Callable[[], Coroutine[Any, Any, str]] | None = None,
+        policy: Policy = _DEFAULT,
     ) -> None:
         self._name = name
-        self._arguments = arguments
         self._paths = paths
         self._zygote = zygote
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._ends_with_node = ends_with_node
         self._is_dismissed = False
-        self._hands_over = hands_over
-        self._gives_up = gives_up
-        self._final = final
-        self._futile = futile
-        self._starved = starved
-        self._say = say
-        self._past_help = past_help
+        self._policy = policy
         self._ends: tuple[float, ...] = ()
         self._last_end = ""
         self.process: ProcessIdentity | None = None
-        self.trouble = ""
+        self.error = ""
         """A sentence for ``/info`` when the process is not going to be started again."""
 
     async def run(self) -> None:
-        """Run until cancelled; returns by itself only after a ``final`` exit code.
-
-        A lost cause just waits.
+        """Run until cancelled; returns only after a ``final`` exit code.  A process that was given up is waited on.
 
         Raises: ZygoteGone: the node process has to be started again.
         """
@@ -106,49 +110,55 @@ class Supervisor:
                     "process not supervised",
                     clock=self._clock,
                     longest_s=_RETRY_SECONDS_MAX,
-                    chance=self._chance,
+                    chance=self._rng,
                     passes=(ZygoteGone,),
                     name=self._name,
                 )
-                if code is not None and code in self._final:
-                    self.trouble = self._final[code]
+                if code is not None and code in self._policy.final:
+                    self.error = self._policy.final[code]
                     log.warning("process ended for good", name=self._name, reason=self._last_end)
                     return
-                if code is not None and code == self._futile:
-                    self.trouble = self._last_end
-                    log.error("process given up", name=self._name, last=self._last_end)
-                    await asyncio.Event().wait()
-                self._ends = recent((*self._ends, self._clock.monotonic()), self._clock.monotonic())
-                is_starved = code is not None and code == self._starved
-                if is_starved:
-                    self._say(f"the {self._name} process does not run: {self._last_end}; it is tried again")
-                gives_up = self._gives_up and not is_starved
-                match after_end(self._ends, self._clock.monotonic(), self._chance(), gives_up=gives_up):
-                    case GiveUp(crashes):
-                        self.trouble = (
-                            f"the {self._name} process ended {crashes} times within {CRASH_WINDOW_S:.0f} s "
-                            f"({self._last_end}) and is not started again: see the log, then restart skep"
-                        )
-                        log.error("process given up", name=self._name, crashes=crashes, last=self._last_end)
-                        await asyncio.Event().wait()
-                    case again:
-                        log.warning(
-                            "process ended",
-                            name=self._name,
-                            how=self._last_end,
-                            again_in_s=round(again.after_s, 2),
-                        )
-                        await self._clock.sleep(again.after_s)
+                await self._wait_restart(code)
         finally:
             if self._is_dismissed or self._ends_with_node():
                 await self._stop()
 
+    async def _wait_restart(self, code: int | None) -> None:
+        """Return when the process is to be started again after its end with ``code``; never, if it is given up."""
+        if code is not None and code == self._policy.futile:
+            self.error = self._last_end
+            log.error("process given up", name=self._name, last=self._last_end)
+            await asyncio.Event().wait()
+        self._ends = recent((*self._ends, self._clock.monotonic()), self._clock.monotonic())
+        is_starved = code is not None and code == self._policy.starved
+        if is_starved:
+            self._policy.show_condition(
+                f"the {self._name} process does not run: {self._last_end}; it is tried again"
+            )
+        gives_up = self._policy.gives_up and not is_starved
+        match after_end(self._ends, self._clock.monotonic(), self._rng(), gives_up=gives_up):
+            case GiveUp(crashes):
+                self.error = (
+                    f"the {self._name} process ended {crashes} times within {CRASH_WINDOW_S:.0f} s "
+                    f"({self._last_end}) and is not started again: see the log, then restart skep"
+                )
+                log.error("process given up", name=self._name, crashes=crashes, last=self._last_end)
+                await asyncio.Event().wait()
+            case again:
+                log.warning(
+                    "process ended",
+                    name=self._name,
+                    how=self._last_end,
+                    again_in_s=round(again.after_s, 2),
+                )
+                await self._clock.sleep(again.after_s)
+
     def dismiss(self) -> None:
-        """The process is not wanted any more: it is stopped when ``run`` is cancelled."""
+        """The process is to be stopped when ``run`` is cancelled."""
         self._is_dismissed = True
 
     async def _stop(self) -> None:
-        # the pid file knows of a process whose start was cancelled before its pid arrived here
+        # The pid file also has a process whose start was cancelled before its pid arrived here.
         last = self.process or read_pid_file(self._paths.pid_file(self._name))
         if last is not None:
             await terminate(last, STOP_GRACE_S)
@@ -167,7 +177,7 @@ class Supervisor:
             log.info("process adopted", name=self._name, pid=running.pid)
             self.process = running
         else:
-            if running is not None and not self._hands_over:
+            if running is not None and not self._policy.hands_over:
                 log.info("process of another version is replaced", name=self._name, version=running.version)
                 await terminate(running, STOP_GRACE_S)
             self.process, code = await self._start()
@@ -175,30 +185,30 @@ class Supervisor:
                 return code
         killed_for = await self._watched_to_its_end(self.process)
         code = await self._zygote.reap(self.process.pid)
-        self._last_end = self._last_words() or killed_for or _how(code)
+        self._last_end = self._last_error_text() or killed_for or _how(code)
         self.process = None
         return code
 
     async def _watched_to_its_end(self, process: ProcessIdentity) -> str:
         """Return when the process has ended; why it was killed, if it was from here."""
         async with asyncio.TaskGroup() as group:
-            lasting = group.create_task(self._say_that_it_lasts(), name=f"start of {self._name}")
+            lasting = group.create_task(self._clear_condition_later(), name=f"start of {self._name}")
             try:
                 return await self._watched(process)
             finally:
                 lasting.cancel()
 
-    async def _say_that_it_lasts(self) -> None:
+    async def _clear_condition_later(self) -> None:
         await self._clock.sleep(_LASTING_S)
-        self._say("")
+        self._policy.show_condition("")
 
     async def _watched(self, process: ProcessIdentity) -> str:
-        if self._past_help is None:
+        if self._policy.wait_hung is None:
             await wait_end(process)
             return ""
         async with asyncio.TaskGroup() as group:
             ending = group.create_task(wait_end(process), name=f"end of {self._name}")
-            watching = group.create_task(self._past_help(), name=f"answers of {self._name}")
+            watching = group.create_task(self._policy.wait_hung(), name=f"answers of {self._name}")
             await asyncio.wait({ending, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not watching.done():
                 watching.cancel()
@@ -207,20 +217,20 @@ class Supervisor:
             _send(process, signal.SIGKILL)
         return watching.result()
 
-    def _last_words(self) -> str:
-        """What the process said before it ended; empty: nothing."""
+    def _last_error_text(self) -> str:
+        """What the process wrote into its file before it ended; empty: nothing."""
         path = self._paths.last_words(self._name)
         try:
-            said = path.read_text().strip()
+            text = path.read_text().strip()
         except OSError:
             return ""
         path.unlink(missing_ok=True)
-        return said
+        return text
 
     async def _start(self) -> tuple[ProcessIdentity | None, int | None]:
         """The process; None: it has not begun, or has ended already, with this exit code."""
         try:
-            pid = await self._zygote.fork(self._name, self._arguments)
+            pid = await self._zygote.fork(self._name, (str(self._paths.data), str(self._paths.run)))
         except ZygoteGone:
             raise
         except Unavailable as error:
@@ -231,12 +241,12 @@ class Supervisor:
         if process is not None:
             return process, None
         code = await self._zygote.reap(pid)
-        self._last_end = self._last_words() or _how(code)
+        self._last_end = self._last_error_text() or _how(code)
         return None, code
 
 
 async def wait_end(process: ProcessIdentity) -> None:
-    """Return when ``process`` has ended, whoever's child it is."""
+    """Return when ``process`` has ended; it need not be a child of this one."""
     descriptor = open_pidfd(process)
     if descriptor is None:
         return

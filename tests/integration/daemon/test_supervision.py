@@ -15,7 +15,7 @@ from skep.bootstrap import STARVED
 from skep.node.supervision import supervisor
 from skep.node.supervision.identity import identify, is_alive, read_pid_file, write_pid_file
 from skep.node.supervision.restart import CRASHES_MAX
-from skep.node.supervision.supervisor import Supervisor, terminate
+from skep.node.supervision.supervisor import Policy, Supervisor, terminate
 from skep.paths import Paths
 from tests.integration.daemon.rig import INIT, DaemonRig, children_named, wait_until
 
@@ -67,11 +67,10 @@ class FastClock(SystemClock):
 def supervising(paths: Paths, forks: Forks, ends_with_node: Callable[[], bool] = lambda: False) -> Supervisor:
     return Supervisor(
         "manager",
-        (),
-        paths=paths,
+        paths,
         zygote=forks,
         clock=FastClock(),
-        chance=lambda: 0.5,
+        rng=lambda: 0.5,
         ends_with_node=ends_with_node,
     )
 
@@ -141,7 +140,7 @@ async def test_a_descriptor_that_cannot_be_had_is_no_end_of_the_process(
             await asyncio.sleep(0.01)
         running.cancel()
     assert len(forks.started) == 1
-    assert supervised.trouble == ""
+    assert supervised.error == ""
     assert supervised.process is not None
     monkeypatch.undo()
     await terminate(supervised.process, 5)
@@ -161,20 +160,18 @@ async def test_what_the_machine_refused_is_tried_for_ever_and_said_until_it_last
     starving = Starving(paths)
     supervised = Supervisor(
         "manager",
-        (),
-        paths=paths,
+        paths,
         zygote=starving,
         clock=FastClock(),
-        chance=lambda: 0.5,
+        rng=lambda: 0.5,
         ends_with_node=lambda: True,
-        starved=STARVED,
-        say=said.append,
+        policy=Policy(starved=STARVED, show_condition=said.append),
     )
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         running = group.create_task(supervised.run())
         while len(starving.started) <= 2 * CRASHES_MAX or said[-1] != "":  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        assert supervised.trouble == ""
+        assert supervised.error == ""
         running.cancel()
     assert "the manager process does not run: /data/x: No space left on device; it is tried again" in said
 
@@ -195,7 +192,7 @@ FAILING = """
 import asyncio, sys
 from pathlib import Path
 from skep import daemon
-from skep.node.assembly import Node
+from skep.node.node import Node
 from skep.node.supervision import zygote
 
 zygote.LASTED_S = 0.0  # one that ends at once is forked again, too

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.last_heard import LastHeardFile
+from skep.agent.last_seen import LastSeenFile
 from skep.agent.task_files import RememberedTask, TaskFiles
 from skep.aio.clock import SystemClock
 from skep.dataplane.last_resort import AWAKE_S, LATER_S, RESCAN_S, LastResort, is_locked
@@ -52,7 +52,7 @@ class Machine:
         self.resort = LastResort(self.paths, self.clock)
 
     def heard(self) -> None:
-        LastHeardFile(self.paths.last_heard, self.clock.since_boot, boot_id()).note(0.0)
+        LastSeenFile(self.paths.last_heard, self.clock.since_boot, boot_id()).note(0.0)
 
     def task(self, id: str, command: str = "exec sleep 1000", **labels: str) -> None:
         process = self.processes[id] = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE)

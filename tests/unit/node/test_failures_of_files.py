@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -49,7 +50,7 @@ from tests.support.file_faults import Faults, file_faults, walk
 from tests.support.oci_rig import QuickClock
 from tests.support.registry_rig import a_manifest
 from tests.unit.dataplane.tables.test_keeper import Part, a_table, told
-from tests.unit.node.test_participation import FakeParts
+from tests.unit.node.test_runner import Fakes, FakeWork
 from tests.unit.security.test_keypair import a_pair
 
 REAL_STAT = os.stat
@@ -166,31 +167,22 @@ MOVED = LocalNode(
 )
 
 
-class Remembering(FakeParts):
-    """Its agent hears of other managers, which is to be kept."""
+class MemberWork(FakeWork):
+    """Of a node that is a member, whatever its disk refuses."""
 
-    def agent(self, node: LocalNode, remember: Callable[..., None], certified: object) -> Any:
-        self.remember = remember
-        return super().agent()
-
-    async def placed(self, node: LocalNode) -> LocalNode:
-        return node
-
-    async def remove_tasks(self) -> None:
+    async def remove_all(self) -> None:
         raise AssertionError("the node is in a swarm")
 
 
-async def a_node_begins_and_hears_of_managers(directory: Path, faults: Faults) -> None:
+async def a_node_starts_and_receives_managers(directory: Path, faults: Faults) -> None:
     paths = Paths(directory / "data", directory / "run")
-    parts = Remembering(NodeRole.WORKER)
+    fakes = Fakes(paths, NodeRole.WORKER)
     said: list[str] = []
     membership = Membership(
-        paths=paths,
-        parts=parts,
-        manager_api=None,  # type: ignore[arg-type]  # a worker asks none
-        clock=QuickClock(),
+        msgspec.structs.replace(fakes.dependencies, clock=QuickClock(), work=MemberWork()),
+        manager_api=None,  # type: ignore[arg-type]  # a worker uses none
         new_id=lambda: "id",
-        say=said.append,
+        show_condition=said.append,
     )
     running = asyncio.create_task(membership.run())
     while not membership.is_in_swarm and membership.status != "error":  # noqa: ASYNC110
@@ -200,12 +192,12 @@ async def a_node_begins_and_hears_of_managers(directory: Path, faults: Faults) -
         with pytest.raises(SkepError):
             await membership.leave(force=False)
     else:
-        parts.remember(MOVED.managers)
+        fakes.save_managers(MOVED.managers)
     faults.end()
     while not membership.is_in_swarm:  # noqa: ASYNC110
         await asyncio.sleep(0)
     assert said[-1] == ""
-    parts.remember(MOVED.managers)
+    fakes.save_managers(MOVED.managers)
     while read_local_node(paths.node_json) != MOVED:  # noqa: ASYNC110
         await asyncio.sleep(0)
     running.cancel()
@@ -217,7 +209,7 @@ async def test_the_nodes_place_in_its_swarm(tmp_path: Path) -> None:
     paths.data.mkdir(parents=True)
     paths.run.mkdir()
     write_local_node(paths.node_json, NODE)
-    assert await walk(tmp_path / "lives", a_node_begins_and_hears_of_managers, template=tmp_path / "template")
+    assert await walk(tmp_path / "lives", a_node_starts_and_receives_managers, template=tmp_path / "template")
 
 
 async def tables_come(directory: Path, faults: Faults) -> None:

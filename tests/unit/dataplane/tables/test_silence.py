@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 
+from skep.agent.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.silence import (
     FRESH_SECONDS,
@@ -17,7 +18,6 @@ from skep.dataplane.tables.silence import (
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.paths import PathCheck, PathFinding, PathReport
 from skep.model.tables import NetworkHead, Table, TableEndpoint
-from skep.node.contact import Contact
 from tests.unit.dataplane.tables.test_keeper import Part, a_keeper, running, told
 
 
@@ -134,7 +134,7 @@ class HandClock(SystemClock):
 async def watched(until_s: float, **happens: float) -> list[tuple[float, Silence]]:
     """What is left out, and when.  ``gained``, ``lost``: when there is a session; ``answers``: m2 from then on."""
     clock = HandClock()
-    contact = Contact(clock)
+    session_state = SessionState(clock)
     said: list[tuple[float, Silence]] = []
 
     def latest() -> Mapping[NodeId, PathReport]:
@@ -144,14 +144,14 @@ async def watched(until_s: float, **happens: float) -> list[tuple[float, Silence
         if not said or said[-1][1] != silence:
             said.append((clock.now, silence))
 
-    contact.gained()
-    contact.lost()
-    task = asyncio.create_task(watch(contact, latest, leave_out, clock))
+    session_state.begin()
+    session_state.end()
+    task = asyncio.create_task(watch(session_state, latest, leave_out, clock))
     for _ in range(5000):  # with a manager there is nothing to wait for, and no time passes
         if clock.now >= until_s or task.done():
             break
-        if clock.now >= happens.get("gained", 1e9) and not contact.has_manager:
-            contact.gained()
+        if clock.now >= happens.get("gained", 1e9) and not session_state.has_session:
+            session_state.begin()
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])

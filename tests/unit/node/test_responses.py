@@ -8,8 +8,8 @@ import pytest
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
-from skep.node.supervision import answers
-from skep.node.supervision.answers import is_answered, wait_past_help
+from skep.node.supervision import responses
+from skep.node.supervision.responses import responds, wait_hung
 
 
 async def test_a_server_that_says_anything_answers(tmp_path: Path) -> None:
@@ -18,24 +18,24 @@ async def test_a_server_that_says_anything_answers(tmp_path: Path) -> None:
         writer.close()
 
     async with await asyncio.start_unix_server(refuse, tmp_path / "sock"):
-        assert await is_answered(tmp_path / "sock") is True
+        assert await responds(tmp_path / "sock") is True
 
 
 async def test_where_none_listens_nothing_is_said(tmp_path: Path) -> None:
-    assert await is_answered(tmp_path / "sock") is None
+    assert await responds(tmp_path / "sock") is None
     with socket.socket(socket.AF_UNIX) as left_over:
         left_over.bind(str(tmp_path / "sock"))
-    assert await is_answered(tmp_path / "sock") is None
+    assert await responds(tmp_path / "sock") is None
 
 
 async def test_a_process_that_stands_still_does_not_answer_also_when_its_queue_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "ASK_S", 0.1)
+    monkeypatch.setattr(responses, "POLL_S", 0.1)
     with socket.socket(socket.AF_UNIX) as stopped:
         stopped.bind(str(tmp_path / "sock"))
         stopped.listen(2)
-        assert [await is_answered(tmp_path / "sock") for _ in range(6)] == [False] * 6
+        assert [await responds(tmp_path / "sock") for _ in range(6)] == [False] * 6
 
 
 def test_one_that_is_silent_hands_over_and_is_past_help() -> None:
@@ -50,7 +50,7 @@ def test_one_that_is_silent_hands_over_and_is_past_help() -> None:
         handed_over.append(loop.time())
         raise Unavailable("the member does not answer")
 
-    why = loop.run_until_complete(wait_past_help(ask, hand_over, clock))
+    why = loop.run_until_complete(wait_hung(ask, hand_over, clock))
     assert len(handed_over) == 1
     assert 62 <= handed_over[0] <= 65
     assert 73 <= loop.time() <= 78
@@ -67,7 +67,7 @@ def test_one_that_does_not_listen_yet_is_waited_for() -> None:
     async def hand_over() -> None:
         raise AssertionError("there is nobody to take it from")
 
-    waiting = loop.create_task(wait_past_help(ask, hand_over, VirtualClock(loop)))
+    waiting = loop.create_task(wait_hung(ask, hand_over, VirtualClock(loop)))
     loop.run_until_complete(asyncio.wait({waiting}, timeout=600))
     assert not waiting.done()
     waiting.cancel()

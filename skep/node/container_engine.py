@@ -1,8 +1,8 @@
-"""What runs tasks on this node: the executor that is configured, with its containers and images if it has any."""
+"""What runs tasks on this node: the configured executor, and for ``oci`` the container engine below it."""
 
 import random
 import shutil
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 import msgspec
@@ -15,13 +15,12 @@ from skep.agent.executor.interface import Executor
 from skep.agent.executor.process import ProcessExecutor
 from skep.agent.task_logs import TaskLogs
 from skep.agent.worker import PayloadSink
-from skep.aio.clock import Clock
 from skep.configuration.configuration import Configuration
+from skep.dataplane.client import NetClient
 from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.local.keeper import GatewayBridge, LocalNetworks
-from skep.dataplane.naming import NameService, Naming
+from skep.dataplane.naming import Naming
 from skep.dataplane.overlays import Overlays
-from skep.dataplane.ports import PortReservations
 from skep.dataplane.probe.prober import PathProber
 from skep.engine.api import absent
 from skep.engine.api.containers import container_routes, image_users
@@ -38,14 +37,13 @@ from skep.engine.plain.containers import PlainContainers
 from skep.errors import NotFound, SkepError, Unimplemented
 from skep.model.meta import Driver
 from skep.model.readable import names_from
-from skep.node.conditions import Conditions
+from skep.node.environment import Environment
 from skep.node.events import NodeEvents
 from skep.node.info import Counts
-from skep.node.machine import Machine
 
 
-class Workload(msgspec.Struct, frozen=True, kw_only=True):
-    """An executor, and what the Engine API shows of it."""
+class ContainerEngine(msgspec.Struct, frozen=True, kw_only=True):
+    """An executor, and what the Engine API shows of it.  The parts that are None exist for ``oci`` only."""
 
     executor: Executor
     logs: LogSource
@@ -53,7 +51,6 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     containers: Containers | None = None
     images: ImageStore | None = None
     gateway: GatewayBridge | None = None
-    """None: its tasks have no networks of their own."""
     overlays: Overlays | None = None
     naming: Naming | None = None
     mesh: Mesh | None = None
@@ -64,9 +61,9 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     routes: tuple[web.AbstractRouteDef, ...] = ()
 
     def network_warnings(self) -> tuple[str, ...]:
-        """Of published ports and of ways to other nodes, for ``/info``."""
-        asked = (one for one in (self.mesh, self.probes) if one is not None)
-        return tuple(sentence for one in asked for sentence in one.warnings())
+        """Of published ports and of connections to other nodes, for ``/info``."""
+        sources = (one for one in (self.mesh, self.probes) if one is not None)
+        return tuple(sentence for one in sources for sentence in one.warnings())
 
     def counts(self) -> Counts:
         """Containers by state and images, for ``/info``."""
@@ -80,7 +77,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def list_containers(self) -> Collection[Container]:
-        """Every container of ours."""
+        """Every container of this engine."""
         return self.containers.list() if self.containers is not None else ()
 
     def container(self, word: str) -> Container:
@@ -90,7 +87,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
         return self.containers.get(word)
 
     def knows_container(self, word: str) -> bool:
-        """Whether ``word`` means a container of ours."""
+        """Whether ``word`` is a container of this engine."""
         if self.containers is None:
             return False
         try:
@@ -100,7 +97,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
         return True
 
     def knows_image(self, reference: str) -> bool:
-        """Whether ``reference`` means an image of ours."""
+        """Whether ``reference`` is an image of this engine."""
         if self.images is None:
             return False
         try:
@@ -109,7 +106,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
             return False
 
     def knows_exec(self, id: str) -> bool:
-        """Whether ``id`` is an exec in a container of ours."""
+        """Whether ``id`` is an exec in a container of this engine."""
         if self.containers is None:
             return False
         try:
@@ -119,39 +116,46 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
         return True
 
 
-async def oci_workload(
-    configuration: Configuration,
-    machine: Machine,
-    *,
-    ports: PortReservations,
-    names: NameService,
-    mesh_ports: PortReservations,
-    events: NodeEvents,
-    clock: Clock,
-    chance: Callable[[], float],
-    conditions: Conditions,
-) -> Workload:
-    """Containers under runc, images in a store of our own."""
-    paths = configuration.paths
+class NetClients(msgspec.Struct, frozen=True):
+    """Connections to the net process.  Several, so that ports do not wait for the names of a thousand containers."""
+
+    ports: NetClient
+    mesh_ports: NetClient
+    names: NetClient
+
+
+def net_clients(configuration: Configuration, environment: Environment) -> NetClients:
+    """Not connected yet."""
+    path, random = configuration.paths.net_socket, environment.random.random
+
+    def client(owner: str = "") -> NetClient:
+        return NetClient(path, environment.clock, random, owner)
+
+    return NetClients(client(), client("mesh"), client())
+
+
+def oci_engine(configuration: Configuration, environment: Environment, events: NodeEvents) -> ContainerEngine:
+    """Containers under runc; ``images`` have to be opened before use."""
+    paths, clock = configuration.paths, environment.clock
+    net = net_clients(configuration, environment)
 
     def announce(event: ImageEvent) -> None:
         events.publish("image", event.action, event.id, event.attributes, event.time_ns)
 
-    images = ImageStore(paths.images, policy=policy(configuration), clock=clock, on_event=announce)
-    await images.open()
+    images = ImageStore(paths.images, policy=registry_policy(configuration), clock=clock, on_event=announce)
     executor = oci_executor(
         paths,
         images,
         clock=clock,
-        chance=chance,
-        hostname=machine.hostname,
+        chance=environment.random.random,
+        hostname=environment.machine.hostname,
         cgroup_parent=configuration.cgroup_parent,
-        ports=ports,
-        names=names,
-        mesh_ports=mesh_ports,
+        ports=net.ports,
+        names=net.names,
+        mesh_ports=net.mesh_ports,
         log_default=Driver(name="json-file", options=configuration.log_opts),
         programs=programs(configuration),
-        conditions=conditions,
+        conditions=environment.conditions,
     )
     plain = PlainContainers(
         containers=executor.containers,
@@ -160,7 +164,7 @@ async def oci_workload(
         network=executor.network,
         clock=clock,
         new_name=names_from(random.Random()),
-        hostname=machine.hostname,
+        hostname=environment.machine.hostname,
         log_default=executor.log_default,
     )
     executor.attachments.evict_by(plain.evict)
@@ -172,7 +176,7 @@ async def oci_workload(
         *DiskUsage(images, executor.containers, executor.bundles, volumes, clock).routes(),
         *absent.routes,
     )
-    return Workload(
+    return ContainerEngine(
         executor=executor,
         logs=TaskLogs(executor.containers),
         payloads=executor.payloads,
@@ -190,28 +194,30 @@ async def oci_workload(
     )
 
 
-class UnkeptLogs:
-    """The logs of plain commands: their output is a file on their node, which nobody asks for from far away."""
+class NoLogs:
+    """Task logs of the process executor: there are none, the output is a file on the node."""
 
     def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
         """Raises: Unimplemented."""
-        raise Unimplemented("tasks of the process executor have no logs: their output lies on their node")
+        raise Unimplemented(
+            "tasks of the process executor have no logs: their output is a file on their node"
+        )
 
 
-def process_workload(configuration: Configuration) -> Workload:
+def process_engine(configuration: Configuration) -> ContainerEngine:
     """Plain commands: no images, no containers."""
-    return Workload(executor=ProcessExecutor(configuration.paths.processes), logs=UnkeptLogs())
+    return ContainerEngine(executor=ProcessExecutor(configuration.paths.processes), logs=NoLogs())
 
 
-def policy(configuration: Configuration) -> Policy:
-    """How registries are reached."""
+def registry_policy(configuration: Configuration) -> Policy:
+    """Which registries are reached without TLS, and by which mirrors."""
     return Policy(
         insecure=frozenset(configuration.insecure_registries), mirrors=configuration.registry_mirrors
     )
 
 
 def programs(configuration: Configuration) -> Programs:
-    """The programs that the configuration names, by their full paths."""
+    """The programs of the configuration, with absolute paths where they are found."""
     found = find_programs()
     return msgspec.structs.replace(
         found,
@@ -221,7 +227,7 @@ def programs(configuration: Configuration) -> Programs:
 
 
 async def forward_container_events(containers: Containers, events: NodeEvents) -> None:
-    """Show the containers' events in the node's stream until cancelled."""
+    """Publish the containers' events in the node's stream until cancelled."""
     with containers.events.subscribed() as subscription:
         async for event in subscription:
             events.publish("container", event.action, event.container_id, event.attributes, event.time_ns)

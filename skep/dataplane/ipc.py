@@ -19,7 +19,7 @@ DEADLINE_S = 10.0
 _FIRST_RETRY_S = 0.02
 _RETRY_S_MAX = 0.5
 
-Converse = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 """The answering end of one connection."""
 
 
@@ -39,7 +39,7 @@ async def read_frame(reader: asyncio.StreamReader, bytes_max: int) -> bytes | No
         return None
 
 
-async def serve(converse: Converse, path: Path) -> asyncio.Server:
+async def serve(converse: Serve, path: Path) -> asyncio.Server:
     """Listen at ``path``, in place of whoever did, for processes of this user alone.  Raises: OSError.
 
     The mask of new files is the whole process's: nothing is awaited while it is another.
@@ -58,7 +58,7 @@ async def serve(converse: Converse, path: Path) -> asyncio.Server:
         raise
 
 
-class Conversation:
+class IpcClient:
     """The asking end: one kept connection, opened again when the other process was replaced.
 
     While that restarts a question waits; after 10 s it raises ``Unavailable``.

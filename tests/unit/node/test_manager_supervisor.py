@@ -6,7 +6,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from skep.model.node import NodeRole
-from skep.node.management import Management
+from skep.node.manager_supervisor import ManagerSupervisor
+from skep.node.membership_states import State
 from skep.paths import Paths
 from skep.security.locking import KeyLock, new_unlock_key
 
@@ -15,12 +16,12 @@ class FakeProcess:
     """A manager process that runs until it is cancelled, or until the others remove it."""
 
     def __init__(self) -> None:
-        self.trouble = ""
+        self.error = ""
         self.removed = asyncio.Event()
 
     async def run(self) -> None:
         await self.removed.wait()
-        self.trouble = "removed"
+        self.error = "removed"
 
     def dismiss(self) -> None:
         pass
@@ -37,16 +38,16 @@ class Rig:
         self.made: list[FakeProcess] = []
         self.is_manager = is_manager
         self.renewals = 0
-        self.management = Management(
+        self.supervisor = ManagerSupervisor(
             self.paths,
             is_manager=is_manager,
-            make=self._make,
-            prepare=self._prepare,
-            become=self._become,
-            renew=self._renew,
+            new_process=self._new_process,
+            write_files=self._write_files,
+            save_role=self._save_role,
+            renew_certificate=self._renew_certificate,
         )
         if is_manager:
-            self._prepare()
+            self._write_files()
 
     @property
     def has_files(self) -> bool:
@@ -55,7 +56,7 @@ class Rig:
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Rig"]:
         async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-            task = group.create_task(self.management.run())
+            task = group.create_task(self.supervisor.run())
             yield self
             task.cancel()
 
@@ -67,18 +68,19 @@ class Rig:
         while self.is_manager or self.has_files:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.001)
 
-    def _make(self) -> FakeProcess:
+    def _new_process(self) -> FakeProcess:
         self.made.append(FakeProcess())
         return self.made[-1]
 
-    def _prepare(self) -> None:
+    def _write_files(self) -> None:
         self.paths.manager.mkdir(parents=True)
+        self.paths.manager_config.touch()
 
-    def _become(self, is_manager: bool) -> None:
+    def _save_role(self, is_manager: bool) -> None:
         self.is_manager = is_manager
 
-    def _renew(self) -> None:
-        assert self.management.is_removed
+    def _renew_certificate(self) -> None:
+        assert self.supervisor.state is State.REMOVED
         self.renewals += 1
 
 
@@ -86,20 +88,20 @@ async def test_a_promoted_node_starts_a_manager_and_a_demoted_one_forgets_it(tmp
     async with Rig(tmp_path, is_manager=False).running() as rig:
         await asyncio.sleep(0)
         assert not rig.made
-        rig.management.take_role(NodeRole.MANAGER)
+        rig.supervisor.set_role(NodeRole.MANAGER)
         await rig.wait_processes(1)
         assert rig.is_manager
         assert rig.has_files
-        rig.management.take_role(NodeRole.WORKER)
+        rig.supervisor.set_role(NodeRole.WORKER)
         await rig.wait_worker()
-        rig.management.take_role(NodeRole.MANAGER)
+        rig.supervisor.set_role(NodeRole.MANAGER)
         await rig.wait_processes(2)
 
 
 async def test_a_renewed_certificate_of_the_same_role_changes_nothing(tmp_path: Path) -> None:
     async with Rig(tmp_path, is_manager=True).running() as rig:
         await rig.wait_processes(1)
-        rig.management.take_role(NodeRole.MANAGER)
+        rig.supervisor.set_role(NodeRole.MANAGER)
         for _ in range(10):
             await asyncio.sleep(0)
         assert len(rig.made) == 1
@@ -113,8 +115,8 @@ async def test_a_manager_that_was_removed_starts_over_with_nothing(tmp_path: Pat
         rig.made[0].removed.set()
         await rig.wait_processes(2)
         assert not (rig.paths.manager / "old").exists()
-        assert not rig.management.trouble
-        assert not rig.management.is_removed
+        assert not rig.supervisor.error
+        assert rig.supervisor.state is State.MANAGER
         assert rig.renewals == 1
 
 
@@ -122,7 +124,7 @@ async def test_a_manager_that_was_removed_and_demoted_stays_away(tmp_path: Path)
     async with Rig(tmp_path, is_manager=True).running() as rig:
         await rig.wait_processes(1)
         rig.made[0].removed.set()
-        rig.management.take_role(NodeRole.WORKER)
+        rig.supervisor.set_role(NodeRole.WORKER)
         await rig.wait_worker()
         assert len(rig.made) == 1
 
@@ -139,7 +141,7 @@ async def test_what_autolock_locked_is_in_clear_again_for_the_worker_that_a_mana
     assert rig.paths.node_key.read_bytes() != b"key"
     async with rig.running():
         await rig.wait_processes(1)
-        rig.management.take_role(NodeRole.WORKER)
+        rig.supervisor.set_role(NodeRole.WORKER)
         await rig.wait_worker()
     assert rig.paths.node_key.read_bytes() == b"key"
     assert not lock.is_on

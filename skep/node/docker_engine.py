@@ -32,7 +32,7 @@ class Handler(Protocol):
     async def __call__(self, request: web.Request) -> web.StreamResponse: ...
 
 
-class Engine:
+class DockerEngine:
     """Asks the engine behind ``api``."""
 
     def __init__(self, api: LocalApi) -> None:
@@ -44,13 +44,13 @@ class Engine:
         """Keep ``version`` true until cancelled: an engine may start after this node, or be replaced beside it."""
         backoff = Backoff(0.5, _ASK_AGAIN_S, chance=chance)
         while True:
-            if await self.ask_version():
+            if await self.read_version():
                 backoff.reset()
                 await clock.sleep(_ASK_AGAIN_S)
             else:
                 await backoff.sleep(clock)
 
-    async def ask_version(self) -> bool:
+    async def read_version(self) -> bool:
         """Whether it answered, within 3 s."""
         try:
             found = await self.api.get("/version", timeout_s=_TIMEOUT_S)
@@ -107,7 +107,7 @@ class Engine:
 
 
 def with_containers_of(
-    engine: Engine, routes: tuple[web.AbstractRouteDef, ...]
+    engine: DockerEngine, routes: tuple[web.AbstractRouteDef, ...]
 ) -> tuple[web.AbstractRouteDef, ...]:
     """``routes``, with the engine's containers in the list of containers."""
     return tuple(
@@ -118,7 +118,7 @@ def with_containers_of(
     )
 
 
-def _merged(engine: Engine, ours: Any) -> Handler:
+def _merged(engine: DockerEngine, ours: Any) -> Handler:
     async def list_containers(request: web.Request) -> web.StreamResponse:
         answer: web.Response = await ours(request)
         if answer.status != 200 or not isinstance(answer.body, bytes):

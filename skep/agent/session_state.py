@@ -1,0 +1,99 @@
+"""Whether this node has a session with a manager, and for how long it has had none.
+
+The agent records it, and the worker reads it: what a task may do without a manager depends on it.  A planned stop of
+the node process is announced here, and the session sends it to its manager.
+"""
+
+import asyncio
+
+import structlog
+
+from skep.agent.last_seen import LastSeen
+from skep.aio.clock import Clock
+from skep.aio.first import Overtaken, unless
+
+log = structlog.get_logger()
+
+STOP_ANNOUNCEMENT_S_MAX = 1.0
+
+
+class SessionState:
+    """State of this node's session with its managers.  Times are the clock's monotonic seconds."""
+
+    def __init__(self, clock: Clock, last_seen: LastSeen | None = None) -> None:
+        """``last_seen``: recorded by earlier processes too; None: this process is the first."""
+        self._clock = clock
+        self._last_seen = last_seen or LastSeen(clock.monotonic, clock.monotonic())
+        self._responded_at = clock.monotonic()
+        self._has_session = False
+        self._session = asyncio.Event()
+        self._no_session = asyncio.Event()
+        self._no_session.set()
+        self._stopping = asyncio.Event()
+        self._announced = asyncio.Event()
+
+    @property
+    def has_session(self) -> bool:
+        return self._has_session
+
+    def begin(self) -> None:
+        """A manager has accepted a session."""
+        self._has_session = True
+        self._responded_at = self._clock.monotonic()
+        self._last_seen.record(0.0)
+        self._session.set()
+        self._no_session.clear()
+
+    def record_response(self, requested_at: float) -> None:
+        """The manager has responded to a request sent at ``requested_at``; it regards the node as alive since then."""
+        self._responded_at = max(self._responded_at, requested_at)
+        self._last_seen.record(self._clock.monotonic() - self._responded_at)
+
+    def end(self) -> None:
+        """The session has ended."""
+        self._has_session = False
+        self._session.clear()
+        self._no_session.set()
+
+    def silence_s(self) -> float:
+        """Seconds since a manager responded, or since this process first tried to reach one."""
+        return self._clock.monotonic() - self._responded_at
+
+    def total_silence_s(self) -> float:
+        """Seconds since a manager responded to this node, earlier processes included."""
+        return self._last_seen.silence_s()
+
+    async def wait_session(self) -> None:
+        """Return when there is a session."""
+        await self._session.wait()
+
+    async def wait_no_session(self) -> None:
+        """Return when there is none."""
+        await self._no_session.wait()
+
+    # --- a planned stop ---------------------------------------------------------------------------------------
+
+    async def announce_stop(self) -> None:
+        """Have the manager know that this process stops and will be back: it waits longer before it replaces tasks.
+
+        Returns when the manager has confirmed it, at once where there is no session, or after a second.
+        """
+        if not self._has_session:
+            return
+        self._stopping.set()
+        try:
+            await unless(self._announced.wait(), self._clock.sleep(STOP_ANNOUNCEMENT_S_MAX))
+        except Overtaken:
+            log.warning("planned stop not announced to a manager")
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    async def wait_stopping(self) -> None:
+        """Return when this process is about to stop as planned."""
+        await self._stopping.wait()
+
+    def stop_announced(self) -> None:
+        """The manager has confirmed the planned stop."""
+        self._announced.set()

@@ -1,0 +1,76 @@
+"""Removal of what runs on this node for the cluster: tasks, plain containers' network attachments, overlay networks."""
+
+import asyncio
+
+import structlog
+
+from skep.agent.executor.attaching import ClusterAttachments, is_attachment
+from skep.agent.executor.interface import Executor
+from skep.agent.path_stream import PathSource
+from skep.agent.worker import Worker
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.dataplane.tables.keeper import TableKeeper
+from skep.errors import SkepError
+from skep.node.conditions import Conditions
+
+log = structlog.get_logger()
+
+_REMOVAL_TIMEOUT_S = 60.0
+_RELEASE_TIMEOUT_S = 5.0
+
+
+class NodeWork:
+    """The cluster's work on this node.
+
+    Args:
+        attachments: of plain containers to cluster networks; None: the node runs none.
+        probes: of other nodes; None: there are none.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        executor: Executor,
+        tables: TableKeeper,
+        clock: Clock,
+        conditions: Conditions,
+        *,
+        attachments: ClusterAttachments | None,
+        probes: PathSource | None,
+    ) -> None:
+        self._worker = worker
+        self._executor = executor
+        self._tables = tables
+        self._clock = clock
+        self._conditions = conditions
+        self._attachments = attachments
+        self._probes = probes
+
+    async def release_attachments(self) -> None:
+        """Detach plain containers from the cluster's networks; after 5 s the rest is released with the node."""
+        if self._attachments is None:
+            return
+        try:
+            async with asyncio.timeout(_RELEASE_TIMEOUT_S):
+                for task in filter(is_attachment, tuple(self._worker.tasks().values())):
+                    await self._attachments.evict(task)
+        except (TimeoutError, SkepError) as error:
+            log.warning("network attachments not released", reason=str(error))
+
+    async def remove_all(self) -> None:
+        """Kill and remove every task, as Docker does, for up to a minute; tasks that are left then are logged."""
+        if self._attachments is not None:
+            self._attachments.ask_through(None)
+        self._conditions.clear("no-manager")
+        await self._worker.clear()
+        backoff = Backoff(0.02, 0.5)
+        try:
+            async with asyncio.timeout(_REMOVAL_TIMEOUT_S):
+                while await self._executor.leftovers():
+                    await backoff.sleep(self._clock)
+                await self._tables.clear()
+                if self._probes is not None:
+                    self._probes.wish(None)
+        except TimeoutError:
+            log.error("tasks left behind", tasks=await self._executor.leftovers())

@@ -1,0 +1,173 @@
+"""The manager process of this node, while the node has a manager's certificate.
+
+A node that is promoted writes its manager's files and starts it; the manager then asks the others to be admitted.  One
+that is demoted stops it and removes its files.  ``node.json`` follows.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.trees import discard_tree_now
+from skep.model.node import NodeRole
+from skep.node.membership_states import Event, State, after, certified
+from skep.paths import Paths
+from skep.security.locking import KeyLock
+
+log = structlog.get_logger()
+
+
+class ManagerProcess(Protocol):
+    """A supervised process (``supervision.supervisor``)."""
+
+    error: str
+    """Why it is not going to be started again; empty: it is."""
+
+    async def run(self) -> None:
+        """Keep it running until cancelled; returns when the other managers have removed it."""
+
+    def dismiss(self) -> None:
+        """Stop it when ``run`` is cancelled, instead of leaving it to the next node process."""
+
+    def reload(self) -> None:
+        """Have it read its settings again."""
+
+
+class ManagerSupervisor:
+    """Starts and ends the manager process as the role of this node changes.
+
+    Args:
+        new_process: makes a manager process, not yet running.
+        write_files: writes what a new manager reads at its start.
+        save_role: called with whether the node is a manager, before a manager starts and after one has ended.
+        renew_certificate: requests another certificate.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        is_manager: bool,
+        new_process: Callable[[], ManagerProcess],
+        write_files: Callable[[], None],
+        save_role: Callable[[bool], None],
+        renew_certificate: Callable[[], None],
+    ) -> None:
+        self._paths = paths
+        self._new_process = new_process
+        self._write_files = write_files
+        self._save_role = save_role
+        self._renew_certificate = renew_certificate
+        self._role = NodeRole.MANAGER if is_manager else NodeRole.WORKER
+        self._role_changed = asyncio.Event()
+        self._backoff = Backoff(0.5, 30.0)
+        self.state = State.MANAGER if is_manager else State.WORKER
+        self.process: ManagerProcess | None = None
+
+    @property
+    def error(self) -> str:
+        """Why the manager process is not going to be started again; empty: it is, or there is none."""
+        return self.process.error if self.process is not None else ""
+
+    def set_role(self, role: NodeRole) -> None:
+        """The node's certificate has this role from now on."""
+        self._role = role
+        self._role_changed.set()
+
+    def dismiss(self) -> None:
+        """The node leaves its cluster, or begins another one: the end of ``run`` stops the manager."""
+        if self.process is not None:
+            self.process.dismiss()
+
+    async def run(self) -> None:
+        """Follow the role of the certificate until cancelled.  What fails to write files may be called again."""
+        while True:
+            match self.state:
+                case State.PROMOTING:
+                    await self._promote()
+                case State.DEMOTING:
+                    await self._demote()
+                case State.REMOVED:
+                    await self._start_over()
+                case State.MANAGER if self._role is NodeRole.MANAGER:
+                    await self._run_manager()
+                case _:
+                    await self._follow_certificate()
+
+    def _apply(self, event: Event) -> None:
+        self.state = after(self.state, event)
+
+    async def _follow_certificate(self) -> None:
+        """Take over the role of the certificate; without a change, wait for the next certificate."""
+        self._role_changed.clear()
+        before = self.state
+        self._apply(certified(self._role))
+        if self.state is before:
+            await self._role_changed.wait()
+
+    async def _promote(self) -> None:
+        log.info("this node becomes a manager")
+        await asyncio.to_thread(self._write_files)
+        self._save_role(True)
+        self._apply(Event.FILES_WRITTEN)
+
+    async def _run_manager(self) -> None:
+        """Run the manager process until the certificate is a worker's, or the other managers have removed it."""
+        if not (self._paths.manager_config.exists() or self._paths.etcd.exists()):
+            # The files of a removed manager were discarded, and the node process ended before it wrote the next ones.
+            await asyncio.to_thread(self._replace_files)
+        self.process = self._new_process()
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(self.process.run(), name="manager process")
+            while self._role is NodeRole.MANAGER and not running.done():
+                changed = group.create_task(self._role_changed.wait(), name="role")
+                await asyncio.wait({running, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                self._role_changed.clear()
+            self.process.dismiss()
+            running.cancel()
+        self._apply(Event.EXPELLED if self._role is NodeRole.MANAGER else Event.CERTIFIED_WORKER)
+
+    async def _start_over(self) -> None:
+        """Removed by the other managers: discard the manager's data, and be admitted as a new one.
+
+        They refuse it while it is to be demoted; a moment later its certificate says so.  One that is promoted again
+        by then needs another certificate as well: etcd's peers refuse the one that it was removed with.
+        """
+        self._renew_certificate()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._backoff.next_delay_s()):
+                await self._role_changed.wait()
+        if self._role is not NodeRole.MANAGER:
+            self._apply(Event.CERTIFIED_WORKER)
+            return
+        await asyncio.to_thread(self._replace_files)
+        self._apply(Event.RESET)
+
+    async def _demote(self) -> None:
+        """``node.json`` comes last: until then a restarted node process finds a manager, and demotes it again."""
+        log.info("this node is no manager any more")
+        self.process = None
+        self._backoff.reset()
+        await asyncio.to_thread(self._remove_files)
+        self._save_role(False)
+        self._apply(Event.FILES_REMOVED)
+
+    def _replace_files(self) -> None:
+        self._remove_files()
+        self._write_files()
+
+    def _remove_files(self) -> None:
+        """Remove everything of the manager.  The node's own key, if it was locked, is stored in clear again.
+
+        The directory is renamed first, so that after an interruption all of its files are there, or none.
+        """
+        KeyLock(self._paths).turn(None)
+        discard_tree_now(self._paths.removed_manager)
+        with suppress(FileNotFoundError):
+            self._paths.manager.rename(self._paths.removed_manager)
+        discard_tree_now(self._paths.removed_manager)

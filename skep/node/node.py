@@ -1,0 +1,462 @@
+"""The composition root of a node: makes every part of it once, in layers, and runs them.
+
+Containers below (``container_engine``), then networks of the cluster, the agent, the membership of a cluster, and the
+Engine API.  A layer is given the layers below it when it is made.
+"""
+
+import asyncio
+import gc
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+
+import structlog
+from aiohttp import web
+
+from skep.agent.agent import Agent
+from skep.agent.last_seen import LastSeenFile
+from skep.agent.managers import ManagerList
+from skep.agent.path_stream import NodePaths
+from skep.agent.reports import Reports
+from skep.agent.revisions import SeenRevision
+from skep.agent.session_state import SessionState
+from skep.agent.task_files import TaskFiles
+from skep.agent.worker import Worker
+from skep.aio.guard import contain
+from skep.api.server import application, runner
+from skep.api.versions import NEWEST
+from skep.configuration.configuration import Configuration
+from skep.dataplane.dns.truth import NameChecks
+from skep.dataplane.encrypted.client import ForwarderClient
+from skep.dataplane.encrypted.methods import chosen
+from skep.dataplane.encrypted.overlays import EncryptedOverlays
+from skep.dataplane.encrypted.process import NAME as FORWARDER
+from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.netns.neighbours import NeighbourTables
+from skep.dataplane.tables import silence
+from skep.dataplane.tables.files import SharedTables, StoredTables
+from skep.dataplane.tables.keeper import TableKeeper
+from skep.engine import apparmor
+from skep.engine.api.plain_containers import own_container_routes, plain_container_routes
+from skep.engine.cgroups import Cgroups
+from skep.linux.processes import boot_id
+from skep.model.ids import NodeId, new_container_id, new_id
+from skep.model.node import NodeRole
+from skep.node import info
+from skep.node.background import run_after, run_part, wait_briefly
+from skep.node.cluster_work import NodeWork
+from skep.node.container_engine import (
+    ContainerEngine,
+    forward_container_events,
+    oci_engine,
+    process_engine,
+    registry_policy,
+)
+from skep.node.description import NodeDescriber, has_overlays
+from skep.node.disk_check import DiskCheck
+from skep.node.docker_engine import DockerEngine, with_containers_of
+from skep.node.environment import Environment
+from skep.node.events import NodeEvents
+from skep.node.front.server import Front, tls_context
+from skep.node.isolation import keep_profile
+from skep.node.load import LoadMeter, reader_of
+from skep.node.local import LocalNode, Peer
+from skep.node.local_api import LocalApi
+from skep.node.manager_files import ManagerFiles
+from skep.node.membership import Membership
+from skep.node.reaping import reap_orphans
+from skep.node.renewal import KeyPairCredentials
+from skep.node.routes import swarm as swarm_routes
+from skep.node.routes import system as system_routes
+from skep.node.routes.cluster_networks import ClusterNetworks
+from skep.node.routes.networks import NetworkParts, network_routes
+from skep.node.runner import Dependencies
+from skep.node.supervision.identity import read_pid_file
+from skep.node.system import NodeSystem, engine_id
+from skep.security.locking import KeyLock
+
+log = structlog.get_logger()
+
+_CONTAINERS_FOUND_S_MAX = 15.0
+"""The API is served then even if the containers of earlier processes are not found: it shows the reason."""
+
+_REVISION_FILE = "seen.json"
+"""Newest assignments that this node has received.  In the certificates' directory, with which it is removed."""
+
+
+class Node:
+    """One node.  Made once; ``run`` runs it."""
+
+    def __init__(self, configuration: Configuration, environment: Environment) -> None:
+        self._configuration = configuration
+        self._environment = environment
+        self._paths = configuration.paths
+        self._clock = environment.clock
+        self._random = environment.random.random
+        self._manager_api = LocalApi(self._paths.manager_socket, "the manager of this node")
+        self._docker = _docker_engine(configuration)
+        self._events = NodeEvents(self._clock)
+        self._engine = self._container_engine()
+        # Networks of the cluster.
+        self._method = chosen(environment.features)
+        self._encrypted = self._encrypted_overlays()
+        self._shared_tables = SharedTables(self._paths.tables)
+        self._tables = self._table_keeper()
+        # The agent's side.
+        self._session = SessionState(
+            self._clock, LastSeenFile(self._paths.last_heard, self._clock.since_boot, boot_id())
+        )
+        self._reports = Reports()
+        self._worker = self._make_worker()
+        self._probes = self._node_probes()
+        self._load = LoadMeter(
+            reader_of(environment.machine, Cgroups(configuration.cgroup_parent)), self._clock
+        )
+        self._describer = NodeDescriber(
+            environment.machine,
+            environment.features,
+            lambda: self._configuration,
+            environment.conditions,
+            self._method,
+            has_probes=self._probes is not None,
+        )
+        # The cluster, and the API.
+        self._membership = self._make_membership()
+        self._system = self._node_system()
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Run until cancelled; calls ``ready`` once the API is served.
+
+        Raises: SkepError: a host cannot be listened on, the data directory is damaged.
+        """
+        async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+            run = partial(run_part, group, self._clock)
+            run(self._environment.processes.net.run, "net process")
+            await self._open_apis(stack)
+            if self._engine.images is not None:
+                await self._engine.images.open()
+            run(self._encrypted.run, "encrypted overlays")
+            if self._paths.node_json.exists():
+                await self._tables.restore(self._shared_tables)
+            app = await self._application()
+            front = self._front(await stack.enter_async_context(_serving(app)))
+            self._run_checks(run)
+            group.create_task(self._worker.run(), name="worker")
+            self._run_networks(run)
+            if self._engine.containers is not None:
+                run(partial(forward_container_events, self._engine.containers, self._events), "events")
+            group.create_task(self._membership.run(), name="membership")
+            if self._engine.plain is not None:
+                run(partial(run_after, self._worker.wait_ready, self._engine.plain.run), "plain containers")
+            await wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
+            async with front.listening(self._configuration.api_hosts, _tls_of(self._configuration)):
+                gc.collect()
+                gc.freeze()
+                ready()
+                await asyncio.Event().wait()
+
+    async def announce_stop(self) -> None:
+        """Have the manager know that this process stops as planned, so that no task is replaced meanwhile."""
+        await self._session.announce_stop()
+
+    def reload(self, configuration: Configuration) -> None:
+        """Use the parts of ``configuration`` that need no restart."""
+        self._configuration = configuration
+        self._environment.processes.net.reload()
+        self._environment.processes.forwarder.reload()
+        self._membership.reload()
+        self._system.configure(configuration)
+        if self._engine.images is not None:
+            self._engine.images.policy = registry_policy(configuration)
+
+    # --- containers and networks ------------------------------------------------------------------------------
+
+    def _container_engine(self) -> ContainerEngine:
+        if self._configuration.executor == "process":
+            return process_engine(self._configuration)
+        return oci_engine(self._configuration, self._environment, self._events)
+
+    def _encrypted_overlays(self) -> EncryptedOverlays:
+        paths = self._paths
+        encrypted = EncryptedOverlays(
+            self._method,
+            ForwarderClient(paths.forwarder_socket, self._clock, self._random),
+            self._environment.processes.forwarder,
+            is_running=lambda: read_pid_file(paths.pid_file(FORWARDER)) is not None,
+            clock=self._clock,
+            chance=self._random,
+        )
+        if self._engine.overlays is not None:
+            self._engine.overlays.encrypt_with(encrypted)
+        return encrypted
+
+    def _table_keeper(self) -> TableKeeper:
+        # Routes come before the names that lead there.
+        users = (self._engine.overlays, self._engine.mesh, self._shared_tables, self._engine.naming)
+        return TableKeeper(
+            StoredTables(self._paths.kept_tables, self._clock),
+            [one for one in users if one is not None],
+            self._clock,
+            self._random,
+        )
+
+    def _run_networks(self, run: Callable[..., None]) -> None:
+        """Keep the networks of the cluster as their tables say."""
+        engine, tables = self._engine, self._tables
+        if engine.overlays is not None and not tables.tables:
+            run(engine.overlays.apply_nothing, "networks of an earlier process")
+        if engine.mesh is not None and not tables.tables:
+            run(engine.mesh.apply_nothing, "ports of an earlier process")
+        if engine.probes is not None and not self._paths.node_json.exists():
+            engine.probes.wish(None)
+        run(tables.run, "network tables")
+        if engine.probes is not None:
+            watch = partial(silence.watch, self._session, engine.probes.latest, tables.leave_out, self._clock)
+            run(watch, "silent peers")
+
+    # --- the agent --------------------------------------------------------------------------------------------
+
+    def _make_worker(self) -> Worker:
+        return Worker(
+            executor=self._engine.executor,
+            files=TaskFiles(self._paths.tasks),
+            reports=self._reports,
+            clock=self._clock,
+            payloads=self._engine.payloads,
+            session_state=self._session,
+        )
+
+    def _node_probes(self) -> NodePaths | None:
+        """Probes of other nodes, where this one can have overlay networks."""
+        if self._engine.probes is None or not has_overlays(self._environment.features):
+            return None
+        return NodePaths(self._engine.probes, NameChecks(self._engine.list_containers, self._clock))
+
+    def _new_agent(
+        self,
+        node: LocalNode,
+        save_managers: Callable[[tuple[Peer, ...]], None],
+        set_role: Callable[[NodeRole], None],
+    ) -> Agent:
+        """An agent for ``node``, not yet running (``runner.NewAgent``)."""
+        certificates = self._paths.certificates
+        self._engine.executor.identify(node.node_id)
+        credentials = KeyPairCredentials(
+            certificates,
+            self._clock,
+            self._environment.random,
+            changed=lambda pair: set_role(pair.identity.role),
+            lock=KeyLock(self._paths),
+        )
+        agent = Agent(
+            credentials=credentials,
+            managers=ManagerList(self._known_managers(node), save_managers),
+            describe=lambda: self._describer.describe(node.data_path_addr),
+            sink=self._worker,
+            reports=self._reports,
+            logs=self._engine.logs,
+            clock=self._clock,
+            random=self._environment.random,
+            address_of=node.reach,
+            session_state=self._session,
+            load=self._load.load,
+            overlay_keys=self._encrypted.told,
+            paths=self._probes,
+            tables=self._tables,
+            unreached=self._environment.conditions.say("no-manager"),
+            seen=SeenRevision(certificates / _REVISION_FILE, credentials.identity.cluster_id, self._clock),
+        )
+        if self._engine.attachments is not None:
+            self._engine.attachments.ask_through(agent)
+        return agent
+
+    def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:
+        """Those that the managers have sent last, and those of the configuration."""
+        sent = {peer.addr for peer in node.managers}
+        configured = (addr for addr in self._configuration.managers if addr not in sent)
+        return (*node.managers, *(Peer(NodeId(""), addr) for addr in configured))
+
+    # --- the cluster ------------------------------------------------------------------------------------------
+
+    def _make_membership(self) -> Membership:
+        conditions = self._environment.conditions
+        dependencies = Dependencies(
+            paths=self._paths,
+            clock=self._clock,
+            configuration=lambda: self._configuration,
+            manager_files=ManagerFiles(lambda: self._configuration, self._environment.machine.hostname),
+            processes=self._environment.processes,
+            new_agent=self._new_agent,
+            work=NodeWork(
+                self._worker,
+                self._engine.executor,
+                self._tables,
+                self._clock,
+                conditions,
+                attachments=self._engine.attachments,
+                probes=self._probes,
+            ),
+        )
+        return Membership(
+            dependencies,
+            manager_api=self._manager_api,
+            new_id=new_id,
+            show_condition=conditions.say("swarm"),
+        )
+
+    # --- the Engine API ---------------------------------------------------------------------------------------
+
+    def _node_system(self) -> NodeSystem:
+        configuration, environment = self._configuration, self._environment
+        node = info.Node(
+            id=engine_id(configuration.data_dir),
+            machine=environment.machine,
+            features=environment.features,
+            configuration=configuration,
+            versions=environment.versions,
+        )
+        return NodeSystem(
+            node,
+            membership=self._membership,
+            manager_api=self._manager_api,
+            events=self._events,
+            count=self._engine.counts,
+            docker=self._docker,
+            warnings=lambda: (
+                *environment.warnings,
+                *environment.conditions.warnings(),
+                *self._engine.network_warnings(),
+            ),
+        )
+
+    async def _open_apis(self, stack: AsyncExitStack) -> None:
+        """Connect to the manager's API, and to that of the machine's Docker Engine, if there is one."""
+        await stack.enter_async_context(self._manager_api.open())
+        if self._docker is not None:
+            await stack.enter_async_context(self._docker.api.open())
+            if not await self._docker.read_version():
+                log.warning(
+                    "the docker engine does not answer yet", socket=str(self._configuration.engine_socket)
+                )
+
+    async def _application(self) -> web.Application:
+        """What this node serves itself."""
+        engine, docker = self._engine, self._docker
+        local = engine.local or LocalNetworks(
+            self._paths.networks / "local", engine.gateway, clock=self._clock, new_id=new_container_id
+        )
+        await contain(asyncio.to_thread(local.open), "networks of this node not read yet")
+        cluster = ClusterNetworks(
+            member=self._membership,
+            manager=self._manager_api,
+            tasks=self._worker,
+            tables=self._tables,
+            containers=engine.list_containers,
+            clock=self._clock,
+            chance=self._random,
+        )
+        networks = NetworkParts(
+            cluster=cluster,
+            engine=docker.api if docker is not None else None,
+            local=local,
+            containers=engine.list_containers,
+            container=engine.container,
+            plain=engine.plain,
+        )
+        app = application(
+            system_routes.routes,
+            swarm_routes.routes,
+            self._container_routes(network_routes(networks), cluster),
+            system_routes.last_routes,
+            newest=NEWEST if docker is None else lambda: docker.api_version,
+        )
+        app[system_routes.SYSTEM] = self._system
+        app[swarm_routes.MEMBER] = self._membership
+        app.on_response_prepare.append(_close_after_response)
+        return app
+
+    def _container_routes(
+        self, networks: web.RouteTableDef, cluster: ClusterNetworks
+    ) -> tuple[web.AbstractRouteDef, ...]:
+        """Routes of networks, containers and images, merged with the Docker Engine's where there is one."""
+        engine, docker = self._engine, self._docker
+        routes: tuple[web.AbstractRouteDef, ...] = (*networks, *engine.routes)
+        if docker is not None:
+            beside = plain_container_routes(docker, engine.images, engine.plain, cluster.may_have)
+            return (*with_containers_of(docker, routes), *beside)
+        return (*routes, *own_container_routes(engine.plain)) if engine.plain is not None else routes
+
+    def _front(self, here: web.Server) -> Front:
+        return Front(
+            here,
+            knowledge=Knowledge(self._configuration, self._membership, self._engine),
+            membership=self._membership,
+            manager_socket=self._paths.manager_socket,
+            manager_waiting=self._paths.manager_waiting,
+            engine_socket=self._configuration.engine_socket,
+            clock=self._clock,
+            chance=self._random,
+        )
+
+    def _run_checks(self, run: Callable[..., None]) -> None:
+        """Keep the conditions of this machine current, and what lies beside this node."""
+        conditions, paths, clock = self._environment.conditions, self._paths, self._clock
+        run(partial(reap_orphans, clock), "orphans")
+        if self._engine.images is not None:
+            if apparmor.is_supported():
+                run(partial(keep_profile, conditions, clock), "apparmor profile")
+            run(partial(self._engine.images.settle, conditions.say("images")), "images")
+        run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
+        if self._engine.overlays is not None:
+            run(NeighbourTables(conditions, clock).run, "neighbour tables")
+        if self._docker is not None:
+            run(partial(self._docker.follow, clock, self._random), "docker engine")
+
+
+class Knowledge:
+    """What the front's routing reads of this node."""
+
+    def __init__(self, configuration: Configuration, membership: Membership, engine: ContainerEngine) -> None:
+        self._membership = membership
+        self.has_engine = configuration.engine_socket is not None
+        self.knows_container = engine.knows_container
+        self.knows_image = engine.knows_image
+        self.knows_exec = engine.knows_exec
+
+    @property
+    def is_manager(self) -> bool:
+        return self._membership.is_manager
+
+
+def _docker_engine(configuration: Configuration) -> DockerEngine | None:
+    """The machine's Docker Engine, where the configuration names its socket."""
+    socket = configuration.engine_socket
+    return DockerEngine(LocalApi(socket, f"the Docker Engine at {socket}")) if socket is not None else None
+
+
+@asynccontextmanager
+async def _serving(app: web.Application) -> AsyncIterator[web.Server]:
+    """The protocol factory of ``app`` while the context is open."""
+    here = runner(app)
+    await here.setup()
+    try:
+        assert here.server is not None, "set up just now"
+        yield here.server
+    finally:
+        await here.cleanup()
+
+
+async def _close_after_response(_request: web.Request, response: web.StreamResponse) -> None:
+    """The next request on a connection may be for the manager or the engine: clients open another one for it."""
+    if response.status != 101:
+        response.force_close()
+        response.headers["Connection"] = "close"
+
+
+def _tls_of(configuration: Configuration) -> ssl.SSLContext | None:
+    """TLS for tcp:// hosts.  Raises: FailedPrecondition."""
+    certificate, key, authority = configuration.tls_cert, configuration.tls_key, configuration.tls_ca
+    if certificate is None or key is None or authority is None:
+        return None
+    return tls_context(certificate, key, authority)

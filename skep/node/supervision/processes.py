@@ -1,0 +1,79 @@
+"""The processes that a node supervises: net, forwarder, and the manager while there is one."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.bootstrap import FUTILE, REMOVED, STARVED
+from skep.errors import Unavailable
+from skep.node.conditions import Conditions
+from skep.node.supervision.responses import wait_manager_hung
+from skep.node.supervision.supervisor import Policy, Supervisor
+from skep.node.supervision.zygote import Zygote
+from skep.paths import Paths
+
+log = structlog.get_logger()
+
+_REMOVED = (
+    "The other managers do not take this one in: promote the node, or have it leave the swarm and join again."
+)
+
+
+class NodeProcesses:
+    """Makes the supervisors of one node.
+
+    Args:
+        rng: numbers from 0 to 1.
+        hand_over: moves the store's leadership away from the member with this socket.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        zygote: Zygote,
+        clock: Clock,
+        rng: Callable[[], float],
+        conditions: Conditions,
+        hand_over: Callable[[Path], Awaitable[object]],
+    ) -> None:
+        self._paths = paths
+        self._zygote = zygote
+        self._clock = clock
+        self._conditions = conditions
+        self._hand_over = hand_over
+        self._is_stopping = False
+        self._new = partial(
+            Supervisor,
+            paths=paths,
+            zygote=zygote,
+            clock=clock,
+            rng=rng,
+            ends_with_node=lambda: self._is_stopping,
+        )
+        self.net = self._new("net", policy=Policy(hands_over=True, gives_up=False))
+        self.forwarder = self._new("forwarder", policy=Policy(gives_up=False))
+
+    def new_manager(self) -> Supervisor:
+        """The supervisor of a manager process, not yet running."""
+        policy = Policy(
+            final={REMOVED: _REMOVED},
+            futile=FUTILE,
+            starved=STARVED,
+            show_condition=self._conditions.say("manager"),
+            wait_hung=partial(wait_manager_hung, self._paths, self._hand_over, self._clock),
+        )
+        return self._new("manager", policy=policy)
+
+    async def keep_spare_manager(self, wanted: bool) -> None:
+        """Have the zygote fork a manager process in advance; not ``wanted``: have it end that."""
+        try:
+            await self._zygote.stand_by("manager", wanted=wanted)
+        except Unavailable as error:
+            log.warning("no spare manager process", reason=str(error))
+
+    def stop_with_node(self) -> None:
+        """The node stops as planned: every process is stopped when its supervisor is cancelled."""
+        self._is_stopping = True

@@ -1,0 +1,74 @@
+"""Whether the manager process responds at its socket.  One that does not loses its leadership, and is killed later."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.patience import Patience, Step
+from skep.errors import SkepError
+from skep.paths import Paths
+
+log = structlog.get_logger(__name__)
+
+POLL_S = 1.0
+"""Between two requests, and the deadline of each."""
+_REQUEST = b"GET /_skep/lag HTTP/1.1\r\nHost: manager\r\nConnection: close\r\n\r\n"
+
+Responds = Callable[[], Awaitable[bool | None]]
+HandOver = Callable[[], Awaitable[object]]
+
+
+async def wait_manager_hung(
+    paths: Paths, hand_over: Callable[[Path], Awaitable[object]], clock: Clock
+) -> str:
+    """Why the manager process of this node is to be killed.  ``hand_over``: called with the socket of its member."""
+    return await wait_hung(
+        partial(responds, paths.manager_socket), partial(hand_over, paths.etcd_socket), clock
+    )
+
+
+async def wait_hung(responds: Responds, hand_over: HandOver, clock: Clock) -> str:
+    """Send requests until cancelled; return the reason once there has been no response for too long.
+
+    Args:
+        responds: whether there was a response in time; None: nothing listens yet, which counts as a response.
+        hand_over: makes another manager the leader, if this one's member leads.
+    """
+    patience = Patience(2 * POLL_S, clock.monotonic())
+    while True:
+        await clock.sleep(POLL_S)
+        has_response = await responds()
+        match patience.look(clock.monotonic(), is_answered=has_response is not False):
+            case Step.HAND_OVER:
+                log.error("the manager process does not answer", silent_s=round(patience.silent_s, 1))
+                await _hand_over(hand_over)
+            case Step.END:
+                return f"it did not answer for {patience.silent_s:.0f} s"
+
+
+async def _hand_over(hand_over: HandOver) -> None:
+    try:
+        await hand_over()
+    except (SkepError, OSError) as error:
+        log.warning("leadership not handed over", reason=str(error))
+
+
+async def responds(socket: Path) -> bool | None:
+    """Whether anything comes back from the HTTP server at ``socket``; None: nothing listens there."""
+    try:
+        async with asyncio.timeout(POLL_S):
+            reader, writer = await asyncio.open_unix_connection(str(socket))
+            try:
+                writer.write(_REQUEST)
+                return bool(await reader.read(1))
+            finally:
+                writer.close()
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+    except (TimeoutError, OSError):
+        # OSError: connections are not accepted, and the backlog is full.
+        return False

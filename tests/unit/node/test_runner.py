@@ -1,0 +1,153 @@
+"""Agent and manager of a node: what happens until the first session, and with it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.configuration.configuration import Configuration
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import NodeRole
+from skep.node.local import LocalNode, Peer
+from skep.node.manager_files import ManagerFiles
+from skep.node.runner import Dependencies, NodeRunner
+from skep.paths import Paths
+
+
+class FakeAgent:
+    """Has a session when the test says so."""
+
+    managers: tuple[Peer, ...] = ()
+
+    def __init__(self, role: NodeRole) -> None:
+        self.role = role
+        self.registered = asyncio.Event()
+        self.tries = 0
+
+    def renew_certificate(self) -> None:
+        pass
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    def try_now(self) -> None:
+        self.tries += 1
+
+
+class FakeProcess:
+    """A manager process that never ends."""
+
+    error = ""
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    def dismiss(self) -> None:
+        pass
+
+    def reload(self) -> None:
+        pass
+
+
+class FakeProcesses:
+    """Manager processes that do nothing."""
+
+    def __init__(self) -> None:
+        self.has_spare = True
+
+    def new_manager(self) -> FakeProcess:
+        return FakeProcess()
+
+    async def keep_spare_manager(self, wanted: bool) -> None:
+        self.has_spare = wanted
+
+
+class FakeWork:
+    """A node on which nothing runs."""
+
+    async def release_attachments(self) -> None:
+        pass
+
+    async def remove_all(self) -> None:
+        pass
+
+
+class Fakes:
+    """What a runner is given: the agent and the processes are real enough to be run."""
+
+    def __init__(self, paths: Paths, role: NodeRole) -> None:
+        self.agent = FakeAgent(role)
+        self.processes = FakeProcesses()
+        self.save_managers: Callable[[tuple[Peer, ...]], None] = lambda _: None
+        configuration = Configuration(data_dir=paths.data, run_dir=paths.run)
+        self.dependencies = Dependencies(
+            paths=paths,
+            clock=SystemClock(),
+            configuration=lambda: configuration,
+            manager_files=ManagerFiles(lambda: configuration, "host"),
+            processes=self.processes,
+            new_agent=self._new_agent,
+            work=FakeWork(),
+        )
+
+    def _new_agent(
+        self,
+        node: LocalNode,
+        save_managers: Callable[[tuple[Peer, ...]], None],
+        set_role: Callable[[NodeRole], None],
+    ) -> FakeAgent:
+        self.save_managers = save_managers
+        return self.agent
+
+
+@asynccontextmanager
+async def running(paths: Paths, role: NodeRole) -> AsyncIterator[Fakes]:
+    node = LocalNode(
+        node_id=NodeId("n1"),
+        cluster_id=ClusterId("c1"),
+        is_manager=role is NodeRole.MANAGER,
+        listen_addr="0.0.0.0:2377",
+        advertise_addr="10.0.0.1:2377",
+        local_addr="10.0.0.1",
+    )
+    fakes = Fakes(paths, role)
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        task = group.create_task(NodeRunner(node, fakes.dependencies).run())
+        yield fakes
+        task.cancel()
+
+
+async def until(holds: Callable[[], object]) -> None:
+    while not holds():  # noqa: ASYNC110 - files announce nothing
+        await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    found = Paths(tmp_path / "data", tmp_path / "run")
+    for directory in (found.data, found.run):
+        directory.mkdir()
+    return found
+
+
+async def test_a_session_is_requested_at_once_from_a_manager_that_begins_to_serve(paths: Paths) -> None:
+    """And from another one in its place, too."""
+    async with running(paths, NodeRole.MANAGER) as fakes:
+        paths.manager_socket.touch()
+        await until(lambda: fakes.agent.tries == 1)
+        beside = paths.run / "beside"
+        beside.touch()
+        beside.rename(paths.manager_socket)
+        await until(lambda: fakes.agent.tries == 2)
+        fakes.agent.registered.set()
+
+
+async def test_a_worker_keeps_no_spare_manager_process_once_it_has_a_session(paths: Paths) -> None:
+    async with running(paths, NodeRole.WORKER) as fakes:
+        await asyncio.sleep(0)
+        assert fakes.processes.has_spare
+        fakes.agent.registered.set()
+        await until(lambda: not fakes.processes.has_spare)
