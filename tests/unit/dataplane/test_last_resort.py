@@ -52,7 +52,7 @@ class Machine:
         self.resort = LastResort(self.paths, self.clock)
 
     def heard(self) -> None:
-        LastSeenFile(self.paths.last_heard, self.clock.since_boot, boot_id()).note(0.0)
+        LastSeenFile(self.paths.last_heard, self.clock.since_boot, boot_id()).record(0.0)
 
     def task(self, id: str, command: str = "exec sleep 1000", **labels: str) -> None:
         process = self.processes[id] = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE)
