@@ -32,6 +32,16 @@ def is_there(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and any(entry.name != "__pycache__" for entry in path.iterdir()))
 
 
+def test_the_index_leads_to_every_page() -> None:
+    """To those of design and decisions by their folders."""
+    index = ROOT / "docs" / "README.md"
+    reached = {(index.parent / target).resolve() for target in links(index)}
+    apart = {"design", "decisions", "checklists"}
+    expected = {page for page in PAGES if page.is_relative_to(index.parent) and not apart & set(page.parts)}
+    assert sorted(str(page) for page in expected - {index} - reached) == []
+    assert {index.parent / folder for folder in apart} <= reached
+
+
 @pages
 def test_every_target_of_make_that_is_named_exists(page: Path) -> None:
     words = [
