@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.documents import PAGES, ROOT, links, make_targets, quoted, shell_blocks
+from tests.support.documents import (
+    PAGES,
+    ROOT,
+    fragments,
+    headings,
+    links,
+    make_targets,
+    quoted,
+    shell_blocks,
+)
 from tests.test_status import exists
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -25,6 +34,12 @@ def test_the_readme_opens_with_five_lines_and_then_the_two_commands() -> None:
 @pages
 def test_every_link_leads_somewhere(page: Path) -> None:
     assert [target for target in links(page) if not is_there(page.parent / target)] == []
+
+
+@pages
+def test_every_heading_that_a_link_names_exists(page: Path) -> None:
+    missing = [(str(other), heading) for other, heading in fragments(page) if heading not in headings(other)]
+    assert missing == []
 
 
 def is_there(path: Path) -> bool:

@@ -12,6 +12,7 @@ PAGES = sorted(
 _BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 _QUOTED = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 
@@ -26,6 +27,22 @@ def links(page: Path) -> list[str]:
     return [
         target.partition("#")[0] for target in targets if "://" not in target and not target.startswith("#")
     ]
+
+
+def fragments(page: Path) -> list[tuple[Path, str]]:
+    """Headings that a page's links lead to: the other page, and the heading as GitHub spells it in addresses."""
+    found = []
+    for target in _LINK.findall(_FENCED.sub("", page.read_text())):
+        path, _, heading = target.partition("#")
+        if heading and "://" not in target:
+            found.append(((page.parent / path).resolve() if path else page, heading))
+    return found
+
+
+def headings(page: Path) -> set[str]:
+    """The headings of a page, as GitHub spells them in addresses."""
+    texts = _HEADING.findall(_FENCED.sub("", page.read_text()))
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts}
 
 
 def quoted(page: Path) -> list[str]:
