@@ -201,7 +201,7 @@ def within(space: Path, work: Callable[[], T]) -> T:
 
 
 def _addresses() -> tuple[str, ...]:
-    held = read.read(lambda _: True, State()).state.addresses
+    held = read.read_namespace(lambda _: True, State()).state.addresses
     return tuple(
         sorted(
             address for one in held if (address := one.interface.partition("/")[0]).startswith(OWN_SUBNETS)

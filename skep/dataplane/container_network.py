@@ -26,7 +26,8 @@ from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.overlays import Overlays
 from skep.dataplane.plan.overlay import check_sandbox
-from skep.dataplane.plan.reply_routing import SYSCTLS as RETURN_SYSCTLS
+from skep.dataplane.plan.reply_routing import SYSCTLS as REPLY_SYSCTLS
+from skep.dataplane.plan.reply_routing import IngressEndpoint
 from skep.dataplane.probe.prober import PathProber
 from skep.engine.container import Container
 from skep.errors import SkepError, Unavailable
@@ -133,8 +134,8 @@ class ContainerNetwork:
         await self.prober.restore()
         await self.overlays.begin(sandboxes)
         for id, sandbox in sandboxes.items():  # a container may have made its namespace unusable for it
-            joining = self._join_mesh(id, sandbox)
-            await contain(joining, "return path not there yet, tried again with the next ports", container=id)
+            routing = self._route_replies(id, sandbox)
+            await contain(routing, "reply routing not applied yet", container=id)
         if self._naming is not None:
             await self._naming.restore(live)
         for pinned in self.namespaces.pinned():
@@ -177,7 +178,7 @@ class ContainerNetwork:
             if needs_way_out(container, places):
                 sandbox = await self._way_out(container, sandbox)
             await self.overlays.settle_container(container_id, sandbox)
-            await self._join_mesh(container_id, sandbox, is_new=True)
+            await self._route_replies(container_id, sandbox)
             if self._naming is not None:
                 await self._naming.attach(msgspec.structs.replace(container, sandbox=sandbox))
         except BaseException as error:
@@ -297,23 +298,20 @@ class ContainerNetwork:
         )
         return msgspec.structs.replace(found, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
 
-    async def _join_mesh(self, container_id: ContainerId, sandbox: Sandbox, *, is_new: bool = False) -> None:
-        """Answers of a container that serves published ports go back the way their questions came."""
+    async def _route_replies(self, container_id: ContainerId, sandbox: Sandbox) -> None:
+        """Replies of a container on the ingress network go back through the node that their client came by."""
         for one in sandbox.endpoints:
             if one.config.head.is_ingress:
-                await self.mesh.joined(
+                await self.mesh.reply_routing.add(
                     container_id,
-                    Path(sandbox.netns),
-                    one.interface,
-                    sandbox.address,
-                    way_out6=sandbox.address6,
-                    is_new=is_new,
+                    self.overlays.reconciler_of(container_id),
+                    IngressEndpoint(one.interface, sandbox.address, sandbox.address6),
                 )
 
     async def _undo(
         self, container_id: ContainerId, sandbox: Sandbox, places: Iterable[EndpointConfig]
     ) -> None:
-        self.mesh.left(container_id)
+        self.mesh.reply_routing.remove(container_id)
         self.overlays.disconnect(container_id, sandbox.endpoints)
         try:
             if self._naming is not None and sandbox.endpoints:
@@ -354,7 +352,7 @@ def _sysctls_of(container: Container) -> Mapping[str, str]:
         said.add("net/ipv6/conf/lo/disable_ipv6")  # lo follows
     wanted = {**_CONTAINER_SYSCTLS, **TRACKING_SYSCTLS}
     if any(place.head.is_ingress for place in container.config.endpoints):
-        wanted = {**wanted, **RETURN_SYSCTLS}
+        wanted = {**wanted, **REPLY_SYSCTLS}
     return {name: value for name, value in wanted.items() if name not in said}
 
 

@@ -20,11 +20,14 @@ from skep.dataplane.netns import pinned
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.reconciler import NetnsReconciler, every_link
+from skep.dataplane.netns.reconciler import CONTAINER, EXCLUSIVE, NetnsReconciler, Scope
 from skep.dataplane.netns.repairs import Repairs
-from skep.dataplane.netns.state import Entry, State
+from skep.dataplane.netns.state import Entry, Link, State
 from skep.dataplane.netns.write import KernelRefused
 from skep.dataplane.plan.overlay import (
+    INGRESS_BRIDGE,
+    INGRESS_VXLAN,
+    TAP,
     LocalPlace,
     Underlay,
     container_state,
@@ -45,6 +48,20 @@ log = structlog.get_logger()
 _AT_ONCE = 8
 """Networks that are changed at the same time: the kernel makes each wait, above all when devices go."""
 _STRANGERS_PART = "strangers"
+
+
+def node_reconciler(namespaces: Namespaces, repairs: Repairs) -> NetnsReconciler:
+    """Of the node's own namespace, in which others have devices and routes too.
+
+    Until tables have come it is not known what there belongs to no network, so nothing is removed.
+    """
+    scope = Scope(selects=_is_of_ingress, has_own_routes=False)
+    return NetnsReconciler("node", namespaces.home, namespaces, repairs, scope)
+
+
+def _is_of_ingress(link: Link) -> bool:
+    is_ours = link.name == INGRESS_BRIDGE or link.name.startswith(INGRESS_VXLAN)
+    return is_ours or (link.kind in ("veth", TAP) and link.master == INGRESS_BRIDGE)
 
 
 class Overlays:
@@ -189,7 +206,7 @@ class Overlays:
 
     async def _clear_home(self) -> None:
         """Remove what no network wants at home; not before all have said what they want there."""
-        self._home.is_ours = True
+        self._home.is_exclusive = True
         self._home.invalidate()
         await self._home.apply()
 
@@ -264,6 +281,10 @@ class Overlays:
                 reconciler.expect_removal(one.port)
             self._settling.soon(id, partial(self._settle, id))
 
+    def reconciler_of(self, container_id: ContainerId) -> NetnsReconciler:
+        """Of a container that has its addresses."""
+        return self._containers[container_id][0]
+
     def holders(self) -> frozenset[ContainerId]:
         """Containers that have a place on a network of this node."""
         return frozenset(self._containers).union(*self._places.values())
@@ -295,8 +316,8 @@ class Overlays:
             Path(sandbox.netns),
             self._namespaces,
             self.repairs,
-            is_ours=False,
-            remake=partial(self._remake, sandbox),
+            CONTAINER,
+            partial(self._remake, sandbox),
         )
         reconciler.set_part("container", container_state(sandbox, self._networks_of(sandbox)))
         self._containers[container_id] = (reconciler, sandbox)
@@ -378,10 +399,10 @@ class Overlays:
         reconciler = self._reconcilers.get(id)
         if reconciler is None:
             reconciler = self._reconcilers[id] = NetnsReconciler(
-                f"network {head.name}", self._pins.path(id), self._pins, self.repairs, selects=every_link
+                f"network {head.name}", self._pins.path(id), self._pins, self.repairs, EXCLUSIVE
             )
         await pinned.make_where_missing(self._pins, id, reconciler, self._healing)
-        reconciler.is_ours = self._knows_tables
+        reconciler.is_exclusive = self._knows_tables
         await self._healing.watch(reconciler)
         return reconciler
 

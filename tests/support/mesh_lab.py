@@ -18,9 +18,14 @@ import msgspec
 from skep.aio.clock import SystemClock
 from skep.dataplane.addresses import mac_of
 from skep.dataplane.ingress.mesh import Mesh
+from skep.dataplane.ingress.reply_routing import ReplyRouting
 from skep.dataplane.netns import nft
+from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces, inside
-from skep.dataplane.netns.node_tables import NodeTables
+from skep.dataplane.netns.reconciler import CONTAINER, NetnsReconciler, Scope
+from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.state import Link, State
+from skep.dataplane.plan.reply_routing import IngressEndpoint
 from skep.dataplane.ports import OwnReservations
 from skep.dataplane.proxy.relay import Relays
 from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
@@ -118,15 +123,21 @@ class LabNode:
         self.netns = lab.places.path(self.id)
         self.namespaces = Namespaces(lab.root / "ns", self.netns)
         self.reservations = OwnReservations(self.namespaces)
-        self.tables = NodeTables(self.namespaces, SystemClock(), random.random)
+        self.repairs = Repairs()
+        self.healer = self._new_healer()
         self.relays = lab.root / f"run-{number}" / "relays.json"
         self.mesh = self.new_mesh()
 
     def new_mesh(self) -> Mesh:
-        """A mesh that knows nothing of the one before, as after a restart of the node process."""
+        """A mesh without what the one before has learned, as after a restart of the node process."""
+        self.healer.close()
+        self.healer = self._new_healer()
+        scope = Scope(has_own_routes=False)
+        self.home = NetnsReconciler("node", self.netns, self.namespaces, self.repairs, scope)
         mesh = Mesh(
             namespaces=self.namespaces,
-            tables=self.tables,
+            home=self.home,
+            reply_routing=ReplyRouting(self.healer),
             ports=self.reservations,
             relays=self.relays,
             clock=SystemClock(),
@@ -134,6 +145,9 @@ class LabNode:
         )
         mesh.identify(self.id)
         return mesh
+
+    def _new_healer(self) -> Healer:
+        return Healer(self.namespaces, SystemClock(), self.repairs, chance=random.random)
 
     @asynccontextmanager
     async def relaying(self) -> AsyncIterator[None]:
@@ -152,8 +166,19 @@ class LabNode:
                 await asyncio.wait([running])
 
     async def nft(self, text: str) -> str:
-        """What somebody else on the node does to nftables."""
-        return await self.namespaces.run(self.netns, nft.run, text)
+        """What another program on the node does to nftables."""
+        return await self.lab.places.run(self.netns, nft.run, text)
+
+    @asynccontextmanager
+    async def healing(self) -> AsyncIterator[None]:
+        """Compare and repair this node's namespaces."""
+        await self.healer.watch(self.home)
+        running = asyncio.create_task(self.healer.run())
+        try:
+            yield
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
 
 
 class MeshLab:
@@ -206,18 +231,22 @@ class MeshLab:
         task = LabTask(name, node, 10 + len(self.tasks), has_ipv6=self.has_ipv6)
         await self.places.create(name, _BARE)
         await self._connect_task(task)
-        await self.join(task, is_new=True)
+        await self.join(task)
         await task.serve()
         self.tasks.append(task)
         return task
 
-    async def join(self, task: LabTask, *, is_new: bool) -> None:
+    async def join(self, task: LabTask) -> None:
         """As the node does when it connects a container, or finds one of an earlier process again."""
-        way_out = "172.18.0." + task.addresses[0].rpartition(".")[2]
-        way_out6 = f"fd12::{task.addresses[0].rpartition('.')[2]}" if self.has_ways_out_ipv6 else ""
-        await task.node.mesh.joined(
-            ContainerId(task.name), task.netns, "eth0", way_out, way_out6=way_out6, is_new=is_new
+        last = task.addresses[0].rpartition(".")[2]
+        endpoint = IngressEndpoint(
+            "eth0", f"172.18.0.{last}", f"fd12::{last}" if self.has_ways_out_ipv6 else ""
         )
+        node = task.node
+        reconciler = NetnsReconciler(task.name, task.netns, node.namespaces, node.repairs, CONTAINER)
+        reconciler.set_part("container", State(links={"eth0": Link(name="eth0", kind="veth")}))
+        await node.healer.watch(reconciler)
+        await node.mesh.reply_routing.add(ContainerId(task.name), reconciler, endpoint)
 
     async def ask(self, address: str, port: int, protocol: str = "tcp", *, timeout_s: float = 3.0) -> str:
         """Who answers the client, and whom it says it saw: ``t1 192.0.2.100``.  Raises: OSError."""
@@ -244,6 +273,7 @@ class MeshLab:
             for task in self.tasks:
                 task.close()
             for node in self.nodes:
+                node.healer.close()
                 node.reservations.close()
                 node.namespaces.close()
             for name in self.places.pinned():

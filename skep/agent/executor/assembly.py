@@ -15,6 +15,7 @@ from skep.aio.clock import Clock
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.gateway import BRIDGE, Gateway
 from skep.dataplane.ingress.mesh import Mesh
+from skep.dataplane.ingress.reply_routing import ReplyRouting
 from skep.dataplane.joining import Joining
 from skep.dataplane.local.keeper import LocalNetworks
 from skep.dataplane.local.places import LocalPlaces
@@ -22,10 +23,8 @@ from skep.dataplane.naming import NameService, Naming
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.node_namespace import node_reconciler
-from skep.dataplane.netns.node_tables import NodeTables
 from skep.dataplane.netns.repairs import Repairs
-from skep.dataplane.overlays import Overlays
+from skep.dataplane.overlays import Overlays, node_reconciler
 from skep.dataplane.ports import OwnReservations, PortReservations
 from skep.dataplane.probe.data_path import DataPath
 from skep.dataplane.probe.knocking import Knocking
@@ -184,7 +183,8 @@ def container_network(
     attachments = attachments or ClusterAttachments()
     mesh = Mesh(
         namespaces=namespaces,
-        tables=NodeTables(namespaces, clock, chance),
+        home=home,
+        reply_routing=ReplyRouting(healing),
         ports=mesh_ports or OwnReservations(namespaces),
         relays=paths.relays,
         clock=clock,

@@ -19,6 +19,7 @@ _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _SOURCE = {socket.AF_INET: 1, socket.AF_INET6: 3}
 _DESTINATION = {socket.AF_INET: 2, socket.AF_INET6: 4}
 _RECEIVE_BYTES = 1 << 18
+_TIMEOUT_S = 5.0
 
 SYSCTLS = {
     # An idle connection is forgotten by nobody before its ends forget it.
@@ -93,6 +94,20 @@ def delete(connection: socket.socket, family: int, found: list[Flow]) -> None:
                 refused = code
     if refused:
         raise Refused(refused, "a flow cannot be deleted")
+
+
+def delete_stale(
+    family: int, is_stale: Callable[[Flow], bool], *, concerns: Callable[[bytes], bool] = lambda entry: True
+) -> int:
+    """Delete the flows of the calling thread's namespace that are stale, so that their next packet is dealt anew.
+
+    A UDP flow keeps its backend as long as packets come, even after the backend has gone; a TCP connection ends by
+    itself.  Gives their number.  Blocks.  Raises: Refused: this kernel lists no flows, or keeps one; OSError.
+    """
+    with opened(_TIMEOUT_S) as connection:
+        found = [flow for flow in flows(connection, family, concerns=concerns) if is_stale(flow)]
+        delete(connection, family, found)
+    return len(found)
 
 
 def _flow(entry: dict[int, bytes], family: int) -> Flow | None:

@@ -1,8 +1,8 @@
-"""From what a namespace holds to what it shall hold: the operations, in an order that the kernel takes.
+"""From what a namespace holds to what is wanted: the operations, in an order that the kernel takes.
 
-What goes is removed before anything is added, because an address that moved from one place to another can have one
-place only.  A device that differs in what cannot be changed is made anew, and takes all that was on it along: its
-addresses, routes and entries are in the list again.
+What goes is removed before anything is added, because an address that moved from one device to another can be on one
+only.  A device that differs in what cannot be changed is made anew, and takes all that was on it along: its addresses,
+routes and entries are in the list again.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -13,13 +13,13 @@ from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, R
 
 
 class AddLink(msgspec.Struct, frozen=True):
-    """Make a device, with all that its wish says."""
+    """Make a device."""
 
     link: Link
 
 
 class ChangeLink(msgspec.Struct, frozen=True):
-    """Bring a device that is there to its wish."""
+    """Change a device that is there."""
 
     link: Link
 
@@ -46,7 +46,7 @@ class Put(msgspec.Struct, frozen=True):
 class Remove(msgspec.Struct, frozen=True):
     """Remove one."""
 
-    item: Address | Route | Entry
+    item: Address | Route | Entry | Rule
 
 
 Operation = AddLink | ChangeLink | DeleteLink | SetSysctl | Put | Remove
@@ -55,19 +55,20 @@ _LINK_ORDER = ("bridge", "vxlan", "tun", "veth")
 """What has ports is made before its ports."""
 
 
-def difference(wanted: State, actual: State, *, is_ours: bool = True) -> list[Operation]:
+def difference(wanted: State, actual: State, *, is_exclusive: bool = True) -> list[Operation]:
     """What brings a namespace from ``actual`` to ``wanted``.
 
-    ``is_ours``: nothing else belongs into what ``actual`` shows.  A container's namespace is not ours: what is missing
-    is added, and what its processes added stays.  A sysctl that ``actual`` does not show is one this kernel does not
-    have, unless its device is still to be made.  Applying the result and asking again gives ``[]``.
+    ``is_exclusive``: what ``actual`` shows beside it is removed.  A container's namespace is not: what is missing is
+    added, and what its processes added stays, but for policy rules and their routes, which are Skep's everywhere.  A
+    sysctl that ``actual`` does not show is one this kernel does not have, unless its device is still to be made.
+    Applying the result and comparing again gives ``[]``.
     """
     renewed = {
         name
         for name, link in wanted.links.items()
         if name in actual.links and _is_other(link, actual.links[name])
     }
-    surplus = set(actual.links) - set(wanted.links) if is_ours else set()
+    surplus = set(actual.links) - set(wanted.links) if is_exclusive else set()
     gone = renewed | surplus
     kept = {name: link for name, link in actual.links.items() if name not in gone}
     # A port that changes its bridge loses its entries there.
@@ -88,12 +89,9 @@ def difference(wanted: State, actual: State, *, is_ours: bool = True) -> list[Op
     )
     held_addresses = frozenset(one for one in actual.addresses if one.link not in gone)
     held_routes = frozenset(one for one in actual.routes if one.link not in gone)
-    operations: list[Operation] = []
-    if is_ours:
-        operations += [Remove(one) for one in sorted(held_routes - wanted.routes) if not one.is_kernels]
-        operations += [Remove(one) for one in sorted(held_entries - wanted.entries)]
-        operations += [Remove(one) for one in sorted(held_addresses - wanted.addresses)]
-        operations += [Remove(one) for one in sorted(held_routes - wanted.routes) if one.is_kernels]
+    held = msgspec.structs.replace(actual, addresses=held_addresses, routes=held_routes, entries=held_entries)
+    operations = list(_removals(wanted, held, is_exclusive=is_exclusive))
+    held_routes = frozenset(one for one in held_routes if not one.is_policy or one in wanted.routes)
     operations += [DeleteLink(name) for name in sorted(gone)]
     missing = [link for name, link in wanted.links.items() if name not in kept]
     operations += [AddLink(link) for link in sorted(missing, key=_link_order)]
@@ -115,6 +113,17 @@ def difference(wanted: State, actual: State, *, is_ours: bool = True) -> list[Op
     operations += [Put(one) for one in sorted(missing_routes, key=_route_order)]
     operations += [Put(one) for one in sorted(wanted.entries - held_entries)]
     return operations
+
+
+def _removals(wanted: State, held: State, *, is_exclusive: bool) -> Iterable[Remove]:
+    surplus = sorted(held.routes - wanted.routes)
+    yield from (Remove(one) for one in sorted(held.rules - wanted.rules) if one.is_policy)
+    yield from (Remove(one) for one in surplus if one.is_policy)
+    if is_exclusive:
+        yield from (Remove(one) for one in surplus if not one.is_kernels and not one.is_policy)
+        yield from map(Remove, sorted(held.entries - wanted.entries))
+        yield from map(Remove, sorted(held.addresses - wanted.addresses))
+        yield from (Remove(one) for one in surplus if one.is_kernels)
 
 
 def _changes(

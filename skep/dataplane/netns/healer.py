@@ -1,8 +1,8 @@
-"""Notices what somebody else changed in a namespace of ours, and has it put right.
+"""Decides when namespaces are compared with their wanted state.
 
-The kernel tells of changes (links, addresses, routes, neighbours, nftables): each notice makes its namespace due for a
-comparison, which tells our own changes from others'.  A namespace is compared once a second at most.  Beside that one
-namespace after the other is compared in a slow round, for what is not told (sysctls) and for a notice that was lost.
+The kernel reports changes (links, addresses, routes, neighbours, nftables).  A report makes its namespace due for a
+comparison, at most once a second; of nftables, only transactions of other writers count.  Beside that, a slow round
+compares one namespace after the other, for what is not reported (sysctls) and for reports that were lost.
 """
 
 import asyncio
@@ -18,17 +18,18 @@ from skep.aio.first import wait_first
 from skep.aio.guard import explain, persist, report
 from skep.dataplane.netns import netlink
 from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.nft_changes import ForeignChanges, open_notifications
 from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repairs import Repairs
 
 log = structlog.get_logger()
 
 PAUSE_SECONDS = 1.0
-"""Between two comparisons of one namespace: somebody who changes much is answered once."""
+"""Between two comparisons of one namespace: many changes are repaired at once."""
 GATHERING_SECONDS = 0.05
-"""What belongs to one change comes as several notices."""
+"""One change is reported in several messages."""
 RETRY_SECONDS_MAX = 60.0
-"""Between two attempts at a namespace that cannot be put right."""
+"""Between two attempts at a namespace that cannot be repaired."""
 ROUND_PAUSE_SECONDS_MIN = 0.2
 SHARE = 0.02
 """Of the time that the slow round may take, comparisons and repairs included."""
@@ -56,7 +57,7 @@ class _Failing:
 
 
 class Healer:
-    """Comparisons of all namespaces of a node with what is wanted in them."""
+    """Compares and repairs all namespaces of one process."""
 
     def __init__(
         self,
@@ -74,7 +75,8 @@ class Healer:
         self._chance = chance
         self._share = share
         self._sockets: dict[NetnsReconciler, list[socket.socket]] = {}
-        self._due: dict[NetnsReconciler, None] = {}
+        self._due: dict[NetnsReconciler, bool] = {}
+        """Whether the comparison is to be thorough."""
         self._failing: dict[NetnsReconciler, _Failing] = {}
         self._wake = asyncio.Event()
 
@@ -84,30 +86,37 @@ class Healer:
             return
         self.take_turns(reconciler)
         groups = list(_GROUPS)
-        if not reconciler.is_container:  # whose neighbours are its own
+        if not reconciler.scope.is_container:  # whose neighbours are its own
             groups.append(netlink.GROUP_NEIGHBOUR)
-        opened = [
-            await self._namespaces.run(reconciler.path, netlink.listening, socket.NETLINK_ROUTE, groups)
-        ]
-        if not reconciler.is_container:
-            tables = netlink.NETFILTER, [netlink.GROUP_NFTABLES]
-            opened.append(await self._namespaces.run(reconciler.path, netlink.listening, *tables))
+        path = reconciler.path
+        opened = await self._namespaces.run(path, netlink.listening, socket.NETLINK_ROUTE, groups)
+        self._listen(reconciler, opened, partial(self._read_routes, reconciler, opened))
+        if not reconciler.scope.is_container:
+            await self.watch_tables(reconciler)
+
+    async def watch_tables(self, reconciler: NetnsReconciler) -> None:
+        """Notice changes of its nftables tables by other writers, too.  Raises: OSError."""
+        opened = await self._namespaces.run(reconciler.path, open_notifications)
+        changes = ForeignChanges(reconciler.writer)
+        self._listen(reconciler, opened, partial(self._read_tables, reconciler, opened, changes))
+
+    def _listen(self, reconciler: NetnsReconciler, opened: socket.socket, read: Callable[[], None]) -> None:
         if reconciler not in self._sockets:  # forgotten meanwhile
-            for one in opened:
-                one.close()
+            opened.close()
             return
-        self._sockets[reconciler] = opened
-        loop = asyncio.get_running_loop()
-        for one in opened:
-            loop.add_reader(one, self._hear, reconciler, one)
+        self._sockets[reconciler].append(opened)
+        asyncio.get_running_loop().add_reader(opened, read)
 
     def take_turns(self, reconciler: NetnsReconciler) -> None:
-        """Compare ``reconciler`` in the slow round, whether it tells of changes or not."""
+        """Compare ``reconciler`` in the slow round, whether its changes are reported or not."""
         self._sockets[reconciler] = []
 
     def expect(self, reconciler: NetnsReconciler) -> None:
-        """Compare ``reconciler`` soon."""
-        self._due[reconciler] = None
+        """Compare ``reconciler`` soon and thoroughly."""
+        self._mark_due(reconciler, is_thorough=True)
+
+    def _mark_due(self, reconciler: NetnsReconciler, *, is_thorough: bool) -> None:
+        self._due[reconciler] = self._due.get(reconciler, False) or is_thorough
         self._wake.set()
 
     def forget(self, reconciler: NetnsReconciler) -> None:
@@ -135,21 +144,30 @@ class Healer:
         finally:
             self.close()
 
-    # --- notices ----------------------------------------------------------------------------------------------
+    # --- reports ----------------------------------------------------------------------------------------------
 
-    def _hear(self, reconciler: NetnsReconciler, source: socket.socket) -> None:
+    def _read_routes(self, reconciler: NetnsReconciler, source: socket.socket) -> None:
         is_due = False
         while True:
             try:
                 data = memoryview(source.recv(_BYTES_MAX))
             except BlockingIOError:
                 break
-            except OSError:  # ENOBUFS: something was told that did not fit
+            except OSError:  # ENOBUFS: a report was lost
                 is_due = True
                 break
             is_due = is_due or any(_concerns(reconciler, kind, body) for kind, body in netlink.messages(data))
         if is_due:
-            self.expect(reconciler)
+            self._mark_due(reconciler, is_thorough=False)
+
+    def _read_tables(
+        self, reconciler: NetnsReconciler, source: socket.socket, changes: ForeignChanges
+    ) -> None:
+        tables = changes.read(source)
+        if tables is None:
+            self._mark_due(reconciler, is_thorough=True)
+        elif reconciler.note_foreign(tables):
+            self._mark_due(reconciler, is_thorough=False)
 
     async def _heal_due(self) -> None:
         while True:
@@ -157,12 +175,11 @@ class Healer:
             await self._clock.sleep(GATHERING_SECONDS)
             self._wake.clear()
             for reconciler in [one for one in self._due if not self._waits(one)]:
-                self._due.pop(reconciler, None)
-                await self._heal(reconciler)
+                await self._heal(reconciler, is_thorough=self._due.pop(reconciler, False))
             await self._clock.sleep(PAUSE_SECONDS)
 
     async def _wait_due(self) -> None:
-        """Return when something was told, or one that has failed may be tried again."""
+        """Return when a namespace is due, or one that has failed may be tried again."""
         waiting = [
             self._failing[reconciler].again_at for reconciler in self._due if reconciler in self._failing
         ]
@@ -181,26 +198,26 @@ class Healer:
             reconcilers = tuple(one for one in self._sockets if not self._waits(one))
             for reconciler in reconcilers:
                 began = self._clock.monotonic()
-                await self._heal(reconciler)
+                await self._heal(reconciler, is_thorough=True)
                 spent = self._clock.monotonic() - began
                 await self._clock.sleep(max(spent / self._share - spent, ROUND_PAUSE_SECONDS_MIN))
             if not reconcilers:
                 await self._clock.sleep(PAUSE_SECONDS)
 
-    async def _heal(self, reconciler: NetnsReconciler) -> None:
+    async def _heal(self, reconciler: NetnsReconciler, *, is_thorough: bool) -> None:
         """Repair one namespace; one that fails is retried with growing pauses, and delays no other."""
         if reconciler not in self._sockets:
             return
         try:
-            await reconciler.heal()
+            await reconciler.heal(is_thorough=is_thorough)
         except Exception as error:
             if reconciler in self._sockets:  # otherwise it was removed meanwhile
                 self._note_failure(reconciler, error)
             return
         if self._failing.pop(reconciler, None) is not None:
-            log.info("network repaired again", where=reconciler.name)
-        if reconciler.is_unsure and reconciler in self._sockets:
-            self.expect(reconciler)
+            log.info("network repaired again", namespace=reconciler.name)
+        if reconciler.needs_recheck and reconciler in self._sockets:
+            self._mark_due(reconciler, is_thorough=False)
 
     def _note_failure(self, reconciler: NetnsReconciler, error: Exception) -> None:
         failing = self._failing.get(reconciler)
@@ -211,13 +228,12 @@ class Healer:
         failing.again_at = self._clock.monotonic() + delay_s
         if failing.reason != explain(error):
             failing.reason = explain(error)
-            report(error, "network not repaired yet", where=reconciler.name, again_in_s=round(delay_s, 1))
-        self._due[reconciler] = None
-        self._wake.set()
+            report(error, "network not repaired yet", namespace=reconciler.name, again_in_s=round(delay_s, 1))
+        self._mark_due(reconciler, is_thorough=True)
 
 
 def _concerns(reconciler: NetnsReconciler, kind: int, body: memoryview) -> bool:
-    """Whether a notice can mean a deviation: neighbours of other devices come and go all the time."""
+    """Whether a report can mean a deviation: neighbours of other devices come and go all the time."""
     if kind in _NEIGHBOUR_MESSAGES and reconciler.indices is not None:
         return int.from_bytes(body[4:8], netlink.BYTE_ORDER) in reconciler.indices
     return True

@@ -1,8 +1,8 @@
 """What a network namespace holds, read from the kernel.
 
-Only what can be ours is kept: bridges, VXLAN devices, veths and loopback, their addresses, routes that a program made,
-and permanent entries.  What the kernel makes by itself (routes of addresses, link-local addresses, rules) is kept as
-far as it is wanted; what it learned is left out.
+Only what can be Skep's is kept: bridges, VXLAN devices, veths and loopback, their addresses, routes that a program
+made, policy rules of wanted priorities with their routing tables, and permanent entries.  What the kernel makes by
+itself (routes of addresses, link-local addresses, rules) is kept as far as it is wanted; what it learned is left out.
 """
 
 import socket
@@ -53,9 +53,11 @@ _PERMANENT, _STATIC = 0x80, 0x40
 BY_KERNEL = 2
 """RTPROT_KERNEL."""
 _BY_ADVERTISEMENT = 9
-_PRIORITY, _RULE_TABLE = 6, 15
-_SAYS_NOTHING = frozenset({_PRIORITY, _RULE_TABLE, 14, 21})
-"""Attributes of a rule that choose no packets: these, the suppressed length of prefixes, the protocol."""
+_PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL = 6, 10, 15, 16, 22
+_RULE_ATTRIBUTES = frozenset({_PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL, 14, 21})
+"""Of the rules that are compared: these, the suppressed length of prefixes, the rule's origin."""
+_ROUTE_TABLE = 15
+"""RTA_TABLE: the whole number, of which the header has eight bits."""
 _VLAN = 5
 """NDA_VLAN: of an entry of a bridge for one VLAN, of which ours have none."""
 _DF = 29
@@ -72,20 +74,22 @@ class ReadState(msgspec.Struct, frozen=True):
     indices: dict[str, int]
 
 
-def read(selects: Selection, wanted: State) -> ReadState:
+def read_namespace(selects: Selection, wanted: State) -> ReadState:
     """The namespace of the calling thread.  Blocks.  Raises: OSError.
 
-    ``wanted``: says which sysctls are looked at, and what of the kernel's own.
+    ``wanted``: which sysctls are read, and what of the kernel's own.
     """
     indices, links = _links()
     chosen = {index: link for index, link in links.items() if selects(link)}
     names = {index: link.name for index, link in chosen.items()}
+    rules = frozenset(_rules(wanted.rules)) if wanted.rules else frozenset[Rule]()
+    policies = {(rule.version, rule.table) for rule in rules | wanted.rules if rule.is_policy}
     state = State(
         links={link.name: link for link in chosen.values()},
         addresses=frozenset(_addresses(names)),
-        routes=frozenset(_routes(names, wanted.routes)),
+        routes=frozenset(_routes(names, wanted.routes, policies)),
         entries=frozenset(_entries(chosen)),
-        rules=frozenset(_rules()) & wanted.rules if wanted.rules else frozenset(),
+        rules=rules,
         sysctls=_sysctls(wanted.sysctls),
     )
     return ReadState(state, indices)
@@ -147,12 +151,19 @@ def _addresses(names: dict[int, str]) -> Iterable[Address]:
             yield Address(names[index], f"{inet_ntop(family, value)}/{length}")
 
 
-def _routes(names: dict[int, str], wanted: frozenset[Route]) -> Iterable[Route]:
+def _routes(
+    names: dict[int, str], wanted: frozenset[Route], policies: set[tuple[int, int]]
+) -> Iterable[Route]:
+    """``policies``: IP version and number of the tables of policy rules."""
     for _, body in dumped(GETROUTE, _RTMSG.pack(0, 0, 0, 0, 0, 0, 0, 0, 0)):
         family, length, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(body)
-        if family not in (AF_INET, AF_INET6) or table not in (MAIN_TABLE, LOCAL_TABLE):
+        if family not in (AF_INET, AF_INET6):
             continue
         found = dict(attributes(body[_RTMSG.size :]))
+        table = _number(found[_ROUTE_TABLE]) if _ROUTE_TABLE in found else table
+        version = 4 if family == AF_INET else 6
+        if table not in (MAIN_TABLE, LOCAL_TABLE) and (version, table) not in policies:
+            continue
         index = _number(found[4]) if 4 in found else 0
         if index not in names or kind not in _KINDS_OF_ROUTES or protocol == _BY_ADVERTISEMENT:
             continue
@@ -163,19 +174,28 @@ def _routes(names: dict[int, str], wanted: frozenset[Route]) -> Iterable[Route]:
         own = Route(names[index], destination, gateway, RouteKind(kind), table, source, is_kernels=True)
         if own in wanted:
             yield own
+        elif (version, table) in policies:
+            yield Route(names[index], destination, gateway, RouteKind(kind), table)
         elif protocol != BY_KERNEL and kind == RouteKind.UNICAST and table == MAIN_TABLE:
             yield Route(names[index], destination, gateway)
 
 
-def _rules() -> Iterable[Rule]:
-    """Those that choose all packets."""
+def _rules(wanted: frozenset[Rule]) -> Iterable[Rule]:
+    """Those of ``wanted`` that choose all packets, and those with the priority of a wanted policy rule."""
+    priorities = {(rule.version, rule.priority) for rule in wanted if rule.is_policy}
     for version, family in ((4, AF_INET), (6, AF_INET6)):
         for _, body in dumped(GETRULE, _RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):
             answered, *lengths, _, table, _, _, _, _ = _RULE.unpack_from(body)
             found = dict(attributes(body[_RULE.size :]))
-            if answered == family and not any(lengths) and found.keys() <= _SAYS_NOTHING:
-                priority = _number(found[_PRIORITY]) if _PRIORITY in found else 0
-                yield Rule(version, priority, table)
+            if answered != family or any(lengths) or not found.keys() <= _RULE_ATTRIBUTES:
+                continue
+            priority, mark, protocol = (
+                _number(found[one]) if one in found else 0 for one in (_PRIORITY, _MARK, _IP_PROTOCOL)
+            )
+            table = _number(found[_RULE_TABLE]) if _RULE_TABLE in found else table
+            rule = Rule(version, priority, table, mark, protocol)
+            if rule in wanted or (version, priority) in priorities:
+                yield rule
 
 
 def _entries(links: dict[int, Link]) -> Iterable[Entry]:

@@ -1,8 +1,8 @@
-"""One network namespace that is brought to what is wanted in it, and kept there."""
+"""Keeps one network namespace in its wanted state."""
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,28 +20,44 @@ from skep.dataplane.netns.write import KernelRefused, apply_operations
 
 log = structlog.get_logger()
 
-_LEAVING_LOOKS_MAX = 25
+_DEPARTING_READS_MAX = 25
 """Five seconds at the fastest: the kernel clears namespaces one by one, and those with many rules slowly."""
 
-Remaking = Callable[[str], Awaitable[None]]
-"""Makes a link, by its name, whose other end is in a namespace that somebody else keeps."""
+_PASSES = 2
+"""Over the tables of a namespace in one repair."""
+
+Remake = Callable[[str], Awaitable[None]]
+"""Makes the link of this name, whose other end is in a namespace of another reconciler."""
 
 
-def own_rules() -> frozenset[Rule]:
-    """The rules that a new namespace has, of the IP versions that this kernel has."""
-    return RULES_4 | RULES_6 if Path("/proc/sys/net/ipv6").exists() else RULES_4
+class Scope(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a namespace is compared with the wanted state.
+
+    ``selects``: links that are compared besides the wanted ones; None: no others.  ``is_exclusive``: what is there and
+    not wanted is removed.  ``has_own_routes``: all routes by these links are Skep's, and so are the kernel's first
+    rules.  ``is_container``: a container's namespace, whose processes may add their own.
+    """
+
+    selects: Selection | None = None
+    is_exclusive: bool = False
+    has_own_routes: bool = True
+    is_container: bool = False
 
 
-def every_link(link: Link) -> bool:
-    """A namespace of our own: all its links are ours."""
+def _is_not_loopback(link: Link) -> bool:
     return link.kind != "loopback"
 
 
-class NetnsReconciler:
-    """A namespace, what is wanted in it, and what it is believed to hold.
+EXCLUSIVE = Scope(selects=_is_not_loopback, is_exclusive=True)
+"""A namespace of Skep's own: all of its links are Skep's."""
+CONTAINER = Scope(is_container=True)
 
-    The wish comes in parts (a network, the gateway), each from whoever knows it.  ``settle`` brings the latest wish
-    about and trusts that what was done before is still there; ``heal`` looks.
+
+class NetnsReconciler:
+    """A namespace, its wanted state, and the state it is assumed to have.
+
+    The wanted state comes in parts (a network, the gateway, published ports).  ``apply`` brings the namespace from the
+    assumed state to the wanted one, without reading it where it is known; ``heal`` reads it.
     """
 
     def __init__(
@@ -50,28 +66,18 @@ class NetnsReconciler:
         path: Path,
         namespaces: Namespaces,
         repairs: Repairs,
-        *,
-        is_ours: bool = True,
-        selects: Selection | None = None,
-        has_own_routes: bool = True,
-        remake: Remaking | None = None,
+        scope: Scope,
+        remake: Remake | None = None,
     ) -> None:
-        """``name``: for the log.  ``is_ours``: what is not wanted is removed.
-
-        ``selects``: the links that are looked at besides the wanted ones.  ``has_own_routes``: routes by these links
-        are nobody else's, and so are the kernel's first rules.
-        ``remake``: makes missing links, where they cannot be made from here (a container's, whose
-        bridges are elsewhere).
-        """
+        """``name``: for the log.  ``remake``: for links that cannot be made from here (a container's, whose bridges are
+        in other namespaces)."""
         self.name = name
         self.path = path
-        self.is_ours = is_ours
-        self.is_container = remake is not None
+        self.scope = scope
+        self.is_exclusive = scope.is_exclusive
         self._namespaces = namespaces
         self._repairs = repairs
-        self._selection = selects
-        self._has_own_routes = has_own_routes
-        self._own_rules = own_rules() if has_own_routes else frozenset[Rule]()
+        self._own_rules = _first_rules() if scope.has_own_routes else frozenset[Rule]()
         self._remake = remake
         self._changing = asyncio.Lock()
         self._parts: dict[str, tuple[State, tuple[NftTable, ...]]] = {}
@@ -79,25 +85,37 @@ class NetnsReconciler:
         self._goal: State | None = None
         self._goal_tables: Mapping[str, NftTable] = {}
         self._assumed: State | None = None
-        self._leaving: dict[str, int] = {}
+        self._departing: dict[str, int] = {}
+        self._is_new = False
         self._tables: dict[str, NftTable] = {}
-        self._listings: dict[str, str] = {}
+        """As they were written last."""
+        self._listings: dict[str, list[str]] = {}
+        self._foreign: set[str] = set()
+        """Tables that another writer has changed since."""
+        self._stale_tables: set[str] = set()
+        """Tables of earlier processes that are to be removed."""
         self._refused: dict[str, frozenset[Element]] = {}
         """Elements that the kernel does not take, by their table; they are left out while they are wanted."""
-        self._missed: frozenset[object] = frozenset()
-        self.is_unsure = False
-        """Whether the last ``heal`` left something for the next, which is to come soon."""
+        self._missing: frozenset[object] = frozenset()
+        self.needs_recheck = False
+        """Whether the last ``heal`` left something to the next one, which is to come soon."""
         self.indices: frozenset[int] | None = None
         """Of the links that matter, None: not known at present."""
 
-    def set_part(self, part: str, state: State, *rules: NftTable) -> None:
+    @property
+    def writer(self) -> str:
+        """Name of the threads that write here, as nftables reports it."""
+        return self._namespaces.writer
+
+    def set_part(self, part: str, state: State, *tables: NftTable) -> None:
         """What ``part`` wants from now on, instead of what it wanted before."""
-        self._parts[part] = (state, rules)
+        self._parts[part] = (state, tables)
         self._wanted = None
 
-    def remove_part(self, part: str) -> None:
-        """``part`` wants nothing any more."""
+    def remove_part(self, part: str, tables: Collection[str] = ()) -> None:
+        """``part`` wants nothing any more.  ``tables``: removed even if an earlier process made them."""
         self._parts.pop(part, None)
+        self._stale_tables.update(tables)
         self._wanted = None
 
     def has_part(self, part: str) -> bool:
@@ -116,56 +134,61 @@ class NetnsReconciler:
     def wanted_tables(self) -> Mapping[str, NftTable]:
         """The tables that all parts want, by name.  Parts that share one differ in its elements only."""
         found: dict[str, NftTable] = {}
-        for _, rules in self._parts.values():
-            for table in rules:
-                elements = table.elements | (
-                    found[table.name].elements if table.name in found else frozenset()
-                )
-                found[table.name] = msgspec.structs.replace(table, elements=elements)
+        for _, tables in self._parts.values():
+            for table in tables:
+                if table.name in found:
+                    elements = table.elements | found[table.name].elements
+                    table = msgspec.structs.replace(table, elements=elements)
+                found[table.name] = table
         return found
 
     async def apply(self) -> None:
         """Bring about what is wanted now.
 
-        Rules come first: nothing is open for a moment.  Raises: KernelRefused, NftFailed: it is not all there, and the
-        next ``heal`` goes on.
+        nftables come first, so that nothing is open for a moment; in a container last, as they mark packets for routes.
+        Raises: KernelRefused, NftFailed: something is missing, and the next ``heal`` goes on.
         """
         async with self._changing:
-            wanted, believed = self.wanted, self._assumed
+            wanted = self.wanted
             self._goal, self._goal_tables = wanted, self._possible_tables()
-            await self._apply_tables()
-            if believed is None or not wanted.sysctls.keys() <= believed.sysctls.keys():
-                believed = await self._read(wanted)
+            if not self.scope.is_container:
+                await self._apply_tables()
+            assumed = self._assumed
+            if assumed is None or not wanted.sysctls.keys() <= assumed.sysctls.keys():
+                assumed = await self._read(wanted)
             self._assumed = None
-            await self._do(difference(wanted, believed, is_ours=self.is_ours))
-            self._assumed = self._goal  # without what was let go meanwhile
+            await self._carry_out(difference(wanted, assumed, is_exclusive=self.is_exclusive))
+            if self.scope.is_container:
+                await self._apply_tables()
+            self._assumed = self._goal  # without the links that departed meanwhile
 
-    async def heal(self) -> int:
-        """Compare with the kernel and put right what differs from the last wish that was settled.
+    async def heal(self, *, is_thorough: bool = True) -> int:
+        """Compare with the kernel and repair what differs from the state that was applied last.
 
-        Gives the number of repairs; what a refused ``settle`` left to be done is none.  Raises: KernelRefused,
+        Gives the number of repairs; what a failed ``apply`` left undone is none.  ``is_thorough``: nftables are listed
+        and compared, too; else only those that another writer has changed are written.  Raises: KernelRefused,
         NftFailed, OSError.
         """
         async with self._changing:
-            wanted, was_there = self._goal, self._assumed is not None
+            wanted, was_applied = self._goal, self._assumed is not None
             if wanted is None:
                 return 0
-            repaired = await self._heal_tables()
+            repaired = await self._heal_tables(is_thorough=is_thorough)
             found = await self._read(wanted)
-            wanted = self._goal or wanted  # what was let go meanwhile is not missed
-            found = self._without_leaving(found)
-            operations = self._without_unsure(difference(wanted, found, is_ours=self.is_ours))
+            wanted = self._goal or wanted  # without the links that departed meanwhile
+            found = self._without_departing(found)
+            operations = self._confirmed(difference(wanted, found, is_exclusive=self.is_exclusive))
             if operations:
                 self._assumed = None
-                await self._do(operations)
+                await self._carry_out(operations)
                 repaired += [kind_of(one) for one in operations]
             self._assumed = self._goal
         self._repairs.comparisons += 1
-        if not was_there:
+        if not was_applied:
             return 0
         if repaired:
             self._repairs.count(repaired)
-            log.warning("network repaired", where=self.name, **_as_keys(repaired))
+            log.warning("network repaired", namespace=self.name, **_as_keys(repaired))
         return len(repaired)
 
     async def remake(self, name: str) -> None:
@@ -174,30 +197,31 @@ class NetnsReconciler:
             self._assumed = None
             goal = self._goal or State()
             await apply_operations(self._namespaces, self.path, [DeleteLink(name)])
-            await self._do(difference(goal, await self._read(goal), is_ours=self.is_ours))
+            await self._carry_out(difference(goal, await self._read(goal), is_exclusive=self.is_exclusive))
             self._assumed = goal
 
     async def remove(self, name: str) -> None:
-        """Remove the link ``name``; who wants it again, wants it with the next ``settle``.  Raises: KernelRefused."""
+        """Remove the link ``name``; if it is wanted, the next ``apply`` makes it again.  Raises: KernelRefused."""
         async with self._changing:
             self._assumed = None
-            await self._do([DeleteLink(name)])
+            await self._carry_out([DeleteLink(name)])
 
     def adopt(self) -> None:
-        """An earlier process brought the wish about; whether it is still so is for ``heal`` to see."""
+        """An earlier process applied the wanted state; ``heal`` compares."""
         self._goal, self._goal_tables = self.wanted, self._possible_tables()
 
     def assume(self, state: State) -> None:
-        """It holds ``state``, as it was just made: there is no need to look."""
+        """The namespace was just made and holds ``state``, without tables: there is no need to read it."""
         self._assumed = state
+        self._is_new = True
 
     def expect_removal(self, link: str) -> None:
-        """``link`` goes by itself, with the namespace that has its other end; nobody has to delete it.
+        """The link disappears with its peer's namespace; do not delete it.
 
-        It is taken from the wish too, or a change of another part would have it missed before its own part's next one.
+        It is taken from the wanted state too, or a change of another part would miss it before its own part's next one.
         """
         if self._goal is not None and link in self._goal.links:
-            self._leaving[link] = 0
+            self._departing[link] = 0
         seen: dict[int, State] = {}  # mostly one state, by three names, and a large network's takes a while
 
         def left(state: State) -> State:
@@ -205,13 +229,13 @@ class NetnsReconciler:
                 seen[id(state)] = without(state, link) if link in state.links else state
             return seen[id(state)]
 
-        self._parts = {part: (left(state), rules) for part, (state, rules) in self._parts.items()}
+        self._parts = {part: (left(state), tables) for part, (state, tables) in self._parts.items()}
         self._wanted = left(self._wanted) if self._wanted is not None else None
         self._goal = left(self._goal) if self._goal is not None else None
         self._assumed = left(self._assumed) if self._assumed is not None else None
 
     def invalidate(self) -> None:
-        """Look before the next change: what others left may be there."""
+        """Read before the next change: the namespace may hold more than this process has put there."""
         self._assumed = None
 
     def reset(self) -> None:
@@ -221,45 +245,53 @@ class NetnsReconciler:
         self._tables.clear()
         self._listings.clear()
 
+    def note_foreign(self, tables: Collection[str]) -> bool:
+        """Another writer has changed ``tables``; whether any of them is kept here."""
+        ours = self._goal_tables.keys() & set(tables)
+        self._foreign |= ours
+        return bool(ours)
+
     async def _read(self, wanted: State) -> State:
-        found = await self._namespaces.run(self.path, read.read, self._selects, wanted)
+        found = await self._namespaces.run(self.path, read.read_namespace, self._selects, wanted)
         self.indices = frozenset(found.indices[name] for name in found.state.links)
         state = found.state
-        if not self._has_own_routes:
+        if not self.scope.has_own_routes:
             state = msgspec.structs.replace(state, routes=state.routes & wanted.routes)
-        if not self._has_own_routes or self.is_container:  # where others may have IPv6 on links of ours
+        if (
+            not self.scope.has_own_routes or self.scope.is_container
+        ):  # where others may have IPv6 on links of ours
             held = frozenset(
                 one for one in state.addresses if one in wanted.addresses or not is_link_local(one)
             )
             state = msgspec.structs.replace(state, addresses=held)
         return state
 
-    def _without_unsure(self, operations: Sequence[Operation]) -> list[Operation]:
-        """``operations`` without IPv6 routes of the kernel's that were not missed before.
+    def _confirmed(self, operations: Sequence[Operation]) -> list[Operation]:
+        """``operations`` without IPv6 routes of the kernel's that were not missing before.
 
         It makes them a moment after their address (addrconf_dad_work): what is missing twice was taken away.
         """
-        missed = {one: one.item for one in operations if isinstance(one, Put) and _is_made_late(one.item)}
-        unsure = set(missed.values()) - self._missed
-        self._missed = frozenset(missed.values())
-        self.is_unsure = bool(unsure)
-        return [one for one in operations if one not in missed or missed[one] not in unsure]
+        missing = {one: one.item for one in operations if isinstance(one, Put) and _is_made_late(one.item)}
+        unconfirmed = set(missing.values()) - self._missing
+        self._missing = frozenset(missing.values())
+        self.needs_recheck = bool(unconfirmed)
+        return [one for one in operations if one not in missing or missing[one] not in unconfirmed]
 
-    def _without_leaving(self, found: State) -> State:
-        """``found`` without what goes by itself; what is still there after several looks is somebody's mistake."""
-        for link in tuple(self._leaving):
-            if link not in found.links or self._leaving[link] >= _LEAVING_LOOKS_MAX:
-                del self._leaving[link]
+    def _without_departing(self, found: State) -> State:
+        """``found`` without links that disappear by themselves; one that is still there after many reads stays in."""
+        for link in tuple(self._departing):
+            if link not in found.links or self._departing[link] >= _DEPARTING_READS_MAX:
+                del self._departing[link]
             else:
-                self._leaving[link] += 1
+                self._departing[link] += 1
                 found = without(found, link)
         return found
 
     def _selects(self, link: Link) -> bool:
         is_wanted = self._goal is not None and link.name in self._goal.links
-        return is_wanted or (self._selection is not None and self._selection(link))
+        return is_wanted or (self.scope.selects is not None and self.scope.selects(link))
 
-    async def _do(self, operations: Sequence[Operation]) -> None:
+    async def _carry_out(self, operations: Sequence[Operation]) -> None:
         missing = [one.link.name for one in operations if isinstance(one, AddLink)]
         if missing or any(isinstance(one, DeleteLink) for one in operations):
             self.indices = None
@@ -268,63 +300,99 @@ class NetnsReconciler:
                 await self._remake(name)
             # Now they are there, and bare.
             goal = self._goal or State()
-            operations = difference(goal, await self._read(goal), is_ours=self.is_ours)
+            operations = difference(goal, await self._read(goal), is_exclusive=self.is_exclusive)
             if any(isinstance(one, AddLink) for one in operations):
                 raise KernelRefused(f"an interface of {self.name} cannot be made again")
         await apply_operations(self._namespaces, self.path, operations)
 
-    # --- rules ------------------------------------------------------------------------------------------------
+    # --- nftables ---------------------------------------------------------------------------------------------
 
     async def _apply_tables(self) -> None:
-        for name in sorted(self._tables.keys() - self._goal_tables.keys()):
-            await self._run(f"add table {name}\ndelete table {name}\n")
-            del self._tables[name]
+        """All changes in one transaction; where that is refused, each table in its own."""
+        gone = sorted((self._tables.keys() | self._stale_tables) - self._goal_tables.keys())
+        changed: list[NftTable] = []
+        text = "".join(map(nft_table.absent, gone))
+        for table in self._goal_tables.values():
+            old = self._tables.get(table.name)
+            if old is None:
+                text += nft_table.fresh(table) if self._is_new else nft_table.whole(table)
+            else:
+                table = nft_table.with_spare_chains(old, table)
+                text += nft_table.changes(old, table)
+            if table != old:
+                changed.append(table)
+        try:
+            if text:
+                await self._run(text)
+        except nft.NftFailed:  # another writer was there, or an element is refused
+            for name in gone:
+                await self._run(nft_table.absent(name))
+            for table in changed:
+                await self._write_table(table)
+        else:
+            for table in changed:
+                self._note_written(table)
+        for name in gone:
+            self._tables.pop(name, None)
             self._listings.pop(name, None)
-        for name, table in self._goal_tables.items():
-            old = self._tables.get(name)
-            if old == table:
-                continue
-            text = nft_table.changes(old, table) if old is not None else nft_table.whole(table)
-            await self._apply_table(table, text)
+            self._stale_tables.discard(name)
 
-    async def _heal_tables(self) -> list[str]:
+    async def _heal_tables(self, *, is_thorough: bool) -> list[str]:
         repaired = []
-        for name, table in self._goal_tables.items():
-            listing = await self._listing(name)
-            if self._tables.get(name) == table and listing == self._listings.get(name):
-                continue
-            is_changed_by_us = self._tables.get(name) == table and name not in self._listings
-            if is_changed_by_us and nft_table.fits(listing, table):
-                self._listings[name] = listing
-                continue
-            await self._apply_table(table, nft_table.whole(table))
-            repaired.append("rules")
+        if is_thorough:
+            for name, table in tuple(self._tables.items()):
+                if name in self._goal_tables and not await self._is_as_written(table):
+                    self._foreign.add(name)
+        for _ in range(
+            _PASSES
+        ):  # what is reported meanwhile belongs to the same change: a flush takes all at once
+            for name, table in tuple(self._goal_tables.items()):
+                if name in self._foreign or name not in self._tables:
+                    await self._write_table(table)
+                    self._foreign.discard(name)
+                    repaired.append("rules")
         return repaired
+
+    async def _is_as_written(self, table: NftTable) -> bool:
+        """Whether the kernel lists what it listed when the table was written.
+
+        nft spells rules its own way, so that only listings are compared; the first one after a write is taken if it has
+        as many rules and elements as were written.
+        """
+        try:
+            text = await self._namespaces.run(self.path, nft.run, f"list table {table.name}")
+        except nft.NftFailed:  # there is none
+            return False
+        listing = nft.in_any_order(text)
+        if table.name not in self._listings and nft_table.fits(text, table):
+            self._listings[table.name] = listing
+        return self._listings.get(table.name) == listing
 
     def _possible_tables(self) -> dict[str, NftTable]:
         """What is wanted without what was refused; that is tried again once it was not wanted for a while."""
-        rules = dict(self.wanted_tables)
+        tables = dict(self.wanted_tables)
         self._refused = {
             name: still
             for name, refused in self._refused.items()
-            if name in rules and (still := refused & rules[name].elements)
+            if name in tables and (still := refused & tables[name].elements)
         }
         for name, refused in self._refused.items():
-            rules[name] = msgspec.structs.replace(rules[name], elements=rules[name].elements - refused)
-        return rules
+            tables[name] = msgspec.structs.replace(tables[name], elements=tables[name].elements - refused)
+        return tables
 
-    async def _apply_table(self, table: NftTable, text: str) -> None:
-        self._tables.pop(table.name, None)
-        try:
-            await self._run(text)
-        except nft.NftFailed:  # somebody else changed our table
-            try:
-                await self._run(nft_table.whole(table))
-            except nft.NftFailed as error:
-                table = await self._without_refused(table, error)
-                await self._run(nft_table.whole(table))
+    def _note_written(self, table: NftTable) -> None:
         self._listings.pop(table.name, None)
         self._tables[table.name] = table
+
+    async def _write_table(self, table: NftTable) -> None:
+        """The whole table, without the elements that the kernel refuses.  Raises: NftFailed."""
+        self._tables.pop(table.name, None)
+        try:
+            await self._run(nft_table.whole(table))
+        except nft.NftFailed as error:
+            table = await self._without_refused(table, error)
+            await self._run(nft_table.whole(table))
+        self._note_written(table)
 
     async def _without_refused(self, table: NftTable, error: nft.NftFailed) -> NftTable:
         """``table`` without the elements for which the kernel refuses it.  Raises: ``error``: it is not for them."""
@@ -333,7 +401,7 @@ class NetnsReconciler:
             raise error
         named = [" ".join(element) for element in sorted(refused)]
         log.error(
-            "rules without elements that are refused", where=self.name, table=table.name, elements=named
+            "elements refused by nftables left out", namespace=self.name, table=table.name, elements=named
         )
         self._refused[table.name] = self._refused.get(table.name, frozenset()) | refused
         table = msgspec.structs.replace(table, elements=table.elements - refused)
@@ -354,15 +422,13 @@ class NetnsReconciler:
                 async for element in self._refused_among(table, half):
                     yield element
 
-    async def _listing(self, name: str) -> str:
-        """The table as the kernel shows it; empty when it is not there."""
-        try:
-            return await self._namespaces.run(self.path, nft.run, f"list table {name}")
-        except nft.NftFailed:
-            return ""
-
     async def _run(self, text: str) -> None:
         await self._namespaces.run(self.path, nft.run, text)
+
+
+def _first_rules() -> frozenset[Rule]:
+    """The rules that a new namespace has, of the IP versions that this kernel has."""
+    return RULES_4 | RULES_6 if Path("/proc/sys/net/ipv6").exists() else RULES_4
 
 
 def _together(states: Sequence[State]) -> State:

@@ -1,4 +1,4 @@
-"""What one network namespace holds, as data: wished or found."""
+"""What one network namespace holds, as data: wanted or read.  Its nftables are in ``nft_table``."""
 
 from collections.abc import Mapping
 from enum import IntEnum
@@ -28,11 +28,11 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """A network device.  In a wish, 0, empty and None mean: whatever it is.
+    """A network device.  In a wanted state, 0, empty and None mean: whatever it is.
 
     ``is_closed_port``: as a port of a bridge it neither learns addresses nor gets what is meant for unknown ones.
     ``offloads``: whether checksums and TCP's segments are left to what lies below; of VXLAN only, None elsewhere.
-    ``peer`` is of wishes only: where the other end of a veth is to be made; ``gso_bytes``, too: how large TCP's frames
+    Of wanted states only: ``peer``, where the other end of a veth is to be made; ``gso_bytes``, how large TCP's frames
     from there may be, from when it is made on.
     """
 
@@ -95,7 +95,7 @@ class Route(NamedTuple):
     """A route.  ``destination``: ``0.0.0.0/0`` for the default; ``gateway`` empty: on the link.
 
     ``is_kernels``: the kernel makes it with an address (``kernel_made.py``).  ``source``: IPv4's preferred source, of
-    such routes only.
+    such routes only.  In a table of its own it is found by a policy rule, and its gateway is on the link.
     """
 
     link: str
@@ -106,13 +106,28 @@ class Route(NamedTuple):
     source: str = ""
     is_kernels: bool = False
 
+    @property
+    def is_policy(self) -> bool:
+        """Whether it is in a routing table of Skep's own."""
+        return self.table not in (MAIN_TABLE, LOCAL_TABLE)
+
 
 class Rule(NamedTuple):
-    """A routing rule for all packets of one IP version: look into ``table``."""
+    """A routing rule of one IP version: look into ``table``.
+
+    With a ``mark`` or a ``protocol`` (IPPROTO_*) it is a policy rule, for packets that have these; without, for all.
+    """
 
     version: int
     priority: int
     table: int
+    mark: int = 0
+    protocol: int = 0
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether it is one of Skep's own, which its priority tells from others'."""
+        return bool(self.mark or self.protocol)
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):

@@ -75,7 +75,7 @@ async def remove_vxlans(namespaces: Namespaces, path: Path) -> None:
     logged.
     """
     try:
-        found = await namespaces.run(path, read.read, _is_vxlan, State())
+        found = await namespaces.run(path, read.read_namespace, _is_vxlan, State())
         await apply_operations(namespaces, path, [DeleteLink(name) for name in found.state.links])
     except (Unavailable, OSError) as error:
         log.warning("network not cleared", path=str(path), error=str(error))
@@ -143,6 +143,8 @@ class _Changes:
                 await _tolerating(_ABSENT, call)
             case Put(Rule() as rule):
                 await _tolerating(_PRESENT, self._route.rule("add", **_rule_options(rule)))
+            case Remove(Rule() as rule):
+                await _tolerating(_ABSENT, self._route.rule("del", **_rule_options(rule)))
             case Put(Route() as route):
                 # Another link may have the kernel's route to the same place (multicast, link-local).
                 how = "append" if route.is_kernels and not route.source else "add"
@@ -279,7 +281,9 @@ def _route_options(route: Route, index: int) -> dict[str, Any]:
         options["gateway"] = route.gateway
     else:
         options["scope"] = _SCOPE_HOST if route.kind is RouteKind.LOCAL else _SCOPE_LINK
-    if route.is_kernels:
+    if route.is_policy:
+        options |= {"table": route.table, "flags": ["onlink"]}
+    elif route.is_kernels:
         options |= {"proto": read.BY_KERNEL, "table": route.table, "type": int(route.kind)}
     if route.source:
         options["prefsrc"] = route.source
@@ -290,12 +294,11 @@ def _route_options(route: Route, index: int) -> dict[str, Any]:
 
 def _rule_options(rule: Rule) -> dict[str, Any]:
     family = socket.AF_INET6 if rule.version == 6 else socket.AF_INET
-    return {
-        "family": family,
-        "priority": rule.priority,
-        "table": rule.table,
-        "protocol": read.BY_KERNEL,
-    }
+    options = {"family": family, "priority": rule.priority, "table": rule.table}
+    if not rule.is_policy:
+        return options | {"protocol": read.BY_KERNEL}
+    options |= {"fwmark": rule.mark} if rule.mark else {}
+    return options | ({"ip_proto": rule.protocol} if rule.protocol else {})
 
 
 # --- entries --------------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def just_made(wanted: State, sysctls: Mapping[str, str]) -> State:
         links={name: msgspec.structs.replace(link, is_up=False) for name, link in wanted.links.items()},
         # The kernel gives them as soon as the interfaces are up.
         addresses=frozenset(one for one in wanted.addresses if one.interface.startswith(("127.", "fe80:"))),
-        rules=wanted.rules,
+        rules=frozenset(one for one in wanted.rules if not one.is_policy),
         sysctls={**dict.fromkeys(wanted.sysctls, ""), **sysctls},
     )
 

@@ -8,7 +8,7 @@ from skep.dataplane.netns import pinned
 from skep.dataplane.netns.checksums import offloads
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.reconciler import NetnsReconciler, every_link
+from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
 from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.netns.state import State
 from skep.dataplane.plan.overlay import Underlay
@@ -41,7 +41,7 @@ class ProbePlace:
         self._home = home
         self._healing = healing
         self._bridges = tuple(bridges)
-        self._reconciler = NetnsReconciler("probes", self.path, pins, repairs, selects=every_link)
+        self._reconciler = NetnsReconciler("probes", self.path, pins, repairs, EXCLUSIVE)
 
     @property
     def path(self) -> Path:

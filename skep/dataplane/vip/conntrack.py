@@ -11,8 +11,6 @@ from skep.dataplane.netns.conntrack import SYSCTLS
 from skep.dataplane.netns.namespaces import set_sysctl
 from skep.dataplane.vip.wanted import Leads, is_ipv6
 
-_TIMEOUT_S = 2.0
-
 
 def set_times() -> None:
     """Set ``SYSCTLS`` in the namespace of the calling thread.
@@ -33,17 +31,16 @@ def forget_flows(leads: Leads) -> frozenset[str]:
     asks says so, and goes on.
     """
     seen: set[str] = set()
+
+    def is_stale(flow: conntrack.Flow) -> bool:
+        address, backend = flow.original.destination, flow.reply.source
+        if address not in leads:
+            return False
+        is_udp = flow.original.protocol == socket.IPPROTO_UDP
+        if is_udp:
+            seen.add(address)
+        return backend == address or (is_udp and backend not in leads[address])
+
     for family in sorted({socket.AF_INET6 if is_ipv6(address) else socket.AF_INET for address in leads}):
-        with conntrack.opened(_TIMEOUT_S) as connection:
-            astray = []
-            for flow in conntrack.flows(connection, family):
-                address, backend = flow.original.destination, flow.reply.source
-                if address not in leads:
-                    continue
-                is_datagrams = flow.original.protocol == socket.IPPROTO_UDP
-                if is_datagrams:
-                    seen.add(address)
-                if backend == address or (is_datagrams and backend not in leads[address]):
-                    astray.append(flow)
-            conntrack.delete(connection, family, astray)
+        conntrack.delete_stale(family, is_stale)
     return frozenset(seen)

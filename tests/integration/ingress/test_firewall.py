@@ -35,22 +35,16 @@ table ip skep_of_somebody_else {
 """
 
 
-@asynccontextmanager
-async def watched(node: LabNode) -> AsyncIterator[None]:
-    """The node process looks after its tables."""
-    watching = asyncio.create_task(node.tables.watch())
-    try:
-        yield
-    finally:
-        watching.cancel()
-        await asyncio.wait([watching])
-
-
 async def published(lab: MeshLab) -> LabNode:
     lab.publish(*PORTS)
     await lab.add_task("t1", lab.nodes[1])
     await lab.spread()
     return lab.nodes[0]
+
+
+async def tables_of(node: LabNode) -> list[str]:
+    """All tables, in an order of their own: which of two is repaired first is chance."""
+    return sorted(re.split(r"(?m)^(?=table )", await node.nft("list ruleset")))
 
 
 async def others_rules(node: LabNode) -> str:
@@ -70,7 +64,7 @@ async def test_others_rules_stay_byte_for_byte_while_ours_come_change_and_go(lab
     await lab.add_task("t2", lab.nodes[0])
     await lab.spread()
     assert await others_rules(node) == before
-    await node.tables.repair()
+    await node.home.heal()
     assert await others_rules(node) == before
     lab.publish()
     await lab.spread()
@@ -90,25 +84,25 @@ async def test_others_rules_stay_byte_for_byte_while_ours_come_change_and_go(lab
 )
 async def test_what_somebody_does_to_our_tables_is_undone_within_5_s(lab: MeshLab, harm: str) -> None:
     node = await published(lab)
-    async with watched(node):
-        await node.tables.repair()  # what it was when it began
-        good = await node.nft("list ruleset")
-        repairs = node.tables.repairs
+    async with node.healing():
+        await node.home.heal()  # what it was when it began
+        good = await tables_of(node)
+        repairs = node.repairs.total
         began = time.monotonic()
         await node.nft(harm)
-        while await node.nft("list ruleset") != good:
+        while await tables_of(node) != good:
             assert time.monotonic() - began < 5
-        await eventually(lambda: node.tables.repairs > repairs, "the repair is counted")
+        await eventually(lambda: node.repairs.total > repairs, "the repair is counted")
         assert await lab.ask(node.address, 8080) == f"t1 {CLIENT}"
 
 
 async def test_a_flush_by_somebody_who_writes_his_own_rules_leaves_both(lab: MeshLab) -> None:
     """As ``systemctl reload nftables`` does."""
     node = await published(lab)
-    async with watched(node):
-        repairs = node.tables.repairs
+    async with node.healing():
+        repairs = node.repairs.total
         await node.nft("flush ruleset\n" + OTHERS)
-        await eventually(lambda: node.tables.repairs > repairs, "our tables are back")
+        await eventually(lambda: node.repairs.total > repairs, "our tables are back")
         assert await lab.ask(node.address, 8080) == f"t1 {CLIENT}"
         kept = await others_rules(node)
         for name in ("table ip filter", "table ip nat", "table inet firewalld", "skep_of_somebody_else"):
@@ -117,26 +111,26 @@ async def test_a_flush_by_somebody_who_writes_his_own_rules_leaves_both(lab: Mes
 
 async def test_an_established_connection_outlives_a_flush(lab: MeshLab) -> None:
     node = await published(lab)
-    async with watched(node):
+    async with node.healing():
         with await lab.in_client(socket.create_connection, (node.address, 8080), 3) as connection:
             assert await lab.in_client(say, connection) == "t1"
-            repairs = node.tables.repairs
+            repairs = node.repairs.total
             await node.nft("flush ruleset")
-            await eventually(lambda: node.tables.repairs > repairs, "our tables are back")
+            await eventually(lambda: node.repairs.total > repairs, "our tables are back")
             assert await lab.in_client(say, connection) == "t1"
 
 
 async def test_our_own_changes_are_no_harm(lab: MeshLab) -> None:
     node = await published(lab)
-    async with watched(node):
-        repairs = node.tables.repairs
+    async with node.healing():
+        repairs = node.repairs.total
         for number in range(2, 6):
             await lab.add_task(f"t{number}", lab.nodes[number % 3])
             await lab.spread()
         await node.nft(
             "add table ip somebody; delete table ip somebody; add rule ip skep_ingress refuse drop"
         )
-        await eventually(lambda: node.tables.repairs == repairs + 1, "the one repair")
+        await eventually(lambda: node.repairs.total == repairs + 1, "the one repair")
 
 
 @asynccontextmanager
@@ -169,11 +163,11 @@ async def test_what_somebody_does_to_the_way_back_in_a_container_is_undone_withi
 ) -> None:
     await published(lab)
     node = lab.nodes[1]
-    async with running(node):
-        repairs = node.mesh.repairs
+    async with node.healing():
+        repairs = node.repairs.total
         await lab.shell("t1", harm)
         began = time.monotonic()
-        await eventually(lambda: node.mesh.repairs > repairs, "the repair is counted", within_s=5)
+        await eventually(lambda: node.repairs.total > repairs, "the repair is counted", within_s=5)
         for address, protocol, peer in (
             (lab.nodes[0].address, "tcp", CLIENT),
             (lab.nodes[0].address, "udp", CLIENT),
@@ -258,9 +252,7 @@ async def test_nobody_on_the_node_can_take_a_published_port(lab: MeshLab) -> Non
 
 async def test_the_bridge_gets_its_settings_whenever_it_is_made(lab: MeshLab) -> None:
     node = await published(lab)
-    running = asyncio.create_task(node.mesh.run())
-    try:
-        await asyncio.sleep(0)
+    async with node.healing():
         await lab.batch("n1", "link del skep-ingress", "link add skep-ingress type bridge")
 
         def setting() -> str:
@@ -270,9 +262,6 @@ async def test_the_bridge_gets_its_settings_whenever_it_is_made(lab: MeshLab) ->
         async with asyncio.timeout(5):
             while await lab.places.run(node.netns, setting) != "1":
                 pass
-    finally:
-        running.cancel()
-        await asyncio.wait([running])
 
 
 def say(connection: socket.socket) -> str:

@@ -293,9 +293,9 @@ async def test_a_restarted_node_process_finds_ways_back_and_removes_those_of_nod
     task = lab.tasks[0]
     with await lab.in_client(connect, lab.nodes[1].address) as connection:
         assert await lab.in_client(say, connection) == "t1"
-        task.node.mesh.left(ContainerId("t1"))
+        task.node.mesh.reply_routing.remove(ContainerId("t1"))
         task.node.mesh = task.node.new_mesh()
-        await lab.join(task, is_new=False)
+        await lab.join(task)
         lab.known = lab.nodes[:2]
         await lab.spread()
         assert await lab.in_client(say, connection) == "t1"

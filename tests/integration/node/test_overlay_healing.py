@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.netns import nft, nft_table
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.reconciler import NetnsReconciler
+from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
 from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.netns.state import Address, Link, State
 from skep.dataplane.plan.packet_filter import strangers
@@ -189,7 +189,7 @@ async def test_a_link_that_is_removed_while_others_change_is_made_again_with_the
     namespaces = Namespaces(tmp_path / "spaces")
     space = await namespaces.create("one", {})
     try:
-        reconciler = NetnsReconciler("one", space, namespaces, Repairs())
+        reconciler = NetnsReconciler("one", space, namespaces, Repairs(), EXCLUSIVE)
         bridge = Link(name="br", kind="bridge")
         for number in range(1, 6):
             other = Link(name=f"other{number}", kind="bridge")
@@ -219,7 +219,7 @@ async def test_a_rule_that_cannot_be_is_left_out_alone(scene: Scene) -> None:
     lab.tell(DUAL)
     await lab.apply(scene.networks[1:], DUAL.id)
     assert await reaches(end, "10.0.4.6")
-    said = [one["elements"] for one in logs if one["event"] == "rules without elements that are refused"]
+    said = [one["elements"] for one in logs if one["event"] == "elements refused by nftables left out"]
     assert said == [["peers6 fe80::1%x . 4100"]]
     repairs = network.repairs
     enough = repairs.comparisons + 20

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from skep.dataplane.addresses import mac_of
-from skep.dataplane.netns.node_namespace import node_reconciler
 from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.netns.state import State
+from skep.dataplane.overlays import node_reconciler
 from skep.dataplane.plan.overlay import INGRESS_BRIDGE
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError
 from skep.model.ids import NetworkId, TaskId, new_container_id

@@ -28,12 +28,16 @@ class Mesh:
     """Of a node on which the first container has made its namespace unusable."""
 
     def __init__(self) -> None:
-        self.joined_by: list[str] = []
+        self.routed: list[str] = []
+        self.reply_routing = self
 
-    async def joined(self, id: ContainerId, netns: Path, *_: Any, **__: Any) -> None:
-        if netns == Path("/netns/0"):
+    async def add(self, id: ContainerId, *_: Any) -> None:
+        if id.startswith("0"):
             raise NftFailed("Operation not permitted")
-        self.joined_by.append(id)
+        self.routed.append(id)
+
+    def remove(self, id: ContainerId) -> None:
+        pass
 
 
 class Naming:
@@ -108,8 +112,9 @@ async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_r
     async def begin(live: dict[ContainerId, Sandbox]) -> None:
         began.extend(live)
 
-    overlays = SimpleNamespace(restore=lambda _: None, begin=begin, disconnect=lambda *_: None)
-    mesh.left = lambda _: None  # type: ignore[attr-defined]
+    overlays = SimpleNamespace(
+        restore=lambda _: None, begin=begin, disconnect=lambda *_: None, reconciler_of=lambda _: None
+    )
     parts = dict.fromkeys(PARTS, part)
     network = network_of(parts, overlays=overlays, mesh=mesh, naming=naming, say=said.append)
     for _ in range(2):
@@ -129,9 +134,9 @@ async def test_a_container_that_made_its_namespace_unusable_keeps_no_other_from_
         path=Path("/home"), restore=nothing, begin=nothing, watch=nothing, repairs=None, pinned=list
     )
     parts: dict[str, Any] = dict.fromkeys(PARTS, part)
-    overlays = SimpleNamespace(restore=lambda _: None, begin=nothing)
+    overlays = SimpleNamespace(restore=lambda _: None, begin=nothing, reconciler_of=lambda _: None)
     network = network_of(parts, overlays=overlays, mesh=mesh, naming=naming)
     live = [on_the_ingress_network(number) for number in (0, 1)]
     await network.restore(live)
-    assert mesh.joined_by == [live[1].id]
+    assert mesh.routed == [live[1].id]
     assert naming.served == [one.id for one in live]

@@ -179,7 +179,7 @@ def test_applying_the_difference_gives_what_is_wanted(wanted: State, actual: Sta
 
 @given(wanted=states(), actual=states())
 def test_in_a_namespace_of_others_nothing_of_theirs_is_lost(wanted: State, actual: State) -> None:
-    operations = difference(wanted, actual, is_ours=False)
+    operations = difference(wanted, actual, is_exclusive=False)
     assert not [one for one in operations if isinstance(one, Remove)]
     deleted = {one.name for one in operations if isinstance(one, DeleteLink)}
     assert deleted <= wanted.links.keys(), "only what has to be made anew is deleted"

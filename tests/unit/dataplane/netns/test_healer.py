@@ -10,7 +10,7 @@ from skep.dataplane.netns.diff import AddLink, Put, SetSysctl
 from skep.dataplane.netns.healer import SHARE, Healer
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.nft_table import NftTable, changes, fits, whole
-from skep.dataplane.netns.reconciler import NetnsReconciler
+from skep.dataplane.netns.reconciler import CONTAINER, NetnsReconciler
 from skep.dataplane.netns.repairs import Repairs, kind_of
 from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, State
 from skep.errors import Unavailable
@@ -42,10 +42,10 @@ class Slow(NetnsReconciler):
     """A namespace whose comparison takes ``seconds``."""
 
     def __init__(self, clock: Stopwatch, seconds: float) -> None:
-        super().__init__("slow", Path("/none"), Namespaces(Path("/none")), Repairs())
+        super().__init__("slow", Path("/none"), Namespaces(Path("/none")), Repairs(), CONTAINER)
         self._clock, self._seconds, self.compared = clock, seconds, 0
 
-    async def heal(self) -> int:
+    async def heal(self, *, is_thorough: bool = True) -> int:
         self._clock.work(self._seconds)
         self.compared += 1
         return 0
@@ -70,8 +70,8 @@ async def test_the_slow_round_keeps_to_its_share_and_leaves_none_out(seconds: fl
 class Broken(Slow):
     """A namespace in which the node meets a bug of its own."""
 
-    async def heal(self) -> int:
-        await super().heal()
+    async def heal(self, *, is_thorough: bool = True) -> int:
+        await super().heal(is_thorough=is_thorough)
         raise KeyError("net1")
 
 
@@ -209,7 +209,7 @@ LISTING = """table inet t {
 
 def test_a_table_is_written_whole_and_changed_by_its_elements() -> None:
     text = whole(TABLE)
-    assert text.startswith("add table inet t\ndelete table inet t\nadd table inet t\n")
+    assert text.startswith("add table inet t\ndelete table inet t\ncreate table inet t\n")
     assert "add map inet t targets { type inet_service : ipv4_addr; }" in text
     fewer = NftTable(
         name=TABLE.name,
@@ -232,7 +232,7 @@ def test_a_listing_that_lacks_something_is_no_measure(missing: str) -> None:
 
 
 def test_the_wanted_state_is_the_sum_of_its_parts() -> None:
-    reconciler = NetnsReconciler("d", Path("/none"), Namespaces(Path("/none")), Repairs())
+    reconciler = NetnsReconciler("d", Path("/none"), Namespaces(Path("/none")), Repairs(), CONTAINER)
     reconciler.set_part("one", State(links={"a": Link(name="a", kind="bridge")}), TABLE)
     more = NftTable(
         name=TABLE.name,
@@ -249,7 +249,7 @@ def test_the_wanted_state_is_the_sum_of_its_parts() -> None:
 
 
 def test_a_link_that_is_going_is_not_wanted_by_the_next_change_of_another_part() -> None:
-    reconciler = NetnsReconciler("node", Path("/none"), Namespaces(Path("/none")), Repairs())
+    reconciler = NetnsReconciler("node", Path("/none"), Namespaces(Path("/none")), Repairs(), CONTAINER)
     going, staying = Link(name="vs1", kind="veth"), Link(name="vs2", kind="veth")
     reconciler.set_part("network", State(links={"vs1": going, "vs2": staying}))
     reconciler.adopt()

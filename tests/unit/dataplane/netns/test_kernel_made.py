@@ -64,18 +64,18 @@ def test_a_missing_route_of_the_kernels_is_put_back() -> None:
     found = State(
         links=WANTED.links, addresses=WANTED.addresses, routes=WANTED.routes - {NETWORK}, rules=RULES_4
     )
-    assert difference(WANTED, found, is_ours=False) == [Put(NETWORK)]
+    assert difference(WANTED, found, is_exclusive=False) == [Put(NETWORK)]
 
 
 def test_what_the_kernel_makes_with_an_address_or_a_link_is_left_to_it() -> None:
     bare = State(links=WANTED.links, rules=RULES_4)
-    assert difference(WANTED, bare, is_ours=False) == [Put(Address("eth0", "10.0.1.5/24"))]
+    assert difference(WANTED, bare, is_exclusive=False) == [Put(Address("eth0", "10.0.1.5/24"))]
     down = State(
         links={"lo": LO, "eth0": Link(name="eth0", kind="veth", mac=ETH.mac, is_up=False)},
         addresses=WANTED.addresses,
         rules=RULES_4,
     )
-    (change,) = difference(WANTED, down, is_ours=False)
+    (change,) = difference(WANTED, down, is_exclusive=False)
     assert isinstance(change, ChangeLink)
 
 
@@ -86,7 +86,9 @@ def test_missing_rules_come_before_all_routes() -> None:
 
 def test_a_new_container_is_given_nothing_that_the_kernel_gives_it() -> None:
     puts = [
-        one.item for one in difference(WANTED, just_made(WANTED, {}), is_ours=False) if isinstance(one, Put)
+        one.item
+        for one in difference(WANTED, just_made(WANTED, {}), is_exclusive=False)
+        if isinstance(one, Put)
     ]
     assert puts == [Address("eth0", "10.0.1.5/24")]
 

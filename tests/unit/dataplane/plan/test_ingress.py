@@ -8,13 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.dataplane.ingress.flows import Misled, is_misled
-from skep.dataplane.netns.conntrack import Tuple
-from skep.dataplane.plan.ingress import Backend, Gate, MeshPort, Plan, plan, sticky_slots
-from skep.dataplane.plan.ingress_tables import IPV4, IPV6, Family, difference, mesh_rules, whole
-from skep.dataplane.plan.reply_routing import difference as path_difference
-from skep.dataplane.plan.reply_routing import return_path, routes, uses_udp_route
-from skep.dataplane.plan.reply_routing import whole as path_whole
+from skep.dataplane.netns.conntrack import Flow, Tuple
+from skep.dataplane.netns.nft_table import NftTable, changes, fresh, whole, with_spare_chains
+from skep.dataplane.netns.state import Route, Rule
+from skep.dataplane.plan.ingress import (
+    IPV4,
+    IPV6,
+    Backend,
+    Family,
+    IngressNode,
+    MeshPort,
+    Plan,
+    StalePort,
+    ingress_table,
+    plan,
+    stale_ports,
+    sticky_slots,
+)
+from skep.dataplane.plan.reply_routing import IngressEndpoint, reply_routing
 from skep.dataplane.proxy.relays import RelayPort, relay_ports, sticky_slot
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.publishing import PublishOptions
@@ -85,8 +96,8 @@ def test_the_serving_tasks_of_all_nodes_stand_behind_a_port() -> None:
         ),
     )
     assert made.subnets == ("10.0.0.0/24",)
-    assert made.gates == (Gate("10.0.0.201"), Gate("10.0.0.202"))
-    assert made.own == Gate("10.0.0.201")
+    assert made.nodes == (IngressNode("10.0.0.201"), IngressNode("10.0.0.202"))
+    assert made.own == IngressNode("10.0.0.201")
 
 
 def test_the_nodes_own_tasks_come_first_where_that_is_wished() -> None:
@@ -98,7 +109,7 @@ def test_the_nodes_own_tasks_come_first_where_that_is_wished() -> None:
 
 
 def test_a_node_that_is_not_in_the_table_has_no_address_of_its_own() -> None:
-    assert plan(table(), NodeId("new")).own == Gate("")
+    assert plan(table(), NodeId("new")).own == IngressNode("")
 
 
 @pytest.mark.parametrize(
@@ -143,36 +154,47 @@ def a_port(*names: str, published: int = 80, protocol: str = "tcp", **options: o
     )
 
 
+def elements_of(table: NftTable) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name, element in table.elements:
+        found.setdefault(name, set()).add(element)
+    return found
+
+
 def test_a_port_goes_to_a_choice_among_as_many_as_there_are() -> None:
-    rules = mesh_rules(Plan(ports=(a_port("t1", "t2", "t3"),)), IPV4)
-    assert rules.counts == {3}
-    assert rules.elements["ports"] == {"tcp . 80": "goto pick_3"}
-    assert rules.elements["backends"] == {f"tcp . 80 . {n}": f"10.0.0.{n + 1}" for n in range(3)}
-    assert rules.elements["targets"] == {"tcp . 80": "8000"}
-    assert "numgen random mod 3 map @backends" in whole(rules, IPV4)
+    made = ingress_table(Plan(ports=(a_port("t1", "t2", "t3"),)), IPV4)
+    assert ("pick_3", "") in made.chains
+    assert elements_of(made) == {
+        "ports": {"tcp . 80 : goto pick_3"},
+        "backends": {f"tcp . 80 . {n} : 10.0.0.{n + 1}" for n in range(3)},
+        "targets": {"tcp . 80 : 8000"},
+    }
+    assert "numgen random mod 3 map @backends" in whole(made)
 
 
 def test_a_change_of_backends_touches_elements_only() -> None:
-    before = mesh_rules(Plan(ports=(a_port("t1", "t2"), a_port("t5", "t6", "t7", published=81))), IPV4)
-    after = mesh_rules(Plan(ports=(a_port("t1", "t2", "t3"), a_port("t5", "t6", "t7", published=81))), IPV4)
-    text = difference(before, after, IPV4)
-    assert text.splitlines() == [
+    before = ingress_table(Plan(ports=(a_port("t1", "t2"), a_port("t5", "t6", "t7", published=81))), IPV4)
+    wanted = Plan(ports=(a_port("t1", "t2", "t3"), a_port("t5", "t6", "t7", published=81)))
+    after = with_spare_chains(before, ingress_table(wanted, IPV4))
+    assert ("pick_2", "") in after.chains
+    assert changes(before, after).splitlines() == [
         "delete element ip skep_ingress ports { tcp . 80 }",
-        "add element ip skep_ingress ports { tcp . 80 : goto pick_3 }",
         "add element ip skep_ingress backends { tcp . 80 . 2 : 10.0.0.3 }",
+        "add element ip skep_ingress ports { tcp . 80 : goto pick_3 }",
     ]
-    assert difference(after, after, IPV4) == ""
+    assert changes(after, after) == ""
 
 
 def test_a_port_that_nobody_serves_is_refused_and_one_that_user_space_serves_is_led_nowhere() -> None:
     empty = Plan(ports=(a_port(), a_port(published=81, host_ip="127.0.0.1")))
-    assert mesh_rules(empty, IPV4).elements["refused"] == {"tcp . 80": ""}
-    assert mesh_rules(empty, IPV4).elements["bound_refused"] == {"127.0.0.1 . tcp . 81": ""}
-    assert mesh_rules(empty, IPV6).elements["refused"] == {"tcp . 80": ""}
-    assert mesh_rules(empty, IPV6).elements["bound_refused"] == {}
-    proxied = mesh_rules(Plan(ports=(a_port("t1", proxy_protocol=2),)), IPV4)
-    assert not any(proxied.elements.values())
-    assert not any(mesh_rules(Plan(ports=(a_port("t1"),)), IPV6).elements.values())
+    assert elements_of(ingress_table(empty, IPV4)) == {
+        "refused": {"tcp . 80"},
+        "bound_refused": {"127.0.0.1 . tcp . 81"},
+    }
+    assert elements_of(ingress_table(empty, IPV6)) == {"refused": {"tcp . 80"}}
+    proxied = ingress_table(Plan(ports=(a_port("t1", proxy_protocol=2),)), IPV4)
+    assert not proxied.elements
+    assert not ingress_table(Plan(ports=(a_port("t1"),)), IPV6).elements
 
 
 ports = st.builds(
@@ -217,22 +239,25 @@ class Kernel:
                         if value.startswith("goto "):
                             assert value.removeprefix("goto ") in self.chains
                         held[key] = value
+            elif line.startswith(("create table", "delete table")):
+                self.elements, self.chains = {}, set()
             elif match := re.match(r"add chain \S+ \S+ (\w+)", line):
                 self.chains.add(match[1])
 
 
 @given(st.lists(plans, min_size=1, max_size=4), st.sampled_from([IPV4, IPV6]))
 def test_any_row_of_changes_leads_to_what_the_last_plan_says(made: list[Plan], family: Family) -> None:
-    kernel, fresh = Kernel(), Kernel()
-    now = mesh_rules(made[0], family)
-    kernel.run(whole(now, family))
+    kernel, direct = Kernel(), Kernel()
+    now = ingress_table(made[0], family)
+    kernel.run(fresh(now))
     for one in made[1:]:
-        wanted = mesh_rules(one, family)
-        kernel.run(difference(now, wanted, family))
-        now = msgspec.structs.replace(wanted, counts=wanted.counts | now.counts)
-    fresh.run(whole(mesh_rules(made[-1], family), family))
-    assert {name: held for name, held in kernel.elements.items() if held} == fresh.elements
-    assert fresh.chains <= kernel.chains
+        wanted = with_spare_chains(now, ingress_table(one, family))
+        assert "delete table" not in changes(now, wanted)
+        kernel.run(changes(now, wanted))
+        now = wanted
+    direct.run(whole(ingress_table(made[-1], family)))
+    assert {name: held for name, held in kernel.elements.items() if held} == direct.elements
+    assert direct.chains <= kernel.chains
 
 
 # --- stickiness -------------------------------------------------------------------------------------------------------
@@ -262,59 +287,60 @@ def test_a_clients_slot_is_always_the_same_and_clients_are_spread() -> None:
     assert all(0 <= slot < 256 for slot in slots)
 
 
-# --- the way back -----------------------------------------------------------------------------------------------------
+# --- reply routing ----------------------------------------------------------------------------------------------------
 
 
 def test_the_mark_of_a_connection_is_the_node_it_came_by() -> None:
-    path = return_path(plan(table(), N1), "eth0", "172.18.0.9")
-    text = path_whole(path)
+    state, (table4, _) = reply_routing(plan(table(), N1), IngressEndpoint("eth0", "172.18.0.9"))
+    assert table4.elements == {
+        ("gates", "02:42:0a:00:00:c9 : 167772361"),
+        ("gates", "02:42:0a:00:00:ca : 167772362"),
+    }
+    text = whole(table4)
     assert (
-        "add element ip skep_return gates { 02:42:0a:00:00:c9 : 167772361, 02:42:0a:00:00:ca : 167772362 }"
-        in text
-    )
-    assert (
-        'iifname "eth0" ct state new ip saddr != { 10.0.0.0/24 } ct mark set ether saddr map @gates' in text
+        'iifname "eth0" ip saddr != { 10.0.0.0/24 } ct state new ct mark set ether saddr map @gates' in text
     )
     assert "meta l4proto udp dnat to 172.18.0.9" in text
-    assert [(route.mark, route.gateway) for route in routes(path, 4)] == [
-        (167772361, "10.0.0.201"),
-        (167772362, "10.0.0.202"),
-    ]
-    assert routes(path, 6) == ()
+    assert state.rules == {Rule(4, 1042, mark, mark) for mark in (167772361, 167772362)}
+    assert state.routes == {
+        Route("eth0", "0.0.0.0/0", "10.0.0.201", table=167772361),
+        Route("eth0", "0.0.0.0/0", "10.0.0.202", table=167772362),
+    }
 
 
-def test_a_container_with_a_way_out_by_ipv6_answers_as_by_ipv4() -> None:
-    """Its default route would choose another address for an answer over UDP."""
-    own = Gate("10.0.0.201", "fd00::1")
-    six = Plan(subnets=("10.0.0.0/24", "fd00::/64"), gates=frozenset({own}), own=own)
-    without, having = (
-        return_path(six, "eth0", "172.18.0.9"),
-        return_path(six, "eth0", "172.18.0.9", "fd12::9"),
-    )
-    assert "reject with icmpv6 no-route" in path_whole(without)
-    assert uses_udp_route(without)
-    assert "ip6 saddr != { fd00::/64 } meta l4proto udp dnat to fd12::9" in path_whole(having)
-    assert "reject" not in path_whole(having)
-    assert not uses_udp_route(having)
+def test_a_container_with_a_default_route_by_ipv6_replies_as_by_ipv4() -> None:
+    """Its default route would choose another address for a reply over UDP."""
+    own = IngressNode("10.0.0.201", "fd00::1")
+    six = Plan(subnets=("10.0.0.0/24", "fd00::/64"), nodes=(own,), own=own)
+    without, (_, refusing) = reply_routing(six, IngressEndpoint("eth0", "172.18.0.9"))
+    having, (_, leading) = reply_routing(six, IngressEndpoint("eth0", "172.18.0.9", "fd12::9"))
+    assert "reject with icmpv6 no-route" in whole(refusing)
+    assert Rule(6, 32999, 1042, protocol=17) in without.rules
+    assert "ip6 saddr != { fd00::/64 } meta l4proto udp dnat to fd12::9" in whole(leading)
+    assert "reject" not in whole(leading)
+    assert not any(rule.protocol for rule in having.rules)
 
 
 def test_nodes_that_come_and_go_change_elements_only() -> None:
-    before = return_path(plan(table(), N1), "eth0", "172.18.0.9")
-    after = msgspec.structs.replace(before, gates=(Gate("10.0.0.201"), Gate("10.0.0.203", "fd00::3")))
-    text = path_difference(before, after)
-    assert text.splitlines()[:2] == [
+    endpoint, made = IngressEndpoint("eth0", "172.18.0.9"), plan(table(), N1)
+    moved = msgspec.structs.replace(
+        made, nodes=(IngressNode("10.0.0.201"), IngressNode("10.0.0.203", "fd00::3"))
+    )
+    _, (before, _) = reply_routing(made, endpoint)
+    state, (after, _) = reply_routing(moved, endpoint)
+    assert changes(before, after).splitlines() == [
         "delete element ip skep_return gates { 02:42:0a:00:00:ca }",
         "add element ip skep_return gates { 02:42:0a:00:00:cb : 167772363 }",
     ]
-    assert path_difference(before, before) == ""
-    assert [(route.mark, route.gateway) for route in routes(after, 6)] == [(167772363, "fd00::3")]
-    moved = msgspec.structs.replace(before, interface="eth1")
-    assert path_difference(before, moved) == path_whole(moved)
+    assert changes(before, before) == ""
+    assert Route("eth0", "::/0", "fd00::3", table=167772363) in state.routes
+    _, (other, _) = reply_routing(made, IngressEndpoint("eth1", "172.18.0.9"))
+    assert changes(before, other) == whole(other)
 
 
 # --- flows and relays -------------------------------------------------------------------------------------------------
 
-MISLED = Misled(53, frozenset({"10.0.0.5"}), ("10.0.0.0/24",))
+STALE = StalePort(53, frozenset({"10.0.0.5"}), ("10.0.0.0/24",))
 
 
 @pytest.mark.parametrize(
@@ -323,15 +349,23 @@ MISLED = Misled(53, frozenset({"10.0.0.5"}), ("10.0.0.0/24",))
         (53, "10.0.0.5", False),  # serves
         (53, "10.0.0.6", True),  # served
         (53, "192.0.2.1", True),  # the node itself
-        (53, "203.0.113.9", False),  # led elsewhere by somebody else
+        (53, "203.0.113.9", False),  # led elsewhere by another program
         (54, "10.0.0.6", False),
     ],
 )
-def test_a_flow_is_misled_when_its_task_serves_no_more(port: int, answers_from: str, is_one: bool) -> None:
+def test_a_flow_is_stale_when_its_task_serves_no_more(port: int, answers_from: str, is_one: bool) -> None:
     original = Tuple(17, "192.0.2.100", 4000, "192.0.2.1", port)
-    assert is_misled(MISLED, original, Tuple(17, answers_from, 53, "192.0.2.100", 4000)) == is_one
-    tcp = msgspec.structs.replace(original, protocol=6)
-    assert not is_misled(MISLED, tcp, Tuple(6, answers_from, 53, "192.0.2.100", 4000))
+    reply = Tuple(17, answers_from, 53, "192.0.2.100", 4000)
+    assert STALE.is_stale(Flow(original, reply, b"")) == is_one
+    assert not STALE.is_stale(Flow(msgspec.structs.replace(original, protocol=6), reply, b""))
+
+
+def test_flows_are_looked_for_where_a_udp_port_is_new_or_lost_a_backend() -> None:
+    one, both = a_port("t1", protocol="udp"), a_port("t1", "t2", protocol="udp")
+    tcp = a_port("t1", published=81)
+    assert stale_ports(None, Plan(ports=(one, tcp)), 4) == (StalePort(80, frozenset({"10.0.0.1"}), ()),)
+    assert stale_ports(Plan(ports=(one,)), Plan(ports=(both,)), 4) == ()
+    assert stale_ports(Plan(ports=(both,)), Plan(ports=(one,)), 4) != ()
 
 
 def test_user_space_serves_ipv6_and_ports_with_headers() -> None:

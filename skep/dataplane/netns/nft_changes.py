@@ -1,0 +1,77 @@
+"""Which nftables tables another writer has changed, from the kernel's notifications.
+
+nftables reports what each transaction changed and, last, the name of the thread that made it.  All threads of a
+``Namespaces`` have its name, so Skep's own transactions are told from others'.
+
+Source: linux, net/netfilter/nf_tables_api.c (nf_tables_gen_notify).
+"""
+
+import errno
+import socket
+
+from skep.dataplane.netns import netlink
+
+_SUBSYSTEM_NFTABLES = 10
+_NEW_GENERATION = 15
+_TABLE_ATTRIBUTE = 1
+"""All messages on tables name theirs first."""
+_GENERATION_PROCESS_NAME = 3
+_FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
+_BUFFER_BYTES = 1 << 20
+_SO_RCVBUFFORCE = 33
+_READS_MAX = 64
+
+
+def open_notifications() -> socket.socket:
+    """A socket with the nftables notifications of the calling thread's namespace.  Raises: OSError."""
+    opened = netlink.listening(netlink.NETFILTER, (netlink.GROUP_NFTABLES,))
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+class ForeignChanges:
+    """Parses the notifications of one namespace.  ``writer``: the name of our own threads."""
+
+    def __init__(self, writer: str) -> None:
+        self._writer = writer
+        self._touched: set[str] = set()
+
+    def parse(self, data: bytes) -> frozenset[str]:
+        """The tables (``ip skep``) that, as of these messages, another writer has changed."""
+        changed: set[str] = set()
+        for type_, body in netlink.messages(data):
+            if type_ >> 8 != _SUBSYSTEM_NFTABLES:
+                continue
+            attributes = dict(netlink.attributes(body[4:]))
+            if type_ & 0xFF != _NEW_GENERATION:
+                family = _FAMILIES.get(body[0], "") if body else ""
+                self._touched.add(f"{family} {_text(attributes.get(_TABLE_ATTRIBUTE, b''))}")
+                continue
+            if _text(attributes.get(_GENERATION_PROCESS_NAME, b"")) != self._writer:
+                changed |= self._touched
+            self._touched.clear()
+        return frozenset(changed)
+
+    def read(self, opened: socket.socket) -> frozenset[str] | None:
+        """The same of what ``opened`` holds; None: notifications were lost.  Raises: OSError."""
+        changed: frozenset[str] = frozenset()
+        is_lost = False
+        for _ in range(_READS_MAX):
+            try:
+                changed |= self.parse(opened.recv(1 << 16))
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                is_lost = True
+                self._touched.clear()
+        return None if is_lost else changed
+
+
+def _text(value: bytes) -> str:
+    return value.rstrip(b"\0").decode(errors="replace")
