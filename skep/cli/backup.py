@@ -52,8 +52,8 @@ def _secret_options(command: Any) -> Any:
 def backup(host: HostOptions, file: Path, passphrase_file: Path | None, key_file: Path | None) -> None:
     """Write the whole swarm to FILE, encrypted, while it runs.
 
-    Ask any manager; it needs no quorum.  The file holds all secrets and the root's key: keep it and its passphrase
-    apart.  It is there when it is whole, and was read once from its beginning to its end.
+    Works on any manager, also without a quorum.  The file holds all secrets and the root's key: keep it and its
+    passphrase apart.  It appears under its name when it is complete and verified.
 
     \b
     Examples:
@@ -69,10 +69,8 @@ def backup(host: HostOptions, file: Path, passphrase_file: Path | None, key_file
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_secret_options
-@click.option(
-    "--advertise-addr", default="", help="Address under which the others reach the restored manager."
-)
-@click.option("--dry-run", is_flag=True, help="Show what is in the backup and what would happen, and stop.")
+@click.option("--advertise-addr", default="", help="Address where other nodes reach the restored manager.")
+@click.option("--dry-run", is_flag=True, help="Show what is in the backup and what would be done, and stop.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_obj
 def restore(

@@ -25,7 +25,7 @@ def cluster() -> None:
 @cluster.command()
 @click.pass_obj
 def resume(host: HostOptions) -> None:
-    """Replace tasks of nodes that are down again, after a storm froze that.
+    """Resume the replacement of tasks after it was suspended because many nodes went down at once.
 
     \b
     Examples:
@@ -39,7 +39,7 @@ def resume(host: HostOptions) -> None:
 @click.argument("duration", required=False)
 @click.pass_obj
 def grace(host: HostOptions, duration: str | None) -> None:
-    """How long a silent node is believed alive: show it, or set it to DURATION ("default": three heartbeats).
+    """Show or set how long a silent node counts as alive (DURATION, or "default": three heartbeats).
 
     \b
     Examples:
@@ -52,9 +52,9 @@ def grace(host: HostOptions, duration: str | None) -> None:
 @cluster.command("rotate-keys")
 @click.pass_obj
 def rotate_keys(host: HostOptions) -> None:
-    """Encrypt the managers' store with a fresh data key.
+    """Encrypt the managers' store with a new data key.
 
-    New values use it at once, the others in the background.  Nothing restarts and no version moves.
+    New values use it at once, existing ones are re-encrypted in the background.  Nothing restarts.
 
     \b
     Examples:

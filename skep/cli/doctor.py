@@ -28,7 +28,7 @@ Row = tuple[str, ...]
 
 @click.group()
 def doctor() -> None:
-    """What is wrong, measured now.
+    """Measure what is wrong with the cluster.
 
     \b
     Examples:
@@ -37,16 +37,18 @@ def doctor() -> None:
 
 
 @doctor.command()
-@click.option("--throughput", is_flag=True, help="Measure it, too: up to 32 MiB between each two nodes.")
+@click.option(
+    "--throughput", is_flag=True, help="Measure throughput as well: up to 32 MiB between each two nodes."
+)
 @click.option(
     "--all", "shows_all", is_flag=True, help="Show every check, not only those that fail of each pair."
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object with all that was found.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all results.")
 @click.pass_obj
 def network(host: HostOptions, throughput: bool, shows_all: bool, as_json: bool) -> None:
-    """Whether the nodes reach each other: every pair, every port.
+    """Measure whether the nodes reach each other: every pair, every port.
 
-    All nodes probe each other now, where containers' packets go, which takes some seconds.  What fails is shown
+    All nodes probe each other on the path of containers' packets, which takes some seconds.  What fails is shown
     first, with its port.  In a large cluster each node probes some tens of others.  The exit code is 1 if anything
     fails or a node does not answer.
 

@@ -21,7 +21,7 @@ _ANSWERS_WITHIN_S = 10.0
 @click.argument("name")
 @click.pass_obj
 def explain(host: HostOptions, name: str) -> None:
-    """Why a service or a task is not as wanted.  NAME: of a service, or the id (or name) of a task.
+    """Explain why a service or a task is not as its spec says.  NAME: of a service; id or name of a task.
 
     \b
     Examples:

@@ -29,17 +29,17 @@ COMMANDS = {
     "playground": Place(
         "skep.playground.cli:playground", "A cluster on this machine: each node in namespaces of its own."
     ),
-    "explain": Place("skep.cli.explain:explain", "Why a service or a task is not as wanted."),
-    "doctor": Place("skep.cli.doctor:doctor", "What is wrong, measured now: whether nodes reach each other."),
+    "explain": Place("skep.cli.explain:explain", "Explain why a service or a task is not as its spec says."),
+    "doctor": Place("skep.cli.doctor:doctor", "Measure whether nodes reach each other."),
     "cluster": Place(
-        "skep.cli.cluster:cluster", "What Docker has no command for: resume replacement, set the grace."
+        "skep.cli.cluster:cluster", "The cluster: grace period, data keys, resumed replacement."
     ),
-    "node": Place("skep.cli.node:node", "Nodes: docker's commands, and taking back what one knows."),
-    "network": Place("skep.cli.network:network", "Networks: docker's commands, and giving one more room."),
+    "node": Place("skep.cli.node:node", "Nodes: docker's commands, and eviction."),
+    "network": Place("skep.cli.network:network", "Networks: docker's commands, and further subnets."),
     "backup": Place("skep.cli.backup:backup", "Write the whole swarm to an encrypted file, while it runs."),
     "restore": Place("skep.cli.backup:restore", "Make this node the manager of the swarm in a backup."),
-    "runs": Place("skep.cli.runs:runs", "What ended of a service or job: exit codes and last lines."),
-    "status": Place("skep.cli.status:status", "How this node and its cluster are."),
+    "runs": Place("skep.cli.runs:runs", "List ended tasks with exit codes and last lines."),
+    "status": Place("skep.cli.status:status", "Show the state of this node and its cluster."),
 }
 """In the order of the help; ``location`` is ``module:attribute``."""
 

@@ -40,12 +40,12 @@ def network() -> None:
     metavar="SUBNET",
     multiple=True,
     required=True,
-    help=f"Give it this subnet too ({AUTOMATIC}: one of the default address pools); may be given several times.",
+    help=f"Add this subnet ({AUTOMATIC}: one of the default address pools); may be repeated.",
 )
 @click.argument("name", metavar="NETWORK")
 @click.pass_obj
 def update(host: HostOptions, subnets: Sequence[str], name: str) -> None:
-    """Give an overlay network more addresses, while it is in use.
+    """Add subnets to an overlay network while it is in use.
 
     \b
     Examples:

@@ -45,10 +45,10 @@ def node() -> None:
 @click.argument("name", metavar="NODE")
 @click.pass_obj
 def evict(host: HostOptions, name: str, yes: bool) -> None:
-    """Remove a node that is not trusted any more, and replace every key that it had.
+    """Remove a node that is no longer trusted, and replace every key that it had.
 
-    NODE is a name or an id; one that was removed already is named by its whole id.  It goes on in the managers when
-    this command is interrupted; the same command again shows how far it is.  Secrets of your services that the node
+    NODE is a name or an id; one that was removed already is named by its whole id.  The managers continue when
+    this command is interrupted; the same command again shows the progress.  Secrets of your services that the node
     had are yours to replace.
 
     \b

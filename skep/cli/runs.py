@@ -17,7 +17,7 @@ _HEAD = ("SLOT", "RUN", "STATE", "EXIT", "ENDED", "TASK")
 @click.option("--tail", "-n", default=3, show_default=True, help="Last lines of output of each task.")
 @click.pass_obj
 def runs(host: HostOptions, service: str, tail: int) -> None:
-    """What ended of a service or job: exit codes and last lines.
+    """List ended tasks of a service or job, with exit codes and last lines.
 
     \b
     Examples:

@@ -25,7 +25,7 @@ Row = tuple[str, str]
 @click.command()
 @click.pass_obj
 def status(host: HostOptions) -> None:
-    """How this node and its cluster are.
+    """Show the state of this node and its cluster.
 
     \b
     Examples:

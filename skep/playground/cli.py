@@ -24,9 +24,9 @@ _DIRECTORY = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("/var/tmp/skep-playground"),
     show_default=True,
-    help="Where the playground keeps everything.",
+    help="Directory of the playground.",
 )
-_NAME = click.option("--name", help=f"Its name, for several at once.  [default: {names.DEFAULT}]")
+_NAME = click.option("--name", help=f"Its name, to have several at once.  [default: {names.DEFAULT}]")
 
 
 def _verb(command: Command) -> Command:
@@ -71,7 +71,7 @@ def playground() -> None:
 @click.option(
     "--relay/--no-relay",
     default=True,
-    help="Have published ports answer at 127.0.0.1, too.  [default: relay]",
+    help="Have published ports answer at 127.0.0.1 as well.  [default: relay]",
 )
 @_verb
 def up(
@@ -111,7 +111,7 @@ def up(
 @playground.command()
 @_verb
 def down(directory: Path, name: str | None) -> None:
-    """Remove a playground and everything it made.  Also after a crash half-way, and twice.
+    """Remove a playground and everything it made.  Works after a crash and a second time.
 
     \b
     Example:
@@ -124,7 +124,7 @@ def down(directory: Path, name: str | None) -> None:
 @playground.command()
 @_verb
 def ps(directory: Path, name: str | None) -> None:
-    """List the nodes: what they are, where they are, how they are.
+    """List the nodes with role, state, address and endpoint, and the published ports.
 
     \b
     Example:
@@ -145,7 +145,7 @@ def ps(directory: Path, name: str | None) -> None:
 @click.argument("node")
 @_verb
 def kill(directory: Path, name: str | None, node: str) -> None:
-    """Take the power from NODE: daemon, monitors and containers end at once.
+    """Cut the power of NODE: daemon, monitors and containers end at once.
 
     \b
     Example:
@@ -158,7 +158,7 @@ def kill(directory: Path, name: str | None, node: str) -> None:
 @click.argument("node")
 @_verb
 def start(directory: Path, name: str | None, node: str) -> None:
-    """Switch a killed NODE on again, with its disk as it was; returns when its API answers.
+    """Start a killed NODE again, with its disk as it was; returns when its API answers.
 
     \b
     Example:
@@ -174,7 +174,7 @@ def start(directory: Path, name: str | None, node: str) -> None:
 )
 @_verb
 def cut(directory: Path, name: str | None, node: str, only: Way | None) -> None:
-    """Take the cable of NODE out: it runs on, alone.  Or lose the packets of one way.
+    """Disconnect NODE from the network; it runs on.  With --only, drop the packets of one direction.
 
     \b
     Examples:
@@ -188,7 +188,7 @@ def cut(directory: Path, name: str | None, node: str, only: Way | None) -> None:
 @click.argument("node")
 @_verb
 def mend(directory: Path, name: str | None, node: str) -> None:
-    """Put the cable of NODE back in, and let all packets through.
+    """Connect NODE again, in both directions.
 
     \b
     Example:
@@ -201,7 +201,7 @@ def mend(directory: Path, name: str | None, node: str) -> None:
 @click.argument("node")
 @_verb
 def pause(directory: Path, name: str | None, node: str) -> None:
-    """Stop every process of NODE (SIGSTOP), as a machine that hangs.
+    """Stop every process of NODE (SIGSTOP), like a machine that hangs.
 
     \b
     Example:
@@ -214,7 +214,7 @@ def pause(directory: Path, name: str | None, node: str) -> None:
 @click.argument("node")
 @_verb
 def resume(directory: Path, name: str | None, node: str) -> None:
-    """Let a paused NODE go on.
+    """Resume a paused NODE (SIGCONT).
 
     \b
     Example:
@@ -251,7 +251,7 @@ def execute(directory: Path, name: str | None, node: str, command: Sequence[str]
 @click.option("--docker", "is_docker", is_flag=True, help="A Docker Engine instead of a skep node.")
 @_verb
 def add(directory: Path, name: str | None, role: names.Role, node: str | None, is_docker: bool) -> None:
-    """Plug a fresh machine into the playground's network.  It is in no swarm yet.
+    """Add a machine to the playground's network.  It is in no swarm yet.
 
     \b
     Examples:
