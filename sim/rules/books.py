@@ -174,14 +174,14 @@ def leftovers(
         if view.lookup(Node, id) is None:
             yield f"has a session of {id}, which is gone"
     for session in sessions.all():
-        if len(session._lines) > LINES_MAX:
-            yield f"has {len(session._lines)} streams in the session of {session.node_id}"
-        if unread := {id for line in session._lines for id in line._changed}:
+        if len(session._signals) > LINES_MAX:
+            yield f"has {len(session._signals)} streams in the session of {session.node_id}"
+        if unread := {id for line in session._signals for id in line._changed}:
             yield f"has {sorted(unread)} to tell to {session.node_id}"
     if dispatcher._stops._withheld:
         yield f"withholds the stop of {sorted(dispatcher._stops._withheld)}"
     live = {session.id for session in sessions.all()}
-    for session_id, kept in dispatcher._repeats._kept.items():
+    for session_id, kept in dispatcher._repeats._delayed.items():
         if session_id not in live or kept.reports:
             yield f"keeps {len(kept.reports)} reports of {kept.node_id}"
     if logs._subscriptions or logs._relaying:

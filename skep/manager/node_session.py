@@ -1,11 +1,11 @@
-"""What a part of the manager that has a stream to each node sees of the node's session."""
+"""What a part of the manager with a stream to each node needs of the node's session."""
 
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 
-class Line(Protocol):
-    """What wakes one stream."""
+class StreamSignal(Protocol):
+    """Wakes one stream."""
 
     def wake(self) -> None: ...
 
@@ -19,7 +19,7 @@ class NodeSession(Protocol):
     def id(self) -> str: ...
 
     def require_open(self) -> None:
-        """Raises: what ended the session."""
+        """Raises: the error that ended the session."""
 
-    def aside(self) -> AbstractContextManager[Line]:
-        """A line that the session's end wakes."""
+    def signal(self) -> AbstractContextManager[StreamSignal]:
+        """A signal that is also set when the session ends."""

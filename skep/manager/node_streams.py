@@ -1,4 +1,4 @@
-"""Streams both ways with the nodes that have a session here: one for each node, over when either side says no more."""
+"""Bidirectional streams with the nodes that have a session here: one per node, ended by either side."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -6,50 +6,50 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from skep.errors import InvalidArgument, SkepError, Unavailable
-from skep.manager.node_session import Line, NodeSession
+from skep.manager.node_session import NodeSession, StreamSignal
 from skep.model.ids import NodeId
 from skep.wire.errors import LOST_PEER
 
 FIRST_MESSAGE_SECONDS_MAX = 20.0
-"""A stream that says nothing would stay for ever: its peer is known, its session is not."""
+"""Time limit for the first message: the peer is authenticated, but its session is not known before."""
 
 
-class OfSession(Protocol):
-    """What a node says; the first message names its session."""
+class NodeMessage(Protocol):
+    """A node's message; the first one names its session."""
 
     session_id: str
 
 
 class NodeStream:
-    """One node's.  ``line``: what wakes it."""
+    """The stream of one node, woken by ``signal``."""
 
-    __slots__ = ("error", "line", "node_id", "session")
+    __slots__ = ("error", "node_id", "session", "signal")
 
-    def __init__(self, node_id: NodeId, session: NodeSession, line: Line) -> None:
+    def __init__(self, node_id: NodeId, session: NodeSession, signal: StreamSignal) -> None:
         self.node_id = node_id
         self.session = session
-        self.line = line
+        self.signal = signal
         self.error: Exception | None = None
-        """Why it is over."""
+        """The error that ended it."""
 
     def end(self, error: Exception) -> None:
-        """The first reason counts."""
+        """End the stream; only the first error counts."""
         self.error = self.error or error
-        self.line.wake()
+        self.signal.wake()
 
     def require_open(self) -> None:
-        """Raises: why the stream is over."""
+        """Raises: the error that ended the stream or its session."""
         self.session.require_open()
         if self.error is not None:
             raise self.error
 
 
 S = TypeVar("S", bound=NodeStream)
-Q = TypeVar("Q", bound=OfSession)
+Q = TypeVar("Q", bound=NodeMessage)
 
 
 class NodeStreams(dict[NodeId, S]):
-    """All of one kind.  ``what``: what they are about, in words."""
+    """All streams of one kind.  ``what``: their content, for error messages."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class NodeStreams(dict[NodeId, S]):
 
     @contextmanager
     def open(self, stream: S) -> Iterator[S]:
-        """The only one of its node for the block: an earlier one ends."""
+        """Register the stream for the block; an earlier stream of the node ends."""
         if (earlier := self.get(stream.node_id)) is not None:
             earlier.end(Unavailable(f"the node has opened another stream of {self._what}"))
         self[stream.node_id] = stream
@@ -70,9 +70,9 @@ class NodeStreams(dict[NodeId, S]):
 
 
 async def session_named(
-    requests: AsyncIterator[OfSession], within_s: float = FIRST_MESSAGE_SECONDS_MAX
+    requests: AsyncIterator[NodeMessage], within_s: float = FIRST_MESSAGE_SECONDS_MAX
 ) -> str:
-    """The session that the first message names.  Raises: InvalidArgument: none comes."""
+    """The session that the first message names.  Raises: InvalidArgument: no message came in time."""
     try:
         async with asyncio.timeout(within_s):
             first = await anext(requests, None)
@@ -83,31 +83,31 @@ async def session_named(
     return first.session_id
 
 
-async def converse(
+async def run_stream(
     stream: NodeStream,
     requests: AsyncIterator[Q],
-    hear: Callable[[Q], None],
-    tell: Coroutine[Any, Any, None],
+    receive: Callable[[Q], None],
+    send: Coroutine[Any, Any, None],
 ) -> None:
-    """Hear and tell until either is over.  Raises: why it is."""
-    # One task more, and no more: there are thousands of these streams.
+    """Receive and send until either ends.  Raises: the error that ended the stream."""
+    # One additional task per stream only: there are thousands of streams.
     async with asyncio.TaskGroup() as group:
-        hearing = group.create_task(_hear_all(stream, requests, hear), name="hear a node")
+        receiving = group.create_task(_receive_all(stream, requests, receive), name="receive from a node")
         try:
-            await tell
+            await send
         except (SkepError, *LOST_PEER) as error:
             stream.end(error)
         finally:
-            hearing.cancel()
+            receiving.cancel()
     if stream.error is not None:
         raise stream.error
 
 
-async def _hear_all(stream: NodeStream, requests: AsyncIterator[Q], hear: Callable[[Q], None]) -> None:
+async def _receive_all(stream: NodeStream, requests: AsyncIterator[Q], receive: Callable[[Q], None]) -> None:
     try:
         async for request in requests:
-            hear(request)
-            del request  # the next may be long in coming
+            receive(request)
+            del request  # the next one may come much later
         stream.end(Unavailable("the node has ended the stream"))
     except (SkepError, *LOST_PEER) as error:
         stream.end(error)

@@ -26,7 +26,7 @@ from skep.wire.service import Handler, unary
 
 log = structlog.get_logger(__name__)
 
-LOOK_S, LOOK_S_MAX = 5.0, 60.0
+CHECK_S, CHECK_S_MAX = 5.0, 60.0
 """Between two looks; longer each time while something fails: a defragmentation that fails for want of disk space has
 kept its store standing still all the same."""
 ANSWER_S = 5.0
@@ -64,10 +64,10 @@ class StoreSpace:
         return (unary(methods.STORE_SPACE, self._answer),)
 
     async def keep(self) -> None:
-        """Look every ``LOOK_S`` until cancelled, as the leader."""
-        backoff = Backoff(LOOK_S, LOOK_S_MAX)
+        """Look every ``CHECK_S`` until cancelled, as the leader."""
+        backoff = Backoff(CHECK_S, CHECK_S_MAX)
         while True:
-            await self._clock.sleep(LOOK_S)
+            await self._clock.sleep(CHECK_S)
             try:
                 await self._look()
                 backoff.reset()
@@ -116,7 +116,7 @@ class StoreSpace:
                 log.info("leadership is handed over, to defragment this store", to=to)
                 await self._consensus.move_leader(members[to])
                 await self._clock.sleep(
-                    LOOK_S
+                    CHECK_S
                 )  # this term is about to end, unless leadership came straight back
             case Disarm():
                 await self._store.disarm()

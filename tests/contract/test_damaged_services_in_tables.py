@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.merging import merged
 from skep.manager.discovery.derive import table_of
-from skep.manager.discovery.ledger import Ledger
+from skep.manager.discovery.network_tables import NetworkTables
 from skep.model.ids import NetworkId, NodeId
 from skep.model.network import Network
 from skep.model.publishing import PublishOptions
@@ -48,14 +48,14 @@ class Manager:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.ledger = Ledger()
-        for _ in self.ledger.begin(store.view()):
+        self.tables = NetworkTables()
+        for _ in self.tables.begin(store.view()):
             pass
 
     def told(self, tables: Mapping[NetworkId, Table], since: int | None) -> Mapping[NetworkId, Table]:
         """A node's tables after the next set, as it goes over the wire."""
-        assert self.ledger.networks_of(NodeId("n2")) == [INGRESS.id], "every node answers for published ports"
-        book, revision = self.ledger.books[INGRESS.id], self.ledger.revision
+        assert self.tables.networks_of(NodeId("n2")) == [INGRESS.id], "every node answers for published ports"
+        book, revision = self.tables.tables[INGRESS.id], self.tables.revision
         whole = replace(book.table(revision), revision=0)
         assert whole == replace(
             table_of(self.store.view(), self.store.view().get(Network, INGRESS.id)), revision=0
@@ -84,7 +84,7 @@ async def test_a_service_that_cannot_be_read_keeps_its_place_on_the_nodes(part: 
     assert shown(after) == known
     assert after[INGRESS.id].endpoints == tables[INGRESS.id].endpoints, "the names of its tasks, too"
 
-    commit_of = anew.ledger.revision
+    commit_of = anew.tables.revision
     renamed = replace(
         WEB,
         spec=replace(WEB.spec, name="mended", endpoint_spec=ENDPOINT.spec),
@@ -102,6 +102,6 @@ async def noted(manager: Manager, service: Service) -> bool:
     async with manager.store.watch(Service) as watch:
         await manager.store.update(lambda tx: tx.put(service))
         async for commit in watch:
-            manager.ledger.note(commit)
+            manager.tables.note(commit)
             return True
     return False

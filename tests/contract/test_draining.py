@@ -237,8 +237,8 @@ async def test_nodes_of_other_managers_are_waited_for_too(cluster: Cluster, tmp_
         channels[SECOND] = link
         await until(
             lambda: (
-                cluster.draining._asking
-                and next(iter(cluster.draining._asking.values())).one_at_a_time.locked()
+                cluster.draining._acknowledged
+                and next(iter(cluster.draining._acknowledged.values())).one_at_a_time.locked()
             )
         )
         assert first.desired(task) is TaskState.RUNNING  # it is there, and the other's node is not ready

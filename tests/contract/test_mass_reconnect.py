@@ -44,7 +44,7 @@ async def test_a_refusal_says_when_to_come_and_counts_as_any_other_for_who_does_
         channel.stream(methods.SESSION) as call,
     ):
         await call.send(pb.SessionRequest(), end=True)
-        with pytest.raises(ResourceExhausted, match="come again in") as refused:
+        with pytest.raises(ResourceExhausted, match="retry in") as refused:
             await call.receive()
     assert isinstance(refused.value, RetryLater)
     assert admission.SHORTEST_S <= refused.value.after_s <= admission.LONGEST_S
@@ -62,7 +62,7 @@ async def test_a_node_that_is_told_to_come_later_does_so_on_the_same_connection(
 
     async def make_room() -> None:
         await until(cluster.dispatcher._admission.is_overloaded)
-        await until(lambda: cluster.dispatcher._admission._told > 0)
+        await until(lambda: cluster.dispatcher._admission._last_retry_at > 0)
         monkeypatch.setattr(admission, "AT_ONCE_MAX", 1)
 
     room = asyncio.create_task(make_room())

@@ -325,8 +325,8 @@ async def test_a_node_goes_on_with_a_manager_that_knows_no_tables(cluster: Clust
             web = a_service("web")
             await put(older, NET1, web, placed(web, node_id, NET1, state=TaskState.ASSIGNED))
             later = older.dispatcher.session(node_id, session.session_id if session else "")
-            heard = later.heard
-            await until(lambda: later.heard > heard)  # heartbeats go on in the same session
+            heard = later.last_seen
+            await until(lambda: later.last_seen > heard)  # heartbeats go on in the same session
             assert keeper.tables == {}
             assert older.node(node_id).session == session
 

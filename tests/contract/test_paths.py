@@ -130,7 +130,7 @@ async def test_what_was_written_outlives_the_manager_until_the_node_says_otherwi
         await until(lambda: failing(cluster, one.node_id))
         of_one._reports.clear()  # as of a node process that was started anew
         session = cluster.node(one.node_id).session
-        cluster.dispatcher._sessions.send_on(one.node_id, Unavailable("move on"), now=0.0, grace_s=60.0)
+        cluster.dispatcher._sessions.redirect(one.node_id, Unavailable("move on"), now=0.0, grace_s=60.0)
         await until(lambda: cluster.node(one.node_id).session != session)
         wishes = len(of_one.wishes)
         await until(lambda: len(of_one.wishes) > wishes)
@@ -163,8 +163,8 @@ async def test_a_manager_of_an_older_version_asks_for_no_paths(tmp_path: Path) -
         async with an_agent(older, pair, tmp_path, paths=probes) as (agent, _):
             session = older.node(agent.node_id).session
             heard = older.dispatcher.session(agent.node_id, session.session_id if session else "")
-            before = heard.heard
-            await until(lambda: heard.heard > before + 0.5)  # it goes on with what it knows
+            before = heard.last_seen
+            await until(lambda: heard.last_seen > before + 0.5)  # it goes on with what it knows
             assert older.node(agent.node_id).session == session
     assert probes.wishes == []
 

@@ -77,7 +77,7 @@ async def a_full_store(root: Path) -> AsyncIterator[Rig]:
 @asynccontextmanager
 async def kept(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     """With a leader that sees to the space."""
-    monkeypatch.setattr(store_space, "LOOK_S", 0.1)
+    monkeypatch.setattr(store_space, "CHECK_S", 0.1)
     monkeypatch.setattr(store_space, "SETTLE_S", 0.3)
     monkeypatch.setattr(store_space, "COMPACT_AGAIN_S", 0.5)
 

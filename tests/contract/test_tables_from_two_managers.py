@@ -115,7 +115,7 @@ async def test_tables_go_on_where_they_were_whoever_tells_them(cluster: Cluster,
                     assert session is not None
                     owners.append(session.manager_id)
                     sets = sum(one.is_complete for one in keeper.sets)
-                    dispatchers[session.manager_id]._sessions.send_on(
+                    dispatchers[session.manager_id]._sessions.redirect(
                         NodeId("n1"), Unavailable("go on"), now=0.0, grace_s=1e9
                     )
                     await until(lambda sets=sets: sum(one.is_complete for one in keeper.sets) > sets)

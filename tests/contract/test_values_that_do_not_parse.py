@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager import events
-from skep.manager.discovery import ledger
+from skep.manager.discovery import network_tables
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
@@ -71,14 +71,14 @@ async def test_an_address_that_is_none_costs_no_other_task_its_place(comes_later
 async def test_what_cannot_be_put_into_a_table_leaves_the_rest_of_it(
     comes_later: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = ledger.endpoint_of
+    real = network_tables.endpoint_of
 
     def endpoint_of(task: Task, *rest: Any) -> Any:
         if task.id == "bad":
             raise ValueError("an address of another version")
         return real(task, *rest)
 
-    monkeypatch.setattr(ledger, "endpoint_of", endpoint_of)
+    monkeypatch.setattr(network_tables, "endpoint_of", endpoint_of)
     store = MemoryStore(CLOCK)
     await put(store, a_node("n1"), NETWORK, a_service("web", replicas=2))
     if not comes_later:
@@ -86,8 +86,8 @@ async def test_what_cannot_be_put_into_a_table_leaves_the_rest_of_it(
     discovery = Discovery(store, lambda *_: pytest.fail("nobody asks"), CLOCK)
     async with running(discovery):
         await put(store, placed("bad", BAD), placed("good", GOOD))
-        await until(lambda: "good" in discovery._ledger.books[NETWORK.id].endpoints)
-    assert "bad" not in discovery._ledger.books[NETWORK.id].endpoints
+        await until(lambda: "good" in discovery._tables.tables[NETWORK.id].endpoints)
+    assert "bad" not in discovery._tables.tables[NETWORK.id].endpoints
 
 
 async def test_a_commit_of_which_no_event_can_be_told_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ async def test_a_node_that_the_dispatcher_makes_nothing_of_costs_no_other_its_se
             raise ValueError("a stamp of another version")
         noted.append(node.id)
 
-    monkeypatch.setattr(dispatcher, "_note_node", note_node)
+    monkeypatch.setattr(dispatcher, "_on_node", note_node)
     async with running(dispatcher):
         await until(lambda: noted == ["good"])
         await store.update(relabel)

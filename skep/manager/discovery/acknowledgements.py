@@ -1,10 +1,11 @@
-"""Which revision of each network's table the nodes here have in force.
+"""The revision of each network's table that the nodes of this manager have applied.
 
-What was told is not yet what a node does: it says so when its rules and names are changed.  Until then it may still
-send connections to a task that is about to stop (docs/architecture.md, "Stopping").
+A node acknowledges a table once its rules and names are changed.  Until then it may still send connections to a task
+that is about to stop (docs/architecture.md, "Stopping").
 
-A thousand nodes acknowledge each change, and a thousand tasks may wait for that: the smallest revision is looked for
-anew only when the last node that had it has gone on, and nobody is woken before it has risen.
+A thousand nodes acknowledge each change, and a thousand tasks may wait for that: the smallest revision is
+recalculated only when the last node that had it has acknowledged a later one, and waiters are only woken when it has
+risen.
 """
 
 from collections.abc import Iterable
@@ -14,14 +15,14 @@ from skep.model.ids import NetworkId, NodeId
 
 
 class Acknowledgements:
-    """Of the nodes whose streams of tables are open here."""
+    """Acknowledgements of the nodes that have a stream of tables to this manager."""
 
     def __init__(self) -> None:
         self._networks: dict[NetworkId, _Network] = {}
         self._networks_of: dict[NodeId, frozenset[NetworkId]] = {}
 
-    def take_part(self, node_id: NodeId, networks: Iterable[NetworkId]) -> None:
-        """The node takes part in these and no others: what it has of new ones, it has not said yet."""
+    def set_networks(self, node_id: NodeId, networks: Iterable[NetworkId]) -> None:
+        """Set the networks of a node: of new ones it has acknowledged nothing yet."""
         before, now = self._networks_of.get(node_id, frozenset()), frozenset(networks)
         if before == now:
             return
@@ -33,28 +34,28 @@ class Acknowledgements:
             self._forget_unused(network_id)
 
     def applied(self, node_id: NodeId, network_id: NetworkId, revision: int) -> None:
-        """The node has this table in force, or a later one.  What it does not take part in does not count."""
+        """The node has applied this table, or a later one.  Ignored for other networks than its own."""
         network = self._networks.get(network_id)
         if network is not None and revision > network.revisions.get(node_id, revision):
             network.put(node_id, revision)
 
-    def gone(self, node_id: NodeId) -> None:
-        """The node's stream has ended: nobody here knows any more what it has."""
-        self.take_part(node_id, ())
+    def remove_node(self, node_id: NodeId) -> None:
+        """The node's stream has ended."""
+        self.set_networks(node_id, ())
         self._networks_of.pop(node_id, None)
 
     def smallest(self, network_id: NetworkId) -> int | None:
-        """What every node here has in force, or a later one; None: nobody here takes part."""
+        """The smallest revision that every node has applied; None: no node of this manager is on the network."""
         network = self._networks.get(network_id)
         return network.smallest if network is not None else None
 
     def has_applied(self, network_id: NetworkId, revision: int) -> bool:
-        """Whether nobody here uses an earlier table."""
+        """Whether no node uses an earlier table."""
         smallest = self.smallest(network_id)
         return smallest is None or smallest >= revision
 
     async def wait_applied(self, network_id: NetworkId, revision: int) -> None:
-        """Return when nobody here uses an earlier table; how long to wait for that is the caller's to say."""
+        """Return when no node uses an earlier table; time-outs are the caller's."""
         if self.has_applied(network_id, revision):
             return
         network, reached = self._network(network_id), Event()
@@ -75,13 +76,13 @@ class Acknowledgements:
 
 
 class _Network:
-    """One network's nodes and those who wait for them."""
+    """One network's nodes and waiters."""
 
     def __init__(self) -> None:
         self.revisions: dict[NodeId, int] = {}
         self.smallest: int | None = None
         self.waiting: dict[Event, int] = {}
-        """Who waits for which revision."""
+        """Waiters, with the revision they wait for."""
         self._at_smallest = 0
 
     def put(self, node_id: NodeId, revision: int) -> None:

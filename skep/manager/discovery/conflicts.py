@@ -1,4 +1,4 @@
-"""Nodes whose overlay networks reach no other node, because of the address that they say.  Pure."""
+"""Nodes whose overlay networks reach no other node, because of their data path address.  Pure."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ from skep.model.planes import (
 
 
 def data_path_warnings(nodes: Iterable[Node]) -> list[str]:
-    """A sentence for each node that claims another's address, or one that no machine is reached by."""
+    """A sentence for each node whose address belongs to another node, or cannot be the address of a machine."""
     up = [node for node in nodes if node.status.state is not NodeState.DOWN and not is_docker_node(node)]
     claiming: dict[str, list[Node]] = {}
     for node in up:

@@ -1,13 +1,13 @@
-"""The table of one network, from what the store shows.  Pure; ``ledger.py`` does the same piece by piece.
+"""The table of one network, derived from the store.  Pure; ``network_tables.py`` does the same incrementally.
 
 * An endpoint is in the table from its task's assignment until the task has ended or its node is down: so it can be
   reached before it starts, and until its last connection is closed.
-* It serves while its task is RUNNING, which it is not before it is healthy, and is wanted to run.
-* A service is in the table while it has a virtual address or a task there.  Between the end of its only task and the
-  start of the next it stays, so that its name and its address do not come and go.
-* Aliases of a service's network are names of the service (and of its virtual address), as in Docker; a container's own
-  further name is the short form of its id, which is its host name too.  A plain container's place begins with its
-  name, and its further aliases follow.
+* It serves while its task is RUNNING, which it is only once it is healthy, and is wanted.
+* A service is in the table while it has a virtual address or a task on the network.  Between the end of its only task
+  and the start of the next it stays, so that its name and its address are stable.
+* Aliases of a service's network are names of the service (and of its virtual address), as in Docker; a container has
+  one further name, the short form of its id, which is its host name too.  For a plain container the first alias of
+  the attachment is its name, and the others are further aliases.
 
 Source: moby, daemon/cluster/executor/container/container.go (serviceConfig), daemon/container_operations.go
 (updateNetworkConfig, the short id).
@@ -43,8 +43,8 @@ SHORT_ID_CHARACTERS = 12
 
 
 def table_of(view: View, network: Network) -> Table:
-    """Everything about ``network``, as of the view's revision; the cost is that of going through all tasks."""
-    tasks = [task for task in view.find(Task) if network.id in places_of(task)]
+    """The whole table of ``network``, as of the view's revision; goes through all tasks."""
+    tasks = [task for task in view.find(Task) if network.id in overlay_attachments(task)]
     unread = unread_services(view)
     services = {service.id: service for service in view.find(Service)}
     nodes = {node.id: node for node in view.find(Node)}
@@ -77,7 +77,7 @@ def table_of(view: View, network: Network) -> Table:
 
 
 def unread_services(view: View) -> frozenset[ServiceId]:
-    """Services of which it is not known what tables are made of."""
+    """Services whose data for the tables cannot be read."""
     without_endpoint = (
         id
         for id, parts in view.damaged(Service).items()
@@ -90,7 +90,7 @@ def unread_services(view: View) -> frozenset[ServiceId]:
 
 
 def has_endpoint(service: Service) -> bool:
-    """Whether anything is known of its addresses and ports."""
+    """Whether its addresses or ports are known."""
     return bool(service.endpoint.virtual_ips or service.endpoint.ports)
 
 
@@ -98,14 +98,14 @@ def _present(entries: Iterable[tuple[K, V | None]]) -> Mapping[K, V]:
     return {id: entry for id, entry in entries if entry is not None}
 
 
-# -- the parts of a table ----------------------------------------------------------------------------------------
+# -- entries of a table ------------------------------------------------------------------------------------------
 
 
 def endpoint_of(
     task: Task, service: Service | None, node: Node | None, network_id: NetworkId
 ) -> TableEndpoint | None:
-    """The task's container on the network; None: it is not there, or not on a skep node that is up."""
-    place = places_of(task).get(network_id)
+    """The task's container on the network; None: it is not attached, or not on a skep node that is up."""
+    place = overlay_attachments(task).get(network_id)
     if place is None or node is None or not is_up(node) or is_docker_node(node):
         return None
     state = task.status.state
@@ -113,7 +113,7 @@ def endpoint_of(
     container_id = container.container_id if container is not None else ""
     name, aliases = "", []
     if service is not None:
-        # As its node names it: by the slot that it is shown.
+        # The container's name on its node, with the slot as shown to users.
         name = f"{service.spec.name}.{task.shown_slot or task.node_id}.{task.id}"
     elif attachment is not None:
         container_id = attachment.container_id
@@ -126,14 +126,14 @@ def endpoint_of(
         name=name,
         aliases=tuple(alias for alias in (container_id[:SHORT_ID_CHARACTERS], *aliases) if alias),
         addresses=_addresses(place),
-        # Of a task that is STARTING managers do not know more; a container that is not healthy yet is one of these.
+        # STARTING includes containers that run and are not healthy yet; managers cannot distinguish them.
         is_running=state in (TaskState.STARTING, TaskState.RUNNING),
         is_serving=state is TaskState.RUNNING and task.is_wanted,
     )
 
 
 def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableService | None:
-    """The service on the network.  ``has_tasks``: there, on whatever nodes.  None: it is removed, or not there."""
+    """The service on the network; None: it was removed, or is not on it.  ``has_tasks``: there, on any node."""
     addresses = [
         one.addr for one in service.endpoint.virtual_ips if one.network_id == network.id and one.addr
     ]
@@ -164,9 +164,9 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
 
 
 def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> TableNode | None:
-    """A node that takes part.  ``claiming``: all nodes that are up with its address, if ``claimed_underlay`` has one.
+    """A node of the network.  ``claiming``: all nodes that are up with its address, if ``claimed_underlay`` has one.
 
-    None: it is down, or an engine, or nobody knows yet where it is, or its address is another node's.
+    None: it is down, or an engine, or its address is unknown or owned by another node.
     """
     underlay = underlay_of(node)
     if not underlay or not is_up(node) or is_docker_node(node):
@@ -179,11 +179,11 @@ def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> Tabl
     return TableNode(id=node.id, underlay=underlay, addresses=addresses, wireguard_keys=keys)
 
 
-# -- who takes part ----------------------------------------------------------------------------------------------
+# -- membership --------------------------------------------------------------------------------------------------
 
 
-def places_of(task: Task) -> Mapping[NetworkId, NetworkAttachment]:
-    """The task's places on overlay networks, while it has a node and has not ended."""
+def overlay_attachments(task: Task) -> Mapping[NetworkId, NetworkAttachment]:
+    """The task's attachments to overlay networks, while it is assigned and has not ended."""
     if not task.networks_attachments or not task.node_id:
         return {}
     if not TaskState.ASSIGNED.number <= task.status.state.number <= TaskState.RUNNING.number:
@@ -196,17 +196,17 @@ def places_of(task: Task) -> Mapping[NetworkId, NetworkAttachment]:
 
 
 def is_publishing(service: Service) -> bool:
-    """Whether every node shall answer for ports of the service."""
+    """Whether the service has ports published on every node."""
     return service.removed_at is None and service.spec.publishes_in_ingress
 
 
 def is_up(node: Node) -> bool:
-    """A node that has not been judged to be down."""
+    """Whether the node is not marked down."""
     return node.status.state is not NodeState.DOWN
 
 
 def _addresses(place: NetworkAttachment) -> tuple[str, ...]:
-    """Without lengths, IPv4 first."""
+    """Addresses without prefix lengths, IPv4 first."""
     return tuple(sorted(map(_bare, place.addresses), key=lambda address: ":" in address))
 
 

@@ -1,8 +1,8 @@
-"""Whether anybody still sends new connections to a task that is to stop.
+"""Whether any node still sends new connections to a task that is to stop.
 
-A task is out of use when every node that takes part in its networks has tables in force in which it does not serve.
-Each manager knows that of the nodes that have their sessions with it; the others are asked over the link, once for all
-tasks that wait for the same.
+A task is unused when every node of its networks has applied tables in which it does not serve.  Each manager has the
+acknowledgements of its own nodes; those of the others are requested over the link, once for all tasks that wait for
+the same revision.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ from skep.wire.access import Caller
 from skep.wire.client import Channel
 from skep.wire.service import Handler, unary
 
-PATIENCE_S = 2.0
-"""How long a manager waits for its nodes before it answers that they are not there yet."""
-RESPONSE_SECONDS_MAX = PATIENCE_S + 1.0
+WAIT_S = 2.0
+"""How long a manager waits for its nodes before it responds that they have not acknowledged yet."""
+CALL_SECONDS_MAX = WAIT_S + 1.0
 FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 0.5
-ASKED_MAX = 10_000
-"""Answers that are remembered."""
+CACHED_MAX = 10_000
+"""Entries of each cache."""
 
 
 class Draining:
-    """Waits for tasks to be out of use, here and with other managers."""
+    """Waits for tasks to be unused, on this manager's nodes and on those of others."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class Draining:
         self._channel = channel
         self._clock = clock
         self._random = random
-        self._known: dict[NetworkId, tuple[int, tuple[NodeId, ...]]] = {}
-        """The managers of each network's nodes, as of a revision: tasks that stop together ask once."""
-        self._asking: dict[tuple[NodeId, NetworkId], _Answer] = {}
+        self._managers: dict[NetworkId, tuple[int, tuple[NodeId, ...]]] = {}
+        """The managers of each network's nodes, as of a revision: tasks that stop together find them once."""
+        self._acknowledged: dict[tuple[NodeId, NetworkId], _Acknowledged] = {}
 
     def services(self) -> Sequence[Handler]:
         """What to hand to ``wire.server.serve``."""
@@ -64,9 +64,7 @@ class Draining:
     async def wait_unused(self, task: Task, revision: int) -> None:
         """Return when no node sends new connections to ``task``, which is to stop since ``revision`` of the store.
 
-        How long to wait is the caller's to say.
-
-        A manager that cannot be reached is one whose nodes may still use it.
+        Time-outs are the caller's.  Nodes of a manager that cannot be reached may still use the task.
         """
         revisions = await self._discovery.wait_not_serving(task, revision)
         async with asyncio.TaskGroup() as group:
@@ -75,11 +73,11 @@ class Draining:
                     group.create_task(self._wait_applied(manager, network_id, changed_at))
 
     def _managers_of(self, network_id: NetworkId) -> tuple[NodeId, ...]:
-        """The managers that have sessions of nodes on the network; this one too, for what it does not show yet."""
+        """The managers with sessions of nodes on the network, including this one, whose replica may be behind."""
         view = self._store.view()
-        revision, known = self._known.get(network_id, (0, ()))
+        revision, acknowledgements = self._managers.get(network_id, (0, ()))
         if revision == view.revision:
-            return known
+            return acknowledgements
         ids = self._discovery.nodes_on(network_id)
         nodes = view.find(Node) if ids is None else [view.lookup(Node, id) for id in ids]
         managers = {
@@ -90,11 +88,11 @@ class Draining:
             and node.status.state is NodeState.READY
             and not is_docker_node(node)
         }
-        known = tuple(sorted(managers | {self._own}))
-        if len(self._known) >= ASKED_MAX:
-            self._known.clear()
-        self._known[network_id] = view.revision, known
-        return known
+        acknowledgements = tuple(sorted(managers | {self._own}))
+        if len(self._managers) >= CACHED_MAX:
+            self._managers.clear()
+        self._managers[network_id] = view.revision, acknowledgements
+        return acknowledgements
 
     async def _wait_applied(self, manager: NodeId, network_id: NetworkId, revision: int) -> None:
         if manager == self._own:
@@ -105,38 +103,40 @@ class Draining:
             await backoff.sleep(self._clock)
 
     async def _has_applied(self, manager: NodeId, network_id: NetworkId, revision: int) -> bool:
-        """Ask another manager, unless it has said so already."""
+        """Ask another manager, unless its acknowledgement is known already."""
         key = manager, network_id
-        if key not in self._asking and len(self._asking) >= ASKED_MAX:
-            self._asking.clear()
-        answer = self._asking.setdefault(key, _Answer())
-        async with answer.one_at_a_time:
-            if answer.applied < revision:
+        if key not in self._acknowledged and len(self._acknowledged) >= CACHED_MAX:
+            self._acknowledged.clear()
+        acknowledged = self._acknowledged.setdefault(key, _Acknowledged())
+        async with acknowledged.one_at_a_time:
+            if acknowledged.applied < revision:
                 request = skep.AwaitTablesRequest(network_id=network_id, revision=revision)
                 try:
                     reply = await self._channel(manager).call(
-                        methods.AWAIT_TABLES, request, timeout_s=RESPONSE_SECONDS_MAX
+                        methods.AWAIT_TABLES, request, timeout_s=CALL_SECONDS_MAX
                     )
                 except SkepError:
                     return False
-                answer.applied = reply.applied
-            return answer.applied >= revision
+                acknowledged.applied = reply.applied
+            return acknowledged.applied >= revision
 
     async def _await_tables(
         self, request: skep.AwaitTablesRequest, caller: Caller
     ) -> skep.AwaitTablesResponse:
-        known = self._discovery.acknowledgements
+        acknowledgements = self._discovery.acknowledgements
         network_id = NetworkId(request.network_id)
         try:
-            await unless(known.wait_applied(network_id, request.revision), self._clock.sleep(PATIENCE_S))
+            await unless(
+                acknowledgements.wait_applied(network_id, request.revision), self._clock.sleep(WAIT_S)
+            )
         except Overtaken:
             pass
-        smallest = known.smallest(network_id)
+        smallest = acknowledgements.smallest(network_id)
         return skep.AwaitTablesResponse(applied=request.revision if smallest is None else smallest)
 
 
-class _Answer:
-    """What another manager said of a network last."""
+class _Acknowledged:
+    """The last acknowledged revision of a network on another manager."""
 
     def __init__(self) -> None:
         self.applied = 0

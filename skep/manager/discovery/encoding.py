@@ -1,4 +1,4 @@
-"""Changes as messages' parts, made once for all streams that know the same."""
+"""Encodes changes of tables, once for all streams that need the same."""
 
 import asyncio
 from collections import OrderedDict
@@ -7,43 +7,45 @@ from weakref import WeakKeyDictionary
 
 from skep.aio.clock import Clock
 from skep.aio.slices import Slices
-from skep.manager.discovery.book import Book
+from skep.manager.discovery.versioned_table import VersionedTable
 from skep.wire import skep_pb2 as skep
 from skep.wire.convert.tables import pieces_of
 
-KEPT_MAX = 4
-"""Of one network: the whole table, and differences to the last few revisions that streams had been told."""
+CACHED_MAX = 4
+"""Per network: the whole table, and the changes since the last few revisions that streams were sent."""
 
 
 class Encoder:
-    """Keeps what was encoded for as long as the table stays as it is."""
+    """Caches encoded changes until the table changes."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._kept: WeakKeyDictionary[Book, _Kept] = WeakKeyDictionary()
+        self._encoded: WeakKeyDictionary[VersionedTable, _Encoded] = WeakKeyDictionary()
 
-    async def pieces(self, book: Book, told: int | None, revision: int) -> Sequence[skep.NetworkChange]:
-        """What leads from the table as of ``told`` to the present one, which may be later than ``revision``."""
-        kept = self._kept.get(book)
-        if kept is None or kept.changed_at != book.changed_at:
-            kept = self._kept[book] = _Kept(book.changed_at)
+    async def pieces(
+        self, table: VersionedTable, sent: int | None, revision: int
+    ) -> Sequence[skep.NetworkChange]:
+        """The change from the table of revision ``sent`` to the present one, which may be later than ``revision``."""
+        kept = self._encoded.get(table)
+        if kept is None or kept.changed_at != table.changed_at:
+            kept = self._encoded[table] = _Encoded(table.changed_at)
         async with kept.one_at_a_time:
-            if told not in kept.pieces:
+            if sent not in kept.pieces:
                 slices = Slices(self._clock)
                 pieces = []
-                for piece in pieces_of(book.since(told, revision)):
+                for piece in pieces_of(table.since(sent, revision)):
                     pieces.append(piece)
                     await slices.give_way()
-                kept.pieces[told] = pieces
-                if len(kept.pieces) > KEPT_MAX:
+                kept.pieces[sent] = pieces
+                if len(kept.pieces) > CACHED_MAX:
                     kept.pieces.popitem(last=False)
-            return kept.pieces[told]
+            return kept.pieces[sent]
 
 
-class _Kept:
+class _Encoded:
     def __init__(self, changed_at: int) -> None:
         self.changed_at = changed_at
         self.pieces: OrderedDict[int | None, Sequence[skep.NetworkChange]] = OrderedDict()
-        """By what was told before."""
+        """By the revision sent before."""
         self.one_at_a_time = asyncio.Lock()
-        """A thousand streams may want the same at once: the first one makes it."""
+        """A thousand streams may need the same at once: the first one encodes it."""

@@ -1,8 +1,8 @@
-"""Discovery: keeps the tables of all networks and streams them to the skep nodes that take part.
+"""Discovery: derives the tables of all networks and streams them to the skep nodes that are on them.
 
-Active on every manager, for the nodes that have a session here.  Tables are worked out once for all of them; a stream
-knows of each network only the revision that it told last, and what it tells is always the way from there to now, so a
-node that reads slowly is told less often and nothing twice.
+Active on every manager, for the nodes that have a session here.  Tables are derived once for all of them.  A stream
+remembers for each network only the revision it was sent last, and each message is the change from there to the
+present, so a slow reader gets fewer messages and nothing twice.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from skep.aio.event import Event
 from skep.aio.slices import Slices
 from skep.errors import Unavailable
 from skep.manager.discovery.acknowledgements import Acknowledgements
-from skep.manager.discovery.derive import places_of
+from skep.manager.discovery.derive import overlay_attachments
 from skep.manager.discovery.encoding import Encoder
-from skep.manager.discovery.ledger import KINDS, Ledger, Stirred
-from skep.manager.discovery.names import names_in
+from skep.manager.discovery.network_tables import KINDS, AffectedStreams, NetworkTables
+from skep.manager.discovery.versioned_table import names_in
 from skep.manager.informer import run_informer
-from skep.manager.node_session import Line, NodeSession
-from skep.manager.node_streams import NodeStream, NodeStreams, converse, session_named
+from skep.manager.node_session import NodeSession, StreamSignal
+from skep.manager.node_streams import NodeStream, NodeStreams, run_stream, session_named
 from skep.model.ids import NetworkId, NodeId
 from skep.model.paths import NetworkNames
 from skep.model.task import Task
@@ -39,30 +39,31 @@ from skep.wire.service import Handler, duplex
 log = structlog.get_logger(__name__)
 
 PAUSE_S = 0.01
-"""After news: what comes within it is told at once."""
+"""Changes within this time are sent together."""
 COMMITS_MAX = 10_000
-"""That wait to be taken in; more, and everything is read anew."""
+"""Commits waiting to be handled; if there are more, everything is loaded again."""
 
 LARGE_PIECES = 2
 LARGE_AT_ONCE = 8
-"""Sets of more pieces that are under way: a thousand nodes that come at once would be a thousand copies of a table."""
+"""Larger messages sent at the same time: for a thousand nodes that connect at once there would be a thousand copies
+of a table."""
 SET_SECONDS_MAX = 60.0
 
 NAMED_NETWORKS_MAX = 16
-"""Networks of a node whose names are told when they are looked through."""
+"""Networks of a node whose names are compared by its diagnostics."""
 
 Send = Callable[[skep.NetworkTables], Awaitable[None]]
 
 
 class Discovery:
-    """What the nodes here know of their networks."""
+    """The network tables of this manager's nodes."""
 
     def __init__(self, store: Store, session: Callable[[NodeId, str], NodeSession], clock: Clock) -> None:
         """``session``: a node's session here, by its id; raises SkepError if there is no such one."""
         self._store = store
         self._session = session
         self._clock = clock
-        self._ledger = Ledger()
+        self._tables = NetworkTables()
         self._is_loaded = Event()
         self._loading: Iterator[None] = iter(())
         self._commits: deque[Commit] = deque()
@@ -79,64 +80,66 @@ class Discovery:
         return (duplex(methods.NETWORKS, self._networks),)
 
     async def run(self) -> None:
-        """Keep the tables until cancelled."""
+        """Update the tables until cancelled."""
         await run_informer(
             self._store, KINDS, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
         )
 
-    # -- for the paths between nodes -----------------------------------------------------------------------------
+    # -- for the probes between nodes ----------------------------------------------------------------------------
 
     def networks_of(self, node_id: NodeId) -> Sequence[NetworkId]:
         """The networks that carry tasks of the node, or its published ports."""
-        return self._ledger.networks_of(node_id)
+        return self._tables.networks_of(node_id)
 
     def is_encrypted(self, network_id: NetworkId) -> bool:
-        book = self._ledger.books.get(network_id)
-        return book is not None and book.head is not None and book.head.is_encrypted
+        table = self._tables.tables.get(network_id)
+        return table is not None and table.head is not None and table.head.is_encrypted
 
     def names_for(self, node_id: NodeId) -> tuple[NetworkNames, ...]:
-        """What names stand for on some of the node's networks, as the store says."""
-        books = (self._ledger.books[id] for id in self._ledger.networks_of(node_id))
-        return tuple(islice(filter(None, map(names_in, books)), NAMED_NETWORKS_MAX))
+        """Expected addresses of names on some of the node's networks, from the store."""
+        tables = (self._tables.tables[id] for id in self._tables.networks_of(node_id))
+        return tuple(islice(filter(None, map(names_in, tables)), NAMED_NETWORKS_MAX))
 
     # -- for the draining of tasks ------------------------------------------------------------------------------
 
     def nodes_on(self, network_id: NetworkId) -> Iterable[NodeId] | None:
-        """The nodes that are told of a network; None: all there are."""
-        return self._ledger.nodes_on(network_id)
+        """The nodes that get the table of a network; None: all nodes."""
+        return self._tables.nodes_on(network_id)
 
     async def wait_not_serving(self, task: Task, revision: int) -> Mapping[NetworkId, int]:
-        """Return when the tables show ``revision``, and the task serves in none of them any more.
+        """Return when the tables have reached ``revision`` and the task serves in none of them.
 
-        Gives since which revision, for each of its networks.
+        Gives the revision of that change, for each of its networks.
         """
-        moved = Event()
-        self._waiting[moved] = None
+        changed = Event()
+        self._waiting[changed] = None
         try:
             while True:
                 await self._is_loaded.wait()
-                books = [self._ledger.books[id] for id in places_of(task) if id in self._ledger.books]
-                found = (book.endpoints.get(task.id) for book in books)
+                tables = [
+                    self._tables.tables[id] for id in overlay_attachments(task) if id in self._tables.tables
+                ]
+                found = (table.endpoints.get(task.id) for table in tables)
                 is_serving = any(endpoint is not None and endpoint.is_serving for endpoint in found)
-                if self._ledger.revision >= revision and not is_serving:
-                    return {book.id: book.endpoint_changed_at(task.id) for book in books}
-                moved.clear()
-                await moved.wait()
+                if self._tables.revision >= revision and not is_serving:
+                    return {table.id: table.endpoint_changed_at(task.id) for table in tables}
+                changed.clear()
+                await changed.wait()
         finally:
-            del self._waiting[moved]
+            del self._waiting[changed]
 
     # -- keeping up with the store ------------------------------------------------------------------------------
 
     def _on_snapshot(self, view: View) -> None:
         self._is_loaded.clear()
         self._commits.clear()
-        self._ledger = Ledger()
-        self._loading = self._ledger.begin(view)
-        next(self._loading, None)  # the view is good until the next pause
+        self._tables = NetworkTables()
+        self._loading = self._tables.begin(view)
+        next(self._loading, None)  # the view is valid until the next pause
 
     def _on_commit(self, commit: Commit) -> None:
         if len(self._commits) >= COMMITS_MAX:
-            raise WatchLagged(f"{COMMITS_MAX} commits wait to become tables")
+            raise WatchLagged(f"{COMMITS_MAX} commits wait to be handled by the network tables")
         self._commits.append(commit)
         self._has_commits.set()
 
@@ -146,28 +149,28 @@ class Discovery:
             await slices.give_way()
         self._is_loaded.set()
         for stream in self._streams.values():
-            stream.line.wake()
+            stream.signal.wake()
         while True:
             while self._commits:
-                self._wake(self._ledger.note(self._commits.popleft()))
+                self._wake(self._tables.note(self._commits.popleft()))
                 await slices.give_way()
-            for moved in self._waiting:
-                moved.set()
+            for changed in self._waiting:
+                changed.set()
             self._has_commits.clear()
             await self._has_commits.wait()
             slices = Slices(self._clock)
 
-    def _wake(self, stirred: Stirred) -> None:
-        """Have the streams look that may have news."""
-        if stirred.is_everybody:
+    def _wake(self, affected: AffectedStreams) -> None:
+        """Wake the streams that have something to send."""
+        if affected.all_nodes:
             woken = set(self._streams)
         else:
-            woken = {id for id in stirred.nodes if id in self._streams}
-            for network_id in stirred.networks:
-                nodes = self._ledger.nodes_on(network_id)
+            woken = {id for id in affected.nodes if id in self._streams}
+            for network_id in affected.networks:
+                nodes = self._tables.nodes_on(network_id)
                 woken.update(self._streams if nodes is None else (id for id in nodes if id in self._streams))
         for node_id in sorted(woken):
-            self._streams[node_id].line.wake()
+            self._streams[node_id].signal.wake()
 
     # -- streams ------------------------------------------------------------------------------------------------
 
@@ -176,83 +179,86 @@ class Discovery:
     ) -> None:
         session = self._session(caller.node_id, await session_named(requests))
         with (
-            session.aside() as line,
-            self._streams.open(_Stream(caller.node_id, session, line)) as stream,
-            self._taking_part(stream),
+            session.signal() as signal,
+            self._streams.open(_Stream(caller.node_id, session, signal)) as stream,
+            self._acknowledging(stream),
         ):
-            await converse(stream, requests, partial(self._hear, stream), self._tell(stream, send))
+            await run_stream(
+                stream, requests, partial(self._on_applied, stream), self._send_changes(stream, send)
+            )
 
     @contextmanager
-    def _taking_part(self, stream: "_Stream") -> Iterator[None]:
-        """What a node has applied is waited for while it has a stream; nothing of an earlier stream counts."""
-        self.acknowledgements.gone(stream.node_id)
-        # It may have tables of an earlier session in force.
-        self.acknowledgements.take_part(stream.node_id, self._ledger.networks_of(stream.node_id))
+    def _acknowledging(self, stream: "_Stream") -> Iterator[None]:
+        """Count a node's acknowledgements while it has a stream; those of earlier streams do not count."""
+        self.acknowledgements.remove_node(stream.node_id)
+        # It may have applied tables of an earlier session.
+        self.acknowledgements.set_networks(stream.node_id, self._tables.networks_of(stream.node_id))
         try:
             yield
         finally:
             if self._streams.get(stream.node_id) is stream:
-                self.acknowledgements.gone(stream.node_id)
+                self.acknowledgements.remove_node(stream.node_id)
 
-    def _hear(self, stream: "_Stream", request: skep.AppliedTables) -> None:
-        """What the node has applied."""
-        for network_id, told in stream.told.items() if stream.error is None else ():
+    def _on_applied(self, stream: "_Stream", request: skep.AppliedTables) -> None:
+        """Record what the node has applied."""
+        for network_id, sent in stream.sent.items() if stream.error is None else ():
             if network_id in request.revisions:
-                # More than it was told it cannot know.
-                applied = min(request.revisions[network_id], told)
+                # Not more than it was sent.
+                applied = min(request.revisions[network_id], sent)
                 self.acknowledgements.applied(stream.node_id, network_id, applied)
 
-    async def _tell(self, stream: "_Stream", send: Send) -> None:
-        """Everything, then what changes, for as long as the session lasts."""
+    async def _send_changes(self, stream: "_Stream", send: Send) -> None:
+        """Send everything, then changes, until the session ends."""
         await self._wait_for_session(stream)
         is_complete = True
         while True:
-            ledger = self._ledger
-            wanted = ledger.networks_of(stream.node_id)
-            gone = sorted(stream.told.keys() - set(wanted))
-            news = [
-                (id, stream.told.get(id))
+            tables = self._tables
+            wanted = tables.networks_of(stream.node_id)
+            removed = sorted(stream.sent.keys() - set(wanted))
+            updates = [
+                (id, stream.sent.get(id))
                 for id in wanted
-                if ledger.books[id].is_news_for(stream.told.get(id))
+                if tables.tables[id].has_changed_since(stream.sent.get(id))
             ]
-            self.acknowledgements.take_part(stream.node_id, wanted)
-            if news or gone or is_complete:
-                revision = ledger.revision
-                for id in gone:
-                    del stream.told[id]
-                for id, _ in news:
-                    # From now on the node may say that it has it; and what comes later is told later.
-                    stream.told[id] = revision
+            self.acknowledgements.set_networks(stream.node_id, wanted)
+            if updates or removed or is_complete:
+                revision = tables.revision
+                for id in removed:
+                    del stream.sent[id]
+                for id, _ in updates:
+                    # Set before sending: the node may acknowledge it at once; later changes are sent later.
+                    stream.sent[id] = revision
                 pieces: list[skep.NetworkChange] = []
-                for id, told in news:
-                    if (book := ledger.books.get(id)) is not None:
-                        pieces += await self._encoder.pieces(book, told, revision)
+                for id, sent in updates:
+                    if (table := tables.tables.get(id)) is not None:
+                        pieces += await self._encoder.pieces(table, sent, revision)
                 messages = messages_of(
                     pieces,
                     incarnation=self._store.incarnation,
                     revision=revision,
                     is_complete=is_complete,
-                    removed=gone,
+                    removed=removed,
                 )
                 async with self._large if len(pieces) > LARGE_PIECES else nullcontext():
                     await _send_all(stream, send, messages)
                 del pieces, messages
                 is_complete = False
-            del news, gone, wanted, ledger
-            await stream.line.wait()
+            del updates, removed, wanted, tables
+            await stream.signal.wait()
             stream.require_open()
             await self._clock.sleep(PAUSE_S)
             stream.require_open()
             await self._is_loaded.wait()
 
     async def _wait_for_session(self, stream: "_Stream") -> None:
-        """Return when the tables show the write with which the node registered, and so all that others told it."""
+        """Return when the tables include the write with which the node registered, and so all that earlier managers
+        sent it."""
         while True:
             stream.require_open()
             await self._is_loaded.wait()
-            if self._ledger.sessions.get(stream.node_id) == stream.session.id:
+            if self._tables.sessions.get(stream.node_id) == stream.session.id:
                 return
-            await stream.line.wait()
+            await stream.signal.wait()
 
 
 async def _send_all(stream: "_Stream", send: Send, messages: Iterator[skep.NetworkTables]) -> None:
@@ -268,11 +274,11 @@ async def _send_all(stream: "_Stream", send: Send, messages: Iterator[skep.Netwo
 
 
 class _Stream(NodeStream):
-    """One node's."""
+    """One node's stream."""
 
-    __slots__ = ("told",)
+    __slots__ = ("sent",)
 
-    def __init__(self, node_id: NodeId, session: NodeSession, line: Line) -> None:
-        super().__init__(node_id, session, line)
-        self.told: dict[NetworkId, int] = {}
-        """The networks it was told of, and up to which revision."""
+    def __init__(self, node_id: NodeId, session: NodeSession, signal: StreamSignal) -> None:
+        super().__init__(node_id, session, signal)
+        self.sent: dict[NetworkId, int] = {}
+        """The networks it was sent, with the revision."""

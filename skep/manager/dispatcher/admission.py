@@ -1,8 +1,8 @@
-"""How many nodes register at one time when thousands come back at once, and when the others are told to come again.
+"""Limits how many nodes register at the same time when thousands reconnect, and tells the others when to retry.
 
-So many registrations are worked on at a time (``AT_ONCE_MAX``); their number a second follows from what this machine
-and the store can do.  Whoever comes meanwhile waits in line on its connection.  One whose turn does not come in time is
-told when to come, by the rate that was measured since the line formed, each a little later than the one before.
+``AT_ONCE_MAX`` registrations run at the same time; their rate follows from what this machine and the store can do.
+Further nodes wait on their connections.  A node that waited too long is told when to retry, by the rate measured
+since nodes had to wait, each node a little later than the one before.
 """
 
 import asyncio
@@ -14,101 +14,101 @@ from skep.aio.clock import Clock
 from skep.errors import RetryLater
 
 AT_ONCE_MAX = 128
-"""About a transaction of the store: more at a time are no faster, and hold up what else the manager does."""
+"""About one transaction of the store: more at a time are no faster, and delay the manager's other work."""
 HOLD_S = 3.0
-"""In line, before a node is told to come again.  Nodes that do not know that word give up after 5 s: asking costs them
-a new connection, so they are not sent away for less."""
+"""Longest wait before a node is told to retry.  Nodes of versions without ``RetryLater`` give up after 5 s, and a retry
+costs a new connection, so they are not sent away earlier."""
 FIRST_RATE = 100.0
-"""Registrations a second, before they have been measured for ``MEASURED_S``: what a small machine does."""
+"""Registrations per second, until they have been measured for ``MEASURED_S``: the rate of a small machine."""
 MEASURED_S = 1.0
 SHORTEST_S, LONGEST_S = 0.5, 10.0
-"""That a node is told to stay away.  Not for longer: the rate may grow."""
-COMING_S = 1.0
-"""For a node to be here after the time that it was told."""
+"""Retry delays.  The longest is limited because the rate may grow."""
+RECONNECT_S = 1.0
+"""Allowance for a node to connect after its retry time."""
 
 
 def rate(done: int, took_s: float) -> float:
-    """Registrations a second, of ``done`` ones in the time since the line formed."""
+    """Registrations per second: ``done`` ones in the time since nodes had to wait."""
     return max(done / took_s, 1.0) if took_s >= MEASURED_S else FIRST_RATE
 
 
-def time_to_come(now: float, in_line: int, last: float, per_s: float, chance: float) -> float:
-    """When the next node that is told is to come: after the line, and after the ``last`` one that was told.
+def next_retry_at(now: float, waiting: int, last: float, per_s: float, jitter: float) -> float:
+    """When the next node is to retry: after those that wait, and after the ``last`` retry time that was given out.
 
-    ``chance``: 0 to 1; spreads those who would come after the longest wait.
+    ``jitter``: 0 to 1; spreads the nodes that would retry after the longest delay.
     """
-    at = max(last, now + in_line / per_s) + 1 / per_s
-    longest_s = LONGEST_S * (0.5 + 0.5 * chance)
+    at = max(last, now + waiting / per_s) + 1 / per_s
+    longest_s = LONGEST_S * (0.5 + 0.5 * jitter)
     return now + min(max(at - now, SHORTEST_S), longest_s)
 
 
 class Admission:
-    """The line of nodes that want to register with this manager."""
+    """The nodes that wait to register with this manager."""
 
     def __init__(self, clock: Clock, random: Random) -> None:
         self._clock = clock
         self._random = random
         self._taken = 0
-        self._line: dict[asyncio.Future[None], None] = {}
-        self._line_since = 0.0
+        self._waiting: dict[asyncio.Future[None], None] = {}
+        self._waiting_since = 0.0
         self._done = 0
-        """Since the line formed."""
-        self._told = float("-inf")
-        """When the last one that was told is to come."""
+        """Registrations since nodes had to wait."""
+        self._last_retry_at = float("-inf")
+        """The last retry time that was given out."""
 
     def is_overloaded(self) -> bool:
-        """Whether nodes wait, here or where they were told to."""
-        return bool(self._line) or self._clock.monotonic() < self._told + COMING_S
+        """Whether nodes wait, here or for their retry time."""
+        return bool(self._waiting) or self._clock.monotonic() < self._last_retry_at + RECONNECT_S
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Register within.  Raises: RetryLater: the turn did not come in time."""
-        await self._wait_turn()
+    async def slot(self) -> AsyncIterator[None]:
+        """Register within the block.  Raises: RetryLater: no slot became free in time."""
+        await self._wait_slot()
         try:
             yield
             self._done += 1
         finally:
             self._leave()
 
-    async def _wait_turn(self) -> None:
-        if self._taken < AT_ONCE_MAX and not self._line:
+    async def _wait_slot(self) -> None:
+        if self._taken < AT_ONCE_MAX and not self._waiting:
             self._taken += 1
             return
         if not self.is_overloaded():
-            self._line_since, self._done = self._clock.monotonic(), 0
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._line[turn] = None
+            self._waiting_since, self._done = self._clock.monotonic(), 0
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[slot] = None
         try:
             async with asyncio.timeout(HOLD_S):
-                await turn
+                await slot
         except TimeoutError:
-            if self._gave_up(turn):
+            if self._gave_up(slot):
                 return
-            raise self._later() from None
+            raise self._retry_later() from None
         except asyncio.CancelledError:
-            if self._gave_up(turn):
+            if self._gave_up(slot):
                 self._leave()
             raise
 
-    def _gave_up(self, turn: asyncio.Future[None]) -> bool:
-        """Leave the line; whether the turn came in the same moment."""
-        self._line.pop(turn, None)
-        return turn.done() and not turn.cancelled()
+    def _gave_up(self, slot: asyncio.Future[None]) -> bool:
+        """Stop waiting; gives whether the slot became free at the same moment."""
+        self._waiting.pop(slot, None)
+        return slot.done() and not slot.cancelled()
 
-    def _later(self) -> RetryLater:
+    def _retry_later(self) -> RetryLater:
         now = self._clock.monotonic()
-        per_s = rate(self._done, now - self._line_since)
-        self._told = time_to_come(now, len(self._line), self._told, per_s, self._random.random())
-        after_s = self._told - now
-        return RetryLater(
-            f"many nodes register with this manager at present: come again in {after_s:.1f} s", after_s
+        per_s = rate(self._done, now - self._waiting_since)
+        self._last_retry_at = next_retry_at(
+            now, len(self._waiting), self._last_retry_at, per_s, self._random.random()
         )
+        after_s = self._last_retry_at - now
+        return RetryLater(f"many nodes are registering with this manager: retry in {after_s:.1f} s", after_s)
 
     def _leave(self) -> None:
         self._taken -= 1
-        while self._line and self._taken < AT_ONCE_MAX:
-            turn = next(iter(self._line))
-            del self._line[turn]
-            if not turn.done():
+        while self._waiting and self._taken < AT_ONCE_MAX:
+            slot = next(iter(self._waiting))
+            del self._waiting[slot]
+            if not slot.done():
                 self._taken += 1
-                turn.set_result(None)
+                slot.set_result(None)

@@ -1,11 +1,11 @@
-"""Adoption: the leader takes over the sessions of a manager that has gone, so that somebody judges their nodes.
+"""Adoption: the leader takes over the sessions of a lost manager, so that its nodes are monitored.
 
-Taking a session over is a write that compares the session as it was, and gives it a new id: if its owner lives after
-all (only the way between the two is cut), it sees that it lost the session, ends it, and the node registers again.
-If it does so with the silent manager, that one lives and writes: a node that reaches only that one would go from hand
-to hand, so the silent manager keeps its sessions for a while, longer each time.
-The dispatcher of the leader then waits for the nodes with the grace of their kind, like for any that it owns and
-that are not connected.
+Taking over is a write that compares the session and gives it a new id.  If its owner is alive after all (only the
+link to the leader is cut), it sees that it lost the session and ends it, and the node registers again.  If the node
+does so with the silent manager, that one is alive and can write; a node that reaches no other manager would alternate
+between the two.  So a silent manager that takes sessions keeps them for a while, longer each time.
+The leader's dispatcher then waits for the adopted nodes with the grace period of their kind, like for any of its
+nodes that are not connected.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,22 +28,23 @@ log = structlog.get_logger(__name__)
 
 CHECK_S = 0.2
 LONGEST_RETRY_S = 2.0
-PATIENCE_S, PATIENCE_S_MAX = 4.0, 60.0
-"""For so long a silent manager that was seen to take a session keeps what it has; doubled each time."""
+KEEP_S, KEEP_S_MAX = 4.0, 60.0
+"""How long a silent manager that was seen to take a session keeps its sessions; doubled each time."""
 
 
 class Orphan(msgspec.Struct, frozen=True, kw_only=True):
-    """A node whose session belongs to a manager that has gone."""
+    """A node whose session belongs to a lost manager."""
 
     node_id: NodeId
     session: NodeSession
-    """As it was seen; taken over only if it is still so."""
+    """The session that is taken over, unless it has changed."""
 
 
 def orphans(nodes: Iterable[Node], silent: Iterable[NodeId], own: NodeId) -> list[Orphan]:
-    """Whose session to adopt, in order of ``nodes``: of ``silent`` managers, and of nodes that manage no more.
+    """Sessions to adopt, in order of ``nodes``: those of ``silent`` managers, and of nodes that are no managers any
+    more.
 
-    A node that is down waits for nothing: it registers again when it is back.
+    A node that is down is skipped: it registers again when it is back.
     """
     nodes = tuple(nodes)
     gone = set(silent)
@@ -58,20 +59,20 @@ def orphans(nodes: Iterable[Node], silent: Iterable[NodeId], own: NodeId) -> lis
     ]
 
 
-class ProofsOfLife:
-    """Which silent managers have taken sessions since they are silent: they live, and have a quorum."""
+class LivingManagers:
+    """Silent managers that have taken sessions since they became silent: they are alive, and have a quorum."""
 
     def __init__(self) -> None:
         self._sessions: dict[NodeId, SessionId] = {}
-        """Of every node, while a manager is silent: as they were at the last look."""
+        """Session of every node, while a manager is silent, as of the last check."""
         self._kept_until: dict[NodeId, float] = {}
-        self._patience_s: dict[NodeId, float] = {}
+        self._keep_s: dict[NodeId, float] = {}
 
     def living(self, nodes: Iterable[Node], silent: Iterable[NodeId], now: float) -> frozenset[NodeId]:
-        """Those of ``silent`` managers whose sessions are not to be adopted ``now`` (monotonic seconds)."""
+        """The ``silent`` managers whose sessions must not be adopted ``now`` (monotonic seconds)."""
         silent = frozenset(silent)
-        for manager in [one for one in self._patience_s if one not in silent]:
-            del self._patience_s[manager]
+        for manager in [one for one in self._keep_s if one not in silent]:
+            del self._keep_s[manager]
         before, self._sessions = self._sessions, {}
         if not silent:
             return frozenset()
@@ -82,15 +83,15 @@ class ProofsOfLife:
             manager = node.session.manager_id
             is_new = bool(before) and before.get(node.id) != node.session.session_id
             if is_new and manager in silent and self._kept_until.get(manager, -inf) <= now:
-                patience_s = min(2 * self._patience_s.get(manager, PATIENCE_S / 2), PATIENCE_S_MAX)
-                self._patience_s[manager] = patience_s
-                self._kept_until[manager] = now + patience_s
-                log.info("a silent manager takes sessions", manager=manager, kept_s=patience_s)
+                keep_s = min(2 * self._keep_s.get(manager, KEEP_S / 2), KEEP_S_MAX)
+                self._keep_s[manager] = keep_s
+                self._kept_until[manager] = now + keep_s
+                log.info("silent manager still takes sessions", manager=manager, kept_s=keep_s)
         return frozenset(one for one in silent if self._kept_until.get(one, -inf) > now)
 
 
 def adopt(tx: Transaction, orphan: Orphan, own: NodeId, new_id: IdSource) -> bool:
-    """Make ``own`` the owner of the session, unless somebody took it meanwhile; gives whether it was written."""
+    """Make ``own`` the owner of the session, unless it changed meanwhile; gives whether it was written."""
     node = tx.rely_on(Node, orphan.node_id, "session")
     if node is None or node.session != orphan.session:
         return False
@@ -111,23 +112,23 @@ class Adoption:
         new_id: IdSource,
         random: Random,
     ) -> None:
-        """``silent``: managers that are silent at a time, with the seconds since they were heard."""
+        """``silent``: managers that are silent at a time, with the seconds since they were last seen."""
         self._term = term
         self._own = own
         self._silent = silent
         self._clock = clock
         self._new_id = new_id
         self._random = random
-        self._proofs = ProofsOfLife()
+        self._living = LivingManagers()
 
     async def run(self) -> None:
-        """Look for managers that have gone until cancelled."""
+        """Check for lost managers until cancelled."""
         backoff = Backoff(CHECK_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             await self._clock.sleep(CHECK_S)
             now = self._clock.monotonic()
             silent, nodes = self._silent(now), self._term.view().find(Node)
-            living = self._proofs.living(nodes, silent, now)
+            living = self._living.living(nodes, silent, now)
             found = orphans(nodes, silent.keys() - living, self._own)
             if not found or await self._adopt(found):
                 backoff.reset()
@@ -135,7 +136,7 @@ class Adoption:
                 await backoff.sleep(self._clock)
 
     async def _adopt(self, found: list[Orphan]) -> bool:
-        """Whether nothing of it is left to be written."""
+        """Gives whether all of them were written."""
 
         def body(tx: Transaction, orphan: Orphan) -> bool:
             return adopt(tx, orphan, self._own, self._new_id)
@@ -144,7 +145,7 @@ class Adoption:
         adopted = [orphan for orphan, result in zip(found, results, strict=True) if result is True]
         failed = [result for result in results if isinstance(result, SkepError)]
         if failed:
-            log.warning("sessions not adopted yet", sessions=len(failed), error=str(failed[0]))
+            log.warning("sessions not adopted, will retry", sessions=len(failed), reason=str(failed[0]))
         if adopted:
             managers = sorted({orphan.session.manager_id for orphan in adopted})
             log.info("sessions adopted", managers=managers, sessions=len(adopted))

@@ -1,12 +1,12 @@
-"""What a node is told: its tasks, with the secrets and configs they need.
+"""Assignments of a node: its tasks, with the secrets and configs they need.
 
-A node is told everything once per stream (``everything``), then only what differs (``difference``).  Both give
-the message and a ``Told`` to compare with the next time.
+A node is sent everything once per stream (``everything``), then only differences (``difference``).  Both give the
+message and a ``SentState`` to compare with the next time.
 
-* A task is told from ASSIGNED on, until its record is gone.  An ended task stays told, with its stored status: a
-  node that lost its memory would otherwise run it again.
+* A task is sent from ASSIGNED on, until its record is deleted.  An ended task stays, with its stored status: a node
+  that lost its state would otherwise run it again.
 * What the node itself reports (the status) is never sent back, except in ``everything``.
-* Secrets and configs go with the first task that needs them, and are taken back with the last that still runs.
+* Secrets and configs are sent with the first task that needs them, and removed with the last that still runs.
 
 Source: swarmkit, manager/dispatcher/assignments.go.
 """
@@ -29,29 +29,29 @@ from skep.store.interface import View
 from skep.store.kinds import Payload, registry_auth_id
 
 
-class Told(msgspec.Struct, frozen=True, kw_only=True):
-    """What one node was told on one stream."""
+class SentState(msgspec.Struct, frozen=True, kw_only=True):
+    """What one node was sent on one stream."""
 
     tasks: Mapping[TaskId, Task] = {}
     secrets: frozenset[SecretId] = frozenset()
     configs: frozenset[ConfigId] = frozenset()
 
 
-def everything(view: View, node_id: NodeId) -> tuple[AssignmentSet, Told]:
+def everything(view: View, node_id: NodeId) -> tuple[AssignmentSet, SentState]:
     """All assignments of a node, as the first message of a stream.
 
-    With tasks in the store that cannot be read nobody knows whose they are: then nothing is taken away from the node.
+    If tasks in the store cannot be read, their nodes are not known: then nothing is removed from the node.
     """
     tasks = {task.id: task for task in view.find(Task, node_id=node_id) if _is_due(view, task)}
-    told = Told(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
-    return _message(view, Told(), told, tasks.values(), complete=not view.unreadable(Task)), told
+    sent = SentState(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
+    return _message(view, SentState(), sent, tasks.values(), complete=not view.unreadable(Task)), sent
 
 
 def difference(
-    view: View, node_id: NodeId, told: Told, changed: Iterable[TaskId]
-) -> tuple[AssignmentSet | None, Told]:
-    """What to tell a node after ``changed`` tasks changed; None: nothing it has to know."""
-    tasks = dict(told.tasks)
+    view: View, node_id: NodeId, sent: SentState, changed: Iterable[TaskId]
+) -> tuple[AssignmentSet | None, SentState]:
+    """The message after ``changed`` tasks changed; None: nothing the node needs."""
+    tasks = dict(sent.tasks)
     updated: list[Task] = []
     referring = False
     for id in sorted(set(changed)):
@@ -61,15 +61,15 @@ def difference(
             continue
         tasks[id] = task
         referring = referring or _refers(task)
-        if before is None or wish_of(before) != wish_of(task):
+        if before is None or sent_fields(before) != sent_fields(task):
             updated.append(task)
-    # Going through all tasks of the node is what costs, and most tasks need neither secrets nor configs.
+    # Going through all tasks of the node is the expensive part, and most tasks need neither secrets nor configs.
     now = (
-        Told(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
+        SentState(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
         if referring
-        else Told(tasks=tasks, secrets=told.secrets, configs=told.configs)
+        else SentState(tasks=tasks, secrets=sent.secrets, configs=sent.configs)
     )
-    message = _message(view, told, now, updated, complete=False)
+    message = _message(view, sent, now, updated, complete=False)
     is_empty = not (
         message.tasks
         or message.removed_tasks
@@ -81,8 +81,8 @@ def difference(
     return (None if is_empty else message), now
 
 
-def wish_of(task: Task) -> tuple[Any, ...]:
-    """What the node has to know of a task: everything but what it reports itself and the stamps of writing."""
+def sent_fields(task: Task) -> tuple[Any, ...]:
+    """The fields of a task that are sent to its node: all but what the node reports itself and the write stamps."""
     return (
         task.desired_state,
         task.spec_version,
@@ -97,28 +97,28 @@ def wish_of(task: Task) -> tuple[Any, ...]:
     )
 
 
-def matters(old: Task, new: Task) -> bool:
-    """Whether a change of a task can be news for its node; cheap, asked for every commit."""
+def affects_node(old: Task, new: Task) -> bool:
+    """Whether a change of a task may have to be sent to its node; cheap, called for every commit."""
     return (
-        wish_of(old) != wish_of(new)
+        sent_fields(old) != sent_fields(new)
         or old.node_id != new.node_id
-        or _is_told(old) != _is_told(new)
+        or _is_sent(old) != _is_sent(new)
         or old.status.state.is_terminal != new.status.state.is_terminal
     )
 
 
-def _is_told(task: Task) -> bool:
+def _is_sent(task: Task) -> bool:
     return bool(task.status.state >= TaskState.ASSIGNED)
 
 
 def _is_due(view: View, task: Task) -> bool:
-    """Whether the node is to know of the task now.
+    """Whether the task is to be sent to the node now.
 
-    A docker node has to have an address of its own on a network before the first task on it arrives, else the task
+    A docker node must have an address of its own on a network before the first task on it arrives, else the task
     fails there ("failed to find a load balancer IP"); the allocator writes that a moment after the assignment.
     """
-    if not _is_told(task) or task.status.state > TaskState.ASSIGNED or not task.networks_attachments:
-        return _is_told(task)
+    if not _is_sent(task) or task.status.state > TaskState.ASSIGNED or not task.networks_attachments:
+        return _is_sent(task)
     node = view.lookup(Node, task.node_id)
     if node is None or not is_docker_node(node):
         return True
@@ -128,7 +128,7 @@ def _is_due(view: View, task: Task) -> bool:
 
 
 def _message(
-    view: View, before: Told, now: Told, updated: Iterable[Task], *, complete: bool
+    view: View, before: SentState, now: SentState, updated: Iterable[Task], *, complete: bool
 ) -> AssignmentSet:
     tasks = tuple(_assigned(view, task) for task in updated)
     return AssignmentSet(
@@ -154,7 +154,7 @@ def _assigned(view: View, task: Task) -> AssignedTask:
         labels = {
             **labels,
             DRAIN: "0s",
-        }  # nobody waits for the clients of what its user does not want any more
+        }  # a removed service is not drained
     return AssignedTask(
         task=task,
         service_name=service.spec.name,
@@ -165,7 +165,7 @@ def _assigned(view: View, task: Task) -> AssignedTask:
 
 
 def _ports_of(service: Service) -> tuple[PortConfig, ...]:
-    """Published ports: as allocated, else as wished (ports of host mode need no allocation)."""
+    """Published ports: as allocated, else as in the spec (host-mode ports need no allocation)."""
     if service.endpoint.ports:
         return service.endpoint.ports
     return service.spec.endpoint_spec.ports if service.spec.endpoint_spec else ()

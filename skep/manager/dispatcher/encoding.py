@@ -1,4 +1,4 @@
-"""Assignments as messages, encoded in pieces: a node with a thousand tasks does not hold up all others."""
+"""Assignments as messages, encoded in batches: a node with a thousand tasks does not block the event loop."""
 
 import asyncio
 
@@ -13,11 +13,11 @@ from skep.wire.convert.assignments import changes_to_pb
 log = structlog.get_logger(__name__)
 
 TASKS_AT_ONCE = 50
-"""Tasks encoded before the loop gets its turn: about 5 ms."""
+"""Tasks encoded before the event loop gets control: about 5 ms."""
 
 
 async def encoded(change: AssignmentSet, applies_to: str, results_in: str) -> pb.AssignmentsMessage:
-    """``change`` as a message; it leads from the assignments called ``applies_to`` to ``results_in``."""
+    """``change`` as a message, from the state named ``applies_to`` to that named ``results_in``."""
     kind = pb.AssignmentsMessage.COMPLETE if change.complete else pb.AssignmentsMessage.INCREMENTAL
     message = pb.AssignmentsMessage(type=kind, applies_to=applies_to, results_in=results_in)
     for piece in _pieces(change):
@@ -28,7 +28,7 @@ async def encoded(change: AssignmentSet, applies_to: str, results_in: str) -> pb
 
 
 def _changes(piece: AssignmentSet) -> list[pb.AssignmentChange]:
-    """Encoded; a task that cannot be is left out, so that it does not keep the others from their node."""
+    """Encode; a task that cannot be encoded is left out, so that it does not keep the others from their node."""
     try:
         return changes_to_pb(piece)
     except SkepError:
@@ -44,7 +44,7 @@ def _changes(piece: AssignmentSet) -> list[pb.AssignmentChange]:
 
 
 def _pieces(change: AssignmentSet) -> list[AssignmentSet]:
-    """The same change in several, with at most ``TASKS_AT_ONCE`` tasks each."""
+    """The change in several, with at most ``TASKS_AT_ONCE`` tasks each."""
     if len(change.tasks) <= TASKS_AT_ONCE:
         return [change]
     rest = msgspec.structs.replace(change, tasks=())

@@ -1,16 +1,15 @@
-"""Which nodes are still believed alive.
+"""Grace periods: how long a node without heartbeats is considered alive.
 
-The manager that holds a node's session judges it, in *its own loop's time* (``aio.own_time``): time in which the
-loop stood still, or in which this manager was cut off, did not pass for any node.  So a busy manager never takes its
-nodes down.
+The manager that holds a node's session decides, in *its own loop's time* (``aio.own_time``): time in which the loop
+did not run, or in which this manager was cut off, does not count.  So a busy manager never marks its nodes down.
 """
 
 from skep.manager.heartbeats import grace_period
 
 AWAY_GRACE_S = 12.0
-"""Least grace of a node whose process said that it stops as planned: an upgrade moves nothing."""
+"""Minimal grace of a node whose process announced a planned stop: an upgrade moves no tasks."""
 RECOVERY_GRACE_S = 12.0
-"""Least grace of an engine that lost its manager: it needs 11 s to find another one."""
+"""Minimal grace of an engine that lost its manager: it needs 11 s to find another one."""
 
 HEARTBEAT_COST_S = 195e-6
 """Processor time of one unary heartbeat (a Docker Engine's)."""
@@ -21,23 +20,23 @@ HEARTBEAT_SHARE_MAX = 0.05
 
 
 def grace_when_away(period_s: float, *, configured_s: float | None = None) -> float:
-    """Seconds for a node that said it would be back."""
+    """Seconds for a node that announced a planned stop."""
     return max(grace_period(period_s, configured_s=configured_s), AWAY_GRACE_S)
 
 
 def grace_after_loss(period_s: float, *, is_skep: bool, configured_s: float | None = None) -> float:
     """Seconds for a node whose manager was lost: it has to find another one first.
 
-    A node of ours does that within a heartbeat; an engine does not.
+    A skep node does that within a heartbeat; an engine does not.
     """
     grace_s = grace_period(period_s, configured_s=configured_s)
     return grace_s if is_skep else max(grace_s, RECOVERY_GRACE_S)
 
 
 def grace_after_absence(period_s: float, *, configured_s: float | None = None) -> float:
-    """Seconds for every node of a manager that was itself away (started again, cut off): longer than any other.
+    """Seconds for every node of a manager that was itself away (restarted, cut off): longer than any other.
 
-    Nodes that have another manager are there already; those that have none ask again later and later.
+    Nodes that have another manager are there already; those that have none retry with growing delays.
     """
     return max(2 * grace_period(period_s, configured_s=configured_s), RECOVERY_GRACE_S)
 
@@ -45,10 +44,10 @@ def grace_after_absence(period_s: float, *, configured_s: float | None = None) -
 def grace_after_adoption(
     period_s: float, *, is_skep: bool, recovers: bool, configured_s: float | None = None
 ) -> float:
-    """Seconds for a node whose session was taken over from a manager that has gone.
+    """Seconds for a node whose session was taken over from a lost manager.
 
-    ``recovers``: the adopting manager has itself come back a moment ago.  Then nobody may have had a manager, and
-    nodes that asked in vain for long ask rarely.
+    ``recovers``: the adopting manager has itself just come back.  Then there may have been no manager at all, and
+    nodes that have retried for long retry rarely.
     """
     if recovers:
         return grace_after_absence(period_s, configured_s=configured_s)
@@ -56,6 +55,6 @@ def grace_after_adoption(
 
 
 def heartbeat_period(configured_s: float, *, skep_nodes: int, docker_nodes: int) -> float:
-    """Seconds between heartbeats: as wished, stretched where there are so many nodes that it would cost too much."""
+    """Seconds between heartbeats: as configured, or longer if the heartbeats of all nodes would cost too much."""
     cost_s = skep_nodes * STREAM_HEARTBEAT_COST_S + docker_nodes * HEARTBEAT_COST_S
     return max(configured_s, cost_s / HEARTBEAT_SHARE_MAX)

@@ -1,6 +1,6 @@
 """The dispatcher: sessions with nodes, assignments to them, statuses from them.  Active on every manager.
 
-What it decides is in the modules beside this one; here is what waits: streams to nodes, the store's watch, and the
+Decisions are in the modules beside this one; this one has what waits: streams to nodes, the store's watch, and the
 clock.
 """
 
@@ -15,6 +15,8 @@ from skep.aio.clock import Clock
 from skep.aio.own_time import OwnTime
 from skep.errors import SkepError, Unavailable
 from skep.manager.dispatcher.admission import Admission
+from skep.manager.dispatcher.balancing import Balancing
+from skep.manager.dispatcher.down_nodes import mark_nodes_down
 from skep.manager.dispatcher.liveness import (
     RECOVERY_GRACE_S,
     grace_after_absence,
@@ -22,7 +24,7 @@ from skep.manager.dispatcher.liveness import (
     grace_when_away,
     heartbeat_period,
 )
-from skep.manager.dispatcher.loads import Loads, told_load
+from skep.manager.dispatcher.loads import Loads, load_from_heartbeat
 from skep.manager.dispatcher.messages import ManagerPeer, managers_of, session_message
 from skep.manager.dispatcher.registration import (
     NotRegistered,
@@ -32,10 +34,8 @@ from skep.manager.dispatcher.registration import (
     describe_node,
     take_session,
 )
-from skep.manager.dispatcher.repeats import Repeats
+from skep.manager.dispatcher.repeats import RepeatedReports
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
-from skep.manager.dispatcher.silent import take_down
-from skep.manager.dispatcher.spreading import Spreading
 from skep.manager.dispatcher.statuses import Report, bounded, record_status
 from skep.manager.dispatcher.stops import Stops, WaitUnused
 from skep.manager.dispatcher.streams import AssignmentStreams
@@ -64,7 +64,7 @@ from skep.wire.service import Handler, both_stream, server_stream, unary
 log = structlog.get_logger(__name__)
 
 TICK_S = 0.2
-"""How often silent nodes are looked for."""
+"""Time between two checks for silent nodes."""
 CURRENT_CHECK_S = 0.5
 CURRENT_WITHIN_S = 2.0
 """A manager that cannot reach a quorum for this long ends its sessions, so that its nodes move on."""
@@ -72,7 +72,7 @@ PERIOD_JITTER = 0.1
 
 
 class Dispatcher:
-    """Gives nodes their tasks and takes what they report."""
+    """Sends nodes their tasks and records what they report."""
 
     def __init__(
         self,
@@ -84,11 +84,10 @@ class Dispatcher:
         wait_unused: WaitUnused | None = None,
         overload: Overload | None = None,
     ) -> None:
-        """
-        Args:
-            own: this manager, as nodes reach it.
-            wait_unused: see ``Stops``; None: nobody uses any task.
-            crowd: what other managers say of how many nodes come back to them; None: there are none.
+        """Args:
+        own: this manager, as nodes reach it.
+        wait_unused: see ``Stops``; None: tasks are stopped without draining.
+        overload: overload of all managers; None: this is the only one.
         """
         self._store = store
         self._own = own
@@ -99,16 +98,16 @@ class Dispatcher:
         self._sessions = Sessions()
         self._assignments = AssignmentStreams(store, self._sessions)
         self._stops = Stops(store, self._sessions, clock, wait_unused)
-        self._spreading = Spreading(
+        self._balancing = Balancing(
             store,
             own.node_id,
             self._sessions,
             clock,
-            send_on=self._send_on,
-            may_send_on=lambda: self._is_current and not self._overload.is_anywhere(self._clock.monotonic()),
+            redirect=self._redirect,
+            can_redirect=lambda: self._is_current and not self._overload.is_anywhere(self._clock.monotonic()),
         )
         self._loads = Loads(store, self._sessions.all, self._sessions.live, clock)
-        self._repeats = Repeats(store, self._sessions.live, clock)
+        self._repeats = RepeatedReports(store, self._sessions.live, clock)
         self._suspension_left_s = SUSPENDED_S_MAX
         self._admission = Admission(clock, random)
         self._rate = RegistrationRate()
@@ -116,17 +115,17 @@ class Dispatcher:
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = OwnTime(seen_at=clock.monotonic())
         self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
-        """In own time: until then nodes may be on their way back from having had no manager at all.
+        """In own time: until then nodes may be reconnecting after having had no manager at all.
 
-        A manager that starts may be the one with which the quorum returns.
+        A manager that starts may be the one that restores the quorum.
         """
         self._is_current = True
         self._current_at = clock.monotonic()
         self._period_s = DEFAULT_PERIOD_S
-        self._wished_grace_s: float | None = None
+        self._configured_grace_s: float | None = None
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """The handlers for ``wire.server.serve``."""
         return (
             server_stream(methods.SESSION, self._session),
             unary(methods.HEARTBEAT, self._heartbeat),
@@ -149,20 +148,20 @@ class Dispatcher:
         return 0.0 if self.is_current() else max(self._clock.monotonic() - self._current_at, 0.001)
 
     async def run(self) -> None:
-        """Follow the store and judge silent nodes, until cancelled."""
+        """Follow the store and mark silent nodes down, until cancelled."""
         await run_informer(
             self._store,
             (Node, Task, Swarm, Payload),
             on_snapshot=self._on_snapshot,
             on_commit=self._on_commit,
-            work=self._watch_over,
+            work=self._run_tasks,
         )
 
-    async def _watch_over(self) -> None:
+    async def _run_tasks(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._find_silent(), name="find silent nodes")
             group.create_task(self._stay_current(), name="stay current")
-            group.create_task(self._spreading.run(), name="spread sessions")
+            group.create_task(self._balancing.run(), name="spread sessions")
             group.create_task(self._loads.run(), name="write loads")
             group.create_task(self._stops.run(), name="stops")
             group.create_task(self._repeats.run(), name="repeated reports")
@@ -170,14 +169,14 @@ class Dispatcher:
     # -- what changed in the store ------------------------------------------------------------------------------
 
     def _on_snapshot(self, view: View) -> None:
-        """Begin from a snapshot: expect the nodes of an earlier run, have every stream look at everything."""
+        """Start from a snapshot: expect the nodes of an earlier run, and wake every stream for everything."""
         nodes = view.find(Node)
         self._set_period()
         self._managers = managers_of(nodes, self._own)
-        grace_s = grace_after_absence(self._period_s, configured_s=self._wished_grace_s)
+        grace_s = grace_after_absence(self._period_s, configured_s=self._configured_grace_s)
         for node in nodes:
             with isolated("session", node.id):
-                self._note_node(node, grace_s)
+                self._on_node(node, grace_s)
         for session in self._sessions.all():
             session.messages.wake()
             session.wake_assignments(task.id for task in view.find(Task, node_id=session.node_id))
@@ -187,24 +186,24 @@ class Dispatcher:
         for event in commit.events:
             match event:
                 case Created(Task() as task) | Deleted(Task() as task):
-                    self._stops.come_or_go(task)
+                    self._stops.release(task)
                 case Updated(Task() as old, Task() as new):
-                    self._stops.note(old, new, commit.revision)
+                    self._stops.on_update(old, new, commit.revision)
                 case Created(Node() as node):
                     has_new_managers |= node.manager_status is not None
                 case Updated(Node() as old, Node() as node) if not differ_in_load_alone(old, node):
                     has_new_managers |= old.manager_status != node.manager_status
-                    self._note_node(node)
+                    self._on_node(node)
                     if old.attachments != node.attachments:
                         tasks = self._store.view().find(Task, node_id=node.id)
                         self._stops.wake(
                             node.id, (task.id for task in tasks)
-                        )  # they may have waited for that
+                        )  # they may have waited for the attachment
                 case Deleted(Node() as node):
                     has_new_managers |= node.manager_status is not None
                     self._sessions.lose(node.id, None, NotRegistered())
                 case Updated(Swarm(), Swarm()):
-                    has_new_managers = True  # or new roots: what every session message says
+                    has_new_managers = True  # or new roots, which every session message contains
                 case Created(Payload(id=id)) | Updated(_, Payload(id=id)) if id == GOSSIP_KEYS_ID:
                     for session in self._sessions.all():
                         session.messages.wake()
@@ -213,8 +212,8 @@ class Dispatcher:
             for session in self._sessions.all():
                 session.messages.wake()
 
-    def _note_node(self, node: Node, grace_s: float | None = None) -> None:
-        """Look at a node that changed; ``grace_s``: what it gets if it is ours and not here, default its kind's."""
+    def _on_node(self, node: Node, grace_s: float | None = None) -> None:
+        """Handle a changed node; ``grace_s``: if it is ours and not connected; None: the grace of its kind."""
         held = node.session
         if held is not None:
             self._sessions.lose(node.id, held.session_id, SessionInvalid())
@@ -222,38 +221,38 @@ class Dispatcher:
         if session is not None:
             session.messages.wake()
         elif held is not None and held.manager_id == self._own.node_id and not _is_down(node):
-            # Of an earlier run of this manager, or adopted from one that has gone.
+            # A session of an earlier run of this manager, or adopted from a lost one.
             if grace_s is None:
                 grace_s = grace_after_adoption(
                     self._period_s,
                     is_skep=not is_docker_node(node),
                     recovers=self._time.seconds < self._recovers_until,
-                    configured_s=self._wished_grace_s,
+                    configured_s=self._configured_grace_s,
                 )
-            self._sessions.expect(node.id, held.session_id, heard=self._time.seconds, grace_s=grace_s)
+            self._sessions.expect(node.id, held.session_id, last_seen=self._time.seconds, grace_s=grace_s)
 
     # -- sessions -----------------------------------------------------------------------------------------------
 
     async def _session(self, request: pb.SessionRequest, caller: Caller) -> AsyncIterator[pb.SessionMessage]:
         session = await self._register(request, caller)
-        del request  # thousands of these streams wait for hours: they hold no more than they need
+        del request  # thousands of these streams wait for hours: release what is not needed
         sent, seen = b"", None
         while True:
             session.require_open()
             view = self._store.view()
-            node, swarm = view.lookup(Node, session.node_id), _known_swarm(view)
+            node, swarm = view.lookup(Node, session.node_id), _swarm_of(view)
             if node is None or swarm is None:
                 raise NotRegistered
             keys: tuple[GossipKey, ...] = ()
             if is_docker_node(node):
                 stored = view.lookup(Payload, GOSSIP_KEYS_ID)
                 if stored is None or swarm.id in view.unreadable(Swarm):
-                    # The leader is about to make them; an engine without keys gossips in clear.  One that is told no
-                    # root trusts nobody.
+                    # The leader is about to create them; an engine without keys gossips in clear.  One that is sent
+                    # no root trusts no manager.
                     await session.messages.wait()
                     continue
                 keys = decoded_keys(stored.data).keys
-            found = (node, swarm, self._managers, keys, self._spreading.weights)
+            found = (node, swarm, self._managers, keys, self._balancing.weights)
             if found != seen:  # a node that has just registered is woken by its own registration
                 seen = found
                 message = session_message(session.id, *found)
@@ -265,17 +264,19 @@ class Dispatcher:
             await session.messages.wait()
 
     async def _register(self, request: pb.SessionRequest, caller: Caller) -> LiveSession:
-        """Write the session in its turn, and return when this replica shows it.  Raises: RetryLater."""
+        """Write the session once there is a slot, and return when this replica shows it.  Raises: RetryLater."""
         self._rate.note(caller.node_id, self._clock.monotonic())
         if not self._is_current:
             raise Unavailable("this manager has lost contact with the others")
-        async with self._admission.turn():
+        async with self._admission.slot():
             return await self._take_session(request, caller)
 
     async def _take_session(self, request: pb.SessionRequest, caller: Caller) -> LiveSession:
         node_id, session_id = caller.node_id, SessionId(self._new_id())
         if self._store.view().lookup(Node, node_id) is None:
-            await self._store.barrier()  # its certificate may come from another manager a moment ago
+            await (
+                self._store.barrier()
+            )  # its certificate may have been issued by another manager a moment ago
         await self._store.update(
             take_session,
             Registration(
@@ -288,10 +289,10 @@ class Dispatcher:
         )
         node = self._store.view().lookup(Node, node_id)
         if node is None or node.session is None or node.session.session_id != session_id:
-            raise SessionInvalid  # it registered once more while this was written
+            raise SessionInvalid  # it registered again meanwhile
         now = self._time.seconds
-        deadline = now + grace_period(self._period_s, configured_s=self._wished_grace_s)
-        session = LiveSession(node_id, session_id, caller.disconnect, deadline=deadline, heard=now)
+        deadline = now + grace_period(self._period_s, configured_s=self._configured_grace_s)
+        session = LiveSession(node_id, session_id, caller.disconnect, deadline=deadline, last_seen=now)
         self._sessions.add(session)
         log.info("node registered", node=node_id, session=session_id, peer=caller.address)
         return session
@@ -300,7 +301,7 @@ class Dispatcher:
 
     async def _heartbeat(self, request: pb.HeartbeatRequest, caller: Caller) -> pb.HeartbeatResponse:
         session = self._sessions.require(caller.node_id, request.session_id)
-        return pb.HeartbeatResponse(period=duration_to_pb(self._beat(session)))
+        return pb.HeartbeatResponse(period=duration_to_pb(self._record_heartbeat(session)))
 
     async def _heartbeats(
         self, requests: AsyncIterator[skep.Heartbeat], caller: Caller
@@ -311,40 +312,44 @@ class Dispatcher:
                 session = self._sessions.require(caller.node_id, request.session_id)
                 session.is_skep = True
                 if request.HasField("load"):
-                    session.load = told_load(request.load)
-                yield skep.HeartbeatPeriod(period=duration_to_pb(self._beat(session, is_away=request.away)))
+                    session.load = load_from_heartbeat(request.load)
+                yield skep.HeartbeatPeriod(
+                    period=duration_to_pb(self._record_heartbeat(session, is_away=request.away))
+                )
                 del request
         finally:
             if session is not None and caller.has_crashed():
                 self._expect_back(session)
 
     def _expect_back(self, session: LiveSession) -> None:
-        """The node process has ended without a word, and its kernel says so: it is given the time of a planned stop."""
-        grace_s = grace_when_away(self._period_s, configured_s=self._wished_grace_s)
+        """The node process ended without a planned stop, as its kernel closed the connection: it gets the grace of a
+        planned stop."""
+        grace_s = grace_when_away(self._period_s, configured_s=self._configured_grace_s)
         session.deadline = max(session.deadline, self._time.seconds + grace_s)
         log.info("node process ended", node=session.node_id, grace_s=grace_s)
 
-    def _beat(self, session: LiveSession, *, is_away: bool = False) -> int:
-        """Note a heartbeat, ``is_away``: the last one before a planned stop; gives nanoseconds until the next one."""
+    def _record_heartbeat(self, session: LiveSession, *, is_away: bool = False) -> int:
+        """Record a heartbeat, ``is_away``: the last one before a planned stop; gives nanoseconds until the next one."""
         period_s = self._period_s * self._random.uniform(1 - PERIOD_JITTER, 1 + PERIOD_JITTER)
-        session.heard = self._time.seconds
+        session.last_seen = self._time.seconds
         grace = grace_when_away if is_away else grace_period
-        session.deadline = session.heard + grace(period_s, configured_s=self._wished_grace_s)
+        session.deadline = session.last_seen + grace(period_s, configured_s=self._configured_grace_s)
         if is_away:
-            log.info("node stops as planned", node=session.node_id)
+            log.info("node announced a planned stop", node=session.node_id)
         return int(period_s * SECOND_NS)
 
     def _set_period(self) -> None:
-        """Fit the period to the wish and to the number of nodes; not at every heartbeat, for it counts them all."""
+        """Set the period from the configuration and the number of nodes; not at every heartbeat, because it counts all
+        nodes."""
         skep_nodes, docker_nodes = self._sessions.count()
-        configured_s, self._wished_grace_s = configured_heartbeats(self._store.view())
+        configured_s, self._configured_grace_s = configured_heartbeats(self._store.view())
         period_s = heartbeat_period(configured_s, skep_nodes=skep_nodes, docker_nodes=docker_nodes)
         if period_s > configured_s and period_s > 1.1 * self._period_s:
-            log.info("heartbeats stretched", period_s=round(period_s, 2), nodes=skep_nodes + docker_nodes)
+            log.info("heartbeat period raised", period_s=round(period_s, 2), nodes=skep_nodes + docker_nodes)
         self._period_s = period_s
 
     async def _find_silent(self) -> None:
-        """Write down as down who was silent for its grace."""
+        """Mark nodes down that were silent for their grace period."""
         while True:
             await self._clock.sleep(TICK_S)
             is_counted = self._is_current and not self._is_suspended()
@@ -353,12 +358,12 @@ class Dispatcher:
             silent = self._sessions.silent(self._time.seconds, self._period_s)
             if not silent:
                 continue
-            await take_down(
+            await mark_nodes_down(
                 self._store, self._sessions, silent, lambda: self._time.seconds, self._clock.now_ns()
             )
 
     def _is_suspended(self) -> bool:
-        """Whether nodes' silence is not counted: thousands come back, and some of them were told to come later."""
+        """Whether missed heartbeats are ignored: thousands of nodes reconnect, and some were told to retry later."""
         self._overload.is_here = self._admission.is_overloaded()
         is_overloaded = self._overload.is_anywhere(self._clock.monotonic())
         self._suspension_left_s = suspension_left(
@@ -367,7 +372,7 @@ class Dispatcher:
         return is_overloaded and self._suspension_left_s > 0
 
     async def _stay_current(self) -> None:
-        """End all sessions while this manager has lost contact with the others."""
+        """End all sessions while this manager has no contact with the others."""
         while True:
             await self._clock.sleep(CURRENT_CHECK_S)
             try:
@@ -379,30 +384,30 @@ class Dispatcher:
                     lost = self._sessions.release_all(
                         Unavailable("this manager has lost contact with the others"),
                         now=self._time.seconds,
-                        grace_s=grace_after_absence(self._period_s, configured_s=self._wished_grace_s),
+                        grace_s=grace_after_absence(self._period_s, configured_s=self._configured_grace_s),
                     )
-                    log.warning("sessions ended: not current", nodes=lost)
+                    log.warning("no quorum: sessions ended", nodes=lost)
             else:
                 if not self._is_current:
-                    log.info("current again")
+                    log.info("quorum is back: sessions are accepted")
                     self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
                 self._is_current = True
                 self._current_at = self._clock.monotonic()
 
-    def _send_on(self, node_id: NodeId) -> None:
-        """End a node's session so that it looks for another manager."""
-        grace_s = grace_after_absence(self._period_s, configured_s=self._wished_grace_s)
+    def _redirect(self, node_id: NodeId) -> None:
+        """End a node's session so that it connects to another manager."""
+        grace_s = grace_after_absence(self._period_s, configured_s=self._configured_grace_s)
         error = Unavailable("this manager has more than its share of nodes")
-        self._sessions.send_on(node_id, error, now=self._time.seconds, grace_s=grace_s)
+        self._sessions.redirect(node_id, error, now=self._time.seconds, grace_s=grace_s)
 
-    # -- what nodes say -------------------------------------------------------------------------------------------
+    # -- reports of nodes -----------------------------------------------------------------------------------------
 
     async def _update_task_status(
         self, request: pb.UpdateTaskStatusRequest, caller: Caller
     ) -> pb.UpdateTaskStatusResponse:
-        """Answers when the statuses are written: a node keeps what was not answered and says it again.
+        """Responds when the statuses are written: a node keeps what was not acknowledged and sends it again.
 
-        What repeats a state too often is written later (``Repeats``).
+        Too frequent repetitions of a state are written later (``RepeatedReports``).
         """
         session = self._sessions.require(caller.node_id, request.session_id)
         reports = {
@@ -420,7 +425,7 @@ class Dispatcher:
         return pb.UpdateTaskStatusResponse()
 
     async def _describe(self, request: skep.DescribeRequest, caller: Caller) -> skep.DescribeResponse:
-        """A node's certificate or the roots it trusts have changed, or what it offers."""
+        """A node's certificate, trusted roots or resources have changed."""
         session = self._sessions.require(caller.node_id, request.session_id)
         self._description_rate.note(session.node_id, self._clock.monotonic())
         description = description_from_pb(request.description)
@@ -432,8 +437,8 @@ def _is_down(node: Node) -> bool:
     return node.status.state is NodeState.DOWN
 
 
-def _known_swarm(view: View) -> Swarm | None:
-    """The cluster.  Where it cannot be read one that says nothing: a node keeps what it was told."""
+def _swarm_of(view: View) -> Swarm | None:
+    """The cluster.  If it cannot be read, an empty one: a node keeps what it was sent."""
     found = view.find(Swarm)
     unreadable = view.unreadable(Swarm)
     return found[0] if found else Swarm(id=ClusterId(min(unreadable))) if unreadable else None

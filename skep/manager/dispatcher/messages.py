@@ -1,4 +1,4 @@
-"""The messages a node gets in its session: who it is, which managers there are, which roots to trust."""
+"""Session messages: the node's own object, the managers, and the roots to trust."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -23,7 +23,7 @@ class ManagerPeer(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 def managers_of(nodes: Iterable[Node], own: ManagerPeer) -> tuple[ManagerPeer, ...]:
-    """All managers, always this one too: an engine forgets every manager that a message leaves out."""
+    """All managers, always including this one: an engine forgets every manager that a message leaves out."""
     known = {own.node_id: own}
     for node in nodes:
         if node.manager_status is not None and node.manager_status.addr:
@@ -39,9 +39,9 @@ def session_message(
     keys: Sequence[GossipKey] = (),
     weights: Mapping[NodeId, int] = MappingProxyType({}),
 ) -> pb.SessionMessage:
-    """What a node has to know of its cluster; the whole of it each time.
+    """All that a node needs of its cluster; complete each time.
 
-    ``keys``: for docker nodes alone; ``weights``: of the managers that are to have more or fewer nodes than others.
+    ``keys``: for docker nodes only; ``weights``: of managers that are to have more or fewer nodes than others.
     """
     return pb.SessionMessage(
         session_id=session_id,

@@ -1,7 +1,7 @@
-"""What the dispatcher writes of a node: who holds its session, what it said of itself, whether it is up.
+"""What the dispatcher writes of a node: the owner of its session, its description, whether it is up.
 
-Registering is a write by compare-and-swap: a manager without a quorum cannot take a session, and what the new
-owner sends is at least as new as what any manager sent before.
+Registering is a compare-and-swap: a manager without a quorum cannot take a session, and what the new owner sends is
+at least as new as what any manager sent before.
 """
 
 import msgspec
@@ -21,28 +21,28 @@ RATE_PERIOD_S = 8.0
 RATE_MAX = 5
 """Registrations of one node within the period."""
 RATE_NODES_MAX = 10_000
-"""Nodes remembered before those that were quiet for a period are forgotten."""
+"""Above this number, nodes without a registration in the last period are forgotten."""
 
 HEARTBEAT_FAILURE = "heartbeat failure"
-"""Message of a node that is down; SwarmKit's word."""
+"""Message of a node that is down; SwarmKit's text."""
 
 
 class SessionInvalid(InvalidArgument):
-    """The node has registered again since; an engine registers anew when it hears this."""
+    """The node has registered again since; an engine registers again when it gets this error."""
 
     def __init__(self) -> None:
         super().__init__("session invalid")
 
 
 class NotRegistered(NotFound):
-    """This manager knows no session of the node; an engine registers anew when it hears this."""
+    """This manager has no session of the node; an engine registers again when it gets this error."""
 
     def __init__(self) -> None:
         super().__init__("node not registered")
 
 
 class RegistrationRate:
-    """How often each node registers or describes itself, so that one that does nothing else cannot fill the store.
+    """Limits how often each node registers or describes itself, so that it cannot fill the store.
 
     Source: swarmkit, manager/dispatcher/nodes.go (rateLimitPeriod, rateLimitCount).
     """
@@ -51,7 +51,7 @@ class RegistrationRate:
         self._times: dict[NodeId, list[float]] = {}
 
     def note(self, node_id: NodeId, now: float) -> None:
-        """A node registers at ``now`` (monotonic seconds).  Raises: Unavailable: it did so too often."""
+        """A node registers at ``now`` (monotonic seconds).  Raises: Unavailable: too often."""
         recent = [at for at in self._times.get(node_id, ()) if at > now - RATE_PERIOD_S]
         if len(recent) >= RATE_MAX:
             raise Unavailable(f"node {node_id} registers too often")
@@ -72,9 +72,9 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def take_session(tx: Transaction, registration: Registration) -> Node:
-    """Make this manager the owner of the node's session; the node counts as ready from now on.
+    """Make this manager the owner of the node's session; the node is ready from now on.
 
-    Raises: PermissionDenied: the node was removed; InvalidArgument: an absurd description.
+    Raises: PermissionDenied: the node was removed; InvalidArgument: an invalid description.
     """
     _check_description(registration.description)
     # The status counts too: a replica that does not show yet that the node is down would write nothing there.
@@ -94,32 +94,32 @@ def take_session(tx: Transaction, registration: Registration) -> Node:
     )
 
 
-class Silence(msgspec.Struct, frozen=True, kw_only=True):
+class SilentNode(msgspec.Struct, frozen=True, kw_only=True):
     """A node whose grace has passed without a heartbeat."""
 
     node_id: NodeId
     session_id: SessionId
     silent_s: float = 0.0
-    """Own time since it was last heard."""
-    is_together: bool = False
-    """Whether heartbeats of others are missed as well."""
+    """Own time since its last heartbeat."""
+    with_others: bool = False
+    """Whether other nodes miss heartbeats as well."""
 
 
-def mark_down(tx: Transaction, silence: Silence, now_ns: int) -> bool:
-    """Write that the node is down; gives False when another session speaks for it meanwhile."""
-    node = tx.rely_on(Node, silence.node_id, "session")
-    if node is None or node.session is None or node.session.session_id != silence.session_id:
+def mark_down(tx: Transaction, silent_node: SilentNode, now_ns: int) -> bool:
+    """Write that the node is down; gives False if another session replaced this one meanwhile."""
+    node = tx.rely_on(Node, silent_node.node_id, "session")
+    if node is None or node.session is None or node.session.session_id != silent_node.session_id:
         return False
     if node.status.state is not NodeState.DOWN:
         status = NodeStatus(state=NodeState.DOWN, message=HEARTBEAT_FAILURE, addr=node.status.addr)
-        since = timestamp(now_ns - round(silence.silent_s * SECOND_NS))
-        told = {"silent_since": since, "silent_together": silence.is_together}
+        since = timestamp(now_ns - round(silent_node.silent_s * SECOND_NS))
+        told = {"silent_since": since, "silent_together": silent_node.with_others}
         tx.put(msgspec.structs.replace(node, status=status, **told))
     return True
 
 
-def mark_heard(tx: Transaction, node_id: NodeId, session_id: SessionId) -> None:
-    """Take back that the node is down: its heartbeat came while that was being written."""
+def revert_down(tx: Transaction, node_id: NodeId, session_id: SessionId) -> None:
+    """Revert ``mark_down``: a heartbeat came while it was being written."""
     node = tx.rely_on(Node, node_id, "session", "status")
     if node is None or node.session is None or node.session.session_id != session_id:
         return
@@ -129,9 +129,9 @@ def mark_heard(tx: Transaction, node_id: NodeId, session_id: SessionId) -> None:
 
 
 def require_session(tx: Transaction, node_id: NodeId, session_id: SessionId) -> Node:
-    """The node, if ``session_id`` still speaks for it when the transaction commits.
+    """The node, if ``session_id`` is still its session when the transaction commits.
 
-    Raises: SessionInvalid: another manager, or a later session, speaks for the node now.
+    Raises: SessionInvalid: the session belongs to another manager, or is not the node's last one.
     """
     node = tx.rely_on(Node, node_id, "session")
     if node is None or node.session is None or node.session.session_id != session_id:
@@ -142,7 +142,7 @@ def require_session(tx: Transaction, node_id: NodeId, session_id: SessionId) -> 
 def describe_node(
     tx: Transaction, node_id: NodeId, session_id: SessionId, description: NodeDescription
 ) -> None:
-    """Write what the node says of itself in its session.  Raises: SessionInvalid; InvalidArgument: it is absurd."""
+    """Write a node's description.  Raises: SessionInvalid; InvalidArgument: it is invalid."""
     _check_description(description)
     node = require_session(tx, node_id, session_id)
     description = _without_others_address(tx, node.id, node.status.addr, description)

@@ -1,6 +1,6 @@
-"""Which of two statuses of a task counts.
+"""Which of two statuses of a task is kept.
 
-States only move forward: whatever a node says late, twice or out of order, the furthest state stands.
+States only move forward: whatever a node reports late, twice or out of order, the furthest state is kept.
 
 Source: swarmkit, manager/dispatcher/dispatcher.go (processUpdates).
 """
@@ -16,14 +16,14 @@ from skep.model.task import PortStatus, Task, TaskState, TaskStatus
 from skep.store.interface import Transaction
 
 STATUS_BYTES_MAX = 16 * 1024
-"""Of a whole status, encoded: what a store can keep for every task."""
+"""Of a whole encoded status: what the store can keep for every task."""
 MESSAGE_BYTES_MAX = 1024
 ERR_BYTES_MAX = 2048
 CONTAINER_ID_BYTES_MAX = 128
 
 
 def bounded(status: TaskStatus) -> TaskStatus:
-    """``status`` as far as it is kept: long texts are cut, then names of ports go, then the last ports."""
+    """``status`` within the limits: long texts are cut, then names of ports are dropped, then the last ports."""
     if len(to_json(status)) <= STATUS_BYTES_MAX:
         return status
     container = status.container_status
@@ -53,7 +53,7 @@ def _cut(text: str, most: int) -> str:
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What the node says of one task, in the session it says it in."""
+    """A node's report of one task, with its session."""
 
     node_id: NodeId
     session_id: SessionId
@@ -62,27 +62,27 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def newer_status(stored: TaskStatus, reported: TaskStatus) -> TaskStatus | None:
-    """The status to store, or None to keep what is stored.
+    """The status to store; None: keep the stored one.
 
-    A node can report ACCEPTED to REJECTED; what lies before is the leader's, what lies behind the cluster's.
+    A node can report ACCEPTED to REJECTED; earlier states are the leader's, later ones the cluster's.
     """
     if not TaskState.ACCEPTED <= reported.state <= TaskState.REJECTED:
         return None
     if reported.state < stored.state or reported == stored:
         return None
     if reported.state == stored.state and stored.state.is_terminal:
-        return None  # an end is told once; what follows is the same end told again
+        return None  # an end is reported once; repetitions are ignored
     return reported
 
 
 def record_status(tx: Transaction, report: Report) -> bool:
-    """Write a status if it is news; gives whether it was.
+    """Write a status if it is newer; gives whether it was.
 
-    A task that is gone is passed over in silence: the node will be told to remove it.
+    A deleted task is ignored: the node will be told to remove it.
 
     Raises:
         PermissionDenied: another node's task.
-        SessionInvalid: another manager, or a later session, speaks for the node now.
+        SessionInvalid: the session belongs to another manager, or is not the node's last one.
     """
     require_session(tx, report.node_id, report.session_id)
     task = tx.lookup(Task, report.task_id)

@@ -1,8 +1,8 @@
-"""Wakes the streams of assignments; holds a task's stop back while others may still send it new connections.
+"""Wakes the streams of assignments; delays a task's stop while nodes may still send it new connections.
 
-A task that serves is taken out of its networks' tables as soon as it is to stop; it hears of that when no node uses a
-table with it any more, or when its service's ``skep.drain`` has passed (docs/architecture.md,
-"Stopping").  Nothing is held back when the service itself goes, or when the task serves nobody.
+A serving task is removed from its networks' tables as soon as it is to stop.  The stop is sent to its node when no
+node uses a table with it any more, or when its service's ``skep.drain`` has passed (docs/architecture.md,
+"Stopping").  Nothing is delayed if the service itself is removed, or if the task does not serve.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from skep.aio.clock import Clock
 from skep.aio.event import Event
 from skep.aio.first import Overtaken, unless
 from skep.errors import SkepError
-from skep.manager.dispatcher.assignments import matters
+from skep.manager.dispatcher.assignments import affects_node
 from skep.manager.dispatcher.sessions import Sessions
 from skep.model.draining import begins_to_drain
 from skep.model.ids import NodeId, TaskId
@@ -29,14 +29,14 @@ from skep.store.interface import Store, View
 log = structlog.get_logger(__name__)
 
 WITHHELD_MAX = 2_000
-"""At the same time; what is beyond that stops at once."""
+"""At the same time; further tasks stop at once."""
 
 WaitUnused = Callable[[Task, int], Awaitable[None]]
 """Returns when no node sends new connections to the task, which is to stop since that revision of the store."""
 
 
 class Stops:
-    """What the streams of assignments have to look at, and when."""
+    """Which tasks the streams of assignments have to send, and when."""
 
     def __init__(
         self, store: Store, sessions: Sessions, clock: Clock, wait_unused: WaitUnused | None
@@ -46,16 +46,16 @@ class Stops:
         self._clock = clock
         self._wait_unused = wait_unused
         self._withheld: dict[TaskId, None] = {}
-        self._begun: list[_Begun] = []
-        self._has_begun = Event()
+        self._pending: list[_PendingStop] = []
+        self._has_pending = Event()
 
-    def note(self, old: Task, new: Task, revision: int) -> None:
-        """A task has changed with this revision of the store: its node hears of it, now or later."""
+    def on_update(self, old: Task, new: Task, revision: int) -> None:
+        """A task changed with this revision of the store: wake its node's streams, now or later."""
         if new.id in self._withheld:
             if new.status.state.is_terminal:
-                self.come_or_go(new)
+                self.release(new)
             return
-        if not matters(old, new):
+        if not affects_node(old, new):
             return
         seconds = drain_of(self._store.view(), old, new) if self._wait_unused is not None else 0.0
         is_here = self._sessions.live(new.node_id) is not None
@@ -63,46 +63,54 @@ class Stops:
             self.wake(new.node_id, (new.id,))
             return
         self._withheld[new.id] = None
-        self._begun.append(_Begun(new, revision, seconds))
-        self._has_begun.set()
+        self._pending.append(_PendingStop(new, revision, seconds))
+        self._has_pending.set()
 
-    def come_or_go(self, task: Task) -> None:
-        """A task is new, or has ended or gone: its node hears of it at once."""
+    def release(self, task: Task) -> None:
+        """A task was created, deleted or has ended: wake its node's streams at once."""
         self._withheld.pop(task.id, None)
         self.wake(task.node_id, (task.id,))
 
     def wake(self, node_id: NodeId, task_ids: Iterable[TaskId]) -> None:
-        """Have the node's streams look at tasks, but for those whose stop is held back."""
+        """Wake the node's streams for tasks, except for those whose stop is delayed."""
         session = self._sessions.live(node_id)
         if session is not None:
             session.wake_assignments(id for id in task_ids if id not in self._withheld)
 
     async def run(self) -> None:
-        """Hold back what ``note`` says, until cancelled."""
+        """Delay stops, until cancelled."""
         async with asyncio.TaskGroup() as group:
             while True:
-                begun, self._begun = self._begun, []
-                for one in begun:
+                pending, self._pending = self._pending, []
+                for one in pending:
                     group.create_task(self._withhold(one), name=f"drain {one.task.id}")
-                self._has_begun.clear()
-                await self._has_begun.wait()
+                self._has_pending.clear()
+                await self._has_pending.wait()
 
-    async def _withhold(self, begun: "_Begun") -> None:
+    async def _withhold(self, pending: "_PendingStop") -> None:
         assert self._wait_unused is not None, "nothing is withheld without it"
-        task = begun.task
+        task = pending.task
         try:
-            unused = self._wait_unused(task, begun.revision)
-            await unless(_awaited(unused), self._clock.sleep(begun.seconds))
+            unused = self._wait_unused(task, pending.revision)
+            await unless(_awaited(unused), self._clock.sleep(pending.seconds))
         except Overtaken:
-            log.info("task stops though it may be in use", task=task.id, after_s=begun.seconds)
+            log.info(
+                "drain time is over: task stops though connections may still be sent to it",
+                task=task.id,
+                after_s=pending.seconds,
+            )
         except SkepError as error:
-            log.warning("task stops though it may be in use", task=task.id, error=str(error))
+            log.warning(
+                "drain failed: task stops though connections may still be sent to it",
+                task=task.id,
+                reason=str(error),
+            )
         finally:
-            self.come_or_go(task)
+            self.release(task)
 
 
-class _Begun(msgspec.Struct, frozen=True):
-    """A task that is to stop since ``revision``, in ``seconds`` at the latest."""
+class _PendingStop(msgspec.Struct, frozen=True):
+    """A task that is to stop since ``revision``, after ``seconds`` at the latest."""
 
     task: Task
     revision: int
@@ -110,7 +118,7 @@ class _Begun(msgspec.Struct, frozen=True):
 
 
 def drain_of(view: View, old: Task, new: Task) -> float:
-    """For how many seconds at most the stop of a task is held back; 0: not at all."""
+    """Seconds for which the stop of a task is delayed at most; 0: not at all."""
     if not begins_to_drain(old, new):
         return 0.0
     service, node = view.lookup(Service, new.service_id), view.lookup(Node, new.node_id)

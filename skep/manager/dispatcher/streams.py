@@ -1,4 +1,4 @@
-"""Streams of assignments: to each node everything once, then the differences, each applying to the one before."""
+"""Streams of assignments: everything once, then differences, each relative to the message before."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
@@ -15,7 +15,7 @@ from skep.wire.service import Handler, server_stream
 
 
 class AssignmentStreams:
-    """What nodes with a session here are told to run.  Engines hear SwarmKit's messages, ours the revision as well."""
+    """Assignments for nodes with a session here.  Engines get SwarmKit's messages, skep nodes the revision as well."""
 
     def __init__(self, store: Store, sessions: Sessions) -> None:
         self._store = store
@@ -34,7 +34,7 @@ class AssignmentStreams:
         async with aclosing(self._messages(request, caller)) as messages:
             async for _, message in messages:
                 yield message
-                del message  # not held until the next one
+                del message  # not kept until the next one
 
     async def _revised_assignments(
         self, request: pb.AssignmentsRequest, caller: Caller
@@ -49,19 +49,19 @@ class AssignmentStreams:
     async def _messages(
         self, request: pb.AssignmentsRequest, caller: Caller
     ) -> AsyncGenerator[tuple[int, pb.AssignmentsMessage], None]:
-        """The chain of one stream, with the revision of each message."""
+        """The messages of one stream, with their revisions."""
         session = self._sessions.require(caller.node_id, request.session_id)
-        with session.line() as line:
-            change, told = everything(self._store.view(), session.node_id)
+        with session.assignment_signal() as signal:
+            change, sent = everything(self._store.view(), session.node_id)
             number = 1
             yield change.revision, await encoded(change, "", str(number))
             del change
             while True:
-                changed = await line.wait()
+                changed = await signal.wait()
                 session.require_open()
-                news, told = difference(self._store.view(), session.node_id, told, changed)
-                if news is None:
+                update, sent = difference(self._store.view(), session.node_id, sent, changed)
+                if update is None:
                     continue
                 applies_to, number = str(number), number + 1
-                yield news.revision, await encoded(news, applies_to, str(number))
-                del news
+                yield update.revision, await encoded(update, applies_to, str(number))
+                del update

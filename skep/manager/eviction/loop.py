@@ -45,7 +45,7 @@ from skep.wire.server import Bound
 
 log = structlog.get_logger(__name__)
 
-LOOK_S = 0.5
+CHECK_S = 0.5
 """Between two looks while a step waits for something that causes no commit."""
 
 KEEP_S = 10.0
@@ -127,7 +127,7 @@ class Evictions:
                     self._changed.set()
 
     async def _work(self) -> None:
-        backoff = Backoff(LOOK_S, 10.0, chance=self._random.random)
+        backoff = Backoff(CHECK_S, 10.0, chance=self._random.random)
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -153,7 +153,7 @@ class Evictions:
         """Do as much of a step as can be done now.  Raises: SkepError: the reason stands in it."""
         if waits_for := await self._try(eviction, step):
             await self._wait(eviction, waits_for)
-            await self._clock.sleep(LOOK_S)
+            await self._clock.sleep(CHECK_S)
             return
         await self._term.update(note_done, eviction.node_id, step)
         log.warning("eviction", node=eviction.node_id, name=eviction.hostname, done=TEXTS[step])

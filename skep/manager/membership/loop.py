@@ -36,7 +36,7 @@ from skep.store.level import LOWEST
 
 log = structlog.get_logger(__name__)
 
-LOOK_S = 0.5
+CHECK_S = 0.5
 LONGEST_RETRY_S = 5.0
 """Silence and learners announce nothing."""
 
@@ -83,10 +83,10 @@ class Managers:
         )
 
     async def _work(self, changed: asyncio.Event) -> None:
-        backoff = Backoff(LOOK_S, LONGEST_RETRY_S, chance=self._random.random)
+        backoff = Backoff(CHECK_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(CHECK_S):
                     await changed.wait()
             changed.clear()
             try:

@@ -33,7 +33,7 @@ CATCH_UP_S = 2.0
 With ``ways.CONNECT_S`` below its deadline.
 """
 
-LOOK_S = 0.02
+CHECK_S = 0.02
 """How often it is looked whether it has caught up meanwhile."""
 
 
@@ -112,7 +112,7 @@ class MembersService:
                 if self._clock.monotonic() >= until:
                     await self._require_reached(caller.node_id)
                     raise
-                await self._clock.sleep(LOOK_S)
+                await self._clock.sleep(CHECK_S)
             else:
                 return pb.PromoteMemberResponse()
 

@@ -14,8 +14,8 @@ from skep.aio.clock import Clock
 from skep.aio.slices import Slices
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.informer import run_informer
-from skep.manager.node_session import Line, NodeSession
-from skep.manager.node_streams import NodeStream, NodeStreams, converse, session_named
+from skep.manager.node_session import NodeSession, StreamSignal
+from skep.manager.node_streams import NodeStream, NodeStreams, run_stream, session_named
 from skep.manager.paths.directory import Directory, controlled, directory_of, is_seen_otherwise, wish_for
 from skep.manager.paths.plan import ALL_PAIRS_MAX, Plan
 from skep.manager.paths.records import PathRecord, record_paths
@@ -215,11 +215,11 @@ class PathStreams:
         node = self._store.view().lookup(Node, caller.node_id)
         verdicts = Verdicts(node.failing_paths if node is not None else ())
         with (
-            session.aside() as line,
-            self._streams.open(_Stream(caller.node_id, session, line, verdicts)) as stream,
+            session.signal() as signal,
+            self._streams.open(_Stream(caller.node_id, session, signal, verdicts)) as stream,
         ):
             self._wish(stream)
-            await converse(stream, requests, stream.take, stream.tell(send))
+            await run_stream(stream, requests, stream.take, stream.tell(send))
 
 
 def _planned(
@@ -232,8 +232,10 @@ def _planned(
 class _Stream(NodeStream):
     """One node's."""
 
-    def __init__(self, node_id: NodeId, session: NodeSession, line: Line, verdicts: Verdicts) -> None:
-        super().__init__(node_id, session, line)
+    def __init__(
+        self, node_id: NodeId, session: NodeSession, signal: StreamSignal, verdicts: Verdicts
+    ) -> None:
+        super().__init__(node_id, session, signal)
         self.verdicts = verdicts
         self.wish: ProbeTargets | None = None
         self.is_dirty = False
@@ -252,7 +254,7 @@ class _Stream(NodeStream):
         self._peers = {peer.node_id: peer for peer in wish.peers} if wish is not None else {}
         self.verdicts.keep(self._peers)
         self.is_dirty = True
-        self.line.wake()
+        self.signal.wake()
 
     def take(self, news: skep.PathNews) -> None:
         """What the node says.  Raises: InvalidArgument: more than any node has to say."""
@@ -272,7 +274,7 @@ class _Stream(NodeStream):
             self._numbers += 1
             self._answer = asyncio.get_running_loop().create_future()
             self._examination = (self._numbers, examination)
-            self.line.wake()
+            self.signal.wake()
             try:
                 return await self._answer
             finally:
@@ -292,7 +294,7 @@ class _Stream(NodeStream):
             if order.ByteSize():
                 await send(order)
             del order
-            await self.line.wait()
+            await self.signal.wait()
 
     def end(self, error: Exception) -> None:
         """Who waits for an examination hears of it."""

@@ -11,7 +11,7 @@ from skep.manager.explanations import explain_service, explain_task
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.shown import damage_of, service_status, with_damage
 from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.explain import NodeVerdict, book, verdict
+from skep.manager.scheduler.explain import NodeVerdict, reserve_for, verdict
 from skep.manager.scheduler.requirements import planes_of, requirements_of
 from skep.model.network import Network
 from skep.model.node import Node
@@ -68,13 +68,13 @@ async def _verdicts(view: View, task: Task) -> list[NodeVerdict]:
         await asyncio.sleep(0)
     for some_tasks in batched(tasks, _PIECE):
         for one in some_tasks:
-            book(accounting, one, spec_of(view, one))
+            reserve_for(accounting, one, spec_of(view, one))
         await asyncio.sleep(0)
     planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
-    wish = requirements_of(task, own_spec, planes)
+    requirements = requirements_of(task, own_spec, planes)
     copies = accounting.copies(task.service_id)
     return [
-        verdict(wish, account, copies[account.node.id])
+        verdict(requirements, account, copies[account.node.id])
         for account in accounting.accounts.values()
         if task.node_id in ("", account.node.id)
     ]

@@ -1,8 +1,8 @@
-"""What each node has left, kept up to date commit by commit.
+"""The free resources of each node, updated with each commit.
 
-A task holds its reservation from the moment a node is chosen until it is seen to have ended: a retired task that
-still runs still holds its memory and its ports.  So a node is never over-committed, and because everything is
-derived from the store, a new leader arrives at the same figures.
+A task keeps its reservation from the moment a node is chosen until its end is reported: a retired task that still
+runs still has its memory and its ports.  So a node is never overcommitted, and because everything is derived from the
+store, a new leader derives the same figures.
 """
 
 from collections import Counter
@@ -25,14 +25,14 @@ _ASSIGNED, _RUNNING = TaskState.ASSIGNED.number, TaskState.RUNNING.number
 _NO_COPIES: Counter[NodeId] = Counter()
 
 USAGES_MAX = 50_000
-"""Usages remembered before all are forgotten: of a hundred bytes each."""
+"""Size of the cache, which is cleared when full; an entry has a hundred bytes."""
 
 FAILURE_MEMORY_S = 300.0
-"""How long a failure speaks against its node (swarmkit's monitorFailures)."""
+"""How long a failure counts against its node (swarmkit's monitorFailures)."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What a task holds on its node: tasks of one version of a service hold the same."""
+    """What a task reserves on its node: the same for all tasks of one version of a service."""
 
     service_id: ServiceId
     nano_cpus: int
@@ -40,25 +40,25 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     generic: tuple[GenericResource, ...]
     host_ports: tuple[HostPort, ...]
     is_active: bool
-    """Whether it counts as a copy of its service here; a task that is being stopped does not."""
+    """Whether it counts as a task of its service on this node; a task that is being stopped does not."""
 
 
 class Account:
-    """One node and what is left of it."""
+    """One node and its free resources."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self.active = 0
-        """Tasks meant to run here, of all services."""
+        """Wanted tasks on the node, of all services."""
         self.load = 0.0
-        """The share of the node in use as it measures it itself; of one that does not, the mean of all that do."""
+        """The measured load, as a share of the node; for a node that does not report it, the mean of those that do."""
         self.changes = 0
-        """Grows with all that may move the node in an order of preference."""
+        """Incremented with each change that may affect the node's rank."""
         self.host_ports: Counter[HostPort] = Counter()
         self._set_resources(node)
 
     def update(self, node: Node, held: Iterable[Usage]) -> None:
-        """Count anew what is free: of ``node`` as it describes itself now, when its tasks hold ``held``."""
+        """Recalculate the free resources of ``node`` with the reservations ``held`` by its tasks."""
         self._set_resources(node)
         for usage in held:
             self._take(usage)
@@ -66,12 +66,12 @@ class Account:
         self.changes += 1
 
     def set_load(self, load: float) -> None:
-        """See ``load``."""
+        """Set ``load``."""
         self.load = load
         self.changes += 1
 
     def add(self, usage: Usage) -> None:
-        """A task takes its part."""
+        """Subtract a task's reservation."""
         self._take(usage)
         if usage.host_ports:
             self.host_ports.update(usage.host_ports)
@@ -79,7 +79,7 @@ class Account:
         self.changes += 1
 
     def add_all(self, usages: Iterable[Usage]) -> None:
-        """Tasks take their parts.  Of a new leader's 200,000 tasks this is a third of the time that ``add`` takes."""
+        """``add`` for many tasks.  For a new leader's 200,000 tasks it takes a third of the time."""
         nano_cpus = memory_bytes = active = 0
         for usage in usages:
             nano_cpus += usage.nano_cpus
@@ -95,7 +95,7 @@ class Account:
         self.changes += 1
 
     def remove(self, usage: Usage) -> None:
-        """A task gives its part back; generic resources are given back by ``update``."""
+        """Return a task's reservation, except generic resources, which ``update`` recalculates."""
         self.free_nano_cpus += usage.nano_cpus
         self.free_memory_bytes += usage.memory_bytes
         if usage.host_ports:
@@ -117,7 +117,7 @@ class Account:
 
 
 class Accounting:
-    """All nodes, and which services they serve."""
+    """All nodes, and how many tasks of each service they have."""
 
     def __init__(self) -> None:
         self.accounts: dict[NodeId, Account] = {}
@@ -125,16 +125,16 @@ class Accounting:
         self._node_of: dict[TaskId, NodeId] = {}
         self._copies: dict[ServiceId, Counter[NodeId]] = {}
         self._changed: dict[NodeId, int] = {}
-        """Node -> number of its latest event, in order of these numbers."""
+        """Node -> number of its last event, in order of these numbers."""
         self._changes = 0
         self._failures: dict[tuple[ServiceId, int], dict[NodeId, list[float]]] = {}
         self._loads = MeanLoad()
 
-    # -- what is there -----------------------------------------------------------------------------------------
+    # -- queries ------------------------------------------------------------------------------------------------
 
     @property
     def changes(self) -> int:
-        """Grows with each event that may make a node a better choice: it changed, or a task gave something back."""
+        """Incremented with each event that may improve a node: it changed, or a task released something."""
         return self._changes
 
     def changed_since(self, changes: int) -> list[NodeId]:
@@ -144,15 +144,15 @@ class Accounting:
         ]
 
     def copies(self, service_id: ServiceId) -> Counter[NodeId]:
-        """How many tasks of the service are meant to run on each node.  Not to be changed.
+        """Number of wanted tasks of the service per node.  Not to be modified.
 
-        Tasks without a service are copies of nothing.
+        Tasks without a service do not count.
         """
         return self._copies.get(service_id, _NO_COPIES)
 
-    def failures(self, wish: Requirements, now: float) -> dict[NodeId, int]:
-        """How often tasks like these failed lately, by node (``now``: the clock of ``note_failure``)."""
-        stamps = self._failures.get((wish.service_id, wish.version))
+    def failures(self, requirements: Requirements, now: float) -> dict[NodeId, int]:
+        """Recent failures of tasks with these requirements, by node (``now``: the clock of ``record_failure``)."""
+        stamps = self._failures.get((requirements.service_id, requirements.version))
         if stamps is None:
             return {}
         counts = {
@@ -162,13 +162,13 @@ class Accounting:
         return {node_id: count for node_id, count in counts.items() if count}
 
     def node_of(self, task_id: TaskId) -> NodeId | None:
-        """The node of which the task takes part, if it does."""
+        """The node on which the task has a reservation, if any."""
         return self._node_of.get(task_id)
 
-    # -- what happened -------------------------------------------------------------------------------------------
+    # -- events -------------------------------------------------------------------------------------------------
 
     def set_node(self, node: Node) -> None:
-        """A node appeared or changed."""
+        """A node was created or changed."""
         account = self.accounts.get(node.id)
         held = self._usages.setdefault(node.id, {})
         if account is None:
@@ -177,20 +177,20 @@ class Accounting:
         else:
             account.update(node, held.values())
         self._set_load(node.id, node.load)
-        self._note_change(node.id)
+        self._record_change(node.id)
 
     def remove_node(self, node_id: NodeId) -> None:
-        """A node left the cluster.  What its tasks hold is remembered in case it comes back before they end."""
+        """A node was removed.  The reservations of its tasks are kept, in case it returns before they end."""
         if self.accounts.pop(node_id, None) is not None:
             self._set_load(node_id, None)
-            self._note_change(node_id)
+            self._record_change(node_id)
 
     def add(self, task: Task, host_ports: tuple[HostPort, ...]) -> None:
-        """``task`` takes its part of its node (again, if it changed)."""
-        self.book(task.id, task.node_id, usage_of(task, host_ports))
+        """Reserve for ``task`` on its node, in place of its earlier reservation."""
+        self.reserve(task.id, task.node_id, usage_of(task, host_ports))
 
-    def book(self, task_id: TaskId, node_id: NodeId, usage: Usage) -> None:
-        """A task takes ``usage`` of a node, in place of what it had."""
+    def reserve(self, task_id: TaskId, node_id: NodeId, usage: Usage) -> None:
+        """Reserve ``usage`` on a node for a task, in place of its earlier reservation."""
         if task_id in self._node_of:
             if self._node_of[task_id] == node_id and self._usages[node_id][task_id] == usage:
                 return
@@ -204,13 +204,13 @@ class Accounting:
             copies = self._copies.get(usage.service_id)
             if copies is None:
                 copies = self._copies[usage.service_id] = Counter()
-            copies[node_id] = copies.get(node_id, 0) + 1  # what it lacks, a Counter finds slowly
+            copies[node_id] = copies.get(node_id, 0) + 1  # a Counter's own default for missing keys is slow
         account = self.accounts.get(node_id)
         if account is not None:
             account.add(usage)
 
     def remove(self, task_id: TaskId) -> bool:
-        """The task has ended or is gone; whether it had held anything."""
+        """The task has ended or was deleted; gives whether it had a reservation."""
         node_id = self._node_of.pop(task_id, None)
         if node_id is None:
             return False
@@ -226,14 +226,14 @@ class Accounting:
         if account is not None:
             account.remove(usage)
             if usage.generic:
-                # The node may no longer have what is given back: what is free is counted anew.
+                # The node may no longer have the released resource, so the free ones are recalculated.
                 account.update(account.node, self._usages[node_id].values())
-            self._note_change(node_id)
+            self._record_change(node_id)
         elif not self._usages[node_id]:
             del self._usages[node_id]
         return True
 
-    def note_failure(self, task: Task, now: float) -> None:
+    def record_failure(self, task: Task, now: float) -> None:
         """``task`` failed or was rejected on its node."""
         key = (task.service_id, task.spec_version.index if task.spec_version else 0)
         times = self._failures.setdefault(key, {}).setdefault(task.node_id, [])
@@ -242,57 +242,57 @@ class Accounting:
             times.pop(0)
 
     def forget_service(self, service_id: ServiceId) -> None:
-        """The service is gone: its failures no longer matter."""
+        """The service was deleted: drop its failures."""
         for key in [key for key in self._failures if key[0] == service_id]:
             del self._failures[key]
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _set_load(self, node_id: NodeId, load: float | None) -> None:
-        """A node says how busy it is; that moves the mean, which stands for all that say nothing."""
+        """Set a node's load, and with it the mean, which counts for all nodes that report none."""
         neutral = self._loads.mean
         self._loads.set(node_id, load)
         if self._loads.mean != neutral:
             for id, account in self.accounts.items():
                 if account.node.load is None:
                     account.set_load(self._loads.mean)
-                    self._note_change(id)
+                    self._record_change(id)
         if (own := self.accounts.get(node_id)) is not None:
             own.set_load(load if load is not None else self._loads.mean)
 
-    def _note_change(self, node_id: NodeId) -> None:
+    def _record_change(self, node_id: NodeId) -> None:
         self._changes += 1
         self._changed.pop(node_id, None)
         self._changed[node_id] = self._changes
 
 
 def holds_resources(task: Task) -> bool:
-    """Whether a task occupies its node: from its assignment until it is seen to have ended."""
+    """Whether a task occupies its node: from its assignment until its end is reported."""
     return bool(task.node_id) and _ASSIGNED <= task.status.state.number <= _RUNNING
 
 
 class Usages:
-    """``usage_of``, remembered: tasks of one version share it, and a new leader asks for those of all tasks."""
+    """``usage_of`` with a cache: tasks of one version share it, and a new leader needs those of all tasks."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[ServiceId, int, int], tuple[TaskSpec, Usage]] = {}
+        self._cached: dict[tuple[ServiceId, int, int], tuple[TaskSpec, Usage]] = {}
 
     def of(self, task: Task, view: View) -> Usage:
-        """What ``task`` holds."""
+        """The usage of ``task``."""
         version = task.spec_version
         if version is None or task.generic_resources:
             return usage_of(task, host_ports(spec_of(view, task)))
         key = task.service_id, version.index, task.desired_state.number
-        known = self._known.get(key)
+        known = self._cached.get(key)
         if known is None or known[0] is not task.spec:
-            if len(self._known) >= USAGES_MAX:
-                self._known.clear()
-            known = self._known[key] = task.spec, usage_of(task, host_ports(spec_of(view, task)))
+            if len(self._cached) >= USAGES_MAX:
+                self._cached.clear()
+            known = self._cached[key] = task.spec, usage_of(task, host_ports(spec_of(view, task)))
         return known[1]
 
 
 def usage_of(task: Task, host_ports: tuple[HostPort, ...]) -> Usage:
-    """What a task holds that opens ``host_ports`` on its node."""
+    """The usage of a task that opens ``host_ports`` on its node."""
     reservations = reservations_of(task.spec)
     return Usage(
         service_id=task.service_id,

@@ -1,7 +1,7 @@
-"""Why a task has no node yet: every node of the cluster, and all that speaks against it, in detail.
+"""Why a task has no node yet: every node of the cluster, with all reasons against it.
 
-The loop counts refusals by filter, which is cheap enough for every decision; this asks all filters about one task when
-a user wants to know.  It needs nothing but a view, so every manager can answer.
+The loop counts refusals by filter, which is cheap enough for every decision; this applies all filters to one task
+when a user asks.  It needs only a view, so every manager can answer.
 """
 
 from skep.manager.scheduler.accounting import Account, Accounting, holds_resources
@@ -14,25 +14,25 @@ from skep.model.task import Task
 
 
 class NodeVerdict(ApiObject):
-    """What one node says to a task.  Without ``refusals`` it could take it."""
+    """The filters' result for one node and one task.  Without ``refusals`` the node could run it."""
 
     node_id: NodeId
     hostname: str = always("")
     refusals: tuple[str, ...] = always(())
 
 
-def verdict(wish: Requirements, account: Account, copies: int) -> NodeVerdict:
-    """Everything that speaks against this node, not only the first thing."""
+def verdict(requirements: Requirements, account: Account, copies: int) -> NodeVerdict:
+    """All reasons against this node, not only the first."""
     refusals = tuple(
-        filter.detail(wish, account, copies)
-        for filter in filters_for(wish)
-        if not filter.passes(wish, account, copies)
+        filter.detail(requirements, account, copies)
+        for filter in filters_for(requirements)
+        if not filter.passes(requirements, account, copies)
     )
     node = account.node
     return NodeVerdict(node_id=node.id, hostname=node.description.hostname, refusals=refusals)
 
 
-def book(accounting: Accounting, task: Task, spec: ServiceSpec | None) -> None:
-    """Count what ``task``, which was made from ``spec``, holds."""
+def reserve_for(accounting: Accounting, task: Task, spec: ServiceSpec | None) -> None:
+    """Reserve what ``task``, which was made from ``spec``, has."""
     if holds_resources(task):
         accounting.add(task, host_ports(spec))

@@ -1,4 +1,4 @@
-"""Filters: which nodes can take a task, and in Docker's words why the others cannot.
+"""Filters: which nodes can run a task, and in Docker's words why the others cannot.
 
 A table, first refusal wins.  The order is swarmkit's, so that an explanation counts each node under the same heading.
 
@@ -27,33 +27,33 @@ class Filter(msgspec.Struct, frozen=True):
     """One reason to refuse a node."""
 
     applies: Callable[[Requirements], bool]
-    """Whether the requirements ask for anything here."""
+    """Whether the filter is relevant for the requirements."""
     passes: Callable[[Requirements, Account, int], bool]
-    """Whether the node will do; the number is how many tasks of the service it is meant to run already."""
+    """Whether the node passes; the number is how many wanted tasks of the service it has."""
     refusal: str
     """With ``{nodes}`` for "1 node" or "3 nodes"."""
     detail: Callable[[Requirements, Account, int], str]
-    """The same of one node, with what was looked at."""
+    """The refusal of one node, with the values that were compared."""
     is_lasting: bool = False
-    """Whether it looks at the node alone, not at what its tasks have left."""
+    """Whether it depends on the node alone, not on the reservations of its tasks."""
 
 
-def _is_ready(wish: Requirements, account: Account, copies: int) -> bool:
+def _is_ready(requirements: Requirements, account: Account, copies: int) -> bool:
     node = account.node
     return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
 
 
-def _has_resources(wish: Requirements, account: Account, copies: int) -> bool:
+def _has_resources(requirements: Requirements, account: Account, copies: int) -> bool:
     return (
-        wish.nano_cpus <= account.free_nano_cpus
-        and wish.memory_bytes <= account.free_memory_bytes
-        and all(map(account.generic.has, wish.generic))
+        requirements.nano_cpus <= account.free_nano_cpus
+        and requirements.memory_bytes <= account.free_memory_bytes
+        and all(map(account.generic.has, requirements.generic))
     )
 
 
-def _has_plugins(wish: Requirements, account: Account, copies: int) -> bool:
+def _has_plugins(requirements: Requirements, account: Account, copies: int) -> bool:
     plugins = account.node.description.engine.plugins
-    return all(_has_plugin(type, name, plugins) for type, name in wish.plugins)
+    return all(_has_plugin(type, name, plugins) for type, name in requirements.plugins)
 
 
 def _has_plugin(type: str, name: str, plugins: tuple[EnginePlugin, ...]) -> bool:
@@ -65,23 +65,23 @@ def _has_plugin(type: str, name: str, plugins: tuple[EnginePlugin, ...]) -> bool
 
 
 def _is_on_plane(plane: str) -> Callable[[Requirements, Account, int], bool]:
-    return lambda wish, account, copies: plane_of_node(account.node) == plane
+    return lambda requirements, account, copies: plane_of_node(account.node) == plane
 
 
-def _is_reached(wish: Requirements, account: Account, copies: int) -> bool:
+def _is_reached(requirements: Requirements, account: Account, copies: int) -> bool:
     node = account.node
     if not node.cut_off or ignores_paths(node.spec.labels):
         return True
-    return not any(one.check in wish.paths for one in node.cut_off)
+    return not any(one.check in requirements.paths for one in node.cut_off)
 
 
-def _meets_constraints(wish: Requirements, account: Account, copies: int) -> bool:
-    return meets(wish.constraints, account.node)
+def _meets_constraints(requirements: Requirements, account: Account, copies: int) -> bool:
+    return meets(requirements.constraints, account.node)
 
 
-def _is_platform(wish: Requirements, account: Account, copies: int) -> bool:
+def _is_platform(requirements: Requirements, account: Account, copies: int) -> bool:
     actual = account.node.description.platform
-    return any(_fits(wanted, actual) for wanted in wish.platforms)
+    return any(_fits(wanted, actual) for wanted in requirements.platforms)
 
 
 def _fits(wanted: Platform, actual: Platform) -> bool:
@@ -90,91 +90,93 @@ def _fits(wanted: Platform, actual: Platform) -> bool:
     return architecture in ("", actual_architecture) and wanted.os in ("", actual.os)
 
 
-def _has_ports(wish: Requirements, account: Account, copies: int) -> bool:
-    return not any(account.host_ports[port] for port in wish.host_ports)
+def _has_ports(requirements: Requirements, account: Account, copies: int) -> bool:
+    return not any(account.host_ports[port] for port in requirements.host_ports)
 
 
-def _is_below_max_replicas(wish: Requirements, account: Account, copies: int) -> bool:
-    return copies < wish.max_replicas
+def _is_below_max_replicas(requirements: Requirements, account: Account, copies: int) -> bool:
+    return copies < requirements.max_replicas
 
 
-def _has_cluster_volumes(wish: Requirements, account: Account, copies: int) -> bool:
-    """There are no cluster volumes here, as in a cluster of engines where nobody has made any."""
+def _has_cluster_volumes(requirements: Requirements, account: Account, copies: int) -> bool:
+    """Cluster volumes are not supported: as in a cluster of engines without any, none can be found."""
     return False
 
 
 FILTERS = (
     Filter(
-        lambda wish: True,
+        lambda requirements: True,
         _is_ready,
         "{nodes} not available for new tasks",
         details.readiness,
         is_lasting=True,
     ),
     Filter(
-        lambda wish: bool(wish.nano_cpus or wish.memory_bytes or wish.generic),
+        lambda requirements: bool(
+            requirements.nano_cpus or requirements.memory_bytes or requirements.generic
+        ),
         _has_resources,
         "insufficient resources on {nodes}",
         details.shortages,
     ),
-    # Not SwarmKit's, which has one data plane.  Before plugins, whose refusal says less.
+    # Not SwarmKit's, which has one data plane.  Before plugins, whose refusal is less specific.
     Filter(
-        lambda wish: DOCKER in wish.planes,
+        lambda requirements: DOCKER in requirements.planes,
         _is_on_plane(DOCKER),
         "overlay network belongs to docker nodes, which does not fit {nodes}",
         details.data_plane,
         is_lasting=True,
     ),
     Filter(
-        lambda wish: SKEP in wish.planes,
+        lambda requirements: SKEP in requirements.planes,
         _is_on_plane(SKEP),
         "overlay network belongs to skep nodes, which does not fit {nodes}",
         details.data_plane,
         is_lasting=True,
     ),
-    # Not SwarmKit's: it never finds out.
+    # Not SwarmKit's, which does not probe.
     Filter(
-        lambda wish: bool(wish.paths),
+        lambda requirements: bool(requirements.paths),
         _is_reached,
         "overlay traffic fails on {nodes}",
         details.paths,
         is_lasting=True,
     ),
     Filter(
-        lambda wish: bool(wish.plugins),
+        lambda requirements: bool(requirements.plugins),
         _has_plugins,
         "missing plugin on {nodes}",
         details.plugins,
         is_lasting=True,
     ),
     Filter(
-        lambda wish: bool(wish.constraints),
+        lambda requirements: bool(requirements.constraints),
         _meets_constraints,
         "scheduling constraints not satisfied on {nodes}",
         details.unmet_constraints,
         is_lasting=True,
     ),
     Filter(
-        lambda wish: bool(wish.platforms),
+        lambda requirements: bool(requirements.platforms),
         _is_platform,
         "unsupported platform on {nodes}",
         details.platform,
         is_lasting=True,
     ),
     Filter(
-        lambda wish: bool(wish.host_ports),
+        lambda requirements: bool(requirements.host_ports),
         _has_ports,
         "host-mode port already in use on {nodes}",
         details.ports,
     ),
     Filter(
-        lambda wish: bool(wish.max_replicas),
+        lambda requirements: bool(requirements.max_replicas),
         _is_below_max_replicas,
         "max replicas per node limit exceed",  # Docker's spelling
         details.replicas,
     ),
     Filter(
-        lambda wish: bool(wish.cluster_volumes),
+        lambda requirements: bool(requirements.cluster_volumes),
         _has_cluster_volumes,
         "cannot fulfill requested CSI volume mounts on {nodes}",
         details.cluster_volumes,
@@ -183,20 +185,20 @@ FILTERS = (
 )
 
 
-def filters_for(wish: Requirements) -> tuple[Filter, ...]:
-    """Those of ``FILTERS`` that the requirements are about."""
-    return tuple(filter for filter in FILTERS if filter.applies(wish))
+def filters_for(requirements: Requirements) -> tuple[Filter, ...]:
+    """The filters that are relevant for the requirements."""
+    return tuple(filter for filter in FILTERS if filter.applies(requirements))
 
 
-def explanation(wish: Requirements, accounts: Iterable[Account], copies: Counter[NodeId]) -> str:
+def explanation(requirements: Requirements, accounts: Iterable[Account], copies: Counter[NodeId]) -> str:
     """Which filter refused how many nodes, most first: ``insufficient resources on 2 nodes; ...``.
 
-    Empty if no node was refused (there is none, or some would do).
+    Empty if no node was refused (there is none, or some would pass).
     """
-    filters = filters_for(wish)
+    filters = filters_for(requirements)
     refused: Counter[Filter] = Counter()
     for account in accounts:
-        refusing = (one for one in filters if not one.passes(wish, account, copies[account.node.id]))
+        refusing = (one for one in filters if not one.passes(requirements, account, copies[account.node.id]))
         if (first := next(refusing, None)) is not None:
             refused[first] += 1
     by_count = sorted(refused.items(), key=lambda item: (-item[1], FILTERS.index(item[0])))

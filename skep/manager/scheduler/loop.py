@@ -1,8 +1,8 @@
-"""The scheduler's loop: keeps the accounting, and gives pending tasks their nodes.
+"""The scheduler's loop: updates the accounting, and assigns pending tasks to nodes.
 
-Tasks of one service and version ask for the same and are decided together as a *group*; a global service's task has
-its node already and is a group of its own.  A group that was refused is looked at again when anything changes
-that could help: a node, or a task that ended.
+Tasks of one service and version have the same requirements and are decided together as a *group*; a global service's
+task has its node already and is a group of its own.  A refused group is decided again when something changes that
+could help: a node, or the end of a task.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from skep.manager.informer import LoopStore, batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, leaving, place
-from skep.manager.scheduler.requirements import Requirements, Wishes
+from skep.manager.scheduler.requirements import Requirements, RequirementsCache
 from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.writes import Decision, DecisionWriter, is_pending
 from skep.manager.work_queue import WorkQueue
@@ -42,15 +42,15 @@ Group: TypeAlias = str
 BATCH = 250
 """Tasks decided in one go; about 10 ms on slow machines."""
 TOGETHER = 50
-"""Decisions in one transaction: two keys each, and room for the networks that they settle (``MAX_OPERATIONS``)."""
+"""Decisions in one transaction: two keys each, and room for the networks whose plane they set (``MAX_OPERATIONS``)."""
 _FAILED = (TaskState.FAILED, TaskState.REJECTED)
 
 Firsts: TypeAlias = dict[Requirements, list[Task]]
-"""Single tasks whose services have nothing anywhere yet, by what they ask for: placed together."""
+"""Single tasks of services without any other task, by their requirements: assigned together."""
 
 
 class Scheduler:
-    """Gives every pending task a node."""
+    """Assigns every pending task to a node."""
 
     def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
@@ -68,19 +68,20 @@ class Scheduler:
     def _reset(self) -> None:
         self._queue: WorkQueue[Group] = WorkQueue(self._clock)
         self._failures = Failures(self._clock, self._random)
-        self._books_guard = Failures(self._clock, self._random)
+        self._accounting_failures = Failures(self._clock, self._random)
         self._loading: Iterator[None] = iter(())
         self._accounting = Accounting()
         self._choices = Choices(self._accounting)
         self._usages = Usages()
         self._group_of: dict[TaskId, Group] = {}
-        """Of every task that waits."""
+        """Of every pending task."""
         self._pending: dict[Group, dict[TaskId, None]] = {}
         """The tasks of a group, those that wait longest first; not of a single task, whose group is its id."""
         self._refused: set[Group] = set()
-        self._wishes = Wishes()
+        self._requirements = RequirementsCache()
         self._deciding: set[TaskId] = set()
-        """Tasks whose decision is being written: they hold their place whatever older news says of them."""
+        """Tasks whose decision is being written: commits about them are ignored until then, so they keep their
+        reservation."""
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
 
@@ -89,22 +90,22 @@ class Scheduler:
         self._loading = self._load()
 
     def _load(self) -> Iterator[None]:
-        """Enter everything as it is by then, with pauses."""
+        """Enter the present objects, with pauses."""
         for tasks in batches_of(self._term.view, Task):
-            self._enter_all(tasks)
+            self._enter_tasks(tasks)
             yield
         for node_id in self._term.view().ids(Node):
-            self._look_at_node(NodeId(node_id))
+            self._update_node(NodeId(node_id))
             yield
 
-    def _enter_all(self, tasks: Sequence[Task]) -> None:
+    def _enter_tasks(self, tasks: Sequence[Task]) -> None:
         view = self._term.view()
-        with self._books_guard.caught("tasks"):
+        with self._accounting_failures.caught("tasks"):
             for task in tasks:
-                self._booked(task.id, task, view)
+                self._update_accounting(task.id, task, view)
             return
-        for task in tasks:  # one of them is not as it should be, and the trouble is its own
-            self._look_at(task.id)
+        for task in tasks:  # one of them raised: each by itself, so that only that one fails
+            self._update_task(task.id)
 
     def _on_commit(self, commit: Commit) -> None:
         has_room = False
@@ -112,19 +113,19 @@ class Scheduler:
             if isinstance(event, Updated):
                 if isinstance(event.new, Task):
                     assert isinstance(event.old, Task)
-                    has_room |= self._note_task(event.old, event.new)
+                    has_room |= self._on_task_update(event.old, event.new)
                 elif isinstance(event.new, Node):
                     assert isinstance(event.old, Node)
-                    self._look_at_node(event.new.id)
+                    self._update_node(event.new.id)
                     has_room |= not differ_in_load_alone(event.old, event.new)
                 continue
             match event.object:
                 case Task() as task if isinstance(event, Created) and is_pending(task) and not task.node_id:
-                    self._enter(task)
+                    self._enqueue(task)
                 case Task() as task:
-                    has_room |= self._look_at(task.id)
+                    has_room |= self._update_task(task.id)
                 case Node() as node:
-                    self._look_at_node(node.id)
+                    self._update_node(node.id)
                     has_room = True
                 case Service() as service if isinstance(event, Deleted):
                     self._accounting.forget_service(service.id)
@@ -132,16 +133,16 @@ class Scheduler:
             self._queue.add(sorted(self._refused))
             self._refused.clear()
 
-    def _note_task(self, old: Task, task: Task) -> bool:
-        """A task changed; whether it gave something back."""
-        if self._is_booked_already(old, task):
+    def _on_task_update(self, old: Task, task: Task) -> bool:
+        """A task changed; gives whether it released something."""
+        if self._is_accounted(old, task):
             return False
         if _has_failed(old, task):
-            self._accounting.note_failure(task, self._clock.monotonic())
-        return self._look_at(task.id)
+            self._accounting.record_failure(task, self._clock.monotonic())
+        return self._update_task(task.id)
 
-    def _is_booked_already(self, old: Task, task: Task) -> bool:
-        """Whether the books have the task as it is: most news are reports of tasks that go on."""
+    def _is_accounted(self, old: Task, task: Task) -> bool:
+        """Whether the accounting has it already: most commits are reports of running tasks."""
         return (
             task.id not in self._group_of
             and task.desired_state is old.desired_state
@@ -149,47 +150,47 @@ class Scheduler:
             and self._accounting.node_of(task.id) == task.node_id
         )
 
-    def _look_at_node(self, id: NodeId) -> None:
+    def _update_node(self, id: NodeId) -> None:
         node = self._term.view().lookup(Node, id)
         if node is None:
             self._accounting.remove_node(id)
         else:
             self._accounting.set_node(node)
 
-    def _look_at(self, id: TaskId) -> bool:
-        """Take the present state of a task into the books; whether it gave something back."""
+    def _update_task(self, id: TaskId) -> bool:
+        """Account for the present state of a task; gives whether it released something."""
         has_room = False
         if id not in self._deciding:
             view = self._term.view()
-            with self._books_guard.caught(id):
-                has_room = self._booked(id, view.lookup(Task, id), view)
+            with self._accounting_failures.caught(id):
+                has_room = self._update_accounting(id, view.lookup(Task, id), view)
         return has_room
 
-    def _booked(self, id: TaskId, task: Task | None, view: View) -> bool:
+    def _update_accounting(self, id: TaskId, task: Task | None, view: View) -> bool:
         if task is not None and holds_resources(task):
-            self._leave(id)
+            self._dequeue(id)
             usage = self._usages.of(task, view)
-            self._accounting.book(id, task.node_id, usage)
+            self._accounting.reserve(id, task.node_id, usage)
             return not usage.is_active
         has_room = self._accounting.remove(id)
         if task is not None and is_pending(task):
-            self._enter(task)
+            self._enqueue(task)
         else:
-            self._leave(id)
+            self._dequeue(id)
         return has_room
 
-    def _enter(self, task: Task) -> None:
+    def _enqueue(self, task: Task) -> None:
         group, before = _group_of(task), self._group_of.get(task.id)
         if before == group:
             return
         if before is not None:
-            self._leave(task.id)
+            self._dequeue(task.id)
         self._group_of[task.id] = group
         if group != task.id:
             self._pending.setdefault(group, {})[task.id] = None
         self._queue.add((group,))
 
-    def _leave(self, id: TaskId) -> None:
+    def _dequeue(self, id: TaskId) -> None:
         group = self._group_of.pop(id, None)
         if group is None:
             return
@@ -209,11 +210,11 @@ class Scheduler:
         while True:
             groups = await self._queue.take(BATCH)
             now = self._clock.monotonic()
-            firsts, others = self._sorted_out(groups, now)
+            firsts, others = self._partition(groups, now)
             assignments: list[Assignment] = []
             refusals: list[Refusal] = []
             for shape, tasks in firsts.items():
-                placed = self._placed_first(shape, tasks, now)
+                placed = self._place_first_tasks(shape, tasks, now)
                 assignments += placed.assignments
                 refusals += placed.refusals
             room = BATCH - len(groups) + len(others)
@@ -221,42 +222,42 @@ class Scheduler:
                 if room <= 0:
                     self._queue.add((group,))
                     continue
-                placed = self._decided(group, room, now)
+                placed = self._decide_group(group, room, now)
                 assignments += placed.assignments
                 refusals += placed.refusals
                 room -= len(placed.assignments) or 1
-            await self._commit(assignments, [one for one in refusals if not _is_known(one)])
+            await self._commit(assignments, [one for one in refusals if not _is_already_shown(one)])
 
-    def _sorted_out(self, groups: Sequence[Group], now: float) -> tuple[Firsts, Sequence[Group]]:
-        """Single tasks that may be placed together, and the groups that are to be decided each by itself."""
+    def _partition(self, groups: Sequence[Group], now: float) -> tuple[Firsts, Sequence[Group]]:
+        """Single tasks that may be assigned together, and the groups that must be decided separately."""
         firsts: Firsts = {}
         others: list[Group] = []
         view = self._term.view()
-        last_wish: Requirements | None = None
+        last_requirements: Requirements | None = None
         together: list[Task] | None = None
-        with self._books_guard.caught("single tasks"):
+        with self._accounting_failures.caught("single tasks"):
             for group in groups:
                 task = self._single(group, view)
                 if task is None or task.node_id:
                     others.append(group)
                     continue
-                wish = self._wishes.of(task, view)
-                if wish is not last_wish:  # many that ask for the same often follow each other
-                    last_wish, together = wish, None
-                    if self._choices.is_first(wish, now):
-                        together = firsts.setdefault(shape_of(wish), [])
+                requirements = self._requirements.of(task, view)
+                if requirements is not last_requirements:  # equal tasks often follow each other
+                    last_requirements, together = requirements, None
+                    if self._choices.is_first(requirements, now):
+                        together = firsts.setdefault(shape_of(requirements), [])
                 if together is not None:
                     together.append(task)
                 else:
                     others.append(group)
             return firsts, others
-        return {}, groups  # one of them is not as it should be, and the trouble is its own
+        return {}, groups  # one of them raised: each by itself, so that only that one fails
 
-    def _decided(self, group: Group, limit: int, now: float) -> Placed:
-        """Decide up to ``limit`` tasks of the group; the rest goes back on the agenda."""
+    def _decide_group(self, group: Group, limit: int, now: float) -> Placed:
+        """Decide up to ``limit`` tasks of the group; the rest is queued again."""
         placed = Placed()
         with self._failures.caught(group):
-            placed = self._placed(group, limit, now)
+            placed = self._place_group(group, limit, now)
         if (failure := self._failures.of(group)) is not None:
             self._queue.add_at(group, failure.retry_at)
             tasks = self._tasks_of(group)
@@ -265,40 +266,44 @@ class Scheduler:
             return Placed(refusals=_refusals(tasks, f"scheduling failed: {failure.error}"))
         if placed.refusals:
             self._refused.add(group)
-        elif self._waiting_in(group) > limit:
+        elif self._pending_count(group) > limit:
             self._queue.add((group,))
         return placed
 
-    def _placed(self, group: Group, limit: int, now: float) -> Placed:
+    def _place_group(self, group: Group, limit: int, now: float) -> Placed:
         tasks = self._tasks_of(group, limit)
         if not tasks:
             return Placed()
-        wish = self._wishes.of(tasks[0], self._term.view())
+        requirements = self._requirements.of(tasks[0], self._term.view())
         if tasks[0].node_id:
-            match confirm(tasks[0], wish, self._accounting):
+            match confirm(tasks[0], requirements, self._accounting):
                 case Assignment() as assignment:
                     return Placed(assignments=(assignment,))
                 case Refusal() as refusal:
                     return Placed(refusals=(refusal,))
-        is_last = self._waiting_in(group) <= limit
-        # A service that has nothing anywhere, the usual case, need not be asked slot by slot.
-        gone = leaving(tasks, self._term.view()) if self._accounting.copies(wish.service_id) else {}
-        placed = place(tasks, wish, self._choices, now=now, limit=limit, is_last=is_last, leaving=gone)
+        is_last = self._pending_count(group) <= limit
+        # A service without any assigned task, the usual case, has nothing in its slots.
+        leaving_by_node = (
+            leaving(tasks, self._term.view()) if self._accounting.copies(requirements.service_id) else {}
+        )
+        placed = place(
+            tasks, requirements, self._choices, now=now, limit=limit, is_last=is_last, leaving=leaving_by_node
+        )
         if placed.refusals:
-            # What holds for one of them holds for all that ask for the same.
+            # A refusal holds for all tasks with the same requirements.
             chosen = {assignment.task.id for assignment in placed.assignments}
             refused = [task for task in self._tasks_of(group) if task.id not in chosen]
             placed = replace(placed, refusals=_refusals(refused, placed.refusals[0].reason))
         return placed
 
-    def _placed_first(self, shape: Requirements, tasks: list[Task], now: float) -> Placed:
-        """Nodes for single tasks of services that have nothing anywhere yet, which all ask for the same."""
+    def _place_first_tasks(self, shape: Requirements, tasks: list[Task], now: float) -> Placed:
+        """Nodes for single tasks, with equal requirements, of services without any other task."""
         placed: Placed | None = None
-        with self._books_guard.caught("first tasks"):
+        with self._accounting_failures.caught("first tasks"):
             placed = place(tasks, shape, self._choices, now=now, limit=len(tasks), is_last=False)
         if placed is None:
-            # One of them, or a node, is not as it should be: each by itself, and the trouble is its own.
-            alone = [self._decided(_group_of(task), 1, now) for task in tasks]
+            # One of them, or a node, raised: each by itself, so that only that one fails.
+            alone = [self._decide_group(_group_of(task), 1, now) for task in tasks]
             return Placed(
                 assignments=tuple(one for some in alone for one in some.assignments),
                 refusals=tuple(one for some in alone for one in some.refusals),
@@ -309,10 +314,10 @@ class Scheduler:
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
         """The group's pending tasks, those that wait longest first."""
         view = self._term.view()
-        tasks = (self._waiting(id, view) for id in islice(self._ids_of(group), limit))
+        tasks = (self._pending_task(id, view) for id in islice(self._ids_of(group), limit))
         return [task for task in tasks if task is not None]
 
-    def _waiting(self, id: TaskId, view: View) -> Task | None:
+    def _pending_task(self, id: TaskId, view: View) -> Task | None:
         """The task, if it waits for a decision."""
         if id not in self._group_of or id in self._deciding:
             return None
@@ -320,15 +325,15 @@ class Scheduler:
         return task if task is not None and is_pending(task) else None
 
     def _single(self, group: Group, view: View) -> Task | None:
-        """The task of a group in which no other waits."""
+        """The task of a group with a single pending task."""
         ids = self._ids_of(group)
-        return self._waiting(next(iter(ids)), view) if len(ids) == 1 else None
+        return self._pending_task(next(iter(ids)), view) if len(ids) == 1 else None
 
     def _ids_of(self, group: Group) -> Collection[TaskId]:
         return self._pending.get(group) or (TaskId(group),)
 
-    def _waiting_in(self, group: Group) -> int:
-        """How many tasks of the group wait."""
+    def _pending_count(self, group: Group) -> int:
+        """Number of pending tasks in the group."""
         return len(self._pending[group]) if group in self._pending else int(group in self._group_of)
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -341,7 +346,7 @@ class Scheduler:
         ids = [decision.task.id for decision in decisions]
         self._deciding.update(ids)
         try:
-            results = await self._written(decisions)
+            results = await self._write(decisions)
         finally:
             self._deciding.difference_update(ids)
         outcomes: list[tuple[str, SkepError | None]] = []
@@ -349,23 +354,23 @@ class Scheduler:
         for decision, result in zip(decisions, results, strict=True):
             id = decision.task.id
             if isinstance(decision, Assignment) and _shows(view, decision):
-                self._leave(id)
+                self._dequeue(id)
                 continue
-            # Whatever the outcome, the store shows it now; a decision that it does not show holds no place.
-            self._look_at(id)
+            # Whatever the result, resync with the store: a decision that was not written has no reservation.
+            self._update_task(id)
             group = self._group_of.get(id)
             if group is None:
                 continue
             outcomes.append((group, result))
             if result is None and isinstance(decision, Assignment):
-                self._queue.add((group,))  # its node went away at the same moment
+                self._queue.add((group,))  # its node was removed at the same moment
         self._failures.requeue_failed(self._queue, "decisions", outcomes)
         await asyncio.sleep(0)
 
-    async def _written(self, decisions: list[Decision]) -> list[SkepError | None]:
-        """Propose ``TOGETHER`` of them at once; those that cannot be written together, each by itself.
+    async def _write(self, decisions: list[Decision]) -> list[SkepError | None]:
+        """Write ``TOGETHER`` decisions per transaction; if one is refused, its decisions separately.
 
-        What holds one up (a task that cannot be encoded, a transaction too large) must not hold up the others.
+        A bad decision (a task that cannot be encoded, a transaction that is too large) must not hold up the others.
         """
         now = timestamp(self._clock.now_ns())
         writer = DecisionWriter(now)
@@ -379,13 +384,13 @@ class Scheduler:
         return written
 
 
-def _is_known(decision: Assignment | Refusal) -> bool:
-    """Whether the task already says that it was refused, and why."""
+def _is_already_shown(decision: Assignment | Refusal) -> bool:
+    """Whether the task already shows this refusal."""
     return isinstance(decision, Refusal) and decision.task.status.err == decision.reason
 
 
 def _shows(view: View, decision: Assignment) -> bool:
-    """Whether the store shows an assignment as it was made; then the books have it already."""
+    """Whether the store shows an assignment as it was made, so that the accounting is up to date."""
     task = view.lookup(Task, decision.task.id)
     return (
         task is not None

@@ -20,7 +20,7 @@ CONFIRMED = "scheduler confirmed task can run on preassigned node"
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A wanted task gets a node, and the generic resources it asked for."""
+    """A pending task is assigned to a node, with the generic resources it requires."""
 
     task: Task
     node_id: NodeId
@@ -29,24 +29,24 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Refusal(msgspec.Struct, frozen=True, gc=False):
-    """No node will do for now; ``reason`` is what the user reads on the task."""
+    """No node can run the task now; ``reason`` is shown on it."""
 
     task: Task
     reason: str
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of one batch."""
+    """The result of one batch."""
 
     assignments: tuple[Assignment, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     remaining: tuple[Task, ...] = ()
-    """Tasks beyond the limit: ask again."""
+    """Tasks beyond the limit, to be decided later."""
 
 
 def place(
     tasks: Sequence[Task],
-    wish: Requirements,
+    requirements: Requirements,
     choices: Choices,
     *,
     now: float,
@@ -54,29 +54,33 @@ def place(
     is_last: bool = True,
     leaving: Mapping[NodeId, int] = MappingProxyType({}),
 ) -> Placed:
-    """Nodes for up to ``limit`` of ``tasks``, which all ask for ``wish`` (or for its shape: ``Choices.is_first``).
+    """Nodes for up to ``limit`` of ``tasks``, which all have ``requirements`` (or its shape: ``Choices.is_first``).
 
-    Each assignment is entered into the accounting as it is made, so the next one counts with it; who cannot
-    commit it takes it out again.  ``now``: on the clock that failures were noted with.  ``is_last``: no more tasks of
-    this wish wait.  ``leaving``: how many tasks of the service, by node, give their slots to ``tasks``.
+    Each assignment is reserved in the accounting as it is made, so the next one takes it into account; a caller that
+    cannot commit it must remove the reservation.
+
+    Args:
+        now: on the clock of ``record_failure``.
+        is_last: no more tasks with these requirements wait.
+        leaving: tasks of the service, by node, whose slots ``tasks`` take over.
     """
     batch = tasks[:limit]
     accounting = choices.accounting
-    choice = choices.spread(wish, now, is_last=is_last, leaving=leaving)
+    choice = choices.spread(requirements, now, is_last=is_last, leaving=leaving)
     assignments: list[Assignment] = []
     try:
         for task in batch:
             account = choice.next()
             if account is None:
                 break
-            assignments.append(_assigned(task, account, wish, accounting, ASSIGNED))
+            assignments.append(_assigned(task, account, requirements, accounting, ASSIGNED))
     finally:
         choice.close()
     refused = batch[len(assignments) :]
     refusals: list[Refusal] = []
     if refused:
-        # What holds for one of them holds for all that ask for the same.
-        reason = _reason(wish, accounting)
+        # A refusal holds for all tasks with the same requirements.
+        reason = _reason(requirements, accounting)
         refusals = [Refusal(task, reason) for task in (*refused, *tasks[limit:])]
     return Placed(
         assignments=tuple(assignments),
@@ -86,7 +90,7 @@ def place(
 
 
 def leaving(tasks: Iterable[Task], view: View) -> Counter[NodeId]:
-    """How many tasks each node has in the slots of ``tasks``: they go when these run."""
+    """Number of active tasks per node in the slots of ``tasks``: they are stopped once these run."""
     counts: Counter[NodeId] = Counter()
     for task in tasks:
         if task.slot:
@@ -95,35 +99,37 @@ def leaving(tasks: Iterable[Task], view: View) -> Counter[NodeId]:
     return counts
 
 
-def confirm(task: Task, wish: Requirements, accounting: Accounting) -> Assignment | Refusal:
-    """Whether the node that a global service's task was made for can take it.  Entered into ``accounting``."""
+def confirm(task: Task, requirements: Requirements, accounting: Accounting) -> Assignment | Refusal:
+    """Whether the node that a global service's task was made for can run it.  Reserved in ``accounting``."""
     account = accounting.accounts.get(task.node_id)
     if account is None:
         return Refusal(task, f"node {task.node_id} is not part of the cluster")
     copies = accounting.copies(task.service_id)
-    if all(filter.passes(wish, account, copies[task.node_id]) for filter in filters_for(wish)):
-        return _assigned(task, account, wish, accounting, CONFIRMED)
-    return Refusal(task, explanation(wish, [account], copies))
+    if all(
+        filter.passes(requirements, account, copies[task.node_id]) for filter in filters_for(requirements)
+    ):
+        return _assigned(task, account, requirements, accounting, CONFIRMED)
+    return Refusal(task, explanation(requirements, [account], copies))
 
 
 def _assigned(
-    task: Task, account: Account, wish: Requirements, accounting: Accounting, message: str
+    task: Task, account: Account, requirements: Requirements, accounting: Accounting, message: str
 ) -> Assignment:
     node_id = account.node.id
-    generic = account.generic.chosen(wish.generic) if wish.generic else ()
+    generic = account.generic.chosen(requirements.generic) if requirements.generic else ()
     usage = Usage(
         service_id=task.service_id,
-        nano_cpus=wish.nano_cpus,
-        memory_bytes=wish.memory_bytes,
+        nano_cpus=requirements.nano_cpus,
+        memory_bytes=requirements.memory_bytes,
         generic=generic,
-        host_ports=wish.host_ports,
+        host_ports=requirements.host_ports,
         is_active=True,
     )
-    accounting.book(task.id, node_id, usage)
+    accounting.reserve(task.id, node_id, usage)
     return Assignment(task=task, node_id=node_id, generic_resources=generic, message=message)
 
 
-def _reason(wish: Requirements, accounting: Accounting) -> str:
-    copies = accounting.copies(wish.service_id)
-    refused = explanation(wish, accounting.accounts.values(), copies)
+def _reason(requirements: Requirements, accounting: Accounting) -> str:
+    copies = accounting.copies(requirements.service_id)
+    refused = explanation(requirements, accounting.accounts.values(), copies)
     return f"no suitable node ({refused})" if refused else "no suitable node"

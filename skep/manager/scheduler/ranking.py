@@ -1,7 +1,7 @@
 """Nodes in order of preference, kept over many decisions without sorting them again.
 
-A node's rank gets worse by itself (it takes a task) far more often than better, so it is only looked up again when the
-node stands first.  Whoever makes it better (a task ended, the node changed) enters it anew.
+A node's rank gets worse (it is assigned a task) far more often than better, so it is only recalculated when the node
+is first.  A caller that makes it better (a task ended, the node changed) must enter it again.
 """
 
 import heapq
@@ -13,14 +13,15 @@ from skep.manager.scheduler.accounting import Account
 from skep.model.ids import NodeId
 
 Rank: TypeAlias = tuple[Any, ...]
-"""Smaller is better; the last element is the node's id, so no two nodes are equal, whoever came first."""
+"""Smaller is better; the last element is the node's id, so no two nodes are equal and the order of entering is
+irrelevant."""
 
 Entry: TypeAlias = tuple[Any, ...]
 """``(*rank, serial, changes of the account, account)``: flat, as a heap compares tuples in tuples half as fast."""
 
 
 STALE_MAX = 64
-"""Entries that count for nothing, beside as many as there are nodes, before they are dropped."""
+"""Outdated entries, beyond the number of nodes, before they are dropped."""
 
 
 def rank_of(entry: Entry) -> Rank:
@@ -32,16 +33,15 @@ class Ranking:
     """Accounts by rank, best first."""
 
     def __init__(self, rank: Callable[[Account], Rank], fits: Callable[[Account], bool] | None) -> None:
-        """
-        Args:
-            rank: of an account; another one only when the account has changed (``Account.changes``).
-            fits: whether an account has room (None: always).  One that has none is left out until it is entered again.
+        """Args:
+        rank: of an account; changes only when the account does (``Account.changes``).
+        fits: whether an account has room (None: always).  One without room is left out until it is entered again.
         """
         self._rank = rank
         self._fits = fits
         self._heap: list[Entry] = []
         self._serials: dict[NodeId, int] = {}
-        """The latest entry of each node; older ones in the heap count for nothing."""
+        """The latest entry of each node; older ones in the heap are ignored."""
         self._next_serial = count()
 
     def __len__(self) -> int:
@@ -51,22 +51,22 @@ class Ranking:
         return id in self._serials
 
     def is_within(self, other: "Ranking") -> bool:
-        """Whether all its nodes are in ``other``, too."""
+        """Whether all its nodes are also in ``other``."""
         return len(self) <= len(other) and self._serials.keys() <= other._serials.keys()
 
     def enter(self, account: Account) -> None:
-        """``account`` is new here or its rank may have become better."""
+        """Add ``account``, or update it after its rank may have improved."""
         serial = self._serials[account.node.id] = next(self._next_serial)
         heapq.heappush(self._heap, self._entry(account, serial))
         if len(self._heap) > STALE_MAX + 2 * len(self._serials):
             self._drop_stale()
 
     def leave(self, id: NodeId) -> None:
-        """The node is not to be chosen any more."""
+        """Remove the node."""
         self._serials.pop(id, None)
 
     def first(self) -> Entry | None:
-        """The best account that has room, with its present rank; it stays."""
+        """The best account that has room, with its present rank; it is not removed."""
         heap, serials = self._heap, self._serials
         while heap:
             entry = heap[0]
@@ -86,12 +86,12 @@ class Ranking:
         return *self._rank(account), serial, account.changes, account
 
     def _drop_stale(self) -> None:
-        """Those of nodes that never come first would stay for ever, and each change of a node adds one."""
+        """Outdated entries of nodes that never come first would stay for ever, and each change of a node adds one."""
         self._heap = [entry for entry in self._heap if self._serials.get(entry[-1].node.id) == entry[-3]]
         heapq.heapify(self._heap)
 
     def set_aside(self) -> Entry:
-        """Take what ``first`` gave out of the order, until ``put_back``."""
+        """Remove the result of ``first`` from the order, until ``put_back``."""
         return heapq.heappop(self._heap)
 
     def put_back(self, entry: Entry) -> None:

@@ -1,4 +1,4 @@
-"""What a task asks of a node.  Tasks of one service and version ask for the same, so it is derived once for all."""
+"""A task's requirements of a node.  Tasks of one service and version share them, so they are derived once for all."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
@@ -32,7 +32,7 @@ Plugin: TypeAlias = tuple[str, str]
 
 
 class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
-    """All that filters and preferences look at."""
+    """The inputs of filters and preferences."""
 
     service_id: ServiceId
     version: int
@@ -46,9 +46,9 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     host_ports: tuple[HostPort, ...] = ()
     max_replicas: int = 0
     planes: tuple[str, ...] = ()
-    """Data planes that its overlay networks belong to; none when no network belongs to one yet."""
+    """Data planes of its overlay networks; empty if none belongs to one yet."""
     paths: tuple[PathCheck, ...] = ()
-    """The ways between nodes that its overlay networks go by; the ingress network is one of these."""
+    """The checks of overlay traffic that must pass on its node; the ingress network counts."""
     cluster_volumes: tuple[str, ...] = ()
     """Sources of its mounts of type ``cluster``: a volume's name, or ``group:`` and the name of a group."""
 
@@ -56,14 +56,14 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
 def requirements_of(
     task: Task, service_spec: ServiceSpec | None, planes: tuple[str, ...] = ()
 ) -> Requirements:
-    """What ``task`` asks for.
+    """The requirements of ``task``.
 
     Args:
-        service_spec: the spec that it was made from (for its host-mode ports).
+        service_spec: the spec it was made from (for its host-mode ports).
         planes: of its overlay networks, as they are now (``planes_of``).
 
     Raises:
-        InvalidArgument: a constraint cannot be parsed (control refuses such).
+        InvalidArgument: a constraint cannot be parsed (the API rejects such specs).
     """
     spec = task.spec
     placement = spec.placement or Placement()
@@ -86,8 +86,8 @@ def requirements_of(
     )
 
 
-class Wishes:
-    """``requirements_of``, remembering the last: tasks without a service often ask for the same one after another."""
+class RequirementsCache:
+    """``requirements_of``, caching the last result: tasks without a service often come in rows with equal specs."""
 
     def __init__(self) -> None:
         self._last: tuple[Task, ServiceSpec | None, Requirements] | None = None
@@ -97,23 +97,23 @@ class Wishes:
         """Those of ``_attachments`` at ``_revision``."""
 
     def of(self, task: Task, view: View) -> Requirements:
-        """What ``task`` asks for as things are in ``view``."""
+        """The requirements of ``task`` in ``view``."""
         service_spec = spec_of(view, task) if task.spec_version is not None else None
         planes = self._planes_of(task, view) if task.networks_attachments else ()
         if self._last is not None:
-            known, known_spec, wish = self._last
+            known, known_spec, requirements = self._last
             if (
                 service_spec is known_spec
-                and planes == wish.planes
+                and planes == requirements.planes
                 and task.spec == known.spec
                 and task.service_id == known.service_id
                 and task.spec_version == known.spec_version
                 and task.networks_attachments == known.networks_attachments
             ):
-                return wish
-        wish = requirements_of(task, service_spec, planes)
-        self._last = task, service_spec, wish
-        return wish
+                return requirements
+        requirements = requirements_of(task, service_spec, planes)
+        self._last = task, service_spec, requirements
+        return requirements
 
     def _planes_of(self, task: Task, view: View) -> tuple[str, ...]:
         if task.networks_attachments is not self._attachments or view.revision != self._revision:
@@ -123,7 +123,7 @@ class Wishes:
 
 
 def overlays_of(attachments: Iterable[NetworkAttachment]) -> Iterator[NetworkId]:
-    """The overlay networks among a task's; not the ingress network, which lies on both data planes."""
+    """The overlay networks among a task's; not the ingress network, which is on both data planes."""
     for attachment in attachments:
         network = attachment.network
         if network is not None and is_overlay(network) and not network.spec.ingress:
@@ -139,13 +139,13 @@ def _paths(attachments: Iterable[NetworkAttachment]) -> tuple[PathCheck, ...]:
 
 
 def planes_of(task: Task, network: Callable[[NetworkId], Network | None]) -> tuple[str, ...]:
-    """The data planes that the task's overlay networks belong to, sorted; undecided ones left out."""
+    """The data planes of the task's overlay networks, sorted; undecided ones left out."""
     found = (network(id) for id in overlays_of(task.networks_attachments))
     return tuple(sorted({plane_of(one) for one in found if one is not None} - {""}))
 
 
 def host_ports(spec: ServiceSpec | None) -> tuple[HostPort, ...]:
-    """Ports that each task of the service opens on its node under a number of the user's choice."""
+    """Ports that each task of the service opens on its node with a number chosen by the user."""
     if spec is None or spec.endpoint_spec is None:
         return ()
     return tuple(

@@ -1,14 +1,14 @@
-"""Which of the nodes that can take a task gets it.
+"""Which of the nodes that can run a task is chosen.
 
-Nodes are compared by, in this order: repeated recent failures of the service there, tasks of the service, what is used
-of the tightest resource that the task reserves, all tasks (both in the part of the node that its measured load leaves
-free, ``load.py``), and last their ids.  Tasks whose slots are being placed anew do not count as tasks of the service:
-an update must not avoid the places that it makes free.  Placement preferences come before that: they divide the nodes
-into a tree of branches (by a label's values), and each task goes to the branch with the fewest tasks of the service;
-among branches with equally many to the one with the best node.
+Nodes are compared by, in this order: repeated recent failures of the service there, tasks of the service, the used
+share of the tightest resource that the task reserves, all tasks (both relative to the part of the node that its
+measured load leaves free, ``load.py``), and last their ids.  Tasks whose slots are being assigned anew do not count
+as tasks of the service: an update must not avoid the nodes that it frees.  Placement preferences come before that:
+they divide the nodes into a tree of branches (by a label's values), and each task goes to the branch with the fewest
+tasks of the service; among branches with equally many to the one with the best node.
 
-One ``Spread`` places tasks of one service that ask for the same.  Each choice must be entered into the accounting
-before the next.
+One ``Spread`` assigns tasks of one service with the same requirements.  Each choice must be reserved in the
+accounting before the next.
 
 Source: swarmkit, manager/scheduler/{scheduler,decision_tree,nodeset}.go.
 """
@@ -25,10 +25,10 @@ from skep.manager.scheduler.requirements import Requirements
 from skep.model.ids import NodeId
 
 MAX_FAILURES = 5
-"""From this many recent failures on, a node is only taken when no other will do."""
+"""From this many recent failures on, a node is only chosen if no other passes."""
 
 KEPT_SPREADS = 16
-"""Large groups whose state of choice is kept between their batches."""
+"""Large groups whose spread is kept between their batches."""
 
 
 class Spread:
@@ -36,54 +36,53 @@ class Spread:
 
     def __init__(
         self,
-        wish: Requirements,
+        requirements: Requirements,
         pools: Pools,
         failing: dict[NodeId, int],
         leaving: Mapping[NodeId, int] = MappingProxyType({}),
     ) -> None:
+        """Args:
+        failing: see ``failing_nodes``.
+        leaving: tasks of the service, by node, that do not count there; their reservations do.
         """
-        Args:
-            failing: see ``failing_nodes``.
-            leaving: tasks of the service, by node, that do not count where they are; their room is taken all the same.
-        """
-        self._wish = wish
+        self._requirements = requirements
         self._leaving = leaving
         self._accounting = pools.accounting
-        self._candidates = pools.candidates(wish)
+        self._candidates = pools.candidates(requirements)
         self.failing = failing
-        self.counts = bool(wish.service_id)
-        """Whether tasks that are placed count for the next ones.  Those without a service are copies of nothing, and so
-        are first tasks placed by their shape."""
+        self.counts = bool(requirements.service_id)
+        """Whether assigned tasks count for the next ones.  Not for tasks without a service, nor for first tasks that
+        are assigned by their shape."""
         self._leaves: dict[Leaf, _Leaf] = {}
-        self._plant()
+        self._rebuild()
 
     def next(self) -> Account | None:
-        """The node for the next task; None when no node will do any more."""
+        """The node for the next task; None if no further node passes."""
         return self._root.take()
 
     def catch_up(self) -> None:
-        """Tasks came and went since the last choice, nodes may have changed."""
+        """Update after tasks were assigned or ended, or nodes changed, since the last choice."""
         self._candidates.catch_up()
         if self._revision != self._candidates.revision:
             self._leaves.clear()
-            self._plant()
+            self._rebuild()
         elif self._seen != self._accounting.changes or len(self._candidates.levels) > 1:
             for id in self._accounting.changed_since(self._seen):
-                self._taken(id)
-            self._grow()
+                self._update_node(id)
+            self._build_tree()
 
     def close(self) -> None:
-        """Others choose now."""
+        """End this batch: other spreads choose next."""
         for leaf in self._leaves.values():
             leaf.put_back()
 
     def copies(self, account: Account) -> int:
-        """Tasks of the service that are meant to stay there."""
+        """Tasks of the service that will stay on the node."""
         id = account.node.id
-        return self._accounting.copies(self._wish.service_id).get(id, 0) - self._leaving.get(id, 0)
+        return self._accounting.copies(self._requirements.service_id).get(id, 0) - self._leaving.get(id, 0)
 
     def rank(self, account: Account) -> Rank:
-        """Of a node that has tasks of the service, or where they failed."""
+        """Rank of a node that has tasks of the service, or where they failed."""
         failing = self.failing.get(account.node.id, 0)
         return failing, self.copies(account), *self._candidates.rank(account)
 
@@ -93,16 +92,16 @@ class Spread:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _present(self, account: Account) -> int:
-        """Tasks of the service that are meant to run there now."""
-        return self._accounting.copies(self._wish.service_id).get(account.node.id, 0)
+        """Wanted tasks of the service on the node."""
+        return self._accounting.copies(self._requirements.service_id).get(account.node.id, 0)
 
-    def _plant(self) -> None:
+    def _rebuild(self) -> None:
         self._revision = self._candidates.revision
-        for id in {**self._accounting.copies(self._wish.service_id), **self.failing}:
-            self._taken(id)
-        self._grow()
+        for id in {**self._accounting.copies(self._requirements.service_id), **self.failing}:
+            self._update_node(id)
+        self._build_tree()
 
-    def _taken(self, id: NodeId) -> None:
+    def _update_node(self, id: NodeId) -> None:
         """Take a node into its leaf's own order if the service is, or has failed, there."""
         leaf = self._candidates.leaf_of.get(id)
         account = self._accounting.accounts.get(id)
@@ -114,15 +113,15 @@ class Spread:
         else:
             own.leave(id)
 
-    def _grow(self) -> None:
-        """The tree anew, with the tasks that are in each branch now."""
+    def _build_tree(self) -> None:
+        """Rebuild the tree with the present number of tasks in each branch."""
         self._seen = self._accounting.changes
         levels = len(self._candidates.levels)
         if not levels:
             self._root: _Leaf | _Fork = self._leaf(())
             return
         tasks: Counter[Leaf] = Counter()
-        for id, count in self._accounting.copies(self._wish.service_id).items():
+        for id, count in self._accounting.copies(self._requirements.service_id).items():
             leaf = self._candidates.leaf_of.get(id)
             for depth in range(levels if leaf is not None else 0):
                 tasks[leaf[: depth + 1]] += count - self._leaving.get(id, 0)  # type: ignore[index]
@@ -142,62 +141,61 @@ class Spread:
 
 
 class Choices:
-    """The spreads that may serve again: of large groups from batch to batch, and of the first tasks of all services."""
+    """Spreads that are used again: of large groups from batch to batch, and of the first tasks of all services."""
 
     def __init__(self, accounting: Accounting) -> None:
         self.accounting = accounting
         self._pools = Pools(accounting)
         self._kept: dict[Requirements, Spread] = {}
 
-    def is_first(self, wish: Requirements, now: float) -> bool:
-        """Whether a single task of ``wish`` may be placed by the shape of the wish, together with others.
+    def is_first(self, requirements: Requirements, now: float) -> bool:
+        """Whether a single task may be assigned by the shape of its requirements, together with others.
 
-        To a service that has nothing anywhere and failed nowhere all nodes are alike.  ``now``: on the clock that
-        failures were noted with.
+        For a service without tasks and failures all nodes are alike.  ``now``: on the clock of ``record_failure``.
         """
         return (
-            not self.accounting.copies(wish.service_id)
-            and not wish.max_replicas  # two versions of one service share their limit
-            and not failing_nodes(self.accounting, wish, now)
+            not self.accounting.copies(requirements.service_id)
+            and not requirements.max_replicas  # two versions of one service share the limit
+            and not failing_nodes(self.accounting, requirements, now)
         )
 
     def spread(
         self,
-        wish: Requirements,
+        requirements: Requirements,
         now: float,
         *,
         is_last: bool,
         leaving: Mapping[NodeId, int] = MappingProxyType({}),
     ) -> Spread:
-        """For one batch, after which it is to be closed.  ``is_last``: no more tasks of the group wait."""
-        failing = failing_nodes(self.accounting, wish, now)
+        """The spread for one batch, to be closed after it.  ``is_last``: no more tasks of the group wait."""
+        failing = failing_nodes(self.accounting, requirements, now)
         if leaving:
-            return Spread(wish, self._pools, failing, leaving)  # of this batch alone
-        spread = self._kept.pop(wish, None)
+            return Spread(requirements, self._pools, failing, leaving)  # valid for this batch only
+        spread = self._kept.pop(requirements, None)
         if spread is None or spread.failing != failing:
-            spread = Spread(wish, self._pools, failing)
+            spread = Spread(requirements, self._pools, failing)
         else:
             spread.catch_up()
         if not is_last:
-            self._kept[wish] = spread
+            self._kept[requirements] = spread
             if len(self._kept) > KEPT_SPREADS:
-                del self._kept[next(iter(self._kept))]  # not used for longest
+                del self._kept[next(iter(self._kept))]  # least recently used
         return spread
 
 
-def failing_nodes(accounting: Accounting, wish: Requirements, now: float) -> dict[NodeId, int]:
-    """Where tasks like these failed too often lately, and how often (``now``: the clock of ``note_failure``).
+def failing_nodes(accounting: Accounting, requirements: Requirements, now: float) -> dict[NodeId, int]:
+    """Nodes where such tasks failed too often recently, and how often (``now``: the clock of ``record_failure``).
 
-    Tasks without a service have nothing in common, so that one failed says nothing of the next.
+    Tasks without a service are unrelated, so a failure of one says nothing about the next.
     """
-    if not wish.service_id:
+    if not requirements.service_id:
         return {}
-    failures = accounting.failures(wish, now)
+    failures = accounting.failures(requirements, now)
     return {id: count for id, count in failures.items() if count >= MAX_FAILURES} if failures else {}
 
 
 class _Leaf:
-    """The nodes of one branch: those without a task of the service first, then its own."""
+    """The nodes of one branch: first those without a task of the service, then the others."""
 
     def __init__(self, spread: Spread, candidates: Candidates, path: Leaf) -> None:
         self.own = Ranking(spread.rank, spread.has_room)
@@ -206,7 +204,7 @@ class _Leaf:
         self._aside: list[Entry] = []
 
     def best(self) -> Rank | None:
-        """The rank of the node that ``take`` would give."""
+        """The rank of the node that ``take`` would return."""
         fresh = self._fresh_first()
         if fresh is not None:
             return 0, 0, *rank_of(fresh)
@@ -219,7 +217,7 @@ class _Leaf:
         return first[-1] if first is not None else None
 
     def put_back(self) -> None:
-        """Give back to all services what this one passed over."""
+        """Return what this service skipped to the common ranking."""
         if self._aside:
             assert self._fresh is not None
             for entry in self._aside:
@@ -239,7 +237,7 @@ class _Leaf:
             id = account.node.id
             if id not in self._spread.failing and not self._spread.copies(account):
                 if self._spread.has_room(account):
-                    return first  # if a task was to leave, there is room for one more all the same
+                    return first  # if a task is to leave, there is room for one more anyway
             elif id not in self.own:
                 self.own.enter(account)
             self._aside.append(fresh.set_aside())
@@ -247,15 +245,16 @@ class _Leaf:
 
 
 class _Fork:
-    """A part of the nodes that is divided further."""
+    """An inner node of the tree: nodes that are divided further."""
 
     def __init__(self, children: list[tuple[int, Leaf, "_Leaf | _Fork"]], *, counts: bool) -> None:
         """``counts``: see ``Spread``."""
         self._counts = counts
         self._heap: list[tuple[int, Rank, Leaf, _Leaf | _Fork]] = []
-        self._taken: tuple[int, Leaf, _Leaf | _Fork] | None = None
-        """The child that gave the last node.  It is ranked anew before the next, when that node is booked: a child that
-        is divided further may have become better, as another of its branches has the fewest tasks now."""
+        self._last_taken: tuple[int, Leaf, _Leaf | _Fork] | None = None
+        """The child that returned the last node.  It is ranked again before the next choice, when that node is
+        reserved: a child that is divided further may have become better, as another of its branches has the fewest
+        tasks now."""
         for tasks, path, child in children:
             self._enter(tasks, path, child)
 
@@ -265,8 +264,8 @@ class _Fork:
             heapq.heappush(self._heap, (tasks, rank, path, child))
 
     def best(self) -> Rank | None:
-        if self._taken is not None:
-            taken, self._taken = self._taken, None
+        if self._last_taken is not None:
+            taken, self._last_taken = self._last_taken, None
             self._enter(*taken)
         while self._heap:
             tasks, rank, path, child = self._heap[0]
@@ -283,5 +282,5 @@ class _Fork:
         if self.best() is None:
             return None
         tasks, _, path, child = heapq.heappop(self._heap)
-        self._taken = tasks + self._counts, path, child
+        self._last_taken = tasks + self._counts, path, child
         return child.take()

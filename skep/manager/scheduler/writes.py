@@ -1,4 +1,4 @@
-"""How decisions are written: each transaction checks again that its tasks still wait and that their nodes are there."""
+"""Writes decisions: each transaction checks again that its tasks are pending and that their nodes exist."""
 
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
@@ -20,13 +20,13 @@ Decision: TypeAlias = Assignment | Refusal
 
 
 class DecisionWriter:
-    """Writes decisions that were made at one moment."""
+    """Writes decisions that were made at the same time."""
 
     def __init__(self, now: Timestamp) -> None:
         self._now = now
         self._assigned: dict[str, TaskStatus] = {}
         self._planes: _Planes | None = None
-        """Of the transaction that is being written."""
+        """Of the present transaction."""
 
     def write_all(self, tx: Transaction, decisions: Sequence[Decision]) -> None:
         """Write several decisions in one transaction."""
@@ -34,7 +34,7 @@ class DecisionWriter:
             self.write(tx, decision)
 
     def write(self, tx: Transaction, decision: Decision) -> None:
-        """Write a decision, unless its task or its node changed meanwhile: then a new one is due."""
+        """Write a decision, unless its task or its node changed meanwhile: then a new one follows."""
         task = tx.lookup(Task, decision.task.id)
         if task is None or not is_pending(task):
             return
@@ -64,7 +64,7 @@ class DecisionWriter:
         return self._planes.settle(task.networks_attachments, node)
 
     def _status(self, message: str) -> TaskStatus:
-        """One value for all tasks: it is encoded and decoded once."""
+        """One value for all tasks, so it is encoded and decoded once."""
         status = self._assigned.get(message)
         if status is None:
             status = TaskStatus(timestamp=self._now, state=TaskState.ASSIGNED, message=message)
@@ -78,16 +78,17 @@ def is_pending(task: Task) -> bool:
 
 
 class _Planes:
-    """The data planes of overlay networks, as one transaction settles them."""
+    """The data planes of overlay networks, as one transaction sets them."""
 
     def __init__(self, tx: Transaction) -> None:
         self.tx = tx
         self._last: tuple[tuple[NetworkAttachment, ...], str, bool] | None = None
 
     def settle(self, attachments: tuple[NetworkAttachment, ...], node: Node) -> bool:
-        """Overlay networks that belong to no data plane yet take the node's; False: one belongs to the other.
+        """Set the node's plane on overlay networks that belong to none yet; False: one belongs to the other plane.
 
-        Neither answer changes within the transaction, and tasks with the same attachments often follow each other.
+        The result does not change within the transaction, and tasks with the same attachments often follow each
+        other.
         """
         plane = plane_of_node(node)
         if self._last is not None:

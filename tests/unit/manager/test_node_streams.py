@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 
 from skep.errors import InvalidArgument, Unavailable
-from skep.manager.node_session import Line
-from skep.manager.node_streams import NodeStream, NodeStreams, converse, session_named
+from skep.manager.node_session import StreamSignal
+from skep.manager.node_streams import NodeStream, NodeStreams, run_stream, session_named
 from skep.model.ids import NodeId
 
 NODE = NodeId("node")
@@ -32,7 +32,7 @@ class ASession:
     def require_open(self) -> None:
         """It stays open."""
 
-    def aside(self) -> AbstractContextManager[Line]:
+    def signal(self) -> AbstractContextManager[StreamSignal]:
         return nullcontext(ALine())
 
 
@@ -55,7 +55,7 @@ def a_stream() -> NodeStream:
 async def told(stream: NodeStream) -> None:
     while True:
         stream.require_open()
-        await stream.line.wait()
+        await stream.signal.wait()
 
 
 async def test_the_first_message_names_the_session() -> None:
@@ -95,7 +95,7 @@ async def test_what_is_heard_is_taken_until_the_node_says_no_more() -> None:
     heard: list[str] = []
     stream = a_stream()
     with pytest.raises(Unavailable, match="the node has ended the stream"):
-        await converse(stream, saying("a", "b"), lambda said: heard.append(said.session_id), told(stream))
+        await run_stream(stream, saying("a", "b"), lambda said: heard.append(said.session_id), told(stream))
     assert heard == ["a", "b"]
 
 
@@ -105,4 +105,4 @@ async def test_what_a_node_says_wrongly_ends_the_stream() -> None:
 
     stream = a_stream()
     with pytest.raises(InvalidArgument, match="too much"):
-        await converse(stream, saying("a", then_waits=True), refuse, told(stream))
+        await run_stream(stream, saying("a", then_waits=True), refuse, told(stream))

@@ -14,8 +14,8 @@ N1, N2 = NodeId("n1"), NodeId("n2")
 
 def of_two() -> Acknowledgements:
     known = Acknowledgements()
-    known.take_part(N1, (NET,))
-    known.take_part(N2, (NET, OTHER))
+    known.set_networks(N1, (NET,))
+    known.set_networks(N2, (NET, OTHER))
     return known
 
 
@@ -38,15 +38,15 @@ def test_what_was_acknowledged_is_not_taken_back_and_does_not_come_from_elsewher
     known.applied(N1, NET, 6)
     known.applied(N1, OTHER, 9)
     known.applied(NodeId("stranger"), NET, 1)
-    known.take_part(N2, (OTHER,))
+    known.set_networks(N2, (OTHER,))
     assert (known.smallest(NET), known.smallest(OTHER)) == (7, 0)
 
 
 def test_who_comes_back_has_said_nothing_yet() -> None:
     known = of_two()
     known.applied(N1, NET, 7)
-    known.gone(N1)
-    known.take_part(N1, (NET,))
+    known.remove_node(N1)
+    known.set_networks(N1, (NET,))
     known.applied(N2, NET, 7)
     assert known.smallest(NET) == 0
 
@@ -70,10 +70,10 @@ def test_the_smallest_is_the_smallest_whatever_happens(steps: list[tuple[str, st
                 if node in model:
                     model[node] = max(model[node], revision)
             case "gone":
-                known.gone(NodeId(node))
+                known.remove_node(NodeId(node))
                 model.pop(node, None)
             case "take part":
-                known.take_part(NodeId(node), (NET, OTHER) if revision % 2 else (NET,))
+                known.set_networks(NodeId(node), (NET, OTHER) if revision % 2 else (NET,))
                 model.setdefault(node, 0)
         assert known.smallest(NET) == min(model.values(), default=None)
 
@@ -87,5 +87,5 @@ async def test_a_wait_ends_with_the_last_acknowledgement_or_when_who_owes_it_has
         known.applied(N2, NET, 5)
         await waits[0]
         assert not waits[1].done()
-        known.gone(N2)
+        known.remove_node(N2)
     assert known.has_applied(NET, 9)

@@ -14,8 +14,8 @@ from skep.manager.dispatcher.admission import (
     LONGEST_S,
     SHORTEST_S,
     Admission,
+    next_retry_at,
     rate,
-    time_to_come,
 )
 from skep.manager.overload import REPORT_VALID_S, SUSPENDED_S_MAX, Overload, suspension_left
 from skep.model.ids import NodeId
@@ -32,13 +32,13 @@ def test_the_rate_is_measured_once_there_is_something_to_measure():
 def test_nodes_are_told_to_come_one_after_another():
     told = 0.0
     for number in range(1, 101):
-        told = time_to_come(100.0, 50, told, 50.0, 0.0)
+        told = next_retry_at(100.0, 50, told, 50.0, 0.0)
         assert told == pytest.approx(100.0 + (50 + number) / 50.0)
 
 
 def test_nobody_is_told_to_come_at_once_or_in_an_hour():
-    assert time_to_come(100.0, 0, 0.0, 1000.0, 0.5) == 100.0 + SHORTEST_S
-    late = [time_to_come(100.0, 5000, 0.0, 1.0, chance) - 100.0 for chance in (0.0, 0.5, 1.0)]
+    assert next_retry_at(100.0, 0, 0.0, 1000.0, 0.5) == 100.0 + SHORTEST_S
+    late = [next_retry_at(100.0, 5000, 0.0, 1.0, chance) - 100.0 for chance in (0.0, 0.5, 1.0)]
     assert late == [LONGEST_S * part for part in (0.5, 0.75, 1.0)], "and not all of them at the same moment"
 
 
@@ -81,7 +81,7 @@ class Crowded:
         while True:
             self.asked += 1
             try:
-                async with self.admission.turn():
+                async with self.admission.slot():
                     self.at_work += 1
                     self.most_at_work = max(self.most_at_work, self.at_work)
                     try:
@@ -130,7 +130,7 @@ def test_a_node_that_leaves_the_line_gives_its_place_up():
             node.cancel()
         await asyncio.gather(*nodes, return_exceptions=True)
         assert not crowded.admission.is_overloaded()
-        async with crowded.admission.turn():
+        async with crowded.admission.slot():
             pass
 
     crowded.loop.run_until_complete(some_leave())

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.aio.clock import SystemClock
-from skep.manager.dispatcher.assignments import Told, difference, everything, matters
+from skep.manager.dispatcher.assignments import SentState, affects_node, difference, everything
 from skep.model.container import ConfigReference, ContainerSpec, FileTarget, SecretReference
 from skep.model.ids import ConfigId, NodeId, SecretId
 from skep.model.labels import drain_s
@@ -60,12 +60,12 @@ async def test_a_node_is_told_its_own_tasks_from_assigned_on_ended_ones_too():
         a_task("elsewhere", node="n2", service=service, state=TaskState.RUNNING),
     ]
     store = await store_with(service, *tasks)
-    change, told = everything(store.view(), N1)
+    change, sent = everything(store.view(), N1)
     assert change.complete
     assert change.revision == store.view().revision
     assert [assigned.task.id for assigned in change.tasks] == ["assigned", "failed"]
     assert change.tasks[1].task.status.state is TaskState.FAILED
-    assert sorted(told.tasks) == ["assigned", "failed"]
+    assert sorted(sent.tasks) == ["assigned", "failed"]
 
 
 async def test_a_task_comes_with_what_its_node_needs_to_know_of_the_service():
@@ -98,20 +98,20 @@ async def test_secrets_and_configs_come_once_and_go_with_the_last_task_that_runs
     first = a_task("t1", node="n1", service=service, state=TaskState.ASSIGNED)
     second = a_task("t2", node="n1", slot=2, service=service, state=TaskState.ASSIGNED)
     store = await store_with(*needs, service, first)
-    change, told = everything(store.view(), N1)
+    change, sent = everything(store.view(), N1)
     assert [(secret.id, secret.name, secret.data) for secret in change.secrets] == [("s1", "key", b"hidden")]
     assert [(config.id, config.name, config.data) for config in change.configs] == [("c1", "conf", b"plain")]
 
     await put(store, second)
-    change, told = difference(store.view(), N1, told, ["t2"])
+    change, sent = difference(store.view(), N1, sent, ["t2"])
     assert (change.secrets, change.configs) == ((), ())
 
     await put(store, with_state(first, TaskState.FAILED))
-    change, told = difference(store.view(), N1, told, ["t1"])
+    change, sent = difference(store.view(), N1, sent, ["t1"])
     assert change is None
 
     await put(store, with_state(second, TaskState.COMPLETE))
-    change, told = difference(store.view(), N1, told, ["t2"])
+    change, sent = difference(store.view(), N1, sent, ["t2"])
     assert (change.tasks, change.removed_tasks) == ((), ())
     assert (change.removed_secrets, change.removed_configs) == (("s1",), ("c1",))
 
@@ -128,12 +128,12 @@ async def test_a_changed_wish_is_told_and_a_report_is_not():
     service = a_service()
     task = a_task("t1", node="n1", service=service, state=TaskState.ASSIGNED)
     store = await store_with(service, task)
-    _, told = everything(store.view(), N1)
+    _, sent = everything(store.view(), N1)
     await put(store, with_state(task, TaskState.RUNNING))
-    nothing, told = difference(store.view(), N1, told, ["t1"])
+    nothing, sent = difference(store.view(), N1, sent, ["t1"])
     assert nothing is None
     await put(store, replace(with_state(task, TaskState.RUNNING), desired_state=TaskState.SHUTDOWN))
-    change, told = difference(store.view(), N1, told, ["t1"])
+    change, sent = difference(store.view(), N1, sent, ["t1"])
     assert [assigned.task.desired_state for assigned in change.tasks] == [TaskState.SHUTDOWN]
     assert not change.complete
 
@@ -141,20 +141,20 @@ async def test_a_changed_wish_is_told_and_a_report_is_not():
 async def test_a_deleted_task_is_taken_back():
     service = a_service()
     store = await store_with(service, a_task("t1", node="n1", service=service))
-    _, told = everything(store.view(), N1)
+    _, sent = everything(store.view(), N1)
     await store.update(lambda tx: tx.delete(Task, "t1"))
-    change, told = difference(store.view(), N1, told, ["t1", "t1", "never-was"])
+    change, sent = difference(store.view(), N1, sent, ["t1", "t1", "never-was"])
     assert change.removed_tasks == ("t1",)
-    assert told.tasks == {}
+    assert sent.tasks == {}
 
 
 def test_only_what_can_be_news_for_the_node_matters():
     task = a_task("t1", node="n1", state=TaskState.ASSIGNED)
-    assert not matters(task, with_state(task, TaskState.PREPARING))
-    assert not matters(task, replace(task, updated_at=a_task("t2").created_at))
-    assert matters(task, with_state(task, TaskState.FAILED))  # its secrets may go
-    assert matters(with_state(task, TaskState.PENDING), task)
-    assert matters(task, replace(task, desired_state=TaskState.SHUTDOWN))
+    assert not affects_node(task, with_state(task, TaskState.PREPARING))
+    assert not affects_node(task, replace(task, updated_at=a_task("t2").created_at))
+    assert affects_node(task, with_state(task, TaskState.FAILED))  # its secrets may go
+    assert affects_node(with_state(task, TaskState.PENDING), task)
+    assert affects_node(task, replace(task, desired_state=TaskState.SHUTDOWN))
 
 
 STATES = st.sampled_from([TaskState.PENDING, TaskState.ASSIGNED, TaskState.RUNNING, TaskState.FAILED, None])
@@ -171,7 +171,7 @@ def test_differences_add_up_to_everything(steps):
     async def play() -> None:
         *needs, service = needy_service()
         store = await store_with(*needs, service)
-        change, told = everything(store.view(), N1)
+        change, sent = everything(store.view(), N1)
         tasks: set[str] = set()
         secrets: set[str] = set()
         for id, state, node in steps:
@@ -180,7 +180,7 @@ def test_differences_add_up_to_everything(steps):
                 await put(store, a_task(id, node=node, service=service, state=state))
             elif exists:
                 await store.update(lambda tx, gone=id: tx.delete(Task, gone))
-            change, told = difference(store.view(), N1, told, [id])
+            change, sent = difference(store.view(), N1, sent, [id])
             if change is None:
                 continue
             tasks |= {assigned.task.id for assigned in change.tasks}
@@ -189,9 +189,9 @@ def test_differences_add_up_to_everything(steps):
             secrets -= set(change.removed_secrets)
         fresh, known = everything(store.view(), N1)
         assert (
-            tasks == {assigned.task.id for assigned in fresh.tasks} == known.tasks.keys() == told.tasks.keys()
+            tasks == {assigned.task.id for assigned in fresh.tasks} == known.tasks.keys() == sent.tasks.keys()
         )
         assert secrets == {secret.id for secret in fresh.secrets}
-        assert told == Told(tasks=known.tasks, secrets=known.secrets, configs=known.configs)
+        assert sent == SentState(tasks=known.tasks, secrets=known.secrets, configs=known.configs)
 
     asyncio.run(play())

@@ -85,8 +85,8 @@ def test_a_node_is_silent_when_its_deadline_has_passed():
 
 def test_a_node_that_is_expected_back_counts_as_silent_only_later():
     sessions = Sessions()
-    sessions.expect(NodeId("n1"), SessionId("a"), heard=0.0, grace_s=12.0)
-    sessions.expect(NodeId("n1"), SessionId("a"), heard=5.0, grace_s=12.0)  # no further time
+    sessions.expect(NodeId("n1"), SessionId("a"), last_seen=0.0, grace_s=12.0)
+    sessions.expect(NodeId("n1"), SessionId("a"), last_seen=5.0, grace_s=12.0)  # no further time
     assert sessions.silent(11.0) == []
     assert [silence.session_id for silence in sessions.silent(12.0)] == ["a"]
     sessions.add(a_session("n1", "b", deadline=20.0))

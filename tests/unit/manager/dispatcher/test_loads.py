@@ -10,10 +10,10 @@ from skep.manager.dispatcher.loads import (
     AT_ONCE,
     INTERVAL_S,
     STEP,
-    is_news,
+    is_significant,
+    load_from_heartbeat,
     record_load,
     reports,
-    told_load,
 )
 from skep.manager.dispatcher.registration import SessionInvalid
 from skep.manager.dispatcher.sessions import LiveSession
@@ -38,11 +38,11 @@ async def a_store(*nodes: Node) -> MemoryStore:
 
 
 def test_what_is_known_for_the_first_time_is_news_and_wavering_is_not() -> None:
-    assert is_news(None, 0.0, written_s=None)
-    assert not is_news(0.0, STEP, written_s=None)
-    assert is_news(0.0, STEP + 0.01, written_s=None)
-    assert not is_news(0.0, 1.0, written_s=INTERVAL_S - 1)
-    assert is_news(0.0, 1.0, written_s=INTERVAL_S)
+    assert is_significant(None, 0.0, written_s=None)
+    assert not is_significant(0.0, STEP, written_s=None)
+    assert is_significant(0.0, STEP + 0.01, written_s=None)
+    assert not is_significant(0.0, 1.0, written_s=INTERVAL_S - 1)
+    assert is_significant(0.0, 1.0, written_s=INTERVAL_S)
 
 
 @given(st.lists(st.floats(0, 1), max_size=100), st.floats(0.1, 20))
@@ -51,7 +51,7 @@ def test_writes_are_apart_in_time_and_in_value(told: list[float], period_s: floa
     last_s: float | None = None
     for number, load in enumerate(told):
         now = number * period_s
-        if is_news(stored, load, written_s=None if last_s is None else now - last_s):
+        if is_significant(stored, load, written_s=None if last_s is None else now - last_s):
             assert last_s is None or now - last_s >= INTERVAL_S
             assert stored is None or abs(load - stored) > STEP
             stored, last_s = round(load, 1), now
@@ -61,7 +61,11 @@ def test_writes_are_apart_in_time_and_in_value(told: list[float], period_s: floa
 
 
 def test_a_heartbeat_cannot_say_more_than_everything() -> None:
-    assert (told_load(0), told_load(250), told_load(2**32 - 1)) == (0.0, 0.25, 1.0)
+    assert (load_from_heartbeat(0), load_from_heartbeat(250), load_from_heartbeat(2**32 - 1)) == (
+        0.0,
+        0.25,
+        1.0,
+    )
 
 
 async def test_sessions_that_say_nothing_and_nodes_that_are_gone_are_passed_over() -> None:

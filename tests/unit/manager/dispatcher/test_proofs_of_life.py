@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from skep.manager.dispatcher.adoption import PATIENCE_S, PATIENCE_S_MAX, ProofsOfLife, orphans
+from skep.manager.dispatcher.adoption import KEEP_S, KEEP_S_MAX, LivingManagers, orphans
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import ManagerStatus, Node, NodeSession
 from tests.support.builders import a_node
@@ -16,25 +16,25 @@ def held(node: str, manager: NodeId, session: int) -> Node:
 
 
 def test_sessions_of_before_the_silence_prove_nothing() -> None:
-    proofs = ProofsOfLife()
+    proofs = LivingManagers()
     nodes = [held("w1", DEAD, 1), held("w2", DEAD, 2)]
     for now in (0.0, 0.2, 60.0):
         assert proofs.living(nodes, [DEAD], now) == frozenset()
 
 
 def test_one_that_takes_a_session_lives_and_another_silent_one_does_not() -> None:
-    proofs = ProofsOfLife()
+    proofs = LivingManagers()
     assert proofs.living([held("w1", CUT, 1), held("w2", DEAD, 2)], [CUT, DEAD], 0.0) == frozenset()
     adopted = [held("w1", LEADER, 3), held("w2", LEADER, 4)]
     assert proofs.living(adopted, [CUT, DEAD], 0.2) == frozenset()
     back = [held("w1", CUT, 5), held("w2", LEADER, 4)]
     assert proofs.living(back, [CUT, DEAD], 0.4) == {CUT}
-    assert proofs.living(back, [CUT, DEAD], 0.4 + PATIENCE_S / 2) == {CUT}
-    assert proofs.living(back, [CUT, DEAD], 0.5 + PATIENCE_S) == frozenset(), "it may have died since"
+    assert proofs.living(back, [CUT, DEAD], 0.4 + KEEP_S / 2) == {CUT}
+    assert proofs.living(back, [CUT, DEAD], 0.5 + KEEP_S) == frozenset(), "it may have died since"
 
 
 def test_a_node_that_reaches_only_a_manager_cut_off_from_the_leader_changes_hands_ever_more_rarely() -> None:
-    proofs = ProofsOfLife()
+    proofs = LivingManagers()
     manager, session, hands = CUT, 0, 0
     for tick in range(5 * 600):  # ten minutes of looks
         now = tick / 5
@@ -44,11 +44,11 @@ def test_a_node_that_reaches_only_a_manager_cut_off_from_the_leader_changes_hand
             manager, session = CUT, session + 1  # it registers where it can
         elif orphans([*MANAGERS, node], {CUT} - living, LEADER):
             manager, session, hands = LEADER, session + 1, hands + 1
-    assert hands <= 5 + 600 / PATIENCE_S_MAX
+    assert hands <= 5 + 600 / KEEP_S_MAX
 
 
 def test_one_that_is_heard_again_begins_anew() -> None:
-    proofs = ProofsOfLife()
+    proofs = LivingManagers()
     now = 0.0
     for session in range(8):
         proofs.living([held("w1", CUT, 2 * session)], [CUT], now)
@@ -57,4 +57,4 @@ def test_one_that_is_heard_again_begins_anew() -> None:
     assert proofs.living([], [], now) == frozenset()
     proofs.living([held("w1", CUT, 98)], [CUT], now + 1.0)
     proofs.living([held("w1", CUT, 99)], [CUT], now + 1.2)
-    assert proofs.living([held("w1", CUT, 99)], [CUT], now + 1.3 + PATIENCE_S) == frozenset()
+    assert proofs.living([held("w1", CUT, 99)], [CUT], now + 1.3 + KEEP_S) == frozenset()

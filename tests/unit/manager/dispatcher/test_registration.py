@@ -1,7 +1,7 @@
 """Taking a session: by managers whose replicas are behind too."""
 
 from skep.aio.clock import SystemClock
-from skep.manager.dispatcher.registration import Registration, Silence, mark_down, take_session
+from skep.manager.dispatcher.registration import Registration, SilentNode, mark_down, take_session
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node, NodeDescription, NodeState
 from skep.model.times import SECOND_NS
@@ -28,7 +28,7 @@ async def test_a_node_is_ready_again_also_by_a_manager_that_has_not_heard_that_i
     other.faults.lag_s = 0.05
 
     def down(tx: Transaction) -> bool:
-        return mark_down(tx, Silence(node_id=NodeId("w1"), session_id=SessionId("s1")), SECOND_NS)
+        return mark_down(tx, SilentNode(node_id=NodeId("w1"), session_id=SessionId("s1")), SECOND_NS)
 
     await one.update(down)
     assert other.view().get(Node, "w1").status.state is NodeState.READY, "it is behind"

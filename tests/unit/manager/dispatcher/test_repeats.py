@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.manager.dispatcher.repeats import AT_ONCE, PER_S, Repeats
+from skep.manager.dispatcher.repeats import AT_ONCE, PER_S, RepeatedReports
 from skep.manager.dispatcher.sessions import LiveSession
 from skep.manager.dispatcher.statuses import Report, record_status
 from skep.model.ids import NodeId, SessionId, TaskId
@@ -41,7 +41,7 @@ def test_a_node_that_never_ends_to_say_the_same_is_slowed_down_and_its_last_word
         store = MemoryStore(clock)
         session = LiveSession(NODE, SESSION, lambda: None, deadline=0.0)
         live_sessions: dict[NodeId, LiveSession] = {NODE: session}
-        repeats = Repeats(store, live_sessions.get, clock)
+        repeats = RepeatedReports(store, live_sessions.get, clock)
         held = NodeSession(manager_id=NodeId("m1"), session_id=SESSION)
         await store.update(lambda tx: tx.put(replace(a_node("n1"), session=held)))
         await store.update(lambda tx: [tx.put(a_task(id, node="n1")) for id in ("t1", "t2")])
@@ -58,7 +58,7 @@ def test_a_node_that_never_ends_to_say_the_same_is_slowed_down_and_its_last_word
         assert store.view().get(Task, "t1").status.message == f"{seconds * 10 - 1}"
         live_sessions.clear()
         await asyncio.sleep(3)
-        assert repeats._kept == {}
+        assert repeats._delayed == {}
         running.cancel()
 
     loop.run_until_complete(live())
@@ -67,6 +67,6 @@ def test_a_node_that_never_ends_to_say_the_same_is_slowed_down_and_its_last_word
 def test_what_is_no_task_of_the_node_is_not_kept(loop: VirtualLoop) -> None:
     store = MemoryStore(VirtualClock(loop))
     loop.run_until_complete(store.update(lambda tx: tx.put(a_task("t1", node="n2"))))
-    repeats = Repeats(store, lambda _: None, VirtualClock(loop))
+    repeats = RepeatedReports(store, lambda _: None, VirtualClock(loop))
     reports = [a_report(TaskState.RUNNING, f"{number}") for number in range(3 * AT_ONCE)]
     assert repeats.due(reports) == reports

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.manager.dispatcher.shares import WEIGHT, WEIGHT_HEAVY, WEIGHT_LIGHT, held, sent_on, weights
+from skep.manager.dispatcher.shares import WEIGHT, WEIGHT_HEAVY, WEIGHT_LIGHT, held, to_redirect, weights
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import ManagerStatus, Node, NodeSession, NodeState, NodeStatus, Reachability
 from tests.support.builders import a_node
@@ -51,22 +51,22 @@ def test_nodes_are_told_where_there_is_room():
     "counts", [{M1: 2, M2: 2, M3: 1}, {M1: 5}, {M1: 1, M2: 4}, {M1: 410, M2: 300, M3: 300}]
 )
 def test_who_has_about_its_share_sends_nobody_on(counts: Mapping[NodeId, int]):
-    assert sent_on(counts, M1, [NodeId(f"w{number}") for number in range(counts[M1])]) == ()
+    assert to_redirect(counts, M1, [NodeId(f"w{number}") for number in range(counts[M1])]) == ()
 
 
 def test_who_has_too_many_sends_a_few_on_at_a_time():
     nodes = [NodeId(f"w{number:03}") for number in range(900)]
-    assert len(sent_on({M1: 4, M2: 1, M3: 0}, M1, nodes[:4])) == 1
-    assert len(sent_on({M1: 900, M2: 0, M3: 0}, M1, nodes)) == 60
+    assert len(to_redirect({M1: 4, M2: 1, M3: 0}, M1, nodes[:4])) == 1
+    assert len(to_redirect({M1: 900, M2: 0, M3: 0}, M1, nodes)) == 60
 
 
 def test_nobody_is_sent_to_the_manager_of_its_own_machine():
-    assert sent_on({M1: 2, M2: 1, M3: 0}, M1, [M3]) == ()
-    assert sent_on({M1: 2, M2: 1, M3: 0}, M1, [M2, M3]) == (M2,)
+    assert to_redirect({M1: 2, M2: 1, M3: 0}, M1, [M3]) == ()
+    assert to_redirect({M1: 2, M2: 1, M3: 0}, M1, [M2, M3]) == (M2,)
 
 
 def test_what_cannot_move_quickly_stays():
-    assert sent_on({M1: 9, M2: 0}, M1, []) == ()
+    assert to_redirect({M1: 9, M2: 0}, M1, []) == ()
 
 
 @given(st.lists(st.integers(0, 200), min_size=2, max_size=7))
@@ -74,7 +74,7 @@ def test_sending_on_comes_to_an_end(counts):
     present = {NodeId(f"m{number}"): count for number, count in enumerate(counts)}
     for _ in range(2000):
         moves = [
-            (manager, len(sent_on(present, manager, [NodeId(f"w{n:03}") for n in range(count)])))
+            (manager, len(to_redirect(present, manager, [NodeId(f"w{n:03}") for n in range(count)])))
             for manager, count in present.items()
         ]
         if not any(count for _, count in moves):

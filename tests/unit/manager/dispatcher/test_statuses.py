@@ -12,7 +12,7 @@ from skep.manager.dispatcher.registration import (
     Registration,
     RegistrationRate,
     SessionInvalid,
-    Silence,
+    SilentNode,
     describe_node,
     mark_down,
     take_session,
@@ -174,14 +174,14 @@ async def test_an_absurd_description_is_refused(store):
 async def test_a_silent_node_is_down_unless_it_has_registered_again(store):
     await store.update(take_session, registration("a"))
     assert await store.update(
-        mark_down, Silence(node_id=NodeId("n1"), session_id=SessionId("a"), silent_s=3.0), NOW_NS
+        mark_down, SilentNode(node_id=NodeId("n1"), session_id=SessionId("a"), silent_s=3.0), NOW_NS
     )
     node = store.view().get(Node, "n1")
     assert node.status.state is NodeState.DOWN
     assert node.silent_since == timestamp(NOW_NS - 3 * SECOND_NS)
     await store.update(take_session, registration("b"))
     assert not await store.update(
-        mark_down, Silence(node_id=NodeId("n1"), session_id=SessionId("a"), silent_s=3.0), NOW_NS
+        mark_down, SilentNode(node_id=NodeId("n1"), session_id=SessionId("a"), silent_s=3.0), NOW_NS
     )
     assert store.view().get(Node, "n1").status.state is NodeState.READY
     assert store.view().get(Node, "n1").silent_since is None
@@ -223,7 +223,7 @@ async def test_the_first_node_with_a_data_path_address_keeps_it(store):
 
 async def test_the_address_of_a_node_that_is_down_is_free(store):
     await store.update(take_session, saying("n1", "10.0.0.1", "10.9.0.1"))
-    await store.update(mark_down, Silence(node_id=NodeId("n1"), session_id=SessionId("a")), 0)
+    await store.update(mark_down, SilentNode(node_id=NodeId("n1"), session_id=SessionId("a")), 0)
     other = await store.update(take_session, saying("n2", "10.0.0.2", "10.9.0.1"))
     assert underlay_of(other) == "10.9.0.1"
 

@@ -134,7 +134,7 @@ class History:
             case 4 if self.tasks:
                 task = self.tasks[self.random.choice(sorted(self.tasks))]
                 for _ in range(MAX_FAILURES):
-                    self.accounting.note_failure(task, self.now)
+                    self.accounting.record_failure(task, self.now)
 
 
 def ports_of(task: Task) -> tuple[tuple[str, int], ...]:
@@ -145,10 +145,10 @@ def ports_of(task: Task) -> tuple[tuple[str, int], ...]:
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def model_choice(wish: Requirements, books: Accounting, now: float) -> str | None:
+def model_choice(requirements: Requirements, books: Accounting, now: float) -> str | None:
     """The node for the next task, found by looking at all of them."""
-    failing = failing_nodes(books, wish, now)
-    copies = books.copies(wish.service_id)
+    failing = failing_nodes(books, requirements, now)
+    copies = books.copies(requirements.service_id)
     accounts = list(books.accounts.values())
     tenths = [round(10 * account.node.load) for account in accounts if account.node.load is not None]
     neutral = round(sum(tenths) / len(tenths)) / 10 if tenths else 0.0
@@ -157,7 +157,11 @@ def model_choice(wish: Requirements, books: Accounting, now: float) -> str | Non
         id = account.node.id
         load = account.node.load if account.node.load is not None else neutral
         free = 1 - min(load, 0.9)
-        share = 1 - (1 - fill(wish, account)) * free if wish.nano_cpus or wish.memory_bytes else 0.0
+        share = (
+            1 - (1 - fill(requirements, account)) * free
+            if requirements.nano_cpus or requirements.memory_bytes
+            else 0.0
+        )
         return failing.get(id, 0), copies[id], share, (account.active + 1) / free, id
 
     def best(among: list[Account], levels: tuple[str, ...]) -> tuple[object, ...] | None:
@@ -165,7 +169,10 @@ def model_choice(wish: Requirements, books: Accounting, now: float) -> str | Non
             able = [
                 account
                 for account in among
-                if all(one.passes(wish, account, copies[account.node.id]) for one in filters_for(wish))
+                if all(
+                    one.passes(requirements, account, copies[account.node.id])
+                    for one in filters_for(requirements)
+                )
             ]
             return min(map(rank, able), default=None)
         branches: dict[str, list[Account]] = {}
@@ -178,20 +185,20 @@ def model_choice(wish: Requirements, books: Accounting, now: float) -> str | Non
                 found.append((sum(copies[account.node.id] for account in branch), first))
         return min(found)[1] if found else None
 
-    first = best(accounts, wish.spread_over)
+    first = best(accounts, requirements.spread_over)
     return str(first[-1]) if first is not None else None
 
 
 def check_every_choice_is_the_models(seed: int) -> None:
     history = History(seed)
-    for wish, tasks, is_alone in history.steps():
+    for requirements, tasks, is_alone in history.steps():
         for task in tasks:
             is_last = is_alone
-            expected = model_choice(wish, history.accounting, history.now)
-            asked = wish
-            if is_last and history.choices.is_first(wish, history.now):
+            expected = model_choice(requirements, history.accounting, history.now)
+            asked = requirements
+            if is_last and history.choices.is_first(requirements, history.now):
                 # As the loop does, with the first tasks of all services.
-                asked, is_last = shape_of(wish), False
+                asked, is_last = shape_of(requirements), False
             placed = place([task], asked, history.choices, now=history.now, limit=1, is_last=is_last)
             assert [one.node_id for one in placed.assignments] == ([expected] if expected is not None else [])
             for assignment in placed.assignments:
@@ -200,8 +207,12 @@ def check_every_choice_is_the_models(seed: int) -> None:
 
 def check_a_batch_is_its_tasks_one_by_one(seed: int) -> None:
     together, alone = History(seed), History(seed)
-    for (wish, tasks, is_last), (other_wish, others, _) in zip(together.steps(), alone.steps(), strict=True):
-        batch = place(tasks, wish, together.choices, now=together.now, limit=len(tasks), is_last=is_last)
+    for (requirements, tasks, is_last), (other_wish, others, _) in zip(
+        together.steps(), alone.steps(), strict=True
+    ):
+        batch = place(
+            tasks, requirements, together.choices, now=together.now, limit=len(tasks), is_last=is_last
+        )
         fresh = [
             place([task], other_wish, Choices(alone.accounting), now=alone.now, limit=1).assignments
             for task in others
@@ -216,9 +227,9 @@ def check_a_batch_is_its_tasks_one_by_one(seed: int) -> None:
 
 def check_a_new_leader_arrives_at_the_same_figures_and_no_node_is_over_committed(seed: int) -> None:
     history = History(seed)
-    for wish, tasks, is_last in history.steps():
+    for requirements, tasks, is_last in history.steps():
         shrunk_before = {id for id, account in history.accounting.accounts.items() if is_over(account)}
-        placed = place(tasks, wish, history.choices, now=history.now, limit=4, is_last=is_last)
+        placed = place(tasks, requirements, history.choices, now=history.now, limit=4, is_last=is_last)
         for assignment in placed.assignments:
             history.keep(assignment)
         anew = Accounting()
@@ -233,15 +244,17 @@ def check_a_new_leader_arrives_at_the_same_figures_and_no_node_is_over_committed
 
 def check_asking_again_changes_nothing(seed: int) -> None:
     history = History(seed)
-    for wish, tasks, is_last in history.steps():
-        placed = place(tasks, wish, history.choices, now=history.now, limit=len(tasks), is_last=is_last)
+    for requirements, tasks, is_last in history.steps():
+        placed = place(
+            tasks, requirements, history.choices, now=history.now, limit=len(tasks), is_last=is_last
+        )
         for assignment in placed.assignments:
             history.keep(assignment)
         if placed.refusals:
             refused = [refusal.task for refusal in placed.refusals]
             before = figures(history.accounting)
             again = place(
-                refused, wish, history.choices, now=history.now, limit=len(refused), is_last=is_last
+                refused, requirements, history.choices, now=history.now, limit=len(refused), is_last=is_last
             )
             assert again.assignments == ()
             assert again.refusals == placed.refusals
@@ -258,8 +271,8 @@ def check_the_order_of_nodes_does_not_matter(seed: int) -> None:
         books = Accounting()
         for node in some:
             books.set_node(node)
-        wish = requirements_of(tasks[0], service.spec)
-        placed = place(tasks, wish, Choices(books), now=0.0, limit=len(tasks))
+        requirements = requirements_of(tasks[0], service.spec)
+        placed = place(tasks, requirements, Choices(books), now=0.0, limit=len(tasks))
         results.append([(one.task.id, one.node_id, one.generic_resources) for one in placed.assignments])
     assert results[0] == results[1] == results[2]
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from skep.manager.scheduler import candidates as candidates_module
 from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.load import LOAD_MAX, MeanLoad, crowding, filled
+from skep.manager.scheduler.load import LOAD_MAX, MeanLoad, effective_tasks, used_share
 from skep.manager.scheduler.placement import place
 from skep.manager.scheduler.requirements import requirements_of
 from skep.manager.scheduler.spread import Choices
@@ -42,8 +42,8 @@ def placed(
     for number in range(first, first + services):
         service = a_service(f"s{number}", reserve=Resources(memory_bytes=memory))
         tasks = [a_task(slot=n + 1, service=service, state=TaskState.PENDING) for n in range(replicas)]
-        wish = requirements_of(tasks[0], service.spec)
-        found = place(tasks, wish, choices, now=0.0, limit=replicas).assignments
+        requirements = requirements_of(tasks[0], service.spec)
+        found = place(tasks, requirements, choices, now=0.0, limit=replicas).assignments
         counts.update(one.node_id for one in found)
     return counts
 
@@ -107,18 +107,18 @@ def test_a_load_that_changes_counts_for_the_next_task() -> None:
 
 @given(st.integers(1, 1000), LOADS, LOADS)
 def test_crowding_grows_with_tasks_and_with_load(tasks: int, load: float, other: float) -> None:
-    assert crowding(tasks, 0.0) == tasks
-    assert crowding(tasks, load) < crowding(tasks + 1, load)
+    assert effective_tasks(tasks, 0.0) == tasks
+    assert effective_tasks(tasks, load) < effective_tasks(tasks + 1, load)
     least, most = sorted((load, other))
-    assert crowding(tasks, least) <= crowding(tasks, most) <= tasks / (1 - LOAD_MAX)
+    assert effective_tasks(tasks, least) <= effective_tasks(tasks, most) <= tasks / (1 - LOAD_MAX)
 
 
 @given(LOADS, LOADS, LOADS)
 def test_what_is_filled_grows_with_both_and_stays_a_share(share: float, other: float, load: float) -> None:
-    assert filled(share, 0.0) == share
+    assert used_share(share, 0.0) == share
     least, most = sorted((share, other))
-    assert 0 <= filled(least, load) <= filled(most, load) <= 1
-    assert filled(share, load) >= share - 1e-12
+    assert 0 <= used_share(least, load) <= used_share(most, load) <= 1
+    assert used_share(share, load) >= share - 1e-12
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | LOADS), max_size=30))
@@ -145,6 +145,6 @@ def unheard(tasks: int, load: float) -> float:
 
 @pytest.mark.parametrize("twin", [alone, unheard])
 def test_wrong_twins_are_rejected(twin: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates_module, "crowding", twin)
+    monkeypatch.setattr(candidates_module, "effective_tasks", twin)
     with pytest.raises(AssertionError):
         test_a_node_that_is_half_busy_gets_half_as_many_and_a_burst_spreads()

@@ -39,8 +39,10 @@ def a_task_on(*networks: Network) -> Task:
 
 def taking(accounting: Accounting, *networks: Network) -> list[str]:
     """The nodes that would take a task on these networks."""
-    wish = requirements_of(a_task_on(*networks), SERVICE.spec)
-    return [id for id, account in accounting.accounts.items() if not verdict(wish, account, 0).refusals]
+    requirements = requirements_of(a_task_on(*networks), SERVICE.spec)
+    return [
+        id for id, account in accounting.accounts.items() if not verdict(requirements, account, 0).refusals
+    ]
 
 
 def test_a_node_that_is_cut_off_takes_no_tasks_on_overlay_networks_and_all_others() -> None:
@@ -67,10 +69,10 @@ def test_a_label_of_the_node_has_it_take_tasks_all_the_same() -> None:
 def test_a_task_that_finds_no_node_says_why_and_each_node_which_way_fails() -> None:
     accounting = accounting_of([a_node_with_overlays("w1", OVERLAY)])
     task = a_task_on(NET)
-    wish = requirements_of(task, SERVICE.spec)
-    refused = place([task], wish, Choices(accounting), now=0.0, limit=ALL)
+    requirements = requirements_of(task, SERVICE.spec)
+    refused = place([task], requirements, Choices(accounting), now=0.0, limit=ALL)
     assert reason(refused) == "no suitable node (overlay traffic fails on 1 node)"
-    (words,) = verdict(wish, accounting.accounts[a_node("w1").id], 0).refusals
+    (words,) = verdict(requirements, accounting.accounts[a_node("w1").id], 0).refusals
     assert words == (
         "4789/udp fails between this node and w2 (the node's label skep.ignore-paths=true would allow it)"
     )
@@ -79,7 +81,7 @@ def test_a_task_that_finds_no_node_says_why_and_each_node_which_way_fails() -> N
 def test_a_node_that_is_well_again_is_chosen_at_once() -> None:
     accounting = accounting_of([a_node_with_overlays("w1", OVERLAY)])
     choices, task = Choices(accounting), a_task_on(NET)
-    wish = requirements_of(task, SERVICE.spec)
-    assert nodes_of(place([task], wish, choices, now=0.0, limit=ALL)) == {}
+    requirements = requirements_of(task, SERVICE.spec)
+    assert nodes_of(place([task], requirements, choices, now=0.0, limit=ALL)) == {}
     accounting.set_node(a_node_with_overlays("w1"))
-    assert nodes_of(place([task], wish, choices, now=0.0, limit=ALL)) == {"w1": 1}
+    assert nodes_of(place([task], requirements, choices, now=0.0, limit=ALL)) == {"w1": 1}

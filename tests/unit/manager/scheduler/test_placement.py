@@ -77,14 +77,14 @@ def test_among_equals_the_node_with_fewer_tasks_is_taken() -> None:
 def test_a_node_where_the_service_failed_repeatedly_is_taken_last() -> None:
     accounting = accounting_of([a_node("n1"), a_node("n2")])
     for _ in range(MAX_FAILURES):
-        accounting.note_failure(a_task(node="n1"), 0.0)
+        accounting.record_failure(a_task(node="n1"), 0.0)
     assert nodes_of(placed(a_service(replicas=4), accounting)) == {"n2": 4}
 
 
 def test_failures_are_forgotten_after_five_minutes() -> None:
     accounting = accounting_of([a_node("n1"), a_node("n2")])
     for _ in range(MAX_FAILURES):
-        accounting.note_failure(a_task(node="n1"), -301.0)
+        accounting.record_failure(a_task(node="n1"), -301.0)
     assert nodes_of(placed(a_service(replicas=2), accounting)) == {"n1": 1, "n2": 1}
 
 
@@ -170,8 +170,10 @@ def test_a_task_that_is_to_leave_counts_for_the_limit_for_as_long_as_it_is_there
     accounting = accounting_of([a_node("n1"), a_node("n2")])
     accounting.add(a_task("old1", slot=1, node="n1", service=service), ())
     new = [a_task(slot=slot, service=service, state=PENDING) for slot in (1, 2)]
-    wish = requirements_of(new[0], service.spec)
-    result = place(new, wish, Choices(accounting), now=0.0, limit=ALL, leaving=Counter({NodeId("n1"): 1}))
+    requirements = requirements_of(new[0], service.spec)
+    result = place(
+        new, requirements, Choices(accounting), now=0.0, limit=ALL, leaving=Counter({NodeId("n1"): 1})
+    )
     assert nodes_of(result) == {"n2": 1}
     assert reason(result) == "no suitable node (max replicas per node limit exceed)"
 
@@ -220,14 +222,16 @@ def test_platforms_accept_either_spelling_of_an_architecture() -> None:
         node, description=replace(node.description, platform=Platform(architecture="x86_64", os="linux"))
     )
     web = a_service()
-    wish = requirements_of(a_task(service=web, state=PENDING), web.spec)
+    requirements = requirements_of(a_task(service=web, state=PENDING), web.spec)
     amd, arm = Platform(architecture="amd64", os="linux"), Platform(architecture="arm64", os="linux")
     task = [a_task(service=web, state=PENDING)]
     fits = place(
-        task, replace(wish, platforms=(arm, amd)), Choices(accounting_of([node])), now=0.0, limit=ALL
+        task, replace(requirements, platforms=(arm, amd)), Choices(accounting_of([node])), now=0.0, limit=ALL
     )
     assert nodes_of(fits) == {"n1": 1}
-    refused = place(task, replace(wish, platforms=(arm,)), Choices(accounting_of([node])), now=0.0, limit=ALL)
+    refused = place(
+        task, replace(requirements, platforms=(arm,)), Choices(accounting_of([node])), now=0.0, limit=ALL
+    )
     assert reason(refused) == "no suitable node (unsupported platform on 1 node)"
 
 
@@ -237,10 +241,10 @@ def test_plugins_are_looked_for_with_and_without_latest() -> None:
     node = replace(node, description=replace(node.description, engine=engine))
     web = a_service()
     task = [a_task(service=web, state=PENDING)]
-    wish = requirements_of(task[0], web.spec)
-    volume = replace(wish, plugins=(("Volume", "nfs"), ("Log", "json-file")))
+    requirements = requirements_of(task[0], web.spec)
+    volume = replace(requirements, plugins=(("Volume", "nfs"), ("Log", "json-file")))
     assert nodes_of(place(task, volume, Choices(accounting_of([node])), now=0.0, limit=ALL)) == {"n1": 1}
-    network = replace(wish, plugins=(("Network", "weave"),))
+    network = replace(requirements, plugins=(("Network", "weave"),))
     refused = place(task, network, Choices(accounting_of([node])), now=0.0, limit=ALL)
     assert reason(refused) == "no suitable node (missing plugin on 1 node)"
 
@@ -249,9 +253,11 @@ def test_a_global_services_task_is_confirmed_on_its_node_or_told_why_not() -> No
     service = a_service(is_global=True, reserve=Resources(memory_bytes=60))
     accounting = accounting_of([a_node("n1", has=Resources(memory_bytes=100))])
     tasks = [a_task(slot=0, node="n1", service=service, state=PENDING) for _ in range(2)]
-    wish = requirements_of(tasks[0], service.spec)
-    assert not isinstance(confirm(tasks[0], wish, accounting), Refusal)
-    assert confirm(tasks[1], wish, accounting) == Refusal(tasks[1], "insufficient resources on 1 node")
+    requirements = requirements_of(tasks[0], service.spec)
+    assert not isinstance(confirm(tasks[0], requirements, accounting), Refusal)
+    assert confirm(tasks[1], requirements, accounting) == Refusal(
+        tasks[1], "insufficient resources on 1 node"
+    )
 
 
 def test_a_batch_is_bounded_and_says_what_is_left() -> None:

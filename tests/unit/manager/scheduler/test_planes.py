@@ -23,8 +23,8 @@ def placed_on(accounting: Accounting, *networks: Network) -> Placed:
     service = a_service()
     task = on_network(service, *networks)
     known = {network.id: network for network in networks}
-    wish = requirements_of(task, service.spec, planes_of(task, known.get))
-    return place([task], wish, Choices(accounting), now=0.0, limit=ALL)
+    requirements = requirements_of(task, service.spec, planes_of(task, known.get))
+    return place([task], requirements, Choices(accounting), now=0.0, limit=ALL)
 
 
 def test_tasks_of_an_overlay_stay_on_nodes_of_its_data_plane() -> None:

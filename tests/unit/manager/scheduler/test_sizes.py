@@ -40,7 +40,7 @@ def test_two_sizes_of_node_end_within_ten_percent_of_each_other() -> None:
 
 
 def test_a_count_of_tasks_alone_would_fill_small_nodes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates_module, "fill", lambda wish, account: 0.0)
+    monkeypatch.setattr(candidates_module, "fill", lambda requirements, account: 0.0)
     assert largest_difference_of_fill() > 0.10
 
 

@@ -1,4 +1,4 @@
-"""Spreads the nodes' sessions over the managers, gently: what ``shares`` decides is carried out here."""
+"""Balances the nodes' sessions over the managers, as decided by ``shares``."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,8 +14,8 @@ from skep.store.interface import Store
 log = structlog.get_logger(__name__)
 
 
-class Spreading:
-    """Sends nodes on while this manager has far more than its share; tells them first where there is room."""
+class Balancing:
+    """Redirects nodes while this manager has far more than its share, after sending all nodes the managers' weights."""
 
     def __init__(
         self,
@@ -24,21 +24,21 @@ class Spreading:
         sessions: Sessions,
         clock: Clock,
         *,
-        send_on: Callable[[NodeId], None],
-        may_send_on: Callable[[], bool],
+        redirect: Callable[[NodeId], None],
+        can_redirect: Callable[[], bool],
     ) -> None:
-        """``send_on``: ends a node's session here and waits for it long enough to find another one."""
+        """``redirect``: ends a node's session here and expects the node for long enough to find another manager."""
         self._store = store
         self._own = own
         self._sessions = sessions
         self._clock = clock
-        self._send_on = send_on
-        self._may_send_on = may_send_on
+        self._redirect = redirect
+        self._can_redirect = can_redirect
         self.weights: Mapping[NodeId, int] = {}
-        """What each manager is worth to a node that chooses; those that are not named are worth ``shares.WEIGHT``."""
+        """Weight of each manager; those that are missing have ``shares.WEIGHT``."""
 
     async def run(self) -> None:
-        """Look every ``SPREAD_S`` until cancelled."""
+        """Check every ``SPREAD_S`` until cancelled."""
         while True:
             await self._clock.sleep(shares.SPREAD_S)
             held = shares.held(self._store.view().find(Node), self._own)
@@ -47,7 +47,7 @@ class Spreading:
                 self.weights = weights
                 for session in self._sessions.all():
                     session.messages.wake()
-            elif self._may_send_on():
-                for node_id in shares.sent_on(held, self._own, self._sessions.skep_nodes()):
-                    log.info("node sent on: this manager has more than its share", node=node_id)
-                    self._send_on(node_id)
+            elif self._can_redirect():
+                for node_id in shares.to_redirect(held, self._own, self._sessions.skep_nodes()):
+                    log.info("node redirected: this manager has more than its share", node=node_id)
+                    self._redirect(node_id)

@@ -1,25 +1,24 @@
-"""All networks' tables, kept up to date commit by commit.
+"""The tables of all networks, updated with each commit.
 
-The cost of a commit is in proportion to what it changes, not to the size of the networks.  What comes out is what
-``derive.table_of`` gives for the same state (a property test says so); every entry's revision is that of the commit
-that changed it, so all managers agree on it.
+The cost of a commit is in proportion to what it changes, not to the size of the networks.  The result equals that of
+``derive.table_of`` for the same state (a property test compares them); the revision of an entry is that of the commit
+that changed it, so it is the same on all managers.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from skep.manager.discovery.book import Book, counted
 from skep.manager.discovery.derive import (
     endpoint_of,
     has_endpoint,
     is_publishing,
     node_on,
-    places_of,
+    overlay_attachments,
     service_on,
     unread_services,
 )
-from skep.manager.discovery.stale import Stale
+from skep.manager.discovery.versioned_table import VersionedTable, counted
 from skep.manager.failures import isolated, object_id
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.network import Network
@@ -32,76 +31,78 @@ from skep.model.task import NetworkAttachment, Task
 from skep.store.interface import Commit, Created, Deleted, Event, Object, Updated, View
 
 KINDS: tuple[type[Object], ...] = (Swarm, Network, Node, Service, Task)
-"""What tables are made of."""
+"""Kinds of objects that tables are derived from."""
 
-NOWHERE: Mapping[NetworkId, NetworkAttachment] = {}
+NO_ATTACHMENTS: Mapping[NetworkId, NetworkAttachment] = {}
 
 
-class Stirred(msgspec.Struct, frozen=True, kw_only=True):
-    """What a commit meant for whoever reads tables."""
+class AffectedStreams(msgspec.Struct, frozen=True, kw_only=True):
+    """The streams that a commit affects."""
 
     networks: frozenset[NetworkId] = frozenset()
-    """Their tables changed, or are no more."""
+    """Networks whose tables changed or were removed."""
     nodes: frozenset[NodeId] = frozenset()
-    """They take part in other networks than before, or have another session."""
-    is_everybody: bool = False
-    """Every node takes part in another network than before."""
+    """Nodes whose set of networks, or session, changed."""
+    all_nodes: bool = False
+    """The set of networks of every node changed."""
 
 
-class Ledger:
-    """The tables of all overlay networks.  Reads nothing but what it is handed."""
+class NetworkTables:
+    """The tables of all overlay networks.  Reads only the snapshot and commits it is given."""
 
     def __init__(self, revision: int = 0) -> None:
         self.revision = revision
-        """Everything up to here is in it."""
-        self.books: dict[NetworkId, Book] = {}
+        """The revision of the last commit that was handled."""
+        self.tables: dict[NetworkId, VersionedTable] = {}
         self.sessions: dict[NodeId, str] = {}
-        """Whose session each node has, as of ``revision``."""
+        """The session of each node, as of ``revision``."""
         self._port = data_path_port(())
         self._nodes: dict[NodeId, Node] = {}
         self._claiming: dict[str, dict[NodeId, None]] = {}
-        """Nodes by the address that their VXLAN leaves from; mostly one."""
+        """Nodes by the source address of their VXLAN packets; usually one."""
         self._services: dict[ServiceId, Service] = {}
         self._tasks: dict[TaskId, Task] = {}
-        """Those that have places on overlays."""
+        """Tasks with attachments to overlay networks."""
         self._tasks_of_node: dict[NodeId, dict[TaskId, None]] = {}
         self._networks_of_service: dict[ServiceId, frozenset[NetworkId]] = {}
-        """Where it has virtual addresses."""
+        """Networks on which it has virtual addresses."""
         self._tasks_of_service: dict[ServiceId, dict[NetworkId, int]] = {}
-        """Where it has tasks, and how many."""
+        """Networks on which it has tasks, and how many."""
         self._networks_of_node: dict[NodeId, dict[NetworkId, int]] = {}
-        """Where it takes part, and with how many tasks."""
+        """Networks of the node, with the number of its tasks on each."""
         self._publishing: set[ServiceId] = set()
         self._unread: set[ServiceId] = set()
-        """What nodes know of them goes on to hold."""
+        """Services whose objects cannot be read: nodes keep what they have of them."""
         self._headless: set[ServiceId] = set()
-        """Those of which nothing is known: each may publish ports."""
+        """Services without any readable data: each may publish ports."""
         self._stale = Stale()
 
     # -- reading ------------------------------------------------------------------------------------------------
 
     def networks_of(self, node_id: NodeId) -> list[NetworkId]:
-        """The networks that a node is told of, in order of their ids."""
+        """The networks whose tables a node gets, in order of their ids."""
         by_tasks = self._networks_of_node.get(node_id, {})
         everywhere = self._ingress() if self._publishing else []
-        return sorted({*by_tasks, *everywhere} & self.books.keys())
+        return sorted({*by_tasks, *everywhere} & self.tables.keys())
 
     def nodes_on(self, network_id: NetworkId) -> Iterable[NodeId] | None:
-        """The nodes that are told of a network; None: all there are."""
-        book = self.books.get(network_id)
-        if book is None:
+        """The nodes that get the table of a network; None: all nodes."""
+        table = self.tables.get(network_id)
+        if table is None:
             return ()
-        if self._publishing and book.head is not None and book.head.is_ingress:
+        if self._publishing and table.head is not None and table.head.is_ingress:
             return None
-        return book.tasks_of_node
+        return table.tasks_of_node
 
     def _ingress(self) -> list[NetworkId]:
-        return [book.id for book in self.books.values() if book.head is not None and book.head.is_ingress]
+        return [
+            table.id for table in self.tables.values() if table.head is not None and table.head.is_ingress
+        ]
 
     # -- keeping up ---------------------------------------------------------------------------------------------
 
     def begin(self, view: View) -> Iterator[None]:
-        """Take in everything that ``view`` shows; a step per object, so that the caller can make pauses.
+        """Load all objects of ``view``; yields after each object, so that the caller can pause.
 
         Objects are taken out of the view before the first pause.
         """
@@ -116,18 +117,18 @@ class Ledger:
                 self._enter(object)
             self._refresh()
             yield
-        for book in self.books.values():
-            book.begin_at(self.revision)
+        for table in self.tables.values():
+            table.reset_changes(self.revision)
 
-    def note(self, commit: Commit) -> Stirred:
-        """Take in a commit that follows all that was taken in before."""
+    def note(self, commit: Commit) -> AffectedStreams:
+        """Handle the next commit."""
         self.revision = commit.revision
         for event in commit.events:
             with isolated("tables", object_id(event)):
-                self._note(event)
+                self._handle(event)
         return self._refresh()
 
-    def _note(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:
         match event:
             case Created(object) | Updated(_, object):
                 self._enter(object)
@@ -137,42 +138,42 @@ class Ledger:
     def _enter(self, object: Object) -> None:
         match object:
             case Task():
-                self._place(object, places_of(object))
+                self._set_attachments(object, overlay_attachments(object))
             case Service():
                 self._enter_service(object)
             case Node():
                 self._enter_node(object)
             case Network() if is_overlay(object):
-                self._book(object.id).network = object
+                self._table(object.id).network = object
                 self._stale.networks[object.id] = None
             case Network():
                 self._remove_network(object.id)
             case Swarm():
                 self._port = data_path_port((object,))
-                self._stale.heads.update(dict.fromkeys(self.books))
+                self._stale.heads.update(dict.fromkeys(self.tables))
 
     def _leave(self, object: Object) -> None:
         match object:
             case Task():
-                self._place(object, NOWHERE)
+                self._set_attachments(object, NO_ATTACHMENTS)
             case Service():
                 self._services.pop(object.id, None)
                 self._unread.discard(object.id)
                 self._headless.discard(object.id)
                 self._publish(object.id, is_publishing=False)
-                self._note_service(object.id, frozenset())
+                self._mark_service(object.id, frozenset())
             case Node():
                 self._claim(self._nodes.pop(object.id, None), None)
                 self.sessions.pop(object.id, None)
-                self._note_node(object.id)
+                self._mark_node(object.id)
             case Network():
                 self._remove_network(object.id)
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
-    def _place(self, task: Task, places: Mapping[NetworkId, NetworkAttachment]) -> None:
+    def _set_attachments(self, task: Task, places: Mapping[NetworkId, NetworkAttachment]) -> None:
         before = self._tasks.pop(task.id, None)
-        if before is not None and (before.node_id, before.service_id, places_of(before).keys()) == (
+        if before is not None and (before.node_id, before.service_id, overlay_attachments(before).keys()) == (
             task.node_id,
             task.service_id,
             places.keys(),
@@ -187,7 +188,7 @@ class Ledger:
             self._count(task, 1)
 
     def _count(self, task: Task, by: int) -> None:
-        """``by`` 1: the task comes to its places; -1: it leaves them."""
+        """``by`` 1: add the task to its networks; -1: remove it."""
         here = self._tasks_of_node.setdefault(task.node_id, {})
         if by > 0:
             here[task.id] = None
@@ -197,20 +198,20 @@ class Ledger:
             del self._tasks_of_node[task.node_id]
         of_node = self._networks_of_node.setdefault(task.node_id, {})
         of_service = self._tasks_of_service.setdefault(task.service_id, {})
-        for network_id in places_of(task):
-            book = self._book(network_id)
+        for network_id in overlay_attachments(task):
+            table = self._table(network_id)
             if by > 0:
-                book.tasks[task.id] = None
+                table.tasks[task.id] = None
             else:
-                book.tasks.pop(task.id, None)
+                table.tasks.pop(task.id, None)
             self._stale.endpoints[network_id, task.id] = None
-            if counted(book.tasks_of_node, task.node_id, by):
+            if counted(table.tasks_of_node, task.node_id, by):
                 self._stale.nodes[network_id, task.node_id] = None
-                self._stale.takers.add(task.node_id)
+                self._stale.resubscribed.add(task.node_id)
             if counted(of_service, network_id, by):
                 self._stale.services[network_id, task.service_id] = None
             counted(of_node, network_id, by)
-            if book.network is None:
+            if table.network is None:
                 self._stale.networks[network_id] = None
         if not of_node:
             del self._networks_of_node[task.node_id]
@@ -227,23 +228,23 @@ class Ledger:
         self._services[service.id] = service
         self._publish(service.id, is_publishing=is_publishing(service))
         networks = frozenset(one.network_id for one in service.endpoint.virtual_ips if one.addr)
-        self._note_service(service.id, networks)
+        self._mark_service(service.id, networks)
         if before is None or before.spec.name != service.spec.name:
-            self._stale_endpoints_of(service.id)
+            self._mark_endpoints_of(service.id)
 
-    def _note_service(self, id: ServiceId, networks: frozenset[NetworkId]) -> None:
+    def _mark_service(self, id: ServiceId, networks: frozenset[NetworkId]) -> None:
         before = self._networks_of_service.pop(id, frozenset())
         if networks:
             self._networks_of_service[id] = networks
         for network_id in sorted({*before, *networks, *self._tasks_of_service.get(id, ())}):
             self._stale.services[network_id, id] = None
         if id not in self._services:
-            self._stale_endpoints_of(id)
+            self._mark_endpoints_of(id)
 
-    def _stale_endpoints_of(self, id: ServiceId) -> None:
-        """Tasks that were there before their service, or are still there without it: rare, and all are asked."""
+    def _mark_endpoints_of(self, id: ServiceId) -> None:
+        """Tasks created before their service, or outliving it: rare, so all tasks of the network are checked."""
         for network_id in self._tasks_of_service.get(id, ()):
-            for task_id in self.books[network_id].tasks:
+            for task_id in self.tables[network_id].tasks:
                 if self._tasks[task_id].service_id == id:
                     self._stale.endpoints[network_id, task_id] = None
 
@@ -254,7 +255,7 @@ class Ledger:
         else:
             self._publishing.discard(id)
         if bool(self._publishing) is not before:
-            self._stale.is_everybody = True
+            self._stale.all_nodes = True
             for network_id in self._ingress():
                 self._stale.nodes.update(dict.fromkeys((network_id, node_id) for node_id in self._nodes))
 
@@ -267,16 +268,16 @@ class Ledger:
         session_id = node.session.session_id if node.session is not None else ""
         if self.sessions.get(node.id, "") != session_id:
             self.sessions[node.id] = session_id
-            self._stale.takers.add(node.id)
+            self._stale.resubscribed.add(node.id)
         if before is None or (before.status, before.description, before.attachments) != (
             node.status,
             node.description,
             node.attachments,
         ):
-            self._note_node(node.id)
+            self._mark_node(node.id)
 
     def _claim(self, before: Node | None, after: Node | None) -> None:
-        """A node has changed: another may have its address now, or lose its own."""
+        """Update the owners of an address: another node may own it now, or lose its own."""
         was = claimed_underlay(before) if before is not None else None
         now = claimed_underlay(after) if after is not None else None
         if before is not None and was is not None and (here := self._claiming.get(was)) is not None:
@@ -288,44 +289,44 @@ class Ledger:
         if was != now or _is_elsewhere(before, after):
             for address in dict.fromkeys((was or "", now or "")):
                 for id in self._claiming.get(address, ()):
-                    self._note_node(id)
+                    self._mark_node(id)
 
-    def _note_node(self, id: NodeId) -> None:
+    def _mark_node(self, id: NodeId) -> None:
         for network_id in (*self._networks_of_node.get(id, ()), *self._ingress()):
             self._stale.nodes[network_id, id] = None
         for task_id in self._tasks_of_node.get(id, ()):
-            for network_id in places_of(self._tasks[task_id]):
+            for network_id in overlay_attachments(self._tasks[task_id]):
                 self._stale.endpoints[network_id, task_id] = None
 
     # -- networks -----------------------------------------------------------------------------------------------
 
-    def _book(self, id: NetworkId) -> Book:
-        """The network's book; a new one if there is none."""
-        book = self.books.get(id)
-        if book is None:
-            book = self.books[id] = Book(id, self.revision, self._unread)
+    def _table(self, id: NetworkId) -> VersionedTable:
+        """The network's table; created if there is none."""
+        table = self.tables.get(id)
+        if table is None:
+            table = self.tables[id] = VersionedTable(id, self.revision, self._unread)
             there = (one for one, networks in self._networks_of_service.items() if id in networks)
             self._stale.services.update(dict.fromkeys((id, service_id) for service_id in there))
-        return book
+        return table
 
     def _remove_network(self, id: NetworkId) -> None:
-        """Its tasks keep it until the last has ended."""
-        book = self.books.get(id)
-        if book is not None:
-            book.network = None
+        """The table is kept until the last task on the network has ended."""
+        table = self.tables.get(id)
+        if table is not None:
+            table.network = None
             self._stale.networks[id] = None
 
-    def _network_of(self, book: Book) -> Network | None:
-        """As the store has it, else as its earliest task does; None: nobody has it any more."""
-        if book.network is not None or not book.tasks:
-            return book.network
-        place = places_of(self._tasks[min(book.tasks)])[book.id]
+    def _network_of(self, table: VersionedTable) -> Network | None:
+        """The network object, else the copy in its earliest task; None: neither exists."""
+        if table.network is not None or not table.tasks:
+            return table.network
+        place = overlay_attachments(self._tasks[min(table.tasks)])[table.id]
         return place.network
 
     # -- entries ------------------------------------------------------------------------------------------------
 
-    def _refresh(self) -> Stirred:
-        """Work out anew what may have changed."""
+    def _refresh(self) -> AffectedStreams:
+        """Derive the stale entries again."""
         stale, self._stale = self._stale, Stale()
         changed: set[NetworkId] = set()
         for network_id in stale.networks:
@@ -335,71 +336,86 @@ class Ledger:
             with isolated("head of a table", network_id):
                 self._refresh_head(network_id, changed)
         for network_id, task_id in stale.endpoints:
-            if (book := self.books.get(network_id)) is not None:
+            if (table := self.tables.get(network_id)) is not None:
                 with isolated("endpoint", task_id):
-                    self._refresh_endpoint(book, task_id, changed)
+                    self._refresh_endpoint(table, task_id, changed)
         for network_id, service_id in stale.services:
-            if (book := self.books.get(network_id)) is not None:
+            if (table := self.tables.get(network_id)) is not None:
                 with isolated("service in a table", service_id):
-                    self._refresh_service(book, service_id, changed)
+                    self._refresh_service(table, service_id, changed)
         for network_id, node_id in stale.nodes:
-            if (book := self.books.get(network_id)) is not None:
+            if (table := self.tables.get(network_id)) is not None:
                 with isolated("node in a table", node_id):
-                    self._refresh_node(book, node_id, changed)
-        return Stirred(
-            networks=frozenset(changed), nodes=frozenset(stale.takers), is_everybody=stale.is_everybody
+                    self._refresh_node(table, node_id, changed)
+        return AffectedStreams(
+            networks=frozenset(changed), nodes=frozenset(stale.resubscribed), all_nodes=stale.all_nodes
         )
 
-    def _refresh_network(self, id: NetworkId, stale: Stale, changed: set[NetworkId]) -> None:
-        book = self.books.get(id)
-        if book is None:
+    def _refresh_network(self, id: NetworkId, stale: "Stale", changed: set[NetworkId]) -> None:
+        table = self.tables.get(id)
+        if table is None:
             return
-        network = self._network_of(book)
+        network = self._network_of(table)
         if network is None:
-            del self.books[id]
+            del self.tables[id]
             changed.add(id)
             return
         self._refresh_head(id, changed)
         if network.spec.ingress:
-            stale.is_everybody = True
+            stale.all_nodes = True
             stale.nodes.update(dict.fromkeys((id, node_id) for node_id in self._nodes))
 
     def _refresh_head(self, id: NetworkId, changed: set[NetworkId]) -> None:
-        book = self.books.get(id)
-        network = self._network_of(book) if book is not None else None
-        if book is None or network is None:
+        table = self.tables.get(id)
+        network = self._network_of(table) if table is not None else None
+        if table is None or network is None:
             return
-        if book.set_head(head_of(network, self._port), self.revision):
+        if table.set_head(head_of(network, self._port), self.revision):
             changed.add(id)
 
-    def _refresh_endpoint(self, book: Book, id: TaskId, changed: set[NetworkId]) -> None:
+    def _refresh_endpoint(self, table: VersionedTable, id: TaskId, changed: set[NetworkId]) -> None:
         task, endpoint = self._tasks.get(id), None
         if task is not None:
             service, node = self._services.get(task.service_id), self._nodes.get(task.node_id)
-            endpoint = endpoint_of(task, service, node, book.id)
-        if book.set_endpoint(id, endpoint, self.revision):
-            changed.add(book.id)
+            endpoint = endpoint_of(task, service, node, table.id)
+        if table.set_endpoint(id, endpoint, self.revision):
+            changed.add(table.id)
 
-    def _refresh_service(self, book: Book, id: ServiceId, changed: set[NetworkId]) -> None:
-        service, network = self._services.get(id), self._network_of(book)
+    def _refresh_service(self, table: VersionedTable, id: ServiceId, changed: set[NetworkId]) -> None:
+        service, network = self._services.get(id), self._network_of(table)
         entry = None
         if service is not None and network is not None and id not in self._unread:
-            entry = service_on(service, network, has_tasks=book.id in self._tasks_of_service.get(id, ()))
-        if book.set_service(id, entry, self.revision):
-            changed.add(book.id)
+            entry = service_on(service, network, has_tasks=table.id in self._tasks_of_service.get(id, ()))
+        if table.set_service(id, entry, self.revision):
+            changed.add(table.id)
 
-    def _refresh_node(self, book: Book, id: NodeId, changed: set[NetworkId]) -> None:
-        node, network = self._nodes.get(id), self._network_of(book)
+    def _refresh_node(self, table: VersionedTable, id: NodeId, changed: set[NetworkId]) -> None:
+        node, network = self._nodes.get(id), self._network_of(table)
         entry = None
         if node is not None and network is not None:
             is_everywhere = network.spec.ingress and bool(self._publishing)
-            if is_everywhere or id in book.tasks_of_node:
+            if is_everywhere or id in table.tasks_of_node:
                 claiming = self._claiming.get(claimed_underlay(node) or "", ())
                 entry = node_on(node, network, [self._nodes[one] for one in claiming])
-        if book.set_node(id, entry, self.revision):
-            changed.add(book.id)
+        if table.set_node(id, entry, self.revision):
+            changed.add(table.id)
 
 
 def _is_elsewhere(before: Node | None, after: Node | None) -> bool:
     """Whether the node connects from another address."""
     return before is not None and after is not None and before.status.addr != after.status.addr
+
+
+class Stale:
+    """Entries of the tables to derive again after a change."""
+
+    def __init__(self) -> None:
+        # Ordered, so that every run is the same.
+        self.networks: dict[NetworkId, None] = {}
+        """Whether they exist, and what depends on that."""
+        self.heads: dict[NetworkId, None] = {}
+        self.endpoints: dict[tuple[NetworkId, TaskId], None] = {}
+        self.services: dict[tuple[NetworkId, ServiceId], None] = {}
+        self.nodes: dict[tuple[NetworkId, NodeId], None] = {}
+        self.resubscribed: set[NodeId] = set()
+        self.all_nodes = False

@@ -1,7 +1,8 @@
-"""One network's table as it stands, and when each of its entries changed last.
+"""One network's table, with the revision of the last change of each entry.
 
-Whoever knows the table as of some revision is told what changed since, each thing once and as it is now.  Nothing is
-kept per reader; the memory of changes is bounded, and who is further behind is told everything.
+A reader that has the table as of some revision gets the entries that changed since, each once and in its present
+state.  Nothing is kept per reader.  The number of remembered changes is bounded; a reader that is further behind gets
+the whole table.
 """
 
 from collections.abc import Collection
@@ -9,67 +10,70 @@ from typing import TypeAlias, TypeVar
 
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.network import Network
+from skep.model.paths import NetworkNames
 from skep.model.tables import NetworkHead, Table, TableChange, TableEndpoint, TableNode, TableService, whole
 
 K = TypeVar("K", bound=str)
 V = TypeVar("V")
 
 Entry: TypeAlias = tuple[str, str]
-"""What kind of thing, and its id."""
+"""Kind of entry, and its id."""
 
 HEAD: Entry = ("head", "")
 NODE, ENDPOINT, SERVICE = "node", "endpoint", "service"
 
+NAMES_MAX = 200
+"""Names of services of one network that are checked by diagnostics."""
 REMEMBERED_MIN = 1000
-"""Changes that are remembered however small the table is; else as many as it has entries."""
+"""Changes that are remembered at least; more if the table has more entries."""
 
 
-class Book:
-    """The table of one network, kept up to date by ``Ledger``; times are revisions of the store."""
+class VersionedTable:
+    """The table of one network, updated by ``NetworkTables``; versions are revisions of the store."""
 
     def __init__(self, id: NetworkId, revision: int, unread: Collection[ServiceId] = ()) -> None:
-        """A table that is empty as of ``revision``.  ``unread``: services that cannot be read, as of now."""
+        """An empty table as of ``revision``.  ``unread``: services that cannot be read now."""
         self._unread = unread
         self.id = id
         self.network: Network | None = None
-        """As the store has it; None: it was removed while tasks still use it."""
+        """The network object; None: it was removed while tasks still use it."""
         self.head: NetworkHead | None = None
         self.nodes: dict[NodeId, TableNode] = {}
         self.endpoints: dict[TaskId, TableEndpoint] = {}
         self.services: dict[ServiceId, TableService] = {}
         self.tasks: dict[TaskId, None] = {}
-        """Those with a place here, wherever they run."""
+        """Tasks attached to the network, on any node."""
         self.tasks_of_node: dict[NodeId, int] = {}
         self.changed_at = revision
         self._floor = revision
-        """Everything that changed after this is in ``_changes``."""
+        """All changes after this revision are in ``_changes``."""
         self._changes: dict[Entry, int] = {}
-        """When each thing changed last, the earliest first."""
+        """Revision of each entry's last change, the earliest first."""
 
-    # -- by the ledger ------------------------------------------------------------------------------------------
+    # -- for NetworkTables ---------------------------------------------------------------------------------------
 
     def set_head(self, head: NetworkHead, revision: int) -> bool:
-        """Whether that is news; so do the others."""
+        """Gives whether this is a change, as do the other setters."""
         if head == self.head:
             return False
         self.head = head
-        return self._note(HEAD, revision)
+        return self._record_change(HEAD, revision)
 
     def set_node(self, id: NodeId, node: TableNode | None, revision: int) -> bool:
-        return _set(self.nodes, id, node) and self._note((NODE, id), revision)
+        return _set(self.nodes, id, node) and self._record_change((NODE, id), revision)
 
     def set_endpoint(self, id: TaskId, endpoint: TableEndpoint | None, revision: int) -> bool:
-        return _set(self.endpoints, id, endpoint) and self._note((ENDPOINT, id), revision)
+        return _set(self.endpoints, id, endpoint) and self._record_change((ENDPOINT, id), revision)
 
     def set_service(self, id: ServiceId, service: TableService | None, revision: int) -> bool:
-        return _set(self.services, id, service) and self._note((SERVICE, id), revision)
+        return _set(self.services, id, service) and self._record_change((SERVICE, id), revision)
 
-    def begin_at(self, revision: int) -> None:
-        """What is here now is how it was at ``revision``: when the parts of it changed is not known."""
+    def reset_changes(self, revision: int) -> None:
+        """The present table is that of ``revision``; the revisions of its entries are not known."""
         self._changes.clear()
         self._floor = self.changed_at = revision
 
-    def _note(self, entry: Entry, revision: int) -> bool:
+    def _record_change(self, entry: Entry, revision: int) -> bool:
         self._changes.pop(entry, None)
         self._changes[entry] = self.changed_at = revision
         remembered = max(REMEMBERED_MIN, len(self.nodes) + len(self.endpoints) + len(self.services))
@@ -78,11 +82,11 @@ class Book:
             self._floor = self._changes.pop(first)
         return True
 
-    # -- by readers ---------------------------------------------------------------------------------------------
+    # -- for readers ---------------------------------------------------------------------------------------------
 
     def table(self, revision: int) -> Table:
-        """The whole of it, to be called that of ``revision``."""
-        assert self.head is not None, "a book has its head before anybody reads it"
+        """The whole table, with ``revision`` as its revision."""
+        assert self.head is not None, "the head is set before the table is read"
         return Table(
             head=self.head,
             revision=revision,
@@ -92,17 +96,17 @@ class Book:
             unread=tuple(sorted(self._unread)),
         )
 
-    def is_news_for(self, told: int | None) -> bool:
-        """Whether there is anything to tell who knows the table as of ``told`` (None: not at all)."""
-        return told is None or self.changed_at > told
+    def has_changed_since(self, sent: int | None) -> bool:
+        """Whether the table differs from that of revision ``sent`` (None: nothing was sent)."""
+        return sent is None or self.changed_at > sent
 
     def endpoint_changed_at(self, id: TaskId) -> int:
-        """When the endpoint became what it is, or went; if that is not remembered, when it was so already."""
+        """Revision of the endpoint's last change or removal; if that is not remembered, a revision after it."""
         return self._changes.get((ENDPOINT, id), self._floor)
 
-    def since(self, told: int | None, revision: int) -> TableChange:
-        """What leads from the table as of ``told`` to the present one, which is called that of ``revision``."""
-        if told is None or told < self._floor:
+    def since(self, sent: int | None, revision: int) -> TableChange:
+        """The change from the table of revision ``sent`` to the present one, with ``revision`` as its revision."""
+        if sent is None or sent < self._floor:
             return whole(self.table(revision))
         assert self.head is not None, "as above"
         nodes: list[TableNode] = []
@@ -110,7 +114,7 @@ class Book:
         services: list[TableService] = []
         removed: dict[str, list[str]] = {NODE: [], ENDPOINT: [], SERVICE: []}
         for entry, changed_at in reversed(self._changes.items()):
-            if changed_at <= told:
+            if changed_at <= sent:
                 break
             kind, id = entry
             if node := self.nodes.get(NodeId(id)) if kind == NODE else None:
@@ -133,8 +137,32 @@ class Book:
         )
 
 
+def names_in(table: VersionedTable) -> NetworkNames | None:
+    """Names of services with virtual addresses, to compare a node's DNS responses with; None: names are not resolved
+    there.
+
+    A name of several services, or of a service without a virtual address, is left out: its addresses change with each
+    of the tasks.
+    """
+    if table.head is None or table.head.is_ingress:
+        return None
+    found: dict[str, tuple[str, ...]] = {}
+    several: set[str] = set()
+    for service in table.services.values():
+        for name in dict.fromkeys((service.name, *service.aliases)):
+            if name in found:
+                several.add(name)
+            found[name] = tuple(sorted(service.virtual_ips))
+    names = sorted(name for name, addresses in found.items() if addresses and name not in several)
+    return NetworkNames(
+        network_id=table.id,
+        network=table.head.name,
+        names={name: found[name] for name in names[:NAMES_MAX]},
+    )
+
+
 def counted(counts: dict[K, int], key: K, by: int) -> bool:
-    """Add ``by`` to a count; whether the key came or went."""
+    """Add ``by`` to a count; gives whether the key appeared or disappeared."""
     before = counts.get(key, 0)
     now = before + by
     assert now >= 0, f"{key} is counted below nothing"
@@ -146,7 +174,7 @@ def counted(counts: dict[K, int], key: K, by: int) -> bool:
 
 
 def _set(entries: dict[K, V], key: K, value: V | None) -> bool:
-    """Put or remove; whether anything changed."""
+    """Set or remove; gives whether anything changed."""
     if value is None:
         return entries.pop(key, None) is not None
     if entries.get(key) == value:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.discovery import book as books
-from skep.manager.discovery.derive import is_publishing, places_of, table_of
-from skep.manager.discovery.ledger import KINDS, Ledger
+from skep.manager.discovery import versioned_table
+from skep.manager.discovery.derive import is_publishing, overlay_attachments, table_of
+from skep.manager.discovery.network_tables import KINDS, NetworkTables
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.meta import Driver
 from skep.model.network import Network
@@ -135,19 +135,20 @@ def from_scratch(view: View) -> dict[NetworkId, Table]:
     """Tables of the networks that there are, and of those that were removed while tasks use them."""
     networks = {network.id: network for network in view.find(Network)}
     for task in view.find(Task):
-        for id, place in places_of(task).items():
+        for id, place in overlay_attachments(task).items():
             assert place.network is not None
             networks.setdefault(id, place.network)
     return {id: table_of(view, network) for id, network in networks.items()}
 
 
-def takers(view: View) -> dict[NodeId, list[NetworkId]]:
+def resubscribed(view: View) -> dict[NodeId, list[NetworkId]]:
     """Which networks each node is told of."""
     publishes = any(map(is_publishing, view.find(Service)))
     everywhere = {id for id, table in from_scratch(view).items() if table.head.is_ingress and publishes}
     nodes = {node.id for node in view.find(Node)} | {task.node_id for task in view.find(Task)}
     return {
-        id: sorted(everywhere.union(*map(places_of, view.find(Task, node_id=id)))) for id in sorted(nodes)
+        id: sorted(everywhere.union(*map(overlay_attachments, view.find(Task, node_id=id))))
+        for id in sorted(nodes)
     }
 
 
@@ -158,14 +159,14 @@ class Reader:
         self.tables: dict[NetworkId, Table] = {}
         self.told: dict[NetworkId, int] = {}
 
-    def catch_up(self, ledger: Ledger) -> None:
-        for id in self.tables.keys() - ledger.books.keys():
+    def catch_up(self, tables: NetworkTables) -> None:
+        for id in self.tables.keys() - tables.tables.keys():
             del self.tables[id], self.told[id]
-        for id, book in ledger.books.items():
+        for id, table in tables.tables.items():
             told = self.told.get(id)
-            if book.is_news_for(told):
-                self.tables[id] = changed(self.tables.get(id), book.since(told, ledger.revision))
-            self.told[id] = ledger.revision
+            if table.has_changed_since(told):
+                self.tables[id] = changed(self.tables.get(id), table.since(told, tables.revision))
+            self.told[id] = tables.revision
 
 
 def without_revision(tables: dict[NetworkId, Table]) -> dict[NetworkId, Table]:
@@ -215,38 +216,38 @@ def test_what_is_kept_up_is_what_is_derived_from_scratch(
         for steps, _ in batches[:begin]:
             await store.update(lambda tx, steps=steps: [step(tx) for step in steps])
         async with store.watch(*KINDS) as watch:
-            ledger = Ledger()
-            for _ in ledger.begin(watch.snapshot):
+            tables = NetworkTables()
+            for _ in tables.begin(watch.snapshot):
                 pass
-            often.catch_up(ledger)
+            often.catch_up(tables)
             for number, (steps, is_read) in enumerate(batches[begin:]):
                 # One thing that changes in any case, so that there is a commit to wait for.
                 steps = [*steps, put_marker(number)]
                 await store.update(lambda tx, steps=steps: [step(tx) for step in steps])
-                known = {id: book.table(0) for id, book in ledger.books.items()}
-                told_before = {id: ledger.networks_of(id) for id in map(NodeId, NODES)}
-                stirred = ledger.note(await anext(aiter(watch)))
-                now = {id: book.table(0) for id, book in ledger.books.items()}
+                known = {id: table.table(0) for id, table in tables.tables.items()}
+                told_before = {id: tables.networks_of(id) for id in map(NodeId, NODES)}
+                stirred = tables.note(await anext(aiter(watch)))
+                now = {id: table.table(0) for id, table in tables.tables.items()}
                 assert now == without_revision(from_scratch(store.view()))
                 differing = {id for id in known.keys() | now.keys() if known.get(id) != now.get(id)}
                 assert stirred.networks >= differing
-                expected = takers(store.view())
+                expected = resubscribed(store.view())
                 for id in map(NodeId, NODES):
-                    assert ledger.networks_of(id) == expected.get(id, ledger.networks_of(id))
-                    if ledger.networks_of(id) != told_before[id]:
-                        assert stirred.is_everybody or id in stirred.nodes or differing & {*told_before[id]}
-                often.catch_up(ledger)
+                    assert tables.networks_of(id) == expected.get(id, tables.networks_of(id))
+                    if tables.networks_of(id) != told_before[id]:
+                        assert stirred.all_nodes or id in stirred.nodes or differing & {*told_before[id]}
+                often.catch_up(tables)
                 if is_read:
-                    seldom.catch_up(ledger)
+                    seldom.catch_up(tables)
                 assert without_revision(often.tables) == now
-            seldom.catch_up(ledger)
+            seldom.catch_up(tables)
             assert without_revision(seldom.tables) == without_revision(often.tables)
 
-    minimum, books.REMEMBERED_MIN = books.REMEMBERED_MIN, remembered
+    minimum, versioned_table.REMEMBERED_MIN = versioned_table.REMEMBERED_MIN, remembered
     try:
         asyncio.run(run())
     finally:
-        books.REMEMBERED_MIN = minimum
+        versioned_table.REMEMBERED_MIN = minimum
 
 
 def test_a_tasks_report_costs_no_look_at_the_others() -> None:
@@ -267,7 +268,7 @@ def test_a_tasks_report_costs_no_look_at_the_others() -> None:
         store = MemoryStore(SystemClock())
         await store.update(lambda tx: tx.put(NETWORKS[0]))
         await store.update(lambda tx: put_node("n1", NodeState.READY, False, False, "192.168.0.1")(tx))
-        ledger = Ledger()
+        tables = NetworkTables()
         for number in range(500):
             service = replace(a_service(f"s{number}"), id=ServiceId(f"s{number:03}"))
             await store.update(lambda tx, service=service: tx.put(service))
@@ -277,18 +278,18 @@ def test_a_tasks_report_costs_no_look_at_the_others() -> None:
             ]
             await store.update(lambda tx, tasks=tasks: [task(tx) for task in tasks])
         async with store.watch(*KINDS) as watch:
-            for _ in ledger.begin(watch.snapshot):
+            for _ in tables.begin(watch.snapshot):
                 pass
-            told = ledger.revision
-            ledger._tasks = Counting(ledger._tasks)
-            ledger.books[NETWORKS[0].id].endpoints = book = _Unread(ledger.books[NETWORKS[0].id].endpoints)
+            told = tables.revision
+            tables._tasks = Counting(tables._tasks)
+            tables.tables[NETWORKS[0].id].endpoints = table = _Unread(tables.tables[NETWORKS[0].id].endpoints)
             await store.update(put_task("t7x123", "s123", "n1", TaskState.RUNNING, True, {0}))
-            stirred = ledger.note(await anext(aiter(watch)))
+            stirred = tables.note(await anext(aiter(watch)))
             assert (stirred.networks, looked_at) == ({"net1"}, 1)
-            change = ledger.books[NETWORKS[0].id].since(told, ledger.revision)
+            change = tables.tables[NETWORKS[0].id].since(told, tables.revision)
             assert [one.task_id for one in change.endpoints] == ["t7x123"]
             assert (change.nodes, change.services, change.is_whole) == ((), (), False)
-            assert len(book) == 10_000
+            assert len(table) == 10_000
 
     asyncio.run(run())
 
@@ -308,10 +309,10 @@ def test_engines_are_told_of_nothing_of_ours() -> None:
             lambda tx: [engine(tx), tx.put(NETWORKS[0]), put_task("t1", "a", "n1", STATES[2], True, {0})(tx)]
         )
         assert is_docker_node(store.view().get(Node, "n1"))
-        ledger = Ledger()
-        for _ in ledger.begin(store.view()):
+        tables = NetworkTables()
+        for _ in tables.begin(store.view()):
             pass
-        return ledger.books[NETWORKS[0].id].table(0)
+        return tables.tables[NETWORKS[0].id].table(0)
 
     table = asyncio.run(run())
     assert (table.nodes, table.endpoints) == ({}, {})
