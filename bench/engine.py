@@ -33,15 +33,22 @@ class Engine:
     """One endpoint (a unix socket).  Not for several threads."""
 
     def __init__(self, path: Path, timeout_s: float = 120.0) -> None:
-        self._path, self._timeout_s = path, timeout_s
+        self.path = path
+        self._timeout_s = timeout_s
         self._connection: _UnixConnection | None = None
+
+    def close(self) -> None:
+        """Close the kept connection."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def raw(
         self, method: str, path: str, body: bytes | None = None, type_: str = "application/json"
     ) -> bytes:
         """One request; gives the body.  A kept connection that the server has closed is opened again once."""
         for attempt in (1, 2):
-            connection = self._connection or _UnixConnection(self._path, self._timeout_s)
+            connection = self._connection or _UnixConnection(self.path, self._timeout_s)
             self._connection = connection
             try:
                 headers = {"Content-Type": type_} if body is not None else {}

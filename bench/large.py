@@ -211,7 +211,7 @@ async def _client(store: MemoryStore) -> AsyncIterator[Callable[[str], Awaitable
     with TemporaryDirectory() as directory:
         socket = Path(directory, "sock")
         async with (
-            serving(application(api), socket),
+            serving(application(api), socket, socket.with_name("handover.sock")),
             ClientSession(connector=UnixConnector(str(socket)), read_bufsize=1 << 20) as client,
         ):
 

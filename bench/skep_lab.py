@@ -17,12 +17,12 @@ class SkepLab:
 
     system = "skep"
 
-    def __init__(self, directory: Path, name: str = "bench") -> None:
-        """``name``: of the playground; two at a time need two."""
+    def __init__(self, directory: Path, name: str = "bench", skep: Path | None = None) -> None:
+        """``name``: of the playground; two at a time need two.  ``skep``: another clone's command."""
         self.directory = directory
         self.name = name
         self.image = ""
-        self._skep = str(Path(sys.executable).with_name("skep"))
+        self._skep = str(skep or Path(sys.executable).with_name("skep"))
 
     def up(self, archive: bytes, image: str) -> None:
         """Start the playground and load ``archive``, so that both systems run the same image."""

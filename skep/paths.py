@@ -162,6 +162,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "manager.sock"
 
     @property
+    def handover_socket(self) -> Path:
+        """Where the node process passes clients' connections to the manager process."""
+        return self.run / "handover.sock"
+
+    @property
     def manager_waiting(self) -> Path:
         """Exists while the manager waits for a quorum and so answers nothing."""
         return self.run / "manager.waiting"

@@ -327,7 +327,7 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
     ),
     "Requests to the API": (
         Limit("body that is read as a whole", "skep.api.server:MAX_BODY_BYTES", "refused", "bytes"),
-        Limit("head of a request", "skep.node.front.framing:HEAD_BYTES_MAX", "431", "bytes"),
+        Limit("head of a request", "skep.api.framing:HEAD_BYTES_MAX", "431", "bytes"),
     ),
     "Containers": (
         Limit(

@@ -17,7 +17,7 @@ Source: moby 20.10, api/server/server.go and middleware/*.go.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 from aiohttp import web
@@ -106,19 +106,19 @@ def application(
     return app
 
 
-def runner(app: web.Application) -> web.AppRunner:
-    """What serves ``app``; sites are added by the caller.
+def runner(app: web.Application, **options: Any) -> web.AppRunner:
+    """What serves ``app``; sites are added by the caller.  ``options``: of aiohttp's, beside or instead of these.
 
-    A handler is cancelled when its client has gone, so that a stream nobody reads ends at once.
+    A handler is cancelled when its client has gone, so that a stream without a reader ends at once.
     """
-    return web.AppRunner(
-        app,
-        access_log=None,
-        handler_cancellation=True,
-        shutdown_timeout=2.0,
-        max_line_size=_HEAD_BYTES_MAX,
-        max_field_size=_HEAD_BYTES_MAX,
-    )
+    settings: dict[str, Any] = {
+        "access_log": None,
+        "handler_cancellation": True,
+        "shutdown_timeout": 2.0,
+        "max_line_size": _HEAD_BYTES_MAX,
+        "max_field_size": _HEAD_BYTES_MAX,
+    }
+    return web.AppRunner(app, **settings | options)
 
 
 def api_version(request: web.Request) -> ApiVersion:

@@ -171,7 +171,7 @@ def _problems_together(configuration: Configuration) -> list[str]:
         )
     elif any(tls) and None in tls:
         problems.append("--tls-cert, --tls-key and --tls-ca belong together: set all three or none")
-    longest = configuration.paths.manager_socket
+    longest = configuration.paths.handover_socket
     if len(str(longest).encode()) > SOCKET_PATH_BYTES_MAX:
         problems.append(
             f"run-dir is too long: {longest} has more than {SOCKET_PATH_BYTES_MAX} bytes, choose a shorter one"

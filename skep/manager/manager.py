@@ -19,6 +19,7 @@ from skep.aio.clock import Clock
 from skep.aio.groups import first_alone
 from skep.aio.guard import persist
 from skep.aio.loop_lag import LoopLag
+from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.api.server import runner
 from skep.bootstrap import ManagerConfig
 from skep.errors import Unavailable
@@ -214,7 +215,7 @@ class Manager:
             settling = keep_settled(self._store, self._keys, self._clock)
             group.create_task(settling, name="wrapping keys")
             group.create_task(self._lead_when_elected(), name="election")
-            async with serving(application(api), self._socket):
+            async with serving(application(api), self._socket, self._config.paths.handover_socket):
                 log.info("manager serves", socket=str(self._socket), listen_addr=self._config.listen_addr)
                 await asyncio.Event().wait()
 
@@ -330,10 +331,16 @@ def _keep_writing(
 
 
 @asynccontextmanager
-async def serving(app: web.Application, socket: Path) -> AsyncIterator[None]:
-    """Answer HTTP on a unix socket that only root may open.  Raises: Unavailable: it cannot be bound."""
-    serves = runner(app)
+async def serving(app: web.Application, socket: Path, handover: Path) -> AsyncIterator[None]:
+    """Answer HTTP on a unix socket that only root may open, and on connections passed at ``handover``.
+
+    Raises: Unavailable: one of them cannot be bound.
+    """
+    app.on_response_prepare.append(begin_response)
+    serves = runner(app, **HOOKS)
     await serves.setup()
+    assert serves.server is not None, "set up just now"
+    passed = PassedConnections(serves.server)
     try:
         socket.unlink(missing_ok=True)
         try:
@@ -341,7 +348,9 @@ async def serving(app: web.Application, socket: Path) -> AsyncIterator[None]:
         except OSError as error:
             raise Unavailable(f"cannot listen on {socket}: {error}") from error
         socket.chmod(0o600)
-        yield
+        async with passed.listening(handover):
+            yield
     finally:
         await serves.cleanup()
+        passed.close()
         socket.unlink(missing_ok=True)

@@ -58,6 +58,7 @@ from skep.node.disk_check import DiskCheck
 from skep.node.docker_engine import DockerEngine, with_containers_of
 from skep.node.environment import Environment
 from skep.node.events import NodeEvents
+from skep.node.front.handover import Handover
 from skep.node.front.server import Front, tls_context
 from skep.node.isolation import keep_profile
 from skep.node.load import LoadMeter, reader_of
@@ -73,6 +74,7 @@ from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkParts, network_routes
 from skep.node.runner import Dependencies
 from skep.node.supervision.identity import read_pid_file
+from skep.node.swarm_info import why_waiting
 from skep.node.system import NodeSystem, engine_id
 from skep.security.locking import KeyLock
 
@@ -388,15 +390,13 @@ class Node:
         return (*routes, *own_container_routes(engine.plain)) if engine.plain is not None else routes
 
     def _front(self, here: web.Server) -> Front:
+        waiting = partial(why_waiting, self._paths.manager_waiting)
         return Front(
             here,
-            knowledge=Knowledge(self._configuration, self._membership, self._engine),
+            Handover(self._paths.handover_socket, self._clock, self._random, waiting),
+            ownership=Ownership(self._configuration, self._engine),
             membership=self._membership,
-            manager_socket=self._paths.manager_socket,
-            manager_waiting=self._paths.manager_waiting,
             engine_socket=self._configuration.engine_socket,
-            clock=self._clock,
-            chance=self._random,
         )
 
     def _run_checks(self, run: Callable[..., None]) -> None:
@@ -414,19 +414,14 @@ class Node:
             run(partial(self._docker.follow, clock, self._random), "docker engine")
 
 
-class Knowledge:
-    """What the front's routing reads of this node."""
+class Ownership:
+    """Which objects are this node's own, for the routing of requests."""
 
-    def __init__(self, configuration: Configuration, membership: Membership, engine: ContainerEngine) -> None:
-        self._membership = membership
+    def __init__(self, configuration: Configuration, engine: ContainerEngine) -> None:
         self.has_engine = configuration.engine_socket is not None
-        self.knows_container = engine.knows_container
-        self.knows_image = engine.knows_image
-        self.knows_exec = engine.knows_exec
-
-    @property
-    def is_manager(self) -> bool:
-        return self._membership.is_manager
+        self.owns_container = engine.knows_container
+        self.owns_image = engine.knows_image
+        self.owns_exec = engine.knows_exec
 
 
 def _docker_engine(configuration: Configuration) -> DockerEngine | None:

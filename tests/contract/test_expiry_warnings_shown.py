@@ -38,7 +38,7 @@ async def test_docker_info_warns_of_a_node_that_has_not_renewed(cluster, tmp_pat
     manager_api = LocalApi(socket, "the manager")
     async with (
         a_manager_api(store=cluster.store) as api,
-        serving(application(api), socket),
+        serving(application(api), socket, tmp_path / "handover.sock"),
         manager_api.open(),
     ):
         section = await cluster_section(manager_api)

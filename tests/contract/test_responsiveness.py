@@ -82,7 +82,7 @@ async def test_with_100_000_tasks_nothing_holds_the_event_loop(tmp_path: Path) -
             await store.update_each(create, range(TASKS))
         held["creating them"] = measured.held_s
         async with (
-            serving(application(api), tmp_path / "sock"),
+            serving(application(api), tmp_path / "sock", tmp_path / "handover.sock"),
             ClientSession(connector=UnixConnector(str(tmp_path / "sock"))) as client,
         ):
             await (await client.get("http://manager/nodes")).read()  # what only the first request costs

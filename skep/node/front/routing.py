@@ -4,111 +4,98 @@ import re
 from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import msgspec
 
+from skep.api.framing import is_for_manager, path_of
+
 
 class Destination(Enum):
-    """Who answers a request."""
+    """Which process answers a request."""
 
     HERE = "this node"
     MANAGER = "the manager process"
     ENGINE = "the machine's Docker Engine"
 
 
-class Knowledge(Protocol):
-    """What routing has to know about this node."""
-
-    @property
-    def is_manager(self) -> bool: ...
+class Ownership(Protocol):
+    """Which objects are this node's own."""
 
     @property
     def has_engine(self) -> bool: ...
 
-    def knows_container(self, word: str) -> bool:
+    def owns_container(self, word: str) -> bool:
         """Whether an id, prefix of an id, or name means a container that this node made."""
 
-    def knows_image(self, reference: str) -> bool:
+    def owns_image(self, reference: str) -> bool:
         """Whether this node has that image."""
 
-    def knows_exec(self, id: str) -> bool:
+    def owns_exec(self, id: str) -> bool:
         """Whether this node made that exec."""
 
 
-class _Asked(msgspec.Struct, frozen=True):
+class _Request(msgspec.Struct, frozen=True):
     """A request as the rules see it."""
 
     method: str
     path: str
-    knowledge: Knowledge
+    ownership: Ownership
 
 
 class _Rule(msgspec.Struct, frozen=True):
     """Requests whose path matches go where ``decide`` says; ``decide`` gets the pattern's group ``name``."""
 
     pattern: re.Pattern[str]
-    decide: Callable[[_Asked, str], Destination]
+    decide: Callable[[_Request, str], Destination]
 
 
-def route(method: str, target: str, knowledge: Knowledge) -> Destination:
-    """Who answers ``method`` on ``target`` (path and query as sent)."""
-    path = without_version(urlsplit(target).path)
-    asked = _Asked(method, path, knowledge)
+def route(method: str, target: str, ownership: Ownership) -> Destination:
+    """Which process answers ``method`` on ``target`` (path and query as sent)."""
+    path = path_of(target)
+    if is_for_manager(path):
+        return Destination.MANAGER
+    request = _Request(method, path, ownership)
     for rule in _RULES:
         if match := rule.pattern.fullmatch(path):
-            return rule.decide(asked, unquote(match.groupdict().get("name") or ""))
-    return _others(asked)
+            return rule.decide(request, unquote(match.groupdict().get("name") or ""))
+    return _others(request)
 
 
-def without_version(path: str) -> str:
-    """``/v1.41/info`` -> ``/info``."""
-    return _VERSION.sub("/", path, count=1)
-
-
-_VERSION = re.compile(r"^/v[0-9][0-9.]*/")
-
-
-def _here(_asked: _Asked, _name: str) -> Destination:
+def _here(_request: _Request, _name: str) -> Destination:
     return Destination.HERE
 
 
-def _manager(_asked: _Asked, _name: str) -> Destination:
-    return Destination.MANAGER
-
-
-def _others(asked: _Asked, _name: str = "") -> Destination:
+def _others(request: _Request, _name: str = "") -> Destination:
     """The engine's; without an engine this node answers that it cannot."""
-    return Destination.ENGINE if asked.knowledge.has_engine else Destination.HERE
+    return Destination.ENGINE if request.ownership.has_engine else Destination.HERE
 
 
-def _owner_of_container(asked: _Asked, name: str) -> Destination:
-    return Destination.HERE if asked.knowledge.knows_container(name) else _others(asked)
+def _owner_of_container(request: _Request, name: str) -> Destination:
+    return Destination.HERE if request.ownership.owns_container(name) else _others(request)
 
 
-def _owner_of_exec(asked: _Asked, name: str) -> Destination:
-    return Destination.HERE if asked.knowledge.knows_exec(name) else _others(asked)
+def _owner_of_exec(request: _Request, name: str) -> Destination:
+    return Destination.HERE if request.ownership.owns_exec(name) else _others(request)
 
 
-def _owner_of_image(asked: _Asked, name: str) -> Destination:
-    return Destination.HERE if asked.knowledge.knows_image(name) else _others(asked)
+def _owner_of_image(request: _Request, name: str) -> Destination:
+    return Destination.HERE if request.ownership.owns_image(name) else _others(request)
 
 
-def _rule(pattern: str, decide: Callable[[_Asked, str], Destination]) -> _Rule:
+def _rule(pattern: str, decide: Callable[[_Request, str], Destination]) -> _Rule:
     return _Rule(re.compile(pattern), decide)
 
 
 _RULES = (
     # what a node says of itself
     _rule(r"/(?:_ping|version|info|events)", _here),
-    # the node's own membership works without a manager; all else about the swarm is the manager's
+    # the node's own membership works without a manager; everything else about the swarm is the manager's
     _rule(r"/swarm/(?:init|join|leave|unlock)", _here),
-    _rule(r"/(?:swarm|services|tasks|nodes|secrets|configs)(?:/.*)?", _manager),
     # networks: the cluster's, the engine's and the node's own in one list
     _rule(r"/networks(?:/.*)?", _here),
     # ours: what Docker has no word for
     _rule(r"/skep/restore", _here),
-    _rule(r"/skep/(?:backup|quorum|doctor/network|cluster/.+|(?:tasks|services)/.+)", _manager),
     # containers: those of tasks are ours; plain ones belong to the engine
     _rule(r"/containers/(?:json|create)", _here),  # both ask the engine, too
     _rule(r"/containers/prune", _others),

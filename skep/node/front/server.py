@@ -1,11 +1,11 @@
-"""Listens on the API hosts and gives each request to whom it belongs."""
+"""Listens on the API hosts and gives each request to the process that answers it."""
 
 import asyncio
 import grp
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,38 +15,37 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from skep.aio.clock import Clock
-from skep.aio.guard import report
-from skep.aio.handshakes import Handshakes, source_of
+from skep.aio.handshakes import ACCEPT_RETRY_S, Handshakes, source_of
 from skep.api.errors import status_of
+from skep.api.framing import Malformed, is_for_manager, parse_request, path_of, read_head
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import FailedPrecondition, SkepError, Unavailable
-from skep.node.front.framing import Malformed, Request, parse_request, plain_request
-from skep.node.front.quick import QuickRelay
-from skep.node.front.relay import Connections, go_on, relay
-from skep.node.front.routing import Destination, Knowledge, route
-from skep.node.front.side import Gone, Side
-from skep.node.front.splice import splice
-from skep.node.swarm_info import why_waiting
+from skep.node.front.connection import Connection, Gone
+from skep.node.front.handover import Handover, Passed, Returned
+from skep.node.front.routing import Destination, Ownership, route
+from skep.node.front.splice import relay, splice
 
 log = structlog.get_logger()
 
 _BACKLOG = 1024
 _CONNECTIONS_MAX = 4096
-"""On unix sockets, of those whose requests are relayed or about to be routed; further ones are dropped."""
+"""On unix sockets, of those that the manager process or the engine serves, or that are to be routed; further ones
+are dropped."""
 _TCP_CONNECTIONS_MAX = 2048
-"""Of all by TCP, whoever answers them; counted for themselves, so that root's socket is never full of them."""
+"""Of all by TCP, whichever process serves them; counted apart, so that root's socket is never full of them."""
 _TCP_PER_SOURCE_MAX = 512
 _REQUEST_TIMEOUT_S = 60.0
-"""For a head, or a whole small request, to arrive; and for the next byte of a long body whose length was said."""
+"""For a head to arrive."""
 _IDLE_S = 300.0
-"""Of a connection by TCP between two requests; Docker waits for ever."""
-_LOOK_S = 5.0
+"""Before a request of a connection by TCP; Docker waits for ever."""
+_ACCEPTED_AT_ONCE = 64
+"""Connections accepted before other work of the event loop has its turn."""
+_FIRST_BYTES = 64 * 1024
 _GROUP = "docker"
 
 
 class Membership(Protocol):
-    """What the front asks about this node's part in a swarm."""
+    """What the front needs of this node's membership in a swarm."""
 
     def manager_refusal(self) -> str | None:
         """Why no manager of this node answers, in Docker's words; None: one does, or will in a moment."""
@@ -56,32 +55,33 @@ class Front:
     """The API sockets of one node.
 
     Args:
-        here: the application for what the node answers itself; it closes the connection after each answer, since
+        here: the application for what the node answers itself; it closes the connection after each response, since
             the next request on it may not be its own.
     """
 
     def __init__(
         self,
         here: web.Server,
+        handover: Handover,
         *,
-        knowledge: Knowledge,
+        ownership: Ownership,
         membership: Membership,
-        manager_socket: Path,
-        manager_waiting: Path,
         engine_socket: Path | None,
-        clock: Clock,
-        chance: Callable[[], float],
     ) -> None:
         self._here = here
-        self._knowledge = knowledge
+        self._handover = handover
+        self._ownership = ownership
         self._membership = membership
         self._engine_socket = engine_socket
-        self._connections = Connections(manager_socket, clock, chance, partial(why_waiting, manager_waiting))
         self._servers: list[asyncio.Server] = []
-        self._watching: list[asyncio.Task[None]] = []
-        self._open: set[asyncio.Task[None]] = set()
+        self._background: list[asyncio.Task[None]] = []
+        self._silent: set[socket.socket] = set()
+        """Of clients of unix sockets that have not sent anything yet."""
+        self._local: set[asyncio.Task[None]] = set()
+        """Serving clients of unix sockets."""
+        self._far: set[asyncio.Task[None]] = set()
+        """Serving clients of TCP hosts."""
         self._remote = _Remote()
-        self._waiting_for: set[QuickRelay] = set()
 
     @asynccontextmanager
     async def listening(
@@ -100,11 +100,20 @@ class Front:
                 finally:
                     for server in self._servers:
                         server.close()
-                    for watching in self._watching:
-                        watching.cancel()
-                    self._connections.close()
-                    for task in self._open:
+                    self._close_local(sockets)
+                    self._handover.close()
+                    for task in (*self._background, *self._local, *self._far):
                         task.cancel()
+
+    def _close_local(self, sockets: Sequence[tuple[Host, socket.socket]]) -> None:
+        loop = asyncio.get_running_loop()
+        for host, listener in sockets:
+            if isinstance(host, UnixHost):
+                loop.remove_reader(listener)
+        for connected in self._silent:
+            loop.remove_reader(connected)
+            connected.close()
+        self._silent.clear()
 
     async def _listen(
         self,
@@ -113,61 +122,123 @@ class Front:
         tls: ssl.SSLContext | None,
     ) -> None:
         loop = asyncio.get_running_loop()
+        new_connection = partial(Connection, partial(self._accepted_remote, group))
         for host, sock in sockets:
-            new_side = partial(Side, partial(self._opened, group, isinstance(host, TcpHost)))
             if isinstance(host, UnixHost):
-                server = await loop.create_unix_server(new_side, sock=sock, backlog=_BACKLOG)
-                self._servers.append(server)
+                sock.setblocking(False)
+                sock.listen(_BACKLOG)
+                loop.add_reader(sock, self._accept_local, group, sock)
             elif tls is None:
-                server = await loop.create_server(new_side, sock=sock, backlog=_BACKLOG)
+                server = await loop.create_server(new_connection, sock=sock, backlog=_BACKLOG)
                 self._servers.append(server)
             else:
                 sock.setblocking(False)
-                accepting = Handshakes(new_side, tls).accept(sock, group)
-                self._watching.append(group.create_task(accepting, name=f"accept connections on {host}"))
+                accepting = Handshakes(new_connection, tls).accept(sock, group)
+                self._background.append(group.create_task(accepting, name=f"accept connections on {host}"))
             log.info("api served", host=str(host))
-        self._watching.append(group.create_task(self._end_overdue(), name="overdue api connections"))
+        returned = group.create_task(self._take_back(group), name="connections passed back")
+        self._background.append(returned)
 
-    def _opened(self, group: asyncio.TaskGroup, is_tcp: bool, side: Side) -> None:
-        if not (self._remote.admit(side.transport) if is_tcp else len(self._open) < _CONNECTIONS_MAX):
-            side.abort()
+    def _accepted_remote(self, group: asyncio.TaskGroup, client: Connection) -> None:
+        if not self._remote.admit(client.transport):
+            client.abort()
             return
-        task = group.create_task(self._serve(side, is_tcp=is_tcp), name="api connection")
-        self._open.add(task)
-        task.add_done_callback(self._open.discard)
+        self._start(group, self._serve(client, is_remote=True, is_relayed=True), is_remote=True)
 
-    async def _end_overdue(self) -> None:
-        """Until cancelled, end connections by TCP whose clients keep a request, or the next one, to themselves."""
+    def _accept_local(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            for quick in tuple(self._waiting_for):
-                try:
-                    quick.end_if_overdue(loop.time(), request_s=_REQUEST_TIMEOUT_S, idle_s=_IDLE_S)
-                except Exception as error:  # whatever it is, it is one connection
-                    report(error, "api connection not ended")
-                    self._waiting_for.discard(quick)
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                connected, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # out of descriptors, or the client has gone already
+                log.warning("api connection not accepted", error=str(error))
+                loop.remove_reader(listener)
+                loop.call_later(ACCEPT_RETRY_S, self._accept_again, group, listener)
+                return
+            if len(self._local) + len(self._silent) + self._handover.local_count >= _CONNECTIONS_MAX:
+                connected.close()
+                continue
+            connected.setblocking(False)
+            self._silent.add(connected)
+            loop.add_reader(connected, self._read_first, group, connected)
 
-    async def _serve(self, client: Side, *, is_tcp: bool) -> None:
-        """Answer the requests of one connection, one after another."""
-        quick = QuickRelay(client, self._connections, self._is_for_manager)
-        if is_tcp:
-            self._waiting_for.add(quick)
+    def _accept_again(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(listener, self._accept_local, group, listener)
+
+    def _read_first(self, group: asyncio.TaskGroup, connected: socket.socket) -> None:
+        """The first bytes of a local client have come.  The usual request needs no task, and no transport."""
         try:
-            while True:
-                if (under_way := await quick.wait_needed()) is not None:
-                    going_on = go_on(
-                        client, under_way.request, under_way.sent, under_way.manager, self._connections
-                    )
-                    if not await self._asked(client, going_on):
-                        return
-                    continue
-                await client.wait_begun()
-                if not (raw := client.head() or await _rest_of_head(client)):
-                    client.close()
-                    return
-                if not await self._answer(client, raw):
-                    return
+            data = connected.recv(_FIRST_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        asyncio.get_running_loop().remove_reader(connected)
+        self._silent.remove(connected)
+        local = Passed(connected, is_remote=False)
+        if not data:
+            connected.close()
+        elif self._is_for_manager(data) and self._handover.is_ready:
+            try:
+                self._handover.pass_on(local, data)
+            except Unavailable as error:
+                log.warning("api connection not passed", error=str(error))
+        else:
+            self._start(group, self._go_on(Returned(local, data)), is_remote=False)
+
+    def _is_for_manager(self, data: bytes) -> bool:
+        """Whether ``data`` begins with the whole head of a request which is to be passed to the manager."""
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4:
+            return False
+        try:
+            target = read_head(data[:end]).target
+        except Malformed:
+            return False
+        return is_for_manager(path_of(target)) and self._membership.manager_refusal() is None
+
+    async def _take_back(self, group: asyncio.TaskGroup) -> None:
+        """Serve what the manager process passes back, or has left behind."""
+        while True:
+            returned = await self._handover.returned.get()
+            self._start(group, self._go_on(returned), is_remote=returned.connection.is_remote)
+
+    def _start(
+        self, group: asyncio.TaskGroup, serving: Coroutine[None, None, None], *, is_remote: bool
+    ) -> None:
+        tasks = self._far if is_remote else self._local
+        task = group.create_task(serving, name="api connection")
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    async def _go_on(self, returned: Returned) -> None:
+        try:
+            client = await Connection.over(returned.connection.socket, returned.data)
+        except OSError as error:
+            log.warning("connection passed back is not served", error=str(error))
+            returned.connection.socket.close()
+            return
+        if returned.refusal:
+            await client.refuse(refusal(Unavailable(returned.refusal)))
+        else:
+            await self._serve(client, is_remote=returned.connection.is_remote, is_relayed=False)
+
+    async def _serve(self, client: Connection, *, is_remote: bool, is_relayed: bool) -> None:
+        """Have the next request of ``client`` answered; the connection is another's after that, or closed.
+
+        Args:
+            is_remote: what the client keeps open is limited in time.
+            is_relayed: the connection cannot be passed to another process.
+        """
+        try:
+            raw = client.head() or await _head(client, _IDLE_S if is_remote else None)
+            if raw:
+                await self._answer(client, raw, is_remote=is_remote, is_relayed=is_relayed)
+            else:
+                client.close()
         except Gone:
             client.abort()
         except SkepError as error:
@@ -178,41 +249,37 @@ class Front:
         except BaseException:
             client.abort()
             raise
-        finally:
-            self._waiting_for.discard(quick)
 
-    async def _answer(self, client: Side, raw: bytes) -> bool:
-        """Have one request answered; whether this loop reads the next one of this connection.  Raises: SkepError."""
-        asked = plain_request(raw) or parse_request(raw)
-        match route(asked.method, asked.target, self._knowledge):
+    async def _answer(self, client: Connection, raw: bytes, *, is_remote: bool, is_relayed: bool) -> None:
+        """Raises: SkepError."""
+        request = read_head(raw)
+        match route(request.method, request.target, self._ownership):
             case Destination.MANAGER:
-                return await self._ask_manager(client, parse_request(raw))
+                if (reason := self._membership.manager_refusal()) is not None:
+                    raise Unavailable(reason)
+                await self._handover.wait_manager()
+                if is_relayed:
+                    await self._relay(client, raw)
+                elif not client.is_lost:
+                    self._handover.pass_on(Passed(client.duplicate(), is_remote), raw + client.take())
+                    client.abort()  # of this process's two descriptors one is left
             case Destination.ENGINE if self._engine_socket is not None:
                 await splice(client, parse_request(raw), self._engine_socket)
-                return False
             case _:
-                self._hand_over(client, raw)
-                return False
+                self._hand_to_application(client, raw)
 
-    async def _ask_manager(self, client: Side, request: Request) -> bool:
-        if (reason := self._membership.manager_refusal()) is not None:
-            raise Unavailable(reason)
-        return await self._asked(client, relay(client, request, self._connections))
+    async def _relay(self, client: Connection, raw: bytes) -> None:
+        """Give the manager process one end of a new connection, and ``client`` the other."""
+        ours, theirs = socket.socketpair()
+        try:
+            self._handover.pass_on(Passed(theirs, is_remote=True), raw + client.take())
+            manager = await Connection.over(ours)
+        except BaseException:
+            ours.close()
+            raise
+        await relay(client, manager, b"", is_one_exchange=False)
 
-    async def _asked(self, client: Side, relaying: Coroutine[None, None, bool]) -> bool:
-        if await relaying:
-            return True
-        await client.linger()  # it may still be sending a body that the manager did not want to read
-        return False
-
-    def _is_for_manager(self, method: str, target: str) -> bool:
-        """Whether the manager answers ``method`` on ``target``, and there is no word against asking it."""
-        return (
-            route(method, target, self._knowledge) is Destination.MANAGER
-            and self._membership.manager_refusal() is None
-        )
-
-    def _hand_over(self, client: Side, raw: bytes) -> None:
+    def _hand_to_application(self, client: Connection, raw: bytes) -> None:
         """Give the connection, with what was read of it, to the application."""
         handler = self._here()
         transport, waiting, ended = client.transport, client.take(), client.has_ended
@@ -224,7 +291,7 @@ class Front:
 
 
 class _Remote:
-    """The connections by TCP that are open, whoever has them by now."""
+    """The connections by TCP that are open, whichever process serves them by now."""
 
     def __init__(self) -> None:
         self._transports: dict[asyncio.Transport, str] = {}
@@ -250,9 +317,11 @@ class _Remote:
         return sum(one == source for one in self._transports.values())
 
 
-async def _rest_of_head(client: Side) -> bytes:
-    """A head whose beginning may have arrived; nothing if the rest takes too long or the client has closed."""
+async def _head(client: Connection, idle_s: float | None) -> bytes:
+    """The next head; nothing if it takes too long or the client has closed.  Raises: Malformed, Gone."""
     try:
+        async with asyncio.timeout(idle_s):
+            await client.wait_begun()
         async with asyncio.timeout(_REQUEST_TIMEOUT_S):
             return await client.read_head()
     except TimeoutError:
@@ -260,7 +329,7 @@ async def _rest_of_head(client: Side) -> bytes:
 
 
 def refusal(error: SkepError) -> bytes:
-    """A whole answer that says why, after which the connection is closed."""
+    """A whole response with the reason, after which the connection is closed."""
     status = 431 if isinstance(error, Malformed) and "too large" in str(error) else status_of(error)
     body = msgspec.json.encode({"message": str(error)}) + b"\n"
     reason = web.Response(status=status).reason
@@ -296,7 +365,7 @@ def _unix_listener(path: Path) -> socket.socket:
         )
     path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)  # nobody else may connect before the group is set
+    mask = os.umask(0o177)  # no other user may connect before the group is set
     try:
         sock.bind(str(path))
     except OSError:
@@ -330,7 +399,7 @@ def _tcp_listener(host: TcpHost) -> socket.socket:
 
 
 def tls_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
-    """TLS for the API: clients prove with a certificate of ``authority`` who they are.
+    """TLS for the API: clients need a certificate of ``authority``.
 
     Raises: FailedPrecondition: a file is not what it should be.
     """

@@ -1,21 +1,22 @@
-"""Hands a connection to the machine's Docker Engine, byte for byte.
+"""Connects a client to another process, byte for byte: to the machine's Docker Engine, and remote clients to the
+manager process.
 
-An ordinary request is sent on with ``Connection: close``: the connection carries exactly one exchange, nobody has to
-know where a body ends, and the client's next request is routed anew.  A request with ``Upgrade`` goes unchanged.
-Half-closes are passed on: that is what ends the standard input of ``docker run -i``.
+An ordinary request to the engine is sent on with ``Connection: close``: the connection carries exactly one exchange,
+nothing has to find where a body ends, and the client's next request is routed anew.  A request with ``Upgrade`` goes
+unchanged. Half-closes are passed on: that is what ends the standard input of ``docker run -i``.
 """
 
 import asyncio
 from pathlib import Path
 
+from skep.api.framing import Request
 from skep.errors import Unavailable
-from skep.node.front.framing import Request
-from skep.node.front.side import Gone, Side
+from skep.node.front.connection import Connection, Gone
 
 _CONNECT_TIMEOUT_S = 10.0
 
 
-async def splice(client: Side, request: Request, engine_socket: Path) -> None:
+async def splice(client: Connection, request: Request, engine_socket: Path) -> None:
     """Send ``request`` to the engine and copy both directions until they end; ``client`` is closed then.
 
     Raises: Unavailable: no engine answers; nothing was sent to the client.
@@ -23,7 +24,7 @@ async def splice(client: Side, request: Request, engine_socket: Path) -> None:
     try:
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             loop = asyncio.get_running_loop()
-            _, engine = await loop.create_unix_connection(Side, str(engine_socket))
+            _, engine = await loop.create_unix_connection(Connection, str(engine_socket))
     except (OSError, TimeoutError) as error:
         raise Unavailable(f"the Docker Engine at {engine_socket} does not answer: {error}") from error
     head = (
@@ -31,33 +32,42 @@ async def splice(client: Side, request: Request, engine_socket: Path) -> None:
         if request.upgrades
         else request.head.with_headers((b"Connection", b"close"), without=(b"keep-alive",))
     )
+    await relay(client, engine, head, is_one_exchange=not request.upgrades)
+
+
+async def relay(client: Connection, server: Connection, head: bytes, *, is_one_exchange: bool) -> None:
+    """Send ``head`` and copy both directions until they end; both are closed then.
+
+    ``is_one_exchange``: the end of the response is the end; what the client still sends is dropped.
+    """
     try:
         async with asyncio.TaskGroup() as group:
-            up = group.create_task(_upwards(head, client, engine), name="to the engine")
-            await _copy(engine, client)
-            if not request.upgrades:
-                up.cancel()  # the answer is complete
-                engine.abort()
+            up = group.create_task(_upwards(head, client, server), name="to the server")
+            await _copy(server, client)
+            if is_one_exchange:
+                up.cancel()  # the response is complete
+                server.abort()
                 await client.linger()
     except ExceptionGroup as ended:
         if ended.split(Gone)[1] is not None:
             raise
     finally:
-        engine.abort()
+        server.abort()
         client.close()
 
 
-async def _upwards(head: bytes, client: Side, engine: Side) -> None:
+async def _upwards(head: bytes, client: Connection, server: Connection) -> None:
     try:
-        await engine.send(head)
-        await _copy(client, engine)
+        if head:
+            await server.send(head)
+        await _copy(client, server)
     except Gone:
         if client.has_ended:
             raise
-        # the engine reads no more, but what it answered may still be on its way
+        # the server reads no more, but what it answered may still be on its way
 
 
-async def _copy(source: Side, sink: Side) -> None:
+async def _copy(source: Connection, sink: Connection) -> None:
     """Copy until ``source`` ends, then end ``sink``'s direction.  Raises: Gone: ``sink`` is closed."""
     while data := await source.read():
         await sink.send(data)

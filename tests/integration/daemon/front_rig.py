@@ -6,31 +6,34 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 
 from skep.aio.clock import SystemClock
+from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.configuration.configuration import Host, TcpHost, UnixHost
+from skep.node.front.handover import Handover
 from skep.node.front.server import Front
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MIB = 1 << 20
 
 
-class Known:
+class Owned:
     """A node that made the container ``ours``."""
 
-    is_manager = True
     has_engine = True
 
-    def knows_container(self, word: str) -> bool:
+    def owns_container(self, word: str) -> bool:
         return word == "ours"
 
-    def knows_image(self, reference: str) -> bool:
+    def owns_image(self, reference: str) -> bool:
         return False
 
-    def knows_exec(self, id: str) -> bool:
+    def owns_exec(self, id: str) -> bool:
         return False
 
 
@@ -44,10 +47,11 @@ class Member:
 
 
 @asynccontextmanager
-async def application(answer: Answer) -> AsyncIterator[web.AppRunner]:
+async def application(answer: Answer, **options: Any) -> AsyncIterator[web.AppRunner]:
     app = web.Application(client_max_size=64 * MIB)
     app.router.add_route("*", "/{tail:.*}", answer)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.5)
+    app.on_response_prepare.append(begin_response)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.5, **options)
     await runner.setup()
     try:
         yield runner
@@ -60,7 +64,7 @@ class Rig:
 
     def __init__(self, directory: Path) -> None:
         self.socket = directory / "api.sock"
-        self.manager_socket = directory / "manager.sock"
+        self.handover_socket = directory / "handover.sock"
         self.engine_socket = directory / "engine.sock"
         self.member = Member()
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -82,13 +86,10 @@ class Rig:
             assert runner.server is not None
             front = Front(
                 runner.server,
-                knowledge=Known(),
+                Handover(self.handover_socket, SystemClock(), lambda: 0.5),
+                ownership=Owned(),
                 membership=self.member,
-                manager_socket=self.manager_socket,
-                manager_waiting=self.manager_socket.with_name("manager.waiting"),
                 engine_socket=self.engine_socket,
-                clock=SystemClock(),
-                chance=lambda: 0.5,
             )
             hosts: list[Host] = [UnixHost(self.socket), TcpHost("127.0.0.1", self.port)]
             async with front.listening(hosts, tls):
@@ -96,19 +97,20 @@ class Rig:
 
     @asynccontextmanager
     async def manager(self, answer: Answer) -> AsyncIterator[None]:
-        async with application(answer) as runner:
+        """A manager that serves what the front passes.  ``connections``: how many that were."""
+        async with application(answer, **HOOKS) as runner:
             assert runner.server is not None
             serve = runner.server
 
-            def counted() -> asyncio.BaseProtocol:
+            def counted() -> RequestHandler:
                 self.connections += 1
                 return serve()
 
-            loop = asyncio.get_running_loop()
-            server = await loop.create_unix_server(counted, self.manager_socket)
-            with closing(server):
+            passed = PassedConnections(counted)
+            async with passed.listening(self.handover_socket):
                 yield
-            self.manager_socket.unlink(missing_ok=True)
+            await runner.cleanup()
+            passed.close()
 
     @asynccontextmanager
     async def engine(

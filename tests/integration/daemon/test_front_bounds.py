@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from skep.api import passed
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
-from skep.node.front import relay, server
+from skep.node.front import server
 from skep.security.authority import Authority
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
@@ -23,10 +24,12 @@ PATIENCE_S = 10.0
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A front that soon loses its patience."""
-    for module, name in ((server, "_LOOK_S"), (server, "_REQUEST_TIMEOUT_S"), (server, "_IDLE_S")):
+    """Short limits for what clients may take, in both processes."""
+    for module, name in (
+        *((server, "_REQUEST_TIMEOUT_S"), (server, "_IDLE_S")),
+        *((passed, "CHECK_S"), (passed, "REQUEST_S"), (passed, "IDLE_S")),
+    ):
         monkeypatch.setattr(module, name, 0.05)
-    monkeypatch.setattr(relay, "BODY_S", 0.05)
 
 
 async def is_answered(rig: Rig) -> bool:

@@ -1,0 +1,226 @@
+"""HTTP/1.1 requests: their heads, where the body behind a head ends (RFC 9112, section 6), and whose they are.
+
+Whatever could be read in two ways (a length twice, a length beside chunks, folded lines) is malformed: the web server
+behind must see the same messages as this module.
+"""
+
+import re
+from collections.abc import Iterable
+
+import msgspec
+
+from skep.errors import InvalidArgument
+
+HEAD_BYTES_MAX = 64 * 1024
+_LINE_BYTES_MAX = 4096
+
+
+class Malformed(InvalidArgument):
+    """These bytes are no HTTP/1.1 message."""
+
+
+class Head(msgspec.Struct, frozen=True):
+    """First line and headers; names in lower case, in their order, values without outer blanks."""
+
+    first_line: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+
+    def all(self, name: bytes) -> list[bytes]:
+        return [value for key, value in self.headers if key == name]
+
+    def tokens(self, name: bytes) -> list[bytes]:
+        """The comma-separated words of all headers called ``name``, in lower case."""
+        return [word.strip().lower() for value in self.all(name) for word in value.split(b",")]
+
+    def with_headers(self, *headers: tuple[bytes, bytes], without: Iterable[bytes] = ()) -> bytes:
+        """The head as sent, with ``headers`` in place of any of the same names."""
+        dropped = {*without, *(name.lower() for name, _ in headers)}
+        kept = [(name, value) for name, value in self.headers if name not in dropped]
+        lines = [self.first_line, *(b"%s: %s" % pair for pair in (*kept, *headers))]
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+class Body:
+    """Finds the end of one body in a stream of bytes.
+
+    ``take`` splits what arrived: the part that still belongs to the body, and the rest.
+    """
+
+    is_complete = True
+
+    def take(self, data: bytes) -> tuple[bytes, bytes]:
+        return b"", data
+
+
+class Sized(Body):
+    """Ends after so many bytes."""
+
+    def __init__(self, length: int) -> None:
+        self.bytes_left = length
+        self.is_complete = length == 0
+
+    def take(self, data: bytes) -> tuple[bytes, bytes]:
+        mine, rest = data[: self.bytes_left], data[self.bytes_left :]
+        self.bytes_left -= len(mine)
+        self.is_complete = self.bytes_left == 0
+        return mine, rest
+
+
+class Chunked(Body):
+    """Ends with the chunk of size zero and the trailers behind it."""
+
+    def __init__(self) -> None:
+        self.is_complete = False
+        self._data_left = 0
+        """Bytes of the present chunk, with its line end, that are still to come."""
+        self._line = b""
+        """The beginning of a line whose end has not come yet."""
+        self._in_trailers = False
+
+    def take(self, data: bytes) -> tuple[bytes, bytes]:
+        """Raises: Malformed."""
+        position = 0
+        while position < len(data) and not self.is_complete:
+            if self._data_left:
+                step = min(self._data_left, len(data) - position)
+                self._data_left -= step
+                position += step
+            else:
+                position = self._take_line(data, position)
+        return data[:position], data[position:]
+
+    def _take_line(self, data: bytes, start: int) -> int:
+        end = data.find(b"\n", start)
+        self._line += data[start:] if end < 0 else data[start : end + 1]
+        if len(self._line) > _LINE_BYTES_MAX:
+            raise Malformed("line of a chunk is too long")
+        if end < 0:
+            return len(data)
+        line, self._line = self._line.rstrip(b"\r\n"), b""
+        if self._in_trailers:
+            self.is_complete = not line
+        else:
+            size = _chunk_size(line)
+            self._in_trailers = size == 0
+            self._data_left = size + 2 if size else 0
+        return end + 1
+
+
+def _chunk_size(line: bytes) -> int:
+    digits = line.partition(b";")[0].strip(b" \t")
+    if not 0 < len(digits) <= 15 or not all(digit in b"0123456789abcdefABCDEF" for digit in digits):
+        raise Malformed("malformed chunk size")
+    return int(digits, 16)
+
+
+class Request(msgspec.Struct, frozen=True):
+    """The head of a request."""
+
+    head: Head
+    method: str
+    target: str
+    """Path and query as sent."""
+
+    @property
+    def upgrades(self) -> bool:
+        """The connection stops being HTTP after this request (attach, exec, BuildKit's session)."""
+        return b"upgrade" in self.head.tokens(b"connection") or bool(self.head.all(b"upgrade"))
+
+    def body(self) -> Body:
+        """Where the body behind it ends.  Raises: Malformed."""
+        encodings = self.head.tokens(b"transfer-encoding")
+        lengths = set(self.head.all(b"content-length"))
+        if encodings and (lengths or encodings != [b"chunked"]):
+            raise Malformed("malformed transfer encoding")
+        if encodings:
+            return Chunked()
+        if not lengths:
+            return Body()
+        length = lengths.pop()
+        if lengths or not length.isdigit() or len(length) > 18:
+            raise Malformed("malformed content length")
+        return Sized(int(length))
+
+
+def parse_request(raw: bytes) -> Request:
+    """``raw``: everything up to the empty line.  Raises: Malformed."""
+    head = _parse(raw)
+    parts = head.first_line.split(b" ")
+    if len(parts) != 3 or parts[2] not in (b"HTTP/1.1", b"HTTP/1.0") or not parts[0].isalpha():
+        raise Malformed("malformed request line")
+    try:
+        target = parts[1].decode("ascii")
+    except UnicodeDecodeError as error:
+        raise Malformed("malformed request target") from error
+    if target.startswith(("http://", "https://")):  # absolute form, as to a proxy
+        target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
+    if not target.startswith("/"):
+        raise Malformed("malformed request target")
+    return Request(head, parts[0].decode(), target)
+
+
+def _parse(raw: bytes) -> Head:
+    if b"\0" in raw or raw.count(b"\n") != raw.count(b"\r\n"):
+        raise Malformed("malformed header")
+    first_line, *lines = raw.removesuffix(b"\r\n\r\n").split(b"\r\n")
+    headers = []
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon or not name or name != name.strip() or b" " in name:
+            raise Malformed("malformed header")
+        headers.append((name.lower(), value.strip(b" \t")))
+    return Head(first_line, tuple(headers))
+
+
+class Incoming(msgspec.Struct, frozen=True):
+    """What has to be known of a request to route it, and to find its end."""
+
+    method: str
+    target: str
+    body: Body
+    upgrades: bool
+
+
+def read_head(raw: bytes) -> Incoming:
+    """``raw``: everything up to the empty line.  Raises: Malformed."""
+    match = _PLAIN_REQUEST.fullmatch(raw)
+    if match is None:
+        request = parse_request(raw)
+        return Incoming(request.method, request.target, request.body(), request.upgrades)
+    method, target, length = match.groups()
+    return Incoming(method.decode(), target.decode(), Sized(int(length)) if length else Body(), False)
+
+
+_OTHER_LINES = (
+    rb"(?:(?!content-length:|transfer-encoding:|connection:|keep-alive:|expect:|upgrade:)"
+    rb"[!#-'*+.0-9A-Z^-z|~-]+:[^\r\n\0]*\r\n)*"
+)
+_LENGTH_LINE = rb"content-length:[ \t]*([0-9]{1,5})[ \t]*\r\n"
+# A request whose headers say at most its body's length and nothing of the connection: one match instead of a parse.
+_PLAIN_REQUEST = re.compile(
+    rb"(GET|POST|PUT|DELETE) (/[!-~]*) HTTP/1\.1\r\n(?i:%s(?:%s%s)?)\r\n"
+    % (_OTHER_LINES, _LENGTH_LINE, _OTHER_LINES)
+)
+
+
+def is_for_manager(path: str) -> bool:
+    """Whether the manager process answers requests for ``path`` (without version and query).
+
+    The node process passes connections by this rule, and the manager passes them back by it.
+    """
+    return _MANAGER.fullmatch(path) is not None
+
+
+def path_of(target: str) -> str:
+    """The path in ``target`` without its version: ``/v1.41/info?x=1`` -> ``/info``."""
+    path = target.partition("#")[0].partition("?")[0]
+    return _VERSION.sub("/", path, count=1)
+
+
+_VERSION = re.compile(r"^/v[0-9][0-9.]*/")
+_MANAGER = re.compile(
+    # the node's own membership works without a manager; everything else about the swarm is the manager's
+    r"/swarm(?!/(?:init|join|leave|unlock)\Z)(?:/.*)?"
+    r"|/(?:services|tasks|nodes|secrets|configs)(?:/.*)?"
+    r"|/skep/(?:backup|quorum|doctor/network|cluster/.+|(?:tasks|services)/.+)"
+)

@@ -1,0 +1,198 @@
+"""Messages by which the node process and the manager process pass clients' connections to each other.
+
+The node process connects to the manager's socket and sends the *state table*: a shared memory file with one byte for
+each connection it may pass (`State`, written by the process that serves the connection).  After that either end sends
+connections: the descriptor, and the bytes that were read of it already.
+
+The node process keeps a duplicate of each descriptor it has passed, until the manager sends `CLOSED` for it or
+passes it back. So it can go on with the connections of a manager process that ends: the state says whether a
+response is owed.
+
+A message is one packet of a SOCK_SEQPACKET socket, or several where the bytes read are long (`REST`).  The header:
+kind, flags (1 byte each), slot (the connection's index in the table) and the length of all its data (4 bytes each,
+big-endian).
+"""
+
+import asyncio
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from enum import IntEnum
+
+import msgspec
+
+SLOTS = 8192
+"""Connections that one node process may have passed at one time."""
+NO_SLOT = 0xFFFFFFFF
+"""Of a connection that an earlier node process passed."""
+_HEADER = struct.Struct("!BBII")
+_DATA_BYTES = 32 * 1024
+"""Of one packet: the socket's buffer has room for several."""
+_AT_ONCE = 32
+"""Packets read before other work of the event loop has its turn."""
+_REMOTE = 1
+
+
+class State(IntEnum):
+    """How far the exchange on a connection is; the value in the state table."""
+
+    IDLE = 0
+    """Nothing of a request was read."""
+    REQUESTED = 1
+    """A request was read at least in part, nothing of its response was sent."""
+    RESPONDING = 2
+    """A part of the response was sent."""
+
+
+class Kind(IntEnum):
+    STATES = 1
+    """To the manager, first: the descriptor is the state table's."""
+    CONNECTION = 2
+    REST = 3
+    """More of the data of the message before."""
+    CLOSED = 4
+    """To the node process: the connections whose slots are the data have ended."""
+    STOPPING = 5
+    """To the node process: pass no more connections to this manager process."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """One message.  Whoever receives it owns ``descriptor``; None if the receiver had no room for it."""
+
+    kind: Kind
+    slot: int = 0
+    data: bytes = b""
+    descriptor: int | None = None
+    is_remote: bool = False
+    """The client is on another machine: what it keeps open is limited in time."""
+
+
+class Channel:
+    """Messages over a connected SOCK_SEQPACKET socket, in order.  Owns the socket and the descriptors it is to
+    send."""
+
+    def __init__(
+        self, connected: socket.socket, on_message: Callable[[Message], None], on_end: Callable[[], None]
+    ) -> None:
+        """``on_end`` is called once, when the other end has closed."""
+        self._socket = connected
+        self._on_message = on_message
+        self._on_end = on_end
+        self._queue: deque[tuple[bytes, int | None]] = deque()
+        self._partial: Message | None = None
+        self._missing_bytes = 0
+        self._is_full = False
+        self._loop = asyncio.get_running_loop()
+        self.is_closed = False
+        self._loop.add_reader(connected, self._read)
+
+    @property
+    def queued(self) -> int:
+        """Packets that the other end has not made room for yet."""
+        return len(self._queue)
+
+    def send(self, message: Message) -> None:
+        """Send ``message`` as soon as there is room.  After the end it is dropped and its descriptor closed."""
+        if self.is_closed:
+            _close(message.descriptor)
+            return
+        data = message.data
+        head = _HEADER.pack(message.kind, message.is_remote and _REMOTE, message.slot, len(data))
+        self._queue.append((head + data[:_DATA_BYTES], message.descriptor))
+        rest = _HEADER.pack(Kind.REST, 0, message.slot, 0)
+        for start in range(_DATA_BYTES, len(data), _DATA_BYTES):
+            self._queue.append((rest + data[start : start + _DATA_BYTES], None))
+        self._write()
+
+    def close(self) -> None:
+        """Close this end.  ``on_end`` is not called."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        for _, descriptor in self._queue:
+            _close(descriptor)
+        self._queue.clear()
+        if self._partial is not None:
+            _close(self._partial.descriptor)
+
+    def _end(self) -> None:
+        if not self.is_closed:
+            self.close()
+            self._on_end()
+
+    def _write(self) -> None:
+        while self._queue and not self.is_closed:
+            packet, descriptor = self._queue[0]
+            try:
+                if descriptor is None:
+                    self._socket.send(packet)
+                else:
+                    socket.send_fds(self._socket, [packet], [descriptor])
+            except BlockingIOError:
+                if not self._is_full:
+                    self._is_full = True
+                    self._loop.add_writer(self._socket, self._write)
+                return
+            except OSError:
+                self._end()
+                return
+            self._queue.popleft()
+            _close(descriptor)
+        if self._is_full and not self.is_closed:
+            self._is_full = False
+            self._loop.remove_writer(self._socket)
+
+    def _read(self) -> None:
+        for _ in range(_AT_ONCE):
+            try:
+                packet, descriptors, _, _ = socket.recv_fds(
+                    self._socket, _HEADER.size + _DATA_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return
+            except OSError:
+                packet, descriptors = b"", []
+            if len(packet) < _HEADER.size:
+                self._end()
+                return
+            self._take(packet, descriptors[0] if descriptors else None)
+            if self.is_closed:
+                return
+
+    def _take(self, packet: bytes, descriptor: int | None) -> None:
+        kind, flags, slot, size = _HEADER.unpack_from(packet)
+        data = packet[_HEADER.size :]
+        if kind == Kind.REST and self._partial is not None:
+            message, self._partial = self._partial, None
+            message = msgspec.structs.replace(message, data=message.data + data)
+        else:
+            message = Message(
+                kind=Kind(kind), slot=slot, data=data, descriptor=descriptor, is_remote=bool(flags & _REMOTE)
+            )
+            self._missing_bytes = size
+        self._missing_bytes -= len(data)
+        if self._missing_bytes > 0:
+            self._partial = message
+        else:
+            self._on_message(message)
+
+
+def pack_slots(slots: Sequence[int]) -> bytes:
+    """Slots as data, 4 bytes each, big-endian."""
+    return struct.pack(f"!{len(slots)}I", *slots)
+
+
+def unpack_slots(data: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"!{len(data) // 4}I", data)
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        with suppress(OSError):
+            os.close(descriptor)

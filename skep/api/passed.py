@@ -1,0 +1,429 @@
+"""Serves the connections that the node process passes to the manager process (`handover`).
+
+aiohttp answers the requests; it is given one at a time, whole messages of HTTP/1.1 only.  With the first request
+that is not for the manager process the connection is passed back to the node process.
+"""
+
+import asyncio
+import logging
+import mmap
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import structlog
+from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
+from aiohttp.web_protocol import RequestHandler
+
+from skep.api.framing import (
+    HEAD_BYTES_MAX,
+    Body,
+    Malformed,
+    Sized,
+    is_for_manager,
+    path_of,
+    read_head,
+)
+from skep.api.handover import NO_SLOT, SLOTS, Channel, Kind, Message, State, pack_slots
+from skep.errors import Unavailable
+
+log = structlog.get_logger(__name__)
+
+REQUEST_S = 60.0
+"""For a head and a small body to arrive, and for the next bytes of a longer body whose length was given.  A body
+without a length is a stream and has no limit."""
+IDLE_S = 300.0
+"""Between two requests of a client on another machine; a local one may take any time, as with Docker."""
+CHECK_S = 5.0
+SMALL_BODY = 64 * 1024
+_BUFFER_BYTES_MAX = 256 * 1024
+"""Of requests that were sent ahead."""
+_READ_BYTES = 64 * 1024
+_CLOSED_S = 0.02
+"""Before the node process is woken because connections have ended: not while their clients make the next ones."""
+_FOREVER_S = 1e9
+"""aiohttp's limit for idle connections; theirs are `REQUEST_S` and `IDLE_S`."""
+
+_read_buffer = memoryview(bytearray(_READ_BYTES))
+"""For all connections: what was read is copied out at once."""
+
+
+class ResponseHook(AbstractAccessLogger):
+    """Given to aiohttp as its access log: one per connection, called at the end of each response."""
+
+    connection: "_Connection | None" = None
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        if self.connection is not None:
+            self.connection.end_response(is_last=not response.keep_alive)
+
+
+HOOKS: dict[str, Any] = {
+    "access_log": logging.getLogger(__name__),
+    "access_log_class": ResponseHook,
+    "keepalive_timeout": _FOREVER_S,
+}
+"""What the runner of the application has to be made with."""
+
+
+async def begin_response(request: web.Request, _response: web.StreamResponse) -> None:
+    """To be among the application's ``on_response_prepare``."""
+    hook = request.protocol.access_logger
+    if isinstance(hook, ResponseHook) and hook.connection is not None:
+        hook.connection.state = State.RESPONDING
+
+
+class PassedConnections:
+    """Accepts connections that node processes pass, and serves them.
+
+    Args:
+        new_handler: the server of an application with ``begin_response``, run with ``HOOKS``.
+    """
+
+    def __init__(self, new_handler: Callable[[], RequestHandler]) -> None:
+        self.new_handler = new_handler
+        self._peers: list[_Peer] = []
+        """The newest last: the next node process may connect before the end of the former one is seen."""
+        self._open: set[_Connection] = set()
+        self._is_stopping = False
+
+    @asynccontextmanager
+    async def listening(self, path: Path) -> AsyncIterator[None]:
+        """Serve while the context is open; then pass connections back, each when no response is owed on it.
+
+        Raises: Unavailable: ``path`` cannot be bound.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            listener = listening_socket(path)
+        except OSError as error:
+            raise Unavailable(f"cannot listen on {path}: {error}") from error
+        async with asyncio.TaskGroup() as group:
+            checking = group.create_task(self._check_limits(), name="limits of passed connections")
+            loop.add_reader(listener, self._accept, listener, group)
+            try:
+                yield
+            finally:
+                loop.remove_reader(listener)
+                listener.close()
+                path.unlink(missing_ok=True)
+                checking.cancel()
+                self._stop()
+
+    def close(self) -> None:
+        """End the channels.  The node process goes on with the connections that are still open."""
+        for peer in tuple(self._peers):
+            peer.channel.close()
+        self._peers.clear()
+
+    def _accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
+        try:
+            connected, _ = listener.accept()
+        except OSError as error:  # out of descriptors, or the node process has gone already
+            log.warning("node process not accepted", error=str(error))
+            return
+        connected.setblocking(False)
+        self._peers.append(_Peer(self, connected, group))
+
+    def _stop(self) -> None:
+        self._is_stopping = True
+        for peer in self._peers:
+            peer.channel.send(Message(kind=Kind.STOPPING))
+        for connection in tuple(self._open):
+            connection.pass_back_if_idle()
+
+    async def _check_limits(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(CHECK_S)
+            for connection in tuple(self._open):
+                connection.close_if_overdue(loop.time())
+
+    # --- called by peers and connections ----------------------------------------------------------------------
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
+    def opened(self, connection: "_Connection") -> None:
+        self._open.add(connection)
+
+    def closed(self, connection: "_Connection") -> None:
+        self._open.discard(connection)
+
+    def gone(self, peer: "_Peer") -> None:
+        """The node process has ended.  What it passed is served on."""
+        self._peers.remove(peer)
+
+    def return_to(self, peer: "_Peer") -> "_Peer | None":
+        """Which node process gets a connection back that ``peer`` passed; None: there is none at present."""
+        if not peer.channel.is_closed:
+            return peer
+        return self._peers[-1] if self._peers else None
+
+
+class _Peer:
+    """A node process that passes connections."""
+
+    def __init__(self, owner: PassedConnections, connected: socket.socket, group: asyncio.TaskGroup) -> None:
+        self._owner = owner
+        self._group = group
+        self._states: mmap.mmap | None = None
+        self._closed: list[int] = []
+        self.channel = Channel(connected, self._receive, lambda: owner.gone(self))
+
+    @property
+    def states(self) -> mmap.mmap:
+        assert self._states is not None, "a connection before the state table"
+        return self._states
+
+    def closed(self, slot: int) -> None:
+        """Tell the node process that a connection has ended, together with others of the same moment."""
+        if not self._closed:
+            asyncio.get_running_loop().call_later(_CLOSED_S, self._send_closed)
+        self._closed.append(slot)
+
+    def _send_closed(self) -> None:
+        slots, self._closed = self._closed, []
+        self.channel.send(Message(kind=Kind.CLOSED, data=pack_slots(slots)))
+
+    def _receive(self, message: Message) -> None:
+        descriptor = message.descriptor
+        if descriptor is None:
+            log.warning("passed connection not taken: no descriptor is free")
+            self.closed(message.slot)
+        elif message.kind is Kind.STATES:
+            self._states = mmap.mmap(descriptor, SLOTS)
+            os.close(descriptor)
+        elif self._owner.is_stopping:
+            self.channel.send(message)
+        else:
+            connection = _Connection(self._owner, self, message)
+            self._group.create_task(
+                connection.begin(socket.socket(fileno=descriptor)), name="passed connection"
+            )
+
+
+class _Connection(asyncio.BufferedProtocol):
+    """One client's connection: its requests go to aiohttp's handler, each when the one before was answered."""
+
+    def __init__(self, owner: PassedConnections, peer: _Peer, passed: Message) -> None:
+        self._owner = owner
+        self._peer = peer
+        self._slot = passed.slot
+        self._is_remote = passed.is_remote
+        self._handler = owner.new_handler()
+        self._unread = passed.data
+        self._body: Body | None = None
+        """Of the request that is being received or answered."""
+        self._is_small = self._is_answered = self._is_last = False
+        self._is_paused = False
+        self._is_leaving = False
+        self._is_passed_back = False
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
+        """When the present request began, the last one was answered, or a long body went on."""
+
+    async def begin(self, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        try:
+            await self._loop.connect_accepted_socket(lambda: self, connected)
+        except OSError as error:
+            log.warning("passed connection not served", error=str(error))
+            connected.close()
+            self._peer.closed(self._slot)
+
+    @property
+    def state(self) -> int:
+        return self._peer.states[self._slot]
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._peer.states[self._slot] = state
+
+    # --- called by the event loop -----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._owner.opened(self)
+        self._handler.connection_made(transport)
+        hook = self._handler.access_logger
+        assert isinstance(hook, ResponseHook), "the runner was made without HOOKS"
+        hook.connection = self
+        self._advance()
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        if (
+            self.state == State.IDLE
+        ):  # before anything is read: what a manager process that ends has read is lost
+            self.state = State.REQUESTED
+        return _read_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._body is None and not self._unread:
+            self._since = self._loop.time()
+        self._unread += _read_buffer[:nbytes]
+        self._advance()
+
+    def eof_received(self) -> None:
+        if self._body is None and not self._unread:
+            self.state = State.IDLE  # what there was to read was the end: no response is owed
+
+    def pause_writing(self) -> None:
+        self._handler.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._handler.resume_writing()
+        if self._is_leaving:
+            self._pass_back()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._owner.closed(self)
+        self._handler.connection_lost(error)
+        if self._is_passed_back or self._owner.is_stopping:
+            return  # the node process has it, or goes on by its state when this process has ended
+        with suppress(OSError):  # the node process has a duplicate: closing ours would not end the connection
+            self._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        self._peer.closed(self._slot)
+
+    # --- requests ---------------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Give the handler what it may have of what was read."""
+        while self._unread and not self._is_leaving:
+            if self._body is None:
+                if not self._begin_request():
+                    break
+            elif self._body.is_complete:
+                break  # sent ahead: its turn comes with the end of the response
+            else:
+                self._feed(b"", self._unread)
+        is_full = len(self._unread) >= _BUFFER_BYTES_MAX
+        if is_full != self._is_paused and not self._is_leaving:
+            self._is_paused = is_full
+            if is_full:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
+
+    def _begin_request(self) -> bool:
+        """Begin with the next request; False: its head is not complete, or the connection is passed back."""
+        end = self._unread.find(b"\r\n\r\n") + 4
+        if end < 4 and len(self._unread) <= HEAD_BYTES_MAX:
+            return False
+        raw = self._unread[:end]
+        try:
+            request = read_head(raw)
+        except Malformed:
+            request = None
+        if request is None or not is_for_manager(path_of(request.target)):
+            self._pass_back()  # what is malformed or too long is refused by the node process
+            return False
+        self._body = request.body
+        self._is_answered, self._is_last = False, request.upgrades
+        self._is_small = isinstance(request.body, Sized) and request.body.bytes_left <= SMALL_BODY
+        self._feed(raw, self._unread[end:])
+        return True
+
+    def _feed(self, head: bytes, data: bytes) -> None:
+        """Give the handler ``head`` and what of ``data`` belongs to the body of the present request."""
+        assert self._body is not None
+        try:
+            mine, self._unread = self._body.take(data)
+        except Malformed:
+            mine, self._unread, self._is_last = data, b"", True  # aiohttp refuses it
+        if not self._is_small:
+            self._since = self._loop.time()
+        self._handler.data_received(head + mine)
+        if self._is_last:
+            self._handler.close()
+        self._end_request()
+
+    def end_response(self, *, is_last: bool) -> None:
+        """Called when all of a response is written.  ``is_last``: the connection is closed after it."""
+        self._is_answered = not is_last
+        self._end_request()
+        if self._unread:
+            self._loop.call_soon(self._advance)
+
+    def _end_request(self) -> None:
+        """The exchange is over when the request was received whole and answered."""
+        if self._body is None or not self._body.is_complete or not self._is_answered:
+            return
+        self._body = None
+        self._since = self._loop.time()
+        if self._unread:
+            self.state = State.REQUESTED
+        elif (
+            not self._transport.get_write_buffer_size()
+        ):  # otherwise the end of the response would be lost with us
+            self.state = State.IDLE
+        if self._owner.is_stopping:
+            self._pass_back()
+
+    def close_if_overdue(self, now: float) -> None:
+        """Close the connection if its client has begun a request too long ago, or has been idle for too long."""
+        if self._body is None:
+            limit_s = REQUEST_S if self._unread else IDLE_S if self._is_remote else None
+        elif isinstance(self._body, Sized) and not self._body.is_complete:
+            limit_s = REQUEST_S
+        else:
+            limit_s = None
+        if limit_s is not None and now - self._since >= limit_s:
+            self._transport.close()
+
+    def pass_back_if_idle(self) -> None:
+        """Pass the connection back unless a request is being received or answered."""
+        if self._body is None and not self._unread:
+            self._pass_back()
+
+    def _pass_back(self) -> None:
+        """Pass the connection back, with what was read of the next request, once all that was written has left."""
+        if not self._is_leaving:
+            self._is_leaving = True
+            self._transport.pause_reading()
+            self._transport.set_write_buffer_limits(0)  # resume_writing is called when nothing is left
+        if self._is_passed_back or self._transport.is_closing() or self._transport.get_write_buffer_size():
+            return
+        to = self._owner.return_to(self._peer)
+        if to is not None:
+            with suppress(OSError):  # no descriptor is free: the connection is closed
+                descriptor = os.dup(self._transport.get_extra_info("socket").fileno())
+                slot = self._slot if to is self._peer else NO_SLOT
+                to.channel.send(
+                    Message(
+                        kind=Kind.CONNECTION,
+                        slot=slot,
+                        data=self._unread,
+                        descriptor=descriptor,
+                        is_remote=self._is_remote,
+                    )
+                )
+                self._is_passed_back = True
+        self._transport.abort()
+
+
+def listening_socket(path: Path) -> socket.socket:
+    """A SOCK_SEQPACKET socket at ``path``, in place of the one there, for processes of this user alone.
+
+    Raises: OSError.
+    """
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        mask = os.umask(0o177)  # of the whole process: nothing is awaited while it is another
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen()
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,255 @@
+"""Passes clients' connections to the manager process, and takes them back (`skep.api.handover`)."""
+
+import asyncio
+import mmap
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.api.handover import SLOTS, Channel, Kind, Message, State, unpack_slots
+from skep.errors import Unavailable
+
+_CONNECT_WAIT_S = 5.0
+_WAITING_MAX = 256
+_QUEUED_MAX = 256
+"""Packets for which a manager process that does not read makes no room."""
+_FIRST_RETRY_S = 0.02
+_RETRY_S_MAX = 0.5
+_NO_MANAGER = (
+    "This node is not a swarm manager. Manager is being prepared or has trouble connecting to the cluster."
+)
+ENDED = "the manager of this node ended before it answered: ask again"
+
+
+class Passed(msgspec.Struct, frozen=True):
+    """A client's connection.  ``is_remote``: the client is on another machine, so its idle times are limited."""
+
+    socket: socket.socket
+    is_remote: bool
+
+
+class Returned(msgspec.Struct, frozen=True):
+    """A connection that the manager process serves no more.
+
+    ``data``: what was read of its next request.  ``refusal``: why its present request gets no response; empty: there
+    is none.
+    """
+
+    connection: Passed
+    data: bytes = b""
+    refusal: str = ""
+
+
+class Handover:
+    """The connections that the manager process serves at present.
+
+    While there is no manager process (it restarts), up to 256 connections wait for it, each for up to 5 s.
+
+    Args:
+        path: where the manager process listens.
+        why_waiting: what a manager process that serves nothing yet waits for; empty: not known.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        clock: Clock,
+        rng: Callable[[], float],
+        why_waiting: Callable[[], str] = str,
+    ) -> None:
+        self._path = path
+        self._clock = clock
+        self._rng = rng
+        self._why_waiting = why_waiting
+        self.returned: asyncio.Queue[Returned] = asyncio.Queue()
+        """To be taken and served by the owner."""
+        self._managers: list[_Manager] = []
+        """The newest last: one that stops may still have connections when the next one serves."""
+        self._waiting = 0
+
+    @property
+    def local_count(self) -> int:
+        """Connections of clients on this machine that were passed and have not come back."""
+        return sum(manager.local_count for manager in self._managers)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a connection can be passed now."""
+        manager = self._manager()
+        return manager is not None and manager.has_room
+
+    async def wait_manager(self) -> None:
+        """Return when there is a manager process to pass connections to.  Raises: Unavailable: none for 5 s."""
+        if self._manager() is not None:
+            return
+        if self._waiting >= _WAITING_MAX:
+            raise Unavailable("too many requests wait for the manager of this node")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(_CONNECT_WAIT_S):
+                backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, chance=self._rng)
+                while not self._connect():
+                    await backoff.sleep(self._clock)
+        except TimeoutError as error:
+            raise Unavailable(self._why_waiting() or _NO_MANAGER) from error
+        finally:
+            self._waiting -= 1
+
+    def pass_on(self, connection: Passed, data: bytes) -> None:
+        """Pass ``connection``, which is owned by this object from now on, with the beginning of a request.
+
+        Raises: Unavailable: the manager process takes none; ``connection`` is closed.
+        """
+        manager = self._manager()
+        try:
+            if manager is None:
+                raise Unavailable(_NO_MANAGER)
+            manager.pass_on(connection, data)
+        except Unavailable:
+            connection.socket.close()
+            raise
+
+    def close(self) -> None:
+        """End all connections that were passed."""
+        for manager in tuple(self._managers):
+            manager.channel.close()
+            for held in manager.passed.values():
+                _end(held.socket)
+        self._managers.clear()
+
+    def _manager(self) -> "_Manager | None":
+        """The manager process that takes connections at present."""
+        newest = self._managers[-1] if self._managers else None
+        return newest if newest is not None and not newest.is_stopping else None
+
+    def _connect(self) -> bool:
+        if self._manager() is not None:
+            return True
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connected.setblocking(False)
+            connected.connect(str(self._path))
+        except OSError:
+            connected.close()
+            return False
+        self._managers.append(_Manager(connected, self.returned, self._managers.remove))
+        return True
+
+
+class _Manager:
+    """One manager process, and the connections that it has."""
+
+    def __init__(
+        self,
+        connected: socket.socket,
+        returned: asyncio.Queue[Returned],
+        on_end: "Callable[[_Manager], None]",
+    ) -> None:
+        self._returned = returned
+        self._on_end = on_end
+        self._free: list[int] = []
+        self._never_used = 0
+        """Slots from here on were never used."""
+        self.passed: dict[int, Passed] = {}
+        """By slot."""
+        self.local_count = 0
+        self.is_stopping = False
+        table = os.memfd_create("skep-connections", os.MFD_CLOEXEC)
+        os.ftruncate(table, SLOTS)
+        self._states = mmap.mmap(table, SLOTS)
+        self.channel = Channel(connected, self._receive, self._settle)
+        self.channel.send(Message(kind=Kind.STATES, descriptor=table))
+
+    def pass_on(self, connection: Passed, data: bytes) -> None:
+        """Raises: Unavailable."""
+        if not self.has_room:
+            raise Unavailable("the manager of this node takes no more connections")
+        try:
+            descriptor = os.dup(connection.socket.fileno())
+        except OSError as error:
+            raise Unavailable(
+                f"the connection cannot be passed to the manager of this node: {error}"
+            ) from error
+        slot = self._take_slot()
+        self._states[slot] = State.REQUESTED
+        self.passed[slot] = connection
+        self.local_count += not connection.is_remote
+        self.channel.send(
+            Message(
+                kind=Kind.CONNECTION,
+                slot=slot,
+                data=data,
+                descriptor=descriptor,
+                is_remote=connection.is_remote,
+            )
+        )
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.passed) < SLOTS and self.channel.queued < _QUEUED_MAX
+
+    def _take_slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        self._never_used += 1
+        return self._never_used - 1
+
+    def _receive(self, message: Message) -> None:
+        match message.kind:
+            case Kind.STOPPING:
+                self.is_stopping = True
+            case Kind.CLOSED:
+                for slot in unpack_slots(message.data):
+                    self._closed(slot)
+            case Kind.CONNECTION:
+                held = self._release(message.slot)
+                if message.descriptor is not None:
+                    if held is not None:
+                        held.socket.close()
+                    held = Passed(socket.socket(fileno=message.descriptor), message.is_remote)
+                if held is not None:
+                    self._returned.put_nowait(Returned(held, message.data))
+
+    def _closed(self, slot: int) -> None:
+        held = self._release(slot)
+        if held is None:
+            return
+        if (
+            self._states[slot] == State.REQUESTED
+        ):  # no response was sent, and the client may still wait for one
+            self._returned.put_nowait(Returned(held, refusal=ENDED))
+        else:
+            held.socket.close()
+
+    def _release(self, slot: int) -> Passed | None:
+        held = self.passed.pop(slot, None)
+        if held is not None:
+            self._free.append(slot)
+            self.local_count -= not held.is_remote
+        return held
+
+    def _settle(self) -> None:
+        """The manager process has ended: go on with its connections, but not in the middle of a response."""
+        self._on_end(self)
+        for slot, held in self.passed.items():
+            match self._states[slot]:
+                case State.IDLE:
+                    self._returned.put_nowait(Returned(held))
+                case State.REQUESTED:
+                    self._returned.put_nowait(Returned(held, refusal=ENDED))
+                case _:
+                    _end(held.socket)
+        self.passed.clear()
+
+
+def _end(connection: socket.socket) -> None:
+    """Close ``connection`` for every process that has it."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
