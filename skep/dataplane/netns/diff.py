@@ -90,7 +90,7 @@ def difference(wanted: State, actual: State, *, is_exclusive: bool = True) -> li
     held_addresses = frozenset(one for one in actual.addresses if one.link not in gone)
     held_routes = frozenset(one for one in actual.routes if one.link not in gone)
     held = msgspec.structs.replace(actual, addresses=held_addresses, routes=held_routes, entries=held_entries)
-    operations = list(_removals(wanted, held, is_exclusive=is_exclusive))
+    operations: list[Operation] = list(_removals(wanted, held, is_exclusive=is_exclusive))
     held_routes = frozenset(one for one in held_routes if not one.is_policy or one in wanted.routes)
     operations += [DeleteLink(name) for name in sorted(gone)]
     missing = [link for name, link in wanted.links.items() if name not in kept]
