@@ -4,7 +4,6 @@ The process becomes the zygote (see ``node.supervision.zygote``), whose first ch
 machine, holds the lock of the data directory, and runs the node until SIGTERM.
 """
 
-from skep.aio.trees import discard_tree_now
 from skep.node import lean as _first  # noqa: F401  before everything that it concerns
 
 # isort: split
@@ -26,6 +25,7 @@ from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import SystemClock
 from skep.aio.groups import first_alone
 from skep.aio.guard import report
+from skep.aio.trees import discard_tree_now
 from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
 from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
