@@ -1,49 +1,49 @@
-"""``make sim``: see ``run``."""
+"""``make sim``: ``python -m sim 123`` simulates one seed and prints its events, ``--seeds 10000`` simulates many."""
 
 import argparse
 import sys
 
-from sim import life
-from sim.alone import life as alone
-from sim.run import Live, failures, outcomes, report
+from sim import run
+from sim.seeds import Simulate, failures, report, results
+from sim.store_only import run as store_only
 from skep.aio.clock import SystemClock
 
 TRACE_LINES = 400
 
 
 def main() -> int:
-    """Gives 1 if any life went wrong."""
-    parser = argparse.ArgumentParser(prog="python -m sim", description="Lives of simulated clusters.")
-    parser.add_argument("seed", type=int, nargs="?", help="live this seed alone and tell everything")
-    parser.add_argument("--seeds", type=int, default=200, help="how many to live")
-    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    """Exit code 1 if a run had violations."""
+    parser = argparse.ArgumentParser(prog="python -m sim", description="Simulated clusters.")
+    parser.add_argument("seed", type=int, nargs="?", help="simulate this seed only, and print its events")
+    parser.add_argument("--seeds", type=int, default=200, help="number of seeds")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=0, help="default: one per processor")
-    parser.add_argument("--store", action="store_true", help="lives of the store alone, which are cheaper")
-    wish = parser.parse_args()
-    live: Live = alone.live if wish.store else life.live
-    if wish.seed is not None:
-        return _tell(wish.seed, live)
+    parser.add_argument("--store", action="store_true", help="simulate the store only, which is cheaper")
+    args = parser.parse_args()
+    simulate: Simulate = store_only.simulate if args.store else run.simulate
+    if args.seed is not None:
+        return _run_one(args.seed, simulate)
     clock = SystemClock()
     began, failed = clock.monotonic(), 0
-    for outcome in failures(range(wish.first, wish.first + wish.seeds), wish.processes, live):
+    for result in failures(range(args.first, args.first + args.seeds), args.processes, simulate):
         failed += 1
-        _say(report(outcome))
+        _print(report(result))
     took_s = clock.monotonic() - began
-    _say(f"{wish.seeds} lives, {failed} failed, {took_s:.0f} s, {wish.seeds / took_s:.1f} a second")
+    _print(f"{args.seeds} runs, {failed} failed, {took_s:.0f} s, {args.seeds / took_s:.1f} per second")
     return 1 if failed else 0
 
 
-def _tell(seed: int, live: Live) -> int:
-    (outcome,) = outcomes([seed], live)
-    if outcome.violations:
-        _say(report(outcome, TRACE_LINES))
+def _run_one(seed: int, simulate: Simulate) -> int:
+    (result,) = results([seed], simulate)
+    if result.violations:
+        _print(report(result, TRACE_LINES))
         return 1
-    _say("\n".join(outcome.trace))
-    _say(f"seed {seed}: nothing went wrong")
+    _print("\n".join(result.trace))
+    _print(f"seed {seed}: no violations")
     return 0
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 

@@ -21,18 +21,18 @@ from typing import Any, Self, TypeVar
 
 from msgspec.structs import replace
 
+from sim.committed import CommittedState
 from sim.etcd.client import SimulatedClient
 from sim.etcd.raft import Raft
-from sim.joined import CLUSTER, address_of, joined
+from sim.initial_state import CLUSTER, address_of, joined
+from sim.invariants.observer import Observer
+from sim.invariants.quiescence import rest_violations
 from sim.links import Isolation, Links, Port, Uptime
 from sim.manager import SimulatedManager
 from sim.network import Network
 from sim.node import SimulatedNode, image_of
-from sim.rules.observer import Observer
-from sim.rules.rest import rest_violations
 from sim.time import VirtualClock, VirtualLoop
 from sim.trace import Trace
-from sim.truth import Truth
 from sim.versions import UnknownFieldsAreKept
 from skep.agent.executor.simulated import Behaviour
 from skep.errors import Unavailable
@@ -107,8 +107,8 @@ class SimulatedCluster:
         self.links = Links()
         self.network = Network(self.loop, self.links)
         self.raft = Raft(self.loop, self.random, self.links, latency_s)
-        self.truth = Truth(self.loop.time)
-        self.raft.committed.append(self.truth.take)
+        self.committed = CommittedState(self.loop.time)
+        self.raft.committed.append(self.committed.take)
         self.trace = Trace(self.loop.time)
         self.disturbances = 0
         """Faults that last at present."""
@@ -125,7 +125,7 @@ class SimulatedCluster:
         """Managers of a version that the others do not know, from their next start on."""
         self.observer.rules.append(UnknownFieldsAreKept(self._cannot_read))
         self.changing: set[NodeId] = set()
-        """Machines that come in, go out or change their role, which have no other trouble meanwhile."""
+        """Machines that come in, go out or change their role, which have no other fault meanwhile."""
         self.renew: Callable[[NodeId], None] = lambda _: None
         """Called when a node is asked to renew its certificate."""
         self._skew = skew
@@ -367,20 +367,20 @@ class SimulatedCluster:
     @property
     def view(self) -> View:
         """The cluster's objects as they are committed."""
-        return self.truth.view
+        return self.committed.view
 
     def is_ready(self, id: NodeId) -> bool:
         """Whether the managers believe the node to be there."""
-        node = self.truth.view.lookup(Node, id)
+        node = self.committed.view.lookup(Node, id)
         return node is not None and node.status.state is NodeState.READY
 
     def service(self, name: str) -> Service | None:
         """The service, or None when even its hidden record is gone."""
-        return self.truth.view.lookup(Service, name)
+        return self.committed.view.lookup(Service, name)
 
     def tasks(self, name: str) -> list[Task]:
         """All tasks of a service, history included."""
-        return list(self.truth.view.find(Task, service_id=name))
+        return list(self.committed.view.find(Task, service_id=name))
 
     def wanted(self, name: str) -> list[Task]:
         """Tasks of a service that are meant to run."""
@@ -416,7 +416,7 @@ class SimulatedCluster:
         nodes = self.nodes.values()
         containers = [(node.id, task) for node in nodes for task in node.containers.values()]
         kept = [(node.id, task_id) for node in nodes for task_id in node.kept]
-        return list(rest_violations(self.truth.view, containers, kept))
+        return list(rest_violations(self.committed.view, containers, kept))
 
     def leftovers(self) -> list[str]:
         """What managers still have of what is over, and more timers than there is reason for; asked at rest."""
@@ -431,7 +431,7 @@ class SimulatedCluster:
     def observe_with(self, kind: type[Observer]) -> None:
         """Another observer goes on, which knows nothing of what was before."""
         before = self.observer
-        self.truth.watchers.remove(before._check)
+        self.committed.watchers.remove(before._check)
         self.observer = self._observer(kind)
         self.observer.violations, self.observer.traced = before.violations, before.traced
         for node in self.nodes.values():
@@ -480,7 +480,7 @@ class SimulatedCluster:
 
     def _observer(self, kind: type[Observer] = Observer) -> Observer:
         return kind(
-            self.truth, self.trace, self._calm_since, self._uptime, self._manager_uptime, self._isolation
+            self.committed, self.trace, self._calm_since, self._uptime, self._manager_uptime, self._isolation
         )
 
     def _cannot_read(self, id: NodeId) -> bool:
@@ -536,7 +536,9 @@ class SimulatedCluster:
         """What an init and the joins leave in the store."""
         first = self.managers[0]
         client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
-        self.raft.committed.remove(self.truth.take)  # what comes before the keys are known is read afterwards
+        self.raft.committed.remove(
+            self.committed.take
+        )  # what comes before the keys are known is read afterwards
         await self.raft.wait_readable(self.raft.members[first])
         await initialize_on(
             client,
@@ -547,9 +549,9 @@ class SimulatedCluster:
             self.workers,
             self._history_limit,
         )
-        self.truth.begin(Cipher((await cluster_in(client)).ring, WRAPPING_KEY))
-        self.truth.take(first, self.raft.kv.revision, self.raft.kv.events(2, self.raft.kv.revision))
-        self.raft.committed.append(self.truth.take)
+        self.committed.begin(Cipher((await cluster_in(client)).ring, WRAPPING_KEY))
+        self.committed.take(first, self.raft.kv.revision, self.raft.kv.events(2, self.raft.kv.revision))
+        self.raft.committed.append(self.committed.take)
 
     def _stop(self, name: str) -> None:
         process = self._processes.pop(name, None)

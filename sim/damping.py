@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Callable
 
 from sim.cluster import SimulatedCluster
+from sim.invariants.damping import surplus_violations
+from sim.invariants.liveness import lease_violations
 from sim.node import image_of
-from sim.rules.damping import surplus_violations
-from sim.rules.liveness import lease_violations
-from sim.wishes import HOPELESS
+from sim.random_specs import HOPELESS
 from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
 from skep.model.ids import NodeId, ServiceId
 from skep.model.labels import OnDisconnect, disconnect_policy

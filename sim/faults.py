@@ -24,11 +24,11 @@ Item = TypeVar("Item")
 P = ParamSpec("P")
 
 
-class Poison(Exception):
+class InjectedError(Exception):
     """What nobody foresaw."""
 
 
-class PoisonedState:
+class FailingTerm:
     """A term whose view raises whenever the tasks of certain services are looked up."""
 
     def __init__(self, term: LoopStore, poisoned: set[str]) -> None:
@@ -37,7 +37,7 @@ class PoisonedState:
         self._poisoned = poisoned
 
     def view(self) -> View:
-        return _PoisonedView(self._term.view(), self._poisoned)
+        return _FailingView(self._term.view(), self._poisoned)
 
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
         return self._term.watch(*kinds)
@@ -53,7 +53,7 @@ class PoisonedState:
         return await self._term.update_each(body, items)
 
 
-class _PoisonedView:
+class _FailingView:
     """Implements ``store.interface.View``."""
 
     def __init__(self, view: View, poisoned: set[str]) -> None:
@@ -76,7 +76,7 @@ class _PoisonedView:
 
     def find(self, kind: type[T], **by: str) -> Sequence[T]:
         if self._poisoned.intersection(by.values()):
-            raise Poison(f"{kind.__name__} by {by}")
+            raise InjectedError(f"{kind.__name__} by {by}")
         return self._view.find(kind, **by)
 
     def ids(self, kind: type[Object]) -> Sequence[str]:
@@ -92,7 +92,7 @@ class _PoisonedView:
         return self._view.resolve(kind, word)
 
 
-class Rewindable:
+class StaleStore:
     """A store whose view can be set back to an old state, as a manager shows that was restored from an old copy."""
 
     def __init__(self, store: Store) -> None:

@@ -6,9 +6,9 @@ from contextlib import AbstractAsyncContextManager
 from random import Random
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
-from sim.faults import PoisonedState, Rewindable
+from sim.faults import FailingTerm, StaleStore
+from sim.invariants.bookkeeping import leftovers
 from sim.network import Network
-from sim.rules.books import leftovers
 from sim.versions import write_as_tomorrow
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
@@ -69,7 +69,7 @@ class SimulatedManager:
         """None: not loaded yet."""
         self.members: Consensus
         """Of the store, from when it was loaded first."""
-        self._shown: Rewindable | None = None
+        self._shown: StaleStore | None = None
         """What nodes are told from."""
         self._dispatcher: Dispatcher | None = None
         self._logs: LogBroker | None = None
@@ -124,7 +124,7 @@ class SimulatedManager:
         if self._is_newer:
             write_as_tomorrow(store._cipher)
         own, overload = ManagerPeer(node_id=self._id, addr=self._addr), Overload()
-        self._shown = Rewindable(store)
+        self._shown = StaleStore(store)
         dispatcher = self._dispatcher = Dispatcher(
             cast("Store", self._shown), own, self._clock, self._new_id, self._random, overload=overload
         )
@@ -169,7 +169,7 @@ class SimulatedManager:
                 presence.lead(None)
 
     async def _lead(self, term: Term, link: ManagerLink, space: StoreSpace) -> None:
-        state = PoisonedState(_Counted(term, self), self._poisoned)
+        state = FailingTerm(_Counted(term, self), self._poisoned)
         adoption = Adoption(term, self._id, link.silent, self._clock, self._new_id, self._random)
         managers = Managers(term, self._id, self.members, link, self._clock, self._random)
         own = self.loops = (*loops(state, self._clock, self._new_id, self._random), adoption, managers)

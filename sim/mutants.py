@@ -1,7 +1,8 @@
-"""Do the rules find what they are there for?  Named rules of the product are broken, one at a time.
+"""Mutation tests of the simulation: named rules of the product are broken, one at a time.
 
-Each mutant replaces production functions at run time, and lives are lived until one goes wrong.  A mutant that lives
-through all of them means that the workload, the faults or the rules of the simulation are too weak.
+Each mutant replaces production functions at run time; seeds are simulated until one has a violation, which kills the
+mutant.  A mutant that survives all seeds shows that the workload, the faults or the invariants of the simulation are
+too weak.
 
 ``python -m sim.mutants`` prints the table.
 """
@@ -16,10 +17,10 @@ from unittest import mock
 import msgspec
 from msgspec.structs import replace
 
-from sim import life, short, twins
-from sim.alone import life as alone
+from sim import differential, focused, run
 from sim.etcd.client import SimulatedClient
-from sim.run import Live, outcomes
+from sim.seeds import Simulate, results
+from sim.store_only import run as store_only
 from skep.agent import revisions, worker
 from skep.agent.reports import Reports
 from skep.agent.worker import Worker
@@ -55,7 +56,7 @@ from skep.store.updates import Updater
 
 SEEDS = 200
 STORE_SEEDS = 2000
-"""Of the store alone, whose lives cost a twentieth."""
+"""For mutants of the store, with runs of the store only, which cost a twentieth."""
 
 
 class Patch(msgspec.Struct, frozen=True):
@@ -71,33 +72,33 @@ class Mutant(msgspec.Struct, frozen=True):
 
     name: str
     rule: str
-    """What the product no longer does."""
+    """The rule of the product that it breaks."""
     patches: Callable[[], list[Patch]]
-    life: Live = life.live
+    simulate: Simulate = run.simulate
     seeds: int = SEEDS
-    """It is noticed within so many."""
+    """It must be killed within so many seeds."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """How long a mutant lived.  ``seed`` None: through all lives."""
+    """When a mutant was killed.  ``seed`` None: it survived all seeds."""
 
     mutant: str
     seed: int | None
-    lives: int
+    runs: int
     seconds: float
     violation: str = ""
 
 
-def judged(mutant: Mutant, seeds: int | None = None) -> Verdict:
-    """Live lives (``seeds`` None: as many as the mutant may live through) with the rule broken until one goes wrong."""
+def judge(mutant: Mutant, seeds: int | None = None) -> Verdict:
+    """Simulate seeds (``seeds`` None: the mutant's number) with the rule broken until one has a violation."""
     clock = SystemClock()
     began = clock.monotonic()
     seeds = mutant.seeds if seeds is None else seeds
     with broken(mutant):
-        for lives, outcome in enumerate(outcomes(range(seeds), mutant.life), 1):
-            if outcome.violations:
+        for runs, result in enumerate(results(range(seeds), mutant.simulate), 1):
+            if result.violations:
                 took_s = clock.monotonic() - began
-                return Verdict(mutant.name, outcome.seed, lives, took_s, outcome.violations[0])
+                return Verdict(mutant.name, result.seed, runs, took_s, result.violations[0])
     return Verdict(mutant.name, None, seeds, clock.monotonic() - began)
 
 
@@ -424,7 +425,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("revisions", "a node takes no assignments older than those it has seen", _any_revision),
     Mutant("restart delay", "a failed task is replaced after its delay", _no_delay),
     Mutant("barrier reads", "a read shows everything acknowledged before it", _stale_reads),
-    Mutant("ticket", "a write of unknown outcome is settled before it is sent again", _sent_again),
+    Mutant("writer epoch", "a write of unknown result is settled before it is sent again", _sent_again),
     Mutant("one at a time", "a successor waits until what it replaces has stopped", _crowded_slots),
     Mutant("job bounds", "of a job no more runs are under way than may be at a time", _all_runs_at_once),
     Mutant("unknown since", "what ran on a node whose lease is over is shown as unknown", _last_word_stands),
@@ -445,10 +446,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "adopt",
         "a session is adopted only if it is still the one of the manager that is silent",
         _adopts_whatever_is_there,
-        short.sessions,
+        focused.sessions,
     ),
     *(
-        Mutant(name, rule, patches, short.allocations)
+        Mutant(name, rule, patches, focused.allocations)
         for name, rule, patches in (
             ("address held", "a task holds its address until it has ended", _gives_back_early),
             ("address given back", "what a task held is free when it has ended", _gives_back_never),
@@ -465,11 +466,19 @@ MUTANTS: tuple[Mutant, ...] = (
         )
     ),
     Mutant(
-        "counts", "a new leader counts the restarts that it has seen", _counts_what_it_never_saw, twins.live
+        "counts",
+        "a new leader counts the restarts that it has seen",
+        _counts_what_it_never_saw,
+        differential.simulate,
     ),
-    Mutant("judgement", "a new leader judges by what it has seen", _judges_what_it_never_saw, twins.live),
+    Mutant(
+        "judgement",
+        "a new leader judges by what it has seen",
+        _judges_what_it_never_saw,
+        differential.simulate,
+    ),
     *(
-        Mutant(name, rule, patches, alone.live, STORE_SEEDS)
+        Mutant(name, rule, patches, store_only.simulate, STORE_SEEDS)
         for name, rule, patches in (
             ("footprints", "what reads what another writes does not share its entry", _admits_all),
             ("settling", "what became of a write is asked when the replica shows it", _settles_at_once),
@@ -491,26 +500,26 @@ MUTANTS: tuple[Mutant, ...] = (
 
 
 def main() -> int:
-    """Print the table; gives 1 if a mutant lived."""
+    """Print the table; exit code 1 if a mutant survived."""
     clock = SystemClock()
     began = clock.monotonic()
-    sys.stdout.write(f"{'mutant':<18}{'found by seed':>14}{'lives':>7}{'seconds':>9}  violation\n")
+    sys.stdout.write(f"{'mutant':<18}{'killed by seed':>15}{'runs':>7}{'seconds':>9}  violation\n")
     with ProcessPoolExecutor() as pool:
-        verdicts = [pool.submit(_judged, number) for number in range(len(MUTANTS))]
+        verdicts = [pool.submit(_judge, number) for number in range(len(MUTANTS))]
         for verdict in (future.result() for future in verdicts):
             seed = "never" if verdict.seed is None else verdict.seed
             sys.stdout.write(
-                f"{verdict.mutant:<18}{seed:>14}{verdict.lives:>7}{verdict.seconds:>9.1f}  "
+                f"{verdict.mutant:<18}{seed:>15}{verdict.runs:>7}{verdict.seconds:>9.1f}  "
                 f"{verdict.violation.splitlines()[0] if verdict.violation else ''}\n"
             )
             sys.stdout.flush()
-    lived = sum(future.result().seed is None for future in verdicts)
-    sys.stdout.write(f"{len(verdicts)} mutants, {lived} lived, {clock.monotonic() - began:.0f} s\n")
-    return 1 if lived else 0
+    survived = sum(future.result().seed is None for future in verdicts)
+    sys.stdout.write(f"{len(verdicts)} mutants, {survived} survived, {clock.monotonic() - began:.0f} s\n")
+    return 1 if survived else 0
 
 
-def _judged(number: int) -> Verdict:
-    return judged(MUTANTS[number])
+def _judge(number: int) -> Verdict:
+    return judge(MUTANTS[number])
 
 
 if __name__ == "__main__":

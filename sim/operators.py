@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.etcd.client import PEER_PORT
-from sim.joined import a_manager, a_worker, address_of
+from sim.initial_state import a_manager, a_worker, address_of
 from sim.manager import SimulatedManager
 from sim.users import Users
 from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable
@@ -39,7 +39,7 @@ class Operators:
     """All of one cluster."""
 
     def __init__(self, cluster: SimulatedCluster, users: Users, well: Callable[[], Sequence[NodeId]]) -> None:
-        """``well``: machines without a trouble of their own."""
+        """``well``: machines without a fault of their own."""
         self._cluster = cluster
         self._users = users
         self._well = well

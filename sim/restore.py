@@ -5,8 +5,8 @@ from typing import Any
 
 from sim.cluster import SimulatedCluster
 from sim.etcd.client import SimulatedClient
-from sim.joined import address_of
-from sim.rules.observer import Observer
+from sim.initial_state import address_of
+from sim.invariants.observer import Observer
 from skep.manager.recovery import show_survivor
 from skep.model.ids import NodeId, TaskId
 from skep.model.task import Task
@@ -31,7 +31,7 @@ def restore(cluster: SimulatedCluster, revision: int) -> None:
     cluster.managers = (survivor,)
     cluster.run_for(WITHOUT_S)
     cluster.raft.restore(survivor, revision)
-    cluster.truth.restore(cluster.raft.kv.events(2, revision))
+    cluster.committed.restore(cluster.raft.kv.events(2, revision))
     cluster.observe_with(Newcomer)
     cluster.raft.start(survivor)
     member = cluster.raft.members[survivor]

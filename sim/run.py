@@ -1,76 +1,185 @@
-"""Many lives in a row: ``python -m sim 123`` lives one seed and tells what happened, ``--seeds 10000`` many.
+"""One simulation run of a cluster: random requests and faults; then all faults end, and the cluster must converge.
 
-Garbage is collected between lives only: what a life makes lives until its end.
+``simulate(seed)`` returns all violations.  The same seed gives the same run.
 """
 
-import gc
-import logging
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from itertools import islice
+import traceback
+from collections.abc import Callable, Iterable
+from random import Random
+from typing import cast
 
-import structlog
+import msgspec
 
-from sim.life import Outcome, live
+from sim.cluster import SimulatedCluster
+from sim.convergence import unmet
+from sim.damping import lose_a_node, one_more_fault
+from sim.fault_injector import FaultInjector
+from sim.invariants.allocations import allocation_violations
+from sim.invariants.quiescence import replica_violations
+from sim.operators import Operators
+from sim.random_specs import BROKEN, ENDING_IMAGES, HANGING
+from sim.restore import restore
+from sim.targeted_faults import (
+    cut_off_for_long,
+    move_while_a_report_is_on_its_way,
+    restart_before_it_runs,
+    show_the_past,
+    take_an_update_back,
+)
+from sim.users import Users
+from skep.agent.executor.simulated import Behaviour
+from skep.model.ids import NodeId
+from skep.model.service import Service
+from skep.store.space import COMPACT_AT, QUOTA_BYTES
+from skep.store.state import State
 
-Live = Callable[[int], Outcome]
-
-LIVES_BETWEEN_COLLECTIONS = 10
-CHUNK = 25
-
-
-def outcomes(seeds: Iterable[int], life: Live = live) -> Iterator[Outcome]:
-    """Live one seed after another in this process."""
-    with quiet():
-        for number, seed in enumerate(seeds, 1):
-            yield life(seed)
-            if number % LIVES_BETWEEN_COLLECTIONS == 0:
-                gc.collect()
+STEPS = 20
+PAUSES_S = (0.01, 0.05, 0.2, 0.8, 2.0)
+CONVERGED_S = 90.0
+"""Limit from the end of the last fault until the cluster has converged."""
+TURNS_MAX = 240_000
+"""Iterations of the event loop in one run; the average is 24,000.  More than ten times that is a busy loop."""
+POLL_S = 0.5
+STOPPED_S = 2.0
+"""Time for the slowest container to stop, and for its report."""
 
 
-def failures(seeds: Iterable[int], processes: int = 0, life: Live = live) -> Iterator[Outcome]:
-    """Live all seeds on all processors (or as many as ``processes``), and give the lives that went wrong."""
-    with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
-        for found in pool.map(partial(_failed, life=life), chunked(seeds, CHUNK)):
-            yield from found
+class RunResult(msgspec.Struct):
+    """The result of one run."""
+
+    seed: int
+    violations: list[str]
+    trace: list[str]
+    """The last events before the end, or before the first violation."""
 
 
-def report(outcome: Outcome, lines: int = 60) -> str:
-    """What went wrong, what happened before it, and how to see it again."""
-    return "\n".join(
-        [
-            f"seed {outcome.seed} failed; alone: make sim SEED={outcome.seed}",
-            *(f"  {violation}" for violation in outcome.violations),
-            "before it:",
-            *(f"  {line}" for line in outcome.trace[-lines:]),
-        ]
+def simulate(seed: int, steps: int = STEPS) -> RunResult:
+    """Run the simulation of ``seed``."""
+    shape = Random(seed ^ 0x5EED)
+    behaviour = Behaviour(
+        prepare_s=shape.choice((0.02, 0.1)), start_s=0.05, shutdown_s=shape.choice((0.05, 0.3, 1.0))
+    )
+    cluster = SimulatedCluster(
+        managers=shape.choice((1, 3, 3, 3, 5)),
+        workers=shape.randint(2, 5),
+        seed=seed,
+        behaviour=behaviour,
+        skew=True,
+        turns_max=TURNS_MAX,
+        history_limit=shape.choice((None, 0, 1, 3)),
+    )
+    try:
+        with cluster:
+            _simulate(cluster, steps)
+    except Exception as error:
+        cluster.observer.note(
+            cluster.loop.time(), [f"{type(error).__name__}: {error}", traceback.format_exc()]
+        )
+    return RunResult(
+        seed, list(cluster.observer.violations), cluster.observer.traced or cluster.trace.lines()
     )
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without logs, and without collections in the middle of a life."""
-    before = structlog.get_config()
-    was_enabled = gc.isenabled()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    gc.disable()
-    try:
-        yield
-    finally:
-        structlog.configure(**before)
-        if was_enabled:
-            gc.enable()
+def _simulate(cluster: SimulatedCluster, steps: int) -> None:
+    for node in cluster.nodes.values():
+        node.broken_images.add(BROKEN)
+        node.hanging_images.add(HANGING)
+        node.ending_images.update(ENDING_IMAGES)
+    users, injector, random = Users(cluster), FaultInjector(cluster), cluster.random
+    operators = Operators(cluster, users, injector.healthy)
+    users.create()
+    cluster.run_for(0.5)
+    for _ in range(steps):
+        match random.choices(("user", "operator", "fault"), (55, 12, 33))[0]:
+            case "user":
+                users.act()
+            case "operator":
+                operators.act()
+            case _:
+                injector.inject()
+        cluster.run_for(random.choice(PAUSES_S))
+        injector.end_due()
+        if cluster.observer.violations:
+            return
+    injector.end_all()
+    cluster.trace.add("all faults ended")
+    _until(cluster, lambda: [f"{name} does not end" for name in operators.under_way])
+    cluster.do(users.finished())
+    cluster.do(users.activate_all())
+    _converge(cluster)
+    if random.random() < 0.3:
+        cluster.do(users.remove_all())
+        _until(cluster, lambda: [f"service {one.id} is still there" for one in cluster.view.find(Service)])
+    cluster.run_for(2.0)
+    _check_quiescence(cluster)
+    revision = cluster.raft.kv.revision
+    if random.random() < 0.4:
+        one_more_fault(cluster)
+    cut_off_for_long(cluster)
+    restart_before_it_runs(cluster)
+    take_an_update_back(cluster, users)
+    show_the_past(cluster)
+    move_while_a_report_is_on_its_way(cluster)
+    lose_a_node(cluster)
+    if random.random() < 0.3 and not cluster.observer.violations:
+        _restore(cluster, revision)
 
 
-def chunked(seeds: Iterable[int], size: int) -> Iterator[list[int]]:
-    """``seeds`` in lists of ``size``."""
-    rest = iter(seeds)
-    while chunk := list(islice(rest, size)):
-        yield chunk
+def _restore(cluster: SimulatedCluster, revision: int) -> None:
+    """Restore a snapshot, which is older than the state of the nodes: the cluster must converge to the snapshot."""
+    restore(cluster, revision)
+    _converge(cluster)
+    cluster.run_for(STOPPED_S)
+    before = set(cluster.rest_violations())
+    cluster.run_for(STOPPED_S)
+    note, now = cluster.observer.note, cluster.loop.time()
+    note(now, [violation for violation in cluster.rest_violations() if violation in before])
+    note(now, allocation_violations(cluster.view))
 
 
-def _failed(seeds: list[int], life: Live) -> list[Outcome]:
-    return [outcome for outcome in outcomes(seeds, life) if outcome.violations]
+def _converge(cluster: SimulatedCluster) -> None:
+    given_up = cluster.observer.restarts.given_up
+
+    def missing() -> Iterable[str]:
+        for one in cluster.view.find(Service):
+            yield from unmet(cluster.view, one, given_up(one))
+        if cluster.raft.space.has_alarm or cluster.raft.space.in_use > COMPACT_AT * QUOTA_BYTES:
+            yield "the store still has its alarm or is over its limit"
+        yield from (f"{id} has no session" for id in cluster.workers if not cluster.nodes[id].has_session)
+        if (voters := {member.id for member in cluster.raft.voters}) != set(cluster.managers):
+            yield f"{sorted(voters)} vote, and {sorted(cluster.managers)} are managers"
+
+    _until(cluster, missing)
+
+
+def _until(cluster: SimulatedCluster, missing: Callable[[], Iterable[str]]) -> None:
+    """Advance time until nothing is missing; a timeout is a violation."""
+    until = cluster.loop.time() + CONVERGED_S
+    while lacking := list(missing()):
+        if cluster.loop.time() > until:
+            cluster.observer.note(cluster.loop.time(), [f"not after {CONVERGED_S} s: {lacking}"])
+            return
+        cluster.run_for(POLL_S)
+
+
+def _check_quiescence(cluster: SimulatedCluster) -> None:
+    """The invariants of a cluster at rest."""
+    note, now = cluster.observer.note, cluster.loop.time
+    # Services with crashing containers are never at rest, so only violations that persist count.
+    before = {*cluster.rest_violations(), *cluster.leftovers()}
+    cluster.run_for(STOPPED_S)
+    after = [*cluster.rest_violations(), *cluster.leftovers()]
+    note(now(), [violation for violation in after if violation in before])
+    note(now(), allocation_violations(cluster.view))
+    acknowledgements = cluster.observer.acknowledgements
+    note(now(), acknowledgements.broken(cluster.view, acknowledgements.given()))
+    for id in cluster.managers:
+        note(now(), cluster.do(_replica_violations(cluster, id)))
+
+
+async def _replica_violations(cluster: SimulatedCluster, id: NodeId) -> list[str]:
+    store = cluster.running_managers[id].store
+    if store is None:
+        return [f"{id} serves nothing"]
+    await store.barrier()
+    return list(replica_violations(id, cast("State", store.view()), cluster.committed.view))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from sim.truth import Change
+from sim.committed import Change
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task

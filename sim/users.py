@@ -1,7 +1,7 @@
-"""What users do: requests to managers of their choice, by the control functions that the API calls.
+"""Simulated users: requests to random managers, by the control functions that the API calls.
 
-Requests run beside each other and beside every fault.  What was answered is kept in ``Promises``, and compared with
-what Docker answers (``Answers``).
+Requests are concurrent with each other and with faults.  Their responses are recorded in ``Acknowledgements``, and
+compared with Docker's (``ResponseCheck``).
 """
 
 import asyncio
@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
-from sim.answers import Answers
 from sim.cluster import SimulatedCluster
+from sim.random_specs import IMAGES, JOB_IMAGES, NAMES, ZONE, ZONES, Around, a_spec, made_odd
 from sim.reference import Create, Remove, Request, Rollback, SetNode, Update
-from sim.wishes import IMAGES, JOB_IMAGES, NAMES, ZONE, ZONES, Around, a_spec, made_odd
+from sim.responses import ResponseCheck
 from skep.api.errors import status_of
 from skep.errors import SkepError, Unavailable
 from skep.manager.control.files import create_secret, remove_secret
@@ -55,8 +55,8 @@ class Users:
     def __init__(self, cluster: SimulatedCluster) -> None:
         self._cluster = cluster
         self._random = cluster.random
-        self._promises = cluster.observer.promises
-        self._answers = Answers(cluster.view)
+        self._promises = cluster.observer.acknowledgements
+        self._answers = ResponseCheck(cluster.view)
         cluster.observer.rules += [self._promises, self._answers]
         self._numbers = count(1)
         self._requests: set[asyncio.Task[None]] = set()
@@ -370,7 +370,7 @@ class Users:
 
     def _told(self, service: Service) -> None:
         self._cluster.trace.add(f"user: told that {service.id} is at {service.version.index}")
-        self._note(self._promises.told(service, self._cluster.truth.view))
+        self._note(self._promises.told(service, self._cluster.committed.view))
 
     def _note(self, violations: Iterable[str]) -> None:
         self._cluster.observer.note(self._cluster.loop.time(), violations)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from sim.truth import Change
+from sim.committed import Change
 from skep.model.ids import NodeId
 from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.requests import etcd_key

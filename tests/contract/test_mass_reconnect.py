@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sim.joined import CLUSTER
+from sim.initial_state import CLUSTER
 from skep.aio.clock import SystemClock
 from skep.errors import ResourceExhausted, RetryLater
 from skep.manager.dispatcher import admission

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from sim.rules.observer import Rule
-from sim.truth import Change
+from sim.committed import Change
+from sim.invariants.observer import Rule
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.network import Network

@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.truth import Change
+from sim.committed import Change
 from skep.errors import Unavailable
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
@@ -74,12 +74,12 @@ def hang_behind(cluster: SimulatedCluster, seconds: float, is_due: Callable[[Cha
 
     def hang(change: Change, view: View) -> None:
         if is_due(change):
-            cluster.truth.watchers.remove(hang)
+            cluster.committed.watchers.remove(hang)
             leader = cluster.leader
             cluster.raft.hang(leader)
             cluster.loop.call_later(seconds, cluster.raft.resume, leader)
 
-    cluster.truth.watchers.append(hang)
+    cluster.committed.watchers.append(hang)
 
 
 def scales(change: Change) -> bool:
@@ -126,7 +126,7 @@ def test_two_networks_never_get_one_vxlan_id_or_subnet_however_long_the_disk_han
                 if isinstance(event, Created) and isinstance(event.object, Network)
             ]
 
-        cluster.truth.watchers.append(create_another)
+        cluster.committed.watchers.append(create_another)
         hang_behind(cluster, hangs_s, lambda change: "n2" in created(change))
         cluster.write(lambda tx: tx.put(a_network("n1")))
         cluster.run_for(hangs_s + 10)
@@ -149,7 +149,7 @@ def test_a_leader_that_learns_what_came_of_its_write_keeps_its_term_and_another_
 
         cluster.create(a_service_spec("web", replicas=0))
         cluster.run_for(2)
-        cluster.truth.watchers.append(count)
+        cluster.committed.watchers.append(count)
         for replicas, hangs_s, renewed in ((1, 7.0, 0), (2, 35.0, 1)):
             hang_behind(cluster, hangs_s, lambda change: bool(change.events))
             mode = ServiceMode(replicated=ReplicatedService(replicas=replicas))

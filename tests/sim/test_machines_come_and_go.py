@@ -6,9 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
+from sim.committed import Change
 from sim.operators import Operators
 from sim.restore import restore
-from sim.truth import Change
 from sim.users import Users
 from sim.versions import FIELD, UnknownFieldsAreKept
 from skep.model.ids import NodeId
@@ -122,7 +122,7 @@ def test_an_older_manager_keeps_the_fields_that_a_newer_one_writes() -> None:
         store = cluster.running_managers[upgraded].store
         assert store is not None
         written = set[str]()
-        cluster.truth.watchers.append(lambda change, _: written.update(keys_with_field(change)))
+        cluster.committed.watchers.append(lambda change, _: written.update(keys_with_field(change)))
         cluster.do(store.update(lambda tx: tx.put(named(tx.get(Node, W1), "tomorrow"))))
         assert written == {"o/node/w1"}
         cluster.crash(upgraded)

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 
 from sim.cluster import SimulatedCluster
+from sim.committed import Change
 from sim.faults import hang_manager
 from sim.links import Port
-from sim.truth import Change
 from skep.errors import Unavailable
 from skep.model.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
@@ -45,7 +45,7 @@ def test_a_manager_that_is_killed_behind_a_write_writes_nothing_more() -> None:
                 if len(written) == 1:
                     cluster.loop.call_soon(cluster.kill_manager, killed)
 
-        cluster.truth.watchers.append(kill)
+        cluster.committed.watchers.append(kill)
         cluster.create(
             a_service_spec("web", replicas=3)
         )  # of which a leader makes tasks, and then gives them nodes

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from sim.cluster import SimulatedCluster
-from sim.truth import Change
+from sim.committed import Change
 from skep.manager.dispatcher import admission
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
@@ -23,7 +23,7 @@ def falls(cluster: SimulatedCluster) -> list[NodeId]:
                 case Updated(Node(), Node() as node) if node.status.state is NodeState.DOWN:
                     found.append(node.id)
 
-    cluster.truth.watchers.append(watch)
+    cluster.committed.watchers.append(watch)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sim.mutants import MUTANTS, SEEDS, Mutant, broken, judged
+from sim.mutants import MUTANTS, SEEDS, Mutant, broken, judge
 from skep.store.transaction import LocalTransaction
 
 
@@ -26,12 +26,12 @@ def by_name(name: str) -> Mutant:
     ],
 )
 def test_a_broken_rule_is_found(name: str, seeds: int) -> None:
-    assert judged(by_name(name), seeds=seeds).seed is not None
+    assert judge(by_name(name), seeds=seeds).seed is not None
 
 
 @pytest.mark.parametrize("name", ["existence", "own barrier", "no gap"])
-def test_a_broken_rule_of_the_store_is_found_by_lives_of_the_store_alone(name: str) -> None:
-    assert judged(by_name(name), seeds=60).seed is not None
+def test_a_broken_rule_of_the_store_is_found_by_runs_of_the_store_alone(name: str) -> None:
+    assert judge(by_name(name), seeds=60).seed is not None
 
 
 def test_at_least_ten_rules_are_broken_and_each_is_whole_again_afterwards() -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from sim import wishes
-from sim.answers import BY_HAND, Answers
+from sim import random_specs
 from sim.reference import (
     Accepted,
     Create,
@@ -23,6 +22,7 @@ from sim.reference import (
     answer,
     fault_of,
 )
+from sim.responses import BY_HAND, ResponseCheck
 from skep.model.container import SecretReference
 from skep.model.ids import NodeId, SecretId, ServiceId
 from skep.model.meta import Version
@@ -86,16 +86,16 @@ Odd = Callable[[ServiceSpec], ServiceSpec]
 @pytest.mark.parametrize(
     ("recorded", "odd"),
     [
-        ("refused: a name that begins with a dash", wishes._called),
-        ("refused: no image", wishes._without_image),
-        ("refused: too little memory", wishes._too_small),
-        ("refused: a negative restart delay", wishes._hurried),
-        ("refused: a ratio over 1", wishes._beyond_all),
-        ("refused: a job with an update config", lambda spec: wishes._beyond_all(a_job(spec))),
-        ("refused: one port twice", wishes._twice_published),
-        ("odd: a constraint with one equals sign", wishes._placed("node.labels.zone=north")),
-        ("refused: a constraint with a bad value", wishes._placed("node.role==~")),
-        ("odd: a constraint with a blank in its key", wishes._placed("node role==worker")),
+        ("refused: a name that begins with a dash", random_specs._called),
+        ("refused: no image", random_specs._without_image),
+        ("refused: too little memory", random_specs._too_small),
+        ("refused: a negative restart delay", random_specs._hurried),
+        ("refused: a ratio over 1", random_specs._beyond_all),
+        ("refused: a job with an update config", lambda spec: random_specs._beyond_all(a_job(spec))),
+        ("refused: one port twice", random_specs._twice_published),
+        ("odd: a constraint with one equals sign", random_specs._placed("node.labels.zone=north")),
+        ("refused: a constraint with a bad value", random_specs._placed("node.role==~")),
+        ("odd: a constraint with a blank in its key", random_specs._placed("node role==worker")),
     ],
 )
 def test_what_an_engine_refuses_the_reference_refuses_likewise(recorded: str, odd: Odd) -> None:
@@ -124,9 +124,9 @@ def status_of(recorded: str) -> int:
     return int(status)
 
 
-@pytest.mark.parametrize("constraint", wishes.CONSTRAINTS)
+@pytest.mark.parametrize("constraint", random_specs.CONSTRAINTS)
 def test_a_constraint_that_can_be_read_is_no_fault(constraint: str) -> None:
-    assert fault_of(wishes._placed(constraint)(SPEC)) is None
+    assert fault_of(random_specs._placed(constraint)(SPEC)) is None
 
 
 def a_job(spec: ServiceSpec) -> ServiceSpec:
@@ -173,10 +173,10 @@ def test_a_rollback_swaps_the_specs_and_runs_a_job_again() -> None:
 # -- what happens is compared with it --------------------------------------------------------------------------------
 
 
-def a_watched_history() -> tuple[History, Answers]:
+def a_watched_history() -> tuple[History, ResponseCheck]:
     """Service web is there, and node w1."""
     history = History()
-    answers = Answers(history.state)
+    answers = ResponseCheck(history.state)
     history = History(answers)
     history.put(a_node(W1))
     answers.asked(Create(WEB, SPEC), answers.present)
@@ -277,7 +277,7 @@ def test_a_rollback_by_hand_needs_somebody_who_asked_for_it() -> None:
 
 def test_a_job_that_is_updated_and_not_run_again_is_rejected() -> None:
     history = History()
-    answers = Answers(history.state)
+    answers = ResponseCheck(history.state)
     history = History(answers)
     answers.asked(Create(WEB, a_job(SPEC)), answers.present)
     history.put(Service(id=WEB, spec=a_job(SPEC), job_status=JobStatus()))

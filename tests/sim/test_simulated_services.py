@@ -324,7 +324,7 @@ def test_a_poisoned_object_stops_nobody_else(seed: int) -> None:
         bad = cluster.service("bad")
         assert bad is not None
         assert bad.update_status is not None
-        assert "Poison" in bad.update_status.message
+        assert "InjectedError" in bad.update_status.message
         cluster.poisoned.clear()
         cluster.run_until(lambda: cluster.running("bad") == 3, within_s=70)
         bad = cluster.service("bad")

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import pytest
 
 from sim.cluster import SimulatedCluster
+from sim.committed import Change
 from sim.time import Deadlock, Spinning, VirtualLoop
-from sim.truth import Change
 from skep.model.node import Availability
 from skep.model.service import Service
 from skep.store.interface import View

@@ -1,0 +1,86 @@
+"""What is committed, as it is committed: the state that every replica runs after, and who wrote it."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from skep.model.ids import NodeId
+from skep.store import keys
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.cipher import Cipher, decoded_ring
+from skep.store.etcd.requests import by_revision, change_of, etcd_key
+from skep.store.interface import Event, View
+from skep.store.leadership import LeaderRecord
+from skep.store.state import State
+from skep.store.tables import KeyChange
+
+KEY_RING = etcd_key(keys.KEY_RING)
+
+
+class Change(msgspec.Struct, frozen=True):
+    """One committed entry that wrote something."""
+
+    time_s: float
+    origin: NodeId
+    """The manager by which it came."""
+    leader: NodeId | None
+    """Who was leader, by the leader key, before this entry."""
+    revision: int
+    keys: tuple[KeyChange, ...]
+    events: tuple[Event, ...]
+
+
+class CommittedState:
+    """The committed state.  ``watchers`` are called with each change, after ``view`` shows it."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.watchers: list[Callable[[Change, View], None]] = []
+        self.leader: NodeId | None = None
+        self.now = now
+        self._state = State()
+        self._cipher: Cipher | None = None
+
+    @property
+    def view(self) -> State:
+        """The present; valid until the next commit."""
+        return self._state
+
+    def begin(self, cipher: Cipher) -> None:
+        """Decrypt with ``cipher`` from now on; nothing that matters comes before."""
+        self._cipher = cipher
+
+    def take(self, origin: NodeId, revision: int, events: list[pb.Event]) -> None:
+        """An entry of ``origin`` is committed."""
+        assert self._cipher is not None, "founded before anybody writes"
+        for event in events:
+            if event.kv.key == KEY_RING and event.type == pb.Event.PUT:
+                self._cipher.use(decoded_ring(event.kv.value), revision)
+        changes = tuple(
+            change
+            for event in events
+            if (change := change_of(event.kv, self._cipher, is_delete=event.type == pb.Event.DELETE))
+            is not None
+        )
+        leader = self.leader
+        for change in changes:
+            if change.key == keys.LEADER and change.value is not None:
+                self.leader = msgspec.json.decode(change.value, type=LeaderRecord).node
+        happened = self._state.apply(revision, changes)
+        told = Change(self.now(), origin, leader, revision, changes, happened)
+        for watcher in tuple(self.watchers):
+            watcher(told, self._state)
+
+    def restore(self, events: list[pb.Event]) -> None:
+        """Everything after ``events`` has not happened."""
+        self._state, self.leader = self.past(events), None
+
+    def past(self, events: list[pb.Event]) -> State:
+        """The state after ``events`` alone, which are those of the first revisions."""
+        assert self._cipher is not None
+        state = State()
+        for revision, group in by_revision(events):
+            changes = [
+                change_of(event.kv, self._cipher, is_delete=event.type == pb.Event.DELETE) for event in group
+            ]
+            state.apply(revision, [change for change in changes if change is not None])
+        return state

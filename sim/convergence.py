@@ -1,0 +1,140 @@
+"""What has to be there of a service once nothing is wrong any more, whatever happened before.
+
+Every slot has a running task of the image that was asked for, on a node that may have it; or one that waits because no
+node can take it: its constraints, a port or the number of replicas per node are in the way.  Of a job every run is
+completed.  With an image that never works there are as many attempts as slots, and an update to it ends.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from sim.invariants.placement import completed_on, may_have_tasks, meets, waits_in_vain
+from sim.node import image_of
+from sim.random_specs import HOPELESS
+from skep.model.ids import NodeId
+from skep.model.labels import PROGRESS_DEADLINE
+from skep.model.node import Node
+from skep.model.service import UNDER_WAY, Service, UpdateState
+from skep.model.task import Task, TaskState
+from skep.model.times import ZERO_TIME, unix_ns
+from skep.store.interface import View
+
+_PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
+
+
+def unmet(view: View, service: Service, given_up: int = 0) -> Iterable[str]:
+    """What a service lacks of what its spec says.
+
+    ``given_up``: slots whose tasks have ended, and whose restart policy asks for no more.
+    """
+    if service.removed_at is not None:
+        yield f"{service.id} is not gone"
+    elif service.job_status is not None:
+        yield from _unmet_of_job(view, service)
+    else:
+        yield from _unmet_of_service(view, service, given_up)
+
+
+def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[str]:
+    wanted = [task for task in view.find(Task, service_id=service.id) if task.is_wanted]
+    slots = _by_slot(wanted)
+    nodes = _eligible(view, service)
+    number = len(nodes) if service.spec.mode.global_ is not None else service.spec.replicas
+    if not number - given_up <= len(slots) <= number:
+        yield f"{service.id} has {len(slots)} slots of {number}"
+        return
+    container, status = service.spec.task_template.container_spec, service.update_status
+    is_under_way = status is not None and status.state in UNDER_WAY
+    if container is None or container.image in HOPELESS:
+        if is_under_way and PROGRESS_DEADLINE in service.spec.labels:
+            yield f"the update of {service.id} to {container and container.image} does not end"
+        return
+    for task in wanted:
+        node = view.lookup(Node, task.node_id)
+        if node is not None and not meets(
+            task.spec.placement.constraints if task.spec.placement else (), node
+        ):
+            yield f"task {task.id} of {service.id} is on {node.id}, which does not meet its constraints"
+    if status is not None and status.state in _PAUSED:
+        lacking = [
+            task for task in wanted if image_of(task) not in HOPELESS and not _is_well(task, service, view)
+        ]
+        if lacking:
+            yield f"{service.id}: {[task.id for task in lacking]} do not run, its update is paused"
+        return
+    yield from _crowded(service, wanted)
+    waiting = [task for task in wanted if _waits(task, service, view)]
+    if is_under_way and not waiting:
+        yield f"{service.id} is still being updated"
+    is_held_up = is_under_way and bool(waiting)
+    for key, slot in slots.items():
+        if is_held_up and len(slot) == 1 and _runs(slot[0]):
+            continue  # its turn does not come: new tasks that fit nowhere are as many as the update takes at a time
+        right = [task for task in slot if _runs(task) and image_of(task) == container.image]
+        if not (right and len(slot) == 1) and not any(task in waiting for task in slot):
+            yield f"slot {key} of {service.id} does not run {container.image}: {[_told(task) for task in slot]}"
+
+
+def _crowded(service: Service, wanted: Iterable[Task]) -> Iterable[str]:
+    placement = service.spec.task_template.placement
+    # A global service's task names its node before it has a place there.
+    copies = Counter(task.node_id for task in wanted if task.status.state >= TaskState.ASSIGNED)
+    if (
+        placement is not None
+        and placement.max_replicas
+        and max(copies.values(), default=0) > placement.max_replicas
+    ):
+        yield f"{service.id} has {dict(copies)} copies, {placement.max_replicas} may be on a node"
+
+
+def _unmet_of_job(view: View, service: Service) -> Iterable[str]:
+    """What a job lacks: of runs that succeed all are completed, and nothing is left of earlier ones."""
+    status, container = service.job_status, service.spec.task_template.container_spec
+    assert status is not None
+    tasks = view.find(Task, service_id=service.id)
+    if any(task.is_active and task.job_iteration != status.job_iteration for task in tasks):
+        yield f"an earlier run of {service.id} goes on"
+    if container is None or container.image in HOPELESS:
+        return
+    present = [task for task in tasks if task.job_iteration == status.job_iteration]
+    if any(_waits(task, service, view) for task in present if task.is_active):
+        return  # and nothing more may begin, perhaps
+    if (job := service.spec.mode.replicated_job) is not None:
+        done = {task.slot for task in present if task.status.state is TaskState.COMPLETE}
+        if len(done) != job.total_completions:
+            yield f"of {service.id} {len(done)} of {job.total_completions} runs are completed"
+        return
+    completed = completed_on(view, service, status.job_iteration)
+    asked_at = unix_ns(status.last_execution or ZERO_TIME)
+    for node in _eligible(view, service):
+        # By its stamps a node may have joined after the job was asked for, when a clock was set back between.
+        if not completed[node.id] and unix_ns(node.created_at) < asked_at:
+            yield f"{service.id} has not run on {node.id}"
+
+
+def _eligible(view: View, service: Service) -> list[Node]:
+    return [node for node in view.find(Node) if may_have_tasks(node, service.spec)]
+
+
+def _by_slot(tasks: Iterable[Task]) -> Mapping[int | NodeId, list[Task]]:
+    slots: dict[int | NodeId, list[Task]] = {}
+    for task in tasks:
+        slots.setdefault(task.slot or task.node_id, []).append(task)
+    return slots
+
+
+def _is_well(task: Task, service: Service, view: View) -> bool:
+    return _runs(task) or _waits(task, service, view)
+
+
+def _runs(task: Task) -> bool:
+    return task.status.state is TaskState.RUNNING
+
+
+def _waits(task: Task, service: Service, view: View) -> bool:
+    """Whether the task has not been given a node, and none could be."""
+    return task.status.state is TaskState.PENDING and waits_in_vain(task, service, view)
+
+
+def _told(task: Task) -> str:
+    return f"{task.id[:6]} {image_of(task)} {task.status.state.value}"

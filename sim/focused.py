@@ -1,0 +1,203 @@
+"""Short runs of small clusters that focus on one part of the managers, many times cheaper than a complete run.
+
+``allocations``: services and networks are created and removed, some with the same subnet.  ``sessions``: managers fail,
+nodes change their manager, and replicas lag.  Then all faults end, and the cluster must converge.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from random import Random
+
+from msgspec.structs import replace
+
+from sim.cluster import SimulatedCluster
+from sim.committed import Change
+from sim.run import RunResult
+from skep.agent.executor.simulated import Behaviour
+from skep.errors import SkepError
+from skep.manager.control.networks import remove_network
+from skep.model.container import ContainerSpec
+from skep.model.ids import NetworkId, NodeId, ServiceId
+from skep.model.meta import Driver
+from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.node import Node
+from skep.model.service import (
+    EndpointSpec,
+    NetworkAttachmentConfig,
+    PortConfig,
+    ReplicatedService,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+    TaskSpec,
+)
+from skep.model.task import Task
+from skep.model.times import SECOND_NS, timestamp
+from skep.store.interface import Transaction, Updated, View
+
+STEPS = 12
+PAUSES_S = (0.01, 0.1, 0.4, 1.0)
+SUBNETS = ("", "10.9.0.0/24")
+NAMES = ("web", "api", "app")
+WELL_S = 30.0
+LAGS_S = (2.5, 4.0)
+"""Longer than the leader's timeout for a manager, and than the reconnection of a node."""
+GONE_S = 8.0
+
+
+def allocations(seed: int) -> RunResult:
+    """Services and networks are created and removed."""
+    random = Random(seed)
+    with SimulatedCluster(
+        workers=2, seed=seed, behaviour=Behaviour(shutdown_s=random.choice((0.05, 0.8)))
+    ) as cluster:
+        for number in range(STEPS):
+            action = random.choice(
+                (_add_network, _remove_network, _add_service, _add_service, _remove_service)
+            )
+            action(cluster, random, number)
+            if random.random() < 0.2:
+                _stall(cluster, random)
+            cluster.run_for(random.choice(PAUSES_S))
+            if cluster.observer.violations:
+                break
+        _end_stalls(cluster)
+        for service in list(cluster.view.find(Service)):
+            _remove(cluster, service.id)
+        _until(cluster, lambda: [one.id for one in cluster.view.find(Task)], "are still there")
+        cluster.run_for(1.0)
+        cluster.observer.note(cluster.loop.time(), cluster.leftovers())
+        return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
+
+
+def sessions(seed: int) -> RunResult:
+    """A manager fails or a node is partitioned, while replicas lag."""
+    random = Random(seed)
+    with SimulatedCluster(managers=3, workers=4, seed=seed) as cluster:
+        action = random.choice((_lose_manager, _cut_node_off))
+        action(cluster, random)
+        for member in cluster.raft.members.values():
+            member.watch_lag_s = 0.0
+        _until(cluster, lambda: [id for id in cluster.workers if not cluster.is_ready(id)], "are not ready")
+        return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
+
+
+# -- of allocations ------------------------------------------------------------------------------------------------
+
+
+def _add_network(cluster: SimulatedCluster, random: Random, number: int) -> None:
+    """A network with the subnet of another one is usually refused; with concurrent requests it waits."""
+    subnet = random.choice(SUBNETS)
+    ipam = IPAMOptions(configs=(IPAMConfig(subnet=subnet),)) if subnet else None
+    driver = Driver(name="overlay")
+    spec = NetworkSpec(name=f"x{number}", driver_configuration=driver, ipam_options=ipam)
+    _request(cluster, lambda tx: tx.put(Network(id=NetworkId(f"x{number}"), spec=spec)))
+
+
+def _remove_network(cluster: SimulatedCluster, random: Random, number: int) -> None:
+    if networks := _networks(cluster):
+        _request(cluster, partial(remove_network, id=random.choice(networks)))
+
+
+def _add_service(cluster: SimulatedCluster, random: Random, number: int) -> None:
+    networks = _networks(cluster)
+    chosen = random.sample(networks, random.randint(0, min(2, len(networks))))
+    name = random.choice(NAMES)
+    spec = ServiceSpec(
+        name=name,
+        task_template=TaskSpec(
+            container_spec=ContainerSpec(image="app:1", stop_grace_period=SECOND_NS),
+            networks=tuple(NetworkAttachmentConfig(target=id) for id in chosen),
+        ),
+        mode=ServiceMode(replicated=ReplicatedService(replicas=random.randint(1, 3))),
+        endpoint_spec=EndpointSpec(ports=(PortConfig(target_port=80),)) if random.random() < 0.5 else None,
+    )
+    _request(cluster, lambda tx: tx.put(Service(id=ServiceId(f"s{number}"), spec=spec)))
+
+
+def _remove_service(cluster: SimulatedCluster, random: Random, number: int) -> None:
+    """Often together with its networks, while its tasks still exist."""
+    if services := [one for one in cluster.view.find(Service) if one.removed_at is None]:
+        service = random.choice(services)
+        _remove(cluster, service.id)
+        for config in service.spec.task_template.networks:
+            if random.random() < 0.7:
+                _request(cluster, partial(remove_network, id=NetworkId(config.target)))
+
+
+def _remove(cluster: SimulatedCluster, id: ServiceId) -> None:
+    now = _now(cluster)
+    _request(cluster, lambda tx: tx.put(replace(tx.get(Service, id), removed_at=now)))
+
+
+def _stall(cluster: SimulatedCluster, random: Random) -> None:
+    for member in cluster.raft.members.values():
+        member.stall_s = random.choice((0.0, 0.2, 0.6))
+
+
+def _end_stalls(cluster: SimulatedCluster) -> None:
+    for member in cluster.raft.members.values():
+        member.stall_s = 0.0
+
+
+def _networks(cluster: SimulatedCluster) -> list[NetworkId]:
+    return [one.id for one in cluster.view.find(Network) if one.id.startswith("x")]
+
+
+def _now(cluster: SimulatedCluster) -> str:
+    return timestamp(cluster.clocks[cluster.managers[0]].now_ns())
+
+
+def _request(cluster: SimulatedCluster, body: Callable[[Transaction], object]) -> None:
+    """A request that may be refused."""
+    try:
+        cluster.write(body)
+    except SkepError as error:
+        cluster.trace.add(f"refused: {error}")
+
+
+# -- of sessions ---------------------------------------------------------------------------------------------------
+
+
+def _lose_manager(cluster: SimulatedCluster, random: Random) -> None:
+    """The leader learns late of its nodes' new sessions: each may lose one session to an adoption, but no more."""
+    id = random.choice([one for one in cluster.managers if one != cluster.leader])
+    cluster.raft.members[cluster.leader].watch_lag_s = random.choice(LAGS_S)
+    taken: Counter[NodeId] = Counter()
+
+    def count(change: Change, view: View) -> None:
+        for event in change.events:
+            match event:
+                case Updated(Node() as before, Node() as after) if before.session != after.session:
+                    taken[after.id] += 1
+
+    cluster.committed.watchers.append(count)
+    cluster.crash(id)
+    cluster.run_for(GONE_S)
+    cluster.committed.watchers.remove(count)
+    often = {node_id: times for node_id, times in taken.items() if times > 2}
+    cluster.observer.note(
+        cluster.loop.time(), [f"the loss of {id} ended sessions repeatedly: {often}"] if often else []
+    )
+    cluster.start_manager(id)
+
+
+def _cut_node_off(cluster: SimulatedCluster, random: Random) -> None:
+    """Until it is down; then it reconnects to any manager, of which some do not show yet that it was down."""
+    id = random.choice(cluster.workers)
+    for member in cluster.raft.members.values():
+        member.watch_lag_s = random.choice((0.0, *LAGS_S))
+    cut = cluster.links.cut([id], cluster.managers)
+    cluster.run_until(lambda: not cluster.is_ready(id), within_s=30)
+    cluster.links.mend(cut)
+    cluster.run_for(GONE_S)
+
+
+def _until(cluster: SimulatedCluster, missing: Callable[[], Iterable[object]], words: str) -> None:
+    until = cluster.loop.time() + WELL_S
+    while lacking := list(missing()):
+        if cluster.loop.time() > until:
+            cluster.observer.note(cluster.loop.time(), [f"{lacking} {words} after {WELL_S} s"])
+            return
+        cluster.run_for(0.25)

@@ -1,0 +1,213 @@
+"""Rules on what loops remember: it is what they would find in the store now, and nothing of what is over.
+
+The allocator's, the scheduler's and the orchestrator's books are kept up to date commit by commit.  Whenever a leader
+writes nothing, they are the same as books made afresh from what its store shows.  And what a manager at rest still
+holds of writes, waits, sessions and streams belongs to something that is there.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sim.invariants.allocations import PORT, holdings
+from skep.manager.allocator.allocations import Allocations
+from skep.manager.allocator.loop import Allocator
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.failures import Failures
+from skep.manager.logbroker.broker import LogBroker
+from skep.manager.orchestrator.loop import Orchestrator
+from skep.manager.scheduler.accounting import Accounting, holds_resources
+from skep.manager.scheduler.loop import Scheduler
+from skep.manager.scheduler.requirements import host_ports
+from skep.manager.scheduler.writes import is_pending
+from skep.manager.work_queue import WorkQueue
+from skep.model.ids import NodeId
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.store.etcd.store import EtcdStore
+from skep.store.interface import View
+from skep.store.kinds import spec_of
+
+LINES_MAX = 5
+"""Streams of one session: its messages, its assignments, and those of tables, keys and probes."""
+
+
+class BooksAreKept:
+    """Asked now and then of a leader that writes nothing.
+
+    A difference counts if it is there at two looks one after the other: what has just happened may not have been taken
+    in yet.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[NodeId, tuple[int, frozenset[str]]] = {}
+        """Of each leader: the revision of its store, and what differed."""
+
+    def __call__(self, id: NodeId, loops: Iterable[object], view: View) -> Iterable[str]:
+        revision, told = self._before.get(id, (0, frozenset()))
+        if revision == view.revision and not told:
+            return ()
+        found = frozenset(book_differences(loops, view))
+        self._before[id] = view.revision, found
+        return sorted(found & told)
+
+
+def book_differences(loops: Iterable[object], view: View) -> Iterable[str]:
+    """What the books of one leader's ``loops`` have otherwise than ``view``, when nothing is being written."""
+    for loop in loops:
+        match loop:
+            case Allocator():
+                yield from _differences(
+                    "allocator", _allocated(loop._allocations), _allocated(Allocations.of(view))
+                )
+                yield from _differences("allocator", _held(loop._allocations), _holding(view))
+            case Scheduler():
+                yield from _differences("scheduler", _placed(loop._accounting), _placed(_accounted(view)))
+                pending = {task.id for task in view.find(Task) if is_pending(task)}
+                yield from _differences("scheduler", {"waiting": set(loop._group_of)}, {"waiting": pending})
+            case Orchestrator():
+                known = {one.id for one in view.find(Service) if one.spec.mode.name.startswith("global")}
+                yield from _differences("orchestrator", {"global": loop._global}, {"global": known})
+                yield from _stamps(loop, view)
+
+
+def _stamps(loop: Orchestrator, view: View) -> Iterable[str]:
+    seen = loop._seen
+    for name, stamps in (
+        ("created", seen._created),
+        ("ran", seen._running),
+        ("retired", seen._retired),
+        ("ended", seen._ended),
+    ):
+        for id in stamps:
+            if view.lookup(Task, id) is None:
+                yield f"orchestrator: remembers when task {id}, which is gone, was {name}"
+    for node_id in seen._down:
+        if view.lookup(Node, node_id) is None:
+            yield f"orchestrator: remembers when node {node_id}, which is gone, was down"
+
+
+def _allocated(books: Allocations) -> Mapping[str, object]:
+    held = {owner: sorted(map(str, places)) for owner, places in books.addresses._held.items()}
+    return {
+        "addresses": held,
+        "taken": {key: dict(taken) for key, taken in books.addresses._taken.items()},
+        "ports": books.ports._ports_by_service,
+        "holders of ports": books.ports._holders,
+        "VXLAN ids": books.networks._vxlan_ids,
+        "subnets": books.networks._subnets,
+        "removed networks": books._gone,
+        "docker nodes": books.docker_nodes,
+        "services that publish": books.publishing,
+    }
+
+
+def _held(books: Allocations) -> Mapping[str, object]:
+    held = books.addresses._held.items()
+    return {"addresses": {owner.rpartition("/")[2]: frozenset(places) for owner, places in held if places}}
+
+
+def _holding(view: View) -> Mapping[str, object]:
+    """Who has addresses, by the objects alone: nothing of the books' own reading of them is asked."""
+    objects: list[Task | Service | Node] = [*view.find(Task), *view.find(Service), *view.find(Node)]
+    held: dict[str, frozenset[object]] = {}
+    for one in objects:
+        places = [place for place in holdings(one) if place[0] != PORT]
+        if places:
+            held[one.id] = frozenset(((network, ip.version), int(ip)) for network, ip in places)  # type: ignore[attr-defined, call-overload]
+    return {"addresses": held}
+
+
+def _accounted(view: View) -> Accounting:
+    fresh = Accounting()
+    for node in view.find(Node):
+        fresh.set_node(node)
+    for task in view.find(Task):
+        if holds_resources(task):
+            fresh.add(task, host_ports(spec_of(view, task) if task.spec_version is not None else None))
+    return fresh
+
+
+def _placed(accounting: Accounting) -> Mapping[str, object]:
+    return {
+        "nodes": {
+            id: (
+                account.free_nano_cpus,
+                account.free_memory_bytes,
+                account.active,
+                account.load,
+                +account.host_ports,
+                account.node.spec,
+                account.node.status.state,
+            )
+            for id, account in accounting.accounts.items()
+        },
+        "copies": accounting._copies,
+        "usages": {id: usages for id, usages in accounting._usages.items() if usages},
+        "places": accounting._node_of,
+    }
+
+
+def _differences(owner: str, has: Mapping[str, Any], should: Mapping[str, Any]) -> Iterable[str]:
+    for name in should:
+        if has[name] == should[name]:
+            continue
+        if isinstance(has[name], dict):
+            keys = [
+                key for key in {**has[name], **should[name]} if has[name].get(key) != should[name].get(key)
+            ]
+            told = [(key, has[name].get(key), should[name].get(key)) for key in keys[:3]]
+            yield f"{owner}: {name} are not as in the store: " + ", ".join(
+                f"{key}: {has_} and not {is_}" for key, has_, is_ in told
+            )
+        else:
+            yield f"{owner}: {name} are not as in the store: {sorted(has[name] ^ should[name], key=str)}"
+
+
+def leftovers(
+    store: EtcdStore, dispatcher: Dispatcher, logs: LogBroker, loops: Iterable[object]
+) -> Iterable[str]:
+    """What a manager at rest still has of what is over."""
+    yield from kept_of_writes(store)
+    view, sessions = store.view(), dispatcher._sessions
+    for id in (*sessions._live, *sessions._absent):
+        if view.lookup(Node, id) is None:
+            yield f"has a session of {id}, which is gone"
+    for session in sessions.all():
+        if len(session._signals) > LINES_MAX:
+            yield f"has {len(session._signals)} streams in the session of {session.node_id}"
+        if unread := {id for line in session._signals for id in line._changed}:
+            yield f"has {sorted(unread)} to tell to {session.node_id}"
+    if dispatcher._stops._withheld:
+        yield f"withholds the stop of {sorted(dispatcher._stops._withheld)}"
+    live = {session.id for session in sessions.all()}
+    for session_id, kept in dispatcher._repeats._delayed.items():
+        if session_id not in live or kept.reports:
+            yield f"keeps {len(kept.reports)} reports of {kept.node_id}"
+    if logs._subscriptions or logs._relaying:
+        yield f"has {len(logs._subscriptions)} readers of logs, and relays {len(logs._relaying)}"
+    for loop in loops:
+        name, queue, failures = (
+            type(loop).__name__,
+            getattr(loop, "_queue", None),
+            getattr(loop, "_failures", None),
+        )
+        if isinstance(queue, WorkQueue) and queue._is_due:
+            yield f"{name} still has queued: {sorted(queue._is_due)}"
+        if isinstance(failures, Failures) and failures._failures:
+            yield f"{name} keeps failing: {failures._failures}"
+
+
+def kept_of_writes(store: EtcdStore) -> Iterable[str]:
+    """What a store at rest remembers of writes on their way: nothing."""
+    batcher = store._batcher
+    for name, kept in (
+        ("waits", batcher._queue),
+        ("is on its way", batcher._in_flight),
+        ("is to be recognized", batcher._markers),
+        ("has been recognized", batcher._observed),
+    ):
+        if kept:
+            yield f"keeps what {name}: {len(kept)}"
+    if store._replica._waiting:
+        yield f"keeps {len(store._replica._waiting)} who wait for a revision"

@@ -1,0 +1,56 @@
+"""A rule on updates: none is stopped or rolled back without a task of its version that failed or got nowhere."""
+
+from collections.abc import Iterable
+
+from sim.committed import Change
+from skep.manager.orchestrator.changes import ROLLED_BACK
+from skep.manager.orchestrator.update import step_seconds_max
+from skep.model.ids import ServiceId
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.store.interface import Created, Deleted, Updated, View
+
+STOPPED = (ROLLED_BACK, "update paused", "rollback paused")
+"""How the leader's messages begin; users' rollbacks have others."""
+TOLERANCE = 0.99
+"""Clocks of machines run differently fast."""
+BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
+
+
+class StopsHaveACause:
+    """The leader pauses an update, or rolls it back, for a failure that the store has seen, or a deadline."""
+
+    def __init__(self) -> None:
+        self._begun: dict[tuple[ServiceId, int], float] = {}
+        """When the first task of a version was made."""
+        self._failed: set[tuple[ServiceId, int]] = set()
+        """Versions of which a task ended by itself."""
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Created(Task() as task) if task.spec_version is not None:
+                    self._begun.setdefault((task.service_id, task.spec_version.index), change.time_s)
+                case Updated(_, Task() as task) if task.spec_version is not None:
+                    if task.status.state in BY_ITSELF:
+                        self._failed.add((task.service_id, task.spec_version.index))
+                case Deleted(Service() as service):
+                    self._begun = {key: at for key, at in self._begun.items() if key[0] != service.id}
+                    self._failed = {key for key in self._failed if key[0] != service.id}
+                case Updated(Service() as before, Service() as after):
+                    if _is_stopped(before, after) and not self._has_cause(before, change.time_s):
+                        assert after.update_status is not None
+                        yield f"{after.id}: {after.update_status.message}, though no task of it has failed"
+
+    def _has_cause(self, service: Service, now: float) -> bool:
+        if service.spec_version is None:
+            return False
+        key = service.id, service.spec_version.index
+        deadline_s = TOLERANCE * step_seconds_max(service.spec)
+        return key in self._failed or now - self._begun.get(key, now) >= deadline_s
+
+
+def _is_stopped(before: Service, after: Service) -> bool:
+    was = before.update_status.message if before.update_status is not None else ""
+    now = after.update_status.message if after.update_status is not None else ""
+    return now != was and now.startswith(STOPPED) and not was.startswith(STOPPED)

@@ -1,0 +1,120 @@
+"""Rules on where tasks are: nodes that may have them, ports that one holds at a time, runs that each node has once."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from sim.committed import Change
+from skep.model.ids import NodeId
+from skep.model.meta import Version
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import PublishMode, Service, ServiceSpec
+from skep.model.task import Task, TaskState
+from skep.store.interface import Updated, View
+
+Port = tuple[str, int]
+"""Protocol and number, on a node."""
+
+
+def constraints_of(spec: ServiceSpec) -> tuple[str, ...]:
+    placement = spec.task_template.placement
+    return placement.constraints if placement is not None else ()
+
+
+def meets(constraints: Iterable[str], node: Node) -> bool:
+    """Whether ``node`` meets all ``constraints``, as far as users of the simulation write any."""
+    return all(_is_met(constraint, node) for constraint in constraints)
+
+
+def _is_met(constraint: str, node: Node) -> bool:
+    is_different = "!=" in constraint
+    key, _, value = (part.strip() for part in constraint.partition("!=" if is_different else "=="))
+    match key.split(".", 2):
+        case ["node", "labels", label]:
+            actual = node.spec.labels.get(label, "")
+        case ["node", "hostname"]:
+            actual = node.description.hostname
+        case ["node", "role"]:
+            actual = node.spec.role.value
+        case _:
+            return False
+    return (actual.lower() == value.lower()) is not is_different
+
+
+def may_have_tasks(node: Node, spec: ServiceSpec) -> bool:
+    """Whether a task of ``spec`` may be placed on ``node``."""
+    is_active = node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
+    return is_active and meets(constraints_of(spec), node)
+
+
+def host_ports(spec: ServiceSpec) -> frozenset[Port]:
+    """The ports that each task of ``spec`` holds on its node."""
+    ports = spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
+    return frozenset(
+        (port.protocol, port.published_port)
+        for port in ports
+        if port.publish_mode is PublishMode.HOST and port.published_port
+    )
+
+
+def port_violations(node_id: NodeId, task: Task, running: Iterable[Task], view: View) -> Iterable[str]:
+    """A container starts on a node: no other one that is ``running`` there holds a port of its."""
+    service = view.lookup(Service, task.service_id)
+    ports = host_ports(service.spec) if service is not None else frozenset[Port]()
+    if not ports:
+        return
+    for other in running:
+        owner = view.lookup(Service, other.service_id)
+        if other.id != task.id and owner is not None and (shared := ports & host_ports(owner.spec)):
+            yield f"tasks {other.id} and {task.id} both hold {sorted(shared)} on {node_id}"
+
+
+def global_jobs_run_once(change: Change, view: View) -> Iterable[str]:
+    """A global job has one completed run on each node, in each of its iterations."""
+    for event in change.events:
+        match event:
+            case Updated(Task() as old, Task() as new) if _has_completed(old, new):
+                service = view.lookup(Service, new.service_id)
+                if service is None or service.spec.mode.global_job is None:
+                    continue
+                runs = completed_on(view, service, new.job_iteration)[new.node_id]
+                if runs > 1:
+                    yield f"{runs} runs of {service.id} are completed on {new.node_id}"
+
+
+def completed_on(view: View, service: Service, iteration: Version | None) -> Counter[NodeId]:
+    """How many runs of a job's iteration are completed on each node."""
+    return Counter(
+        task.node_id
+        for task in view.find(Task, service_id=service.id)
+        if task.job_iteration == iteration and task.status.state is TaskState.COMPLETE
+    )
+
+
+def waits_in_vain(task: Task, service: Service, view: View) -> bool:
+    """Whether no node can take ``task``, which has none; of a global service: whether its own cannot."""
+    return not any(
+        _could_take(node, task, service, view)
+        for node in view.find(Node)
+        if not task.node_id or node.id == task.node_id
+    )
+
+
+def _could_take(node: Node, task: Task, service: Service, view: View) -> bool:
+    if not may_have_tasks(node, service.spec):
+        return False
+    held = [
+        other
+        for other in view.find(Task, node_id=node.id)
+        if other.id != task.id and TaskState.ASSIGNED <= other.status.state <= TaskState.RUNNING
+    ]
+    ports = host_ports(service.spec)
+    owners = (view.lookup(Service, other.service_id) for other in held)
+    if ports and any(owner is not None and ports & host_ports(owner.spec) for owner in owners):
+        return False
+    placement = service.spec.task_template.placement
+    copies = sum(other.service_id == service.id and other.is_wanted for other in held)
+    return placement is None or not placement.max_replicas or copies < placement.max_replicas
+
+
+def _has_completed(old: Task, new: Task) -> bool:
+    return old.status.state is not TaskState.COMPLETE and new.status.state is TaskState.COMPLETE

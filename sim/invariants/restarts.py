@@ -1,0 +1,110 @@
+"""A rule on restart policies: a task that ended gets a successor if its policy says so, and not otherwise."""
+
+from collections.abc import Iterable
+from math import inf
+
+import msgspec
+
+from sim.committed import Change
+from skep.model.ids import NodeId
+from skep.model.service import RestartCondition, RestartPolicy, Service
+from skep.model.task import Task, TaskState
+from skep.model.times import SECOND_NS
+from skep.store.interface import Created, Deleted, Updated, View
+
+BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
+SLACK_S = 5.0
+"""By as much later than the store a leader may have seen what a window is measured from."""
+
+
+class _Begun(msgspec.Struct):
+    """One task of a slot, as the store has known it, deleted or not."""
+
+    task: Task
+    created_at: float
+    leader: NodeId | None
+    ended_at: float = inf
+
+
+class RestartsAsAsked:
+    """Tasks of one slot and version of the spec follow each other as the policy says.
+
+    Not more: nothing follows what is not to be restarted, nor more than ``max_attempts`` (within the window, of those
+    that one leader has seen).  Not less is asked of a cluster at rest: ``is_given_up``.  Jobs are not asked about.
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[str, list[_Begun]] = {}
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Created(Task() as task) if task.job_iteration is None:
+                    slot = self._slots.setdefault(_slot_of(task), [])
+                    before = [one for one in slot if one.task.spec_version == task.spec_version]
+                    slot.append(_Begun(task, change.time_s, change.leader))
+                    service = view.lookup(Service, task.service_id)
+                    if before and service is not None and service.spec_version == task.spec_version:
+                        yield from self._surplus(before, task, change)
+                case Updated(Task() as old, Task() as task) if task.job_iteration is None:
+                    for one in self._slots.get(_slot_of(task), ()):
+                        if one.task.id == task.id:
+                            one.task = task
+                            if task.status.state.is_terminal and not old.status.state.is_terminal:
+                                one.ended_at = change.time_s
+                case Deleted(Service() as service):
+                    for key in [key for key in self._slots if key.startswith(f"{service.id}/")]:
+                        del self._slots[key]
+
+    def is_given_up(self, service: Service, key: int | NodeId) -> bool:
+        """Whether the last task of a slot ended, and its policy has had all that it asks for."""
+        slot = self._slots.get(f"{service.id}/{key}", [])
+        if not slot or not slot[-1].task.status.state.is_terminal:
+            return False
+        last = slot[-1]
+        policy = last.task.spec.restart_policy or RestartPolicy()
+        if _is_final(policy, last.task):
+            return True
+        if not policy.max_attempts:
+            return False
+        window_s = (policy.window or 0) / SECOND_NS or inf
+        same = [one for one in slot if one.task.spec_version == last.task.spec_version][1:]
+        return sum(one.created_at > last.ended_at - window_s - SLACK_S for one in same) >= policy.max_attempts
+
+    def given_up(self, service: Service) -> int:
+        """How many slots are given up."""
+        keys = [key.removeprefix(f"{service.id}/") for key in self._slots if key.startswith(f"{service.id}/")]
+        return sum(self.is_given_up(service, NodeId(key)) for key in keys)
+
+    def _surplus(self, before: list[_Begun], task: Task, change: Change) -> Iterable[str]:
+        last = before[-1]
+        policy = last.task.spec.restart_policy or RestartPolicy()
+        if last.task.status.state in BY_ITSELF and _is_final(policy, last.task):
+            yield (
+                f"task {task.id} follows {last.task.id}, which ended as {last.task.status.state.value}, "
+                f"and is to be restarted {policy.condition and policy.condition.value}"
+            )
+        if not policy.max_attempts:
+            return
+        window_s = (policy.window or 0) / SECOND_NS or inf
+        if window_s < inf:
+            since = last.ended_at - window_s + SLACK_S
+            counted = [one for one in before[1:] if one.created_at > since and one.leader == change.leader]
+        else:
+            counted = before[1:]
+        if len(counted) >= policy.max_attempts:
+            yield f"task {task.id} is restart {len(counted) + 1} of its slot, of {policy.max_attempts}"
+
+
+def _is_final(policy: RestartPolicy, task: Task) -> bool:
+    """Whether what ended so is never restarted."""
+    match policy.condition:
+        case RestartCondition.NONE:
+            return True
+        case RestartCondition.ON_FAILURE:
+            return task.status.state is TaskState.COMPLETE
+    return False
+
+
+def _slot_of(task: Task) -> str:
+    return f"{task.service_id}/{task.slot or task.node_id}"

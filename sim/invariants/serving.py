@@ -1,0 +1,73 @@
+"""No service serves with less than its update policy allows, whatever comes in the middle of an update."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from sim.committed import Change
+from sim.invariants.placement import constraints_of, meets
+from skep.manager.orchestrator.situation import ROLLBACKS
+from skep.manager.orchestrator.update import step_seconds_max
+from skep.model.ids import ServiceId
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import Service, UpdateConfig
+from skep.model.task import Task, TaskState
+from skep.store.interface import Deleted, Updated, View
+
+
+class UpdatesTakeTurns:
+    """An update takes no slot out of service while as many as its parallelism are out already because of updates.
+
+    A slot is out from when its running task is retired for one of another spec, until one runs in it again.  One whose
+    new task fails, or gets nowhere within the progress deadline, is out for that, and no longer because of the update.
+    """
+
+    def __init__(self) -> None:
+        self._out: defaultdict[ServiceId, dict[int, float]] = defaultdict(dict)
+        """Slots that are out, and since when."""
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Updated(Task() as old, Task() as new) if new.slot:
+                    if _is_taken_out(old, new, view):
+                        yield from self._take_out(new, view, change.time_s)
+                    elif (
+                        new.is_wanted
+                        and (new.status.state is TaskState.RUNNING or new.status.state.is_terminal)
+                    ) or new.desired_state is TaskState.REMOVE:
+                        self._out[new.service_id].pop(new.slot, None)
+                case Deleted(Service() as service):
+                    self._out.pop(service.id, None)
+
+    def _take_out(self, task: Task, view: View, now: float) -> Iterable[str]:
+        service = view.get(Service, task.service_id)
+        before, deadline_s = self._out[service.id], step_seconds_max(service.spec)
+        out = {slot: since for slot, since in before.items() if now - since < deadline_s}
+        out[task.slot] = now
+        self._out[service.id] = out
+        parallelism = _config(service).parallelism
+        if parallelism and len(out) > parallelism:
+            yield f"slots {sorted(out)} of {service.spec.name} are out of service, {parallelism} may be"
+
+
+def _is_taken_out(old: Task, new: Task, view: View) -> bool:
+    """Whether nothing but an update has just taken the only running task of the slot away."""
+    is_retired = old.is_wanted and new.desired_state is TaskState.SHUTDOWN
+    if not is_retired or new.status.state is not TaskState.RUNNING:
+        return False
+    service, node = view.lookup(Service, new.service_id), view.lookup(Node, new.node_id)
+    if service is None or service.removed_at is not None or node is None:
+        return False
+    if node.status.state is not NodeState.READY or node.spec.availability is not Availability.ACTIVE:
+        return False
+    if not meets(constraints_of(service.spec), node):
+        return False
+    heirs = [one for one in view.find(Task, slot=f"{service.id}/{new.slot}") if one.is_wanted]
+    runs_on = any(heir.status.state is TaskState.RUNNING for heir in heirs)
+    return not runs_on and any(heir.spec != new.spec for heir in heirs)
+
+
+def _config(service: Service) -> UpdateConfig:
+    status, spec = service.update_status, service.spec
+    is_rollback = status is not None and status.state in ROLLBACKS
+    return (spec.rollback_config if is_rollback else spec.update_config) or UpdateConfig(parallelism=1)

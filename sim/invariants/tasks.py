@@ -1,0 +1,239 @@
+"""Rules on tasks and services that one commit can break."""
+
+from collections import Counter
+from collections.abc import Iterable
+from math import inf
+
+from sim.committed import Change
+from sim.invariants.placement import constraints_of, host_ports, meets
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.task import Task, TaskState
+from skep.store.interface import Created, Updated, View
+from skep.store.updates import DEADLINE_S
+
+
+def tasks_move_forward(change: Change, view: View) -> Iterable[str]:
+    """States only move forward; a task is placed once, and keeps its slot."""
+    for event in change.events:
+        match event:
+            case Updated(Task() as old, Task() as new):
+                yield from _transition_violations(old, new)
+
+
+def _transition_violations(old: Task, new: Task) -> Iterable[str]:
+    if new.status.state < old.status.state:
+        yield f"task {new.id} went back from {old.status.state.value} to {new.status.state.value}"
+    if new.desired_state < old.desired_state:
+        yield f"task {new.id}: desired state went back to {new.desired_state.value}"
+    if old.node_id and new.node_id != old.node_id:
+        yield f"task {new.id} moved from {old.node_id} to {new.node_id}"
+    if new.slot != old.slot or new.service_id != old.service_id:
+        yield f"task {new.id} changed its slot"
+
+
+def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
+    """A slot (of a job: in each iteration) has one task that is to run, and beside it one at most that is to follow.
+
+    Both are to run while an update starts the new one first.
+    """
+    for event in change.events:
+        match event:
+            case Created(Task() as task) | Updated(_, Task() as task) if task.is_wanted:
+                slot = view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
+                slot = [one for one in slot if one.is_wanted and one.job_iteration == task.job_iteration]
+                wanted = [one.id for one in slot]
+                started = [one.id for one in slot if one.desired_state is not TaskState.READY]
+                service = view.lookup(Service, task.service_id)
+                both = service is not None and may_start_first(service)
+                if len(wanted) > 2 or len(started) > (2 if both else 1):
+                    yield f"slot {task.slot or task.node_id} of {task.service_id} is filled by {wanted}"
+
+
+def jobs_keep_within_bounds(change: Change, view: View) -> Iterable[str]:
+    """Of a job no more tasks are under way than may be at a time."""
+    for event in change.events:
+        match event:
+            case Created(Task() as task) if task.job_iteration is not None:
+                service = view.lookup(Service, task.service_id)
+                job = service.spec.mode.replicated_job if service is not None else None
+                if service is None or job is None or service.spec_version != task.spec_version:
+                    continue
+                active = [
+                    one.id
+                    for one in view.find(Task, service_id=service.id)
+                    if one.is_active and one.job_iteration == task.job_iteration
+                ]
+                if len(active) > (job.max_concurrent or 0):
+                    yield f"{len(active)} tasks of job {service.id} are under way, {job.max_concurrent} may be"
+
+
+def names_are_unique(change: Change, view: View) -> Iterable[str]:
+    """No two services that were not removed have one name."""
+    for event in change.events:
+        match event:
+            case Created(Service() as service) | Updated(_, Service() as service):
+                found = view.find(Service, name=service.spec.name)
+                if len(found) > 1:
+                    yield f"name {service.spec.name} belongs to {[one.id for one in found]}"
+
+
+def nodes_are_not_overcommitted(change: Change, view: View) -> Iterable[str]:
+    """No node has more reserved than it has, or more copies of a service than allowed."""
+    for event in change.events:
+        match event:
+            case Updated(Task() as old, Task() as new) if new.node_id != old.node_id:
+                node = view.lookup(Node, new.node_id)
+                if node is not None:
+                    yield from _node_violations(view, node, new)
+
+
+def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
+    here = [one for one in view.find(Task, node_id=node.id) if _holds(one)]
+    has = node.description.resources
+    held = [reservations(one) for one in here]
+    if sum(one.memory_bytes for one in held) > has.memory_bytes > 0:
+        yield f"memory of {node.id} is over-committed"
+    if sum(one.nano_cpus for one in held) > has.nano_cpus > 0:
+        yield f"processors of {node.id} are over-committed"
+    placement = task.spec.placement
+    copies = [one for one in here if one.service_id == task.service_id and one.is_wanted]
+    if placement is not None and placement.max_replicas and len(copies) > placement.max_replicas:
+        yield f"{node.id} has {len(copies)} copies of {task.service_id}"
+
+
+class TasksAreSpread:
+    """While all nodes are as they were, a task goes where the fewest tasks of its service are.
+
+    One more is allowed: the leader may not know of the last end yet.  What is in its own slot goes when it runs.
+    """
+
+    QUIET_S = 5.0
+    SLACK = 1
+
+    def __init__(self) -> None:
+        self._changed_at = 0.0
+        self._failed: set[ServiceId] = set()
+        """Services of which a task has failed anywhere: its node is avoided, also when its record is gone."""
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Updated(_, Task() as ended) if ended.status.state in (
+                    TaskState.FAILED,
+                    TaskState.REJECTED,
+                ):
+                    self._failed.add(ended.service_id)
+                case Created(Node()):
+                    self._changed_at = change.time_s
+                case Updated(Node() as before, Node() as after) if (
+                    before.spec != after.spec or before.status.state != after.status.state
+                ):
+                    self._changed_at = change.time_s
+                case Updated(Task() as old, Task() as new) if not old.node_id and new.node_id:
+                    if change.time_s - self._changed_at > self.QUIET_S:
+                        yield from self._violations(view, new)
+
+    def _violations(self, view: View, task: Task) -> Iterable[str]:
+        service = view.lookup(Service, task.service_id)
+        if (
+            reservations(task) != Resources()
+            or has_placement(task)
+            or service is None
+            or host_ports(service.spec)
+        ):
+            return  # other reasons count too
+        others = [one for one in view.find(Task, service_id=task.service_id) if one.id != task.id]
+        if task.service_id in self._failed:
+            return  # nodes where tasks failed are avoided
+        staying = [one for one in others if one.is_active and one.slot != task.slot]
+        copies = Counter(one.node_id for one in staying if one.node_id)
+        nodes = [node.id for node in view.find(Node) if _takes_tasks(node)]
+        least = min((copies[id] for id in nodes), default=0)
+        if copies[task.node_id] > least + self.SLACK:
+            yield (
+                f"task {task.id} went to {task.node_id} with {copies[task.node_id]} others of {task.service_id}, "
+                f"while a node has {least}"
+            )
+
+
+class UpdatesKeepServing:
+    """With start-first, the only running task of a slot is not retired while another is to take its place.
+
+    One that has run for less than ``KNOWN_S``, or on a node that is back for less, may be: the leader decides before it
+    knows, and its disk may be slow.
+    """
+
+    KNOWN_S = DEADLINE_S
+
+    def __init__(self) -> None:
+        self._running_at: dict[TaskId, float] = {}
+        self._back_at: dict[NodeId, float] = {}
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Updated(Task() as old, Task() as new) if old.is_wanted and not new.is_wanted:
+                    known_at = max(self._running_at.get(new.id, -inf), self._back_at.get(new.node_id, -inf))
+                    if change.time_s - known_at > self.KNOWN_S:
+                        yield from self._violations(view, old, new)
+                case Updated(Task() as old, Task() as new) if new.status.state is TaskState.RUNNING:
+                    self._running_at.setdefault(new.id, change.time_s)
+                case Updated(Node() as before, Node() as after) if not _takes_tasks(before):
+                    self._back_at[after.id] = change.time_s
+
+    def _violations(self, view: View, old: Task, new: Task) -> Iterable[str]:
+        service = view.lookup(Service, new.service_id)
+        node = view.lookup(Node, new.node_id)
+        if service is None or service.removed_at is not None or not always_starts_first(service):
+            return
+        if new.desired_state is TaskState.REMOVE:
+            return  # the whole slot goes, one task after the other
+        if new.status.state is not TaskState.RUNNING or node is None or not _takes_tasks(node):
+            return
+        slot = view.find(Task, slot=f"{new.service_id}/{new.slot or new.node_id}")
+        heirs = [one for one in slot if one.is_wanted]
+        differs = any(heir.spec != new.spec for heir in heirs)
+        refused = any(heir.status.state is TaskState.PENDING and heir.status.err for heir in heirs)
+        if refused or not meets(constraints_of(service.spec), node):
+            return  # it takes the room that its heir needs, or may not stay
+        if heirs and differs and not any(heir.status.state is TaskState.RUNNING for heir in heirs):
+            yield f"task {new.id} was stopped before {[heir.id for heir in heirs]} ran"
+
+
+def may_start_first(service: Service) -> bool:
+    """Whether an update or rollback to or from the present spec may start the new task first."""
+    return any(config.order is UpdateOrder.START_FIRST for config in _configs(service))
+
+
+def always_starts_first(service: Service) -> bool:
+    """Whether every update and rollback to or from the present spec starts the new task first."""
+    return all(config.order is UpdateOrder.START_FIRST for config in _configs(service))
+
+
+def _configs(service: Service) -> list[UpdateConfig]:
+    specs = (service.spec, service.previous_spec or service.spec)
+    return [
+        config or UpdateConfig() for spec in specs for config in (spec.update_config, spec.rollback_config)
+    ]
+
+
+def _takes_tasks(node: Node) -> bool:
+    return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
+
+
+def has_placement(task: Task) -> bool:
+    placement = task.spec.placement
+    return placement is not None and bool(
+        placement.constraints or placement.preferences or placement.max_replicas
+    )
+
+
+def _holds(task: Task) -> bool:
+    return TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
+
+
+def reservations(task: Task) -> Resources:
+    resources = task.spec.resources
+    return (resources.reservations if resources else None) or Resources()

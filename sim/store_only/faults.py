@@ -1,0 +1,159 @@
+"""What breaks under stores, by chance, and its end."""
+
+from collections.abc import Callable
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING
+
+from skep.model.ids import NodeId
+
+if TYPE_CHECKING:
+    from sim.store_only.run import StoreRun
+
+LASTS_S = (0.3, 1.5, 7.0)
+OVERDUE_S = 6.0
+"""A watch that lags longer than an update may take."""
+
+
+class Faults:
+    """What breaks, by chance, and its end."""
+
+    def __init__(self, run: "StoreRun") -> None:
+        self._run = run
+        self._random = run.random
+        self._raft = run.raft
+        self._links = run.links
+        self._lasting: list[tuple[float, str, Callable[[], None]]] = []
+        self._hit: set[NodeId] = set()
+        self._faults: tuple[Callable[[], None], ...] = (
+            *(self._crash, self._crash, self._restart_member, self._reset_connections),
+            *(self._hang, self._hang, self._slow_disk, self._slow_member, self._slow_watch),
+            *(self._cut, self._cut, self._split, self._freeze),
+            *(self._depose, self._depose, self._compact, self._rotate),
+        )
+
+    def inject(self) -> None:
+        """Something breaks."""
+        self._random.choice(self._faults)()
+
+    def end_due(self) -> None:
+        """What is due ends."""
+        self._end(self._run.loop.time())
+
+    def heal(self) -> None:
+        """Everything ends; disks that hang do in their own time."""
+        now = self._run.loop.time()
+        hanging = [until for until, name, _ in self._lasting if name.startswith("hang")]
+        self._run.run_for(max(hanging, default=now) - now)
+        self._end(inf)
+
+    def _end(self, now: float) -> None:
+        for one in [one for one in self._lasting if one[0] <= now]:
+            self._lasting.remove(one)
+            self._run.tell(f"fault: end of {one[1]}")
+            one[2]()
+
+    def _begin(self, name: str, undo: Callable[[], None], hits: NodeId | None = None) -> None:
+        lasts_s = self._random.choice(LASTS_S) * self._random.uniform(0.5, 1.5)
+        if hits is not None:
+            self._hit.add(hits)
+        self._run.tell(f"fault: {name} for {lasts_s:.2f} s")
+
+        def ended() -> None:
+            if hits is not None:
+                self._hit.discard(hits)
+            undo()
+
+        self._lasting.append((self._run.loop.time() + lasts_s, name, ended))
+
+    def _victim(self) -> NodeId | None:
+        well = [id for id in self._run.ids if id not in self._hit]
+        return self._random.choice(well) if well else None
+
+    def _crash(self) -> None:
+        if id := self._victim():
+            self._begin(f"crash of {id}", self._run.crash(id), id)
+
+    def _restart_member(self) -> None:
+        if id := self._victim():
+            self._begin(f"end of the member of {id}", self._run.restart_member(id), id)
+
+    def _reset_connections(self) -> None:
+        if id := self._victim():
+            self._run.tell(f"fault: connections of {id} are reset")
+            self._raft.reset_connections(id)
+
+    def _hang(self) -> None:
+        """Mostly of the leader, which keeps its office."""
+        leads = self._raft.current
+        id = leads.member.id if leads is not None and self._random.random() < 0.8 else self._victim()
+        if id is None or id in self._hit or self._raft.members[id].held is not None:
+            return
+        if self._random.random() < 0.5:
+            self._raft.hang(id)
+        else:
+            self._run.on_next_want = lambda: self._raft.hang(id)  # while its number is being written
+        self._begin(f"hang of the disk of {id}", partial(self._resume, id), id)
+
+    def _resume(self, id: NodeId) -> None:
+        self._run.on_next_want = None
+        self._raft.resume(id)
+
+    def _slow_disk(self) -> None:
+        leads = self._raft.current
+        if leads is not None and not leads.member.stall_s:
+            member = leads.member
+            member.stall_s = self._random.choice((0.1, 0.7, 1.3, 2.5))
+            undo = partial(setattr, member, "stall_s", 0.0)
+            self._begin(f"disk of {member.id} slow by {member.stall_s} s", undo)
+
+    def _slow_member(self) -> None:
+        member = self._raft.members[self._random.choice(self._run.ids)]
+        member.lag_s = self._random.uniform(0.05, 1.5)
+        self._begin(f"{member.id} lags", partial(setattr, member, "lag_s", 0.0))
+
+    def _slow_watch(self) -> None:
+        member = self._raft.members[self._random.choice(self._run.ids)]
+        member.watch_lag_s = self._random.uniform(0.05, 3.0) if self._random.random() < 0.5 else OVERDUE_S
+        self._begin(f"watch of {member.id} lags", partial(setattr, member, "watch_lag_s", 0.0))
+
+    def _cut(self) -> None:
+        if id := self._victim():
+            others = [other for other in self._run.ids if other != id]
+            word = self._random.choice(("both", "in", "out"))
+            sources, targets = (others, [id]) if word == "in" else ([id], others)
+            cut = self._links.cut(sources, targets, both_ways=word == "both")
+            self._begin(f"cut off {id} {word}", partial(self._links.mend, cut), id)
+
+    def _split(self) -> None:
+        side = [id for id in self._run.ids if self._random.random() < 0.5]
+        cut = self._links.cut(side, [id for id in self._run.ids if id not in side])
+        self._begin(f"split {side}", partial(self._links.mend, cut))
+
+    def _freeze(self) -> None:
+        if id := self._victim():
+            self._links.freeze(id)
+            self._begin(f"{id} is frozen", partial(self._links.thaw, id), id)
+
+    def _depose(self) -> None:
+        if self._raft.current is None:
+            return
+        old = self._raft.current.member
+        others = [id for id in self._run.ids if id != old.id and self._raft.members[id].is_running]
+        if others and self._raft.transfer(self._random.choice(others)):
+            self._run.tell("fault: leadership moves")
+            if self._random.random() < 0.7:
+                old.deaf_until = self._run.loop.time() + self._random.uniform(0.2, 2.0)
+
+    def _compact(self) -> None:
+        revision = self._raft.kv.revision - self._random.choice((0, 0, 5, 20))
+        self._run.tell(f"fault: compaction at {revision}")
+        self._raft.kv.compact(revision)
+
+    def _rotate(self) -> None:
+        """Not a fault: somebody asks for a new data key."""
+        for manager in self._run.managers.values():
+            if manager.store is not None:
+                self._run.tell("user: another data key")
+                self._run.request(manager.store.rotate_data_key())
+                return

@@ -1,0 +1,435 @@
+"""A simulation run of the store only: keys instead of services, many times cheaper than a run of a whole cluster.
+
+Managers consist of their store on a simulated etcd: the production updates, batcher, reflector, election, cipher and
+replica.  Users swap, compare, delete and read the values of a few registers; the leader allocates numbers, as the
+allocator does; watchers consume the commits.  Then all faults end, and the responses must be linearizable, with each
+write applied once.
+
+``simulate(seed)`` returns all violations.  The same seed gives the same run.
+"""
+
+import asyncio
+import traceback
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from functools import partial
+from itertools import count
+from random import Random
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from sim.committed import Change, CommittedState
+from sim.etcd.client import SimulatedClient
+from sim.etcd.raft import Raft
+from sim.invariants.bookkeeping import kept_of_writes
+from sim.invariants.quiescence import replica_violations
+from sim.links import Links
+from sim.run import RunResult
+from sim.store_only.faults import Faults
+from sim.store_only.managers import WANT, WRAPPING_KEY, Manager
+from sim.store_only.registers import Registers, compare, delete, swap, swap_each
+from sim.time import VirtualClock, VirtualLoop
+from skep.errors import NotFound, Unavailable
+from skep.model.ids import NetworkId, NodeId, TaskId
+from skep.model.network import Network, NetworkSpec
+from skep.model.service import NetworkAttachmentConfig, NetworkAttachmentSpec, TaskSpec
+from skep.model.task import Task
+from skep.store.etcd.cipher import Cipher
+from skep.store.etcd.initialize import cluster_in, initialize_on
+from skep.store.etcd.store import EtcdStore
+from skep.store.interface import (
+    Created,
+    Deleted,
+    InUse,
+    Transaction,
+    Updated,
+    View,
+)
+from skep.store.keys import LEADER
+from skep.store.kinds import Payload
+from skep.store.leadership import LeaderRecord
+from skep.store.state import State
+
+T = TypeVar("T")
+
+STEPS = 12
+PAUSES_S = (0.01, 0.1, 0.4, 1.5)
+REGISTERS = ("k1", "k2", "k3")
+NETWORKS = ("x1", "x2")
+LATENCY_S = 0.002
+LED_S = 10.0
+"""With a majority of healthy managers, there is a leader after this time."""
+WRITTEN_S = 10.0
+TURNS_MAX = 200_000
+LOOK_S = 0.25
+REST_S = 3.0
+"""Longer than any timeout of a lost response."""
+SLOW_RUNS = 0.05
+SLOWNESS_S = (0.4, 0.8, 1.2, 2.0, 4.0)
+"""Duration of an entry on slow disks; etcd's own timeout is six seconds."""
+SLOW_FOR_S = 60.0
+LINES = 200
+
+
+def simulate(seed: int, steps: int = STEPS) -> RunResult:
+    """Run the simulation of ``seed``."""
+    run = StoreRun(seed)
+    try:
+        run.simulate(steps)
+    except Exception as error:
+        run.note([f"{type(error).__name__}: {error}", traceback.format_exc()])
+    finally:
+        run.end()
+    return RunResult(seed, run.violations, run.trace[-LINES:])
+
+
+class StoreRun:
+    """The stores of some managers, their users, and faults."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = Random(seed)
+        self.violations: list[str] = []
+        self.trace: list[str] = []
+        self.loop = VirtualLoop(TURNS_MAX)
+        self.links = Links()
+        self.raft = Raft(self.loop, self.random, self.links, LATENCY_S)
+        self.committed = CommittedState(self.loop.time)
+        self.committed.watchers.append(self._committed)
+        self.ids = tuple(NodeId(f"m{number}") for number in range(1, self.random.choice((1, 3, 3, 5)) + 1))
+        self.managers: dict[NodeId, Manager] = {}
+        self.registers = Registers(self.loop.time)
+        self.written: Counter[bytes] = Counter()
+        """How often each value was committed; users write each value once."""
+        self.on_next_want: Callable[[], None] | None = None
+        """Called as soon as a number is requested."""
+        self._clock = VirtualClock(self.loop)
+        self._requests: set[asyncio.Task[None]] = set()
+        self._numbers = count(1)
+        self._term = 0
+        """Raft's, of the latest leader's record."""
+
+    def simulate(self, steps: int) -> None:
+        """Users and faults for some steps; then all faults end, and all checks must pass."""
+        asyncio.set_event_loop(self.loop)
+        for id in self.ids:
+            self.raft.add(id)
+            self.raft.start(id)
+        self.do(self._found())
+        for id in self.ids:
+            self._start(id)
+        faults = Faults(self)
+        for _ in range(steps):
+            for _ in range(self.random.choice((1, 2, 4))):
+                self._begin()
+            if self.random.random() < 0.4:
+                faults.inject()
+            self.run_for(self.random.choice(PAUSES_S))
+            faults.end_due()
+            if self.violations:
+                return
+        faults.heal()
+        self._become_well()
+        if not self.violations and self.random.random() < SLOW_RUNS:
+            self._slow_for_long()
+        self._finish()
+        self.run_for(REST_S)
+        self.note(self.registers.violations())
+        self.note(
+            f"{value!r} was written {times} times" for value, times in self.written.items() if times > 1
+        )
+        self.do(self._look_at_all())
+
+    def end(self) -> None:
+        """End everything that runs."""
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.close()
+        asyncio.set_event_loop(None)
+
+    # -- managers ------------------------------------------------------------------------------------------------------
+
+    def _start(self, id: NodeId) -> None:
+        member = self.raft.members[id]
+        client = SimulatedClient(self.raft, member, self.links, self.random)
+        manager = Manager(id, client, self._clock_of(id), self.random.random, self.note)
+        self.managers[id] = manager
+        manager.task = self.loop.create_task(manager.run(), name=id)
+
+    def crash(self, id: NodeId) -> Callable[[], None]:
+        """kill -9 of a manager with its member; gives what starts both again."""
+        manager = self.managers.pop(id)
+        self.raft.crash(id)
+        assert manager.task is not None, "it was started"
+        manager.task.cancel()
+
+        def start() -> None:
+            self.raft.start(id, less=self.random.choice((0, 0, 3, 20)))
+            self._start(id)
+
+        return start
+
+    def restart_member(self, id: NodeId) -> Callable[[], None]:
+        """kill -9 of a member alone: its manager lives on; gives what starts it again, showing less at first."""
+        self.raft.crash(id)
+        return lambda: self.raft.start(id, less=self.random.choice((0, 3, 20)))
+
+    def _clock_of(self, id: NodeId) -> VirtualClock:
+        return VirtualClock(self.loop, wait_running=lambda: self.links.wait_thawed(id))
+
+    async def _found(self) -> None:
+        first = self.ids[0]
+        client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
+        await self.raft.wait_readable(self.raft.members[first])
+        await initialize_on(client, WRAPPING_KEY, self._clock, _networks)
+        self.committed.begin(Cipher((await cluster_in(client)).ring, WRAPPING_KEY))
+        self.committed.take(first, self.raft.kv.revision, self.raft.kv.events(2, self.raft.kv.revision))
+        self.raft.committed.append(self.committed.take)
+
+    # -- users ---------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Somebody begins a request."""
+        deeds = (
+            *(self._swap,) * 4,
+            *(self._read,) * 3,
+            *(self._compare, self._delete, self._swap_each, self._want, self._want),
+            *(self._attach, self._detach, self._remove_network),
+        )
+        self.request(self.random.choice(deeds)())
+
+    def request(self, work: Awaitable[None]) -> None:
+        """Somebody asks, and bears whatever is answered."""
+        task = self.loop.create_task(_without_errors(work), name="user")
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
+
+    def _store(self) -> EtcdStore:
+        """Raises: Unavailable."""
+        stores = [manager.store for manager in self.managers.values() if manager.store is not None]
+        if not stores:
+            raise Unavailable("no manager serves")
+        return self.random.choice(stores)
+
+    async def _swap(self, store: EtcdStore | None = None) -> None:
+        key, value = self.random.choice(REGISTERS), self._value()
+        store = store or self._store()
+        await self.registers.swapped(key, value, store.update(swap, key, value))
+
+    async def _swap_each(self) -> None:
+        store = self._store()
+        items = [(key, self._value()) for key in REGISTERS]
+        await self.registers.swapped_each(items, store.update_each(swap_each, items))
+
+    async def _compare(self) -> None:
+        key, value = self.random.choice(REGISTERS), self._value()
+        store = self._store()
+        present = store.view().lookup(Payload, key)
+        expected = present.data if present is not None and self.random.random() < 0.8 else b"another"
+        await self.registers.compared(key, expected, value, store.update(compare, key, expected, value))
+
+    async def _delete(self) -> None:
+        key, store = self.random.choice(REGISTERS), self._store()
+        await self.registers.deleted(key, store.update(delete, key))
+
+    async def _read(self) -> None:
+        key, store = self.random.choice(REGISTERS), self._store()
+        began = self.loop.time()
+        await store.barrier()
+        found = store.view().lookup(Payload, key)
+        self.registers.read(key, began, found.data if found is not None else None)
+
+    async def _want(self) -> None:
+        """Several at once ask for a number."""
+        store = self._store()
+        names = [f"{WANT}{next(self._numbers)}" for _ in range(self.random.choice((1, 2)))]
+        await store.update_each(lambda tx, name: tx.put(Payload(id=name)), names)
+
+    async def _attach(self) -> None:
+        network = self.random.choice(NETWORKS)
+        task = Task(
+            id=TaskId(f"t{next(self._numbers)}"),
+            spec=TaskSpec(
+                networks=(NetworkAttachmentConfig(target=network),),
+                network_attachment_spec=NetworkAttachmentSpec(),
+            ),
+        )
+        await self._store().update(lambda tx: tx.put(task))
+
+    async def _detach(self) -> None:
+        store = self._store()
+        if tasks := store.view().find(Task):
+            await store.update(_without, tasks[0].id)
+
+    async def _remove_network(self) -> None:
+        """Or make it again, if it was removed."""
+        id, store = NetworkId(self.random.choice(NETWORKS)), self._store()
+        for task in store.view().find(Task):
+            if task.spec.networks[0].target == id:
+                await store.update(partial(_without, id=task.id))
+        if store.view().lookup(Network, id) is None:
+            await store.update(lambda tx: tx.put(_network(id)))
+        else:
+            await store.update(lambda tx: tx.delete(Network, id))
+
+    def _value(self) -> bytes:
+        return b"v%d" % next(self._numbers)
+
+    # -- what must hold ------------------------------------------------------------------------------------------------
+
+    def note(self, violations: Iterable[str]) -> None:
+        """Something was wrong."""
+        self.violations += [f"{self.loop.time():.3f} s: {violation}" for violation in violations]
+
+    def tell(self, text: str) -> None:
+        """Something happened."""
+        self.trace.append(f"{self.loop.time():9.3f}  {text}")
+
+    def _committed(self, change: Change, view: View) -> None:
+        told = [one.key for one in change.keys if not one.key.startswith(("w/", "r/"))]
+        self.tell(f"r{change.revision} by {change.origin}: {' '.join(told)}")
+        for one in change.keys:
+            if one.key == LEADER and one.value is not None:
+                self.note(self._term_violations(msgspec.json.decode(one.value, type=LeaderRecord)))
+        for event in change.events:
+            match event:
+                case Created(Payload() as new) | Updated(_, Payload() as new) if new.data:
+                    if new.id in REGISTERS:
+                        self.written[new.data] += 1
+                    else:
+                        self.note(_number_violations(new, change, view))
+                case Created(Payload()) if self.on_next_want is not None:
+                    self.on_next_want()
+                    self.on_next_want = None
+                case Created(Task() as task):
+                    if view.lookup(Network, task.spec.networks[0].target) is None:
+                        self.note([f"{task.id} is on a network that is not there"])
+                case Deleted(Network() as network):
+                    users = [one.id for one in view.find(Task) if one.spec.networks[0].target == network.id]
+                    if users:
+                        self.note([f"network {network.id} was removed under {users}"])
+
+    def _term_violations(self, record: LeaderRecord) -> Iterable[str]:
+        if record.term < self._term:
+            yield f"{record.node} leads in term {record.term}, after term {self._term}"
+        self._term = record.term
+
+    def _become_well(self) -> None:
+        """Let time pass until all is as it should be; too long is a violation."""
+        until = self.loop.time() + LED_S
+        while lacking := list(self._unwell()):
+            if self.loop.time() > until:
+                self.note(lacking)
+                return
+            self.run_for(LOOK_S)
+
+    def _unwell(self) -> Iterable[str]:
+        """What is not as it should be once all is healed."""
+        if not any(manager.leads for manager in self.managers.values()):
+            yield f"nobody leads {LED_S} s after all was healed"
+        if silent := [id for id, manager in self.managers.items() if manager.store is None]:
+            yield f"{silent} serve nothing"
+        view = self.committed.view
+        if waiting := [one.id for one in view.find(Payload) if one.id.startswith(WANT) and not one.data]:
+            yield f"{waiting} have no number"
+
+    def _slow_for_long(self) -> None:
+        """Every disk is slow, perhaps the leader is lost: what is written is written, and somebody leads."""
+        took_s = self.random.choice(SLOWNESS_S)
+        self.tell(f"fault: every entry takes {took_s} s")
+        for member in self.raft.members.values():
+            member.stall_s = took_s
+        before = {one.id for one in self.committed.view.find(Payload)}
+        began = self.loop.time()
+        while self.loop.time() < began + SLOW_FOR_S:
+            self.do(_without_errors(self._want()))
+            self.run_for(1.0)
+        wanted = [one for one in self.committed.view.find(Payload) if one.id not in before]
+        if not wanted:
+            self.note([f"nothing was written in {SLOW_FOR_S} s, though an entry takes only {took_s} s"])
+        elif not any(one.data for one in wanted):
+            self.note([f"no number was given in {SLOW_FOR_S} s, though an entry takes only {took_s} s"])
+        for member in self.raft.members.values():
+            member.stall_s = 0.0
+        self._become_well()
+
+    def _finish(self) -> None:
+        """Every request ends, and everybody can write and read."""
+        self.do(self._ended())
+        for id in self.ids:
+            store = self.managers[id].store
+            try:
+                self.do(self._written_by(store))
+            except TimeoutError:
+                self.note([f"{id} cannot write within {WRITTEN_S} s"])
+
+    async def _written_by(self, store: EtcdStore | None) -> None:
+        async with asyncio.timeout(WRITTEN_S):
+            while True:
+                before = len(self.written)
+                await self._swap(store)
+                if len(self.written) > before:
+                    return
+                await asyncio.sleep(LOOK_S)
+
+    async def _ended(self) -> None:
+        while self._requests:
+            await asyncio.wait(self._requests)
+
+    async def _look_at_all(self) -> None:
+        """Replicas and watchers show what is committed; what is kept of writes on their way is nothing."""
+        for id in self.ids:
+            manager = self.managers[id]
+            if manager.store is None:
+                continue
+            await manager.store.barrier()
+            await asyncio.sleep(0)
+            self.note(replica_violations(id, cast("State", manager.store.view()), self.committed.view))
+            self.note(
+                f"the watch of {id} {text}" for text in manager.watcher.differences(self.committed.view)
+            )
+            self.note(f"the store of {id} {text}" for text in kept_of_writes(manager.store))
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def run_for(self, seconds: float) -> None:
+        """Let virtual time pass."""
+        self.do(asyncio.sleep(seconds))
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        """Let time pass until ``work`` is done.  Raises: what it, or a manager meanwhile, raised."""
+        result = self.loop.run_until_complete(work)
+        for manager in self.managers.values():
+            if manager.task is not None and manager.task.done():
+                manager.task.result()
+        return result
+
+
+def _without(tx: Transaction, id: TaskId) -> None:
+    tx.delete(Task, id)
+
+
+def _network(id: NetworkId) -> Network:
+    return Network(id=id, spec=NetworkSpec(name=id))
+
+
+def _networks(tx: Transaction) -> None:
+    for id in NETWORKS:
+        tx.put(_network(NetworkId(id)))
+
+
+def _number_violations(new: Payload, change: Change, view: View) -> Iterable[str]:
+    same = [one.id for one in view.find(Payload) if one.id.startswith(WANT) and one.data == new.data]
+    if len(same) > 1:
+        yield f"{same} all have the number {new.data.decode()}"
+    if change.leader != change.origin:
+        yield f"{change.origin} gave {new.id} a number, while {change.leader} leads"
+
+
+async def _without_errors(work: Awaitable[None]) -> None:
+    try:
+        await work
+    except (Unavailable, InUse, NotFound):
+        pass

@@ -1,0 +1,167 @@
+"""Faults that are aimed: at what has to be there for them to matter, at the moment when it does."""
+
+from collections.abc import Iterable
+
+from sim.cluster import SimulatedCluster
+from sim.damping import is_steady, pass_time
+from sim.random_specs import BROKEN
+from sim.users import Users
+from skep.model.ids import NodeId
+from skep.model.labels import OnDisconnect, disconnect_policy
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+
+CUT_OFF_S = 15.0
+"""Longer than any delay of ``skep.on-disconnect`` that users ask for, and than a container takes to stop."""
+BACK_S = 10.0
+"""Until a node is back, and everything in its place."""
+LOOK_S = 0.02
+"""Shorter than preparing takes."""
+WAITED_S = 4.0
+AWAY_S = (0.01, 0.1)
+ATTEMPTED_S = 0.5
+"""Until an update has begun, and its first task was rejected."""
+LAG_S = 3.0
+SLOW_MANAGER_S = 1.6
+SLOW_NODE_S = 0.4
+"""So that a call to the slow manager takes longer than to register with another one, which takes three ways."""
+PATIENCE_S = (0.6, 2.0)
+"""When a node gives up a manager that answers too late."""
+SHOWN_S = 1.0
+REVISIONS = (50, 150, 400)
+UNDECIDED_S = 3.0
+"""Longer than any restart delay that users ask for."""
+
+
+def cut_off_for_long(cluster: SimulatedCluster) -> None:
+    """A node that is to stop its tasks by itself reaches nobody until it has; other tasks on it run on."""
+    stopping = {service.id for service in cluster.view.find(Service) if _is_to_stop(service)}
+    nodes = _nodes_of(
+        task
+        for node in cluster.nodes.values()
+        for task in node.containers.values()
+        if task.service_id in stopping
+    )
+    if not nodes:
+        return
+    id = cluster.random.choice(nodes)
+    cluster.trace.add(f"fault: {id} is cut off for {CUT_OFF_S} s, in a cluster at rest")
+    cut = cluster.links.cut([id], [*cluster.managers, *(other for other in cluster.workers if other != id)])
+    pass_time(cluster, CUT_OFF_S)
+    cluster.links.mend(cut)
+    pass_time(cluster, BACK_S)
+
+
+def restart_before_it_runs(cluster: SimulatedCluster) -> None:
+    """A node process dies while a task that it has prepared waits for its start; the disk does not know that yet."""
+    waiting = [
+        task
+        for node in cluster.nodes.values()
+        for task in node.containers.values()
+        if (policy := task.spec.restart_policy) is not None and policy.delay
+    ]
+    if not waiting:
+        return
+    task = cluster.random.choice(waiting)
+    cluster.trace.add(f"fault: container of {task.id[:6]} ends, in a cluster at rest")
+    cluster.kill_container(task)
+    until = cluster.loop.time() + WAITED_S
+    while not (nodes := _nodes_of(_prepared(cluster))) and cluster.loop.time() < until:
+        cluster.run_for(LOOK_S)
+    if nodes:
+        id = cluster.random.choice(nodes)
+        cluster.trace.add(f"fault: node process of {id} dies")
+        cluster.kill_node(id, keeps_containers=True)
+        cluster.run_for(cluster.random.choice(AWAY_S))
+        cluster.start_node(id)
+    pass_time(cluster, BACK_S)
+
+
+def take_an_update_back(cluster: SimulatedCluster, users: Users) -> None:
+    """An update that cannot succeed is taken back while nobody decides about its service.
+
+    Whoever then does finds a slot with a task of what is asked for now, and a younger one that has failed.
+    """
+    steady = [one for one in cluster.view.find(Service) if _is_updatable(one) and is_steady(cluster, one)]
+    if not steady:
+        return
+    service = cluster.random.choice(steady)
+    container = service.spec.task_template.container_spec
+    assert container is not None
+    users.update(service.id, BROKEN)
+    cluster.run_for(ATTEMPTED_S)
+    cluster.trace.add(f"fault: poison {service.id}, in a cluster at rest")
+    cluster.poisoned.add(service.id)
+    users.update(service.id, container.image)
+    cluster.run_for(UNDECIDED_S)
+    cluster.poisoned.discard(service.id)
+    cluster.disturb()
+    cluster.do(users.finished())
+    pass_time(cluster, BACK_S)
+
+
+def show_the_past(cluster: SimulatedCluster) -> None:
+    """A manager tells its nodes what was true when the newest containers were not there yet, until it starts again."""
+    committed, kv = cluster.committed, cluster.raft.kv
+    since = max(kv.revision - cluster.random.choice(REVISIONS), 2)
+    past = committed.past(kv.events(2, since))
+    for id in cluster.random.sample(cluster.managers, len(cluster.managers)):
+        manager = cluster.running_managers.get(id)
+        if manager is not None and manager.show_the_past(past):
+            cluster.trace.add(f"fault: {id} shows the past at {since}, in a cluster at rest")
+            cluster.run_for(SHOWN_S)
+            cluster.crash(id)
+            cluster.start_manager(id)
+            pass_time(cluster, BACK_S)
+            return
+
+
+def move_while_a_report_is_on_its_way(cluster: SimulatedCluster) -> None:
+    """What a node says to a slow manager arrives there when the node has moved on, and has not said it again yet.
+
+    That manager does not show yet that the node has moved on.
+    """
+    nodes = _nodes_of(task for node in cluster.nodes.values() for task in node.containers.values())
+    if not nodes or len(cluster.managers) == 1:
+        return
+    id = cluster.random.choice(nodes)
+    session = cluster.view.get(Node, id).session
+    if (
+        session is None
+        or cluster.raft.current is None
+        or cluster.raft.current.member.id == session.manager_id
+    ):
+        return  # a leader that lags decides late, which is another matter
+    member, slow = cluster.raft.members[session.manager_id], cluster.network.slow
+    cluster.trace.add(
+        f"fault: {session.manager_id} is slow and its watch lags, {id} is slow, in a cluster at rest"
+    )
+    cluster.disturb()
+    member.watch_lag_s, slow[session.manager_id], slow[id] = LAG_S, SLOW_MANAGER_S, SLOW_NODE_S
+    cluster.run_for(cluster.random.uniform(*PATIENCE_S))
+    for task in list(cluster.nodes[id].containers.values())[:1]:
+        cluster.kill_container(task)
+    cluster.run_for(2 * SLOW_MANAGER_S)
+    del slow[session.manager_id], slow[id]
+    member.watch_lag_s = 0.0
+    cluster.disturb()
+    pass_time(cluster, BACK_S)
+
+
+def _is_updatable(service: Service) -> bool:
+    return service.removed_at is None and service.spec.mode.name in ("replicated", "global")
+
+
+def _is_to_stop(service: Service) -> bool:
+    return disconnect_policy(service.spec.labels).action is OnDisconnect.STOP
+
+
+def _prepared(cluster: SimulatedCluster) -> Iterable[Task]:
+    for task in cluster.view.find(Task):
+        if task.is_wanted and TaskState.PREPARING < task.status.state < TaskState.RUNNING:
+            yield task
+
+
+def _nodes_of(tasks: Iterable[Task]) -> list[NodeId]:
+    return sorted({task.node_id for task in tasks})

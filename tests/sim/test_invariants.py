@@ -1,0 +1,294 @@
+"""Every rule rejects a history in which it was broken on purpose, and takes the same history without the fault."""
+
+import msgspec
+import pytest
+
+from sim.invariants.acknowledgements import Acknowledgements
+from sim.invariants.liveness import NoFalseAlarm, lease_violations
+from sim.invariants.quiescence import replica_violations, rest_violations
+from sim.invariants.tasks import (
+    TasksAreSpread,
+    UpdatesKeepServing,
+    jobs_keep_within_bounds,
+    names_are_unique,
+    nodes_are_not_overcommitted,
+    slots_are_filled_once,
+    tasks_move_forward,
+)
+from sim.invariants.writers import one_leader_writes, owners_speak_for_their_nodes, sessions_are_taken
+from skep.model.ids import ServiceId, TaskId
+from skep.model.meta import Version
+from skep.model.node import NodeState
+from skep.model.service import (
+    ReplicatedJob,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+    TaskSpec,
+    UpdateOrder,
+)
+from skep.model.task import TaskState, TaskStatus
+from skep.store.state import State
+from skep.store.transaction import LocalTransaction
+from tests.sim.histories import LEADER, OTHER, W1, W2, History, a_node, a_run, a_service, a_task
+from tests.support.builders import a_service_spec
+
+
+def test_a_state_that_goes_back_is_rejected() -> None:
+    history = History(tasks_move_forward)
+    history.put(a_task("t1", node="w1", state=TaskState.RUNNING))
+    assert history.violations == []
+    history.put(a_task("t1", node="w1", state=TaskState.READY))
+    assert history.violations == ["task t1 went back from running to ready"]
+
+
+def test_a_task_that_moves_to_another_node_is_rejected() -> None:
+    history = History(tasks_move_forward)
+    history.put(
+        a_task("t1", node="w1", state=TaskState.ASSIGNED), a_task("t1", node="w2", state=TaskState.ASSIGNED)
+    )
+    assert history.violations == ["task t1 moved from w1 to w2"]
+
+
+@pytest.mark.parametrize(("order", "allowed"), [(UpdateOrder.STOP_FIRST, 1), (UpdateOrder.START_FIRST, 2)])
+def test_a_slot_with_too_many_wanted_tasks_is_rejected(order: UpdateOrder, allowed: int) -> None:
+    history = History(slots_are_filled_once)
+    history.put(a_service(order), *(a_task(f"t{number}") for number in range(allowed)))
+    assert history.violations == []
+    history.put(a_task("t9"))
+    assert len(history.violations) == 1
+
+
+def test_a_slot_of_a_job_with_two_wanted_tasks_of_one_iteration_is_rejected() -> None:
+    history = History(slots_are_filled_once)
+    history.put(a_service(), a_run("t1", iteration=1), a_run("t2", iteration=2))
+    assert history.violations == []
+    history.put(a_run("t3", iteration=2))
+    assert history.violations == ["slot 1 of web is filled by ['t2', 't3']"]
+
+
+def test_more_runs_of_a_job_at_a_time_than_allowed_are_rejected() -> None:
+    history = History(jobs_keep_within_bounds)
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=2, total_completions=5))
+    history.put(
+        Service(id=ServiceId("web"), spec=ServiceSpec(name="web", mode=mode, task_template=TaskSpec()))
+    )
+    version = history.state.get(Service, "web").spec_version
+    history.put(*(a_run(f"t{slot}", slot=slot, spec_version=version) for slot in (1, 2)))
+    done = msgspec.structs.replace(
+        a_run("t1", spec_version=version), status=TaskStatus(state=TaskState.COMPLETE)
+    )
+    history.put(done, a_run("t3", slot=3, spec_version=version))
+    assert history.violations == []
+    history.put(a_run("t4", slot=4, spec_version=version))
+    assert history.violations == ["3 tasks of job web are under way, 2 may be"]
+
+
+def test_a_name_of_two_services_is_rejected() -> None:
+    history = History(names_are_unique)
+    history.put(a_service(), a_service(id="other", name="db"))
+    assert history.violations == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalTransaction, "_claim", lambda *_: None)
+        history.put(a_service(id="third"))
+    assert history.violations == ["name web belongs to ['third', 'web']"]
+
+
+def test_an_overcommitted_node_is_rejected() -> None:
+    history = History(nodes_are_not_overcommitted)
+    history.put(a_node(W1), a_task("t1", memory=600 << 20), a_task("t2", slot=2, memory=600 << 20))
+    history.put(a_task("t1", memory=600 << 20, node="w1", state=TaskState.ASSIGNED))
+    assert history.violations == []
+    history.put(a_task("t2", slot=2, memory=600 << 20, node="w1", state=TaskState.ASSIGNED))
+    assert history.violations == ["memory of w1 is over-committed"]
+
+
+def test_a_task_on_the_fuller_node_is_rejected_while_nodes_are_quiet() -> None:
+    history = History(TasksAreSpread())
+    history.put(a_node(W1), a_node(W2), a_service(), *(a_task(f"t{slot}", slot=slot) for slot in (1, 2, 3)))
+    history.after(10).put(a_task("t1", slot=1, node="w1", state=TaskState.ASSIGNED))
+    history.put(a_task("t2", slot=2, node="w1", state=TaskState.ASSIGNED))
+    assert history.violations == []
+    history.put(a_task("t3", slot=3, node="w1", state=TaskState.ASSIGNED))
+    assert len(history.violations) == 1
+
+
+def test_with_start_first_a_task_that_stops_before_its_heir_runs_is_rejected() -> None:
+    history = History(UpdatesKeepServing())
+    history.put(
+        a_node(W1), a_service(UpdateOrder.START_FIRST), a_task("old", node="w1", state=TaskState.RUNNING)
+    )
+    history.put(a_task("new", image="app:2", node="w1", state=TaskState.PREPARING))
+    assert history.violations == []
+    history.put(a_task("old", node="w1", state=TaskState.RUNNING, desired=TaskState.SHUTDOWN))
+    assert history.violations == ["task old was stopped before ['new'] ran"]
+
+
+def test_with_start_first_a_task_that_has_just_come_to_run_may_be_stopped_by_who_did_not_know() -> None:
+    history = History(UpdatesKeepServing())
+    history.put(a_node(W1), a_service(UpdateOrder.START_FIRST), a_task("old", node="w1"))
+    history.put(a_task("new", image="app:2", node="w1"), a_task("old", node="w1", state=TaskState.RUNNING))
+    history.after(1).put(a_task("old", node="w1", state=TaskState.RUNNING, desired=TaskState.SHUTDOWN))
+    assert history.violations == []
+
+
+def test_a_slot_that_is_given_up_whole_has_no_heir_to_wait_for() -> None:
+    history = History(UpdatesKeepServing())
+    history.put(a_node(W1), a_service(UpdateOrder.START_FIRST))
+    history.put(a_task("old", node="w1", state=TaskState.RUNNING), a_task("new", image="app:2", node="w1"))
+    history.put(a_task("old", node="w1", state=TaskState.RUNNING, desired=TaskState.REMOVE))
+    assert history.violations == []
+
+
+def test_a_task_written_by_who_does_not_lead_is_rejected() -> None:
+    history = History(one_leader_writes)
+    history.put(a_task("t1"))
+    assert history.violations == []
+    history.put(a_task("t2"), by=OTHER)
+    assert history.violations == ["m2 wrote task t2, while m1 leads"]
+
+
+def test_a_report_by_who_has_not_the_session_is_rejected() -> None:
+    history = History(owners_speak_for_their_nodes)
+    history.put(a_node(W1, owner=OTHER), a_task("t1", node="w1", state=TaskState.ASSIGNED))
+    history.put(a_task("t1", node="w1", state=TaskState.ACCEPTED), by=OTHER)
+    assert history.violations == []
+    history.put(a_task("t1", node="w1", state=TaskState.RUNNING), by=LEADER)
+    assert history.violations == ["m1 wrote what w1 said of t1; its session is m2's"]
+
+
+def test_a_node_judged_by_who_has_not_the_session_is_rejected() -> None:
+    history = History(owners_speak_for_their_nodes)
+    history.put(a_node(W1, owner=OTHER))
+    history.put(a_node(W1, owner=OTHER, state=NodeState.DOWN), by=LEADER)
+    assert history.violations == ["m1 judged w1, whose session is m2's"]
+
+
+def test_a_session_that_is_given_away_is_rejected() -> None:
+    history = History(sessions_are_taken)
+    history.put(a_node(W1, owner=OTHER))
+    history.put(a_node(W1, owner=LEADER, session="s2"), by=LEADER)
+    assert history.violations == []
+    history.put(a_node(W1, owner=OTHER, session="s3"), by=LEADER)
+    assert history.violations == ["m1 made m2 the owner of the session of w1"]
+
+
+def test_a_node_called_down_without_a_fault_is_rejected() -> None:
+    history = History(NoFalseAlarm(lambda: 90.0, lambda manager: 0.0))
+    history.put(a_node(W1), a_node(W2))
+    history.put(a_node(W1, state=NodeState.DOWN))
+    assert history.violations == [], "something was wrong ten seconds ago"
+    history.after(10).put(a_node(W2, state=NodeState.DOWN))
+    assert history.violations == ["w2 was called down after 20.0 s without a fault"]
+
+
+def test_a_node_called_down_by_a_manager_that_has_just_begun_is_rejected() -> None:
+    history = History(NoFalseAlarm(lambda: 99.0, lambda manager: 99.0))
+    history.put(a_node(W1), a_node(W2))
+    history.put(a_node(W1, state=NodeState.DOWN))
+    history.after(4).put(a_node(W2, state=NodeState.DOWN))
+    assert history.violations == ["w1 was called down by m1, 1.0 s after that began"]
+
+
+def test_a_task_shown_as_running_on_a_node_whose_lease_is_over_is_rejected() -> None:
+    history = History()
+    history.put(a_node(W1, state=NodeState.DOWN), a_task("t1", node="w1", state=TaskState.RUNNING))
+    assert list(lease_violations(history.state, W1)) == [], "it is shown as unknown"
+    history.put(a_node(W1))
+    assert list(lease_violations(history.state, W1)) == [
+        "task t1 is shown as running on w1, which nobody hears"
+    ]
+
+
+class Told:
+    """A service that somebody was told of."""
+
+    def __init__(self) -> None:
+        self.acknowledgements = Acknowledgements()
+        self.history = History(self.acknowledgements)
+        self.service = a_service()
+        self.acknowledgements.asked(self.service.id, self.service.spec)
+        self.history.put(self.service)
+        stored = self.history.state.get(Service, "web")
+        self.history.note(self.acknowledgements.told(stored, self.history.state))
+        assert self.history.violations == []
+
+
+def test_an_acknowledged_service_that_vanishes_is_rejected() -> None:
+    told = Told()
+    told.history.commit(lambda tx: tx.delete(Service, "web"))
+    assert told.history.violations == ["service web vanished"]
+
+
+def test_an_acknowledged_write_that_a_later_read_does_not_show_is_rejected() -> None:
+    told = Told()
+    assert list(told.acknowledgements.broken(told.history.state, told.acknowledgements.given())) == []
+    assert list(told.acknowledgements.broken(State(), told.acknowledgements.given())) == [
+        "service web, acknowledged at 1, is not there"
+    ]
+
+
+def test_a_spec_that_nobody_asked_for_is_rejected() -> None:
+    told = Told()
+    told.history.put(msgspec.structs.replace(told.service, spec=a_service_spec("web", replicas=7)))
+    assert told.history.violations == ["service web got a spec that nobody asked for"]
+
+
+def test_an_acknowledgement_of_what_is_not_committed_is_rejected() -> None:
+    told = Told()
+    later = msgspec.structs.replace(told.service, version=Version(index=9))
+    assert list(told.acknowledgements.told(later, told.history.state)) == [
+        "service web is at 1, 9 was acknowledged"
+    ]
+
+
+def test_a_refused_service_that_exists_all_the_same_is_rejected() -> None:
+    told = Told()
+    promise = told.acknowledgements.services[ServiceId("web")]
+    assert list(told.acknowledgements.refused(promise, told.history.state)) == [
+        "service web exists, which was refused"
+    ]
+
+
+def test_an_update_that_happens_though_it_was_refused_is_rejected() -> None:
+    told = Told()
+    spec = a_service_spec("web", replicas=7)
+    told.acknowledgements.asked(ServiceId("web"), spec)
+    told.history.put(msgspec.structs.replace(told.service, spec=spec))
+    assert told.history.violations == []
+    refused = told.acknowledgements.refused_update(ServiceId("web"), spec, told.history.state)
+    assert list(refused) == ["service web became what was refused"]
+
+
+def test_a_task_said_to_run_where_nothing_runs_is_rejected_at_rest() -> None:
+    history = History()
+    task = a_task("t1", node="w1", state=TaskState.RUNNING)
+    history.put(task)
+    assert list(rest_violations(history.state, [(W1, task)])) == []
+    assert list(rest_violations(history.state, [])) == ["task t1 is said to run on w1 and does not"]
+
+
+def test_a_container_that_nobody_wants_is_rejected_at_rest() -> None:
+    stranger = a_task("t9", node="w1", state=TaskState.RUNNING)
+    assert list(rest_violations(State(), [(W1, stranger)])) == [
+        "container of task t9 on w1 belongs to no task that is to run there"
+    ]
+
+
+def test_what_a_node_keeps_of_a_task_that_is_gone_is_rejected_at_rest() -> None:
+    history = History()
+    history.put(a_task("here", node=W1, state=TaskState.COMPLETE, desired=TaskState.SHUTDOWN))
+    kept = [(W1, TaskId("here")), (W1, TaskId("gone")), (W2, TaskId("here"))]
+    assert list(rest_violations(history.state, [], kept)) == [
+        "w1 keeps what is left of task gone, which is not its own",
+        "w2 keeps what is left of task here, which is not its own",
+    ]
+
+
+def test_a_replica_that_differs_from_the_store_is_rejected() -> None:
+    history, other = History(), History()
+    history.put(a_node(W1))
+    other.put(a_node(W2))
+    assert list(replica_violations(LEADER, history.state, history.state)) == []
+    assert len(list(replica_violations(LEADER, other.state, history.state))) == 2
+    assert list(replica_violations(LEADER, State(), history.state)) == ["the replica of m1 is at 0 of 1"]

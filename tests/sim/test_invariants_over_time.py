@@ -1,0 +1,241 @@
+"""Rules with a memory, on containers and decisions: each rejects a history in which it was broken on purpose."""
+
+from collections import Counter
+
+import msgspec
+import pytest
+
+from sim.invariants.attempts import OneAttempt
+from sim.invariants.containers import Containers
+from sim.invariants.damping import DecisionsStand, surplus_violations
+from skep.model.ids import ServiceId, TaskId
+from skep.model.node import NodeState
+from skep.model.service import (
+    Service,
+    UpdateOrder,
+)
+from skep.model.task import Task, TaskState, TaskStatus
+from tests.sim.histories import W1, W2, History, a_node, a_run, a_service, a_task
+from tests.support.builders import a_service_spec
+
+
+def test_more_tasks_than_a_fault_took_are_rejected() -> None:
+    web, db = ServiceId("web"), ServiceId("db")
+    before = Counter({web: 3, db: 2})
+    after = before + Counter({web: 2, db: 7})
+    assert list(surplus_violations("'a fault'", {web: 2}, before, after)) == [], "nobody asks about the other"
+    assert list(surplus_violations("'a fault'", {web: 1}, before, after)) == [
+        "2 of web were begun, though 'a fault' took 1"
+    ]
+
+
+def begin(history: History, task: Task) -> None:
+    """As a leader does that knows the present spec."""
+    service = history.state.get(Service, "web")
+    history.put(msgspec.structs.replace(task, spec_version=service.spec_version))
+
+
+def ask_for(history: History, image: str) -> None:
+    service = history.state.get(Service, "web")
+    history.put(msgspec.structs.replace(service, spec=a_service_spec("web", image=image)))
+
+
+def an_update_that_is_taken_back(first: TaskState = TaskState.RUNNING) -> History:
+    """A slot with its task, beside which another one was begun and has failed."""
+    history = History(OneAttempt())
+    history.put(a_node(W1), a_service())
+    ask_for(history, "app:1")
+    begin(history.after(30), a_task("t1", node=W1, state=first))
+    ask_for(history, "app:2")
+    begin(history, a_task("t2", node=W1, state=TaskState.FAILED))
+    ask_for(history, "app:1")
+    return history
+
+
+def test_a_second_task_of_what_is_asked_for_is_rejected() -> None:
+    history = an_update_that_is_taken_back()
+    begin(history, a_task("t3", slot=2))
+    history.put(a_task("t4"))
+    assert history.violations == [], "another slot; and a leader that knew another spec"
+    begin(history, a_task("t5"))
+    assert history.violations == ["task t5 was begun beside t1, which is what is asked for and well"]
+
+
+def test_a_second_task_is_begun_where_the_first_has_ended_or_is_another_or_not_well() -> None:
+    ended = an_update_that_is_taken_back(TaskState.FAILED)
+    begin(ended, a_task("t5"))
+    another = an_update_that_is_taken_back()
+    ask_for(another, "app:3")
+    begin(another, a_task("t5"))
+    unwell = an_update_that_is_taken_back()
+    unwell.put(a_node(W1, state=NodeState.DOWN), a_node(W1))
+    begin(unwell, a_task("t5"))
+    assert ended.violations == another.violations == unwell.violations == []
+
+
+class Decided:
+    """A service of three replicas, whose third task got its node a while ago."""
+
+    def __init__(self) -> None:
+        self.history = History(DecisionsStand())
+        self.service = a_service()
+        self.history.put(a_node(W1), self.service)
+        self.task = a_task("t3", slot=3, image="busybox:1")
+        self.placed = msgspec.structs.replace(
+            self.task,
+            spec=self.service.spec.task_template,
+            node_id=W1,
+            status=TaskStatus(state=TaskState.RUNNING),
+        )
+        self.history.after(30).put(msgspec.structs.replace(self.task, spec=self.placed.spec), self.placed)
+
+    def end(self, desired: TaskState = TaskState.SHUTDOWN) -> None:
+        task = self.history.state.get(Task, "t3")
+        self.history.after(30).put(msgspec.structs.replace(task, desired_state=desired))
+
+
+def test_a_placement_that_is_taken_back_for_no_reason_is_rejected() -> None:
+    decided = Decided()
+    decided.end()
+    assert decided.history.violations == [
+        "task t3 of web is taken back 30.0 s after it was decided, and nothing has happened since"
+    ]
+
+
+def test_a_placement_is_taken_back_when_its_node_changes() -> None:
+    decided = Decided()
+    decided.history.put(a_node(W1, state=NodeState.DOWN))
+    decided.end()
+    assert decided.history.violations == []
+
+
+def test_a_restart_that_is_taken_back_because_another_node_is_back_is_rejected() -> None:
+    decided = Decided()
+    decided.history.put(a_node(W2))
+    decided.end()
+    assert len(decided.history.violations) == 1
+
+
+def test_a_task_that_has_ended_is_not_taken_back() -> None:
+    decided = Decided()
+    decided.history.put(msgspec.structs.replace(decided.placed, status=TaskStatus(state=TaskState.FAILED)))
+    decided.end()
+    assert decided.history.violations == []
+
+
+def test_a_scale_down_that_is_taken_back_for_no_reason_is_rejected() -> None:
+    decided = Decided()
+    decided.history.put(msgspec.structs.replace(decided.service, spec=a_service_spec("web", replicas=2)))
+    decided.end(TaskState.REMOVE)
+    assert decided.history.violations == []
+    decided.history.put(a_task("t4", slot=3))
+    assert decided.history.violations == ["slot 3 of web is filled again, though it was given up"]
+
+
+def test_a_slot_that_was_scaled_away_is_filled_again_when_that_is_asked_for() -> None:
+    decided = Decided()
+    for replicas, task in ((2, None), (3, a_task("t4", slot=3))):
+        spec = a_service_spec("web", replicas=replicas)
+        decided.history.put(msgspec.structs.replace(decided.service, spec=spec))
+        if task is None:
+            decided.end(TaskState.REMOVE)
+        else:
+            decided.history.put(task)
+    assert decided.history.violations == []
+
+
+def test_a_container_stopped_though_it_is_to_run_is_rejected() -> None:
+    rule = Containers()
+    history = History(rule)
+    history.put(a_node(W1), a_task("t1", node="w1", state=TaskState.RUNNING))
+    history.note(rule.stopped(W1, TaskId("t1"), history.state))
+    assert history.violations == ["w1 stopped the container of task t1, which is to run there"]
+    history.put(a_task("t1", node="w1", state=TaskState.RUNNING, desired=TaskState.SHUTDOWN))
+    history.note(rule.stopped(W1, TaskId("t1"), history.state))
+    assert len(history.violations) == 1
+
+
+def test_a_container_started_beside_the_one_it_replaces_is_rejected() -> None:
+    rule = Containers()
+    history = History(rule)
+    history.put(a_node(W1), a_node(W2), a_service())
+    old = a_task("old", node="w1", state=TaskState.RUNNING)
+    history.put(old)
+    history.after(100).note(rule.started(W1, old, history.now, history.state))
+    history.put(msgspec.structs.replace(old, desired_state=TaskState.SHUTDOWN))
+    new = a_task("new", node="w2", state=TaskState.STARTING)
+    history.put(new)
+    history.note(rule.started(W2, new, history.now, history.state))
+    assert history.violations == ["task new started while old, which it replaces, still ran on w1"]
+
+
+def test_a_container_that_a_node_starts_late_may_stand_beside_its_successor() -> None:
+    """The node was cut off, and hears of the task when that has been replaced for long."""
+    rule = Containers()
+    history = History(rule)
+    late = a_task("late", node="w1", state=TaskState.ASSIGNED)
+    heir = a_task("heir", node="w2", state=TaskState.RUNNING)
+    history.put(a_node(W1), a_node(W2), a_service(), late, heir)
+    history.note(rule.started(W2, heir, history.now, history.state))
+    history.put(msgspec.structs.replace(heir, desired_state=TaskState.REMOVE))
+    history.note(rule.started(W1, late, history.now, history.state))
+    assert history.violations == []
+
+
+@pytest.mark.parametrize(("order", "room"), [(UpdateOrder.STOP_FIRST, 1), (UpdateOrder.START_FIRST, 2)])
+def test_a_slot_that_has_too_many_containers_for_long_is_rejected(order: UpdateOrder, room: int) -> None:
+    rule = Containers()
+    history = History(rule)
+    crowd = [a_task(f"t{number}", node="w1", state=TaskState.RUNNING) for number in range(room + 1)]
+    history.put(a_node(W1), a_service(order), *crowd)
+    for task in crowd:
+        history.note(rule.started(W1, task, history.now, history.state))
+    calm_since = history.now + 100
+    for seconds in (0, 108, 1):
+        history.after(seconds).note(rule.lasting(history.now, calm_since, history.state))
+    assert history.violations == []
+    for _ in range(2):  # it is said once
+        history.after(2).note(rule.lasting(history.now, calm_since, history.state))
+    assert history.violations == [f"slot web/1 has {room + 1} containers, 11.0 s after the last fault"]
+
+
+def test_a_slot_that_has_two_containers_now_and_then_is_not_rejected() -> None:
+    rule = Containers()
+    history = History(rule)
+    both = [a_task(id, node="w1", state=TaskState.RUNNING) for id in ("t1", "t2")]
+    history.put(a_node(W1), a_service(), *both)
+    history.note(rule.started(W1, both[0], history.now, history.state))
+    for _ in range(5):
+        history.after(5).note(rule.started(W1, both[1], history.now, history.state))
+        history.note(rule.lasting(history.now, 0.0, history.state))
+        rule.ended(both[1].id)
+        history.after(5).note(rule.lasting(history.now, 0.0, history.state))
+    assert history.violations == []
+
+
+def test_a_container_started_before_the_restart_delay_is_over_is_rejected() -> None:
+    rule = Containers()
+    history = History(rule)
+    failed = a_task("t1", node="w1", state=TaskState.RUNNING, delay_s=5)
+    history.put(a_node(W1), a_service(), failed)
+    history.put(msgspec.structs.replace(failed, status=TaskStatus(state=TaskState.FAILED)))
+    heir = a_task("t2", node="w1", state=TaskState.STARTING, delay_s=5)
+    history.put(heir)
+    history.after(6).note(rule.started(W1, heir, history.now, history.state))
+    assert history.violations == []
+    history.after(-4).note(rule.started(W1, heir, history.now, history.state))
+    assert history.violations == ["task t2 started 2.00 s after t1 failed, not 4.95"]
+
+
+def test_the_place_of_a_run_is_what_was_committed_though_its_node_counts_otherwise() -> None:
+    rule = Containers()
+    history = History(rule)
+    old, new = a_run("old", node_id=W1), a_run("new", node_id=W2)
+    history.put(a_node(W1), a_node(W2), a_service(), old)
+    history.after(100).note(
+        rule.started(W1, msgspec.structs.replace(old, slot=0), history.now, history.state)
+    )
+    history.put(msgspec.structs.replace(old, desired_state=TaskState.SHUTDOWN), new)
+    assert history.violations == []
+    history.after(10).note(rule.started(W2, msgspec.structs.replace(new, slot=0), history.now, history.state))
+    assert history.violations == ["task new started while old, which it replaces, still ran on w1"]

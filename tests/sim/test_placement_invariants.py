@@ -1,0 +1,270 @@
+"""Rules on where tasks are and for how long, and what has to be there in the end: each rejects what is wrong."""
+
+from collections.abc import Iterable
+
+import pytest
+from msgspec.structs import replace
+
+from sim.convergence import unmet
+from sim.invariants.containers import Containers
+from sim.invariants.disconnection import PlacesAreKept
+from sim.invariants.placement import global_jobs_run_once, meets, port_violations
+from skep.model.ids import NodeId, ServiceId
+from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY
+from skep.model.meta import Version
+from skep.model.node import Availability, Node, NodeSpec, NodeState
+from skep.model.service import (
+    EndpointSpec,
+    GlobalJob,
+    JobStatus,
+    Placement,
+    PortConfig,
+    PublishMode,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+    UpdateState,
+    UpdateStatus,
+)
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import SECOND_NS, timestamp
+from tests.sim.histories import W1, W2, History, a_node, a_run, a_task
+from tests.support.builders import a_service_spec
+
+HOST_PORT = EndpointSpec(
+    ports=(PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST),)
+)
+RUNNING, PENDING = TaskState.RUNNING, TaskState.PENDING
+
+
+def a_spec(name: str = "web", **fields: object) -> ServiceSpec:
+    return replace(a_service_spec(name, replicas=1, image="app:1"), **fields)
+
+
+def of(task: Task, spec: ServiceSpec, service: str = "web") -> Task:
+    return replace(task, spec=spec.task_template, service_id=ServiceId(service))
+
+
+# -- ports, constraints, runs on each node ---------------------------------------------------------------------------
+
+
+def test_two_containers_with_one_port_on_a_node_are_rejected() -> None:
+    history = History()
+    history.put(Service(id=ServiceId("web"), spec=a_spec("web", endpoint_spec=HOST_PORT)))
+    history.put(Service(id=ServiceId("api"), spec=a_spec("api", endpoint_spec=HOST_PORT)))
+    history.put(Service(id=ServiceId("db"), spec=a_spec("db")))
+    task, other, free = (
+        of(a_task(id, node=W1), a_spec(), service)
+        for id, service in (("t1", "web"), ("t2", "api"), ("t3", "db"))
+    )
+    assert list(port_violations(W1, task, [task, free], history.state)) == []
+    assert list(port_violations(W1, task, [task, other], history.state)) == [
+        "tasks t2 and t1 both hold [('tcp', 8080)] on w1"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("constraint", "is_met"),
+    [
+        ("node.labels.zone==north", True),
+        ("node.labels.zone != north", False),
+        (" node.labels.zone == south ", False),
+        ("node.labels.other!=x", True),
+        ("node.hostname!=w1", False),
+        ("node.role==worker", True),
+        ("what.is.this==x", False),
+    ],
+)
+def test_constraints_are_met_or_not(constraint: str, is_met: bool) -> None:
+    node = replace(a_node(W1), spec=NodeSpec(labels={"zone": "north"}))
+    assert meets((constraint,), node) is is_met
+
+
+def test_a_second_completed_run_of_a_global_job_on_a_node_is_rejected() -> None:
+    history = History(global_jobs_run_once)
+    spec = a_spec(mode=ServiceMode(global_job=GlobalJob()))
+    history.put(Service(id=ServiceId("web"), spec=spec, job_status=JobStatus()))
+    for id, iteration in (("t1", 1), ("t2", 2), ("t3", 2)):
+        run = a_run(id, slot=0, iteration=iteration, node_id=W1)
+        history.put(run)
+        history.put(replace(run, status=TaskStatus(state=TaskState.COMPLETE)))
+    assert history.violations == ["2 runs of web are completed on w1"]
+
+
+# -- nodes that are cut off ------------------------------------------------------------------------------------------
+
+
+def a_lost_node(**labels: str) -> History:
+    """A task runs on w1, which goes down."""
+    history = History(PlacesAreKept())
+    spec = a_spec(labels=labels)
+    history.put(a_node(W1))
+    history.put(Service(id=ServiceId("web"), spec=spec))
+    history.put(of(a_task("t1", node=W1, state=RUNNING), spec))
+    history.put(a_node(W1, state=NodeState.DOWN))
+    return history
+
+
+def replaced(history: History) -> None:
+    task = history.state.get(Task, "t1")
+
+    def body(tx: object) -> None:
+        tx.put(replace(task, desired_state=TaskState.SHUTDOWN))  # type: ignore[attr-defined]
+        tx.put(replace(task, id="t2", node_id=NodeId(""), status=TaskStatus()))  # type: ignore[attr-defined]
+
+    history.commit(body)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept_s"),
+    [
+        ({}, 0.0),
+        ({ON_DISCONNECT: "replace", ON_DISCONNECT_DELAY: "5s"}, 5.0),
+        ({ON_DISCONNECT: "stop", ON_DISCONNECT_DELAY: "5s"}, 15.0),  # and ten seconds to stop
+    ],
+)
+def test_a_task_that_loses_its_place_before_the_delay_is_over_is_rejected(
+    labels: dict[str, str], kept_s: float
+) -> None:
+    early, late = a_lost_node(**labels), a_lost_node(**labels)
+    replaced(late.after(kept_s))
+    assert late.violations == []
+    if kept_s:
+        replaced(early.after(kept_s - 1.0))
+        assert early.violations == [
+            f"task t1 lost its place {kept_s - 1:.2f} s after w1 went down, not {kept_s:.2f}"
+        ]
+
+
+def test_a_task_that_is_to_be_kept_and_loses_its_place_is_rejected() -> None:
+    history = a_lost_node(**{ON_DISCONNECT: "keep"})
+    replaced(history.after(1000.0))
+    assert history.violations == ["task t1 lost its place to keep, 1000.00 s after w1 went down"]
+
+
+def test_a_task_that_is_to_be_kept_goes_when_somebody_asks_for_that() -> None:
+    drained, updated = (a_lost_node(**{ON_DISCONNECT: "keep"}) for _ in range(2))
+    node = drained.state.get(Node, W1)
+    drained.put(replace(node, spec=NodeSpec(availability=Availability.DRAIN)))
+    replaced(drained)
+    assert drained.violations == []
+    service = updated.state.get(Service, "web")
+    updated.put(
+        replace(service, spec=replace(a_service_spec("web", image="app:2"), labels=service.spec.labels))
+    )
+    replaced(updated)
+    assert updated.violations == []
+
+
+@pytest.mark.parametrize(("worked_s", "is_wrong"), [(20.0, True), (10.0, False)])
+def test_a_container_that_its_node_had_the_time_to_stop_by_itself_has_no_successor_beside_it(
+    worked_s: float, is_wrong: bool
+) -> None:
+    began = 100.0
+    containers = Containers(lambda node_id: began + 40.0 - worked_s)
+    history = History(containers)
+    spec = a_spec(labels={ON_DISCONNECT: "stop", ON_DISCONNECT_DELAY: "5s"})
+    history.put(a_node(W1), a_node(W2))
+    history.put(Service(id=ServiceId("web"), spec=spec))
+    old = of(a_task("t1", node=W1, state=RUNNING), spec)
+    history.put(old)
+    history.note(containers.started(W1, old, history.now, history.state))
+    history.put(a_node(W1, state=NodeState.DOWN))
+    history.put(replace(old, desired_state=TaskState.SHUTDOWN))
+    heir = of(a_task("t2", node=W2), spec)
+    history.put(heir)
+    history.after(40.0).note(containers.started(W2, heir, history.now, history.state))
+    told = ["task t2 started while t1, which w1 was to stop by itself, still ran there"]
+    assert history.violations == (told if is_wrong else [])
+
+
+@pytest.mark.parametrize(
+    ("since_s", "on_disconnect", "is_wrong"),
+    [(30.0, "stop", True), (15.0, "stop", False), (30.0, "keep", False)],
+)
+def test_a_container_that_its_node_had_to_stop_because_it_is_cut_off_is_gone(
+    since_s: float, on_disconnect: str, is_wrong: bool
+) -> None:
+    containers = Containers(lambda node_id: 0.0, lambda node_id: 140.0 - since_s)
+    history = History(containers)
+    delay = {ON_DISCONNECT_DELAY: "5s"} if on_disconnect == "stop" else {}
+    spec = a_spec(labels={ON_DISCONNECT: on_disconnect, **delay})
+    history.put(a_node(W1), Service(id=ServiceId("web"), spec=spec))
+    task = of(a_task("t1", node=W1, state=RUNNING), spec)
+    history.put(task)
+    history.note(containers.started(W1, task, history.now, history.state))
+    for _ in range(2):  # it is told once
+        history.note(containers.outlasting(140.0, history.state))
+    told = ["task t1 still runs on w1, which was to stop it and is cut off for 30.0 s"]
+    assert history.violations == (told if is_wrong else [])
+
+
+# -- what has to be there in the end ---------------------------------------------------------------------------------
+
+
+def a_settled(spec: ServiceSpec, *tasks: Task, **fields: object) -> tuple[History, Service]:
+    history = History()
+    north = replace(a_node(W1), spec=NodeSpec(labels={"zone": "north"}))
+    history.put(north, a_node(W2), *tasks)
+    service = Service(id=ServiceId(spec.name), spec=spec, **fields)  # type: ignore[arg-type]
+    history.put(service)
+    return history, service
+
+
+def lacking(spec: ServiceSpec, *tasks: Task, **fields: object) -> Iterable[str]:
+    history, service = a_settled(spec, *tasks, **fields)
+    return list(unmet(history.state, service))
+
+
+def test_a_slot_that_does_not_run_is_not_settled() -> None:
+    assert lacking(a_spec(), a_task("t1", node=W1, state=RUNNING)) == []
+    assert lacking(a_spec()) == ["web has 0 slots of 1"]
+    (told,) = lacking(a_spec(), a_task("t1", node=W1, state=TaskState.STARTING))
+    assert told.startswith("slot 1 of web does not run app:1")
+
+
+def test_a_task_on_a_node_that_it_may_not_be_on_is_not_settled() -> None:
+    spec = a_service_spec("web", replicas=1, constraints=("node.labels.zone==north",))
+    there, elsewhere = (of(a_task("t1", node=node, state=RUNNING), spec) for node in (W1, W2))
+    assert lacking(spec, there) == []
+    assert lacking(spec, elsewhere) == ["task t1 of web is on w2, which does not meet its constraints"]
+
+
+def test_a_task_waits_only_while_no_node_can_take_it() -> None:
+    nowhere = a_service_spec("web", replicas=1, constraints=("node.labels.zone==south",))
+    assert lacking(nowhere, of(a_task("t1", state=PENDING), nowhere)) == []
+    (told,) = lacking(a_spec(), a_task("t1", state=PENDING))
+    assert told.startswith("slot 1 of web does not run")
+
+
+def test_a_port_that_others_hold_everywhere_is_waited_for() -> None:
+    spec = replace(a_service_spec("web", replicas=3), endpoint_spec=HOST_PORT)
+    tasks = [of(a_task(f"t{n}", slot=n, node=f"w{n}", state=RUNNING), spec) for n in (1, 2)]
+    assert lacking(spec, *tasks, of(a_task("t3", slot=3, state=PENDING), spec)) == []
+    two = replace(a_service_spec("web", replicas=2), endpoint_spec=HOST_PORT)
+    (told,) = lacking(two, tasks[0], of(a_task("t3", slot=2, state=PENDING), two))
+    assert told.startswith("slot 2 of web does not run")
+
+
+def test_more_replicas_on_a_node_than_may_be_are_not_settled() -> None:
+    template = replace(a_spec().task_template, placement=Placement(max_replicas=1))
+    spec = replace(a_service_spec("web", replicas=2), task_template=template)
+    tasks = [of(a_task(f"t{n}", slot=n, node=W1, state=RUNNING), spec) for n in (1, 2)]
+    assert lacking(spec, *tasks) == ["web has {'w1': 2} copies, 1 may be on a node"]
+
+
+def test_a_global_job_that_has_not_run_on_a_node_is_not_settled() -> None:
+    spec = a_spec(mode=ServiceMode(global_job=GlobalJob()))
+    status = JobStatus(job_iteration=Version(index=1), last_execution=timestamp(2 * SECOND_NS))
+    done = [
+        replace(a_run(f"t{node}", slot=0, node_id=node), status=TaskStatus(state=TaskState.COMPLETE))
+        for node in (W1, W2)
+    ]
+    assert lacking(spec, *done, job_status=status) == []
+    assert lacking(spec, done[0], job_status=status) == ["web has not run on w2"]
+
+
+def test_an_update_that_is_still_under_way_is_not_settled() -> None:
+    updating = UpdateStatus(state=UpdateState.UPDATING)
+    told = lacking(a_spec(), a_task("t1", node=W1, state=RUNNING), update_status=updating)
+    assert told == ["web is still being updated"]

@@ -1,0 +1,44 @@
+"""Random runs of whole clusters: users and faults by chance, rules watched all the time, all well at the end."""
+
+import pytest
+
+from sim.run import simulate
+from sim.seeds import chunked, report, results
+
+SEEDS = 200
+QUICK = 40
+"""As many in `make test`; they cost half a minute of processor time."""
+CHUNK = 20
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(seeds[0], marks=pytest.mark.slow if seeds[0] >= QUICK else ())
+        for seeds in chunked(range(SEEDS), CHUNK)
+    ],
+)
+def test_nothing_is_ever_wrong_and_in_the_end_all_is_as_asked_for(
+    first: int, request: pytest.FixtureRequest
+) -> None:
+    seed = request.config.getoption("--seed")
+    seeds = range(first, first + CHUNK) if seed is None else [seed]
+    failed = [report(result) for result in results(seeds) if result.violations]
+    assert not failed, "\n\n".join(failed)
+
+
+def test_a_seed_gives_the_same_run_twice() -> None:
+    (one,) = results([7])
+    (other,) = results([7])
+    assert one.trace == other.trace
+    assert len(one.trace) > 100
+
+
+def test_a_failure_says_how_to_see_it_again_and_what_happened_before_it() -> None:
+    result = simulate(3, steps=2)
+    result.violations.append("1.000 s: something was wrong")
+    told = report(result)
+    assert "make sim SEED=3" in told
+    assert "something was wrong" in told
+    assert result.trace[-1] in told

@@ -1,0 +1,67 @@
+"""Rules on stopped updates and on leaders reject what they should, and nothing else."""
+
+import pytest
+from msgspec.structs import replace
+
+from sim.cluster import LED_S, SimulatedCluster
+from sim.invariants.causes import StopsHaveACause
+from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.task import TaskState
+from tests.sim.histories import W1, History, a_node, a_service, a_task
+
+
+def stop(history: History, message: str) -> None:
+    service = history.state.find(Service)[0]
+    status = UpdateStatus(state=UpdateState.PAUSED, message=message)
+    history.put(replace(service, update_status=status))
+
+
+def an_update(state: TaskState) -> History:
+    """A task of the present version is in this state."""
+    history = History(StopsHaveACause())
+    history.put(a_node(W1), a_service())
+    version = history.state.find(Service)[0].spec_version
+    task = replace(a_task("t1", node="w1"), spec_version=version)
+    history.put(task, replace(task, status=replace(task.status, state=state)))
+    return history
+
+
+MESSAGES = (
+    "update paused due to failure",
+    "update rolled back due to failure",
+    "rollback paused due to failure",
+)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_an_update_that_is_stopped_for_nothing_is_rejected(message: str) -> None:
+    history = an_update(TaskState.RUNNING)
+    stop(history, message)
+    assert history.violations == [f"web: {message}, though no task of it has failed"]
+
+
+def test_one_that_is_stopped_for_a_failure_a_deadline_or_by_its_user_is_not() -> None:
+    failed, overdue, users = (
+        an_update(TaskState.FAILED),
+        an_update(TaskState.PREPARING),
+        an_update(TaskState.RUNNING),
+    )
+    stop(failed, MESSAGES[0])
+    stop(overdue.after(1000.0), MESSAGES[0])
+    stop(users, "rollback in progress")
+    assert failed.violations == overdue.violations == users.violations == []
+
+
+@pytest.mark.parametrize("is_well", [True, False])
+def test_a_well_majority_without_a_leader_is_rejected(is_well: bool) -> None:
+    with SimulatedCluster(managers=3, workers=0, seed=1) as cluster:
+        cluster.run_for(5.0)
+        for manager in cluster.running_managers.values():
+            manager.leads = False
+        if not is_well:
+            for id in cluster.managers[:2]:
+                cluster.raft.members[id].stall_s = 1.0
+        for _ in range(3):
+            cluster.run_for(LED_S - 1)
+        told = [text for text in cluster.observer.violations if "nobody leads" in text]
+        assert len(told) == is_well
