@@ -11,8 +11,8 @@ import structlog
 
 from skep.agent.assignments import LogLine, LogQuery, LogStream
 from skep.aio.groups import errors_as_they_are
-from skep.engine.container import Container, LogWish, Stream
-from skep.engine.containers import Containers
+from skep.engine.container import Container, LogFilter, Stream
+from skep.engine.engine import Engine
 from skep.errors import SkepError
 from skep.model.ids import NodeId, ServiceId, TaskId
 
@@ -31,8 +31,8 @@ _BACK = {stream: name for name, stream in _STREAMS.items()}
 class TaskLogs:
     """``LogSource`` of the ``oci`` executor."""
 
-    def __init__(self, containers: Containers) -> None:
-        self._containers = containers
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
         """Lines of all tasks of this node that ``query`` means, each task's in their order.
@@ -49,10 +49,10 @@ class TaskLogs:
                 reading.cancel()
 
     async def _read_all(self, query: LogQuery, lines: "asyncio.Queue[LogLine | None]") -> None:
-        with self._containers.events.subscribed() as events:  # before the first look: no start falls between
+        with self._engine.events.subscribed() as events:  # before the first look: no start falls between
             async with asyncio.TaskGroup() as group:
                 seen = set()
-                for container in self._containers.list():
+                for container in self._engine.list():
                     if is_meant(container, query):
                         seen.add(container.id)
                         group.create_task(self._read_one(container, query, query.tail, lines))
@@ -61,7 +61,7 @@ class TaskLogs:
                         if event.action != "start" or event.container_id in seen:
                             continue
                         try:
-                            container = self._containers.get(event.container_id)
+                            container = self._engine.get(event.container_id)
                         except SkepError:
                             continue  # gone again
                         if is_meant(container, query):
@@ -81,14 +81,14 @@ class TaskLogs:
     async def _read_container(
         self, container: Container, query: LogQuery, tail: int | None, lines: "asyncio.Queue[LogLine | None]"
     ) -> None:
-        wish = LogWish(
+        filter = LogFilter(
             streams=frozenset(_STREAMS[stream] for stream in query.streams or tuple(LogStream)),
             follow=query.follow,
             tail=tail,
             since_ns=query.since_ns,
         )
         attributes = attributes_of(container)
-        async with aclosing(self._containers.logs(container.id, wish)) as entries:
+        async with aclosing(self._engine.logs(container.id, filter)) as entries:
             async for entry in entries:
                 await lines.put(
                     LogLine(

@@ -80,7 +80,7 @@ class ContainerNetwork:
         self.prober = prober
         self.local = local
         self._healing = healing
-        self._naming = naming
+        self.naming = naming
         self._settling = settling
         self._joining = joining
         self._clock = clock
@@ -93,6 +93,12 @@ class ContainerNetwork:
     def home(self) -> Path:
         """The node's own network namespace."""
         return self._home.path
+
+    @property
+    def host_gateway(self) -> str:
+        """The node's address on the gateway bridge, for ``host-gateway``; empty: there is none yet."""
+        subnet = self.gateway.subnet
+        return str(subnet[1]) if subnet is not None else ""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -136,8 +142,8 @@ class ContainerNetwork:
         for id, sandbox in sandboxes.items():  # a container may have made its namespace unusable for it
             routing = self._route_replies(id, sandbox)
             await contain(routing, "reply routing not applied yet", container=id)
-        if self._naming is not None:
-            await self._naming.restore(live)
+        if self.naming is not None:
+            await self.naming.restore(live)
         for pinned in self.namespaces.pinned():
             if pinned not in theirs:
                 await contain(self.namespaces.destroy(pinned), "namespace not removed", container=pinned)
@@ -179,8 +185,8 @@ class ContainerNetwork:
                 sandbox = await self._way_out(container, sandbox)
             await self.overlays.settle_container(container_id, sandbox)
             await self._route_replies(container_id, sandbox)
-            if self._naming is not None:
-                await self._naming.attach(msgspec.structs.replace(container, sandbox=sandbox))
+            if self.naming is not None:
+                await self.naming.attach(msgspec.structs.replace(container, sandbox=sandbox))
         except BaseException as error:
             await asyncio.shield(self._undo(container_id, sandbox, places))
             if isinstance(error, OSError | NetlinkError):
@@ -202,7 +208,7 @@ class ContainerNetwork:
 
         Raises: SkepError, OSError.
         """
-        served = await self._naming.served() if self._naming is not None else frozenset[str]()
+        served = await self.naming.served() if self.naming is not None else frozenset[str]()
         holders = {*self.namespaces.pinned(), *self.overlays.holders(), *self.gateway.users(), *served}
         freed = []
         for id in sorted(map(ContainerId, holders)):
@@ -218,8 +224,8 @@ class ContainerNetwork:
             )
             sandbox = msgspec.structs.replace(held, endpoints=connected)
             await self._undo(id, sandbox, [one.config for one in connected])
-            if self._naming is not None and id in served:
-                await self._naming.detach(id)
+            if self.naming is not None and id in served:
+                await self.naming.detach(id)
             freed.append(id)
         await self.overlays.sweep()
         return freed
@@ -243,8 +249,8 @@ class ContainerNetwork:
             if not joined.address and needs_way_out(container, [place]):
                 joined = await self._way_out(container, joined)
             await self.overlays.change(container.id, (), joined)
-            if self._naming is not None:
-                await self._naming.attach(msgspec.structs.replace(container, sandbox=joined))
+            if self.naming is not None:
+                await self.naming.attach(msgspec.structs.replace(container, sandbox=joined))
         except BaseException:
             await asyncio.shield(self._cut(container, joined, sandbox, (place,)))
             raise
@@ -277,11 +283,11 @@ class ContainerNetwork:
             await self.overlays.change(
                 container.id, [one for one in before.endpoints if one.port not in kept], left
             )
-            if self._naming is not None:
+            if self.naming is not None:
                 if left.endpoints:
-                    await self._naming.attach(msgspec.structs.replace(container, sandbox=left))
+                    await self.naming.attach(msgspec.structs.replace(container, sandbox=left))
                 else:
-                    await self._naming.detach(container.id)
+                    await self.naming.detach(container.id)
         finally:
             await self._joining.leave(container.id, gone)
 
@@ -314,8 +320,8 @@ class ContainerNetwork:
         self.mesh.reply_routing.remove(container_id)
         self.overlays.disconnect(container_id, sandbox.endpoints)
         try:
-            if self._naming is not None and sandbox.endpoints:
-                await self._naming.detach(container_id)
+            if self.naming is not None and sandbox.endpoints:
+                await self.naming.detach(container_id)
         except SkepError as error:  # a namespace that is gone is noticed there, too
             log.warning("names not forgotten", container=container_id, reason=str(error))
         finally:

@@ -1,8 +1,8 @@
-"""What is known of a container: the wish it was made from, where it stands, and its place on the network.
+"""A container: its configuration, its state, its sandbox, and the values that its operations take and give.
 
-A ``Container`` is one immutable record, written to ``<data>/containers/<id>/container.json`` at every
-change; the Engine API's ``docker ps`` and ``docker inspect`` are renderings of it.  Nothing secret is in it
-but what the user put into the environment.
+A ``Container`` is one immutable record, appended to ``<data>/containers/<id>/record`` at every change; the Engine
+API's ``docker ps`` and ``docker inspect`` are renderings of it.  Nothing secret is in it but what the user put into the
+environment.  Records are read by other versions: the names of serialized fields stay.
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,15 @@ from typing import NamedTuple
 import msgspec
 
 from skep.engine.health import Health
-from skep.engine.options import Plain
 from skep.errors import AlreadyExists
 from skep.model.container import HealthConfig, Ulimit
 from skep.model.ids import ContainerId
-from skep.model.sandbox import EndpointConfig, PublishedPort, Sandbox
+from skep.model.sandbox import EndpointConfig, EndpointRequest, NetworkMode, PublishedPort, Sandbox
 from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
 
 class ContainerState(Enum):
-    """Docker's words for where a container stands (``State.Status``)."""
+    """``State.Status``, in Docker's words."""
 
     CREATED = "created"
     RUNNING = "running"
@@ -31,7 +30,7 @@ class ContainerState(Enum):
 
 
 class ProcessName(msgspec.Struct, frozen=True):
-    """A process that cannot be mistaken for a later one with the same pid.
+    """A process, identified so that a later one with the same pid differs.
 
     ``start_ticks``: field 22 of /proc/PID/stat; ``boot_id``: the kernel's, since ticks count from the boot.
     """
@@ -59,11 +58,11 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
     options: tuple[str, ...] = ()
     internal: bool = False
     anonymous: bool = False
-    """A volume made for this container alone; it goes with it."""
+    """A volume made for this container alone, and removed with it."""
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How the output is kept.  ``max_size_bytes`` 0: one file without an end; ``type`` none: not at all."""
+    """How output is logged.  ``max_size_bytes`` 0: one file without a bound; ``type`` none: not at all."""
 
     type: str = "json-file"
     options: Mapping[str, str] = {}
@@ -72,7 +71,7 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The wish, with the image's defaults already merged in.  Limits: 0 means none."""
+    """What a container was asked to be, with the image's defaults merged in.  Limits: 0 means none."""
 
     path: str
     """What is executed; with ``args`` it is entrypoint and command together."""
@@ -105,7 +104,7 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     seccomp: str = "default"
     """``default``, ``unconfined``, or a profile in Docker's JSON."""
     apparmor: str = "default"
-    """``default``, ``unconfined``, or a profile that the kernel knows; means nothing where there is no AppArmor."""
+    """``default``, ``unconfined``, or a profile that is loaded in the kernel; ignored where there is no AppArmor."""
     no_new_privileges: bool = False
     oom_score_adj: int = 0
     hosts: tuple[str, ...] = ()
@@ -122,13 +121,40 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log: LogConfig = LogConfig()
 
 
+class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """``--restart``.  ``name``: no, always, unless-stopped, on-failure; ``attempts_max`` 0: as often as needed."""
+
+    name: str = "no"
+    attempts_max: int = 0
+
+
+class PlainOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Options that only a plain container has: its user decides when it runs, and on which networks."""
+
+    mode: NetworkMode = NetworkMode.BRIDGE
+    networks: tuple[EndpointRequest, ...] = ()
+    """With ``NETWORKS``, in the order of its interfaces."""
+    network_mode: str = "default"
+    """As the user gave it."""
+    restart: RestartPolicy = RestartPolicy()
+    auto_remove: bool = False
+    restarts: int = 0
+    """Starts by its policy since the user started it."""
+    is_stopped: bool = False
+    """By its user: its policy does not start it again."""
+    security_options: tuple[str, ...] = ()
+    """As the user gave them."""
+    attached: tuple[str, ...] = ()
+    """Streams that the client attached when it was created: stdin, stdout, stderr."""
+
+
 class Container(msgspec.Struct, frozen=True, kw_only=True):
     """One container.  Times are Docker's; ``ZERO_TIME`` where it has not happened yet."""
 
     id: ContainerId
     name: str
     image: str
-    """The reference as the user wrote it."""
+    """The reference as the user gave it."""
     image_id: str
     """``sha256:...`` of the image's configuration."""
     config: ContainerConfig
@@ -140,19 +166,19 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     state: ContainerState = ContainerState.CREATED
     process: ProcessName | None = None
     monitor: ProcessName | None = None
-    """The conmon that watches it."""
+    """Its conmon."""
     exit_code: int = 0
     error: str = ""
-    """Why it could not start or what became of its monitor, in the runtime's words."""
+    """Why it could not start, or that its monitor was lost; the runtime's words."""
     oom_killed: bool = False
     health: Health | None = None
-    """None: it has no probe, or never ran."""
+    """None: it has no health check, or never ran."""
     started_at: Timestamp = ZERO_TIME
     finished_at: Timestamp = ZERO_TIME
-    plain: Plain | None = None
+    plain: PlainOptions | None = None
     """None: it is a task's."""
     is_retired: bool = False
-    """It never ran and never will: it has no network any more."""
+    """It never ran and never will: its sandbox is freed."""
 
     @property
     def pid(self) -> int:
@@ -170,8 +196,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
         return self.started_at != ZERO_TIME
 
 
-class ContainerWish(msgspec.Struct, frozen=True, kw_only=True):
-    """What a container is made from.  ``layers``: lower directories of its file system, top first."""
+class NewContainer(msgspec.Struct, frozen=True, kw_only=True):
+    """A container to create.  ``layers``: lower directories of its file system, top first."""
 
     name: str
     image: str
@@ -179,12 +205,12 @@ class ContainerWish(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[str, ...]
     config: ContainerConfig
     labels: Mapping[str, str] = {}
-    plain: Plain | None = None
-    """A plain container's has no network before its start; None: a task's, which has."""
+    plain: PlainOptions | None = None
+    """A plain container has no sandbox before its start; None: a task's, which has."""
 
 
 class Stream(Enum):
-    """Where output came from; the values are those of Docker's framing."""
+    """An output stream; the values are those of Docker's framing."""
 
     STDOUT = 1
     STDERR = 2
@@ -198,8 +224,8 @@ class LogEntry(NamedTuple):
     data: bytes
 
 
-class LogWish(msgspec.Struct, frozen=True, kw_only=True):
-    """Which part of a log is wanted.  ``tail`` None: all; ``since_ns``/``until_ns`` 0: no bound (Unix time)."""
+class LogFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a log.  ``tail`` None: all; ``since_ns``/``until_ns`` 0: no bound (Unix time)."""
 
     streams: frozenset[Stream] = frozenset(Stream)
     follow: bool = False

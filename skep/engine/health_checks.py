@@ -22,7 +22,7 @@ from skep.engine.container import Container, ContainerState, ExecConfig
 from skep.engine.events import Events
 from skep.engine.execs import Execs
 from skep.engine.health import HealthStatus, Probe
-from skep.engine.registry import Registry
+from skep.engine.state import ContainerStore
 from skep.errors import NotFound, SkepError
 from skep.model.container import HealthConfig
 from skep.model.ids import ContainerId
@@ -38,9 +38,9 @@ class HealthChecks:
     """The probes of this node's containers."""
 
     def __init__(
-        self, registry: Registry, execs: Execs, events: Events, cgroups: Cgroups, clock: Clock
+        self, store: ContainerStore, execs: Execs, events: Events, cgroups: Cgroups, clock: Clock
     ) -> None:
-        self._registry = registry
+        self._store = store
         self._execs = execs
         self._events = events
         self._cgroups = cgroups
@@ -50,9 +50,9 @@ class HealthChecks:
         """Probe a running container until it ends."""
         with suppress(Overtaken, NotFound):
             await unless(self._probe_on(id), self._wait_ended(id))
-        container = self._registry.lookup(id)
+        container = self._store.lookup(id)
         if container is not None and container.health is not None:
-            self._registry.observe(id, health=health.stopped(container.health))
+            self._store.observe(id, health=health.stopped(container.health))
 
     async def wait(self, id: ContainerId, *wanted: HealthStatus) -> Container:
         """Return when its health is one of ``wanted``, when it does not run, or at once if it has no probe.
@@ -60,34 +60,34 @@ class HealthChecks:
         Raises: NotFound: it is gone.
         """
         while True:
-            container = self._registry.get(id)
+            container = self._store.get(id)
             known = container.health
             if known is None or known.status in wanted or not container.is_running:
                 return container
-            await self._registry.wait_changed(id)
+            await self._store.wait_changed(id)
 
     async def _wait_ended(self, id: ContainerId) -> None:
-        while (container := self._registry.lookup(id)) is not None and container.is_running:
-            await self._registry.wait_changed(id)
+        while (container := self._store.lookup(id)) is not None and container.is_running:
+            await self._store.wait_changed(id)
 
     async def _probe_on(self, id: ContainerId) -> None:
-        container = self._registry.get(id)
+        container = self._store.get(id)
         config = container.config.healthcheck
         assert config is not None, "only containers with a probe are probed"
         # From here on one clock: an earlier process may have started it.
         before_s = max(0.0, (self._clock.now_ns() - unix_ns(container.started_at)) / SECOND_NS)
         since = self._clock.monotonic() - before_s
-        while (known := self._registry.get(id).health) is not None:
+        while (known := self._store.get(id).health) is not None:
             await self._clock.sleep(health.pause_s(config, known, self._clock.monotonic() - since))
-            container = self._registry.get(id)
+            container = self._store.get(id)
             if container.state is ContainerState.PAUSED:
                 continue
             began_s = self._clock.monotonic() - since
             probe = await self._probe(container, config)
-            if not self._registry.get(id).is_running:
+            if not self._store.get(id).is_running:
                 return  # it ended meanwhile: what the probe says is of no use
             new = health.after(config, known, probe, began_s)
-            container = self._registry.observe(id, health=new)
+            container = self._store.observe(id, health=new)
             if new.status is not known.status:
                 self._events.publish(f"health_status: {new.status.value}", container)
 

@@ -13,18 +13,24 @@ import asyncio
 import os
 import re
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from skep.aio.clock import Clock
 from skep.aio.first import wait_first
-from skep.engine.container import LogConfig, LogEntry, LogWish, Stream
+from skep.aio.guard import report
+from skep.engine.bundle import Bundles
+from skep.engine.container import Container, LogConfig, LogEntry, LogFilter, Stream
 from skep.engine.filewatch import FileWatch
 from skep.errors import InvalidArgument
+from skep.model.ids import ContainerId
 from skep.model.times import unix_ns
 
 PIECE_BYTES_MAX = 16 << 10
+CHECK_S = 1.0
+"""Between two checks of sizes; a log may grow past its bound for so long."""
 _CHUNK_BYTES = 64 << 10
 _ENTRIES_AT_ONCE = 512
 _STREAMS = {b"stdout": Stream.STDOUT, b"stderr": Stream.STDERR}
@@ -140,7 +146,7 @@ class Files:
 
 async def read(
     current: Path,
-    wish: LogWish,
+    filter: LogFilter,
     *,
     has_ended: Callable[[], bool],
     wait_ended: Callable[[], Coroutine[Any, Any, object]],
@@ -151,8 +157,8 @@ async def read(
         has_ended: whether its writer has ended; what was not ended by a newline is given out then.
         wait_ended: returns when it has; used only to follow.
     """
-    source = _Source(current, wish)
-    watch = FileWatch(current.parent) if wish.follow else None
+    source = _Source(current, filter)
+    watch = FileWatch(current.parent) if filter.follow else None
     try:
         tail = await asyncio.to_thread(source.start)
         for entry in tail:
@@ -179,16 +185,16 @@ async def read(
 class _Source:
     """Reads and filters; runs in a thread, one call at a time."""
 
-    def __init__(self, current: Path, wish: LogWish) -> None:
+    def __init__(self, current: Path, filter: LogFilter) -> None:
         self._files = Files(current)
         self._assembler = Assembler()
-        self._wish = wish
+        self._filter = filter
         self.has_more = True
         self.is_over = False
 
     def start(self) -> list[LogEntry]:
         """With a tail: its entries.  Otherwise nothing: everything comes by ``next``."""
-        tail = self._wish.tail
+        tail = self._filter.tail
         if tail is None:
             self._files.open_oldest()
             return []
@@ -233,14 +239,14 @@ class _Source:
             entry = self._assembler.feed(line)
             if entry is None:
                 continue
-            if self._wish.until_ns and entry.timestamp_ns > self._wish.until_ns:
+            if self._filter.until_ns and entry.timestamp_ns > self._filter.until_ns:
                 self.is_over = True
                 return
             if self._is_wanted(entry):
                 yield entry
 
     def _is_wanted(self, entry: LogEntry) -> bool:
-        return entry.stream in self._wish.streams and entry.timestamp_ns >= self._wish.since_ns
+        return entry.stream in self._filter.streams and entry.timestamp_ns >= self._filter.since_ns
 
 
 def generations(current: Path) -> list[Path]:
@@ -305,3 +311,35 @@ def _start_of_tail(file: BinaryIO, lines: int) -> tuple[int, int]:
             found += 1
             end = newline
     return 0, found
+
+
+class LogRotation:
+    """Rotates the logs of running containers that have a bound.  ``reopen``: has conmon open its log file anew."""
+
+    def __init__(
+        self,
+        bundles: Bundles,
+        reopen: Callable[[ContainerId], None],
+        clock: Clock,
+        containers: Callable[[], Iterable[Container]],
+    ) -> None:
+        self._bundles = bundles
+        self._reopen = reopen
+        self._clock = clock
+        self._containers = containers
+
+    async def run(self) -> None:
+        """Check the sizes of all logs every second until cancelled."""
+        while True:
+            await self._clock.sleep(CHECK_S)
+            for container in self._containers():
+                if container.is_running and container.config.log.max_size_bytes:
+                    self.rotate(container)
+
+    def rotate(self, container: Container) -> None:
+        """Begin a new file, if the present one has reached its size."""
+        current = self._bundles.log(container.id)
+        try:
+            rotate(current, container.config.log, lambda: self._reopen(container.id))
+        except Exception as error:  # one container's error does not reach others
+            report(error, "log not rotated", container=container.id)

@@ -1,45 +1,70 @@
-"""What containers need of the node's network."""
+"""What the engine needs of its surroundings in the node: the network of containers, and their images."""
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Protocol
 
 from skep.engine.container import Container, ContainerState
+from skep.engine.images.image import Image
 from skep.engine.processes import is_alive
 from skep.model.ids import ContainerId
-from skep.model.sandbox import Sandbox
+from skep.model.sandbox import EndpointRequest, Sandbox
 
 
 class Networking(Protocol):
-    """Gives containers their places on networks (``dataplane/container_network.py``)."""
+    """Creates and frees sandboxes of containers; implemented by the data plane."""
+
+    @property
+    def host_gateway(self) -> str:
+        """The node's address for its containers (``host-gateway``); empty: there is none."""
 
     def running(self) -> AbstractAsyncContextManager[None]:
-        """Keep what containers are given, whatever others change, until the block ends."""
+        """Keep the sandboxes as they were made, whatever else changes on the node, until the block ends."""
 
     async def restore(self, live: Collection[Container]) -> None:
-        """Make the node ready, keep what belongs to the ``live`` containers, free everything else."""
+        """Make the node ready, keep the sandboxes of the ``live`` containers, free all others."""
 
     async def attach(self, container: Container) -> Sandbox:
-        """A network namespace with its places and a way out, its host-mode ports published.  Raises: SkepError."""
+        """Create a network namespace with its endpoints and host-mode ports.  Raises: SkepError."""
 
     async def detach(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """Free all of it.  Harmless when nothing is left."""
 
-    async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
-        """Free what is held for containers that ``is_needed`` denies, and say so; gives their ids.
+    async def connect(self, container: Container, request: EndpointRequest) -> Sandbox:
+        """One more endpoint for a running container.  Raises: FailedPrecondition: it has it; NotFound; SkepError."""
 
-        ``is_needed`` is asked for each at the moment it would be freed.  Raises: SkepError, OSError.
+    async def disconnect(self, container: Container, network_id: str) -> Sandbox:
+        """Remove an endpoint of a running container.  Raises: SkepError."""
+
+    async def rename(self, container: Container) -> None:
+        """Use ``container.name`` on its networks from now on.  Raises: FailedPrecondition; SkepError."""
+
+    async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
+        """Free and log what is held for containers of which ``is_needed`` is false; gives their ids.
+
+        ``is_needed`` is called for each at the moment it would be freed.  Raises: SkepError, OSError.
         """
 
 
-def kept(containers: Iterable[Container]) -> list[Container]:
-    """Those of an earlier process that run, or may still be started, and so keep their places."""
-    return [
-        one
-        for one in containers
-        if one.sandbox is not None
-        and one.state is not ContainerState.REMOVING
-        and os.path.ismount(one.sandbox.netns)
-        and (not one.was_started or (one.process is not None and is_alive(one.process)))
-    ]
+class Images(Protocol):
+    """The node's images (``images/store.py``)."""
+
+    def get(self, word: str) -> Image:
+        """Raises: NotFound."""
+
+    def layers(self, image: Image) -> Sequence[Path]: ...
+
+    def pinned(self, chain: Sequence[str]) -> AbstractAsyncContextManager[None]:
+        """Keep the layers of ``chain`` for the block."""
+
+
+def has_sandbox(container: Container) -> bool:
+    """Whether a container of an earlier process runs, or may still be started, and so keeps its sandbox."""
+    return (
+        container.sandbox is not None
+        and container.state is not ContainerState.REMOVING
+        and os.path.ismount(container.sandbox.netns)
+        and (not container.was_started or (container.process is not None and is_alive(container.process)))
+    )

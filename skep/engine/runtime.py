@@ -80,8 +80,8 @@ class Runtime:
         self._runc = runc
         self._conmon = conmon
         self._root = root
-        self._bundles = bundles
-        self._cgroups = cgroups
+        self.bundles = bundles
+        self.cgroups = cgroups
         self._capacity = capacity
         self._conmons = Conmons(cgroups)
         self._state = RuncState(root)
@@ -95,12 +95,12 @@ class Runtime:
 
         Raises: StartError: runc refused; Unavailable: no answer in time.
         """
-        id, path, bundle = container.id, self._bundles.path(container.id), self._bundles.bundle(container.id)
+        id, path, bundle = container.id, self.bundles.path(container.id), self.bundles.bundle(container.id)
         for stale in (path / id, path / "oom", bundle / "attach", bundle / "ctl", bundle / "pidfile"):
             stale.unlink(missing_ok=True)  # of an earlier start
         arguments = self._conmon_arguments(id, id, bundle, path, terminal=container.config.tty)
         arguments += ["--persist-dir", str(path), "-P", str(bundle / "conmon.pid")]
-        arguments += ["-l", _log_driver(container, self._bundles.log(id))]
+        arguments += ["-l", _log_driver(container, self.bundles.log(id))]
         if container.config.open_stdin:
             arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
         async with self._conmons.started(arguments, path, attach=False) as pipes:
@@ -147,19 +147,19 @@ class Runtime:
         if self._state.knows(id):
             with suppress(RuntimeFailed):
                 await self.run("delete", "--force", id)
-        self._cgroups.remove(id)
+        self.cgroups.remove(id)
 
     async def clear(self, id: ContainerId) -> None:
         """The same for a container that has ended: it has no process left, so that no runc is needed."""
         backoff = Backoff(first_s=0.001, longest_s=0.02)
         for _ in range(_CLEAR_TRIES_MAX):
-            if await asyncio.to_thread(self._cgroups.remove, id):
+            if await asyncio.to_thread(self.cgroups.remove, id):
                 self._state.forget(id)
                 return
             # The kernel counts a process as a group's member until a moment after its end was reported.
             await asyncio.sleep(backoff.next_delay_s())
         log.warning(
-            "processes of an ended container are killed", container=id, pids=sorted(self._cgroups.pids(id))
+            "processes of an ended container are killed", container=id, pids=sorted(self.cgroups.pids(id))
         )
         await self.delete(id)
 
@@ -203,7 +203,7 @@ class Runtime:
 
     def reopen_log(self, id: ContainerId) -> None:
         """Make conmon open its log file anew, after a rename; nothing is lost."""
-        control(self._bundles.bundle(id), b"2 0 0\n")
+        control(self.bundles.bundle(id), b"2 0 0\n")
 
     async def run(self, *arguments: str, stdin: bytes | None = None) -> bytes:
         """One runc command; gives what it printed.  Raises: RuntimeFailed; Unavailable: the deadline passed."""
@@ -288,7 +288,7 @@ class Runtime:
         return arguments
 
     def _read_exit(self, container: Container) -> Ended | None:
-        path = self._bundles.path(container.id)
+        path = self.bundles.path(container.id)
         try:
             code = int((path / container.id).read_text())
         except (FileNotFoundError, ValueError):

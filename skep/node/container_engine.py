@@ -1,6 +1,5 @@
 """What runs tasks on this node: the configured executor, and for ``oci`` the container engine below it."""
 
-import random
 import shutil
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
@@ -9,7 +8,7 @@ import msgspec
 from aiohttp import web
 
 from skep.agent.assignments import LogLine, LogQuery, LogSource
-from skep.agent.executor.assembly import Programs, find_programs, oci_executor
+from skep.agent.executor.assembly import oci_executor
 from skep.agent.executor.attaching import ClusterAttachments
 from skep.agent.executor.interface import Executor
 from skep.agent.executor.process import ProcessExecutor
@@ -27,16 +26,14 @@ from skep.engine.api.containers import container_routes, image_users
 from skep.engine.api.disk_usage import DiskUsage
 from skep.engine.api.images import image_routes
 from skep.engine.api.volumes import volume_routes
+from skep.engine.capacity import Programs, find_programs
 from skep.engine.container import Container, ContainerState
-from skep.engine.containers import Containers
+from skep.engine.engine import Engine
 from skep.engine.images.local import ImageEvent
 from skep.engine.images.registry import Policy
 from skep.engine.images.store import ImageStore
-from skep.engine.mounts.volumes import Volumes
-from skep.engine.plain.containers import PlainContainers
 from skep.errors import NotFound, SkepError, Unimplemented
 from skep.model.meta import Driver
-from skep.model.readable import names_from
 from skep.node.environment import Environment
 from skep.node.events import NodeEvents
 from skep.node.info import Counts
@@ -48,14 +45,13 @@ class ContainerEngine(msgspec.Struct, frozen=True, kw_only=True):
     executor: Executor
     logs: LogSource
     payloads: PayloadSink | None = None
-    containers: Containers | None = None
+    engine: Engine | None = None
     images: ImageStore | None = None
     gateway: GatewayBridge | None = None
     overlays: Overlays | None = None
     naming: Naming | None = None
     mesh: Mesh | None = None
     probes: PathProber | None = None
-    plain: PlainContainers | None = None
     attachments: ClusterAttachments | None = None
     local: LocalNetworks | None = None
     routes: tuple[web.AbstractRouteDef, ...] = ()
@@ -67,7 +63,7 @@ class ContainerEngine(msgspec.Struct, frozen=True, kw_only=True):
 
     def counts(self) -> Counts:
         """Containers by state and images, for ``/info``."""
-        states = [one.state for one in self.containers.list()] if self.containers is not None else []
+        states = [one.state for one in self.engine.list()] if self.engine is not None else []
         running, paused = states.count(ContainerState.RUNNING), states.count(ContainerState.PAUSED)
         return Counts(
             running=running,
@@ -78,20 +74,20 @@ class ContainerEngine(msgspec.Struct, frozen=True, kw_only=True):
 
     def list_containers(self) -> Collection[Container]:
         """Every container of this engine."""
-        return self.containers.list() if self.containers is not None else ()
+        return self.engine.list() if self.engine is not None else ()
 
     def container(self, word: str) -> Container:
         """By id, name or prefix.  Raises: NotFound."""
-        if self.containers is None:
+        if self.engine is None:
             raise NotFound(f"No such container: {word}")
-        return self.containers.get(word)
+        return self.engine.get(word)
 
     def knows_container(self, word: str) -> bool:
         """Whether ``word`` is a container of this engine."""
-        if self.containers is None:
+        if self.engine is None:
             return False
         try:
-            self.containers.get(word)
+            self.engine.get(word)
         except NotFound:
             return False
         return True
@@ -107,10 +103,10 @@ class ContainerEngine(msgspec.Struct, frozen=True, kw_only=True):
 
     def knows_exec(self, id: str) -> bool:
         """Whether ``id`` is an exec in a container of this engine."""
-        if self.containers is None:
+        if self.engine is None:
             return False
         try:
-            self.containers.execs.get(id)
+            self.engine.execs.get(id)
         except NotFound:
             return False
         return True
@@ -157,39 +153,27 @@ def oci_engine(configuration: Configuration, environment: Environment, events: N
         programs=programs(configuration),
         conditions=environment.conditions,
     )
-    plain = PlainContainers(
-        containers=executor.containers,
-        images=images,
-        mounting=executor.mounting,
-        network=executor.network,
-        clock=clock,
-        new_name=names_from(random.Random()),
-        hostname=environment.machine.hostname,
-        log_default=executor.log_default,
-    )
-    executor.attachments.evict_by(plain.evict)
-    volumes = Volumes(paths.volumes)
+    engine, network = executor.engine, executor.network
     routes = (
-        *image_routes(images, lambda: image_users(executor.containers), clock=clock),
-        *container_routes(executor.containers, images, executor.bundles, clock=clock, plain=plain),
-        *volume_routes(volumes, executor.containers.list),
-        *DiskUsage(images, executor.containers, executor.bundles, volumes, clock).routes(),
+        *image_routes(images, lambda: image_users(engine), clock=clock),
+        *container_routes(engine, images, clock),
+        *volume_routes(engine.volumes, engine.list),
+        *DiskUsage(engine, images, clock).routes(),
         *absent.routes,
     )
     return ContainerEngine(
         executor=executor,
-        logs=TaskLogs(executor.containers),
+        logs=TaskLogs(engine),
         payloads=executor.payloads,
-        containers=executor.containers,
+        engine=engine,
         images=images,
-        gateway=executor.gateway,
-        overlays=executor.overlays,
-        naming=executor.naming,
-        mesh=executor.mesh,
-        probes=executor.prober,
-        plain=plain,
+        gateway=network.gateway,
+        overlays=network.overlays,
+        naming=network.naming,
+        mesh=network.mesh,
+        probes=network.prober,
         attachments=executor.attachments,
-        local=executor.network.local,
+        local=network.local,
         routes=routes,
     )
 
@@ -226,8 +210,8 @@ def programs(configuration: Configuration) -> Programs:
     )
 
 
-async def forward_container_events(containers: Containers, events: NodeEvents) -> None:
+async def forward_container_events(engine: Engine, events: NodeEvents) -> None:
     """Publish the containers' events in the node's stream until cancelled."""
-    with containers.events.subscribed() as subscription:
+    with engine.events.subscribed() as subscription:
         async for event in subscription:
             events.publish("container", event.action, event.container_id, event.attributes, event.time_ns)

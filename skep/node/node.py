@@ -38,7 +38,7 @@ from skep.dataplane.tables import silence
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.keeper import TableKeeper
 from skep.engine import apparmor
-from skep.engine.api.plain_containers import own_container_routes, plain_container_routes
+from skep.engine.api.containers import create_routes
 from skep.engine.cgroups import Cgroups
 from skep.linux.processes import boot_id
 from skep.model.ids import NodeId, new_container_id, new_id
@@ -72,6 +72,7 @@ from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkParts, network_routes
+from skep.node.routes.plain_containers import plain_container_routes
 from skep.node.runner import Dependencies
 from skep.node.supervision.identity import read_pid_file
 from skep.node.swarm_info import why_waiting
@@ -146,11 +147,12 @@ class Node:
             self._run_checks(run)
             group.create_task(self._worker.run(), name="worker")
             self._run_networks(run)
-            if self._engine.containers is not None:
-                run(partial(forward_container_events, self._engine.containers, self._events), "events")
+            if self._engine.engine is not None:
+                run(partial(forward_container_events, self._engine.engine, self._events), "events")
             group.create_task(self._membership.run(), name="membership")
-            if self._engine.plain is not None:
-                run(partial(run_after, self._worker.wait_ready, self._engine.plain.run), "plain containers")
+            if self._engine.engine is not None:
+                restarts = self._engine.engine.run_restart_policies
+                run(partial(run_after, self._worker.wait_ready, restarts), "plain containers")
             await wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
             async with front.listening(self._configuration.api_hosts, _tls_of(self._configuration)):
                 gc.collect()
@@ -364,7 +366,7 @@ class Node:
             local=local,
             containers=engine.list_containers,
             container=engine.container,
-            plain=engine.plain,
+            own_engine=engine.engine,
         )
         app = application(
             system_routes.routes,
@@ -385,9 +387,9 @@ class Node:
         engine, docker = self._engine, self._docker
         routes: tuple[web.AbstractRouteDef, ...] = (*networks, *engine.routes)
         if docker is not None:
-            beside = plain_container_routes(docker, engine.images, engine.plain, cluster.may_have)
+            beside = plain_container_routes(docker, engine.images, engine.engine, cluster.may_have)
             return (*with_containers_of(docker, routes), *beside)
-        return (*routes, *own_container_routes(engine.plain)) if engine.plain is not None else routes
+        return (*routes, *create_routes(engine.engine)) if engine.engine is not None else routes
 
     def _front(self, here: web.Server) -> Front:
         waiting = partial(why_waiting, self._paths.manager_waiting)

@@ -90,7 +90,7 @@ async def serving(directory: Path, executor: OciExecutor) -> AsyncIterator[Api]:
     async def _(_: web.Request) -> web.StreamResponse:
         return web.Response()
 
-    server = runner(application(ping, container_routes(executor.containers, images, executor.bundles)))
+    server = runner(application(ping, container_routes(executor.engine, images)))
     await server.setup()
     await web.UnixSite(server, directory / "api.sock").start()
     connector = aiohttp.UnixConnector(str(directory / "api.sock"))

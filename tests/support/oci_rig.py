@@ -8,20 +8,21 @@ from typing import Any, cast
 
 import pytest
 
-from skep.agent.executor.assembly import Programs, capacity_of
 from skep.agent.executor.interface import Controller, Running, TaskExit
 from skep.aio.clock import SystemClock
-from skep.engine import containers as containers_module
-from skep.engine import overlay
+from skep.engine import lifecycle, overlay
 from skep.engine.bundle import Bundles
+from skep.engine.capacity import Programs, capacity_of
 from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, ContainerConfig, ContainerWish, ProcessName
-from skep.engine.containers import Containers
+from skep.engine.container import Container, ContainerConfig, NewContainer, ProcessName
+from skep.engine.engine import Engine, EngineConfig
+from skep.engine.networking import Images
 from skep.engine.runtime import Ended, Runtime, Started
+from skep.engine.volumes import Volumes
 from skep.errors import NotFound
-from skep.model.ids import ContainerId, NodeId, TaskId, new_container_id
+from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.labels import LABEL_TASK_ID
-from skep.model.sandbox import Sandbox
+from skep.model.sandbox import EndpointRequest, Sandbox
 from skep.model.task import AssignedTask, ContainerStatus
 
 Fault = Callable[[str, str], None]
@@ -40,7 +41,7 @@ class QuickClock(SystemClock):
 
 
 class Machine:
-    """What lives on when the node process ends: processes, and the network's book of them."""
+    """What lives on when the node process ends: processes, and the network's record of them."""
 
     def __init__(self) -> None:
         self.ended: dict[str, asyncio.Event] = {}
@@ -60,8 +61,10 @@ class Machine:
 class MemoryRuntime:
     """In the place of ``Runtime``."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, bundles: Bundles, cgroups: Cgroups) -> None:
         self._machine = machine
+        self.bundles = bundles
+        self.cgroups = cgroups
 
     def close(self) -> None:
         """Nothing is held."""
@@ -102,8 +105,19 @@ class MemoryRuntime:
 class MemoryNetwork:
     """In the place of ``ContainerNetwork``."""
 
+    host_gateway = ""
+
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+
+    async def connect(self, container: Container, request: EndpointRequest) -> Sandbox:
+        return Sandbox(netns="")
+
+    async def disconnect(self, container: Container, network_id: str) -> Sandbox:
+        return Sandbox(netns="")
+
+    async def rename(self, container: Container) -> None:
+        """There are no names."""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -125,11 +139,11 @@ class MemoryNetwork:
         self._machine.attached.discard(container_id)
 
 
-def memory_containers(directory: Path, machine: Machine, patch: pytest.MonkeyPatch) -> Containers:
+def memory_engine(directory: Path, machine: Machine, patch: pytest.MonkeyPatch) -> Engine:
     """Containers whose files lie below ``directory``; nothing is mounted, and signals end processes of ``machine``."""
     patch.setattr(overlay, "mount_layers", lambda *_: None)
     patch.setattr(overlay, "unmount_if_mounted", lambda *_: None)
-    patch.setattr(containers_module, "send_signal", machine.signal)
+    patch.setattr(lifecycle, "send_signal", machine.signal)
     cgroups = Cgroups("none")
     bundles = Bundles(
         directory / "containers",
@@ -138,19 +152,18 @@ def memory_containers(directory: Path, machine: Machine, patch: pytest.MonkeyPat
         capacity_of(cgroups, Programs()),
         directory / "resolv.conf",
     )
-    return Containers(
-        bundles=bundles,
-        runtime=cast("Runtime", MemoryRuntime(machine)),
-        cgroups=cgroups,
+    return Engine(
+        runtime=cast("Runtime", MemoryRuntime(machine, bundles, cgroups)),
+        images=cast("Images", None),
+        volumes=Volumes(directory / "volumes"),
         network=MemoryNetwork(machine),
         clock=QuickClock(),
-        new_id=new_container_id,
-        starts_max=4,
+        config=EngineConfig(starts_max=4),
     )
 
 
-def wish(name: str, **labels: str) -> ContainerWish:
-    return ContainerWish(
+def new_container(name: str, **labels: str) -> NewContainer:
+    return NewContainer(
         name=name,
         image="i",
         image_id="sha256:i",
@@ -160,29 +173,29 @@ def wish(name: str, **labels: str) -> ContainerWish:
     )
 
 
-class ContainersExecutor:
-    """An executor as thin as it can be above ``Containers``."""
+class EngineExecutor:
+    """The least executor above ``Engine``."""
 
     name = "oci"
 
-    def __init__(self, containers: Containers) -> None:
-        self.containers = containers
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        async with self.containers.running():
+        async with self.engine.running():
             yield
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
-        return ContainerController(self.containers, task)
+        return ContainerController(self.engine, task)
 
     async def leftovers(self) -> Sequence[TaskId]:
-        return [TaskId(one.labels[LABEL_TASK_ID]) for one in self.containers.list()]
+        return [TaskId(one.labels[LABEL_TASK_ID]) for one in self.engine.list()]
 
     async def discard(self, task_id: TaskId) -> None:
-        found = self.containers.find_by_label(LABEL_TASK_ID, task_id)
+        found = self.engine.find_by_label(LABEL_TASK_ID, task_id)
         if found is not None:
-            await self.containers.remove(found.id, force=True)
+            await self.engine.remove(found.id, force=True)
 
     def identify(self, node_id: NodeId) -> None:
         """Nothing here carries it."""
@@ -191,12 +204,12 @@ class ContainersExecutor:
 class ContainerController:
     """One task's container."""
 
-    def __init__(self, containers: Containers, task: AssignedTask) -> None:
-        self._containers = containers
+    def __init__(self, engine: Engine, task: AssignedTask) -> None:
+        self._engine = engine
         self._id = task.task.id
 
     def _container(self) -> Container | None:
-        return self._containers.find_by_label(LABEL_TASK_ID, self._id)
+        return self._engine.find_by_label(LABEL_TASK_ID, self._id)
 
     def _require(self) -> Container:
         container = self._container()
@@ -211,22 +224,22 @@ class ContainerController:
     async def prepare(self) -> None:
         if self._container() is None:
             labels: dict[str, Any] = {LABEL_TASK_ID: self._id}
-            await self._containers.create(wish(f"task-{self._id}", **labels))
+            await self._engine.add(new_container(f"task-{self._id}", **labels))
 
     async def start(self) -> Running:
         container = self._require()
         if not container.was_started:
-            container = await self._containers.start(container.id)
+            container = await self._engine.start(container.id)
         return Running(container=ContainerStatus(container_id=container.id))
 
     async def wait(self) -> TaskExit:
-        container = await self._containers.wait(self._require().id)
+        container = await self._engine.wait(self._require().id)
         return TaskExit(exit_code=container.exit_code)
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         container = self._container()
         if container is not None:
-            await self._containers.stop(container.id)
+            await self._engine.stop(container.id)
 
     async def terminate(self) -> None:
         await self.shutdown()
@@ -237,4 +250,4 @@ class ContainerController:
     async def remove(self) -> None:
         container = self._container()
         if container is not None:
-            await self._containers.remove(container.id, force=True)
+            await self._engine.remove(container.id, force=True)

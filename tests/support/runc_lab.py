@@ -89,6 +89,12 @@ class TreeImages:
     def resolve(self, word: str) -> Image | None:
         return self.image if word in (IMAGE, "busybox", IMAGE_ID) else None
 
+    def get(self, word: str) -> Image:
+        image = self.resolve(word)
+        if image is None:
+            raise NotFound(f"No such image: {word}")
+        return image
+
     def layers(self, image: Image) -> Sequence[Path]:
         return (self._tree,)
 
@@ -143,9 +149,9 @@ class Lab:
         finally:
             executor = self.executor()
             async with asyncio.timeout(30), executor.running():
-                for container in executor.containers.list():
+                for container in executor.engine.list():
                     with suppress(NotFound):
-                        await executor.containers.remove(container.id, force=True)
+                        await executor.engine.remove(container.id, force=True)
             if self._ports is not None:
                 self._ports.close()
             unmount_if_mounted(self.paths.secrets)

@@ -1,15 +1,14 @@
 """Puts the ``oci`` executor together from its pieces."""
 
 import os
-import resource
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
+from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.attaching import ClusterAttachments
 from skep.agent.executor.oci import OciExecutor
+from skep.agent.executor.payloads import Payloads
 from skep.agent.executor.pulling import Images
 from skep.aio.clock import Clock
 from skep.dataplane.container_network import ContainerNetwork
@@ -31,36 +30,16 @@ from skep.dataplane.probe.knocking import Knocking
 from skep.dataplane.probe.place import ProbePlace
 from skep.dataplane.probe.port_checks import PortChecks
 from skep.dataplane.probe.prober import PathProber
-from skep.engine import apparmor, capabilities, seccomp
 from skep.engine.bundle import Bundles
+from skep.engine.capacity import Programs, capacity_of, find_programs
 from skep.engine.cgroups import Cgroups
-from skep.engine.containers import Containers
-from skep.engine.machine_paths import is_in_user_namespace, thermal_throttles
-from skep.engine.mounts.payloads import Payloads
-from skep.engine.mounts.volumes import Volumes
+from skep.engine.engine import Engine, EngineConfig
 from skep.engine.runtime import Runtime
-from skep.engine.spec import Capacity
-from skep.model.ids import new_container_id
+from skep.engine.volumes import Volumes
+from skep.model.ids import NodeId, new_container_id
 from skep.model.meta import Driver
 from skep.node.conditions import Conditions
 from skep.paths import Paths
-
-_CAP_SYS_RESOURCE = "CAP_SYS_RESOURCE"
-_INITS = ("/usr/bin/tini-static", "/usr/bin/catatonit")
-"""Static ones only: a dynamic init finds no loader in most images."""
-
-
-class Programs(msgspec.Struct, frozen=True, kw_only=True):
-    """The programs of the machine that containers need."""
-
-    runc: Path = Path("/usr/sbin/runc")
-    conmon: Path = Path("/usr/bin/conmon")
-    init: str = ""
-
-
-def find_programs() -> Programs:
-    """What this machine has."""
-    return Programs(init=next((path for path in _INITS if os.access(path, os.X_OK)), ""))
 
 
 def oci_executor(
@@ -118,32 +97,28 @@ def oci_executor(
         naming=naming,
         conditions=conditions,
     )
-    containers = Containers(
-        bundles=bundles,
+    engine = Engine(
         runtime=runtime,
-        cgroups=cgroups,
+        images=images,
+        volumes=Volumes(paths.volumes),
         network=network,
         clock=clock,
-        new_id=new_container_id,
-        starts_max=2 * (os.cpu_count() or 1),
-        conditions=conditions,
+        config=EngineConfig(
+            starts_max=2 * (os.cpu_count() or 1),
+            hostname=hostname,
+            log_default=log_default or Driver(name="json-file"),
+            report_restore=conditions.say("restore") if conditions is not None else lambda _: None,
+        ),
     )
+    attachments.evict_by(engine.evict)
     return OciExecutor(
-        containers=containers,
-        bundles=bundles,
+        engine=engine,
         images=images,
         payloads=Payloads(paths.secrets),
-        volumes=Volumes(paths.volumes),
-        clock=clock,
-        hostname=hostname,
-        log_default=log_default,
-        gateway=network.gateway,
-        overlays=network.overlays,
-        naming=naming,
-        mesh=network.mesh,
-        prober=network.prober,
-        attachments=attachments,
         network=network,
+        attachments=attachments,
+        clock=clock,
+        node=NodeFacts(id=NodeId(""), hostname=hostname, architecture=os.uname().machine),
     )
 
 
@@ -226,27 +201,3 @@ def container_network(
 
 def _random_number() -> int:
     return secrets.randbits(64)
-
-
-def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:
-    """What this process can give to containers; found out once."""
-    bounding = capabilities.bounding_set()
-    may_raise = _CAP_SYS_RESOURCE in bounding
-    limits = {
-        name: resource.getrlimit(getattr(resource, name))[1]
-        for name in dir(resource)
-        if name.startswith("RLIMIT_")
-    }
-    return Capacity(
-        capabilities=bounding,
-        hard_limits={} if may_raise else {name: hard for name, hard in limits.items() if hard >= 0},
-        controllers=cgroups.controllers,
-        has_swap_accounting=cgroups.has_swap_accounting,
-        may_lower_oom_score=may_raise,
-        is_cgroup_v2=cgroups.is_v2,
-        init_binary=programs.init,
-        has_x32=seccomp.runs_x32(),
-        has_apparmor=apparmor.is_supported(),
-        masked_paths=thermal_throttles(),
-        has_keyrings=not is_in_user_namespace(),
-    )

@@ -15,8 +15,8 @@ from typing import Protocol
 import msgspec
 import structlog
 
+from skep.agent.executor.adapter import endpoint_configs
 from skep.agent.executor.interface import Rejected, Running, TaskExit
-from skep.agent.executor.places import places
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.ids import ContainerId, NetworkId, TaskId
 from skep.model.sandbox import EndpointConfig, EndpointRequest
@@ -147,7 +147,7 @@ class ClusterAttachments:
             return
         if not self._asking[container_id]:
             raise Rejected("the container that asked for this place does not want it any more")
-        (place, *_) = places(task.task) or (None,)
+        (place, *_) = endpoint_configs(task.task) or (None,)
         if place is None:
             raise Rejected("this place is on no overlay network")
         self._held[id] = _Held(container_id, msgspec.structs.replace(place, attachment=id))

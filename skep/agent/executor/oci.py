@@ -1,54 +1,43 @@
-"""Tasks as containers under runc: the executor skep nodes have by default.
+"""Tasks as containers under runc: the default executor of nodes.
 
-A controller is thin: what a task wants becomes a ``ContainerWish``, and ``Containers`` does the rest.  The
-container of a task is found by its label, so nothing about tasks has to be remembered here.
+A task becomes a create request (``adapter``), and the engine does the rest.  The container of a task is found by its
+label, so nothing about tasks is kept here.
 """
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import msgspec
 import structlog
 
-from skep.agent.executor import wish
+from skep.agent.executor import adapter
+from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.attaching import ClusterAttachments, is_attachment
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
-from skep.agent.executor.mounting import Mounting
-from skep.agent.executor.pulling import Images, Pulling
-from skep.agent.executor.template import expand
-from skep.agent.executor.wish import NodeFacts
+from skep.agent.executor.payloads import Payloads
+from skep.agent.executor.pulling import ImagePuller, Images
 from skep.aio.clock import Clock
 from skep.aio.guard import persist
 from skep.dataplane.container_network import ContainerNetwork
-from skep.dataplane.ingress.mesh import Mesh
-from skep.dataplane.local.keeper import GatewayBridge
-from skep.dataplane.naming import Naming
 from skep.dataplane.netns.connections import inbound_of
-from skep.dataplane.overlays import Overlays
-from skep.dataplane.probe.prober import PathProber
-from skep.engine.bundle import Bundles
-from skep.engine.container import Container, ContainerWish, NotRunning
-from skep.engine.containers import Containers
+from skep.engine.container import Container, NotRunning
+from skep.engine.engine import Engine
 from skep.engine.health import HealthStatus
-from skep.engine.mounts.payloads import Payloads
-from skep.engine.mounts.volumes import Volumes
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import LABEL_TASK_ID
-from skep.model.meta import Driver
 from skep.model.planes import is_overlay
 from skep.model.task import AssignedTask, ContainerStatus
 
 log = structlog.get_logger()
 
-DRAIN_LOOK_S = 0.05
-"""The kernel announces the end of a connection to its owner alone."""
+DRAIN_POLL_S = 0.05
+"""The kernel reports the end of a connection to its owner alone, so connections are polled."""
 
 UNHEALTHY = "dockerexec: unhealthy container"
-"""Docker's words, in ``docker service ps``."""
+"""Docker's text, in ``docker service ps``."""
 
 
 class OciExecutor:
@@ -59,84 +48,62 @@ class OciExecutor:
     def __init__(
         self,
         *,
-        containers: Containers,
-        bundles: Bundles,
+        engine: Engine,
         images: Images,
         payloads: Payloads,
-        volumes: Volumes,
-        clock: Clock,
-        hostname: str,
-        log_default: Driver | None = None,
-        overlays: Overlays,
-        mesh: Mesh,
-        prober: PathProber,
-        gateway: GatewayBridge | None = None,
-        naming: Naming | None = None,
-        attachments: ClusterAttachments,
         network: ContainerNetwork,
+        attachments: ClusterAttachments,
+        clock: Clock,
+        node: NodeFacts,
     ) -> None:
         """
         Args:
-            log_default: the node's log driver with its options, for tasks that name none.
-            naming: has names answered in containers; None: nobody does.
-            gateway: the bridge by which containers reach the world; whoever shows the node's networks asks for it.
-            attachments: places of plain containers, which are tasks too.
-            network: where they are changed while they run.
+            images: from which tasks' images are pulled.
+            attachments: endpoints of plain containers on the cluster's networks, which are tasks too.
+            node: its id is set by ``identify``.
         """
-        self.containers = containers
-        self.bundles = bundles
-        self.images = images
+        self.engine = engine
         self.payloads = payloads
-        self.volumes = volumes
-        self.mounting = Mounting(volumes, bundles)
-        self.gateway = gateway
-        self.naming = naming
-        self.overlays = overlays
-        self.mesh = mesh
-        self.prober = prober
-        self.attachments = attachments
         self.network = network
-        self.pulling = Pulling(images, clock)
+        self.attachments = attachments
+        self.image_puller = ImagePuller(images, clock)
         self.clock = clock
-        self.log_default = log_default or Driver(name="json-file")
-        self.node = NodeFacts(id=NodeId(""), hostname=hostname, architecture=os.uname().machine)
+        self.node = node
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Find the containers of earlier processes again; they go on when the block ends."""
+        """Adopt the containers of earlier processes; they run on when the block ends."""
         opening = partial(asyncio.to_thread, self.payloads.open)
-        await persist(opening, "no place for secrets yet", clock=self.clock, longest_s=10.0)
-        async with self.containers.running():
+        await persist(opening, "file system for secrets not mounted", clock=self.clock, longest_s=10.0)
+        async with self.engine.running():
             yield
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
-        """Raises nothing: what is wrong with the task is said by ``prepare``."""
+        """Raises nothing: errors of the task are raised by ``prepare``."""
         if is_attachment(task):
             return self.attachments.controller(task)
         return OciController(self, task, registry_auth)
 
     async def leftovers(self) -> Sequence[TaskId]:
-        found = {one.labels[LABEL_TASK_ID] for one in self.containers.list() if LABEL_TASK_ID in one.labels}
+        found = {one.labels[LABEL_TASK_ID] for one in self.engine.list() if LABEL_TASK_ID in one.labels}
         return [TaskId(id) for id in sorted(found)]
 
     async def discard(self, task_id: TaskId) -> None:
-        for container in self.containers.list():
+        for container in self.engine.list():
             if container.labels.get(LABEL_TASK_ID) == task_id:
                 await self.remove_container(container)
 
     def identify(self, node_id: NodeId) -> None:
         self.node = msgspec.structs.replace(self.node, id=node_id)
-        self.overlays.identify(node_id)
-        self.mesh.identify(node_id)
+        self.network.overlays.identify(node_id)
+        self.network.mesh.identify(node_id)
 
     async def remove_container(self, container: Container) -> None:
-        """Remove a task's container with its secrets and its nameless volumes."""
-        try:
-            await self.containers.remove(container.id, force=True)
-        except NotFound:
-            pass  # somebody was faster
+        """Remove a task's container with its secrets and its anonymous volumes."""
+        with suppress(NotFound):  # removed by hand meanwhile
+            await self.engine.remove(container.id, force=True)
         self.payloads.forget(container.labels.get(LABEL_TASK_ID, ""))
-        await self.mounting.discard_nameless(container.config.mounts)
+        await self.engine.volumes.remove_anonymous(container.config.mounts)
 
 
 class OciController:
@@ -144,7 +111,7 @@ class OciController:
 
     def __init__(self, executor: OciExecutor, task: AssignedTask, registry_auth: str) -> None:
         self._executor = executor
-        self._containers = executor.containers
+        self._engine = executor.engine
         self._task = task
         self._registry_auth = registry_auth
 
@@ -155,55 +122,42 @@ class OciController:
     async def prepare(self) -> None:
         if self._container() is not None:
             return
-        spec = wish.container_spec(self._task)
-        image = await self._executor.pulling.image(spec.image, self._registry_auth)
-        defaults = image.config.defaults
+        task, executor = self._task, self._executor
+        spec = adapter.container_spec(task)
+        image = await executor.image_puller.image(spec.image, self._registry_auth)
+        secrets = executor.payloads.mounts(task.task.id, spec.secrets, spec.configs)
         try:
-            mounts = [
-                *self._executor.mounting.points(spec.mounts, defaults.volumes or {}, self._expand),
-                *self._executor.payloads.mounts(self._task.task.id, spec.secrets, spec.configs),
-            ]
-            async with self._executor.images.pinned(image.chain):
-                container = await self._containers.create(
-                    ContainerWish(
-                        name=self._task.name,
-                        image=spec.image,
-                        image_id=image.id,
-                        layers=tuple(map(str, self._executor.images.layers(image))),
-                        config=wish.config(
-                            self._task, self._executor.node, defaults, mounts, self._executor.log_default
-                        ),
-                        labels=wish.labels(self._task, self._executor.node, defaults),
-                    )
-                )
+            await self._engine.create(
+                adapter.create_request(task, executor.node),
+                name=task.name,
+                task=adapter.task_options(task, executor.node, secrets),
+                image=image,
+            )
         except InvalidArgument as error:
             raise Rejected(str(error)) from error
-        await self._executor.mounting.fill(container, spec.mounts)
 
     async def start(self) -> Running:
         container = self._require()
         if container.was_started:
             return await self._healthy(container)
-        spec = wish.container_spec(self._task)
+        spec = adapter.container_spec(self._task)
         self._executor.payloads.materialize(self._task.task.id, spec.secrets, spec.configs)
         try:
-            container = await self._containers.start(container.id)
+            container = await self._engine.start(container.id)
         except SkepError as error:
             raise SkepError(f"starting container failed: {error}") from error
         return await self._healthy(container)
 
     async def _healthy(self, container: Container) -> Running:
-        """Return once its probe has succeeded, if it has one.
+        """Return once its health check has succeeded, if it has one.
 
         Raises: SkepError: it is unhealthy, and has been stopped; or it ended with an error.
         """
         if container.health is None:
             return _running(container)
-        container = await self._containers.health.wait(
-            container.id, HealthStatus.HEALTHY, HealthStatus.UNHEALTHY
-        )
+        container = await self._engine.health.wait(container.id, HealthStatus.HEALTHY, HealthStatus.UNHEALTHY)
         if _is_unhealthy(container):
-            await self._containers.stop(container.id)
+            await self._engine.stop(container.id)
             raise SkepError(UNHEALTHY)
         if not container.is_running and container.exit_code:
             raise SkepError(_exit_of(container, container.error).message)
@@ -211,42 +165,42 @@ class OciController:
 
     async def wait(self) -> TaskExit:
         id = self._require().id
-        container = await self._containers.health.wait(id, HealthStatus.UNHEALTHY)
+        container = await self._engine.health.wait(id, HealthStatus.UNHEALTHY)
         reason = ""
         if _is_unhealthy(container):
             reason = UNHEALTHY
-            await self._containers.stop(id)
-        container = await self._containers.wait(id)
+            await self._engine.stop(id)
+        container = await self._engine.wait(id)
         return _exit_of(container, reason or container.error)
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         container = self._container()
         if container is not None:
             await self._drain(container, drain_s)
-            await self._containers.stop(container.id)
-            await self._containers.retire(container.id)
+            await self._engine.stop(container.id)
+            await self._engine.retire(container.id)
 
     async def _drain(self, container: Container, limit_s: float) -> None:
-        """Return when the last client of a task on a cluster's network has gone, or ``limit_s`` has passed.
+        """Return when the last connection to a task on a cluster's network has ended, or ``limit_s`` has passed.
 
-        New ones do not come any more: everybody who routes to the task was told before it was told to stop.
+        No new ones come: all nodes that route to the task had removed it from their tables before it is stopped.
         """
         if not container.pid or not _is_routed(self._task) or not limit_s:
             return
-        self._containers.events.publish("drain", container)
+        self._engine.events.publish("drain", container)
         clock = self._executor.clock
         until = clock.monotonic() + limit_s
         while inbound_of(container.pid) and (left_s := until - clock.monotonic()) > 0:
-            await clock.sleep(min(DRAIN_LOOK_S, left_s))
+            await clock.sleep(min(DRAIN_POLL_S, left_s))
 
     async def terminate(self) -> None:
         container = self._container()
         if container is not None and container.is_running:
             try:
-                await self._containers.kill(container.id)
+                await self._engine.kill(container.id)
             except NotRunning:
                 return
-            await self._containers.wait(container.id)
+            await self._engine.wait(container.id)
 
     async def update(self, task: AssignedTask) -> None:
         self._task = task
@@ -255,7 +209,7 @@ class OciController:
             return
         resources = task.task.spec.resources
         limits = resources.limits if resources else None
-        await self._containers.update(
+        await self._engine.update(
             container.id,
             nano_cpus=limits.nano_cpus if limits else 0,
             memory_bytes=limits.memory_bytes if limits else 0,
@@ -268,11 +222,8 @@ class OciController:
             await self._executor.remove_container(container)
         self._executor.payloads.forget(self._task.task.id)
 
-    def _expand(self, text: str) -> str:
-        return expand(text, wish.context_of(self._task, self._executor.node))
-
     def _container(self) -> Container | None:
-        return self._containers.find_by_label(LABEL_TASK_ID, self._task.task.id)
+        return self._engine.find_by_label(LABEL_TASK_ID, self._task.task.id)
 
     def _require(self) -> Container:
         container = self._container()
@@ -282,7 +233,7 @@ class OciController:
 
 
 def _is_routed(task: AssignedTask) -> bool:
-    """Whether others find the task by a cluster's network, and so were told that it goes."""
+    """Whether other nodes route to the task, by a cluster's network."""
     return any(one.network is not None and is_overlay(one.network) for one in task.task.networks_attachments)
 
 

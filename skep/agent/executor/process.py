@@ -16,12 +16,11 @@ from pathlib import Path
 import msgspec
 
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
-from skep.agent.executor.wish import stop_signal
 from skep.aio.trees import remove_tree
 from skep.engine.container import ProcessName
 from skep.engine.processes import is_alive, named, send_signal, wait_gone
 from skep.engine.signals import signal_number
-from skep.errors import NotFound, SkepError, Unavailable
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.container import ContainerSpec
 from skep.model.ids import NodeId, TaskId
@@ -105,7 +104,10 @@ class ProcessController:
         arguments = (*spec.command, *spec.args)
         if not arguments:
             raise Rejected("No command specified")
-        stop_signal(spec.stop_signal)
+        try:
+            signal_number(spec.stop_signal or "SIGTERM")
+        except InvalidArgument as error:
+            raise Rejected(str(error)) from error
         if spec.mounts or spec.secrets or spec.configs:
             raise Rejected("this node runs plain commands: they have no mounts, secrets or configs")
         self._path.mkdir(mode=0o700, exist_ok=True)

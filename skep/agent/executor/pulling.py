@@ -7,9 +7,6 @@ time-out again and again.
 """
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from typing import Protocol
 
 import structlog
@@ -17,6 +14,7 @@ import structlog
 from skep.agent.executor.interface import Rejected
 from skep.aio.clock import Clock
 from skep.engine.images.image import Image
+from skep.engine.networking import Images as EngineImages
 from skep.errors import SkepError, Unavailable
 
 log = structlog.get_logger()
@@ -24,20 +22,15 @@ log = structlog.get_logger()
 RETRY_AFTER_S = 30.0
 
 
-class Images(Protocol):
+class Images(EngineImages, Protocol):
     """The node's images, as far as tasks need them (``engine/images/store.py``)."""
 
     def resolve(self, word: str) -> Image | None: ...
 
-    def layers(self, image: Image) -> Sequence[Path]: ...
-
-    def pinned(self, chain: Sequence[str]) -> AbstractAsyncContextManager[None]:
-        """Keep the layers of ``chain`` for the block."""
-
     async def pull(self, word: str, auth: str = "") -> Image: ...
 
 
-class Pulling:
+class ImagePuller:
     """Fetches images for tasks."""
 
     def __init__(self, images: Images, clock: Clock) -> None:

@@ -1,6 +1,5 @@
-"""Which containers ``docker ps`` means.
+"""The containers that ``docker ps`` shows.  Pure.
 
-Pure: from all containers and filters follows the selection.
 
 Source: moby 20.10, daemon/list.go.
 """
@@ -27,7 +26,7 @@ _REPETITIONS_MAX = 3
 """More of them in a pattern could keep Python's matcher busy for a long time."""
 
 
-class Wish(msgspec.Struct, frozen=True, kw_only=True):
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked for.  ``limit`` 0: no limit.  ``ancestors``: image ids, None: any."""
 
     filters: Filters
@@ -43,17 +42,17 @@ def ancestors(words: Sequence[str], lookup: Callable[[str], Image | None]) -> fr
     return frozenset(image.id for word in words if (image := lookup(word)) is not None)
 
 
-def select(containers: Sequence[Container], wish: Wish) -> Sequence[Container]:
-    """The containers that ``wish`` asks for, in the order given (the newest first).
+def select(containers: Sequence[Container], selection: Selection) -> Sequence[Container]:
+    """The containers that ``selection`` asks for, in the order given (the newest first).
 
     Raises:
         InvalidArgument: a filter's value cannot be.
     """
-    filters = wish.filters
+    filters = selection.filters
     _check(filters)
     exits = _exit_codes(filters)
     name_is, id_is = _patterns(filters["name"]), _patterns(filters["id"])
-    shows_all = wish.all or wish.limit > 0 or "status" in filters
+    shows_all = selection.all or selection.limit > 0 or "status" in filters
     found = []
     for container in _between(containers, filters):
         if (
@@ -64,7 +63,7 @@ def select(containers: Sequence[Container], wish: Wish) -> Sequence[Container]:
             and filters.matches("health", container.health.status.value if container.health else "none")
             and filters.matches_labels("label", container.labels)
             and (exits is None or (container.exit_code in exits and container.state is ContainerState.EXITED))
-            and (wish.ancestors is None or container.image_id in wish.ancestors)
+            and (selection.ancestors is None or container.image_id in selection.ancestors)
             and _is_task(container, filters["is-task"])
             and _matches_volume(container, filters["volume"])
             and filters.matches("network", *_networks(container))
@@ -73,7 +72,7 @@ def select(containers: Sequence[Container], wish: Wish) -> Sequence[Container]:
             and _matches_ports(filters["expose"], container.config.exposed_ports)
         ):
             found.append(container)
-            if wish.limit > 0 and len(found) == wish.limit:
+            if selection.limit > 0 and len(found) == selection.limit:
                 break
     return found
 

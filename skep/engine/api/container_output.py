@@ -25,8 +25,8 @@ from skep.api.timestamps import parse_unix_time
 from skep.engine.api.detach import DetachKeys, parse_keys
 from skep.engine.api.hijack import MULTIPLEXED, RAW, Duplex, Hijacked, hijacked
 from skep.engine.api.terminal import join
-from skep.engine.container import Container, LogEntry, LogWish, NotRunning, Stream
-from skep.engine.containers import Containers
+from skep.engine.container import Container, LogEntry, LogFilter, NotRunning, Stream
+from skep.engine.engine import Engine
 from skep.engine.stats import Stats
 from skep.errors import InvalidArgument, NotFound
 from skep.model.times import ZERO_TIME, timestamp
@@ -35,31 +35,31 @@ _NAMES_ITS_FORM = ApiVersion("1.42")
 _STATS_PERIOD_S = 1.0
 
 
-def output_routes(containers: Containers, *, clock: Clock | None = None) -> Routes:
+def output_routes(engine: Engine, *, clock: Clock | None = None) -> Routes:
     """``/containers/{id}/logs``, ``.../attach``, ``.../stats``."""
     table = Routes()
     clock = clock or SystemClock()
 
     @table.get("/containers/{id}/logs")
     async def show_logs(request: web.Request) -> web.StreamResponse:
-        wish = _log_wish(request, follow=flag(request, "follow"))
-        container = containers.get(request.match_info["id"])
+        filter = _log_filter(request, follow=flag(request, "follow"))
+        container = engine.get(request.match_info["id"])
         frames = OutputFrames(
             request, tty=container.config.tty, content_type=_content_type(request, container)
         )
-        async with aclosing(containers.logs(container.id, wish)) as entries, frames:
+        async with aclosing(engine.logs(container.id, filter)) as entries, frames:
             async for entry in entries:
                 await frames.send(OutputStream(entry.stream.value), _line(entry, request, container))
         return frames.response
 
     @table.post("/containers/{id}/attach")
     async def attach(request: web.Request) -> web.StreamResponse:
-        container = containers.get(request.match_info["id"])
+        container = engine.get(request.match_info["id"])
         keys = parse_keys(request.query.get("detachKeys", ""))
         async with hijacked(request, tty=container.config.tty) as client:
             if flag(request, "logs"):
-                wish = _log_wish(request, follow=False)
-                async with aclosing(containers.logs(container.id, wish)) as entries:
+                filter = _log_filter(request, follow=False)
+                async with aclosing(engine.logs(container.id, filter)) as entries:
                     async for entry in entries:
                         await client.send(OutputStream(entry.stream.value), entry.data)
             if flag(request, "stream"):
@@ -68,7 +68,7 @@ def output_routes(containers: Containers, *, clock: Clock | None = None) -> Rout
 
     async def _follow(request: web.Request, container: Container, client: Duplex, keys: bytes) -> None:
         try:
-            process = await containers.attach(container.id)
+            process = await engine.attach(container.id)
         except (NotRunning, NotFound):
             return  # it ended before: there is nothing to see
         try:
@@ -84,11 +84,11 @@ def output_routes(containers: Containers, *, clock: Clock | None = None) -> Rout
 
     @table.get("/containers/{id}/stats")
     async def show_stats(request: web.Request) -> web.StreamResponse:
-        container = containers.get(request.match_info["id"])
+        container = engine.get(request.match_info["id"])
         streams = flag(request, "stream") if "stream" in request.query else True
         if not streams and (flag(request, "one-shot") or not container.is_running):
-            return json_answer(await containers.stats(container.id))
-        samples = _samples(containers, container, clock)
+            return json_answer(await engine.stats(container.id))
+        samples = _samples(engine, container, clock)
         if not streams:
             return json_answer(await anext(samples))
         async with JsonLines(request) as lines:
@@ -99,13 +99,13 @@ def output_routes(containers: Containers, *, clock: Clock | None = None) -> Rout
     return table
 
 
-async def _samples(containers: Containers, container: Container, clock: Clock) -> AsyncIterator[Stats]:
+async def _samples(engine: Engine, container: Container, clock: Clock) -> AsyncIterator[Stats]:
     """A sample each second, each with the one before it, until the container is gone."""
     try:
-        before = await containers.stats(container.id)
+        before = await engine.stats(container.id)
         while True:
             await clock.sleep(_STATS_PERIOD_S)
-            sample = await containers.stats(container.id)
+            sample = await engine.stats(container.id)
             if sample.read != ZERO_TIME and before.read != ZERO_TIME:
                 yield msgspec.structs.replace(sample, preread=before.read, precpu_stats=before.cpu_stats)
             else:
@@ -115,12 +115,12 @@ async def _samples(containers: Containers, container: Container, clock: Clock) -
         return
 
 
-def _log_wish(request: web.Request, *, follow: bool) -> LogWish:
+def _log_filter(request: web.Request, *, follow: bool) -> LogFilter:
     streams = _streams(request)
     if not streams:
         raise InvalidArgument("Bad parameters: you must choose at least one stream")
     tail = request.query.get("tail", "all")
-    return LogWish(
+    return LogFilter(
         streams=streams,
         follow=follow,
         tail=int(tail) if tail.isascii() and tail.isdigit() and len(tail) < 10 else None,

@@ -1,7 +1,6 @@
-"""Containers of this node in the Engine API: look at them, and what Docker lets one do to them.
+"""Containers of this node in the Engine API.
 
-Making them is ``plain_containers.py``'s, and tasks'.  A task whose container is stopped or removed by hand fails, and
-the cluster replaces it.
+A task whose container is stopped or removed by hand fails, and the cluster replaces it.
 
 Source: moby 20.10, api/server/router/container/container_routes.go.
 """
@@ -18,28 +17,29 @@ from skep.api.errors import NotModified, Untranslated
 from skep.api.server import (
     Filters,
     JsonLines,
+    Routes,
     api_version,
     flag,
     json_answer,
     json_list_answer,
+    read_body,
     read_json,
 )
 from skep.api.tables import Table
 from skep.api.versions import ApiVersion
 from skep.engine.api import container_answers
-from skep.engine.api.container_listing import Wish, ancestors, select
+from skep.engine.api.container_listing import Selection, ancestors, select
 from skep.engine.api.container_output import output_routes
 from skep.engine.api.exec import exec_routes
 from skep.engine.api.pruning import is_prunable
 from skep.engine.api.queries import integer
-from skep.engine.bundle import Bundles
 from skep.engine.container import Container, ContainerState, NotRunning, WaitCondition
-from skep.engine.containers import Containers
+from skep.engine.create import MEMORY_BYTES_MIN
+from skep.engine.engine import Engine
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.store import ImageStore
 from skep.engine.images.untar import tree_bytes
-from skep.engine.plain.containers import PlainContainers
-from skep.engine.plain.wish import MEMORY_BYTES_MIN
+from skep.engine.request import read_create
 from skep.engine.spec import nano_cpus_of
 from skep.errors import InvalidArgument, NotFound, Unimplemented
 from skep.model.encoding import ApiObject
@@ -60,67 +60,73 @@ class Limits(ApiObject):
     pids_limit: int | None = None
 
 
-def image_users(containers: Containers) -> Collection[ImageUser]:
-    """Every container, as what keeps its image."""
-    return [ImageUser(one.id, one.image_id, one.is_running) for one in containers.list()]
+def image_users(engine: Engine) -> Collection[ImageUser]:
+    """Every container, as a user of its image."""
+    return [ImageUser(one.id, one.image_id, one.is_running) for one in engine.list()]
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What these routes are about."""
+    """What these routes serve.  ``images``: the store whose images the engine runs."""
 
-    containers: Containers
+    engine: Engine
     images: ImageStore
-    bundles: Bundles
     clock: Clock
-    plain: PlainContainers | None = None
-    """None: the node makes no plain containers."""
-
-    def plain_of(self, container: Container) -> PlainContainers | None:
-        """Who keeps ``container``, if it is a plain one."""
-        return self.plain if container.plain is not None else None
 
 
 _table = Table[Served]()
 
 
 def container_routes(
-    containers: Containers,
-    images: ImageStore,
-    bundles: Bundles,
-    *,
-    clock: Clock | None = None,
-    plain: PlainContainers | None = None,
+    engine: Engine, images: ImageStore, clock: Clock | None = None
 ) -> Iterable[web.AbstractRouteDef]:
-    """``/containers/...`` and ``/exec/...``."""
+    """``/containers/...`` and ``/exec/...``, without ``/containers/create``."""
     clock = clock or SystemClock()
-    own = _table.bound(Served(containers, images, bundles, clock, plain))
-    return (*own, *exec_routes(containers), *output_routes(containers, clock=clock))
+    own = _table.bound(Served(engine, images, clock))
+    return (*own, *exec_routes(engine), *output_routes(engine, clock=clock))
+
+
+def create_routes(engine: Engine) -> Routes:
+    """``POST /containers/create``."""
+    table = Routes()
+
+    @table.post("/containers/create")
+    async def create(request: web.Request) -> web.StreamResponse:
+        return await create_container(engine, request)
+
+    return table
+
+
+async def create_container(engine: Engine, request: web.Request) -> web.StreamResponse:
+    """Create a plain container from the body of ``request``."""
+    body = read_create(await read_body(request))
+    container = await engine.create(body, name=request.query.get("name", ""))
+    return json_answer({"Id": container.id, "Warnings": []}, 201)
 
 
 @_table.get("/containers/json")
 async def list_containers(node: Served, request: web.Request) -> web.StreamResponse:
     filters = Filters.of(request)
-    wish = Wish(
+    selection = Selection(
         filters=filters,
         all=flag(request, "all"),
         limit=_limit(request),
         ancestors=ancestors(filters["ancestor"], node.images.lookup),
     )
-    found = select(node.containers.list(), wish)
+    found = select(node.engine.list(), selection)
     has_size, now_ns, lines = flag(request, "size"), node.clock.now_ns(), []
     for number, container in enumerate(found, 1):
         size = await _sizes(node, container) if has_size else {}
         lines.append(container_answers.summary(container, node.images, now_ns) | size)
         if number % _LINES_AT_ONCE == 0:
-            await asyncio.sleep(0)  # others' turn
+            await asyncio.sleep(0)  # lets other requests run
     return json_list_answer(lines)
 
 
 @_table.get("/containers/{id}/json")
 async def inspect_container(node: Served, request: web.Request) -> web.StreamResponse:
-    container = node.containers.get(request.match_info["id"])
-    exec_ids = [exec.id for exec in node.containers.execs.of(container.id)]
-    answer = container_answers.inspected(container, node.bundles, exec_ids)
+    container = node.engine.get(request.match_info["id"])
+    exec_ids = [exec.id for exec in node.engine.execs.of(container.id)]
+    answer = container_answers.inspected(container, node.engine.bundles, exec_ids)
     if flag(request, "size"):
         answer |= await _sizes(node, container)
     return json_answer(answer)
@@ -128,29 +134,29 @@ async def inspect_container(node: Served, request: web.Request) -> web.StreamRes
 
 async def _sizes(node: Served, container: Container) -> dict[str, int]:
     image = node.images.lookup(container.image_id)
-    changed = await asyncio.to_thread(tree_bytes, str(node.bundles.path(container.id) / "upper"))
+    changed = await asyncio.to_thread(tree_bytes, str(node.engine.bundles.path(container.id) / "upper"))
     total = changed + (image.size_bytes if image is not None else 0)
     return {"SizeRw": changed, "SizeRootFs": total} if changed else {"SizeRootFs": total}
 
 
 @_table.get("/containers/{id}/top")
 async def show_processes(node: Served, request: web.Request) -> web.StreamResponse:
-    top = await node.containers.top(request.match_info["id"], request.query.get("ps_args", ""))
+    top = await node.engine.top(request.match_info["id"], request.query.get("ps_args", ""))
     return json_answer({"Processes": top.processes, "Titles": top.titles})
 
 
 @_table.get("/containers/{id}/changes")
 async def show_changes(node: Served, request: web.Request) -> web.StreamResponse:
-    changes = await asyncio.to_thread(node.containers.changes, request.match_info["id"])
+    changes = await asyncio.to_thread(node.engine.changes, request.match_info["id"])
     return json_answer([{"Path": path, "Kind": kind} for kind, path in changes] or None)
 
 
 @_table.post("/containers/{id}/wait")
 async def wait(node: Served, request: web.Request) -> web.StreamResponse:
     condition = _condition(request)
-    container = node.containers.get(request.match_info["id"])
-    async with JsonLines(request) as lines:  # the header goes out before there is anything to say
-        ended = await node.containers.wait(container.id, condition)
+    container = node.engine.get(request.match_info["id"])
+    async with JsonLines(request) as lines:  # the header is sent before the container has ended
+        ended = await node.engine.wait(container.id, condition)
         answer: dict[str, Any] = {"StatusCode": ended.exit_code}
         if ended.error:
             answer["Error"] = {"Message": ended.error}
@@ -164,7 +170,7 @@ async def wait(node: Served, request: web.Request) -> web.StreamResponse:
 async def kill(node: Served, request: web.Request) -> web.StreamResponse:
     word = request.match_info["id"]
     try:
-        await node.containers.kill(word, request.query.get("signal") or "SIGKILL")
+        await node.engine.kill(word, request.query.get("signal") or "SIGKILL")
     except NotFound as error:
         raise NotFound(f"Cannot kill container: {word}: {error}") from error
     return web.Response(status=204)
@@ -172,66 +178,61 @@ async def kill(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/stop")
 async def stop(node: Served, request: web.Request) -> web.StreamResponse:
-    container = node.containers.get(request.match_info["id"])
+    container = node.engine.get(request.match_info["id"])
     grace_s = _grace(request)
     if not container.is_running:
-        node.containers.note_stopped(container.id)
+        node.engine.note_stopped(container.id)
         raise NotModified
-    await node.containers.stop(container.id, grace_s)
+    await node.engine.stop(container.id, grace_s)
     return web.Response(status=204)
 
 
 @_table.post("/containers/{id}/start")
 async def start(node: Served, request: web.Request) -> web.StreamResponse:
-    container = node.containers.get(request.match_info["id"])
+    container = node.engine.get(request.match_info["id"])
     if container.is_running:
         raise NotModified
-    await _start(node, container)
+    await node.engine.start(container.id)
     return web.Response(status=204)
 
 
 @_table.post("/containers/{id}/restart")
 async def restart(node: Served, request: web.Request) -> web.StreamResponse:
-    container = node.containers.get(request.match_info["id"])
-    await node.containers.stop(container.id, _grace(request))
-    await _start(node, container)
+    container = node.engine.get(request.match_info["id"])
+    await node.engine.stop(container.id, _grace(request))
+    await node.engine.start(container.id)
     return web.Response(status=204)
-
-
-async def _start(node: Served, container: Container) -> None:
-    plain = node.plain_of(container)
-    await (plain.start(container.id) if plain is not None else node.containers.start(container.id))
 
 
 @_table.post("/containers/{id}/pause")
 async def pause(node: Served, request: web.Request) -> web.StreamResponse:
-    container = node.containers.get(request.match_info["id"])
+    container = node.engine.get(request.match_info["id"])
     if container.state is ContainerState.PAUSED:
         raise NotRunning(f"Container {container.id} is already paused")
-    await node.containers.pause(container.id)
+    await node.engine.pause(container.id)
     return web.Response(status=204)
 
 
 @_table.post("/containers/{id}/unpause")
 async def unpause(node: Served, request: web.Request) -> web.StreamResponse:
-    container = node.containers.get(request.match_info["id"])
+    container = node.engine.get(request.match_info["id"])
     if container.state is not ContainerState.PAUSED:
         raise Untranslated(f"Container {container.id} is not paused")
-    await node.containers.unpause(container.id)
+    await node.engine.unpause(container.id)
     return web.Response(status=204)
 
 
 @_table.post("/containers/{id}/resize")
 async def resize(node: Served, request: web.Request) -> web.StreamResponse:
     height, width = integer(request, "h"), integer(request, "w")
-    await node.containers.resize(request.match_info["id"], height, width)
+    await node.engine.resize(request.match_info["id"], height, width)
     return web.Response()
 
 
 @_table.post("/containers/{id}/update")
 async def update(node: Served, request: web.Request) -> web.StreamResponse:
-    container = node.containers.get(request.match_info["id"])
-    await node.containers.update(container.id, **_limits(container, await read_json(request, Limits)))
+    container = node.engine.get(request.match_info["id"])
+    await node.engine.update(container.id, **_limits(container, await read_json(request, Limits)))
     return json_answer({"Warnings": None})
 
 
@@ -241,49 +242,39 @@ async def prune(node: Served, request: web.Request) -> web.StreamResponse:
     filters.refuse_unknown("label", "label!", "until")
     now_ns = node.clock.now_ns()
     freed_bytes, removed = 0, []
-    for container in node.containers.list():
+    for container in node.engine.list():
         if (
             not container.is_running
             and container.was_started
             and is_prunable(container.created_at, container.labels, filters, now_ns)
         ):
             freed_bytes += (await _sizes(node, container)).get("SizeRw", 0)
-            await _remove(node, container)
+            await node.engine.remove(container.id)
             removed.append(container.id)
-    await node.images.sweep({user.image_id for user in image_users(node.containers)})
+    await node.images.sweep({user.image_id for user in image_users(node.engine)})
     return json_answer({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
 
 
 @_table.delete("/containers/{id}")
 async def remove(node: Served, request: web.Request) -> web.StreamResponse:
-    container = node.containers.get(request.match_info["id"])
-    await _remove(node, container, force=flag(request, "force"), with_volumes=flag(request, "v"))
-    await node.images.sweep({user.image_id for user in image_users(node.containers)})
+    container = node.engine.get(request.match_info["id"])
+    await node.engine.remove(container.id, force=flag(request, "force"), with_volumes=flag(request, "v"))
+    await node.images.sweep({user.image_id for user in image_users(node.engine)})
     return web.Response(status=204)
-
-
-async def _remove(
-    node: Served, container: Container, *, force: bool = False, with_volumes: bool = False
-) -> None:
-    plain = node.plain_of(container)
-    if plain is not None:
-        await plain.remove(container.id, force=force, with_volumes=with_volumes)
-    else:
-        await node.containers.remove(container.id, force=force)
 
 
 @_table.post("/containers/{id}/rename")
 async def rename(node: Served, request: web.Request) -> web.StreamResponse:
-    container = node.containers.get(request.match_info["id"])
-    if (plain := node.plain_of(container)) is not None:
-        await plain.rename(container.id, request.query.get("name", ""))
-        return web.Response(status=204)
-    raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
+    container = node.engine.get(request.match_info["id"])
+    if container.plain is None:
+        raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
+    await node.engine.rename(container.id, request.query.get("name", ""))
+    return web.Response(status=204)
 
 
 @_table.get("/containers/{id}/export")
 async def export(node: Served, request: web.Request) -> web.StreamResponse:
-    node.containers.get(request.match_info["id"])
+    node.engine.get(request.match_info["id"])
     raise Unimplemented('This node does not export containers: use "docker exec" and tar.')
 
 
@@ -291,7 +282,7 @@ async def export(node: Served, request: web.Request) -> web.StreamResponse:
 @_table.get("/containers/{id}/archive")
 @_table.put("/containers/{id}/archive")
 async def copy(node: Served, request: web.Request) -> web.StreamResponse:
-    node.containers.get(request.match_info["id"])
+    node.engine.get(request.match_info["id"])
     raise Unimplemented('This node does not copy files of containers: use "docker exec" and tar.')
 
 
@@ -321,19 +312,19 @@ def _condition(request: web.Request) -> WaitCondition:
         raise InvalidArgument(f'invalid condition: "{text}"') from error
 
 
-def _limits(container: Container, wish: Limits) -> dict[str, int]:
-    """The container's limits after ``wish``; what it leaves out stays."""
+def _limits(container: Container, limits: Limits) -> dict[str, int]:
+    """The container's limits after the update; what ``limits`` leaves out stays."""
     config = container.config
-    nano_cpus = wish.nano_cpus
-    if wish.cpu_quota and wish.cpu_quota > 0:
-        nano_cpus = nano_cpus_of(wish.cpu_quota, wish.cpu_period or 0)
+    nano_cpus = limits.nano_cpus
+    if limits.cpu_quota and limits.cpu_quota > 0:
+        nano_cpus = nano_cpus_of(limits.cpu_quota, limits.cpu_period or 0)
     found = {
         "nano_cpus": nano_cpus or config.nano_cpus,
-        "memory_bytes": wish.memory or config.memory_bytes,
-        "pids": config.pids if wish.pids_limit is None else max(wish.pids_limit, 0),
+        "memory_bytes": limits.memory or config.memory_bytes,
+        "pids": config.pids if limits.pids_limit is None else max(limits.pids_limit, 0),
     }
     if any(value < 0 for value in found.values()):
         raise InvalidArgument("invalid limit: it must not be negative")
-    if 0 < (wish.memory or 0) < MEMORY_BYTES_MIN:
+    if 0 < (limits.memory or 0) < MEMORY_BYTES_MIN:
         raise InvalidArgument("Minimum memory limit allowed is 6MB")
     return found

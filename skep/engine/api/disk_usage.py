@@ -14,26 +14,21 @@ from skep.api.server import Routes, api_version, json_answer
 from skep.engine.api import container_answers, image_answers
 from skep.engine.api import volumes as volume_answers
 from skep.engine.api.images import shared_bytes
-from skep.engine.bundle import Bundles
-from skep.engine.containers import Containers
+from skep.engine.engine import Engine
 from skep.engine.images.listing import Wish, select
 from skep.engine.images.store import ImageStore
 from skep.engine.images.untar import tree_bytes
-from skep.engine.mounts.volumes import Volumes
 
 _TYPES = ("container", "image", "volume", "build-cache")
 
 
 class DiskUsage:
-    """Counts when asked; nothing is kept, since a count is old at once."""
+    """Counts at each request; nothing is cached."""
 
-    def __init__(
-        self, images: ImageStore, containers: Containers, bundles: Bundles, volumes: Volumes, clock: Clock
-    ) -> None:
+    def __init__(self, engine: Engine, images: ImageStore, clock: Clock) -> None:
+        self._engine = engine
         self._images = images
-        self._containers = containers
-        self._bundles = bundles
-        self._volumes = volumes
+        self._volumes = engine.volumes
         self._clock = clock
 
     def routes(self) -> Routes:
@@ -60,7 +55,7 @@ class DiskUsage:
     def _image_lines(self, request: web.Request) -> list[Any]:
         listed = select(self._images.images(), Wish())
         shared = shared_bytes(self._images, listed)
-        users = [container.image_id for container in self._containers.list()]
+        users = [container.image_id for container in self._engine.list()]
         return [
             image_answers.summary(
                 one,
@@ -73,8 +68,10 @@ class DiskUsage:
 
     async def _container_lines(self) -> list[Any]:
         lines = []
-        for container in self._containers.list():
-            changed = await asyncio.to_thread(tree_bytes, str(self._bundles.path(container.id) / "upper"))
+        for container in self._engine.list():
+            changed = await asyncio.to_thread(
+                tree_bytes, str(self._engine.bundles.path(container.id) / "upper")
+            )
             image = self._images.lookup(container.image_id)
             sizes = {"SizeRw": changed, "SizeRootFs": changed + (image.size_bytes if image else 0)}
             line = container_answers.summary(container, self._images, self._clock.now_ns())
@@ -82,7 +79,7 @@ class DiskUsage:
         return lines
 
     async def _volume_lines(self) -> list[Any]:
-        users = volume_answers.users_by_volume(self._containers.list())
+        users = volume_answers.users_by_volume(self._engine.list())
         lines = []
         for name in self._volumes.names():
             size = await asyncio.to_thread(tree_bytes, str(self._volumes.path(name)))

@@ -14,12 +14,12 @@ from skep.engine.api.hijack import Duplex, Hijacked, hijacked
 from skep.engine.api.queries import integer
 from skep.engine.api.terminal import join
 from skep.engine.container import Exec, ExecConfig
-from skep.engine.containers import Containers
+from skep.engine.engine import Engine
 from skep.errors import InvalidArgument, SkepError
 from skep.model.encoding import ApiObject
 
 
-class ExecWish(ApiObject):
+class ExecRequest(ApiObject):
     """The body of ``POST /containers/{id}/exec``."""
 
     __go_name__ = "types.ExecConfig"
@@ -48,61 +48,61 @@ class ExecStart(ApiObject):
     """Height and width (since API 1.42)."""
 
 
-def exec_routes(containers: Containers) -> Routes:
+def exec_routes(engine: Engine) -> Routes:
     """``/containers/{id}/exec`` and ``/exec/...``."""
     table = Routes()
-    execs = containers.execs
+    execs = engine.execs
 
     @table.post("/containers/{id}/exec")
     async def create_exec(request: web.Request) -> web.StreamResponse:
-        wish = await read_json(request, ExecWish)
-        if not wish.cmd:
+        body = await read_json(request, ExecRequest)
+        if not body.cmd:
             raise InvalidArgument("No exec command specified")
         try:
-            parse_keys(wish.detach_keys)
+            parse_keys(body.detach_keys)
         except InvalidArgument as error:
-            raise Untranslated(f"Invalid escape keys ({wish.detach_keys}) provided") from error
+            raise Untranslated(f"Invalid escape keys ({body.detach_keys}) provided") from error
         config = ExecConfig(
-            command=wish.cmd,
-            env=wish.env,
-            working_dir=wish.working_dir,
-            user=wish.user,
-            tty=wish.tty,
-            attach_stdin=wish.attach_stdin,
-            attach_stdout=wish.attach_stdout,
-            attach_stderr=wish.attach_stderr,
-            privileged=wish.privileged,
-            detach_keys=wish.detach_keys,
+            command=body.cmd,
+            env=body.env,
+            working_dir=body.working_dir,
+            user=body.user,
+            tty=body.tty,
+            attach_stdin=body.attach_stdin,
+            attach_stdout=body.attach_stdout,
+            attach_stderr=body.attach_stderr,
+            privileged=body.privileged,
+            detach_keys=body.detach_keys,
         )
         return json_answer({"Id": execs.create(request.match_info["id"], config)}, 201)
 
     @table.post("/exec/{id}/start")
     async def start_exec(request: web.Request) -> web.StreamResponse:
         id = request.match_info["id"]
-        wish = await read_json(request, ExecStart) if await read_body(request) else ExecStart()
+        options = await read_json(request, ExecStart) if await read_body(request) else ExecStart()
         exec = execs.get(id)
-        if wish.detach:
+        if options.detach:
             (await execs.start(id)).close()
             return web.Response()
-        async with hijacked(request, tty=wish.tty) as client:
+        async with hijacked(request, tty=options.tty) as client:
             try:
-                await _run(client, exec, wish)
+                await _run(client, exec, options)
             except SkepError as error:
-                # Too late for a status: the engine, too, says it where the output would be.
+                # Too late for a status: Docker, too, sends it as output.
                 await client.send(OutputStream.STDOUT, f"{error}\r\n".encode())
         return Hijacked()
 
-    async def _run(client: Duplex, exec: Exec, wish: ExecStart) -> None:
+    async def _run(client: Duplex, exec: Exec, options: ExecStart) -> None:
         process = await execs.start(exec.id)
         try:
-            if exec.config.tty and len(wish.console_size) == 2:
-                execs.resize(exec.id, *wish.console_size)
+            if exec.config.tty and len(options.console_size) == 2:
+                execs.resize(exec.id, *options.console_size)
             keys = DetachKeys(parse_keys(exec.config.detach_keys)) if exec.config.tty else None
             has_ended = await join(client, process, takes_input=exec.config.attach_stdin, keys=keys)
         finally:
             process.close()
         if has_ended:
-            await execs.wait(exec.id)  # who sees the connection close asks for the exit code next
+            await execs.wait(exec.id)  # clients read the exit code as soon as the connection closes
 
     @table.get("/exec/{id}/json")
     async def inspect_exec(request: web.Request) -> web.StreamResponse:

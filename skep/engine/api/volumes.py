@@ -15,7 +15,7 @@ from skep.api.versions import ApiVersion
 from skep.engine.api.pruning import has_prunable_labels
 from skep.engine.container import Container
 from skep.engine.images.untar import tree_bytes
-from skep.engine.mounts.volumes import ANONYMOUS, Volumes
+from skep.engine.volumes import ANONYMOUS, Volumes
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError
 from skep.model.encoding import ApiObject
 from skep.model.times import timestamp
@@ -29,7 +29,7 @@ Listing = Callable[[], Collection[Container]]
 """Gives every container of this node, as what uses volumes."""
 
 
-class VolumeWish(ApiObject):
+class VolumeRequest(ApiObject):
     """Body of ``POST /volumes/create``."""
 
     name: str = ""
@@ -45,10 +45,10 @@ def volume_routes(volumes: Volumes, containers: Listing) -> Routes:
 
     @table.post("/volumes/create")
     async def create_volume(request: web.Request) -> web.StreamResponse:
-        wish = await read_json(request, VolumeWish)
-        name = wish.name or volumes.new_name()
-        _check(wish, name)
-        volumes.ensure(name, wish.labels if wish.name else {**wish.labels, ANONYMOUS: ""})
+        body = await read_json(request, VolumeRequest)
+        name = body.name or volumes.new_name()
+        _check(body, name)
+        volumes.ensure(name, body.labels if body.name else {**body.labels, ANONYMOUS: ""})
         return json_answer(answer(volumes, name), status=201)
 
     @table.post("/volumes/prune")
@@ -129,15 +129,15 @@ def _known(volumes: Volumes, name: str) -> str:
     return name
 
 
-def _check(wish: VolumeWish, name: str) -> None:
+def _check(body: VolumeRequest, name: str) -> None:
     """Raises: InvalidArgument, NotFound: what this node has no volumes of."""
-    if wish.cluster_volume_spec is not None:
+    if body.cluster_volume_spec is not None:
         raise InvalidArgument(f"create {name}: cluster volumes (CSI) are not supported")
-    if wish.driver not in ("", "local"):
+    if body.driver not in ("", "local"):
         raise NotFound(
-            f'create {name}: error looking up volume plugin {wish.driver}: plugin "{wish.driver}" not found'
+            f'create {name}: error looking up volume plugin {body.driver}: plugin "{body.driver}" not found'
         )
-    for option in wish.driver_opts:
+    for option in body.driver_opts:
         if option not in _DOCKERS_OPTIONS:
             raise InvalidArgument(f'create {name}: invalid option: "{option}"')
         raise InvalidArgument(

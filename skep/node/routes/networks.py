@@ -35,9 +35,9 @@ from skep.dataplane.local.keeper import LocalNetworks
 from skep.dataplane.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
 from skep.engine.api.pruning import is_prunable
 from skep.engine.container import Container
-from skep.engine.plain.containers import PlainContainers
-from skep.engine.plain.requests import read_connect
-from skep.engine.plain.wish import network_wish
+from skep.engine.create import endpoint_request
+from skep.engine.engine import Engine
+from skep.engine.request import read_connect
 from skep.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -64,7 +64,7 @@ class NetworkParts(msgspec.Struct, frozen=True, kw_only=True):
     containers: Callable[[], Collection[Container]]
     container: Callable[[str], Container]
     """By id, name or prefix.  Raises: NotFound."""
-    plain: PlainContainers | None = None
+    own_engine: Engine | None = None
     """Plain containers of ours; None: the node runs none."""
 
 
@@ -145,7 +145,7 @@ class _NodeNetworks:
             raise InvalidArgument("invalid name: ")
         if body.config_only:
             return _created(self._local.add_configuration(body))
-        if self._parts.plain is None:
+        if self._parts.own_engine is None:
             raise Unimplemented(
                 "this node runs no containers, so it has no networks for them: create an overlay network "
                 "(--driver overlay), or give skep a Docker Engine (--engine-socket)"
@@ -206,8 +206,8 @@ class _NodeNetworks:
             raise Forbidden(
                 f"{GATEWAY} is every container's way out: none is connected or disconnected by hand"
             )
-        if is_ours and self._parts.plain is not None:
-            return await self._connect_ours(self._parts.plain, own, raw, name, is_cut=is_cut)
+        if is_ours and self._parts.own_engine is not None:
+            return await self._connect_ours(self._parts.own_engine, own, raw, name, is_cut=is_cut)
         found = await self._cluster.find(request, name) if own is None else None
         if found is None:
             return _passed(await self._ask_engine(request, raw))
@@ -224,7 +224,7 @@ class _NodeNetworks:
         )
 
     async def _connect_ours(
-        self, plain: PlainContainers, own: LocalNetwork | None, raw: bytes, name: str, *, is_cut: bool
+        self, engine: Engine, own: LocalNetwork | None, raw: bytes, name: str, *, is_cut: bool
     ) -> web.Response:
         wished = read_connect(raw)
         if own is not None and own.name in BUILTIN:
@@ -232,9 +232,9 @@ class _NodeNetworks:
                 f"a container has network {own.name} from its making or not at all: run it with --network {own.name}"
             )
         if is_cut:
-            await plain.disconnect(wished.container, name, own.id if own is not None else "")
+            await engine.disconnect(wished.container, name, own.id if own is not None else "")
         else:
-            await plain.connect(wished.container, network_wish(name, wished.endpoint_config))
+            await engine.connect(wished.container, endpoint_request(name, wished.endpoint_config))
         return web.Response()
 
     async def update(self, request: web.Request) -> web.StreamResponse:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from skep.agent.executor.oci import OciExecutor
-from skep.engine.container import Container, ContainerConfig, ContainerWish, LogWish, Stream
-from skep.engine.containers import Containers
+from skep.engine.container import Container, ContainerConfig, LogFilter, NewContainer, Stream
+from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
 from tests.support.runc_lab import IMAGE, IMAGE_ID, Lab
 
@@ -30,13 +30,13 @@ async def executor(lab: Lab) -> AsyncIterator[OciExecutor]:
 
 
 @pytest.fixture
-def containers(executor: OciExecutor) -> Containers:
-    return executor.containers
+def engine(executor: OciExecutor) -> Engine:
+    return executor.engine
 
 
 @pytest.fixture
-def run(lab: Lab, containers: Containers) -> "Runner":
-    return Runner(lab, containers)
+def run(lab: Lab, engine: Engine) -> "Runner":
+    return Runner(lab, engine)
 
 
 @pytest.fixture
@@ -49,15 +49,15 @@ async def images(tmp_path: Path) -> ImageStore:
 class Runner:
     """Makes containers of the lab's image."""
 
-    def __init__(self, lab: Lab, containers: Containers) -> None:
+    def __init__(self, lab: Lab, engine: Engine) -> None:
         self.lab = lab
-        self.containers = containers
+        self.engine = engine
 
     async def create(
         self, *command: str, name: str = "", labels: dict[str, str] | None = None, **config: Any
     ) -> Container:
-        return await self.containers.create(
-            ContainerWish(
+        return await self.engine.add(
+            NewContainer(
                 name=name or f"c-{secrets.token_hex(4)}",
                 image=IMAGE,
                 image_id=IMAGE_ID,
@@ -69,19 +69,19 @@ class Runner:
 
     async def start(self, *command: str, **config: Any) -> Container:
         """A running container."""
-        return await self.containers.start((await self.create(*command, **config)).id)
+        return await self.engine.start((await self.create(*command, **config)).id)
 
     async def output(self, *command: str, **config: Any) -> str:
         """What a container that ends by itself prints on both streams."""
         container = await self.start(*command, **config)
-        await self.containers.wait(container.id)
+        await self.engine.wait(container.id)
         text = await self.logs(container)
-        await self.containers.remove(container.id)
+        await self.engine.remove(container.id)
         return text
 
     async def logs(self, container: Container, *streams: Stream) -> str:
-        wish = LogWish(streams=frozenset(streams or Stream))
-        return "".join([entry.data.decode() async for entry in self.containers.logs(container.id, wish)])
+        wish = LogFilter(streams=frozenset(streams or Stream))
+        return "".join([entry.data.decode() async for entry in self.engine.logs(container.id, wish)])
 
 
 async def eventually(condition: Callable[[], object], what: str, within_s: float = 10) -> None:

@@ -11,7 +11,7 @@ from skep.agent.executor.oci import OciExecutor
 from skep.engine import apparmor
 from skep.engine.api.container_answers import inspected
 from skep.engine.container import ExecConfig
-from skep.engine.containers import Containers
+from skep.engine.engine import Engine
 from skep.errors import SkepError
 from tests.integration.node.conftest import Runner
 from tests.integration.node.test_escapes import python
@@ -83,8 +83,8 @@ def loaded() -> dict[str, str]:
 async def shown(run: Runner, executor: OciExecutor, **config: str) -> str:
     """What ``docker inspect`` says of a container."""
     container = await run.create("true", **config)
-    answer = inspected(container, executor.bundles, ())
-    await executor.containers.remove(container.id)
+    answer = inspected(container, executor.engine.bundles, ())
+    await executor.engine.remove(container.id)
     return str(answer["AppArmorProfile"])
 
 
@@ -123,13 +123,13 @@ async def test_a_profile_of_the_users_confines(run: Runner, own_profile: str) ->
         await run.start("true", apparmor="skep-test-never-loaded")
 
 
-async def test_execs_are_confined_too(run: Runner, containers: Containers) -> None:
+async def test_execs_are_confined_too(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
     command = ("sh", "-c", "cat /proc/self/attr/current && ! true > /proc/uptime")
-    exec_id = containers.execs.create(container.id, ExecConfig(command=command))
-    (await containers.execs.start(exec_id)).close()
-    assert (await containers.execs.wait(exec_id)).exit_code == 0
-    await containers.remove(container.id, force=True)
+    exec_id = engine.execs.create(container.id, ExecConfig(command=command))
+    (await engine.execs.start(exec_id)).close()
+    assert (await engine.execs.wait(exec_id)).exit_code == 0
+    await engine.remove(container.id, force=True)
 
 
 async def test_a_profile_that_was_unloaded_confines_the_next_container(run: Runner) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from skep.engine.conmon import StartError
 from skep.engine.container import ContainerState, NotRunning, StillRunning, WaitCondition
-from skep.engine.containers import Containers
+from skep.engine.engine import Engine
 from skep.engine.processes import is_alive
 from skep.errors import AlreadyExists, InvalidArgument, NotFound
 from tests.integration.node.conftest import Runner, eventually
@@ -20,44 +20,40 @@ DEAF = ("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")
 
 
 @pytest.mark.parametrize("code", [0, 7, 255])
-async def test_the_exit_code_is_the_commands(run: Runner, containers: Containers, code: int) -> None:
+async def test_the_exit_code_is_the_commands(run: Runner, engine: Engine, code: int) -> None:
     container = await run.start("sh", "-c", f"exit {code}")
-    ended = await containers.wait(container.id)
+    ended = await engine.wait(container.id)
     assert (ended.state, ended.exit_code, ended.pid) == (ContainerState.EXITED, code, 0)
     assert ended.finished_at > ended.started_at > ended.created_at
 
 
-async def test_a_container_killed_from_outside_ends_with_137(run: Runner, containers: Containers) -> None:
+async def test_a_container_killed_from_outside_ends_with_137(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
     os.kill(container.pid, signal.SIGKILL)
-    assert (await containers.wait(container.id)).exit_code == 137
+    assert (await engine.wait(container.id)).exit_code == 137
 
 
-async def test_the_stop_signal_comes_first_and_the_grace_period_is_given(
-    run: Runner, containers: Containers
-) -> None:
+async def test_the_stop_signal_comes_first_and_the_grace_period_is_given(run: Runner, engine: Engine) -> None:
     polite = await run.start(*POLITE, stop_grace_ns=30 * 10**9)
     await eventually_trapped(polite.pid, signal.SIGTERM)
-    assert (await containers.stop(polite.id)).exit_code == 3
+    assert (await engine.stop(polite.id)).exit_code == 3
     deaf = await run.start(*DEAF)
     await eventually_ignored(deaf.pid, signal.SIGTERM)
     began = asyncio.get_running_loop().time()
-    assert (await containers.stop(deaf.id, 0.5)).exit_code == 137
+    assert (await engine.stop(deaf.id, 0.5)).exit_code == 137
     assert asyncio.get_running_loop().time() - began >= 0.5
 
 
-async def test_another_stop_signal_is_used(run: Runner, containers: Containers) -> None:
+async def test_another_stop_signal_is_used(run: Runner, engine: Engine) -> None:
     command = ("sh", "-c", "trap 'exit 5' USR1; while :; do sleep 0.05; done")
     container = await run.start(*command, stop_signal="SIGUSR1")
     await eventually_trapped(container.pid, signal.SIGUSR1)
-    assert (await containers.stop(container.id)).exit_code == 5
+    assert (await engine.stop(container.id)).exit_code == 5
 
 
-async def test_a_process_that_needs_too_much_memory_is_reported_as_such(
-    run: Runner, containers: Containers
-) -> None:
+async def test_a_process_that_needs_too_much_memory_is_reported_as_such(run: Runner, engine: Engine) -> None:
     container = await run.start("sh", "-c", "exec tail -c 200m /dev/zero", memory_bytes=16 << 20)
-    ended = await containers.wait(container.id)
+    ended = await engine.wait(container.id)
     assert (ended.exit_code, ended.oom_killed) == (137, True)
 
 
@@ -69,105 +65,105 @@ async def test_a_process_that_needs_too_much_memory_is_reported_as_such(
     ],
 )
 async def test_a_command_that_cannot_run_says_so_with_dockers_code(
-    run: Runner, containers: Containers, command: str, code: int, words: str
+    run: Runner, engine: Engine, command: str, code: int, words: str
 ) -> None:
     container = await run.create(command)
     with pytest.raises(StartError, match="OCI runtime create failed") as refused:
-        await containers.start(container.id)
+        await engine.start(container.id)
     assert words in str(refused.value)
-    assert containers.get(container.id).exit_code == code
+    assert engine.get(container.id).exit_code == code
     assert refused.value.exit_code == code
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.005, 0.02, 0.04])
 async def test_a_start_that_is_cancelled_is_finished_first(
-    lab: Lab, run: Runner, containers: Containers, after_s: float
+    lab: Lab, run: Runner, engine: Engine, after_s: float
 ) -> None:
     """Otherwise its monitor would go on to make a container that nobody knows."""
     container = await run.create("sleep", "100")
     async with asyncio.TaskGroup() as group:
-        starting = group.create_task(containers.start(container.id))
+        starting = group.create_task(engine.start(container.id))
         await asyncio.sleep(after_s)
         starting.cancel()
         await asyncio.wait([starting])
     if after_s:
-        assert containers.get(container.id).is_running
-    await containers.remove(container.id, force=True)
+        assert engine.get(container.id).is_running
+    await engine.remove(container.id, force=True)
     assert lab.remains() == []
 
 
-async def test_wait_returns_for_each_condition(run: Runner, containers: Containers) -> None:
+async def test_wait_returns_for_each_condition(run: Runner, engine: Engine) -> None:
     container = await run.create("sleep", "0.2")
     async with asyncio.TaskGroup() as group:
-        next_exit = group.create_task(containers.wait(container.id, WaitCondition.NEXT_EXIT))
-        removed = group.create_task(containers.wait(container.id, WaitCondition.REMOVED))
-        assert (await containers.wait(container.id)).state is ContainerState.CREATED
-        await containers.start(container.id)
+        next_exit = group.create_task(engine.wait(container.id, WaitCondition.NEXT_EXIT))
+        removed = group.create_task(engine.wait(container.id, WaitCondition.REMOVED))
+        assert (await engine.wait(container.id)).state is ContainerState.CREATED
+        await engine.start(container.id)
         assert (await next_exit).state is ContainerState.EXITED
         assert not removed.done()
-        await containers.remove(container.id)
+        await engine.remove(container.id)
         assert (await removed).id == container.id
 
 
-async def test_a_stopped_container_can_be_started_again(run: Runner, containers: Containers) -> None:
+async def test_a_stopped_container_can_be_started_again(run: Runner, engine: Engine) -> None:
     container = await run.start("sh", "-c", "echo once; exit 4")
-    await containers.wait(container.id)
-    again = await containers.start(container.id)
+    await engine.wait(container.id)
+    again = await engine.start(container.id)
     assert again.started_at > container.started_at
-    assert (await containers.wait(container.id)).exit_code == 4
+    assert (await engine.wait(container.id)).exit_code == 4
     assert await run.logs(container) == "once\nonce\n"
 
 
-async def test_a_container_is_found_by_id_name_and_prefix(run: Runner, containers: Containers) -> None:
+async def test_a_container_is_found_by_id_name_and_prefix(run: Runner, engine: Engine) -> None:
     container = await run.create("true")
     for word in (container.id, container.id[:12], container.name, f"/{container.name}"):
-        assert containers.get(word).id == container.id
+        assert engine.get(word).id == container.id
     with pytest.raises(NotFound, match="No such container: nosuch"):
-        containers.get("nosuch")
+        engine.get("nosuch")
 
 
-async def test_two_containers_cannot_have_one_name(run: Runner, containers: Containers) -> None:
+async def test_two_containers_cannot_have_one_name(run: Runner, engine: Engine) -> None:
     await run.create("true", name="web")
     with pytest.raises(AlreadyExists, match='The container name "/web" is already in use by container'):
         await run.create("true", name="web")
 
 
-async def test_a_running_container_is_removed_only_by_force(run: Runner, containers: Containers) -> None:
+async def test_a_running_container_is_removed_only_by_force(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
     with pytest.raises(StillRunning):
-        await containers.remove(container.id)
-    await containers.remove(container.id, force=True)
+        await engine.remove(container.id)
+    await engine.remove(container.id, force=True)
     with pytest.raises(NotFound):
-        containers.get(container.id)
+        engine.get(container.id)
 
 
-async def test_signals_go_to_running_containers_only(run: Runner, containers: Containers) -> None:
+async def test_signals_go_to_running_containers_only(run: Runner, engine: Engine) -> None:
     container = await run.create("sleep", "100")
     with pytest.raises(NotRunning, match="is not running"):
-        await containers.kill(container.id)
-    await containers.start(container.id)
+        await engine.kill(container.id)
+    await engine.start(container.id)
     with pytest.raises(InvalidArgument, match="Invalid signal: NONSENSE"):
-        await containers.kill(container.id, "NONSENSE")
-    await containers.kill(container.id, "9")
-    assert (await containers.wait(container.id)).exit_code == 137
+        await engine.kill(container.id, "NONSENSE")
+    await engine.kill(container.id, "9")
+    assert (await engine.wait(container.id)).exit_code == 137
 
 
-async def test_a_paused_container_stands_still_and_can_be_killed(run: Runner, containers: Containers) -> None:
+async def test_a_paused_container_stands_still_and_can_be_killed(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
-    await containers.pause(container.id)
-    assert containers.get(container.id).state is ContainerState.PAUSED
-    await containers.unpause(container.id)
-    await containers.pause(container.id)
-    await containers.kill(container.id)
-    assert (await containers.wait(container.id)).exit_code == 137
+    await engine.pause(container.id)
+    assert engine.get(container.id).state is ContainerState.PAUSED
+    await engine.unpause(container.id)
+    await engine.pause(container.id)
+    await engine.kill(container.id)
+    assert (await engine.wait(container.id)).exit_code == 137
 
 
-async def test_events_tell_the_story(run: Runner, containers: Containers) -> None:
-    with containers.events.subscribed() as events:
+async def test_events_tell_the_story(run: Runner, engine: Engine) -> None:
+    with engine.events.subscribed() as events:
         container = await run.start("sleep", "100", labels={"a": "b"})
-        await containers.kill(container.id, "KILL")
-        await containers.wait(container.id)
-        await containers.remove(container.id)
+        await engine.kill(container.id, "KILL")
+        await engine.wait(container.id)
+        await engine.remove(container.id)
         told = []
         async for event in events:
             told.append((event.action, event.attributes.get("signal") or event.attributes.get("exitCode")))
@@ -178,14 +174,14 @@ async def test_events_tell_the_story(run: Runner, containers: Containers) -> Non
     assert event.attributes["a"] == "b"
 
 
-async def test_nothing_is_left_after_removal(lab: Lab, run: Runner, containers: Containers) -> None:
+async def test_nothing_is_left_after_removal(lab: Lab, run: Runner, engine: Engine) -> None:
     made = [await run.start(*POLITE) for _ in range(3)]
     process, monitor = made[0].process, made[0].monitor
     assert process is not None
     assert monitor is not None
     await run.create("true")
-    for container in containers.list():
-        await containers.remove(container.id, force=True)
+    for container in engine.list():
+        await engine.remove(container.id, force=True)
     assert lab.remains() == []
     assert not is_alive(process)
     assert not is_alive(monitor)

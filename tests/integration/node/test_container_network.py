@@ -13,7 +13,7 @@ from skep.dataplane.netns import nft
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import AddressNotHere
 from skep.engine.container import Container
-from skep.engine.containers import Containers
+from skep.engine.engine import Engine
 from skep.errors import AlreadyExists
 from skep.model.sandbox import PublishedPort
 from skep.model.service import PublishMode
@@ -69,15 +69,15 @@ async def test_containers_have_an_address_a_gateway_and_loopback(run: Runner) ->
     container = await run.create("sh", "-c", "ip -o -4 addr; ip route")
     endpoint = container.sandbox
     assert endpoint is not None
-    await run.containers.start(container.id)
-    await run.containers.wait(container.id)
+    await run.engine.start(container.id)
+    await run.engine.wait(container.id)
     output = await run.logs(container)
     assert f"{endpoint.address}/{endpoint.prefix_length}" in output
     assert "127.0.0.1/8" in output
     assert f"default via {endpoint.gateway} dev eth0" in output
 
 
-async def test_containers_reach_each_other_and_the_node(run: Runner, containers: Containers) -> None:
+async def test_containers_reach_each_other_and_the_node(run: Runner, engine: Engine) -> None:
     server = await run.start(*SERVE)
     assert server.sandbox is not None
     url = f"http://{server.sandbox.address}/group"
@@ -127,7 +127,7 @@ async def test_outside_machines_reach_published_ports_and_nothing_else(lab: Lab,
             connection, peer = await asyncio.to_thread(listener.accept)
             with connection:
                 assert (connection.recv(100), peer[0]) == (b"hello\n", "192.0.2.1")
-        await run.containers.wait(client.id)
+        await run.engine.wait(client.id)
     finally:
         await outside.destroy("machine")
         outside.close()
@@ -154,20 +154,20 @@ async def test_the_node_picks_a_port_where_none_is_named(lab: Lab, run: Runner) 
     assert b"staff" in await eventually_served(lab, "127.0.0.1", published(server))
 
 
-async def test_a_port_has_one_owner_until_it_is_given_back(run: Runner, containers: Containers) -> None:
+async def test_a_port_has_one_owner_until_it_is_given_back(run: Runner, engine: Engine) -> None:
     first = await run.create("true", ports=(host_port(8080),))
     with pytest.raises(AlreadyExists, match=r"Bind for 0\.0\.0\.0:8080 failed: port is already allocated"):
         await run.create("true", ports=(host_port(8080),))
-    await containers.remove(first.id)
+    await engine.remove(first.id)
     second = await run.start("true", ports=(host_port(8080), host_port(8080, "udp")))
-    await containers.wait(second.id)
+    await engine.wait(second.id)
     await run.create("true", ports=(host_port(8080),))  # ended: its port is free though its record is kept
 
 
 async def test_after_a_restart_ports_answer_and_what_is_gone_is_cleared(lab: Lab) -> None:
     first = lab.executor()
     async with first.running():
-        run = Runner(lab, first.containers)
+        run = Runner(lab, first.engine)
         server = await run.start(*SERVE, ports=(host_port(8080),))
         other = await run.start("sleep", "100", ports=(host_port(8081),))
         await eventually_served(lab, "127.0.0.1", 8080)
@@ -178,12 +178,12 @@ async def test_after_a_restart_ports_answer_and_what_is_gone_is_cleared(lab: Lab
     )
     second = lab.executor()
     async with second.running():
-        assert second.containers.get(server.id).sandbox == address
+        assert second.engine.get(server.id).sandbox == address
         assert b"staff" in await fetch(lab, "127.0.0.1", 8080)
         rules = await lab.in_home("nft", "list", "map", "ip", "skep", "host_ports")
         assert "8080" in rules
         assert "9999" not in rules
-        later = await Runner(lab, second.containers).create("true")
+        later = await Runner(lab, second.engine).create("true")
         assert later.sandbox is not None
         assert address is not None
         assert later.sandbox.address not in (
@@ -198,7 +198,7 @@ async def test_the_gateways_subnet_avoids_the_machines_routes(lab: Lab) -> None:
     await lab.in_home("ip", "link", "set", "taken", "up")
     executor = lab.executor()
     async with executor.running():
-        container = await Runner(lab, executor.containers).create("true")
+        container = await Runner(lab, executor.engine).create("true")
         assert container.sandbox is not None
         subnet = IPv4Network(f"{container.sandbox.gateway}/{container.sandbox.prefix_length}", strict=False)
         assert str(subnet) == "172.19.0.0/16"

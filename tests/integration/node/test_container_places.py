@@ -1,6 +1,6 @@
 """Containers under runc on overlay networks of their node."""
 
-from skep.engine.containers import Containers
+from skep.engine.engine import Engine
 from skep.model.ids import NetworkId
 from skep.model.sandbox import EndpointConfig
 from skep.model.tables import NetworkHead, Segment
@@ -16,7 +16,7 @@ INNER = NetworkHead(
 )
 
 
-async def test_a_container_is_reached_on_its_network(run: Runner, containers: Containers, lab: Lab) -> None:
+async def test_a_container_is_reached_on_its_network(run: Runner, engine: Engine, lab: Lab) -> None:
     server = await run.start(
         *("httpd", "-f", "-p", "80", "-h", "/etc"),
         endpoints=(EndpointConfig(head=WEB, addresses=("10.0.1.5/24",)),),
@@ -27,7 +27,7 @@ async def test_a_container_is_reached_on_its_network(run: Runner, containers: Co
         EndpointConfig(head=INNER, addresses=("10.0.2.6/24",)),
     )
     assert "staff" in await run.output("sh", "-c", command, endpoints=places)
-    await containers.remove(server.id, force=True)
+    await engine.remove(server.id, force=True)
     assert lab.remains() == []
     await eventually(lambda: not list(lab.paths.overlays.iterdir()), "the network is removed")
 
@@ -41,12 +41,12 @@ async def test_the_hosts_file_names_the_container_on_each_network(run: Runner) -
     assert lines[-2:] == ["10.0.1.6\tme", "10.0.2.6\tme"]
 
 
-async def test_a_container_is_started_again_on_its_networks(run: Runner, containers: Containers) -> None:
+async def test_a_container_is_started_again_on_its_networks(run: Runner, engine: Engine) -> None:
     places = (EndpointConfig(head=INNER, addresses=("10.0.2.6/24",)),)
     container = await run.start("ip", "-o", "-4", "addr", endpoints=places)
-    await containers.wait(container.id)
-    await containers.start(container.id)
-    await containers.wait(container.id)
+    await engine.wait(container.id)
+    await engine.start(container.id)
+    await engine.wait(container.id)
     assert (await run.logs(container)).count("10.0.2.6/24") == 2
 
 
@@ -54,15 +54,15 @@ async def test_a_new_process_finds_the_interfaces_again(lab: Lab) -> None:
     """The container is reached all the time, and what it had is freed when it ends."""
     first = lab.executor()
     async with first.running():
-        run = Runner(lab, first.containers)
+        run = Runner(lab, first.engine)
         places = (EndpointConfig(head=WEB, addresses=("10.0.1.5/24",)),)
         server = await run.start("sleep", "1000", endpoints=places)
     second = lab.executor()
     async with second.running():
-        run = Runner(lab, second.containers)
+        run = Runner(lab, second.engine)
         await second.overlays.apply({}, frozenset())
-        assert second.containers.get(server.id).sandbox == server.sandbox
+        assert second.engine.get(server.id).sandbox == server.sandbox
         places = (EndpointConfig(head=WEB, addresses=("10.0.1.6/24",)),)
         assert "1 packets received" in await run.output("ping", "-c", "1", "10.0.1.5", endpoints=places)
-        await second.containers.remove(server.id, force=True)
+        await second.engine.remove(server.id, force=True)
         await eventually(lambda: not list(lab.paths.overlays.iterdir()), "the network is removed")

@@ -79,7 +79,7 @@ async def test_a_bad_list_request_is_answered_with_dockers_words(
 
 async def test_ended_containers_are_listed_with_all_or_a_limit(api: Api, run: Runner):
     ended = await run.start("true")
-    await run.containers.wait(ended.id)
+    await run.engine.wait(ended.id)
     newer = await run.start("sleep", "100")
     assert [one["Id"] for one in (await api.ask("GET", "/containers/json"))[1]] == [newer.id]
     assert [one["Id"] for one in (await api.ask("GET", "/containers/json?all=1"))[1]] == [newer.id, ended.id]
@@ -162,7 +162,7 @@ async def test_a_bad_request_is_answered_with_dockers_words(
 
 async def test_an_ended_container_refuses_what_needs_a_process(api: Api, run: Runner):
     container = await run.start("true")
-    await run.containers.wait(container.id)
+    await run.engine.wait(container.id)
     gone = (409, {"message": f"Container {container.id} is not running"})
     assert await api.ask("GET", f"/containers/{container.id}/top") == gone
     assert await api.ask("POST", f"/containers/{container.id}/resize?h=1&w=1") == gone
@@ -175,7 +175,7 @@ async def test_an_ended_container_refuses_what_needs_a_process(api: Api, run: Ru
 
 async def test_logs_are_framed_and_chosen(api: Api, run: Runner):
     container = await run.start("sh", "-c", "echo one; echo two; echo bad >&2")
-    await run.containers.wait(container.id)
+    await run.engine.wait(container.id)
     path = f"/containers/{container.id}/logs"
     _, content = await api.ask("GET", f"{path}?stdout=1")
     assert content == b"\x01\0\0\0\0\0\0\x04one\n\x01\0\0\0\0\0\0\x04two\n"
@@ -230,7 +230,7 @@ async def test_stop_kill_pause_and_remove(api: Api, run: Runner):
     )
     assert (await api.ask("POST", f"{path}/unpause"))[0] == 204
     assert (await api.ask("POST", f"{path}/stop?t=5"))[0] == 204
-    assert run.containers.get(container.id).exit_code == 9
+    assert run.engine.get(container.id).exit_code == 9
     assert (await api.ask("DELETE", path))[0] == 204
     assert (await api.ask("GET", f"{path}/json"))[0] == 404
 
@@ -239,7 +239,7 @@ async def test_limits_change_while_it_runs(api: Api, run: Runner):
     container = await run.start("sleep", "100", memory_bytes=64 << 20)
     status, answer = await api.ask("POST", f"/containers/{container.id}/update", {"PidsLimit": 50})
     assert (status, answer) == (200, {"Warnings": None})
-    found = run.containers.get(container.id).config
+    found = run.engine.get(container.id).config
     assert (found.pids, found.memory_bytes) == (50, 64 << 20)
 
 

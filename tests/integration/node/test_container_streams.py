@@ -8,11 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.agent.executor.assembly import Programs, capacity_of
-from skep.aio.clock import SystemClock
 from skep.engine.attachment import Attachment
-from skep.engine.bundle import Bundles
-from skep.engine.cgroups import Cgroups
 from skep.engine.conmon import StartError
 from skep.engine.container import (
     Container,
@@ -21,17 +17,16 @@ from skep.engine.container import (
     ExecConfig,
     LogConfig,
     LogEntry,
-    LogWish,
+    LogFilter,
     NotRunning,
     Stream,
 )
-from skep.engine.containers import Containers
-from skep.engine.reading import ContainerReader
-from skep.engine.registry import Registry
+from skep.engine.engine import Engine
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
 from skep.model.ids import ContainerId
 from skep.model.times import timestamp
 from tests.integration.node.conftest import Runner
+from tests.support.oci_rig import Machine, memory_engine
 from tests.support.runc_lab import Lab
 
 
@@ -65,22 +60,22 @@ async def take(entries: AsyncIterator[LogEntry], number: int) -> list[bytes]:
 # --- logs --------------------------------------------------------------------------------------------------------
 
 
-async def test_both_streams_are_kept_apart_and_in_order(run: Runner, containers: Containers) -> None:
+async def test_both_streams_are_kept_apart_and_in_order(run: Runner, engine: Engine) -> None:
     container = await run.start("sh", "-c", "echo one; sleep 0.1; echo two >&2; sleep 0.1; printf three")
-    await containers.wait(container.id)
+    await engine.wait(container.id)
     assert await run.logs(container) == "one\ntwo\nthree\n"
     assert await run.logs(container, Stream.STDERR) == "two\n"
 
 
-async def test_following_gives_every_line_and_ends_with_the_container(
-    run: Runner, containers: Containers
-) -> None:
+async def test_following_gives_every_line_and_ends_with_the_container(run: Runner, engine: Engine) -> None:
     container = await run.start("sh", "-c", "for i in 1 2 3 4 5; do echo $i; sleep 0.05; done")
-    lines = [entry.data async for entry in containers.logs(container.id, LogWish(follow=True))]
+    lines = [entry.data async for entry in engine.logs(container.id, LogFilter(follow=True))]
     assert lines == [b"1\n", b"2\n", b"3\n", b"4\n", b"5\n"]
 
 
-async def test_following_ends_when_the_container_ended_just_before_the_wait(tmp_path: Path) -> None:
+async def test_following_ends_when_the_container_ended_just_before_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The end comes after a look at the container and before the wait for its next change: there is no next one."""
     running = Container(
         id=ContainerId("c1"), name="c", image="", image_id="", config=ContainerConfig(path="sh"),
@@ -88,46 +83,36 @@ async def test_following_ends_when_the_container_ended_just_before_the_wait(tmp_
     )  # fmt: skip
     looks = iter([running, running])
 
-    class Ending(Registry):
-        def lookup(self, id: ContainerId) -> Container:
-            return next(looks, msgspec.structs.replace(running, state=ContainerState.EXITED))
-
-    cgroups = Cgroups("none")
-    bundles = Bundles(
-        tmp_path / "data",
-        tmp_path / "run",
-        cgroups,
-        capacity_of(cgroups, Programs()),
-        tmp_path / "resolv.conf",
-    )
-    bundles.make(running)
-    bundles.log(running.id).write_text("1970-01-01T00:00:01Z stdout F last words\n")
-    registry = Ending(bundles)
-    registry.add(running)
-    reader = ContainerReader(registry=registry, bundles=bundles, cgroups=cgroups, clock=SystemClock())
+    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    store = engine._store
+    ended = msgspec.structs.replace(running, state=ContainerState.EXITED)
+    monkeypatch.setattr(store, "lookup", lambda _: next(looks, ended))
+    engine.bundles.make(running)
+    engine.bundles.log(running.id).write_text("1970-01-01T00:00:01Z stdout F last words\n")
+    store.add(running)
     async with asyncio.timeout(5):
-        lines = [entry.data async for entry in reader.logs("c1", LogWish(follow=True))]
+        lines = [entry.data async for entry in engine.logs("c1", LogFilter(follow=True))]
     assert lines == [b"last words\n"]
 
 
 async def test_following_a_container_that_is_not_started_yet_waits_for_it(
-    run: Runner, containers: Containers
+    run: Runner, engine: Engine
 ) -> None:
     container = await run.create("sh", "-c", "echo hello")
     async with asyncio.TaskGroup() as group:
-        lines = group.create_task(take(containers.logs(container.id, LogWish(follow=True)), 1))
-        await containers.start(container.id)
+        lines = group.create_task(take(engine.logs(container.id, LogFilter(follow=True)), 1))
+        await engine.start(container.id)
     assert lines.result() == [b"hello\n"]
 
 
-async def test_tail_since_and_until_choose_lines(run: Runner, containers: Containers) -> None:
+async def test_tail_since_and_until_choose_lines(run: Runner, engine: Engine) -> None:
     container = await run.start("sh", "-c", "for i in 1 2 3 4 5 6; do echo $i; sleep 0.02; done")
-    await containers.wait(container.id)
-    entries = [entry async for entry in containers.logs(container.id, LogWish())]
+    await engine.wait(container.id)
+    entries = [entry async for entry in engine.logs(container.id, LogFilter())]
     third = entries[2].timestamp_ns
 
     async def chosen(**wish: int) -> bytes:
-        return b"".join([one.data async for one in containers.logs(container.id, LogWish(**wish))])
+        return b"".join([one.data async for one in engine.logs(container.id, LogFilter(**wish))])
 
     assert await chosen(tail=2) == b"5\n6\n"
     assert await chosen(tail=0) == b""
@@ -136,14 +121,14 @@ async def test_tail_since_and_until_choose_lines(run: Runner, containers: Contai
     assert await chosen(until_ns=third) == b"1\n2\n3\n"
 
 
-async def test_a_very_long_line_comes_whole(run: Runner, containers: Containers) -> None:
+async def test_a_very_long_line_comes_whole(run: Runner, engine: Engine) -> None:
     container = await run.start("sh", "-c", "yes x | head -c 100000 | tr '\\n' y; echo; echo next")
-    await containers.wait(container.id)
+    await engine.wait(container.id)
     output = await run.logs(container)
     assert output == "xy" * 50000 + "\nnext\n"
 
 
-async def test_rotation_loses_no_line(lab: Lab, run: Runner, containers: Containers) -> None:
+async def test_rotation_loses_no_line(lab: Lab, run: Runner, engine: Engine) -> None:
     """A follower and a later reader see each of 6,000 lines once, over many files."""
     config = LogConfig(max_size_bytes=60_000, max_files=50)
     container = await run.start(
@@ -154,69 +139,69 @@ async def test_rotation_loses_no_line(lab: Lab, run: Runner, containers: Contain
     )
     expected = [f"line {number}\n".encode() for number in range(1, 6001)]
     async with asyncio.TaskGroup() as group:
-        follower = group.create_task(take(containers.logs(container.id, LogWish(follow=True)), 6000))
-        while containers.get(container.id).is_running:
-            containers.log_keeper.rotate(container)
+        follower = group.create_task(take(engine.logs(container.id, LogFilter(follow=True)), 6000))
+        while engine.get(container.id).is_running:
+            engine.log_rotation.rotate(container)
             await asyncio.sleep(0.02)
     assert follower.result() == expected
-    assert [entry.data async for entry in containers.logs(container.id, LogWish())] == expected
+    assert [entry.data async for entry in engine.logs(container.id, LogFilter())] == expected
     assert len(list((lab.paths.containers / container.id / "log").iterdir())) > 3
 
 
-async def test_only_so_many_old_logs_are_kept(lab: Lab, run: Runner, containers: Containers) -> None:
+async def test_only_so_many_old_logs_are_kept(lab: Lab, run: Runner, engine: Engine) -> None:
     config = LogConfig(max_size_bytes=1000, max_files=2)
     container = await run.start(
         "sh", "-c", "for i in $(seq 1 500); do echo line $i; sleep 0.001; done; sleep 100", log=config
     )
     directory = lab.paths.containers / container.id / "log"
-    async with aclosing(containers.logs(container.id, LogWish(follow=True))) as entries:
+    async with aclosing(engine.logs(container.id, LogFilter(follow=True))) as entries:
         async for entry in entries:
-            containers.log_keeper.rotate(container)
+            engine.log_rotation.rotate(container)
             if entry.data == b"line 500\n":
                 break
     assert {path.name for path in directory.iterdir()} <= {"current", "current.1"}
-    assert [one.data async for one in containers.logs(container.id, LogWish(tail=1))] == [b"line 500\n"]
+    assert [one.data async for one in engine.logs(container.id, LogFilter(tail=1))] == [b"line 500\n"]
 
 
-async def test_a_container_may_keep_no_logs(lab: Lab, run: Runner, containers: Containers) -> None:
+async def test_a_container_may_keep_no_logs(lab: Lab, run: Runner, engine: Engine) -> None:
     container = await run.start("echo", "hello", log=LogConfig(type="none"))
-    await containers.wait(container.id)
+    await engine.wait(container.id)
     assert await run.logs(container) == ""
 
 
 # --- attach ------------------------------------------------------------------------------------------------------
 
 
-async def test_an_attached_client_talks_to_the_process(run: Runner, containers: Containers) -> None:
+async def test_an_attached_client_talks_to_the_process(run: Runner, engine: Engine) -> None:
     container = await run.start("sh", "-c", "read a; echo got $a; read b; echo err $b >&2", open_stdin=True)
-    attachment = await containers.attach(container.id)
+    attachment = await engine.attach(container.id)
     await attachment.write(b"one\n")
     assert await read_until(attachment, b"\n") == b"got one\n"
     attachment.close()
-    again = await containers.attach(container.id)
+    again = await engine.attach(container.id)
     await again.write(b"two\n")
     assert (await everything(again))[Stream.STDERR] == b"err two\n"
 
 
-async def test_a_terminal_has_the_size_it_is_given(run: Runner, containers: Containers) -> None:
+async def test_a_terminal_has_the_size_it_is_given(run: Runner, engine: Engine) -> None:
     command = "while :; do stty size; sleep 0.05; done"
     container = await run.start("sh", "-c", command, tty=True, open_stdin=True)
-    attachment = await containers.attach(container.id)
-    await containers.resize(container.id, 33, 77)
+    attachment = await engine.attach(container.id)
+    await engine.resize(container.id, 33, 77)
     assert b"33 77" in await read_until(attachment, b"33 77")
     attachment.close()
 
 
-async def test_one_cannot_attach_to_what_does_not_run(run: Runner, containers: Containers) -> None:
+async def test_one_cannot_attach_to_what_does_not_run(run: Runner, engine: Engine) -> None:
     container = await run.create("true")
     with pytest.raises(NotRunning):
-        await containers.attach(container.id)
+        await engine.attach(container.id)
 
 
 # --- exec --------------------------------------------------------------------------------------------------------
 
 
-async def test_an_exec_has_its_own_streams_and_exit_code(run: Runner, containers: Containers) -> None:
+async def test_an_exec_has_its_own_streams_and_exit_code(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100", env=("FROM=container",))
     wish = ExecConfig(
         command=("sh", "-c", "cat; echo $FROM $EXTRA; pwd; echo err >&2; exit 5"),
@@ -224,88 +209,88 @@ async def test_an_exec_has_its_own_streams_and_exit_code(run: Runner, containers
         working_dir="/tmp",
         attach_stdin=True,
     )
-    id = containers.execs.create(container.id, wish)
-    assert containers.execs.get(id).exit_code is None
-    attachment = await containers.execs.start(id)
+    id = engine.execs.create(container.id, wish)
+    assert engine.execs.get(id).exit_code is None
+    attachment = await engine.execs.start(id)
     await attachment.write(b"input\n")
     attachment.close_input()
     output = await everything(attachment)
     assert output == {Stream.STDOUT: b"input\ncontainer exec\n/tmp\n", Stream.STDERR: b"err\n"}
-    ended = await containers.execs.wait(id)
+    ended = await engine.execs.wait(id)
     assert (ended.running, ended.exit_code) == (False, 5)
 
 
-async def test_an_exec_with_a_terminal(run: Runner, containers: Containers) -> None:
+async def test_an_exec_with_a_terminal(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
-    id = containers.execs.create(container.id, ExecConfig(command=("sh",), tty=True, attach_stdin=True))
-    attachment = await containers.execs.start(id)
-    containers.execs.resize(id, 41, 99)
+    id = engine.execs.create(container.id, ExecConfig(command=("sh",), tty=True, attach_stdin=True))
+    attachment = await engine.execs.start(id)
+    engine.execs.resize(id, 41, 99)
     await attachment.write(b"stty size; exit 6\n")
     assert b"41 99\r\n" in (await everything(attachment))[Stream.STDOUT]
-    assert (await containers.execs.wait(id)).exit_code == 6
+    assert (await engine.execs.wait(id)).exit_code == 6
 
 
-async def test_an_exec_runs_as_the_user_it_names(run: Runner, containers: Containers) -> None:
+async def test_an_exec_runs_as_the_user_it_names(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
-    id = containers.execs.create(container.id, ExecConfig(command=("id",), user="alice"))
-    output = await everything(await containers.execs.start(id))
+    id = engine.execs.create(container.id, ExecConfig(command=("id",), user="alice"))
+    output = await everything(await engine.execs.start(id))
     assert output[Stream.STDOUT] == b"uid=1000(alice) gid=1001(alice) groups=50(staff),1001(alice)\n"
-    id = containers.execs.create(container.id, ExecConfig(command=("id",), user="nobody-knows"))
+    id = engine.execs.create(container.id, ExecConfig(command=("id",), user="nobody-knows"))
     with pytest.raises(
         InvalidArgument, match="unable to find user nobody-knows: no matching entries in passwd"
     ):
-        await containers.execs.start(id)
+        await engine.execs.start(id)
 
 
-async def test_an_exec_that_cannot_start_keeps_dockers_exit_code(run: Runner, containers: Containers) -> None:
+async def test_an_exec_that_cannot_start_keeps_dockers_exit_code(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
-    id = containers.execs.create(container.id, ExecConfig(command=("nosuch",)))
+    id = engine.execs.create(container.id, ExecConfig(command=("nosuch",)))
     with pytest.raises(StartError, match="executable file not found in \\$PATH"):
-        await containers.execs.start(id)
-    assert containers.execs.get(id).exit_code == 127
+        await engine.execs.start(id)
+    assert engine.execs.get(id).exit_code == 127
 
 
-async def test_a_detached_exec_goes_on_alone(run: Runner, containers: Containers) -> None:
+async def test_a_detached_exec_goes_on_alone(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
-    id = containers.execs.create(container.id, ExecConfig(command=("sh", "-c", "sleep 0.2; touch /tmp/done")))
-    (await containers.execs.start(id)).close()
-    assert containers.execs.get(id).running
-    assert (await containers.execs.wait(id)).exit_code == 0
+    id = engine.execs.create(container.id, ExecConfig(command=("sh", "-c", "sleep 0.2; touch /tmp/done")))
+    (await engine.execs.start(id)).close()
+    assert engine.execs.get(id).running
+    assert (await engine.execs.wait(id)).exit_code == 0
 
 
-async def test_execs_end_with_their_container(run: Runner, containers: Containers) -> None:
+async def test_execs_end_with_their_container(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
-    id = containers.execs.create(container.id, ExecConfig(command=("sleep", "100")))
-    attachment = await containers.execs.start(id)
-    await containers.kill(container.id)
+    id = engine.execs.create(container.id, ExecConfig(command=("sleep", "100")))
+    attachment = await engine.execs.start(id)
+    await engine.kill(container.id)
     assert await attachment.read() is None
     attachment.close()
-    assert (await containers.execs.wait(id)).exit_code == 137
+    assert (await engine.execs.wait(id)).exit_code == 137
 
 
-async def test_an_exec_starts_once_and_needs_a_running_container(run: Runner, containers: Containers) -> None:
+async def test_an_exec_starts_once_and_needs_a_running_container(run: Runner, engine: Engine) -> None:
     container = await run.create("sleep", "100")
     with pytest.raises(NotRunning):
-        containers.execs.create(container.id, ExecConfig(command=("true",)))
-    await containers.start(container.id)
-    id = containers.execs.create(container.id, ExecConfig(command=("true",)))
-    (await containers.execs.start(id)).close()
+        engine.execs.create(container.id, ExecConfig(command=("true",)))
+    await engine.start(container.id)
+    id = engine.execs.create(container.id, ExecConfig(command=("true",)))
+    (await engine.execs.start(id)).close()
     with pytest.raises(FailedPrecondition):
-        await containers.execs.start(id)
-    await containers.remove(container.id, force=True)
+        await engine.execs.start(id)
+    await engine.remove(container.id, force=True)
     with pytest.raises(NotFound, match="No such exec instance"):
-        containers.execs.get(id)
+        engine.execs.get(id)
 
 
 async def test_top_shows_the_containers_processes_only(
-    run: Runner, containers: Containers, monkeypatch: pytest.MonkeyPatch
+    run: Runner, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their commands whole, however narrow the terminal is that the daemon was started from."""
     monkeypatch.setenv("COLUMNS", "40")
     container = await run.start("sh", "-c", "/bin/sleep 77 & wait")
     commands: list[str] = []
     for _ in range(100):
-        listed = await containers.top(container.id)
+        listed = await engine.top(container.id)
         commands = sorted(row[-1] for row in listed.processes)
         if "/bin/sleep 77" in commands:
             break
@@ -313,4 +298,4 @@ async def test_top_shows_the_containers_processes_only(
     assert commands == ["/bin/sleep 77", "sh -c /bin/sleep 77 & wait"]
     assert "PID" in listed.titles
     with pytest.raises(InvalidArgument, match="Couldn't find PID field"):
-        await containers.top(container.id, "-o comm")
+        await engine.top(container.id, "-o comm")

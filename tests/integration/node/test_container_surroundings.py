@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from skep.engine.container import MountPoint
-from skep.engine.containers import Containers
+from skep.engine.engine import Engine
 from skep.errors import InvalidArgument
 from skep.model.container import Ulimit
 from tests.integration.node.conftest import Runner, eventually
@@ -64,7 +64,7 @@ async def test_a_user_has_no_capabilities_and_his_groups(run: Runner) -> None:
         await run.create("id", user="bob")
 
 
-async def test_limits_are_applied(lab: Lab, run: Runner, containers: Containers) -> None:
+async def test_limits_are_applied(lab: Lab, run: Runner, engine: Engine) -> None:
     container = await run.start(
         "sleep",
         "100",
@@ -77,14 +77,14 @@ async def test_limits_are_applied(lab: Lab, run: Runner, containers: Containers)
     assert container.process is not None
     comm = Path(f"/proc/{container.process.pid}/comm")
     await eventually(lambda: comm.read_text() == "sleep\n", "the command is there")
-    stats = await containers.stats(container.id)
+    stats = await engine.stats(container.id)
     assert stats.memory_stats.limit == 32 << 20
     assert stats.pids_stats.limit == 33
     assert stats.pids_stats.current == 1
     assert stats.cpu_stats.throttling_data.periods >= 0
-    changed = await containers.update(container.id, nano_cpus=0, memory_bytes=64 << 20, pids=0)
+    changed = await engine.update(container.id, nano_cpus=0, memory_bytes=64 << 20, pids=0)
     assert changed.config.memory_bytes == 64 << 20
-    stats = await containers.stats(container.id)
+    stats = await engine.stats(container.id)
     assert (stats.memory_stats.limit, stats.pids_stats.limit) == (64 << 20, 0)
     assert stats.networks["eth0"].rx_errors == 0
 
@@ -127,9 +127,9 @@ async def test_names_environment_and_directory(run: Runner) -> None:
     ]
 
 
-async def test_the_host_name_is_the_short_id_by_default(run: Runner, containers: Containers) -> None:
+async def test_the_host_name_is_the_short_id_by_default(run: Runner, engine: Engine) -> None:
     container = await run.start("hostname")
-    await containers.wait(container.id)
+    await engine.wait(container.id)
     assert await run.logs(container) == f"{container.id[:12]}\n"
 
 
@@ -182,17 +182,17 @@ async def test_an_image_cannot_lead_the_lookup_of_users_out_of_itself(lab: Lab, 
         await run.create("true", user="alice")
 
 
-async def test_changes_against_the_image_are_listed(run: Runner, containers: Containers) -> None:
+async def test_changes_against_the_image_are_listed(run: Runner, engine: Engine) -> None:
     container = await run.start(
         "sh", "-c", "echo new >/tmp/new; echo x >>/etc/passwd; rm() { busybox rm $@; }; rm /etc/group"
     )
-    await containers.wait(container.id)
-    changed = {path: kind for kind, path in containers.changes(container.id)}
+    await engine.wait(container.id)
+    changed = {path: kind for kind, path in engine.changes(container.id)}
     assert (changed["/tmp/new"], changed["/etc/passwd"], changed["/etc/group"]) == (1, 0, 2)
 
 
-async def test_many_starts_at_once_all_come_up(run: Runner, containers: Containers) -> None:
+async def test_many_starts_at_once_all_come_up(run: Runner, engine: Engine) -> None:
     started = await asyncio.gather(*(run.start("sleep", "100") for _ in range(12)))
     assert len({container.pid for container in started}) == 12
     assert len({container.sandbox.address for container in started if container.sandbox}) == 12
-    await asyncio.gather(*(containers.remove(container.id, force=True) for container in started))
+    await asyncio.gather(*(engine.remove(container.id, force=True) for container in started))

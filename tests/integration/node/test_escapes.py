@@ -10,7 +10,7 @@ import pytest
 
 from skep.engine import apparmor
 from skep.engine.container import ExecConfig, MountPoint
-from skep.engine.containers import Containers
+from skep.engine.engine import Engine
 from skep.errors import SkepError
 from tests.integration.node.conftest import Runner
 from tests.integration.node.escapes import (
@@ -74,17 +74,17 @@ async def test_what_belongs_to_the_machine_is_not_read_or_written(run: Runner) -
     assert found["others"] == ["1"]
 
 
-async def test_processes_of_others_are_not_there(run: Runner, containers: Containers) -> None:
+async def test_processes_of_others_are_not_there(run: Runner, engine: Engine) -> None:
     victim = await run.start("sleep", "100")
     # A vector of no entries reads nothing, of any process.
     assert await python(run, TRACE, str(victim.pid)) == {"attach": ESRCH, "kill": ESRCH, "read": 0} | {
         "read": "done"
     }
     assert Path(f"/proc/{victim.pid}").exists()
-    await containers.remove(victim.id, force=True)
+    await engine.remove(victim.id, force=True)
 
 
-async def test_each_container_has_a_session_keyring_of_its_own(run: Runner, containers: Containers) -> None:
+async def test_each_container_has_a_session_keyring_of_its_own(run: Runner, engine: Engine) -> None:
     """Asked without the filter, which lets nobody ask."""
     first = await python(run, KEYRING, seccomp="unconfined")
     second = await python(run, KEYRING, seccomp="unconfined")
@@ -108,17 +108,17 @@ async def test_an_image_leads_nothing_of_the_node_into_its_etc(tmp_path: Path, l
     assert "of the machine" not in output
 
 
-async def test_an_absurd_passwd_is_passed_over(lab: Lab, run: Runner, containers: Containers) -> None:
+async def test_an_absurd_passwd_is_passed_over(lab: Lab, run: Runner, engine: Engine) -> None:
     """In the image, and written by the container before an exec."""
     spoil_users(lab.tree)
     assert "uid=1000(alice)" in await run.output("id", user="alice")
     container = await run.start("sh", "-c", f"{SPOIL_GROUPS}; sleep 100")
-    code = await containers.execs.wait(await _exec(containers, container.id, "id"))
+    code = await engine.execs.wait(await _exec(engine, container.id, "id"))
     assert code.exit_code == 0
-    await containers.remove(container.id, force=True)
+    await engine.remove(container.id, force=True)
 
 
-async def _exec(containers: Containers, id: str, *command: str) -> str:
-    exec_id = containers.execs.create(id, ExecConfig(command=command))
-    (await containers.execs.start(exec_id)).close()
+async def _exec(engine: Engine, id: str, *command: str) -> str:
+    exec_id = engine.execs.create(id, ExecConfig(command=command))
+    (await engine.execs.start(exec_id)).close()
     return exec_id

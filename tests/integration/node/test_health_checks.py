@@ -26,18 +26,18 @@ async def test_a_task_runs_only_when_its_probe_has_succeeded(executor: OciExecut
     )
     controller = executor.controller(task)
     await controller.prepare()
-    with executor.containers.events.subscribed() as events:
+    with executor.engine.events.subscribed() as events:
         async with asyncio.TaskGroup() as group:
             starting = group.create_task(controller.start())
             async for event in events:
                 if event.action == "start":
-                    container = executor.containers.get(event.container_id)
+                    container = executor.engine.get(event.container_id)
                     assert status(container, 0).endswith("(health: starting)")
                 if event.action.startswith("health_status"):
                     break
             await starting
     assert event.action == "health_status: healthy"
-    container = executor.containers.get(task.name)
+    container = executor.engine.get(task.name)
     assert container.health is not None
     assert container.health.log[-1].output == "/tmp/up\n"
     assert container.health.log[0].exit_code == 1
@@ -60,8 +60,8 @@ async def test_a_task_that_becomes_unhealthy_is_stopped(executor: OciExecutor) -
     controller = executor.controller(task)
     await controller.prepare()
     await controller.start()
-    container = executor.containers.get(task.name)
-    (executor.bundles.rootfs(container.id) / "tmp/broken").touch()
+    container = executor.engine.get(task.name)
+    (executor.engine.bundles.rootfs(container.id) / "tmp/broken").touch()
     ended = await controller.wait()
     assert ended.message == "task: non-zero exit (143): dockerexec: unhealthy container"
     await controller.remove()
@@ -74,11 +74,11 @@ async def test_a_probe_that_hangs_is_killed_and_counts_as_failed(executor: OciEx
     await controller.prepare()
     with pytest.raises(SkepError, match="unhealthy"):
         await controller.start()
-    container = executor.containers.get(task.name)
+    container = executor.engine.get(task.name)
     assert container.health is not None
     (probe,) = container.health.log
     assert (probe.exit_code, probe.output) == (-1, "Health check exceeded timeout (2s): begun\n")
-    assert executor.containers.execs.of(container.id) == ()
+    assert executor.engine.execs.of(container.id) == ()
     await controller.remove()
 
 
@@ -91,9 +91,9 @@ async def test_a_container_is_probed_on_by_the_next_node_process(lab: Lab) -> No
     second = lab.executor()
     async with second.running():
         controller = second.controller(task)
-        container = second.containers.get(task.name)
+        container = second.engine.get(task.name)
         assert container.health is not None
         assert container.health.status is HealthStatus.HEALTHY
-        (second.bundles.rootfs(container.id) / "tmp/broken").touch()
+        (second.engine.bundles.rootfs(container.id) / "tmp/broken").touch()
         assert "unhealthy" in (await controller.wait()).message
         await controller.remove()

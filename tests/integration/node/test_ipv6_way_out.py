@@ -74,7 +74,7 @@ async def heard_outside(lab: Lab, outside: Path, run: Runner) -> tuple[bytes, st
         with connection:
             connection.settimeout(WAIT_S)
             said = await asyncio.to_thread(connection.recv, 100)
-        await run.containers.wait(client.id)
+        await run.engine.wait(client.id)
         return said, peer[0]
 
 
@@ -89,7 +89,7 @@ async def wait_tables(lab: Lab, expected: str) -> None:
 async def test_a_container_gets_out_by_ipv6_under_the_nodes_address(lab: Lab, outside: Path) -> None:
     executor = lab.executor()
     async with executor.running():
-        run = Runner(lab, executor.containers)
+        run = Runner(lab, executor.engine)
         assert await lab.in_home("nft", "list", "tables", "ip6") == "", "nobody uses IPv6 yet"
         assert await heard_outside(lab, outside, run) == (b"hello\n", NODE)
         accepted = await lab.in_home("cat", "/proc/sys/net/ipv6/conf/wan/accept_ra")
@@ -99,8 +99,8 @@ async def test_a_container_gets_out_by_ipv6_under_the_nodes_address(lab: Lab, ou
         await lab.in_home("nft", "delete", "table", "ip6", "skep")
         await wait_tables(lab, "table ip6 skep")
         assert await heard_outside(lab, outside, run) == (b"hello\n", NODE)
-        for container in executor.containers.list():
-            await executor.containers.remove(container.id, force=True)
+        for container in executor.engine.list():
+            await executor.engine.remove(container.id, force=True)
         await wait_tables(lab, "")
 
 
@@ -109,7 +109,7 @@ async def test_the_node_alone_reaches_a_container_by_its_unique_local_address(
 ) -> None:
     executor = lab.executor()
     async with executor.running():
-        run = Runner(lab, executor.containers)
+        run = Runner(lab, executor.engine)
         server = await run.start("httpd", "-f", "-p", "80", "-h", "/etc", endpoints=places())
         address = endpoint_of(server.sandbox).address6
         assert IPv6Address(address) in IPv6Network("fd00::/8")
@@ -127,12 +127,12 @@ async def test_the_node_alone_reaches_a_container_by_its_unique_local_address(
 async def test_networks_without_ipv6_or_without_a_way_out_leave_the_node_as_it_was(lab: Lab) -> None:
     executor = lab.executor()
     async with executor.running():
-        run = Runner(lab, executor.containers)
+        run = Runner(lab, executor.engine)
         for given in ((), internal_places()):
             container = await run.create("ip", "-6", "route", endpoints=given)
             assert endpoint_of(container.sandbox).address6 == ""
-            await run.containers.start(container.id)
-            await run.containers.wait(container.id)
+            await run.engine.start(container.id)
+            await run.engine.wait(container.id)
             assert "default" not in await run.logs(container)
         assert await lab.in_home("nft", "list", "tables", "ip6") == ""
         assert await lab.in_home("cat", "/proc/sys/net/ipv6/conf/all/forwarding") == "0\n"
@@ -142,7 +142,7 @@ async def test_where_ipv6_is_turned_off_containers_start_without_it(lab: Lab) ->
     await lab.in_home("sysctl", "-q", "-w", "net.ipv6.conf.all.disable_ipv6=1")
     executor = lab.executor()
     async with executor.running():
-        run = Runner(lab, executor.containers)
+        run = Runner(lab, executor.engine)
         container = await run.start("sleep", "1000", endpoints=places())
         assert endpoint_of(container.sandbox).address6 == ""
         assert await lab.in_home("cat", "/proc/sys/net/ipv6/conf/all/forwarding") == "0\n"
@@ -151,15 +151,15 @@ async def test_where_ipv6_is_turned_off_containers_start_without_it(lab: Lab) ->
 async def test_a_new_process_keeps_the_subnet_and_the_way_out(lab: Lab, outside: Path) -> None:
     first = lab.executor()
     async with first.running():
-        server = await Runner(lab, first.containers).start("sleep", "1000", endpoints=places(6))
+        server = await Runner(lab, first.engine).start("sleep", "1000", endpoints=places(6))
     before = endpoint_of(server.sandbox)
     second = lab.executor()
     async with second.running():
-        assert endpoint_of(second.containers.get(server.id).sandbox) == before
-        later = await Runner(lab, second.containers).create("true", endpoints=places(7))
+        assert endpoint_of(second.engine.get(server.id).sandbox) == before
+        later = await Runner(lab, second.engine).create("true", endpoints=places(7))
         assert endpoint_of(later.sandbox).gateway6 == before.gateway6
         assert f"inet6 {before.gateway6}/64" in await lab.in_home("ip", "addr", "show", "dev", BRIDGE)
-        assert await heard_outside(lab, outside, Runner(lab, second.containers)) == (b"hello\n", NODE)
+        assert await heard_outside(lab, outside, Runner(lab, second.engine)) == (b"hello\n", NODE)
 
 
 async def test_the_subnet_avoids_the_machines_routes(lab: Lab) -> None:
@@ -173,7 +173,7 @@ async def test_the_subnet_avoids_the_machines_routes(lab: Lab) -> None:
 
 async def _gateway_of(executor: OciExecutor, lab: Lab) -> str:
     async with executor.running():
-        container = await Runner(lab, executor.containers).create("true", endpoints=places())
+        container = await Runner(lab, executor.engine).create("true", endpoints=places())
         return endpoint_of(container.sandbox).gateway6
 
 

@@ -38,7 +38,7 @@ async def wait_until_something_is_held(lab: Lab, executor: OciExecutor) -> None:
 
 
 async def wait_until_nothing_is_left(lab: Lab, executor: OciExecutor) -> None:
-    await eventually(lambda: not executor.containers.list(), "no container is left")
+    await eventually(lambda: not executor.engine.list(), "no container is left")
     assert not held(lab, executor)
 
 
@@ -51,7 +51,7 @@ async def test_a_task_that_is_retired_before_its_start_gives_its_network_back(
     assert len(held(lab, executor)) == 1
     await controller.shutdown()
     assert not held(lab, executor)
-    container = executor.containers.get(f"web.2.{task.task.id}")
+    container = executor.engine.get(f"web.2.{task.task.id}")
     assert container.state is ContainerState.CREATED, "its record stays until the task is removed"
     await controller.shutdown()
     await controller.remove()
@@ -67,7 +67,7 @@ async def test_the_next_node_process_gives_a_retired_task_no_network_either(lab:
         await controller.shutdown()
     second = lab.executor()
     async with second.running():
-        assert [one.name for one in second.containers.list()] == [f"web.2.{task.task.id}"]
+        assert [one.name for one in second.engine.list()] == [f"web.2.{task.task.id}"]
         assert not held(lab, second)
 
 
@@ -107,7 +107,7 @@ async def test_a_network_that_cannot_be_written_down_is_given_back(lab: Lab, exe
     task = a_task("sleep", "60")
     making = asyncio.create_task(executor.controller(task).prepare())
     await wait_until_something_is_held(lab, executor)
-    (container,) = executor.containers.list()
+    (container,) = executor.engine.list()
     shutil.rmtree(lab.paths.containers / container.id)  # nothing can be written there any more
     with pytest.raises(SkepError):
         await making
@@ -126,9 +126,9 @@ async def test_what_is_held_for_containers_that_are_gone_is_swept_away(
     bare = new_container_id()
     await namespaces.create(bare, {})
     assert held(lab, executor) == before | {gone, bare}
-    assert set(await executor.containers.sweep()) == {gone, bare}
+    assert set(await executor.engine.sweep()) == {gone, bare}
     assert held(lab, executor) == before
-    assert await executor.containers.sweep() == []
+    assert await executor.engine.sweep() == []
 
 
 @pytest.mark.parametrize("turns", [50, 200, 800])
@@ -148,7 +148,7 @@ async def test_a_container_that_is_removed_while_it_starts_ends_nobody_elses_wor
     await executor.discard(task.task.id)
     await asyncio.wait([starting])
     starting.exception()
-    await eventually(lambda: len(executor.containers.list()) == 1, "the other one is left")
+    await eventually(lambda: len(executor.engine.list()) == 1, "the other one is left")
     assert neighbour.observed() is not None
     await neighbour.terminate()
     await neighbour.wait()

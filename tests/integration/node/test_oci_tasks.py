@@ -10,7 +10,7 @@ from skep.agent.assignments import ConfigFile, LogQuery, LogStream, SecretFile
 from skep.agent.executor.interface import Rejected
 from skep.agent.executor.oci import OciExecutor
 from skep.agent.task_logs import TaskLogs
-from skep.engine.container import LogWish
+from skep.engine.container import LogFilter
 from skep.engine.images.image import ContainerDefaults
 from skep.errors import SkepError
 from skep.model.container import (
@@ -48,8 +48,8 @@ async def output(executor: OciExecutor, task: AssignedTask) -> str:
     await controller.prepare()
     await controller.start()
     await controller.wait()
-    id = executor.containers.get(task.name).id
-    text = "".join([entry.data.decode() async for entry in executor.containers.logs(id, LogWish())])
+    id = executor.engine.get(task.name).id
+    text = "".join([entry.data.decode() async for entry in executor.engine.logs(id, LogFilter())])
     await controller.remove()
     return text
 
@@ -57,7 +57,7 @@ async def output(executor: OciExecutor, task: AssignedTask) -> str:
 async def test_the_container_has_dockers_name_and_labels(executor: OciExecutor) -> None:
     task = a_task("true", labels={"mine": "1", "com.docker.swarm.task.id": "forged"})
     await executor.controller(task).prepare()
-    container = executor.containers.get(f"web.2.{task.task.id}")
+    container = executor.engine.get(f"web.2.{task.task.id}")
     assert container.labels == {
         "mine": "1",
         "com.docker.swarm.node.id": "node1",
@@ -234,7 +234,7 @@ async def test_new_limits_are_taken_over_without_a_restart(executor: OciExecutor
         task.task.spec, resources=ResourceRequirements(limits=Limits(memory_bytes=64 << 20, pids=9))
     )
     await controller.update(msgspec.structs.replace(task, task=msgspec.structs.replace(task.task, spec=spec)))
-    stats = await executor.containers.stats(task.name)
+    stats = await executor.engine.stats(task.name)
     assert (stats.memory_stats.limit, stats.pids_stats.limit) == (64 << 20, 9)
     assert controller.observed() == before
 
@@ -250,7 +250,7 @@ async def test_log_options_are_checked(executor: OciExecutor) -> None:
 
 
 async def test_the_logs_of_a_service_are_gathered_from_its_tasks(executor: OciExecutor) -> None:
-    logs = TaskLogs(executor.containers)
+    logs = TaskLogs(executor.engine)
     tasks = [a_task("sh", "-c", f"echo out {slot}; echo err >&2", slot=slot) for slot in (1, 2)]
     other = msgspec.structs.replace(a_task("echo", "other"))
     other = msgspec.structs.replace(
@@ -273,7 +273,7 @@ async def test_the_logs_of_a_service_are_gathered_from_its_tasks(executor: OciEx
 
 
 async def test_followed_logs_go_on_with_tasks_that_come_later(executor: OciExecutor) -> None:
-    logs = TaskLogs(executor.containers)
+    logs = TaskLogs(executor.engine)
     first, second = a_task("sh", "-c", "echo first; sleep 100"), a_task("echo", "second")
     for_first = executor.controller(first)
     await for_first.prepare()

@@ -9,7 +9,7 @@ import pytest
 
 from skep.engine.conmon import StartError
 from skep.engine.container import ProcessName
-from skep.engine.containers import Containers
+from skep.engine.engine import Engine
 from skep.engine.processes import find, wait_gone
 from skep.engine.runc_state import ProcessEnded, RuncState
 from skep.model.ids import ContainerId
@@ -25,9 +25,7 @@ def own_process() -> ProcessName:
     return process
 
 
-async def test_runc_sees_a_started_container_as_running(
-    lab: Lab, run: Runner, containers: Containers
-) -> None:
+async def test_runc_sees_a_started_container_as_running(lab: Lab, run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
     command = Path(f"/proc/{container.pid}/cmdline")
     await eventually(lambda: command.read_bytes() == b"sleep\x00100\x00", "the command runs")
@@ -65,7 +63,7 @@ async def test_a_process_that_ended_before_its_start_is_said_to_be_dead(tmp_path
 
 
 async def test_a_created_container_that_is_killed_fails_to_start(
-    run: Runner, containers: Containers, monkeypatch: pytest.MonkeyPatch
+    run: Runner, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = RuncState.start
 
@@ -77,18 +75,18 @@ async def test_a_created_container_that_is_killed_fails_to_start(
     monkeypatch.setattr(RuncState, "start", killed_first)
     container = await run.create("sleep", "100")
     with pytest.raises(StartError):
-        await containers.start(container.id)
-    assert not containers.get(container.id).is_running
+        await engine.start(container.id)
+    assert not engine.get(container.id).is_running
 
 
 async def test_nothing_is_left_of_a_container_that_ended_with_nested_groups(
-    lab: Lab, run: Runner, containers: Containers
+    lab: Lab, run: Runner, engine: Engine
 ) -> None:
     container = await run.start("sleep", "100")
-    procs = containers._cgroups.directory(container.id, "pids")
+    procs = engine._cgroups.directory(container.id, "pids")
     assert procs is not None
     (procs / "nested").mkdir()
-    await containers.kill(container.id)
-    await containers.wait(container.id)
-    await containers.remove(container.id)
+    await engine.kill(container.id)
+    await engine.wait(container.id)
+    await engine.remove(container.id)
     assert lab.remains() == []

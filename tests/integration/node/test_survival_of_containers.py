@@ -8,8 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from skep.engine.container import ContainerState, LogWish
-from skep.engine.containers import Containers
+from skep.engine.container import ContainerState, LogFilter
+from skep.engine.engine import Engine
 from skep.engine.processes import is_alive
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.runc_lab import Lab
@@ -18,7 +18,7 @@ from tests.support.runc_lab import Lab
 async def test_a_restart_finds_running_containers_and_their_exit_code(lab: Lab) -> None:
     first = lab.executor()
     async with first.running():
-        run = Runner(lab, first.containers)
+        run = Runner(lab, first.engine)
         container = await run.start(
             "sh", "-c", "while [ ! -e /tmp/go ]; do sleep 0.05; done; echo went; exit 9"
         )
@@ -26,26 +26,26 @@ async def test_a_restart_finds_running_containers_and_their_exit_code(lab: Lab) 
     assert is_alive(container.process)
     second = lab.executor()
     async with second.running():
-        assert second.containers.get(container.id) == container
-        (second.bundles.rootfs(container.id) / "tmp/go").touch()
-        ended = await second.containers.wait(container.id)
+        assert second.engine.get(container.id) == container
+        (second.engine.bundles.rootfs(container.id) / "tmp/go").touch()
+        ended = await second.engine.wait(container.id)
         assert ended.exit_code == 9
-        lines = [entry.data async for entry in second.containers.logs(container.id, LogWish())]
+        lines = [entry.data async for entry in second.engine.logs(container.id, LogFilter())]
         assert lines == [b"went\n"]
 
 
 async def test_what_ended_while_nobody_looked_is_settled_at_the_next_start(lab: Lab) -> None:
     first = lab.executor()
     async with first.running():
-        container = await Runner(lab, first.containers).start("sh", "-c", "sleep 0.2; exit 6")
+        container = await Runner(lab, first.engine).start("sh", "-c", "sleep 0.2; exit 6")
         monitor = container.monitor
     assert monitor is not None
     await eventually(lambda: not is_alive(monitor), "it ended")
     second = lab.executor()
     async with second.running():
-        ended = await second.containers.wait(container.id)
+        ended = await second.engine.wait(container.id)
         assert (ended.state, ended.exit_code) == (ContainerState.EXITED, 6)
-        await second.containers.remove(container.id)
+        await second.engine.remove(container.id)
     assert lab.remains() == []
 
 
@@ -57,7 +57,7 @@ async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> Non
         from skep.aio.clock import SystemClock
         from skep.agent.executor.assembly import oci_executor
         from skep.dataplane.netns.namespaces import Namespaces
-        from skep.engine.container import ContainerConfig, ContainerWish
+        from skep.engine.container import ContainerConfig, NewContainer
         from skep.paths import Paths
 
         async def main():
@@ -66,9 +66,9 @@ async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> Non
                 cgroup_parent={lab.cgroup_parent!r}, namespaces=Namespaces(paths.netns, Path({str(lab.home)!r})))
             async with executor.running():
                 config = ContainerConfig(path="sleep", args=("100",))
-                made = await executor.containers.create(ContainerWish(
+                made = await executor.engine.add(NewContainer(
                     name="c", image="i", image_id="i", layers=({str(lab.tree)!r},), config=config))
-                await executor.containers.start(made.id)
+                await executor.engine.start(made.id)
                 print("started", flush=True)
                 await asyncio.sleep(100)
 
@@ -83,17 +83,17 @@ async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> Non
     await node.wait()
     executor = lab.executor()
     async with executor.running():
-        (container,) = executor.containers.list()
+        (container,) = executor.engine.list()
         assert container.process is not None
         assert container.monitor is not None
         assert is_alive(container.process)
         assert is_alive(container.monitor)
-        await executor.containers.kill(container.id)
-        assert (await executor.containers.wait(container.id)).exit_code == 137
+        await executor.engine.kill(container.id)
+        assert (await executor.engine.wait(container.id)).exit_code == 137
 
 
 async def test_without_its_monitor_a_container_runs_on_and_its_exit_code_is_unknown(
-    run: Runner, containers: Containers
+    run: Runner, engine: Engine
 ) -> None:
     container = await run.start("sh", "-c", "sleep 0.5; exit 4")
     assert container.monitor is not None
@@ -101,8 +101,8 @@ async def test_without_its_monitor_a_container_runs_on_and_its_exit_code_is_unkn
     os.kill(container.monitor.pid, signal.SIGKILL)
     await eventually(lambda: not is_alive(container.monitor), "the monitor is gone")  # type: ignore[arg-type]
     assert is_alive(container.process)
-    assert containers.get(container.id).is_running
-    ended = await containers.wait(container.id)
+    assert engine.get(container.id).is_running
+    ended = await engine.wait(container.id)
     assert ended.exit_code == 255
     assert "monitor was lost" in ended.error
 
@@ -110,11 +110,11 @@ async def test_without_its_monitor_a_container_runs_on_and_its_exit_code_is_unkn
 async def test_a_container_that_was_made_but_not_started_can_be_started_after_a_restart(lab: Lab) -> None:
     first = lab.executor()
     async with first.running():
-        container = await Runner(lab, first.containers).create("sh", "-c", "exit 3")
+        container = await Runner(lab, first.engine).create("sh", "-c", "exit 3")
     second = lab.executor()
     async with second.running():
-        await second.containers.start(container.id)
-        assert (await second.containers.wait(container.id)).exit_code == 3
+        await second.engine.start(container.id)
+        assert (await second.engine.wait(container.id)).exit_code == 3
 
 
 async def test_directories_without_a_record_are_removed(lab: Lab) -> None:
@@ -123,21 +123,21 @@ async def test_directories_without_a_record_are_removed(lab: Lab) -> None:
     (leftover / "record").write_text('{"torn')
     executor = lab.executor()
     async with executor.running():
-        assert executor.containers.list() == []
+        assert executor.engine.list() == []
     assert not leftover.exists()
 
 
 async def test_a_record_torn_while_it_was_written_has_its_predecessor(lab: Lab) -> None:
     first = lab.executor()
     async with first.running():
-        container = await Runner(lab, first.containers).create("true")
+        container = await Runner(lab, first.engine).create("true")
     with (lab.paths.containers / container.id / "record").open("a") as record:
         record.write('\n{"id": "')
     second = lab.executor()
     async with second.running():
-        assert second.containers.get(container.id).name == container.name
-        await second.containers.start(container.id)
-        assert (await second.containers.wait(container.id)).exit_code == 0
+        assert second.engine.get(container.id).name == container.name
+        await second.engine.start(container.id)
+        assert (await second.engine.wait(container.id)).exit_code == 0
 
 
 async def test_monitors_sit_in_a_cgroup_of_their_own(lab: Lab, run: Runner) -> None:
@@ -152,13 +152,13 @@ async def test_a_container_whose_record_is_damaged_is_ended_and_removed(lab: Lab
     """Nobody knows as what it runs, so it must not run on unseen."""
     first = lab.executor()
     async with first.running():
-        container = await Runner(lab, first.containers).start("sleep", "100")
-        directory = first.bundles.path(container.id)
+        container = await Runner(lab, first.engine).start("sleep", "100")
+        directory = first.engine.bundles.path(container.id)
     process = container.process
     assert process is not None
     (directory / "record").write_bytes(b"{")
     second = lab.executor()
     async with second.running():
-        assert second.containers.list() == []
+        assert second.engine.list() == []
         await eventually(lambda: not is_alive(process), "it ended")
         await eventually(lambda: not lab.remains(), "nothing of it is left")

@@ -11,7 +11,7 @@ from skep.api.server import application
 from skep.engine.api import absent
 from skep.engine.api.volumes import volume_routes
 from skep.engine.container import Container, ContainerConfig, MountPoint
-from skep.engine.mounts.volumes import Volumes
+from skep.engine.volumes import Volumes
 
 Api = TestClient[Any, Any]
 

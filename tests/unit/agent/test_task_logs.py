@@ -5,8 +5,8 @@ from typing import cast
 
 from skep.agent.task_logs import LABEL_TASK, TaskLogs
 from skep.aio.clock import SystemClock
-from skep.engine.container import Container, ContainerConfig, LogEntry, LogWish, Stream
-from skep.engine.containers import Containers
+from skep.engine.container import Container, ContainerConfig, LogEntry, LogFilter, Stream
+from skep.engine.engine import Engine
 from skep.engine.events import Events
 from skep.errors import NotFound
 from skep.model.ids import ContainerId, TaskId
@@ -29,7 +29,7 @@ class SomeUnreadable:
             for id in ("gone", "there")
         ]
 
-    async def logs(self, word: str, _wish: LogWish) -> AsyncGenerator[LogEntry, None]:
+    async def logs(self, word: str, _wish: LogFilter) -> AsyncGenerator[LogEntry, None]:
         if word == "gone":
             raise self._error
         for number in range(3):
@@ -39,5 +39,5 @@ class SomeUnreadable:
 async def test_a_container_that_cannot_be_read_ends_nobody_elses_lines() -> None:
     query = LogQuery(tasks=(TaskId("gone"), TaskId("there")))
     for error in (NotFound("No such container: gone"), FileNotFoundError("log")):
-        logs = TaskLogs(cast("Containers", SomeUnreadable(error)))
+        logs = TaskLogs(cast("Engine", SomeUnreadable(error)))
         assert [line.data async for line in logs.read(query)] == [b"0", b"1", b"2"]

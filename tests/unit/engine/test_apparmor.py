@@ -9,15 +9,15 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.executor.wish import _apparmor
+from skep.agent.executor.adapter import _security_options
 from skep.engine import apparmor
+from skep.engine.capacity import is_in_user_namespace, thermal_throttles
 from skep.engine.container import ExecConfig
-from skep.engine.machine_paths import is_in_user_namespace, thermal_throttles
 from skep.engine.spec import exec_process
 from skep.engine.users import Identity
 from skep.errors import FailedPrecondition
 from skep.model.container import AppArmorOpts, Privileges
-from tests.support.oci_rig import Machine, memory_containers, wish
+from tests.support.oci_rig import Machine, memory_engine, new_container
 from tests.unit.engine.test_specification import ALL_CAPACITY, a_container, built
 
 CONFINING = replace(ALL_CAPACITY, has_apparmor=True)
@@ -115,13 +115,13 @@ async def test_a_profile_that_is_refused_keeps_containers_from_starting_unconfin
     a_machine_with_apparmor(monkeypatch, tmp_path, parser="cat > /dev/null; echo 'syntax error' >&2; exit 1")
     refused = "AppArmor enabled on system but the docker-default profile could not be loaded: syntax error"
     assert apparmor.problem() == refused
-    containers = memory_containers(tmp_path, Machine(), monkeypatch)
-    async with containers.running():
+    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    async with engine.running():
         with pytest.raises(FailedPrecondition, match="could not be loaded: syntax error"):
-            await containers.create(wish("confined"))
-        unconfined = wish("unconfined")
+            await engine.add(new_container("confined"))
+        unconfined = new_container("unconfined")
         config = replace(unconfined.config, apparmor="unconfined")
-        container = await containers.create(replace(unconfined, config=config))
+        container = await engine.add(replace(unconfined, config=config))
     written = (tmp_path / "bundles" / container.id / "config.json").read_bytes()
     assert msgspec.json.decode(written)["process"]["apparmorProfile"] == "unconfined"
 
@@ -135,14 +135,14 @@ async def test_a_profile_that_somebody_has_unloaded_is_loaded_for_the_next_conta
         tmp_path,
         parser=f"cat > {tmp_path}/told; echo 'docker-default (enforce)' > {profiles}",
     )
-    containers = memory_containers(tmp_path, Machine(), monkeypatch)
-    async with containers.running():
-        await containers.create(wish("first"))
+    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    async with engine.running():
+        await engine.add(new_container("first"))
         told.unlink()
-        await containers.create(wish("second"))
+        await engine.add(new_container("second"))
         assert not told.exists()
         profiles.write_text("")
-        await containers.create(wish("third"))
+        await engine.add(new_container("third"))
         assert told.exists()
 
 
@@ -158,10 +158,9 @@ def test_a_container_and_its_execs_get_the_profile() -> None:
 
 
 def test_a_service_may_do_without_it() -> None:
-    assert (
-        _apparmor(Privileges()) == _apparmor(Privileges(app_armor=AppArmorOpts(mode="default"))) == "default"
-    )
-    assert _apparmor(Privileges(app_armor=AppArmorOpts(mode="disabled"))) == "unconfined"
+    assert _security_options(Privileges(app_armor=AppArmorOpts(mode="default"))) == ()
+    off = _security_options(Privileges(app_armor=AppArmorOpts(mode="disabled")))
+    assert off == ("apparmor=unconfined",)
 
 
 def test_each_processors_heat_is_masked_where_it_is_shown(tmp_path: Path) -> None:

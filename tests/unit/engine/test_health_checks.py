@@ -17,8 +17,8 @@ from skep.engine.container import Container, ContainerConfig, ContainerState, Ex
 from skep.engine.events import Events
 from skep.engine.execs import Execs
 from skep.engine.health_checks import HealthChecks
-from skep.engine.registry import Registry
 from skep.engine.runtime import Runtime, StartedExec
+from skep.engine.state import ContainerStore
 from skep.errors import NotFound
 from skep.model.container import HealthConfig
 from skep.model.ids import ContainerId
@@ -57,7 +57,7 @@ class Rig:
     def __init__(self) -> None:
         clock = SystemClock()
         self.runtime = SlowRuntime()
-        self.registry = Registry(cast("Bundles", NoDisk()))
+        self.registry = ContainerStore(cast("Bundles", NoDisk()))
         events = Events(clock)
         self.execs = Execs(
             cast("Bundles", NoDisk()),

@@ -18,7 +18,7 @@ from skep.engine.container import ContainerState
 from skep.errors import Unavailable
 from skep.model.task import TaskState
 from tests.support.file_faults import ERRNOS, Faults, file_faults
-from tests.support.oci_rig import ContainersExecutor, Machine, QuickClock, memory_containers
+from tests.support.oci_rig import EngineExecutor, Machine, QuickClock, memory_engine
 from tests.unit.agent.test_worker import Reports, assigned, complete, difference
 
 DEADLINE_S = 30
@@ -44,9 +44,9 @@ class Life:
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[Worker]:
-        containers = memory_containers(self.directory, self.machine, self.patch)
+        engine = memory_engine(self.directory, self.machine, self.patch)
         worker = Worker(
-            executor=ContainersExecutor(containers),
+            executor=EngineExecutor(engine),
             files=TaskFiles(self.directory / "tasks", QuickClock()),
             reports=self.reports,
             clock=QuickClock(),
@@ -175,7 +175,7 @@ async def test_a_container_that_cannot_be_removed_says_why_and_goes_when_it_can(
     async with life.working() as worker:
         await worker.assign(complete(assigned("a")))
         await life.settled("a")
-        (container,) = worker._executor.containers.list()  # type: ignore[attr-defined]
+        (container,) = worker._executor.engine.list()  # type: ignore[attr-defined]
         upper = life.directory / "containers" / container.id / "upper"
         (upper / "stuck").touch()
         remove, is_stuck = __import__("os").unlink, [True]
@@ -189,7 +189,7 @@ async def test_a_container_that_cannot_be_removed_says_why_and_goes_when_it_can(
         await worker.assign(complete())
         async with asyncio.timeout(DEADLINE_S):
             while True:
-                (left,) = worker._executor.containers.list()  # type: ignore[attr-defined]
+                (left,) = worker._executor.engine.list()  # type: ignore[attr-defined]
                 if left.error:
                     break
                 await asyncio.sleep(0.001)

@@ -14,7 +14,7 @@ from skep.linux.trees import remove_tree
 from skep.model.ids import TaskId
 from skep.model.task import TaskStatus
 from skep.node.supervision.identity import read_pid_file
-from tests.support.oci_rig import ContainersExecutor, Machine, memory_containers, wish
+from tests.support.oci_rig import EngineExecutor, Machine, memory_engine, new_container
 from tests.unit.agent.test_worker import assigned
 from tests.unit.linux.test_trees import nest
 
@@ -43,16 +43,16 @@ async def test_in_the_place_of_a_container_and_of_its_record(
     tmp_path: Path, make: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine()
-    first = memory_containers(tmp_path, machine, monkeypatch)
+    first = memory_engine(tmp_path, machine, monkeypatch)
     async with first.running():
-        sound = await first.create(wish("sound"))
-        damaged = await first.create(wish("damaged"))
+        sound = await first.add(new_container("sound"))
+        damaged = await first.add(new_container("damaged"))
     (tmp_path / "containers" / damaged.id / "record").unlink()
     make(tmp_path / "containers" / damaged.id / "record")
     make(tmp_path / "containers" / ("0" * 64))
     make(tmp_path / "containers" / "lost+found")
-    second = memory_containers(tmp_path, machine, monkeypatch)
-    async with ContainersExecutor(second).running(), asyncio.timeout(30):
+    second = memory_engine(tmp_path, machine, monkeypatch)
+    async with EngineExecutor(second).running(), asyncio.timeout(30):
         assert [one.id for one in second.list()] == [sound.id]
         left = {sound.id, "lost+found"}
         while {path.name for path in (tmp_path / "containers").iterdir()} - left:  # noqa: ASYNC110
@@ -79,15 +79,15 @@ async def test_in_the_place_of_a_file_that_is_being_written_it_keeps_no_other_fr
 async def test_in_the_place_of_a_record_that_is_being_written_it_keeps_no_other_from_being_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    containers = memory_containers(tmp_path, Machine(), monkeypatch)
-    async with containers.running(), asyncio.timeout(30):
-        made = [await containers.create(wish(name)) for name in ("one", "two", "three")]
+    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    async with engine.running(), asyncio.timeout(30):
+        made = [await engine.add(new_container(name)) for name in ("one", "two", "three")]
         records = [tmp_path / "containers" / one.id / "record" for one in made]
         for record in records:
             record.unlink()
             nest(record, 1)
         for one in made:
-            containers._registry.observe(one.id, error="x")
+            engine._store.observe(one.id, error="x")
         for record in records[1:]:
             remove_tree(record)
         while not all(record.is_file() for record in records[1:]):  # noqa: ASYNC110

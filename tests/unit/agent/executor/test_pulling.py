@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from skep.agent.executor.interface import Rejected
-from skep.agent.executor.pulling import Pulling
+from skep.agent.executor.pulling import ImagePuller
 from skep.aio.clock import SystemClock
 from skep.engine.images.image import Image, ImageConfig
 from skep.errors import NotFound, SkepError, Unavailable
@@ -43,7 +43,7 @@ class Registry:
         return IMAGE
 
 
-async def _together(pulling: Pulling, registry: Registry, tasks: int) -> list[Image | BaseException]:
+async def _together(pulling: ImagePuller, registry: Registry, tasks: int) -> list[Image | BaseException]:
     wanted = asyncio.gather(*(pulling.image("web:1", "") for _ in range(tasks)), return_exceptions=True)
     await asyncio.sleep(0)
     registry.answers.set()
@@ -55,13 +55,13 @@ async def test_tasks_that_come_together_share_one_failed_attempt_and_run_the_loc
     failure: SkepError,
 ) -> None:
     registry = Registry(IMAGE, failure)
-    assert await _together(Pulling(registry, SystemClock()), registry, 20) == [IMAGE] * 20
+    assert await _together(ImagePuller(registry, SystemClock()), registry, 20) == [IMAGE] * 20
     assert registry.asked == 1
 
 
 async def test_without_a_local_image_each_of_them_is_rejected() -> None:
     registry = Registry(None, Unavailable("no route"))
-    answers = await _together(Pulling(registry, SystemClock()), registry, 3)
+    answers = await _together(ImagePuller(registry, SystemClock()), registry, 3)
     assert [(type(answer), str(answer)) for answer in answers] == [
         (Rejected, "No such image: web:1: no route")
     ] * 3
@@ -70,7 +70,7 @@ async def test_without_a_local_image_each_of_them_is_rejected() -> None:
 
 async def test_a_fetch_that_is_cancelled_is_begun_again_by_another_task() -> None:
     registry = Registry(None, None)
-    pulling = Pulling(registry, SystemClock())
+    pulling = ImagePuller(registry, SystemClock())
     async with asyncio.TaskGroup() as group:
         first = group.create_task(pulling.image("web:1", ""))
         second = group.create_task(pulling.image("web:1", ""))

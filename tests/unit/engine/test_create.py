@@ -1,15 +1,26 @@
-"""From what ``docker run`` sends to a container: what is done, and what is refused by name."""
+"""From create requests to containers: what the image adds, what is parsed, and what is refused by name."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from skep.engine.container import ContainerConfig
+from skep.engine.container import ContainerConfig, RestartPolicy
+from skep.engine.create import (
+    NodeDefaults,
+    container_config,
+    invocation,
+    labels,
+    log_config,
+    mounts,
+    parse_size,
+    plain_options,
+)
 from skep.engine.images.image import ContainerDefaults
-from skep.engine.options import RestartWish
-from skep.engine.plain.requests import CreateBody, read_connect, read_create
-from skep.engine.plain.wish import config_of, labels_of, mounts_of, plain_of
+from skep.engine.request import CreateRequest, read_connect, read_create
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.meta import Driver
 from skep.model.sandbox import EndpointRequest, NetworkMode
@@ -19,25 +30,25 @@ IMAGE = ContainerDefaults(cmd=("sh",), env=("A=1", "B=2"), exposed_ports={"80/tc
 
 def body(
     host: dict[str, Any] | None = None, endpoints: dict[str, Any] | None = None, **config: Any
-) -> CreateBody:
-    wish = {"Image": "busybox", **config, "HostConfig": host or {}}
-    wish["NetworkingConfig"] = {"EndpointsConfig": endpoints or {}}
-    return read_create(json.dumps(wish).encode())
+) -> CreateRequest:
+    value = {"Image": "busybox", **config, "HostConfig": host or {}}
+    value["NetworkingConfig"] = {"EndpointsConfig": endpoints or {}}
+    return read_create(json.dumps(value).encode())
 
 
 def configured(image: ContainerDefaults = IMAGE, **words: Any) -> ContainerConfig:
-    wish = body(**words)
-    return config_of(wish, image, hostname="node", gateway="172.18.0.1", log_default=Driver(name="json-file"))
+    node = NodeDefaults(hostname="node", host_gateway="172.18.0.1", log=Driver(name="json-file"))
+    return container_config(body(**words), image, None, node)
 
 
 def everything(host: dict[str, Any]) -> None:
-    wish = body(host)
-    plain_of(wish)
-    mounts_of(wish, IMAGE)
+    request = body(host)
+    plain_options(request)
+    mounts(request)
     configured(host=host)
 
 
-def test_what_the_docker_command_always_sends_says_nothing() -> None:
+def test_values_that_the_docker_command_always_sends_are_accepted() -> None:
     host = {
         "Binds": None,
         "NetworkMode": "default",
@@ -51,9 +62,9 @@ def test_what_the_docker_command_always_sends_says_nothing() -> None:
         "Memory": 64 << 20,
         "MemorySwap": 128 << 20,
     }
-    wish = body(host, Domainname="", OnBuild=None)
-    assert plain_of(wish).mode is NetworkMode.BRIDGE
-    assert wish.host_config.memory == 64 << 20
+    request = body(host, Domainname="", OnBuild=None)
+    assert plain_options(request).mode is NetworkMode.BRIDGE
+    assert request.host_config.memory == 64 << 20
 
 
 @pytest.mark.parametrize(
@@ -74,12 +85,12 @@ def test_what_the_docker_command_always_sends_says_nothing() -> None:
         ({"NetworkMode": "container:box"}, "--network container:NAME"),
     ],
 )
-def test_an_option_that_is_not_acted_on_is_refused_by_its_name(host: dict[str, Any], option: str) -> None:
+def test_an_option_that_is_not_honoured_is_refused_by_its_name(host: dict[str, Any], option: str) -> None:
     with pytest.raises(Unimplemented, match=option):
         everything(host)
 
 
-def test_options_of_a_network_that_are_not_acted_on_are_refused_too() -> None:
+def test_options_of_a_network_that_are_not_honoured_are_refused_too() -> None:
     with pytest.raises(Unimplemented, match="--mac-address"):
         body(endpoints={"net1": {"MacAddress": "02:42:00:00:00:01"}})
     with pytest.raises(Unimplemented, match="--ip6"):
@@ -118,7 +129,7 @@ def test_what_can_never_work_is_refused(host: dict[str, Any], said: str) -> None
 
 
 def test_networks_come_with_their_aliases_and_addresses() -> None:
-    plain = plain_of(
+    plain = plain_options(
         body(
             {"NetworkMode": "net1"}, {"net1": {"Aliases": ["db"], "IPAMConfig": {"IPv4Address": "10.0.9.9"}}}
         )
@@ -126,8 +137,8 @@ def test_networks_come_with_their_aliases_and_addresses() -> None:
     assert plain.mode is NetworkMode.NETWORKS
     assert plain.networks == (EndpointRequest(network="net1", aliases=("db",), address="10.0.9.9"),)
     with pytest.raises(InvalidArgument, match="only for containers in user defined networks"):
-        plain_of(body({}, {"bridge": {"Aliases": ["db"]}}))
-    assert plain_of(body({"NetworkMode": "host"})).mode is NetworkMode.HOST
+        plain_options(body({}, {"bridge": {"Aliases": ["db"]}}))
+    assert plain_options(body({"NetworkMode": "host"})).mode is NetworkMode.HOST
 
 
 def test_ports_lead_from_the_node_into_the_container() -> None:
@@ -157,7 +168,7 @@ def test_entrypoint_and_command_replace_the_images_as_in_docker() -> None:
         configured(image, Entrypoint=[""])
 
 
-def test_security_and_the_rest_of_the_wish() -> None:
+def test_security_and_the_other_options() -> None:
     config = configured(
         host={
             "SecurityOpt": ["no-new-privileges", "seccomp=unconfined"],
@@ -174,9 +185,9 @@ def test_security_and_the_rest_of_the_wish() -> None:
     )
     assert config.hosts == ("172.18.0.1 gate", "10.1.1.1 db")
     assert (config.nano_cpus, config.env) == (500_000_000, ("A=1", "B=3"))
-    assert plain_of(
+    assert plain_options(
         body({"RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": 3}})
-    ).restart == RestartWish(name="on-failure", attempts_max=3)
+    ).restart == RestartPolicy(name="on-failure", attempts_max=3)
 
 
 @pytest.mark.parametrize(
@@ -202,11 +213,60 @@ def test_security_options_are_read_as_docker_reads_them(
 ) -> None:
     config = configured(host={"SecurityOpt": options})
     assert (config.seccomp, config.apparmor, config.no_new_privileges) == found
-    assert plain_of(body({"SecurityOpt": options})).security_options == tuple(options)
+    assert plain_options(body({"SecurityOpt": options})).security_options == tuple(options)
 
 
-def test_no_plain_container_says_that_it_is_a_tasks() -> None:
+def test_no_plain_container_has_the_labels_of_a_task() -> None:
     with pytest.raises(InvalidArgument, match="for the containers of tasks"):
-        labels_of(body(Labels={"com.docker.swarm.task.id": "t1"}), IMAGE)
+        labels(body(Labels={"com.docker.swarm.task.id": "t1"}), IMAGE, None)
     image = ContainerDefaults(labels={"com.docker.swarm.task.id": "t1", "a": "b"})
-    assert labels_of(body(), image) == {"a": "b"}
+    assert labels(body(), image, None) == {"a": "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("10m", 10 << 20), ("1.5GiB", 3 << 29), ("4096", 4096), ("1kb", 1024), ("2 T", 2 << 40), ("7B", 7)],
+)
+def test_sizes_are_read_as_docker_does(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@given(st.text(max_size=10))
+def test_any_word_is_a_size_or_an_invalid_argument(text: str) -> None:
+    with suppress(InvalidArgument):
+        assert parse_size(text) >= 0
+
+
+WITH_ENTRYPOINT = ContainerDefaults(entrypoint=("/entry",), cmd=("serve",))
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "expected"),
+    [
+        ((), (), (("/entry",), ("serve",))),
+        ((), ("x",), (("/entry",), ("x",))),
+        (("run",), (), (("run",), ())),
+        (("run",), ("x",), (("run",), ("x",))),
+    ],
+)
+def test_command_and_arguments_stand_over_the_images(
+    command: tuple[str, ...], args: tuple[str, ...], expected: tuple[tuple[str, ...], tuple[str, ...]]
+) -> None:
+    assert invocation(CreateRequest(entrypoint=command or None, cmd=args), WITH_ENTRYPOINT) == expected
+
+
+def test_log_options_become_bounds() -> None:
+    config = log_config(Driver(name="", options={"max-size": "10k", "max-file": "3"}))
+    assert (config.type, config.max_size_bytes, config.max_files) == ("json-file", 10240, 3)
+    assert log_config(Driver(name="local", options={"max-size": "-1"})).max_size_bytes == 0
+
+
+@pytest.mark.parametrize("name", ["", "INT", "SIGTERM", "15", "RTMIN+3"])
+def test_a_stop_signal_is_taken_by_any_of_its_names(name: str) -> None:
+    assert configured(StopSignal=name).stop_signal == name
+
+
+def test_a_container_that_could_never_be_stopped_is_refused() -> None:
+    """A task that ran with such a signal was in the way of its service's removal for good."""
+    with pytest.raises(InvalidArgument, match=r"^Invalid signal: NOSUCH$"):
+        configured(StopSignal="NOSUCH")

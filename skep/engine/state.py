@@ -9,12 +9,13 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.guard import persist, report
 from skep.engine.bundle import Bundles
-from skep.engine.container import Container
+from skep.engine.container import Container, WaitCondition
 from skep.errors import AlreadyExists, NotFound
 from skep.model.ids import ContainerId
+from skep.model.times import ZERO_TIME
 
 
-class Registry:
+class ContainerStore:
     """Containers by id, name and prefix.  Every change is written before it is seen."""
 
     def __init__(self, bundles: Bundles) -> None:
@@ -22,8 +23,8 @@ class Registry:
         self._containers: dict[ContainerId, Container] = {}
         self._ids_by_name: dict[str, ContainerId] = {}
         self._changed: dict[ContainerId, asyncio.Event] = {}
-        self._unwritten: set[ContainerId] = set()
-        self._something = asyncio.Event()
+        self._pending: set[ContainerId] = set()
+        self._unsaved = asyncio.Event()
 
     def list(self) -> Sequence[Container]:
         """All of them, the newest first."""
@@ -34,7 +35,7 @@ class Registry:
         return self._containers.get(id)
 
     def get(self, word: str) -> Container:
-        """What a user means by ``word``: full id, else name, else unique prefix of an id.
+        """The container with this full id, else name, else unique prefix of an id.
 
         Raises: NotFound: ``No such container: <word>``, or the prefix fits several.
         """
@@ -51,6 +52,13 @@ class Registry:
             raise NotFound(f"No such container: {word}")
         return self._containers[matches[0]]
 
+    def require(self, id: ContainerId) -> Container:
+        """The container with exactly this id.  Raises: NotFound."""
+        container = self._containers.get(id)
+        if container is None:
+            raise NotFound(f"No such container: {id}")
+        return container
+
     def add(self, container: Container) -> None:
         """A new container, or one of an earlier process.  Raises: AlreadyExists: the name is taken."""
         self.check_free(container.name)
@@ -58,56 +66,61 @@ class Registry:
         self._ids_by_name[container.name] = container.id
 
     def change(self, id: ContainerId, **fields: Any) -> Container:
-        """Replace fields of a record, on disk and here, and wake who waits for it.  Raises: NotFound: it is gone."""
-        before = self._containers.get(id)
-        if before is None:
-            raise NotFound(f"No such container: {id}")
-        container = msgspec.structs.replace(before, **fields)
+        """Replace fields of a record, on disk and here, and wake waiters.  Raises: NotFound; OSError."""
+        container = msgspec.structs.replace(self.require(id), **fields)
         self._bundles.save(container)
         self._containers[id] = container
-        self._unwritten.discard(id)
+        self._pending.discard(id)
         self._notify(id)
         return container
 
     def observe(self, id: ContainerId, **fields: Any) -> Container:
-        """Like ``change`` for what is so, whether it can be written down now or not: it is written as soon as it can.
+        """Like ``change`` for an observed fact: a write that fails is retried in the background.
 
-        Raises: NotFound: it is gone.
+        Raises: NotFound.
         """
         try:
             return self.change(id, **fields)
         except OSError as error:
             report(error, "record not written", container=id)
         container = self._containers[id] = msgspec.structs.replace(self._containers[id], **fields)
-        self._unwritten.add(id)
-        self._something.set()
+        self._pending.add(id)
+        self._unsaved.set()
         self._notify(id)
         return container
 
+    def note_stopped(self, id: ContainerId) -> Container:
+        """Record that a plain container's user has stopped it; of a task's nothing changes.  Raises: NotFound."""
+        container = self.require(id)
+        plain = container.plain
+        if plain is None or plain.is_stopped:
+            return container
+        return self.observe(id, plain=msgspec.structs.replace(plain, is_stopped=True))
+
     async def run(self, clock: Clock) -> None:
-        """Write what could not be written, until cancelled."""
+        """Retry writes that have failed, until cancelled."""
         while True:
-            await self._something.wait()
-            self._something.clear()
+            await self._unsaved.wait()
+            self._unsaved.clear()
             await persist(self._write, "records not written", clock=clock, longest_s=5.0)
 
     async def _write(self) -> None:
-        """Raises: what the first that is refused is refused for, once all others are written."""
-        refusals = []
-        for id in tuple(self._unwritten):
+        """Write all pending records.  Raises: the first error, once all others are written."""
+        errors = []
+        for id in tuple(self._pending):
             container = self._containers.get(id)
             try:
                 if container is not None:
                     self._bundles.save(container)
             except Exception as error:
-                refusals.append(error)
+                errors.append(error)
             else:
-                self._unwritten.discard(id)
-        if refusals:
-            raise refusals[0]
+                self._pending.discard(id)
+        if errors:
+            raise errors[0]
 
     def restore(self, container: Container) -> None:
-        """Know a container of an earlier process; should its name be another's, it gets one of its own."""
+        """Add a container of an earlier process; if its name is taken by another one, it gets its id as a suffix."""
         if container.name in self._ids_by_name:
             container = msgspec.structs.replace(container, name=f"{container.name}-{container.id[:12]}")
         self.add(container)
@@ -135,8 +148,24 @@ class Registry:
         container = self._containers.pop(id, None)
         if container is not None:
             del self._ids_by_name[container.name]
-        self._unwritten.discard(id)
+        self._pending.discard(id)
         self._notify(id)
+
+    async def wait(self, id: ContainerId, condition: WaitCondition = WaitCondition.NOT_RUNNING) -> Container:
+        """Return the container once ``condition`` holds; of one that is removed, its last state.  Raises: NotFound."""
+        container = first = self.require(id)
+        while True:
+            match condition:
+                case WaitCondition.NOT_RUNNING if not container.is_running:
+                    return container
+                case WaitCondition.NEXT_EXIT if container.finished_at not in (first.finished_at, ZERO_TIME):
+                    return container
+                case _:
+                    await self.wait_changed(container.id)
+            present = self.lookup(container.id)
+            if present is None:
+                return container
+            container = present
 
     async def wait_changed(self, id: ContainerId) -> None:
         """Return when the container next changes or goes."""

@@ -1,9 +1,9 @@
-"""From a task's attachments to the places of its container."""
+"""From a task's attachments to the endpoints of its container."""
 
 import pytest
 
+from skep.agent.executor.adapter import endpoint_configs, network_head
 from skep.agent.executor.interface import Rejected
-from skep.agent.executor.places import network_head, places
 from skep.model.ids import NetworkId, TaskId
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
@@ -45,7 +45,7 @@ def a_task(*attachments: tuple[Network, str]) -> Task:
 
 
 def test_ingress_comes_first_and_the_others_as_attached() -> None:
-    found = places(
+    found = endpoint_configs(
         a_task(
             (a_network("web"), "10.0.1.5/24"),
             (a_network("db"), "10.0.1.6/24"),
@@ -57,8 +57,8 @@ def test_ingress_comes_first_and_the_others_as_attached() -> None:
     assert found[1].aliases == ("front",)
 
 
-def test_networks_of_the_node_itself_are_no_places() -> None:
-    assert places(a_task((a_network("host", driver="host"), ""))) == ()
+def test_networks_of_the_node_itself_are_no_endpoints() -> None:
+    assert endpoint_configs(a_task((a_network("host", driver="host"), ""))) == ()
 
 
 def test_the_head_has_what_the_allocation_says() -> None:
@@ -82,7 +82,7 @@ def test_a_subnet_without_a_vxlan_of_its_own_is_carried_by_the_first() -> None:
 
 
 def test_ipv4_comes_first() -> None:
-    (found,) = places(a_task((a_network(), "fd01::5/64 10.0.1.5/24")))
+    (found,) = endpoint_configs(a_task((a_network(), "fd01::5/64 10.0.1.5/24")))
     assert found.addresses == ("10.0.1.5/24", "fd01::5/64")
 
 
@@ -100,4 +100,4 @@ def test_ipv4_comes_first() -> None:
 )
 def test_an_attachment_that_makes_no_sense_is_rejected(network: Network, addresses: str) -> None:
     with pytest.raises(Rejected, match="network web"):
-        places(a_task((network, addresses)))
+        endpoint_configs(a_task((network, addresses)))

@@ -1,7 +1,7 @@
-"""``docker create`` and ``docker run``: this node's own containers, or those of the Docker Engine beside it.
+"""``docker create`` and ``docker run`` on a node with a Docker Engine beside it.
 
-Without an engine Skep runs them itself.  With one they are the engine's, of images that may be ours; but the engine
-takes no part in the cluster, so a container on a network that only the cluster has is Skep's.
+Plain containers are the Docker Engine's, of images that may be this node's; but it takes no part in the cluster, so a
+container on a network that only the cluster has is Skep's.
 
 ``docker pull`` and ``docker load`` fill this node's own store, since services run from there.  So that ``docker run``
 finds the same images, an image that the engine lacks is handed over to it, once, when a container of it is made.  An
@@ -15,10 +15,10 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from skep.api.server import Routes, json_answer, read_body
+from skep.api.server import Routes, read_body
+from skep.engine.api.containers import create_container
+from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
-from skep.engine.plain.containers import PlainContainers
-from skep.engine.plain.requests import read_create
 from skep.errors import NotFound
 from skep.node.docker_engine import DockerEngine
 
@@ -31,52 +31,35 @@ NetworkKnown = Callable[[str], Awaitable[bool]]
 """Whether the cluster has an attachable network of this name or id, or may have one."""
 
 
-class _HostWish(msgspec.Struct):
+class _HostConfig(msgspec.Struct):
     network_mode: str = msgspec.field(name="NetworkMode", default="")
 
 
-class _Wish(msgspec.Struct):
-    """Of a container's wish, what matters here."""
+class _Request(msgspec.Struct):
+    """The fields of a create request that decide where the container runs."""
 
     image: str = msgspec.field(name="Image", default="")
-    host: _HostWish = msgspec.field(name="HostConfig", default_factory=_HostWish)
-
-
-def own_container_routes(plain: PlainContainers) -> Routes:
-    """``POST /containers/create`` of a node without an engine."""
-    table = Routes()
-
-    @table.post("/containers/create")
-    async def create_container(request: web.Request) -> web.StreamResponse:
-        return await _create(plain, request)
-
-    return table
-
-
-async def _create(plain: PlainContainers, request: web.Request) -> web.StreamResponse:
-    body = read_create(await read_body(request))
-    container = await plain.create(request.query.get("name", ""), body)
-    return json_answer({"Id": container.id, "Warnings": []}, 201)
+    host: _HostConfig = msgspec.field(name="HostConfig", default_factory=_HostConfig)
 
 
 def plain_container_routes(
-    engine: DockerEngine, images: ImageStore | None, plain: PlainContainers | None, in_cluster: NetworkKnown
+    engine: DockerEngine, images: ImageStore | None, own: Engine | None, in_cluster: NetworkKnown
 ) -> Routes:
     """The same beside an engine.
 
     Args:
         images: this node's own, None where it has none.
-        plain: the containers that Skep runs itself; None: it runs none.
+        own: the engine that runs Skep's containers; None: there is none.
     """
     table = Routes()
 
     @table.post("/containers/create")
-    async def create_container(request: web.Request) -> web.StreamResponse:
+    async def create(request: web.Request) -> web.StreamResponse:
         body = await read_body(request)
-        wish = _wish_of(body)
-        word = wish.image
-        if plain is not None and await _is_ours(wish.host.network_mode):
-            return await _create(plain, request)
+        wanted = _request_of(body)
+        word = wanted.image
+        if own is not None and await _is_ours(wanted.host.network_mode):
+            return await create_container(own, request)
         if images is not None and word:
             await _lend(engine, images, word)
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
@@ -101,12 +84,12 @@ def plain_container_routes(
 _OF_EVERY_NODE = frozenset({"", "default", "bridge", "host", "none"})
 
 
-def _wish_of(body: bytes) -> _Wish:
-    """Empty where it cannot be read, which the engine will say better."""
+def _request_of(body: bytes) -> _Request:
+    """Empty where it cannot be decoded: the Docker Engine refuses it then, in its own words."""
     try:
-        return msgspec.json.decode(body, type=_Wish)
+        return msgspec.json.decode(body, type=_Request)
     except msgspec.DecodeError:
-        return _Wish()
+        return _Request()
 
 
 async def _lend(engine: DockerEngine, images: ImageStore, word: str) -> None:

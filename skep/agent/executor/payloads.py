@@ -1,4 +1,4 @@
-"""Secrets and configs on this node: bytes in a ramfs, never on a disk, and what a container sees of them.
+"""Secrets and configs on this node: bytes in a ramfs, never on a disk, and their files in containers.
 
 ``<run>/secrets`` is a ramfs (a tmpfs may be swapped out): a restart of the node process finds everything
 again, a reboot nothing.  ``known/`` holds what the manager sent, ``files/<container id>/`` what is mounted

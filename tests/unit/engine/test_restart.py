@@ -1,20 +1,20 @@
 """What follows the end of a plain container."""
 
-from skep.engine.options import Plain, RestartWish
-from skep.engine.plain.restarts import (
+from skep.engine.container import PlainOptions, RestartPolicy
+from skep.engine.restart import (
     LASTED_S,
     LONGEST_DELAY_S,
     Remove,
     Rest,
     StartAgain,
     after_end,
-    after_restart_of_the_node,
+    after_node_restart,
 )
 
 
-def plain(policy: str, *, attempts_max: int = 0, restarts: int = 0, is_stopped: bool = False) -> Plain:
-    wish = RestartWish(name=policy, attempts_max=attempts_max)
-    return Plain(restart=wish, restarts=restarts, is_stopped=is_stopped)
+def plain(policy: str, *, attempts_max: int = 0, restarts: int = 0, is_stopped: bool = False) -> PlainOptions:
+    restart = RestartPolicy(name=policy, attempts_max=attempts_max)
+    return PlainOptions(restart=restart, restarts=restarts, is_stopped=is_stopped)
 
 
 def test_each_policy_restarts_what_it_is_for() -> None:
@@ -34,12 +34,12 @@ def test_a_crash_loop_is_slowed_down_and_a_long_life_forgives() -> None:
 
 
 def test_what_is_to_go_with_its_end_goes() -> None:
-    assert after_end(Plain(auto_remove=True, is_stopped=True), 0, 1.0) == Remove()
+    assert after_end(PlainOptions(auto_remove=True, is_stopped=True), 0, 1.0) == Remove()
 
 
 def test_after_a_crash_of_the_machine_always_means_always() -> None:
     stopped = plain("always", is_stopped=True)
-    assert after_restart_of_the_node(stopped, 0, was_started=True) == StartAgain(0.0)
-    assert after_restart_of_the_node(stopped, 0, was_started=False) == Rest()
-    assert after_restart_of_the_node(plain("unless-stopped", is_stopped=True), 0, was_started=True) == Rest()
-    assert after_restart_of_the_node(Plain(auto_remove=True), 0, was_started=True) == Remove()
+    assert after_node_restart(stopped, 0, was_started=True) == StartAgain(0.0)
+    assert after_node_restart(stopped, 0, was_started=False) == Rest()
+    assert after_node_restart(plain("unless-stopped", is_stopped=True), 0, was_started=True) == Rest()
+    assert after_node_restart(PlainOptions(auto_remove=True), 0, was_started=True) == Remove()

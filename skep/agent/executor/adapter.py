@@ -1,0 +1,219 @@
+"""From an assigned task to the request from which the engine creates its container.  Pure.
+
+Source: swarmkit, agent/exec (dockerd's copy: moby, daemon/cluster/executor/container/container.go), and there
+container_operations.go (ingress comes first).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from ipaddress import ip_interface, ip_network
+
+import msgspec
+
+from skep.agent.executor.interface import Rejected
+from skep.agent.executor.template import Context, expand
+from skep.engine.container import MountPoint
+from skep.engine.request import CreateRequest, HostConfig, LogOptions, TaskOptions
+from skep.model.container import ContainerSpec, Privileges
+from skep.model.ids import NodeId
+from skep.model.labels import LABEL_TASK_ID
+from skep.model.network import MTU_OPTION, MTUS, Network
+from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
+from skep.model.planes import is_overlay
+from skep.model.publishing import publish_options
+from skep.model.sandbox import EndpointConfig, PublishedPort
+from skep.model.service import PortConfig, PublishMode
+from skep.model.tables import NetworkHead
+from skep.model.task import AssignedTask, NetworkAttachment, Task
+from skep.model.times import SECOND_NS
+
+
+class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """The node as placeholders and labels of its tasks show it."""
+
+    id: NodeId
+    hostname: str
+    os: str = "linux"
+    architecture: str = ""
+
+
+def container_spec(task: AssignedTask) -> ContainerSpec:
+    """The task's container.  Raises: Rejected: it is no container task."""
+    spec = task.task.spec.container_spec
+    if spec is None:
+        raise Rejected("this node runs containers only: the task has no container spec")
+    return spec
+
+
+def context_of(task: AssignedTask, node: NodeFacts) -> Context:
+    """The values of ``{{.Task.Slot}}`` and other placeholders."""
+    return {
+        "Service": {
+            "ID": task.task.service_id,
+            "Name": task.service_name,
+            "Labels": dict(task.service_labels),
+        },
+        "Node": {
+            "ID": node.id,
+            "Hostname": node.hostname,
+            "Platform": {"Architecture": node.architecture, "OS": node.os},
+        },
+        "Task": {
+            "ID": task.task.id,
+            "Name": task.name,
+            "Slot": str(task.task.slot) if task.task.slot else task.task.node_id,
+        },
+    }
+
+
+def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
+    """The request for the task's container.  Raises: Rejected; InvalidArgument: a placeholder that is not known."""
+    spec = container_spec(task)
+    context = context_of(task, node)
+    resources = task.task.spec.resources
+    limits = resources.limits if resources else None
+    reservations = resources.reservations if resources else None
+    driver = task.task.spec.log_driver
+    dns = spec.dns_config
+    return CreateRequest(
+        image=spec.image,
+        hostname=expand(spec.hostname, context),
+        user=spec.user,
+        tty=spec.tty,
+        open_stdin=spec.open_stdin,
+        env=tuple(expand(entry, context) for entry in spec.env),
+        entrypoint=spec.command or None,
+        cmd=spec.args,
+        healthcheck=spec.healthcheck,
+        working_dir=spec.dir,
+        labels=spec.labels,
+        stop_signal=spec.stop_signal,
+        stop_timeout=math.ceil(spec.stop_grace_ns / SECOND_NS),
+        host_config=HostConfig(
+            log_config=LogOptions(type=driver.name or "json-file", config=driver.options)
+            if driver is not None
+            else LogOptions(),
+            cap_add=spec.capability_add,
+            cap_drop=spec.capability_drop,
+            dns=dns.nameservers if dns else (),
+            dns_options=dns.options if dns else (),
+            dns_search=dns.search if dns else (),
+            group_add=spec.groups,
+            oom_score_adj=spec.oom_score_adj,
+            readonly_rootfs=spec.read_only,
+            security_opt=_security_options(spec.privileges or Privileges()),
+            mounts=tuple(
+                msgspec.structs.replace(mount, source=expand(mount.source, context)) for mount in spec.mounts
+            ),
+            sysctls=spec.sysctls,
+            memory=limits.memory_bytes if limits else 0,
+            memory_reservation=reservations.memory_bytes if reservations else 0,
+            nano_cpus=limits.nano_cpus if limits else 0,
+            pids_limit=limits.pids if limits else 0,
+            ulimits=spec.ulimits,
+            init=spec.init,
+        ),
+    )
+
+
+def task_options(task: AssignedTask, node: NodeFacts, mounts: Sequence[MountPoint]) -> TaskOptions:
+    """What the request has no field for.  ``mounts``: of secrets and configs.  Raises: Rejected."""
+    spec = container_spec(task)
+    return TaskOptions(
+        labels={
+            "com.docker.swarm.node.id": node.id,
+            "com.docker.swarm.service.id": task.task.service_id,
+            "com.docker.swarm.service.name": task.service_name,
+            "com.docker.swarm.task": "",
+            LABEL_TASK_ID: task.task.id,
+            "com.docker.swarm.task.name": task.name,
+        },
+        endpoints=endpoint_configs(task.task),
+        ports=tuple(
+            published_port(port, task.service_labels)
+            for port in task.ports
+            if port.publish_mode is PublishMode.HOST
+        ),
+        mounts=tuple(mounts),
+        hosts=spec.hosts,
+        stop_grace_ns=spec.stop_grace_ns,
+    )
+
+
+def published_port(port: PortConfig, service_labels: Mapping[str, str]) -> PublishedPort:
+    """A port in host mode, on the address that the service's labels name.
+
+    Raises: Rejected: an IPv6 address, on which ports in host mode do not answer.
+    """
+    host_ip = publish_options(service_labels, port).host_ip
+    if ":" in host_ip:
+        raise Rejected(f"port {port.target_port}/{port.protocol} in host mode has no IPv6: {host_ip}")
+    return PublishedPort(host_ip=host_ip, **msgspec.structs.asdict(port))
+
+
+def _security_options(privileges: Privileges) -> tuple[str, ...]:
+    """``--security-opt`` of the task's container.
+
+    Raises: Rejected, in an engine's words: options of Windows, and SELinux labels, which this node does not set.
+    """
+    if (credential := privileges.credential_spec) is not None:
+        for source, value in msgspec.structs.asdict(credential).items():
+            if value:
+                raise Rejected(f'invalid --security-opt 2: "credentialspec={source}://{value}"')
+    labels = privileges.selinux_context
+    if labels is not None and (labels.user or labels.role or labels.type or labels.level):
+        raise Rejected("this node gives containers no SELinux labels: leave the SELinuxContext out")
+    found = ["no-new-privileges"] if privileges.no_new_privileges else []
+    if privileges.app_armor is not None and privileges.app_armor.mode == "disabled":
+        found.append("apparmor=unconfined")
+    seccomp = privileges.seccomp
+    if seccomp is not None and seccomp.mode not in ("", "default"):
+        profile = "unconfined" if seccomp.mode == "unconfined" else seccomp.profile.decode(errors="replace")
+        if not profile:  # in the option it would mean the default
+            raise Rejected("Decoding seccomp profile failed: it is empty")
+        found.append(f"seccomp={profile}")
+    return tuple(found)
+
+
+def endpoint_configs(task: Task) -> tuple[EndpointConfig, ...]:
+    """The overlay networks of ``task`` in the order of its interfaces: ingress first, the others as attached.
+
+    Raises: Rejected: an attachment is invalid.
+    """
+    found = [
+        _endpoint_config(one)
+        for one in task.networks_attachments
+        if one.network is not None and is_overlay(one.network)
+    ]
+    return tuple(sorted(found, key=lambda one: not one.head.is_ingress))
+
+
+def network_head(network: Network) -> NetworkHead:
+    """The network of an attachment, as far as it is described there.  Raises: ValueError: a value is invalid."""
+    options = options_of(network)
+    mtu = int(options.get(MTU_OPTION) or 0)
+    if mtu and mtu not in MTUS:
+        raise ValueError(f"invalid MTU: {mtu}")
+    words = options.get(VXLAN_OPTION, "")
+    if not all(0 < int(word) <= VXLAN_ID_MAX for word in words.split(",") if word.strip()):
+        raise ValueError(f"invalid VXLAN id in {words}")
+    for config in network.ipam_options.configs if network.ipam_options is not None else ():
+        ip_network(config.subnet, strict=False)
+    return head_of(network)
+
+
+def _endpoint_config(attachment: NetworkAttachment) -> EndpointConfig:
+    assert attachment.network is not None, "the caller has checked"
+    network = attachment.network
+    try:
+        head = network_head(network)
+        addresses: Sequence[str] = [str(ip_interface(one)) for one in attachment.addresses]
+    except ValueError as error:
+        raise Rejected(f"invalid attachment to network {network.spec.name}: {error}") from error
+    if not addresses:
+        raise Rejected(f"no address on network {network.spec.name}")
+    return EndpointConfig(
+        head=head,
+        addresses=tuple(sorted(addresses, key=lambda one: ":" in one)),
+        aliases=attachment.aliases,
+    )

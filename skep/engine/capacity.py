@@ -1,0 +1,87 @@
+"""What this machine and this process can give to containers: programs, capabilities, limits."""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from skep.engine import apparmor, capabilities, seccomp
+from skep.engine.cgroups import Cgroups
+from skep.engine.spec import Capacity
+
+_CPUS = Path("/sys/devices/system/cpu")
+_UID_MAP = Path("/proc/self/uid_map")
+_CAP_SYS_RESOURCE = "CAP_SYS_RESOURCE"
+_INITS = ("/usr/bin/tini-static", "/usr/bin/catatonit")
+"""Static ones only: a dynamic init finds no loader in most images."""
+
+
+class Programs(msgspec.Struct, frozen=True, kw_only=True):
+    """The programs of the machine that containers need."""
+
+    runc: Path = Path("/usr/sbin/runc")
+    conmon: Path = Path("/usr/bin/conmon")
+    init: str = ""
+
+
+def find_programs() -> Programs:
+    """What this machine has."""
+    return Programs(init=next((path for path in _INITS if os.access(path, os.X_OK)), ""))
+
+
+def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:
+    """What this process can give to containers; it does not change while the process lives."""
+    bounding = capabilities.bounding_set()
+    may_raise = _CAP_SYS_RESOURCE in bounding
+    limits = {
+        name: resource.getrlimit(getattr(resource, name))[1]
+        for name in dir(resource)
+        if name.startswith("RLIMIT_")
+    }
+    return Capacity(
+        capabilities=bounding,
+        hard_limits={} if may_raise else {name: hard for name, hard in limits.items() if hard >= 0},
+        controllers=cgroups.controllers,
+        has_swap_accounting=cgroups.has_swap_accounting,
+        may_lower_oom_score=may_raise,
+        is_cgroup_v2=cgroups.is_v2,
+        init_binary=programs.init,
+        has_x32=seccomp.runs_x32(),
+        has_apparmor=apparmor.is_supported(),
+        masked_paths=thermal_throttles(),
+        has_keyrings=not is_in_user_namespace(),
+    )
+
+
+def thermal_throttles(cpus: Path = _CPUS) -> tuple[str, ...]:
+    """Each processor's directory of heat events, which show the machine's activity.
+
+    Source: moby, daemon/pkg/oci/defaults.go (GHSA-6fw5-f8r9-fgfm).
+    """
+    try:
+        possible = (cpus / "possible").read_text()
+    except OSError:
+        return ()
+    paths = (cpus / f"cpu{number}" / "thermal_throttle" for number in _numbers(possible))
+    return tuple(str(path) for path in paths if path.exists())
+
+
+def is_in_user_namespace(uid_map: Path = _UID_MAP) -> bool:
+    """Whether this process's root is not the machine's.  There, 200 keys are all that root and its containers have.
+
+    Such a node's containers share a session keyring: with one each, the two hundredth would not start.
+    """
+    try:
+        return uid_map.read_text().split() != ["0", "0", str(2**32 - 1)]
+    except OSError:
+        return False
+
+
+def _numbers(ranges: str) -> Iterator[int]:
+    """``0-3,8`` -> 0, 1, 2, 3, 8; anything else is skipped."""
+    for part in ranges.strip().split(","):
+        first, _, last = part.partition("-")
+        if first.isdecimal() and (last or first).isdecimal():
+            yield from range(int(first), int(last or first) + 1)

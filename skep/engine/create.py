@@ -1,0 +1,423 @@
+"""From a create request and an image to a container's configuration, for tasks and ``docker run`` alike.  Pure.
+
+Source: moby 20.10, daemon/create.go, daemon/commit.go (merge), volume/mounts/linux_parser.go (binds), opts of the
+docker command for what it sends.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+from skep.api.gosyntax import BOOLEANS
+from skep.engine import apparmor, health
+from skep.engine.container import ContainerConfig, LogConfig, PlainOptions, RestartPolicy
+from skep.engine.images.image import ContainerDefaults
+from skep.engine.request import CreateRequest, EndpointSettings, HostConfig, TaskOptions, refused
+from skep.engine.signals import signal_number
+from skep.engine.spec import merged_environment, nano_cpus_of
+from skep.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from skep.model.addresses import parsed
+from skep.model.container import BindOptions, Mount, TmpfsOptions, VolumeOptions
+from skep.model.meta import Driver
+from skep.model.sandbox import EndpointRequest, NetworkMode, PublishedPort
+from skep.model.service import PublishMode
+from skep.model.times import SECOND_NS
+
+RESERVED_LABELS = "com.docker.swarm."
+"""Labels with this prefix identify the containers of tasks."""
+MEMORY_BYTES_MIN = 6 << 20
+"""What a process needs to start at all: moby's linuxMinMemory."""
+NO_SOURCE = 'invalid mount config for type "bind": field Source must not be empty'
+
+_PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
+_PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
+_IGNORED_BIND_OPTIONS = frozenset({"", "rw", "z", "Z", "consistent", "cached", "delegated"})
+_HOST_GATEWAY = "host-gateway"
+_LOG_DRIVERS = ("", "json-file", "local", "none")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKmMgGtT])?[iI]?[bB]?")
+_FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class NodeDefaults(NamedTuple):
+    """What containers take from their node."""
+
+    hostname: str
+    host_gateway: str
+    """The node's address for its containers; empty: there is none."""
+    log: Driver
+    """Log driver of containers that name none."""
+
+
+def plain_options(request: CreateRequest) -> PlainOptions:
+    """When a plain container runs, and on which networks.  Raises: InvalidArgument, Unimplemented."""
+    host = request.host_config
+    _check_memory(host)  # of tasks the managers do, which allow less
+    restart = _restart_policy(host)
+    if host.auto_remove and restart.name != "no":
+        raise InvalidArgument("can't create 'AutoRemove' container with restart policy")
+    mode, networks = _networks(request)
+    streams = {
+        "stdin": request.attach_stdin,
+        "stdout": request.attach_stdout,
+        "stderr": request.attach_stderr,
+    }
+    return PlainOptions(
+        mode=mode,
+        networks=networks,
+        network_mode=host.network_mode or "default",
+        restart=restart,
+        auto_remove=host.auto_remove,
+        security_options=host.security_opt,
+        attached=tuple(name for name, is_attached in streams.items() if is_attached),
+    )
+
+
+def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointRequest, ...]]:
+    mode = request.host_config.network_mode
+    endpoints = {
+        name: one or EndpointSettings() for name, one in request.networking_config.endpoints_config.items()
+    }
+    if mode.startswith("container:"):
+        raise refused("--network container:NAME")
+    match mode:
+        case "" | "default" | "bridge" | "none" | "host":
+            kind = {"none": NetworkMode.NONE, "host": NetworkMode.HOST}.get(mode, NetworkMode.BRIDGE)
+            others = {
+                name: one for name, one in endpoints.items() if name not in ("", mode, "default", "bridge")
+            }
+            if any(one.aliases for name, one in endpoints.items() if name not in others):
+                raise InvalidArgument(
+                    "network-scoped alias is supported only for containers in user defined networks"
+                )
+            if others and kind is not NetworkMode.BRIDGE:
+                raise InvalidArgument("conflicting options: host and none networks stand alone")
+        case _:
+            kind, others = NetworkMode.NETWORKS, {mode: endpoints.get(mode, EndpointSettings()), **endpoints}
+    return kind, tuple(endpoint_request(name, one) for name, one in others.items())
+
+
+def endpoint_request(network: str, settings: EndpointSettings) -> EndpointRequest:
+    """One network of a plain container."""
+    ipam = settings.ipam_config
+    return EndpointRequest(
+        network=network, aliases=settings.aliases, address=ipam.ipv4_address if ipam is not None else ""
+    )
+
+
+def labels(request: CreateRequest, image: ContainerDefaults, task: TaskOptions | None) -> Mapping[str, str]:
+    """The image's, the user's, and those of the task.  Raises: InvalidArgument: one that is reserved for tasks."""
+    if task is not None:
+        return {**(image.labels or {}), **request.labels, **task.labels}
+    for name in request.labels:
+        if name.startswith(RESERVED_LABELS):
+            raise InvalidArgument(f"the label {name} is for the containers of tasks")
+    own = {
+        name: value for name, value in (image.labels or {}).items() if not name.startswith(RESERVED_LABELS)
+    }
+    return {**own, **request.labels}
+
+
+def mounts(request: CreateRequest) -> list[Mount]:
+    """Everything that the user mounts.  Raises: InvalidArgument."""
+    host = request.host_config
+    found = [_bind(text) for text in host.binds]
+    found += host.mounts
+    found += [
+        Mount(
+            type="tmpfs",
+            target=target,
+            tmpfs_options=TmpfsOptions(options=tuple((word,) for word in words.split(",") if word)),
+        )
+        for target, words in host.tmpfs.items()
+    ]
+    if any(mount.type == "bind" and not mount.source for mount in found):
+        raise InvalidArgument(NO_SOURCE)
+    targets = {mount.target for mount in found}
+    if len(targets) < len(found):
+        twice = next(one for one in targets if [mount.target for mount in found].count(one) > 1)
+        raise InvalidArgument(f"Duplicate mount point: {twice}")
+    anonymous = sorted(request.volumes.keys() - targets)
+    return found + [Mount(type="volume", target=target) for target in anonymous]
+
+
+def container_config(
+    request: CreateRequest, image: ContainerDefaults, task: TaskOptions | None, node: NodeDefaults
+) -> ContainerConfig:
+    """The container's configuration; its mounts are the task's files alone.
+
+    ``task``: None for a plain container.
+    Raises: InvalidArgument, Unimplemented, FailedPrecondition.
+    """
+    host = request.host_config
+    entrypoint, command = invocation(request, image)
+    security = _security(host.security_opt)
+    is_on_host = host.network_mode == "host"
+    exposed = {*(image.exposed_ports or {}), *request.exposed_ports, *host.port_bindings}
+    task = task or TaskOptions(stop_grace_ns=_stop_grace_ns(request, image))
+    return ContainerConfig(
+        path=(entrypoint + command)[0],
+        args=(entrypoint + command)[1:],
+        entrypoint=entrypoint,
+        command=command,
+        env=merged_environment(image.env or (), request.env),
+        working_dir=request.working_dir or image.working_dir,
+        user=request.user or image.user,
+        groups=host.group_add,
+        hostname=request.hostname or (node.hostname if is_on_host else ""),
+        tty=request.tty,
+        open_stdin=request.open_stdin,
+        stdin_once=request.stdin_once,
+        stop_signal=_stop_signal(request.stop_signal or image.stop_signal),
+        stop_grace_ns=task.stop_grace_ns,
+        init=bool(host.init),
+        read_only=host.readonly_rootfs,
+        mounts=task.mounts,
+        nano_cpus=_nano_cpus(host),
+        memory_bytes=_not_negative(host.memory, "memory limit"),
+        memory_reservation_bytes=_not_negative(host.memory_reservation, "memory reservation"),
+        pids=max(host.pids_limit or 0, 0),
+        shm_bytes=_not_negative(host.shm_size, "shm size") or (64 << 20),
+        ulimits=host.ulimits,
+        sysctls=host.sysctls,
+        capability_add=host.cap_add,
+        capability_drop=host.cap_drop,
+        seccomp=security.seccomp,
+        apparmor=security.apparmor,
+        no_new_privileges=security.no_new_privileges,
+        oom_score_adj=host.oom_score_adj,
+        hosts=(*task.hosts, *(_host_line(text, node.host_gateway) for text in host.extra_hosts)),
+        nameservers=host.dns,
+        search_domains=host.dns_search,
+        dns_options=host.dns_options,
+        ports=() if is_on_host else (*task.ports, *_ports(request, exposed)),
+        endpoints=task.endpoints,
+        exposed_ports=tuple(sorted(exposed)),
+        healthcheck=health.merged(request.healthcheck, image.healthcheck),
+        log=log_config(
+            Driver(name=host.log_config.type, options=host.log_config.config)
+            if host.log_config.type
+            else node.log
+        ),
+    )
+
+
+def _stop_grace_ns(request: CreateRequest, image: ContainerDefaults) -> int:
+    given_s = request.stop_timeout if request.stop_timeout is not None else image.stop_timeout
+    return (given_s if given_s is not None and given_s >= 0 else 10) * SECOND_NS
+
+
+def _stop_signal(name: str) -> str:
+    """Raises: InvalidArgument: there is no such signal."""
+    signal_number(name or "SIGTERM")
+    return name
+
+
+def invocation(request: CreateRequest, image: ContainerDefaults) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Entrypoint and command.
+
+    An entrypoint in the request replaces both of the image's; a command alone replaces only the image's command.
+    Raises: InvalidArgument: there is nothing to run.
+    """
+    entrypoint, command = image.entrypoint or (), request.cmd or image.cmd or ()
+    if request.entrypoint == ("",):  # ``--entrypoint ""``: the image's does not count either
+        entrypoint, command = (), request.cmd
+    elif request.entrypoint:
+        return request.entrypoint, request.cmd
+    if not entrypoint and not command:
+        raise InvalidArgument("No command specified")
+    return entrypoint, command
+
+
+def _restart_policy(host: HostConfig) -> RestartPolicy:
+    name, most = host.restart_policy.name or "no", host.restart_policy.maximum_retry_count
+    if name not in ("no", "always", "unless-stopped", "on-failure"):
+        raise InvalidArgument(f"invalid restart policy '{name}'")
+    if most < 0:
+        raise InvalidArgument("maximum retry count cannot be negative")
+    if most and name != "on-failure":
+        raise InvalidArgument(f"maximum retry count cannot be used with restart policy '{name}'")
+    return RestartPolicy(name=name, attempts_max=most)
+
+
+_SECURITY_FLAGS: Final = {
+    "no-new-privileges": "no-new-privileges=true",
+    "writable-cgroups": "writable-cgroups=true",
+    "disable": "label=disable",
+}
+"""Options without a value, and what they stand for."""
+
+
+class _Security(NamedTuple):
+    """The options of ``--security-opt``."""
+
+    seccomp: str = "default"
+    apparmor: str = "default"
+    no_new_privileges: bool = False
+
+
+def _security(options: Sequence[str]) -> _Security:
+    """Raises: InvalidArgument; Unimplemented: an option that has no effect here.
+
+    Source: moby, daemon/daemon_unix.go (parseSecurityOpt).
+    """
+    found = _Security()
+    for given in options:
+        option = _SECURITY_FLAGS.get(given, given)
+        name, separator, value = option.partition("=" if "=" in option else ":")
+        if not separator:
+            raise InvalidArgument(f'invalid --security-opt 1: "{given}"')
+        match name, BOOLEANS.get(value):
+            case "no-new-privileges", bool() as is_on:
+                found = found._replace(no_new_privileges=is_on)
+            case "seccomp", _:
+                found = found._replace(seccomp="default" if value in ("", "builtin") else value)
+            case "apparmor", _:
+                found = found._replace(
+                    apparmor="default" if value in ("", apparmor.DEFAULT_PROFILE) else value
+                )
+            case ("label", _) | ("writable-cgroups", True):
+                if value != "disable":  # labels are off here in any case
+                    raise refused(f"--security-opt {name}")
+            case "writable-cgroups", False:
+                pass
+            case _:
+                raise InvalidArgument(f'invalid --security-opt 2: "{given}"')
+    return found
+
+
+def _nano_cpus(host: HostConfig) -> int:
+    if host.nano_cpus and (host.cpu_quota or host.cpu_period):
+        raise InvalidArgument("Conflicting options: Nano CPUs and CPU Period cannot both be set.")
+    if host.cpu_quota > 0:
+        return nano_cpus_of(host.cpu_quota, host.cpu_period)
+    return _not_negative(host.nano_cpus, "number of CPUs")
+
+
+def _check_memory(host: HostConfig) -> None:
+    """Raises: InvalidArgument, for a limit of a client's that no process could start with.
+
+    Source: moby, daemon/daemon_unix.go (verifyPlatformContainerResources).
+    """
+    for value, what in ((host.memory, "limit"), (host.memory_reservation, "reservation")):
+        if 0 < value < MEMORY_BYTES_MIN:
+            raise InvalidArgument(f"Minimum memory {what} allowed is 6MB")
+
+
+def _not_negative(value: int, what: str) -> int:
+    if value < 0:
+        raise InvalidArgument(f"invalid {what}: it must not be negative")
+    return value
+
+
+def _host_line(text: str, gateway: str) -> str:
+    """``name:address`` as a line of /etc/hosts."""
+    name, separator, address = text.partition(":")
+    if not separator or not name or not address:
+        raise InvalidArgument(f'bad format for add-host: "{text}"')
+    if address == _HOST_GATEWAY:
+        if not gateway:
+            raise FailedPrecondition("unable to derive the IP value for host-gateway")
+        address = gateway
+    return f"{address} {name}"
+
+
+def _ports(request: CreateRequest, exposed: set[str]) -> list[PublishedPort]:
+    host, found = request.host_config, []
+    for text, bindings in sorted(host.port_bindings.items()):
+        for binding in bindings or ():
+            if ":" in binding.host_ip:
+                raise Unimplemented(f"published ports of containers have no IPv6: {binding.host_ip}")
+            if binding.host_ip and not _is_ipv4(binding.host_ip):
+                raise InvalidArgument(f"invalid IP address: {binding.host_ip}")
+            if "-" in binding.host_port:
+                raise refused(f"--publish with a range for one port ({binding.host_port})")
+            if binding.host_port and not (binding.host_port.isascii() and binding.host_port.isdigit()):
+                raise InvalidArgument(f'invalid port specification: "{binding.host_port}"')
+            number = int(binding.host_port or 0)
+            if number > 65535:
+                raise InvalidArgument(f'invalid port specification: "{binding.host_port}"')
+            address = "" if binding.host_ip == "0.0.0.0" else binding.host_ip
+            found.append(_port(text, number, address))
+    if host.publish_all_ports:
+        found += [_port(text, 0, "") for text in sorted(exposed) if not host.port_bindings.get(text)]
+    return found
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        return parsed(text).version == 4
+    except ValueError:
+        return False
+
+
+def _port(text: str, published: int, address: str) -> PublishedPort:
+    match = _PORT.fullmatch(text)
+    if match is None or not 0 < int(match[1]) <= 65535:
+        raise InvalidArgument(f'invalid port specification: "{text}"')
+    return PublishedPort(
+        protocol=match[2] or "tcp",
+        target_port=int(match[1]),
+        published_port=published,
+        publish_mode=PublishMode.HOST,
+        host_ip=address,
+    )
+
+
+def _bind(text: str) -> Mount:
+    """``source:target[:options]``; a source that is no path is a volume."""
+    words = text.split(":")
+    if len(words) == 1:
+        return Mount(type="volume", target=words[0])
+    if len(words) > 3 or not all(words):
+        raise InvalidArgument(f"invalid volume specification: '{text}'")
+    source, target = words[:2]
+    options = words[2].split(",") if len(words) == 3 else []
+    propagation = next((word for word in options if word in _PROPAGATIONS), "")
+    for word in options:
+        if word not in _IGNORED_BIND_OPTIONS | _PROPAGATIONS | {"ro", "nocopy"}:
+            raise InvalidArgument(f"invalid mode: {words[2]}")
+    if source.startswith("/"):
+        return Mount(
+            type="bind",
+            source=source,
+            target=target,
+            read_only="ro" in options,
+            bind_options=BindOptions(propagation=propagation, create_mountpoint=True),
+        )
+    return Mount(
+        type="volume",
+        source=source,
+        target=target,
+        read_only="ro" in options,
+        volume_options=VolumeOptions(no_copy="nocopy" in options),
+    )
+
+
+def log_config(driver: Driver) -> LogConfig:
+    """Raises: InvalidArgument: no such driver here, or an option that cannot be."""
+    if driver.name not in _LOG_DRIVERS:
+        raise InvalidArgument(f"logger: no log driver named '{driver.name}' is registered")
+    try:
+        max_files = int(driver.options.get("max-file", "1"))
+    except ValueError:
+        raise InvalidArgument(f"invalid value for max-file: {driver.options['max-file']}") from None
+    if max_files < 1:
+        raise InvalidArgument("max-file cannot be less than 1")
+    max_size = driver.options.get("max-size", "-1")
+    return LogConfig(
+        type=driver.name or "json-file",
+        options=driver.options,
+        max_size_bytes=0 if max_size.startswith("-") else parse_size(max_size),
+        max_files=max_files,
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``10m``, ``1.5GiB``, ``4096``.  Raises: InvalidArgument.
+
+    Source: docker/go-units, size.go (RAMInBytes).
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InvalidArgument(f"invalid size: '{text}'")
+    return int(float(match.group(1)) * _FACTORS[(match.group(2) or "").lower()])

@@ -1,0 +1,525 @@
+"""The container engine of a node: create, start, stop, remove, exec, logs, events, stats.
+
+One ``Engine`` owns everything below ``<data>/containers``.  A container is named by its id, its name or a unique prefix
+of the id, as in Docker.  What a caller gets is an immutable ``Container``; call ``get`` again to see changes.
+
+Containers outlive this process: ``running()`` reads the records of an earlier process, adopts what still runs and
+settles what ended meanwhile.
+
+A task's container has its networks from its creation to its end; a plain container has them while it runs, as in
+Docker.  What happens to one container between two operations (its end, its adoption) is ``lifecycle.py``.
+"""
+
+import asyncio
+import random
+import re
+import signal
+from collections import defaultdict
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Sequence,
+)
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.guard import persist
+from skep.engine import create, logs, top
+from skep.engine.attachment import Attachment, attach
+from skep.engine.container import (
+    Container,
+    ContainerState,
+    LogEntry,
+    LogFilter,
+    NewContainer,
+    NotRunning,
+    PlainOptions,
+    Top,
+    WaitCondition,
+)
+from skep.engine.events import Events
+from skep.engine.images.image import Image
+from skep.engine.lifecycle import Lifecycle
+from skep.engine.networking import Images, Networking
+from skep.engine.request import CreateRequest, TaskOptions
+from skep.engine.restart import RestartMonitor
+from skep.engine.runtime import Runtime
+from skep.engine.signals import signal_number
+from skep.engine.state import ContainerStore
+from skep.engine.stats import Stats, sample
+from skep.engine.volumes import Volumes
+from skep.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    SkepError,
+)
+from skep.model.ids import ContainerId, new_container_id
+from skep.model.meta import Driver
+from skep.model.readable import NameSource, free_name, names_from
+from skep.model.sandbox import EndpointRequest, NetworkMode
+from skep.model.times import timestamp
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+_SHARES_THE_HOSTS = (
+    "container sharing network namespace with another container or host cannot be connected to any other "
+    "network"
+)
+_HAS_NONE = (
+    "container cannot be connected to multiple networks with one of the networks in private (none) mode"
+)
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of one engine."""
+
+    starts_max: int
+    """Containers that are started at the same moment, at most.  Twice the number of cores keeps a single start short
+    under load at no loss of rate."""
+    hostname: str = ""
+    """The node's."""
+    log_default: Driver = Driver(name="json-file")
+    """Log driver and options of containers that name none."""
+    new_id: Callable[[], ContainerId] = new_container_id
+    new_name: NameSource = names_from(random.Random())
+    report_restore: Callable[[str], None] = lambda _: None
+    """Called with the reason while containers of an earlier process cannot be adopted, and with "" once they are."""
+
+
+class Engine:
+    """All containers of this node.  ``word`` is a container's id, name or unique prefix of the id."""
+
+    def __init__(
+        self,
+        *,
+        runtime: Runtime,
+        images: Images,
+        volumes: Volumes,
+        network: Networking,
+        clock: Clock,
+        config: EngineConfig,
+    ) -> None:
+        self.bundles = runtime.bundles
+        self.images = images
+        self.volumes = volumes
+        self._cgroups = runtime.cgroups
+        self._runtime = runtime
+        self._network = network
+        self._clock = clock
+        self._config = config
+        self._store = ContainerStore(self.bundles)
+        self._network_locks: defaultdict[ContainerId, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.events = Events(clock)
+        self._lifecycle = Lifecycle(
+            runtime=runtime,
+            network=network,
+            store=self._store,
+            events=self.events,
+            clock=clock,
+            starts_max=config.starts_max,
+            report_restore=config.report_restore,
+        )
+        self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
+        self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
+        self._restarts = RestartMonitor(self, clock)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Adopt what earlier processes left, then watch all containers until the block ends.
+
+        The containers run on when the block ends.
+        """
+        async with self._lifecycle.running():
+            rotating = persist(self.log_rotation.run, "log rotation ended", clock=self._clock)
+            self._lifecycle.spawn(rotating, name="log-rotation")
+            yield
+
+    async def run_restart_policies(self) -> None:
+        """Restart or remove plain containers that have ended, as they ask for, until cancelled."""
+        await self._restarts.run()
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def list(self) -> Sequence[Container]:
+        """All containers, running or not, the newest first (docker's order)."""
+        return self._store.list()
+
+    def get(self, word: str) -> Container:
+        """Raises: NotFound: ``No such container: <word>``, or the prefix fits several."""
+        return self._store.get(word)
+
+    def find_by_label(self, label: str, value: str) -> Container | None:
+        """The newest container with this label, or None."""
+        return next((one for one in self.list() if one.labels.get(label) == value), None)
+
+    def plain_containers(self) -> Sequence[Container]:
+        """Those that no orchestrator has made."""
+        return [one for one in self.list() if one.plain is not None]
+
+    async def top(self, word: str, ps_args: str = "") -> Top:
+        """The processes of a running container as ``ps`` on the node shows them (``ps_args`` empty: ``-ef``).
+
+        Raises: NotFound; NotRunning; InvalidArgument: ps does not take the arguments.
+        """
+        container = self._require_running(word)
+        return await top.processes(self._cgroups.pids(container.id), ps_args or "-ef")
+
+    async def stats(self, word: str) -> Stats:
+        """One sample of what the container uses; zeros when it does not run.  Raises: NotFound."""
+        container = self.get(word)
+        return await asyncio.to_thread(sample, container, self._cgroups, self._clock.now_ns())
+
+    def logs(self, word: str, filter: LogFilter) -> AsyncGenerator[LogEntry, None]:
+        """Its output, oldest first; with ``follow`` until it has ended.  Raises: NotFound, at once."""
+        id = self.get(word).id
+
+        def has_ended() -> bool:
+            present = self._store.lookup(id)
+            return present is None or (present.was_started and not present.is_running)
+
+        async def wait_ended() -> None:
+            while not has_ended():
+                await self._store.wait_changed(id)
+
+        return logs.read(self.bundles.log(id), filter, has_ended=has_ended, wait_ended=wait_ended)
+
+    def changes(self, word: str) -> Sequence[tuple[int, str]]:
+        """Paths that differ from the image, sorted: (0 modified, 1 added, 2 deleted).  Raises: NotFound."""
+        return self.bundles.changes(self.get(word))
+
+    async def wait(self, word: str, condition: WaitCondition = WaitCondition.NOT_RUNNING) -> Container:
+        """Return the container once ``condition`` holds; exit code and error are in it.  Raises: NotFound."""
+        return await self._store.wait(self.get(word).id, condition)
+
+    def _require_running(self, word: str) -> Container:
+        """Raises: NotFound; NotRunning."""
+        container = self.get(word)
+        if not container.is_running:
+            raise NotRunning(f"Container {container.id} is not running")
+        return container
+
+    def _require_plain(self, word: str) -> tuple[Container, PlainOptions]:
+        """Raises: NotFound; FailedPrecondition: it is a task's."""
+        container = self.get(word)
+        if container.plain is None:
+            raise FailedPrecondition(f"container {container.name} belongs to a task")
+        return container, container.plain
+
+    # --- create -------------------------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        request: CreateRequest,
+        *,
+        name: str = "",
+        task: TaskOptions | None = None,
+        image: Image | None = None,
+    ) -> Container:
+        """Create a container that is not started.
+
+        Args:
+            name: empty: one is made up.
+            task: what a task has beside the request; None: a plain container.
+            image: the image of the request; None: it is looked up.
+
+        Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; InvalidArgument; Unimplemented;
+        SkepError: something of the request cannot be had.
+        """
+        chosen = _checked_name(name) if name else self._free_name()
+        plain = create.plain_options(request) if task is None else None
+        self._store.check_free(chosen)  # before any volume is made
+        image = image or self.images.get(request.image)
+        defaults = image.config.defaults
+        mounts = create.mounts(request)
+        labels = create.labels(request, defaults, task)
+        config = create.container_config(
+            request,
+            defaults,
+            task,
+            create.NodeDefaults(self._config.hostname, self._network.host_gateway, self._config.log_default),
+        )
+        points = self.volumes.mount_points(mounts, defaults.volumes or {})
+        try:
+            async with self.images.pinned(image.chain):
+                container = await self.add(
+                    NewContainer(
+                        name=chosen,
+                        image=request.image,
+                        image_id=image.id,
+                        layers=tuple(map(str, self.images.layers(image))),
+                        config=msgspec.structs.replace(config, mounts=(*points, *config.mounts)),
+                        labels=labels,
+                        plain=plain,
+                    )
+                )
+            await self.volumes.fill(container.config.mounts, mounts, self.bundles.rootfs(container.id))
+        except SkepError:
+            await self.volumes.remove_anonymous(points)
+            raise
+        return container
+
+    async def add(self, new: NewContainer) -> Container:
+        """Create a container whose configuration is complete: directories, root file system, network, ports.
+
+        A plain container has the last two from its start to its end only.
+        Raises: AlreadyExists: the name (or a port) is taken; SkepError: something of it cannot be had.
+        """
+        id = self._config.new_id()
+        config = new.config
+        if not config.hostname:  # Docker's: the short id
+            config = msgspec.structs.replace(config, hostname=id[:12])
+        container = Container(
+            id=id,
+            name=new.name,
+            image=new.image,
+            image_id=new.image_id,
+            config=config,
+            labels=new.labels,
+            layers=new.layers,
+            created_at=timestamp(self._clock.now_ns()),
+            plain=new.plain,
+        )
+        self._store.add(container)
+        container = await self._lifecycle.prepare(container)
+        self.events.publish("create", container)
+        return container
+
+    def _free_name(self) -> str:
+        taken = {one.name for one in self.list()}
+        name = free_name(self._config.new_name, taken.__contains__, attempts=100)
+        if name is None:
+            raise ResourceExhausted("no free name was found: give the container one (--name)")
+        return name
+
+    # --- start and stop -----------------------------------------------------------------------------------------
+
+    async def start(self, word: str) -> Container:
+        """Start it for its user; return when runc has let its command begin.  Nothing happens when it runs already.
+
+        Resets the count of restarts.  A container with ``--rm`` that cannot be started is removed.
+        Raises: NotFound; StartError: the runtime refused, with its words; the exit code is in the record too.
+        """
+        container = self.get(word)
+        if container.plain is None:
+            return await self._lifecycle.start(container.id)
+        self._restarts.reset(container.id)
+        plain = msgspec.structs.replace(container.plain, is_stopped=False, restarts=0)
+        self._store.change(container.id, plain=plain)
+        try:
+            async with self._network_locks[container.id]:
+                return await self._lifecycle.start(container.id)
+        except SkepError:
+            if plain.auto_remove:
+                await self.remove(container.id, force=True, with_volumes=True)
+            raise
+
+    async def restart(self, id: ContainerId, *, ignore_stop: bool) -> bool:
+        """Start a plain container because of its restart policy; False: it runs, or its user has stopped it.
+
+        ``ignore_stop``: it was stopped by its user before the restart was due, and starts nevertheless.
+        Raises: NotFound; SkepError: it cannot be started.
+        """
+        async with self._network_locks[id]:
+            container, plain = self._require_plain(id)
+            if container.is_running or (plain.is_stopped and not ignore_stop):
+                return False
+            changed = msgspec.structs.replace(plain, restarts=plain.restarts + 1, is_stopped=False)
+            self._store.change(id, plain=changed)
+            await self._lifecycle.start(id)
+            return True
+
+    async def kill(self, word: str, signal_name: str = "SIGKILL") -> None:
+        """Send a signal to its first process (``SIGTERM``, ``TERM`` or ``15``).
+
+        Raises: NotFound; NotRunning; InvalidArgument: no such signal.
+        """
+        number = signal_number(signal_name)
+        container = self.get(word)
+        if not container.is_running:
+            raise NotRunning(f"Cannot kill container: {word}: Container {container.id} is not running")
+        if number in (signal.SIGKILL, signal_number(container.config.stop_signal or "SIGTERM")):
+            container = self._store.note_stopped(container.id)
+        await self._lifecycle.signal(container, number)
+
+    async def stop(self, word: str, grace_s: float | None = None) -> Container:
+        """Send its stop signal, then SIGKILL after ``grace_s`` seconds (None: its own grace); return when it ended.
+
+        Raises: NotFound.
+        """
+        container = self.note_stopped(word)
+        if not container.is_running:
+            return container
+        if grace_s is None:
+            grace_s = container.config.stop_grace_ns / 1e9
+        await self._lifecycle.signal(container, signal_number(container.config.stop_signal or "SIGTERM"))
+        try:
+            async with asyncio.timeout(grace_s):
+                ended = await self.wait(container.id)
+        except TimeoutError:
+            with suppress(NotFound):
+                await self._lifecycle.signal(self.get(container.id), signal.SIGKILL)
+            ended = await self.wait(container.id)
+        self.events.publish("stop", ended)
+        return ended
+
+    def note_stopped(self, word: str) -> Container:
+        """Note that a plain container's user has stopped it, so that its policy does not restart it.
+
+        Raises: NotFound.
+        """
+        return self._store.note_stopped(self.get(word).id)
+
+    async def pause(self, word: str) -> None:
+        """Freeze its processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
+        container = self._require_running(word)
+        await self._runtime.pause(container.id)
+        self.events.publish("pause", self._store.observe(container.id, state=ContainerState.PAUSED))
+
+    async def unpause(self, word: str) -> None:
+        """Let its processes go on.  Raises: NotFound; NotRunning; RuntimeFailed."""
+        container = self._require_running(word)
+        await self._runtime.resume(container.id)
+        self.events.publish("unpause", self._store.observe(container.id, state=ContainerState.RUNNING))
+
+    # --- other operations ---------------------------------------------------------------------------------------
+
+    async def attach(self, word: str) -> Attachment:
+        """Its standard streams.  A plain container that does not run is waited for, so that no output is missed.
+
+        Raises: NotFound; NotRunning: a task's, or the start that was waited for has failed.
+        """
+        container = self.get(word)
+        if container.plain is not None and not container.is_running:
+            attachment = await self._lifecycle.waiting.wait(container.id)
+        else:
+            attachment = await attach(self.bundles.bundle(self._require_running(container.id).id))
+        self.events.publish("attach", container)
+        return attachment
+
+    async def resize(self, word: str, height: int, width: int) -> None:
+        """Set the size of its terminal, in characters.  Raises: NotFound; NotRunning."""
+        container = self._require_running(word)
+        self._runtime.resize(self.bundles.bundle(container.id), height, width)
+        self.events.publish("resize", container, height=str(height), width=str(width))
+
+    async def update(self, word: str, *, nano_cpus: int, memory_bytes: int, pids: int) -> Container:
+        """Change its limits without a restart; 0 lifts one.  Raises: NotFound; RuntimeFailed."""
+        container = self.get(word)
+        config = msgspec.structs.replace(
+            container.config, nano_cpus=nano_cpus, memory_bytes=memory_bytes, pids=pids
+        )
+        if config == container.config:
+            return container
+        if container.is_running:
+            await self._runtime.update(container.id, config)
+        container = self._store.observe(container.id, config=config)
+        self.events.publish("update", container)
+        return container
+
+    async def rename(self, word: str, name: str) -> None:
+        """Raises: NotFound; AlreadyExists; InvalidArgument; FailedPrecondition: the cluster uses its name."""
+        container, _ = self._require_plain(word)
+        chosen = _checked_name(name)
+        if chosen == container.name:
+            raise InvalidArgument("Renaming a container with the same name as its current name")
+        self._store.check_free(chosen)  # before the network's names change
+        await self._network.rename(msgspec.structs.replace(container, name=chosen))
+        self.events.publish("rename", self._store.rename(container.id, chosen))
+
+    # --- networks of plain containers ---------------------------------------------------------------------------
+
+    async def connect(self, word: str, request: EndpointRequest) -> None:
+        """Put it on one more network, now or with its start.
+
+        Raises: NotFound; FailedPrecondition: it is there; SkepError, in Docker's words.
+        """
+        container, _ = self._require_plain(word)
+        async with self._network_locks[container.id]:
+            container, plain = self._require_plain(container.id)
+            if plain.mode is NetworkMode.HOST:
+                raise FailedPrecondition(_SHARES_THE_HOSTS)
+            if plain.mode is NetworkMode.NONE:
+                raise FailedPrecondition(_HAS_NONE)
+            if container.is_running:
+                sandbox = await self._network.connect(container, request)
+                self._store.observe(container.id, sandbox=sandbox)
+            elif any(one.network == request.network for one in plain.networks):
+                raise FailedPrecondition(
+                    f"endpoint with name {container.name} already exists in network {request.network}"
+                )
+            networks = (*plain.networks, request)
+            self._store.change(container.id, plain=msgspec.structs.replace(plain, networks=networks))
+
+    async def disconnect(self, word: str, network: str, network_id: str = "") -> None:
+        """Take it from a network.  ``network``: as its user has given it; ``network_id``: where that is known.
+
+        Raises: NotFound; FailedPrecondition: it is not there; SkepError.
+        """
+        container, _ = self._require_plain(word)
+        async with self._network_locks[container.id]:
+            container, plain = self._require_plain(container.id)
+            known, is_there = {network, network_id}, False
+            sandbox = container.sandbox if container.is_running else None
+            for endpoint in sandbox.endpoints if sandbox is not None else ():
+                if {endpoint.network_id, endpoint.network_name} & known:
+                    is_there = True
+                    known |= {endpoint.network_id, endpoint.network_name}
+                    left = await self._network.disconnect(container, endpoint.network_id)
+                    self._store.observe(container.id, sandbox=left)
+            networks = tuple(one for one in plain.networks if one.network not in known)
+            if not is_there and len(networks) == len(plain.networks):
+                raise FailedPrecondition(f"container {container.id} is not connected to network {network}")
+            self._store.change(container.id, plain=msgspec.structs.replace(plain, networks=networks))
+
+    async def evict(self, container_id: ContainerId, network_id: str) -> None:
+        """Take a container from a network whose address the cluster wants back."""
+        try:
+            await self.disconnect(container_id, network_id, network_id)
+        except (NotFound, FailedPrecondition) as error:
+            log.info("container has left the network already", container=container_id, reason=str(error))
+
+    # --- remove -------------------------------------------------------------------------------------------------
+
+    async def retire(self, word: str) -> None:
+        """A task's container that never ran is not going to: free what only a running one needs.
+
+        Its record stays, as that of one that ended.  Raises: NotFound.
+        """
+        await self._lifecycle.retire(self.get(word).id)
+
+    async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None:
+        """Free everything it holds; ``force`` kills it first; ``with_volumes``: also volumes made for it alone.
+
+        Raises: NotFound; StillRunning: it runs and ``force`` was not given.
+        """
+        container = self.get(word)
+        await self._lifecycle.remove(container.id, force=force)
+        self._restarts.reset(container.id)
+        self._network_locks.pop(container.id, None)
+        if with_volumes:
+            await self.volumes.remove_anonymous(container.config.mounts)
+
+    async def sweep(self) -> Collection[ContainerId]:
+        """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.
+
+        Raises: SkepError, OSError: some of it could not be freed.
+        """
+        return await self._lifecycle.sweep()
+
+
+def _checked_name(name: str) -> str:
+    """``name`` without a leading slash.  Raises: InvalidArgument, in Docker's words."""
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
+    return name.removeprefix("/")

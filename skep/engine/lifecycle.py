@@ -1,0 +1,437 @@
+"""The life of one container: prepared, started, watched until its end, freed, removed; adopted after a restart.
+
+Each background task is about one container: its error is retried, logged and shown as that container's error, and
+reaches no other container.
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.first import finish
+from skep.aio.groups import errors_as_they_are
+from skep.aio.guard import contain, explain, persist, report
+from skep.engine import health
+from skep.engine.attachment import WaitingClients
+from skep.engine.conmon import StartError
+from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
+from skep.engine.events import Events
+from skep.engine.execs import Execs
+from skep.engine.health_checks import HealthChecks
+from skep.engine.networking import Networking, has_sandbox
+from skep.engine.processes import send_signal
+from skep.engine.runtime import Runtime
+from skep.engine.state import ContainerStore
+from skep.errors import SkepError, Unavailable
+from skep.model.ids import ContainerId
+from skep.model.times import ZERO_TIME, timestamp
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+SWEEP_SECONDS = 20.0
+"""Between two searches for network resources of containers that are gone."""
+_READ_TRIES_MAX = 5
+"""Of records that cannot be read: the machine may be short of memory or descriptors for a moment."""
+_RETRY_SECONDS_MAX = 30.0
+
+
+class Lifecycle:
+    """Moves containers from state to state.
+
+    Args:
+        starts_max: containers that are started at the same moment, at most.
+        report_restore: called with the reason while containers of an earlier process cannot be adopted, and with ""
+            once they are.
+    """
+
+    def __init__(
+        self,
+        *,
+        runtime: Runtime,
+        network: Networking,
+        store: ContainerStore,
+        events: Events,
+        clock: Clock,
+        starts_max: int,
+        report_restore: Callable[[str], None],
+    ) -> None:
+        self._bundles = runtime.bundles
+        self._runtime = runtime
+        self._network = network
+        self._store = store
+        self._events = events
+        self._clock = clock
+        self._report_restore = report_restore
+        self._starting = asyncio.Semaphore(starts_max)
+        self._locks: dict[ContainerId, asyncio.Lock] = {}
+        self._watches: dict[ContainerId, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._group: asyncio.TaskGroup | None = None
+        self.waiting = WaitingClients()
+        self.execs = Execs(self._bundles, runtime, events, clock, container=store.get, spawn=self.spawn)
+        self.health = HealthChecks(store, self.execs, events, runtime.cgroups, clock)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Adopt what earlier processes left, then watch all containers until the block ends."""
+        async with errors_as_they_are(), asyncio.TaskGroup() as group, self._network.running():
+            self._group = group
+            await self._restore()
+            self.spawn(self._store.run(self._clock), name="records")
+            self.spawn(self._keep_sweeping(), name="network-sweep")
+            try:
+                yield
+            finally:
+                for task in tuple(self._tasks):
+                    task.cancel()
+                self._runtime.close()
+
+    # --- operations ---------------------------------------------------------------------------------------------
+
+    async def prepare(self, container: Container) -> Container:
+        """Make everything that a new container needs; it is gone again if that fails.  Raises: SkepError."""
+        return await finish(self._exclusively(container.id, self._prepare_new(container)))
+
+    async def start(self, id: ContainerId) -> Container:
+        """Start its process; nothing happens when it runs.  Raises: NotFound; StartError."""
+        async with self._starting:
+            return await finish(self._exclusively(id, self._start(id)))
+
+    async def retire(self, id: ContainerId) -> None:
+        """Free what only a running container needs, of one that never ran.  Raises: NotFound."""
+        await finish(self._exclusively(id, self._retire(id)))
+
+    async def remove(self, id: ContainerId, *, force: bool) -> None:
+        """Raises: NotFound; StillRunning; Unavailable: something of it is left."""
+        await self._exclusively(id, self._remove(id, force=force))
+
+    async def sweep(self) -> Collection[ContainerId]:
+        """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.
+
+        Raises: SkepError, OSError: some of it could not be freed.
+        """
+        return await self._network.sweep(self._needs_network)
+
+    async def signal(self, container: Container, number: int) -> None:
+        """Send a signal to its first process."""
+        if container.process is not None:
+            send_signal(container.process, number)
+        self._events.publish("kill", container, signal=str(int(number)))
+        if number == signal.SIGKILL and container.state is ContainerState.PAUSED:
+            with suppress(SkepError):
+                await self._runtime.resume(container.id)  # a frozen process does not even die
+
+    # --- create and start ---------------------------------------------------------------------------------------
+
+    async def _prepare_new(self, container: Container) -> Container:
+        try:
+            self._bundles.make(container)
+            if container.plain is None:
+                container = await self._connect_all(container)
+            await asyncio.to_thread(self._bundles.prepare, container)
+            return container
+        except BaseException as error:
+            await asyncio.shield(self._free(self._discard(container.id), container.id))
+            if isinstance(error, OSError):
+                raise StartError(f"cannot prepare the container: {error}") from error
+            raise
+
+    async def _connect_all(self, container: Container) -> Container:
+        """Create its sandbox and record it; a sandbox that is in no record would never be freed."""
+        sandbox = await self._network.attach(container)
+        try:
+            return self._store.change(container.id, sandbox=sandbox)
+        except BaseException:
+            await asyncio.shield(self._free(self._network.detach(container.id, sandbox), container.id))
+            raise
+
+    async def _start(self, id: ContainerId) -> Container:
+        container = self._store.require(id)
+        if container.is_running:
+            return container
+        try:
+            # Its sandbox was freed when it ended; a plain container never had one.
+            if container.was_started or container.plain is not None:
+                await self._wait_settled(id)
+                container = await self._prepare_again(container)
+            started = await self._runtime.create(container)
+            self._store.change(id, process=started.process, monitor=started.monitor)
+            await self.waiting.serve(id, self._bundles.bundle(id))
+            await self._runtime.start(id, started.process)
+        except BaseException as error:
+            await asyncio.shield(self._abandon_start(id, error))
+            raise
+        container = self._store.observe(
+            id,
+            state=ContainerState.RUNNING,
+            started_at=timestamp(self._clock.now_ns()),
+            finished_at=ZERO_TIME,
+            exit_code=0,
+            error="",
+            oom_killed=False,
+            health=health.first(container.config.healthcheck),
+        )
+        self._watch(container)
+        self._events.publish("start", container)
+        return container
+
+    async def _prepare_again(self, container: Container) -> Container:
+        container = await self._connect_all(container)
+        await asyncio.to_thread(self._bundles.prepare, container)
+        return container
+
+    async def _abandon_start(self, id: ContainerId, error: BaseException) -> None:
+        """A start failed: free everything of it and record why."""
+        await self._free_resources(self._store.require(id))
+        await self._free(asyncio.to_thread(self._bundles.release, id), id)
+        code = error.exit_code if isinstance(error, StartError) else 128
+        self.waiting.fail(id, NotRunning(str(error)))
+        self._store.observe(
+            id, process=None, monitor=None, sandbox=None, exit_code=code, error=explain(error)
+        )
+
+    # --- the end of a container ---------------------------------------------------------------------------------
+
+    def _watch(self, container: Container) -> None:
+        id = container.id
+        task = self.spawn(self._wait_and_settle(container), name=f"container-{id[:12]}")
+        self._watches[id] = task
+        task.add_done_callback(lambda done: self._forget_watch(id, done))
+        if container.health is not None:
+            self.spawn(self._persist(lambda: self.health.run(id), id), name=f"health-{id[:12]}")
+
+    def _forget_watch(self, id: ContainerId, done: asyncio.Task[None]) -> None:
+        if self._watches.get(id) is done:  # it may have been started again meanwhile
+            del self._watches[id]
+
+    async def _wait_settled(self, id: ContainerId) -> None:
+        """Return when everything is freed that an ended container does not need."""
+        watch = self._watches.get(id)
+        if watch is not None:
+            await asyncio.wait([watch])
+
+    async def _wait_and_settle(self, container: Container) -> None:
+        """Wait for its end, free what only a running container needs, then record the end."""
+        id = container.id
+        ended = await self._persist(lambda: self._runtime.wait(container), id)
+        if container.sandbox is not None:
+            await self._free(self._network.detach(id, container.sandbox), id)
+        container = self._store.observe(
+            id,
+            state=ContainerState.EXITED,
+            process=None,
+            monitor=None,
+            exit_code=ended.exit_code,
+            error=ended.error,
+            oom_killed=ended.oom_killed,
+            finished_at=timestamp(self._clock.now_ns()),
+        )
+        if ended.oom_killed:
+            self._events.publish("oom", container)
+        self._events.publish("die", container, exitCode=str(ended.exit_code))
+        await self._free(self._runtime.clear(id), id)
+        await self._free(asyncio.to_thread(self._bundles.release, id), id)
+
+    async def _retire(self, id: ContainerId) -> None:
+        container = self._store.require(id)
+        if container.state is not ContainerState.CREATED or container.plain is not None:
+            return
+        await self._free_resources(container)
+        await self._free(asyncio.to_thread(self._bundles.release, id), id)
+        self._store.observe(id, process=None, monitor=None, sandbox=None, is_retired=True)
+
+    async def _remove(self, id: ContainerId, *, force: bool) -> None:
+        container = self._store.require(id)
+        if container.is_running:
+            if not force:
+                raise StillRunning(
+                    f"You cannot remove a running container {container.id}."
+                    " Stop the container before attempting removal or force remove"
+                )
+            container = self._store.note_stopped(id)
+            await self.signal(container, signal.SIGKILL)
+            await self._store.wait(container.id)
+        await self._wait_settled(container.id)
+        await self._discard(container.id)
+        self.waiting.fail(container.id, NotRunning(f"Container {container.id} was removed"))
+        self._events.publish("destroy", container)
+
+    async def _discard(self, id: ContainerId) -> None:
+        """Free everything.  Raises: Unavailable: something is left; the record stays until that has gone."""
+        container = self._store.require(id)
+        self.execs.forget(id)
+        if container.state in (ContainerState.CREATED, ContainerState.REMOVING):
+            await self._free_resources(container)
+        self._store.observe(id, state=ContainerState.REMOVING)
+        try:
+            await self._bundles.discard(id)
+        except OSError as error:
+            self._store.observe(id, error=explain(error))
+            raise Unavailable(f"cannot remove container {id}: {explain(error)}") from error
+        self._store.forget(id)
+
+    async def _discard_unknown(self, id: ContainerId) -> None:
+        """End and remove a container whose record cannot be decoded: a task's is replaced, as if it had failed."""
+        await self._runtime.delete(id)
+        await self._bundles.discard(id)
+
+    async def _free_resources(self, container: Container) -> None:
+        """Remove runc's state, the cgroups and the sandbox of a container that does not run."""
+        await self._free(self._runtime.delete(container.id), container.id)
+        if container.sandbox is not None:
+            await self._free(self._network.detach(container.id, container.sandbox), container.id)
+
+    async def _free(self, work: Awaitable[None], id: ContainerId) -> None:
+        """Free one resource; a failure is logged, and what is left is found by the next start of the node process."""
+        await contain(work, "not freed", container=id)
+
+    async def _keep_sweeping(self) -> None:
+        while True:
+            await self._clock.sleep(SWEEP_SECONDS)
+            await contain(self.sweep(), "leftovers of networks not removed yet")
+
+    def _needs_network(self, id: ContainerId) -> bool:
+        """Whether it has a sandbox, or is getting or losing one at this moment."""
+        lock, container = self._locks.get(id), self._store.lookup(id)
+        if lock is not None and lock.locked():
+            return True
+        if container is None or container.sandbox is None:
+            return False
+        return container.is_running or not container.was_started
+
+    # --- after a restart of the node process --------------------------------------------------------------------
+
+    async def _restore(self) -> None:
+        """Read the records of earlier processes and adopt their containers.  Errors are retried."""
+        load = partial(asyncio.to_thread, self._bundles.load)
+        found = await self._persist_restoring(load, "records of containers not read")
+        backoff = Backoff(0.1, 2.0)
+        for _ in range(_READ_TRIES_MAX):
+            if not found.unreadable:
+                break
+            await backoff.sleep(self._clock)
+            found = await self._persist_restoring(load, "records of containers not read")
+        for container in found.known:
+            self._store.restore(container)
+        for id in found.unreadable:  # its addresses are not known, and may be given to others now
+            log.error("container is ended: its record cannot be read", container=id)
+            await self._free(self._runtime.delete(id), id)
+            self.spawn(self._persist(partial(self._read_again, id), id), name=f"record-{id[:12]}")
+        for id in found.unknown:
+            log.warning("container without a record removed", container=id)
+            self.spawn(self._persist(partial(self._discard_unknown, id), id), name=f"remove-{id[:12]}")
+        live = [one for one in found.known if has_sandbox(one)]
+        await self._persist_restoring(partial(self._network.restore, live), "networks not restored")
+        connected = {one.id for one in live}
+        for container in self._store.list():
+            work = self._adopt(container, has_network=container.id in connected)
+            await contain(
+                work,
+                "container not adopted",
+                on_error=partial(self._show, container.id),
+                container=container.id,
+            )
+
+    async def _persist_restoring(self, work: Callable[[], Awaitable[T]], event: str) -> T:
+        """The result of ``work``, which is retried; meanwhile the reason is reported."""
+
+        def show(error: Exception) -> None:
+            self._report_restore(f"containers of before are not taken over: {explain(error)}")
+
+        result = await persist(work, event, clock=self._clock, longest_s=10.0, on_error=show)
+        self._report_restore("")
+        return result
+
+    async def _read_again(self, id: ContainerId) -> None:
+        """Adopt a container whose record could not be read.  Raises: Unavailable: it still cannot."""
+        container = await asyncio.to_thread(self._bundles.read, id)
+        if container is None:
+            await self._discard_unknown(id)
+        else:
+            self._store.restore(container)
+            await self._adopt(container, has_network=False)
+
+    async def _adopt(self, container: Container, *, has_network: bool) -> None:
+        """Continue where the process before this one stopped."""
+        if container.state is ContainerState.REMOVING:
+            id = container.id
+            self.spawn(
+                self._persist(lambda: self._exclusively(id, self._discard(id)), id), name=f"remove-{id[:12]}"
+            )
+        elif container.is_running:
+            self._watch(container)  # settles at once what ended meanwhile
+        elif not container.was_started and not container.is_retired:
+            await self._adopt_created(container, has_network=has_network)
+
+    async def _adopt_created(self, container: Container, *, has_network: bool) -> None:
+        """It may have been started just before the process ended: runc's state tells.  Otherwise prepare it anew."""
+        id = container.id
+        if container.process is not None and await self._runtime.status(id) in ("running", "stopped"):
+            started_at = timestamp(self._clock.now_ns())
+            container = self._store.observe(id, state=ContainerState.RUNNING, started_at=started_at)
+            self._watch(container)
+            return
+        await self._runtime.delete(id)
+        container = self._store.observe(id, process=None, monitor=None)
+        if container.plain is not None:
+            if container.sandbox is not None:  # the process before this one ended in the middle of its start
+                await self._free(self._network.detach(id, container.sandbox), id)
+            return
+        try:
+            if has_network:
+                await asyncio.to_thread(self._bundles.prepare, container)
+            elif not container.error:  # with an error its start has failed, and its sandbox was freed
+                await self._prepare_again(container)
+        except Exception as error:
+            report(error, "container not ready again", container=id)
+            self._store.observe(id, error=explain(error), exit_code=128)
+
+    # --- background work ----------------------------------------------------------------------------------------
+
+    async def _exclusively(self, id: ContainerId, work: Coroutine[Any, Any, T]) -> T:
+        """Creation, start, retirement and removal of one container run one after the other.
+
+        A removal that overtook the creation would leave the namespace that is being made behind.
+        """
+        lock = self._locks.setdefault(id, asyncio.Lock())
+        try:
+            async with lock:
+                return await work
+        finally:
+            work.close()  # of one that was cancelled before its turn
+            if self._store.lookup(id) is None and not lock.locked():
+                self._locks.pop(id, None)
+
+    async def _persist(self, work: Callable[[], Awaitable[Any]], id: ContainerId) -> Any:
+        """The result of ``work`` on a container, which is retried; until then its error is shown as the container's."""
+        return await persist(
+            work,
+            "container's work failed",
+            clock=self._clock,
+            longest_s=_RETRY_SECONDS_MAX,
+            on_error=lambda error: self._show(id, error),
+            container=id,
+        )
+
+    def _show(self, id: ContainerId, error: Exception) -> None:
+        if self._store.lookup(id) is not None:
+            self._store.observe(id, error=explain(error))
+
+    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Work of one container: an error ends that alone."""
+        if self._group is None:
+            work.close()
+            raise RuntimeError("containers are used outside of running()")
+        task = self._group.create_task(contain(work, "container's work ended", work=name), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,1 +1,0 @@
-"""Files and directories that tasks get from outside their image."""

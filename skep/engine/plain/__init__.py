@@ -1,1 +1,0 @@
-"""Plain containers: what ``docker run`` makes where Skep runs containers itself."""

@@ -1,0 +1,333 @@
+"""What a container is created from: Docker's body of ``POST /containers/create`` as far as the engine honours it.
+
+A body of a client is read here, and an option in it that the engine does not honour is refused by name, never dropped.
+A client sends every option with the value that means nothing, so only other values are refused; an option that is not
+in these tables is refused as soon as it has such a value.
+
+Source: moby 20.10, api/types/container/config.go, host_config.go, api/types/network/network.go.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+import msgspec
+
+from skep.api.bodies import from_builtins, parse
+from skep.engine.container import MountPoint
+from skep.errors import InvalidArgument, Unimplemented
+from skep.model.container import HealthConfig, Mount, Ulimit
+from skep.model.encoding import ApiObject, GoInt
+from skep.model.sandbox import EndpointConfig, PublishedPort
+from skep.model.times import Nanoseconds
+
+BODY_EMPTY = "Config cannot be empty in order to create a container"
+
+
+class LogOptions(ApiObject):
+    __go_name__: ClassVar[str | None] = "container.LogConfig"
+
+    type: str = ""
+    config: Mapping[str, str] = {}
+
+
+class RestartOptions(ApiObject):
+    __go_name__: ClassVar[str | None] = "container.RestartPolicy"
+
+    name: str = ""
+    maximum_retry_count: GoInt = 0
+
+
+class PortBinding(ApiObject):
+    __go_name__: ClassVar[str | None] = "nat.PortBinding"
+
+    host_ip: str = msgspec.field(name="HostIp", default="")
+    host_port: str = ""
+
+
+class HostConfig(ApiObject):
+    """Options that depend on the machine."""
+
+    __go_name__: ClassVar[str | None] = "container.HostConfig"
+
+    binds: tuple[str, ...] = ()
+    log_config: LogOptions = LogOptions()
+    network_mode: str = ""
+    port_bindings: Mapping[str, tuple[PortBinding, ...] | None] = {}
+    publish_all_ports: bool = False
+    restart_policy: RestartOptions = RestartOptions()
+    auto_remove: bool = False
+    cap_add: tuple[str, ...] = ()
+    cap_drop: tuple[str, ...] = ()
+    dns: tuple[str, ...] = msgspec.field(name="Dns", default=())
+    dns_options: tuple[str, ...] = msgspec.field(name="DnsOptions", default=())
+    dns_search: tuple[str, ...] = msgspec.field(name="DnsSearch", default=())
+    extra_hosts: tuple[str, ...] = ()
+    group_add: tuple[str, ...] = ()
+    oom_score_adj: GoInt = 0
+    readonly_rootfs: bool = False
+    security_opt: tuple[str, ...] = ()
+    tmpfs: Mapping[str, str] = {}
+    mounts: tuple[Mount, ...] = ()
+    shm_size: int = 0
+    sysctls: Mapping[str, str] = {}
+    memory: int = 0
+    memory_reservation: int = 0
+    nano_cpus: int = msgspec.field(name="NanoCpus", default=0)
+    cpu_period: int = msgspec.field(name="CpuPeriod", default=0)
+    cpu_quota: int = msgspec.field(name="CpuQuota", default=0)
+    pids_limit: int | None = None
+    ulimits: tuple[Ulimit, ...] = ()
+    init: bool | None = None
+
+
+class EndpointIPAM(ApiObject):
+    __go_name__: ClassVar[str | None] = "network.EndpointIPAMConfig"
+
+    ipv4_address: str = ""
+
+
+class EndpointSettings(ApiObject):
+    """Options of a container on one network."""
+
+    __go_name__: ClassVar[str | None] = "network.EndpointSettings"
+
+    ipam_config: EndpointIPAM | None = None
+    aliases: tuple[str, ...] = ()
+
+
+class NetworkingConfig(ApiObject):
+    __go_name__: ClassVar[str | None] = "network.NetworkingConfig"
+
+    endpoints_config: Mapping[str, EndpointSettings | None] = {}
+
+
+class CreateRequest(ApiObject):
+    """Docker's ``Config``, with ``HostConfig`` and ``NetworkingConfig`` in it."""
+
+    __go_name__: ClassVar[str | None] = "runconfig.ContainerConfigWrapper"
+
+    hostname: str = ""
+    user: str = ""
+    attach_stdin: bool = False
+    attach_stdout: bool = False
+    attach_stderr: bool = False
+    exposed_ports: Mapping[str, Any] = {}
+    tty: bool = msgspec.field(name="Tty", default=False)
+    open_stdin: bool = False
+    stdin_once: bool = False
+    env: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] | None = None
+    healthcheck: HealthConfig | None = None
+    image: str = ""
+    volumes: Mapping[str, Any] = {}
+    working_dir: str = ""
+    labels: Mapping[str, str] = {}
+    stop_signal: str = ""
+    stop_timeout: GoInt | None = None
+    host_config: HostConfig = HostConfig()
+    networking_config: NetworkingConfig = NetworkingConfig()
+
+
+class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a task has beside the request: values assigned by the cluster, for which Docker's body has no field."""
+
+    labels: Mapping[str, str] = {}
+    """Those that identify the task."""
+    endpoints: tuple[EndpointConfig, ...] = ()
+    ports: tuple[PublishedPort, ...] = ()
+    mounts: tuple[MountPoint, ...] = ()
+    """Files that the agent provides: secrets and configs."""
+    hosts: tuple[str, ...] = ()
+    """Lines of /etc/hosts: ``address name...``."""
+    stop_grace_ns: Nanoseconds
+
+
+class ConnectRequest(ApiObject):
+    """The body of ``POST /networks/{id}/connect``."""
+
+    __go_name__: ClassVar[str | None] = "types.NetworkConnect"
+
+    container: str = ""
+    endpoint_config: EndpointSettings = EndpointSettings()
+
+
+def read_create(body: bytes) -> CreateRequest:
+    """The request of a client.
+
+    Raises: InvalidArgument: it cannot be decoded, with Go's words; Unimplemented: an option that is not honoured.
+    """
+    value = parse(body)
+    if not isinstance(value, dict):
+        raise InvalidArgument(BODY_EMPTY)
+    folded = {str(name).casefold(): one for name, one in value.items()}
+    _check_config(value)
+    _check_host(folded.get("hostconfig"))
+    networking = folded.get("networkingconfig")
+    endpoints = networking.get("EndpointsConfig") if isinstance(networking, dict) else None
+    for endpoint in endpoints.values() if isinstance(endpoints, dict) else ():
+        _check_endpoint(endpoint)
+    return from_builtins(value, CreateRequest)
+
+
+def read_connect(body: bytes) -> ConnectRequest:
+    """Raises: as ``read_create``."""
+    value = parse(body)
+    if isinstance(value, dict):
+        _check_endpoint(value.get("EndpointConfig"))
+    return from_builtins(value, ConnectRequest)
+
+
+_HOST_OPTIONS: Final = frozenset(
+    {
+        *(
+            "binds",
+            "logconfig",
+            "networkmode",
+            "portbindings",
+            "publishallports",
+            "restartpolicy",
+            "autoremove",
+        ),
+        *("capadd", "capdrop", "dns", "dnsoptions", "dnssearch", "extrahosts", "groupadd", "oomscoreadj"),
+        *("readonlyrootfs", "securityopt", "tmpfs", "mounts", "shmsize", "sysctls", "memory"),
+        *("memoryreservation", "nanocpus", "cpuperiod", "cpuquota", "pidslimit", "ulimits", "init"),
+        # The client's own business.
+        *("containeridfile", "consolesize"),
+    }
+)
+_CONFIG_OPTIONS: Final = frozenset(
+    {
+        *("hostname", "user", "attachstdin", "attachstdout", "attachstderr", "exposedports", "tty"),
+        *(
+            "openstdin",
+            "stdinonce",
+            "env",
+            "cmd",
+            "entrypoint",
+            "healthcheck",
+            "image",
+            "volumes",
+            "workingdir",
+        ),
+        *("labels", "stopsignal", "stoptimeout", "hostconfig", "networkingconfig"),
+        # Of images: ``docker build`` reads them, running does not.
+        *("onbuild", "shell", "argsescaped"),
+    }
+)
+_ENDPOINT_OPTIONS: Final = frozenset(
+    {
+        *("ipamconfig", "aliases"),
+        # Filled in by an engine; clients that copy a response send them back.
+        *(
+            "networkid",
+            "endpointid",
+            "gateway",
+            "ipaddress",
+            "ipprefixlen",
+            "ipv6gateway",
+            "globalipv6address",
+        ),
+        *("globalipv6prefixlen", "dnsnames"),
+    }
+)
+_NOTHING: Final[tuple[Any, ...]] = (None, "", 0, False, [], {})
+_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
+    "cgroupnsmode": (None, "", "private"),
+    "ipcmode": (None, "", "private"),
+    "isolation": (None, "", "default"),
+    "memoryswappiness": (None, -1),
+    "maskedpaths": (None,),  # an empty list would show what Docker hides
+    "readonlypaths": (None,),
+    "runtime": (None, "", "runc"),
+    "volumedriver": (None, "", "local"),
+}
+_FLAGS: Final[Mapping[str, str]] = {
+    "privileged": "--privileged",
+    "devices": "--device",
+    "devicerequests": "--gpus",
+    "devicecgrouprules": "--device-cgroup-rule",
+    "pidmode": "--pid",
+    "ipcmode": "--ipc",
+    "utsmode": "--uts",
+    "usernsmode": "--userns",
+    "cgroupnsmode": "--cgroupns",
+    "cgroupparent": "--cgroup-parent",
+    "volumesfrom": "--volumes-from",
+    "volumedriver": "--volume-driver",
+    "links": "--link",
+    "runtime": "--runtime",
+    "cpushares": "--cpu-shares",
+    "cpusetcpus": "--cpuset-cpus",
+    "cpusetmems": "--cpuset-mems",
+    "cpurealtimeperiod": "--cpu-rt-period",
+    "cpurealtimeruntime": "--cpu-rt-runtime",
+    "blkioweight": "--blkio-weight",
+    "blkioweightdevice": "--blkio-weight-device",
+    "blkiodevicereadbps": "--device-read-bps",
+    "blkiodevicewritebps": "--device-write-bps",
+    "blkiodevicereadiops": "--device-read-iops",
+    "blkiodevicewriteiops": "--device-write-iops",
+    "kernelmemory": "--kernel-memory",
+    "memoryswap": "--memory-swap",
+    "memoryswappiness": "--memory-swappiness",
+    "oomkilldisable": "--oom-kill-disable",
+    "storageopt": "--storage-opt",
+    "isolation": "--isolation",
+    "annotations": "--annotation",
+    "maskedpaths": "--security-opt systempaths",
+    "readonlypaths": "--security-opt systempaths",
+    "domainname": "--domainname",
+    "macaddress": "--mac-address",
+    "driveropts": "--network driver-opt",
+    "linklocalips": "--link-local-ip",
+    "ipv6address": "--ip6",
+}
+
+
+def _check_host(host: Any) -> None:
+    """``host``: the JSON of ``HostConfig``.  Raises: Unimplemented."""
+    for name, value in _given(host):
+        # Docker's default of swap, twice the memory, is the engine's too.
+        if name == "memoryswap" and value == 2 * (host.get("Memory") or 0):
+            continue
+        if name not in _HOST_OPTIONS:
+            raise refused(name)
+
+
+def _check_config(config: Any) -> None:
+    """``config``: the whole JSON.  Raises: Unimplemented."""
+    for name, _ in _given(config):
+        if name not in _CONFIG_OPTIONS:
+            raise refused(name)
+
+
+def _check_endpoint(endpoint: Any) -> None:
+    """``endpoint``: the JSON of one network.  Raises: Unimplemented."""
+    for name, value in _given(endpoint):
+        if name not in _ENDPOINT_OPTIONS:
+            raise refused(name)
+        if name == "ipamconfig":
+            for inner, _ in _given(value):
+                if inner != "ipv4address":
+                    raise refused(inner)
+
+
+def refused(name: str) -> Unimplemented:
+    """The error for an option that is not honoured.  ``name``: of its field, in lower case, or the option itself."""
+    return Unimplemented(
+        f"containers that Skep runs itself do not have {_FLAGS.get(name, name)}: leave it out, or give skep a Docker "
+        "Engine (--engine-socket) for plain containers"
+    )
+
+
+def _given(value: Any) -> list[tuple[str, Any]]:
+    """The fields with a value that means something, names in lower case."""
+    if not isinstance(value, dict):
+        return []
+    found = []
+    for name, one in value.items():
+        folded = str(name).casefold()
+        if not any(one == nothing for nothing in _NEUTRAL.get(folded, _NOTHING)):
+            found.append((folded, one))
+    return found

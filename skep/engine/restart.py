@@ -1,0 +1,182 @@
+"""Restart policies of plain containers, and removal of those with ``--rm``: the decisions, and what carries them out.
+
+Source: moby 20.10, restartmanager/restartmanager.go (the delays, what counts), daemon/monitor.go, daemon/daemon.go
+(restore).
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.guard import report
+from skep.engine.container import Container, PlainOptions
+from skep.engine.events import Events
+from skep.errors import NotFound, ResourceExhausted, SkepError
+from skep.model.ids import ContainerId
+from skep.model.times import unix_ns
+
+log = structlog.get_logger()
+
+FIRST_DELAY_S = 0.1
+LONGEST_DELAY_S = 60.0
+LASTED_S = 10.0
+"""After a run of this length the delay begins anew."""
+
+
+class Rest(msgspec.Struct, frozen=True):
+    """It stays ended."""
+
+
+class Remove(msgspec.Struct, frozen=True):
+    """It is removed (``--rm``)."""
+
+
+class StartAgain(msgspec.Struct, frozen=True):
+    """It is started after ``delay_s``, unless its user stops or starts it before."""
+
+    delay_s: float
+
+
+Next: TypeAlias = Rest | Remove | StartAgain
+
+
+def after_end(plain: PlainOptions, exit_code: int, ran_s: float, delay_before_s: float = 0.0) -> Next:
+    """What follows the end of a container.
+
+    Args:
+        exit_code: of its process, or of the start that failed.
+        ran_s: how long it ran.
+        delay_before_s: the delay of the restart before this one; 0: there was none.
+    """
+    if plain.auto_remove:
+        return Remove()
+    if not _wants_restart(plain, exit_code):
+        return Rest()
+    if not delay_before_s or ran_s >= LASTED_S:
+        return StartAgain(FIRST_DELAY_S)
+    return StartAgain(min(2 * delay_before_s, LONGEST_DELAY_S))
+
+
+def after_node_restart(plain: PlainOptions, exit_code: int, *, was_started: bool) -> Next:
+    """The same for a container that was found ended at start: ``always`` then starts what its user has stopped, too."""
+    if not was_started:
+        return Rest()
+    if plain.restart.name == "always":
+        return StartAgain(0.0)
+    return after_end(plain, exit_code, LASTED_S)
+
+
+def _wants_restart(plain: PlainOptions, exit_code: int) -> bool:
+    if plain.is_stopped:
+        return False
+    match plain.restart.name:
+        case "always" | "unless-stopped":
+            return True
+        case "on-failure":
+            limit = plain.restart.attempts_max
+            return exit_code != 0 and (not limit or plain.restarts < limit)
+        case _:
+            return False
+
+
+class Containers(Protocol):
+    """What the monitor needs of the engine."""
+
+    events: Events
+
+    def plain_containers(self) -> Sequence[Container]: ...
+
+    def get(self, word: str) -> Container: ...
+
+    async def restart(self, id: ContainerId, *, ignore_stop: bool) -> bool: ...
+
+    async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None: ...
+
+
+class RestartMonitor:
+    """Restarts or removes plain containers after their end."""
+
+    def __init__(self, containers: Containers, clock: Clock) -> None:
+        self._containers = containers
+        self._clock = clock
+        self._delays_s: dict[ContainerId, float] = {}
+        self._pending: dict[ContainerId, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Work until cancelled.  The containers run on afterwards."""
+        async with asyncio.TaskGroup() as group:
+            for container in self._containers.plain_containers():
+                if not container.is_running and container.plain is not None:
+                    first = after_node_restart(
+                        container.plain, container.exit_code, was_started=container.was_started
+                    )
+                    self._schedule(group, container.id, first)
+            while True:
+                try:
+                    with self._containers.events.subscribed() as subscription:
+                        for container in self._containers.plain_containers():
+                            self._check(group, container)
+                        async for event in subscription:
+                            if event.action == "die":
+                                self._check_id(group, event.container_id)
+                except ResourceExhausted as error:  # events were missed: all containers are checked again
+                    log.warning("ends of containers missed", reason=str(error))
+                    await self._clock.sleep(FIRST_DELAY_S)
+
+    def reset(self, id: ContainerId) -> None:
+        """The next delay of a container is the first one again: its user has started it, or it is removed."""
+        self._delays_s.pop(id, None)
+
+    def _check_id(self, group: asyncio.TaskGroup, id: ContainerId) -> None:
+        for container in self._containers.plain_containers():
+            if container.id == id:
+                self._check(group, container)
+
+    def _check(self, group: asyncio.TaskGroup, container: Container) -> None:
+        if container.plain is None or container.is_running or not container.was_started:
+            return
+        ran_s = (unix_ns(container.finished_at) - unix_ns(container.started_at)) / 1e9
+        before_s = self._delays_s.get(container.id, 0.0)
+        next_ = after_end(container.plain, container.exit_code, ran_s, before_s)
+        self._schedule(group, container.id, next_)
+
+    def _schedule(self, group: asyncio.TaskGroup, id: ContainerId, next_: Next) -> None:
+        if id in self._pending or isinstance(next_, Rest):
+            return
+        task = group.create_task(self._carry_out(id, next_), name=f"restart {id[:12]}")
+        self._pending[id] = task
+        task.add_done_callback(lambda _: self._pending.pop(id, None))
+
+    async def _carry_out(self, id: ContainerId, next_: Next) -> None:
+        try:
+            if isinstance(next_, Remove):
+                await self._containers.remove(id, with_volumes=True)
+                return
+            while isinstance(next_, StartAgain):
+                self._delays_s[id] = next_.delay_s
+                next_ = await self._start_again(id, next_)
+        except NotFound:
+            pass  # removed by its user meanwhile
+        except Exception as error:
+            report(error, "plain container left as it is", container=id)
+
+    async def _start_again(self, id: ContainerId, due: StartAgain) -> Next:
+        """Restart it after the delay; gives what follows.  Raises: NotFound."""
+        before = self._containers.get(id).plain
+        was_stopped = before is not None and before.is_stopped
+        await self._clock.sleep(due.delay_s)
+        try:
+            await self._containers.restart(id, ignore_stop=was_stopped)
+        except NotFound:
+            raise
+        except SkepError as error:
+            log.info("plain container not started again", container=id, reason=str(error))
+            container = self._containers.get(id)
+            if container.plain is None:
+                return Rest()
+            return after_end(container.plain, container.exit_code or 1, 0.0, due.delay_s)
+        return Rest()

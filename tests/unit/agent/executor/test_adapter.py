@@ -1,0 +1,112 @@
+"""From tasks to create requests: placeholders and options."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.agent.executor.adapter import NodeFacts, create_request, task_options
+from skep.agent.executor.interface import Rejected
+from skep.agent.executor.template import expand
+from skep.engine.container import ContainerConfig
+from skep.engine.create import NodeDefaults, container_config, mounts
+from skep.engine.images.image import ContainerDefaults
+from skep.errors import InvalidArgument
+from skep.model.container import (
+    AppArmorOpts,
+    ContainerSpec,
+    CredentialSpec,
+    Mount,
+    Privileges,
+    SeccompOpts,
+    SELinuxContext,
+)
+from skep.model.ids import NodeId
+from skep.model.meta import Driver
+from skep.model.service import TaskSpec
+from skep.model.task import AssignedTask
+from tests.support.builders import a_task
+
+CONTEXT = {"Service": {"Name": "web", "Labels": {"a.b": "c"}}, "Task": {"Slot": "3"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain", "plain"),
+        ("{{.Service.Name}}-{{ .Task.Slot }}", "web-3"),
+        ('{{index .Service.Labels "a.b"}}', "c"),
+        ('{{index .Service.Labels "none"}}', ""),
+    ],
+)
+def test_placeholders_are_expanded(text: str, expected: str) -> None:
+    assert expand(text, CONTEXT) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["{{.Nonsense}}", "{{.Service}}", "{{.Task.Slot.Deep}}", "{{range .}}", "{{}}"]
+)
+def test_what_is_no_placeholder_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="no such placeholder"):
+        expand(text, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("privileges", "said"),
+    [
+        (
+            Privileges(credential_spec=CredentialSpec(file="spec.json")),
+            '^invalid --security-opt 2: "credentialspec=file://spec.json"$',
+        ),
+        (Privileges(selinux_context=SELinuxContext(level="s0:c100")), "no SELinux labels"),
+    ],
+)
+def test_what_cannot_confine_here_is_rejected(privileges: Privileges, said: str) -> None:
+    with pytest.raises(Rejected, match=said):
+        configured(privileges)
+
+
+def test_the_rest_of_a_services_privileges_reaches_its_containers() -> None:
+    found = configured(
+        Privileges(
+            credential_spec=CredentialSpec(),
+            selinux_context=SELinuxContext(disable=True),
+            seccomp=SeccompOpts(mode="custom", profile=b"{}"),
+            app_armor=AppArmorOpts(mode="disabled"),
+            no_new_privileges=True,
+        )
+    )
+    assert (found.seccomp, found.apparmor, found.no_new_privileges) == ("{}", "unconfined", True)
+
+
+def configured(privileges: Privileges) -> ContainerConfig:
+    spec = TaskSpec(container_spec=ContainerSpec(image="busybox:1", args=("true",), privileges=privileges))
+    task = AssignedTask(task=replace(a_task("t1"), spec=spec))
+    facts = NodeFacts(id=NodeId("n1"), hostname="m1")
+    request, options = create_request(task, facts), task_options(task, facts, ())
+    return container_config(request, ContainerDefaults(), options, NodeDefaults("m1", "", Driver()))
+
+
+def test_an_empty_seccomp_profile_is_not_taken_for_the_default_one() -> None:
+    with pytest.raises(Rejected, match="seccomp profile"):
+        configured(Privileges(seccomp=SeccompOpts(mode="custom", profile=b"")))
+
+
+def test_a_tasks_options_reach_its_container() -> None:
+    spec = ContainerSpec(
+        image="busybox:1",
+        args=("true",),
+        env=("NODE={{.Node.Hostname}}",),
+        hosts=("10.0.0.1 one two",),
+        mounts=(Mount(type="volume", source="data-{{.Task.Slot}}", target="/data"),),
+        stop_grace_period=1_500_000_000,
+        open_stdin=True,
+        init=True,
+    )
+    task = AssignedTask(task=replace(a_task("t1", slot=4), spec=TaskSpec(container_spec=spec)))
+    facts = NodeFacts(id=NodeId("n1"), hostname="m1")
+    request, options = create_request(task, facts), task_options(task, facts, ())
+    node = NodeDefaults("m1", "", Driver(name="json-file", options={"max-file": "2"}))
+    config = container_config(request, ContainerDefaults(env=("A=1",)), options, node)
+    assert (config.env, config.hosts) == (("A=1", "NODE=m1"), ("10.0.0.1 one two",))
+    assert (config.stop_grace_ns, config.open_stdin, config.init) == (1_500_000_000, True, True)
+    assert (config.log.type, config.log.max_files) == ("json-file", 2)
+    assert [mount.source for mount in mounts(request)] == ["data-4"]
