@@ -1,4 +1,8 @@
-"""A small Engine API client for measuring: standard library, one kept-alive connection, nothing system-specific."""
+"""A small Engine API client for measuring: standard library, one kept-alive connection, nothing system-specific.
+
+Not `skep.api.client`: it is synchronous, and its own cost, which is in every figure, must be small and the same
+whichever commit is measured.
+"""
 
 import http.client
 import json

@@ -3,13 +3,15 @@
     async with Client.at("unix:///run/skep/skep.sock") as client:
         services = await client.get("/services", filters={"name": ["web"]})
 
-Requests carry the version that both ends speak, found out by ``/_ping`` before the first one.
+Requests carry the version that both ends speak, found out by ``/_ping`` before the first one.  Those of the node
+process to the manager process and to the machine's Docker Engine (``Client.local``) carry none.
 """
 
 import asyncio
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import urlencode, urlsplit
@@ -17,6 +19,8 @@ from urllib.parse import urlencode, urlsplit
 import aiohttp
 import msgspec
 
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
 from skep.api.answers import OutputStream
 from skep.api.errors import error_of
 from skep.api.ssh import Destination, forwarded
@@ -27,15 +31,35 @@ from skep.model.unknown import leniently
 T = TypeVar("T")
 
 TIMEOUT_S = 60.0
-"""Deadline of a request whose answer is read as a whole."""
+"""Deadline of a request whose response is read as a whole."""
+_LOCAL_TIMEOUT_S = 5.0
+"""The same to a process on this machine."""
 _CONNECT_S = 10.0
 _LINE_BYTES_MAX = 4 * 1024 * 1024
 
 Filters = Mapping[str, Sequence[str]]
 
 
+class Response(msgspec.Struct, frozen=True):
+    """A whole response, whatever its status.  ``content_type``: empty if it has none."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+    def error(self) -> SkepError:
+        """The error that its status and message mean."""
+        return error_of(self.status, _message(self.body, None))
+
+
 class Client:
-    """A connection pool to one API endpoint.  Use as an async context manager."""
+    """A connection pool to one API endpoint.  Use as an async context manager.
+
+    Args:
+        version: the API version of requests; empty: they carry none; None: the highest that both ends speak.
+        name: what errors call the endpoint; empty: its address.
+        timeout_s: deadline of requests that give none of their own.
+    """
 
     def __init__(
         self,
@@ -45,7 +69,11 @@ class Client:
         tunnel: Destination | None = None,
         tls: ssl.SSLContext | None = None,
         version: str | None = None,
+        name: str = "",
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
+        self._name = name
+        self._timeout_s = timeout_s
         self._url = url
         self._socket = socket
         self._tunnel = tunnel
@@ -78,6 +106,38 @@ class Client:
         if parts.scheme == "ssh":
             return cls("http://engine", tunnel=Destination.of(host), version=version)
         raise InvalidArgument(f"unable to parse docker host `{host}`")
+
+    @classmethod
+    def local(cls, socket: Path, name: str) -> "Client":
+        """A client of another process on this machine, whose requests carry no version and have 5 s.
+
+        ``name``: what errors call the process.
+        """
+        return cls("http://localhost", socket=str(socket), version="", name=name, timeout_s=_LOCAL_TIMEOUT_S)
+
+    @property
+    def has_socket(self) -> bool:
+        """Whether the unix socket exists; a process that is only starting has none yet."""
+        return self._socket is not None and Path(self._socket).exists()
+
+    async def wait_listening(self, clock: Clock, rng: Callable[[], float], within_s: float) -> None:
+        """Return once a process listens at the unix socket.  Raises: Unavailable: none ``within_s``."""
+        backoff = Backoff(0.02, 0.5, chance=rng)
+        try:
+            async with asyncio.timeout(within_s):
+                while not await self._listens():
+                    await backoff.sleep(clock)
+        except TimeoutError as error:
+            raise Unavailable(f"{self._place} does not answer") from error
+
+    async def _listens(self) -> bool:
+        assert self._socket is not None, "only a unix socket can be waited for"
+        try:
+            _, writer = await asyncio.open_unix_connection(self._socket)
+        except OSError:
+            return False
+        writer.close()
+        return True
 
     async def __aenter__(self) -> Self:
         connector: aiohttp.BaseConnector
@@ -113,7 +173,7 @@ class Client:
         *,
         filters: Filters | None = None,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float | None = None,
         **query: str,
     ) -> Any:
         """The decoded answer to ``GET path``.  Raises: what the answer means; Unavailable: none came."""
@@ -127,13 +187,13 @@ class Client:
         body: Any = None,
         *,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float | None = None,
         **query: str,
     ) -> Any:
         """The decoded answer to ``POST path`` with ``body`` as JSON.  Raises: as ``get``."""
         return await self.request("POST", path, body=body, query=query, headers=headers, timeout_s=timeout_s)
 
-    async def delete(self, path: str, *, timeout_s: float = TIMEOUT_S, **query: str) -> Any:
+    async def delete(self, path: str, *, timeout_s: float | None = None, **query: str) -> Any:
         """The decoded answer to ``DELETE path``.  Raises: as ``get``."""
         return await self.request("DELETE", path, query=query, timeout_s=timeout_s)
 
@@ -150,7 +210,7 @@ class Client:
         query: Mapping[str, str] | None = None,
         filters: Filters | None = None,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> Any:
         """One request and its whole answer: decoded JSON, None if it is empty.
 
@@ -158,6 +218,7 @@ class Client:
             SkepError: of the class that the status means, with the server's sentence.
             Unavailable: no answer within ``timeout_s``.
         """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         try:
             async with (
                 asyncio.timeout(timeout_s),
@@ -167,6 +228,33 @@ class Client:
         except TimeoutError:
             raise Unavailable(f"no answer from {self._place} within {timeout_s:g} s") from None
         return _decoded(content)
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes | AsyncIterable[bytes] = b"",
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        """The whole response, whatever its status, to a request for ``path`` as it is (with a version or without).
+
+        Raises: Unavailable: there is none, or nothing came for a minute.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, connect=_CONNECT_S, sock_read=TIMEOUT_S)
+        try:
+            async with self._open_session.request(
+                method, path, data=body or None, headers=headers, timeout=timeout
+            ) as response:
+                content_type = response.headers.get("Content-Type", "")
+                return Response(response.status, content_type, await response.read())
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(f"{self._place} does not answer: {reason_of(error)}") from error
+
+    @asynccontextmanager
+    async def lines(self, path: str, query: Mapping[str, str]) -> AsyncGenerator[AsyncIterator[bytes], None]:
+        """The lines of an endless response, as they come.  Raises: as ``get``, before the first one."""
+        async with self._exchange("GET", path, None, query, None, None) as response:
+            yield aiter(response.content)
 
     async def upload(
         self,
@@ -178,7 +266,8 @@ class Client:
         timeout_s: float,
         **query: str,
     ) -> T:
-        """The answer, as ``type_``, to ``POST path`` with a body that is read while it is sent.  Raises: as ``get``."""
+        """The answer, as ``type_``, to ``POST path`` with a body that is read while it is sent.  Raises: as
+        ``get``."""
         answer = await self.request(
             "POST", path, body=content, query=query, headers=headers, timeout_s=timeout_s
         )
@@ -215,7 +304,9 @@ class Client:
         if filters:
             wanted = {key: dict.fromkeys(values, True) for key, values in filters.items()}
             parameters["filters"] = msgspec.json.encode(wanted).decode()
-        target = f"/v{version}{path}" + (f"?{urlencode(parameters)}" if parameters else "")
+        target = (f"/v{version}{path}" if version else path) + (
+            f"?{urlencode(parameters)}" if parameters else ""
+        )
         sent = dict(headers or {})
         if body is not None and not isinstance(body, bytes | AsyncIterable):
             body = msgspec.json.encode(body)
@@ -250,6 +341,8 @@ class Client:
 
     @property
     def _place(self) -> str:
+        if self._name:
+            return self._name
         if self._tunnel is not None:
             return str(self._tunnel)
         return f"unix://{self._socket}" if self._socket is not None else self._url

@@ -14,11 +14,11 @@ from aiohttp import web
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.api.client import Client
 from skep.api.server import json_answer
 from skep.api.versions import NEWEST, ApiVersion
 from skep.errors import NotFound, SkepError
 from skep.node.info import Counts
-from skep.node.local_api import LocalApi
 
 log = structlog.get_logger()
 
@@ -35,7 +35,7 @@ class Handler(Protocol):
 class DockerEngine:
     """Asks the engine behind ``api``."""
 
-    def __init__(self, api: LocalApi) -> None:
+    def __init__(self, api: Client) -> None:
         self.api = api
         self.version: Mapping[str, str] = {}
         """``Version`` and ``ApiVersion``, as it said last; empty as long as it has never answered."""
@@ -93,14 +93,18 @@ class DockerEngine:
 
     async def load(self, archive: AsyncIterable[bytes]) -> None:
         """Give it images, as ``docker load`` does.  Raises: Unavailable; SkepError: it does not take them."""
-        answer = await self.api.post("/images/load?quiet=1", archive, {"Content-Type": "application/x-tar"})
+        answer = await self.api.send(
+            "POST", "/images/load?quiet=1", archive, {"Content-Type": "application/x-tar"}
+        )
         if answer.status >= 300:
             raise answer.error()
 
     async def containers(self, request: web.Request) -> list[Any]:
         """Its part of ``docker ps``, asked in the client's own words."""
         try:
-            return list(await self.api.get(request.path, dict(request.query), timeout_s=_TIMEOUT_S))
+            return list(
+                await self.api.request("GET", request.path, query=dict(request.query), timeout_s=_TIMEOUT_S)
+            )
         except SkepError as error:
             log.info("containers of the engine are missing", reason=str(error))
             return []

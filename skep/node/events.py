@@ -35,7 +35,7 @@ Message = Mapping[str, Any]
 
 
 class EventLines(Protocol):
-    """Where others' events come from: the manager, the machine's Docker Engine (``LocalApi``)."""
+    """Where others' events come from: the manager, the machine's Docker Engine (``Client``)."""
 
     def lines(
         self, path: str, query: Mapping[str, str]

@@ -8,8 +8,8 @@ from typing import Any
 
 import structlog
 
+from skep.api.client import Client
 from skep.errors import SkepError
-from skep.node.local_api import LocalApi
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, client_context
 from skep.wire import methods
@@ -47,7 +47,7 @@ def objection_to_leaving(nodes: Iterable[Mapping[str, Any]] | None) -> str:
     return _LEAVING + _LEAVING_END
 
 
-async def objection(manager_api: LocalApi) -> str:
+async def objection(manager_api: Client) -> str:
     """Docker's warning, from the node list of this node's manager."""
     try:
         return objection_to_leaving(await manager_api.get("/nodes"))

@@ -21,6 +21,7 @@ from skep.aio.first import wait_first
 from skep.aio.groups import first_alone
 from skep.aio.guard import explain, persist
 from skep.api.backups import Manifest, RestorePlan
+from skep.api.client import Client
 from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Endpoints, Joining, advertised, founding, joining
 from skep.errors import AlreadyExists, InvalidArgument, SkepError, Unavailable
@@ -41,7 +42,6 @@ from skep.node.interfaces import read_interfaces
 from skep.node.joining import join
 from skep.node.leaving import leave_manager_group, objection
 from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
-from skep.node.local_api import LocalApi
 from skep.node.membership_states import Event, State, after, docker_state
 from skep.node.restoring import Restored, endpoints_for, plan_of, received, restored_node
 from skep.node.runner import Dependencies, NodeRunner
@@ -84,7 +84,7 @@ class Membership:
         self,
         dependencies: Dependencies,
         *,
-        manager_api: LocalApi,
+        manager_api: Client,
         new_id: IdSource,
         show_condition: Callable[[str], None] = lambda _: None,
     ) -> None:

@@ -24,6 +24,7 @@ from skep.agent.session_state import SessionState
 from skep.agent.task_files import TaskFiles
 from skep.agent.worker import Worker
 from skep.aio.guard import contain
+from skep.api.client import Client
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
@@ -63,7 +64,6 @@ from skep.node.front.server import Front, tls_context
 from skep.node.isolation import keep_profile
 from skep.node.load import LoadMeter, reader_of
 from skep.node.local import LocalNode, Peer
-from skep.node.local_api import LocalApi
 from skep.node.manager_files import ManagerFiles
 from skep.node.membership import Membership
 from skep.node.reaping import reap_orphans
@@ -97,7 +97,7 @@ class Node:
         self._paths = configuration.paths
         self._clock = environment.clock
         self._random = environment.random.random
-        self._manager_api = LocalApi(self._paths.manager_socket, "the manager of this node")
+        self._manager_api = Client.local(self._paths.manager_socket, "the manager of this node")
         self._docker = _docker_engine(configuration)
         self._events = NodeEvents(self._clock)
         self._engine = self._container_engine()
@@ -336,9 +336,9 @@ class Node:
 
     async def _open_apis(self, stack: AsyncExitStack) -> None:
         """Connect to the manager's API, and to that of the machine's Docker Engine, if there is one."""
-        await stack.enter_async_context(self._manager_api.open())
+        await stack.enter_async_context(self._manager_api)
         if self._docker is not None:
-            await stack.enter_async_context(self._docker.api.open())
+            await stack.enter_async_context(self._docker.api)
             if not await self._docker.read_version():
                 log.warning(
                     "the docker engine does not answer yet", socket=str(self._configuration.engine_socket)
@@ -429,7 +429,9 @@ class Ownership:
 def _docker_engine(configuration: Configuration) -> DockerEngine | None:
     """The machine's Docker Engine, where the configuration names its socket."""
     socket = configuration.engine_socket
-    return DockerEngine(LocalApi(socket, f"the Docker Engine at {socket}")) if socket is not None else None
+    return (
+        DockerEngine(Client.local(socket, f"the Docker Engine at {socket}")) if socket is not None else None
+    )
 
 
 @asynccontextmanager

@@ -11,11 +11,11 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.api.client import Client
 from skep.errors import SkepError
 from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.node.local import LocalNode, Peer
-from skep.node.local_api import LocalApi
 
 log = structlog.get_logger()
 
@@ -93,7 +93,7 @@ def local_section(
     return section
 
 
-async def cluster_section(manager_api: LocalApi) -> dict[str, Any]:
+async def cluster_section(manager_api: Client) -> dict[str, Any]:
     """What a manager adds; without a leader, what it knew when it lost it, and at once the ``Error`` that says so."""
     try:
         quorum = await manager_api.get("/skep/quorum", timeout_s=_PATIENCE_S)
@@ -140,7 +140,7 @@ def frozen_warnings(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     return []
 
 
-async def wait_ready(manager_api: LocalApi, node_id: NodeId, clock: Clock) -> None:
+async def wait_ready(manager_api: Client, node_id: NodeId, clock: Clock) -> None:
     """Return when the manager of this node shows the node as ready."""
     backoff = Backoff(0.01, 0.02)
     while True:

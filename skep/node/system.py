@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 
+from skep.api.client import Client
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
 from skep.model.times import timestamp
 from skep.node import features, info
 from skep.node.docker_engine import DockerEngine, added
 from skep.node.events import Message, NodeEvents, Wish
-from skep.node.local_api import LocalApi
 from skep.node.membership import Membership
 
 
@@ -32,7 +32,7 @@ class NodeSystem:
         node: info.Node,
         *,
         membership: Membership,
-        manager_api: LocalApi,
+        manager_api: Client,
         events: NodeEvents,
         count: Callable[[], info.Counts],
         docker: DockerEngine | None = None,

@@ -12,6 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from skep.aio.clock import SystemClock
+from skep.api.client import Client
 from skep.api.server import application
 from skep.dataplane.local.keeper import LocalNetworks
 from skep.engine.container import Container
@@ -21,7 +22,6 @@ from skep.manager.routes import application as manager_application
 from skep.model.ids import NetworkId, TaskId, new_container_id
 from skep.model.tables import Table
 from skep.model.task import AssignedTask, TaskStatus
-from skep.node.local_api import LocalApi
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkParts, network_routes
 from skep.node.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
@@ -111,8 +111,8 @@ async def a_rig(folder: Path) -> AsyncIterator[Rig]:
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         await web.UnixSite(runner, str(folder / "m.sock")).start()
-        api = LocalApi(folder / "m.sock", "the manager")
-        await stack.enter_async_context(api.open())
+        api = Client.local(folder / "m.sock", "the manager")
+        await stack.enter_async_context(api)
         member, work, gateway = AMember(), AWorkload(), AGateway()
         local = LocalNetworks(folder / "local", gateway, clock=SystemClock(), new_id=new_container_id)
         local.open()

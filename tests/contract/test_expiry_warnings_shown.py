@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from skep.api.client import Client
 from skep.manager.ca.admission import stamp
 from skep.manager.events import ClusterEvents
 from skep.manager.manager import serving
 from skep.manager.routes import application
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeCertificate, NodeDescription
-from skep.node.local_api import LocalApi
 from skep.node.swarm_info import cluster_section
 from skep.security import keypair
 from tests.conformance.manager import a_manager_api
@@ -35,11 +35,11 @@ async def cluster():
 async def test_docker_info_warns_of_a_node_that_has_not_renewed(cluster, tmp_path: Path):
     await put(cluster, LATE)
     socket = tmp_path / "manager.sock"
-    manager_api = LocalApi(socket, "the manager")
+    manager_api = Client.local(socket, "the manager")
     async with (
         a_manager_api(store=cluster.store) as api,
         serving(application(api), socket, tmp_path / "handover.sock"),
-        manager_api.open(),
+        manager_api,
     ):
         section = await cluster_section(manager_api)
     (warning,) = section["Warnings"]

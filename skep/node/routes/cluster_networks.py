@@ -9,6 +9,7 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.api import network_form
+from skep.api.client import Client, Response
 from skep.api.networks import PREDEFINED_LABEL, SWARM, Facts, fits
 from skep.api.server import Filters, flag
 from skep.engine.container import Container
@@ -17,7 +18,6 @@ from skep.model.ids import NetworkId, TaskId
 from skep.model.network import Network
 from skep.model.tables import Table
 from skep.model.task import AssignedTask, TaskStatus
-from skep.node.local_api import Answer, LocalApi
 from skep.node.routes.network_tables import peers, services
 from skep.node.routes.network_users import meant_by, networks_in_use, on_overlay
 
@@ -60,7 +60,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     """Answers for networks of scope swarm."""
 
     member: Member
-    manager: LocalApi
+    manager: Client
     tasks: Tasks
     tables: Tables
     containers: Callable[[], Collection[Container]]
@@ -109,7 +109,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
         if answer.status == 200 and msgspec.json.decode(answer.body)["Name"] == name:
             raise AlreadyExists(f"network with name {name} already exists")
 
-    async def ask_manager(self, request: web.Request, body: bytes = b"") -> Answer:
+    async def ask_manager(self, request: web.Request, body: bytes = b"") -> Response:
         """What the manager of this node answers to the same request.  Raises: Unavailable."""
         return await self._ask(request.method, request.path_qs, body, passed_headers(request))
 
@@ -141,14 +141,14 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     def _attached(self) -> dict[str, Network]:
         return networks_in_use(self.tasks.tasks(), self.tasks.statuses())
 
-    async def _ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+    async def _ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Response:
         """What the manager answers; one that restarts is waited for.  Raises: Unavailable."""
         if (refusal := self.member.manager_refusal()) is not None:
             raise Unavailable(refusal)
         for attempts_left in (1, 0) if method == "GET" else (0,):
             await self.manager.wait_listening(self.clock, self.chance, _MANAGER_WAIT_S)
             try:
-                return await self.manager.ask(method, path, body, headers)
+                return await self.manager.send(method, path, body, headers)
             except Unavailable:
                 if not attempts_left:
                     raise

@@ -17,6 +17,7 @@ import structlog
 from aiohttp import web
 
 from skep.api.bodies import decode_body
+from skep.api.client import Client, Response
 from skep.api.errors import Forbidden
 from skep.api.networks import (
     BUILTIN,
@@ -48,7 +49,6 @@ from skep.errors import (
     Unimplemented,
 )
 from skep.linux.routes import read_routes
-from skep.node.local_api import Answer, LocalApi
 from skep.node.routes.cluster_networks import FROM_A_WORKER, ClusterNetworks, passed_headers
 from skep.node.routes.network_users import on_bridge, on_builtin, on_gateway
 
@@ -59,7 +59,7 @@ class NetworkParts(msgspec.Struct, frozen=True, kw_only=True):
     """What the routes ask.  ``engine``: None where there is none."""
 
     cluster: ClusterNetworks
-    engine: LocalApi | None
+    engine: Client | None
     local: LocalNetworks
     containers: Callable[[], Collection[Container]]
     container: Callable[[str], Container]
@@ -112,7 +112,7 @@ class _NodeNetworks:
         if scope in ("", SWARM) and (found := await self._cluster.find(request, word)) is not None:
             return json_answer(found)
         if scope in ("", LOCAL) and self._parts.engine is not None:
-            answer = await self._parts.engine.ask("GET", request.path_qs)
+            answer = await self._parts.engine.send("GET", request.path_qs)
             if answer.status != 404:
                 return _passed(answer)
         if own is not None:
@@ -247,16 +247,16 @@ class _NodeNetworks:
         if self._parts.engine is None:
             return []
         try:
-            return list(await self._parts.engine.get(request.path, dict(request.query)))
+            return list(await self._parts.engine.request("GET", request.path, query=dict(request.query)))
         except SkepError as error:
             log.info("networks of the engine are missing", reason=str(error))
             return []
 
-    async def _ask_engine(self, request: web.Request, body: bytes = b"") -> Answer:
+    async def _ask_engine(self, request: web.Request, body: bytes = b"") -> Response:
         """Raises: NotFound: there is no engine, so there is no such network."""
         if self._parts.engine is None:
             raise NotFound(f"network {request.match_info.get('name', '')} not found")
-        return await self._parts.engine.ask(request.method, request.path_qs, body, passed_headers(request))
+        return await self._parts.engine.send(request.method, request.path_qs, body, passed_headers(request))
 
     async def _check_engine_lacks(self, request: web.Request, name: str) -> None:
         if self._parts.engine is None or not name or name in BUILTIN:
@@ -324,7 +324,7 @@ class _NodeNetworks:
         return web.Response(status=204)
 
 
-def _passed(answer: Answer) -> web.Response:
+def _passed(answer: Response) -> web.Response:
     headers = {"Content-Type": answer.content_type} if answer.body else {}
     return web.Response(status=answer.status, body=answer.body or None, headers=headers)
 

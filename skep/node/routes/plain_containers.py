@@ -63,9 +63,11 @@ def plain_container_routes(
         if images is not None and word:
             await _lend(engine, images, word)
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
-        answer = await engine.api.post(request.path_qs, body, headers)
+        answer = await engine.api.send("POST", request.path_qs, body, headers)
         return web.Response(
-            status=answer.status, body=answer.body, headers={"Content-Type": answer.content_type}
+            status=answer.status,
+            body=answer.body,
+            headers={"Content-Type": answer.content_type or "application/json"},
         )
 
     async def _is_ours(network: str) -> bool:

@@ -1,9 +1,14 @@
 """The client gets back what the server meant."""
 
+import asyncio
+import json
+from pathlib import Path
+
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from skep.aio.clock import SystemClock
 from skep.api.client import Client
 from skep.api.server import (
     ApiVersion,
@@ -90,3 +95,50 @@ async def test_nobody_there_is_unavailable(tmp_path):
 def test_a_strange_address_is_refused(host):
     with pytest.raises(InvalidArgument, match="unable to parse docker host"):
         Client.at(host)
+
+
+@pytest.fixture
+async def local(tmp_path: Path):
+    """A client of a process beside this one, and what it serves."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.path == "/events":
+            return web.Response(body=b'{"a": 1}\n{"b": 2}\n')
+        if request.path == "/refused":
+            return web.json_response({"message": "not here"}, status=404)
+        return web.json_response({"path": request.path_qs, "body": (await request.read()).decode()})
+
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", answer)
+    path = tmp_path / "api.sock"
+    async with Client.local(path, "the other process") as client:
+        assert not client.has_socket
+        with pytest.raises(Unavailable, match="the other process does not answer"):
+            await client.get("/info")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(client.wait_listening(SystemClock(), lambda: 0.5, 10.0))
+            runner = web.AppRunner(app)
+            await runner.setup()
+            await web.UnixSite(runner, str(path)).start()
+        yield client
+        await runner.cleanup()
+
+
+async def test_requests_to_a_process_beside_this_one_carry_no_version(local):
+    assert (await local.get("/info", x="y"))["path"] == "/info?x=y"
+    async with local.lines("/events", {}) as lines:
+        assert [line async for line in lines] == [b'{"a": 1}\n', b'{"b": 2}\n']
+
+
+async def test_a_whole_response_is_given_whatever_its_status(local):
+    async def pieces():
+        yield b"one"
+        yield b"two"
+
+    sent = await local.send("POST", "/v1.30/any?x=y", pieces())
+    assert (sent.status, sent.content_type) == (200, "application/json; charset=utf-8")
+    assert json.loads(sent.body) == {"path": "/v1.30/any?x=y", "body": "onetwo"}
+    refused = await local.send("GET", "/refused")
+    assert refused.status == 404
+    assert isinstance(refused.error(), NotFound)
+    assert str(refused.error()) == "not here"
