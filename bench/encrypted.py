@@ -1,4 +1,4 @@
-"""What encrypting an overlay costs: the path in user space beside plain VXLAN, between the same two containers.
+"""What encrypting an overlay costs: VXLAN inside WireGuard beside plain VXLAN, between the same two containers.
 
 Two nodes in namespaces of this machine, in turn plain and encrypted: one TCP stream, and round trips of 64 bytes on a
 kept connection.  Both ends of everything share this machine's processors, so read the ratios; a veth between the nodes
@@ -13,8 +13,11 @@ from typing import NamedTuple
 
 from bench.figures import Figure, ratio, run_alone, undisturbed
 from bench.machine import processor_s
-from bench.overlay_pair import OverlayPair, overlay_pair
+from bench.overlay_pair import ENCRYPTED, PLAIN, OverlayPair, overlay_pair
 from bench.stream import gigabits, round_trip_us
+from skep.dataplane.wireguard.methods import choose
+from skep.model.wireguard import Method
+from skep.node.features import detect
 
 RATIO_MIN = 0.3
 """Smallest ratio encrypted / plain of throughput that the project promises."""
@@ -28,7 +31,7 @@ class Turn(NamedTuple):
 
     gigabits: float
     round_trip_us: float
-    forwarders_s: float
+    processes_s: float
     """For a gigabyte."""
 
 
@@ -38,62 +41,62 @@ def figures(pairs: int) -> list[Figure]:
 
 
 async def _measured(pairs: int) -> list[Figure]:
-    with tempfile.TemporaryDirectory() as directory, overlay_pair(Path(directory)) as pair:
-        await pair.encrypt()
+    method = choose(detect(Path(tempfile.gettempdir()) / "skep-features"))
+    if not isinstance(method, Method):
+        raise SystemExit(method.reason)
+    with tempfile.TemporaryDirectory() as directory, overlay_pair(Path(directory), method) as pair:
+        pair.add_plain()
+        async with pair.encrypting():
+            return await _compared(pair, method, pairs)
 
-        async def one(number: int) -> dict[str, Turn]:
-            order = ("plain", "encrypted") if number % 2 else ("encrypted", "plain")
-            found: dict[str, list[Turn]] = {kind: [] for kind in order}
-            for kind in order * TURNS:
-                found[kind].append(await _turn(pair, kind))
-            return {kind: Turn(*map(median, zip(*turns, strict=True))) for kind, turns in found.items()}
 
-        values, busy = await undisturbed(pairs, one)
-        dropped = [(await side.client.status()).counts.dropped for side in (pair.a, pair.b)]
+async def _compared(pair: OverlayPair, method: Method, pairs: int) -> list[Figure]:
+    async def one(number: int) -> dict[str, Turn]:
+        order = ("plain", "encrypted") if number % 2 else ("encrypted", "plain")
+        found: dict[str, list[Turn]] = {kind: [] for kind in order}
+        for kind in order * TURNS:
+            found[kind].append(await _turn(pair, kind))
+        return {kind: Turn(*map(median, zip(*turns, strict=True))) for kind, turns in found.items()}
+
+    values, busy = await undisturbed(pairs, one)
 
     def sides(which: int) -> dict[str, list[float]]:
         return {kind: [value[kind][which] for value in values] for kind in ("plain", "encrypted")}
 
-    lost = tuple(float(sum(counts.values())) for counts in dropped)
+    name = "the kernel's WireGuard" if method is Method.KERNEL else "wireguard-go"
     return [
         ratio(
             10,
-            "encrypted beside plain, one TCP stream, Gbit/s",
+            f"encrypted by {name} beside plain, one TCP stream, Gbit/s",
             sides(0),
             limit=RATIO_MIN,
             is_least=True,
             busy=busy,
         ),
-        ratio(0, "encrypted beside plain, round trip of 64 bytes, µs p50", sides(1)),
+        ratio(0, f"encrypted by {name} beside plain, round trip of 64 bytes, µs p50", sides(1)),
         Figure(
             number=0,
-            what="processor time of both forwarders for a gigabyte",
+            what="processor time of both wireguard-go for a gigabyte",
             unit="s",
-            values=tuple(value["encrypted"].forwarders_s for value in values),
+            values=tuple(value["encrypted"].processes_s for value in values),
         ),
-        Figure(number=0, what="dropped by the forwarders meanwhile", unit="pieces", values=lost, quantile=1),
     ]
 
 
 async def _turn(pair: OverlayPair, kind: str) -> Turn:
-    if kind == "plain":
-        pair.detach()
-        pair.carry_by_vxlan()
-    else:
-        pair.attach()
+    pair.carry(PLAIN if kind == "plain" else ENCRYPTED)
     source, target = pair.a.container_namespace, pair.b.container_namespace
-    spent = _forwarders_s(pair)
+    spent = _processes_s(pair)
     rate = await asyncio.to_thread(gigabits, source, target, pair.b.address, SECONDS)
-    spent = _forwarders_s(pair) - spent
+    spent = _processes_s(pair) - spent
     trip = await asyncio.to_thread(round_trip_us, source, target, pair.b.address)
-    if kind == "plain":
-        pair.uncarry()
     return Turn(rate, trip, spent / (rate * SECONDS / 8))
 
 
-def _forwarders_s(pair: OverlayPair) -> float:
-    """Processor time of both until now."""
-    return sum(processor_s(side.forwarder.pid) for side in (pair.a, pair.b) if side.forwarder is not None)
+def _processes_s(pair: OverlayPair) -> float:
+    """Processor time of both until now; the kernel's WireGuard has no processes."""
+    found = (side.wireguard_go.process for side in (pair.a, pair.b))
+    return sum(processor_s(process.pid) for process in found if process is not None)
 
 
 if __name__ == "__main__":

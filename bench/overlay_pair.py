@@ -1,34 +1,36 @@
-"""Two nodes in namespaces of their own with a network between them: one container on each, over VXLAN or encrypted.
+"""Two nodes in namespaces of their own with a network between them: a container on each, by VXLAN, plain or encrypted.
 
-What a node's overlay has is made here by hand, with ``ip``: a namespace with a bridge, and the device that carries its
-frames as the bridge's port.  Used by ``encrypted.py`` and by the integration tests of encrypted networks.
+What a node's overlay has is made here by hand, with ``ip``: a namespace with a bridge, and the VXLAN device that
+carries its frames as the bridge's port.  The WireGuard tunnels are the product's own (``skep.dataplane.wireguard``).
 """
 
 import asyncio
-import random
 import secrets
-import signal
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.encrypted.client import ForwarderClient
-from skep.dataplane.encrypted.forwarder import Status
-from skep.dataplane.encrypted.frames import GSO_BYTES_MAX, inner_mtu
-from skep.dataplane.encrypted.plan import Plan, PlannedEndpoint, PlannedPeer, PlannedSegment
-from skep.model.ids import NodeId
-from skep.model.pair_keys import PairKey
+from skep.dataplane.netns.diff import AddLink
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.state import Link, Vxlan
+from skep.dataplane.netns.write import apply_operations
+from skep.dataplane.plan.overlay import Underlay
+from skep.dataplane.plan.wireguard import INNER_PORT_OFFSET, device_name
+from skep.dataplane.wireguard.tunnels import Options, Tunnels
+from skep.errors import Unavailable
+from skep.model.ids import NetworkId, NodeId
+from skep.model.tables import NetworkHead, Segment, Table, TableNode
+from skep.model.wireguard import Method, published_keys
 from skep.paths import Paths
 
 VNI = 4097
-DEVICE = "enc4097"
-FORWARDER_PROGRAM = (
-    "import sys; from pathlib import Path; from skep.paths import Paths;"
-    "from skep.dataplane.encrypted.process import run; run(Paths(Path(sys.argv[1]), Path(sys.argv[2])))"
-)
+PLAIN, ENCRYPTED = "vx0", "vx1"
+"""The devices that carry the overlay."""
+PORT = 4789
+MTU, ENCRYPTED_MTU = 1450, 1370
 _END_S = 10.0
 
 
@@ -37,14 +39,30 @@ def sh(*words: str) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True, timeout=30).stdout
 
 
-def in_namespace(name: str, *words: str) -> list[str]:
-    return ["nsenter", f"--net=/run/netns/{name}", *words]
+class WireGuardGo:
+    """wireguard-go in a node's namespace, without a supervisor."""
+
+    def __init__(self, node: str, device: str) -> None:
+        self._command = ("nsenter", f"--net=/run/netns/{node}", "wireguard-go", "--foreground", device)
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def run(self) -> None:
+        silent = subprocess.DEVNULL
+        self.process = await asyncio.create_subprocess_exec(*self._command, stdout=silent, stderr=silent)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.process.terminate()
+            await asyncio.shield(self.process.wait())
+
+    def dismiss(self) -> None:
+        """It ends with ``run`` anyway."""
 
 
 class Side:
     """One node: namespaces ``node``, ``overlay`` and ``container``; its underlay and its container's addresses."""
 
-    def __init__(self, prefix: str, number: int, directory: Path) -> None:
+    def __init__(self, prefix: str, number: int, directory: Path, method: Method) -> None:
         self.id = NodeId(f"node{number}")
         self.node = f"{prefix}-n{number}"
         self.overlay = f"{prefix}-o{number}"
@@ -54,8 +72,15 @@ class Side:
         self.mac = bytes((0x02, 0x42, 10, 77, 0, number))
         self.paths = Paths(directory / f"data{number}", directory / f"run{number}")
         self.paths.run.mkdir(parents=True)
-        self.client = ForwarderClient(self.paths.forwarder_socket, SystemClock(), random.random)
-        self.forwarder: subprocess.Popen[bytes] | None = None
+        self.namespaces = Namespaces(self.paths.netns, Path("/run/netns", self.node))
+        self.wireguard_go = WireGuardGo(self.node, device_name(self.paths.run, 0))
+        clock = SystemClock()
+        options = Options(
+            method=method,
+            since_boot=clock.since_boot,
+            process=(lambda _: self.wireguard_go) if method is Method.USER_SPACE else None,
+        )
+        self.tunnels = Tunnels(self.paths, self.namespaces, options, Repairs(), clock)
 
     @property
     def container_namespace(self) -> Path:
@@ -65,44 +90,6 @@ class Side:
     def mac_text(self) -> str:
         return self.mac.hex(":")
 
-    def start_forwarder(self) -> None:
-        """Begin the process; it is not ready yet when this returns."""
-        command = [sys.executable, "-c", FORWARDER_PROGRAM, str(self.paths.data), str(self.paths.run)]
-        self.forwarder = subprocess.Popen(in_namespace(self.node, *command))
-
-    def end_forwarder(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """End it, by its pid, and wait for that."""
-        if self.forwarder is not None:
-            self.forwarder.send_signal(number)
-            self.forwarder.wait(_END_S)
-            self.forwarder = None
-        self.client.close()
-
-    def attach(self) -> None:
-        """Make the carrying device a port of the bridge, as the node's overlay does when it appears."""
-        sh("ip", "-n", self.overlay, "link", "set", DEVICE, "master", "br0", "up")
-        sh("ip", "-n", self.overlay, "link", "set", DEVICE, "type", "bridge_slave", "learning", "off")
-        sh("ip", "-n", self.container, "link", "set", "eth0", "gso_max_size", str(GSO_BYTES_MAX))
-
-    def plan(self, other: "Side", keys: Sequence[PairKey], *, mac: bytes | None = None) -> Plan:
-        """What this side's forwarder is to do.  ``mac``: that of the other's container, if not its own."""
-        return Plan(
-            node_id=self.id,
-            address=self.underlay,
-            mtu=1500,
-            peers=(PlannedPeer(node_id=other.id, address=other.underlay, keys=tuple(keys)),),
-            segments=(
-                PlannedSegment(
-                    vni=VNI,
-                    namespace=f"/run/netns/{self.overlay}",
-                    device=DEVICE,
-                    endpoints=(
-                        PlannedEndpoint(node_id=other.id, mac=mac or other.mac, addresses=(other.address,)),
-                    ),
-                ),
-            ),
-        )
-
 
 class OverlayPair:
     """Both sides, and what is between them."""
@@ -111,79 +98,110 @@ class OverlayPair:
         self.a = a
         self.b = b
 
-    def keys(self, epochs: Sequence[int]) -> tuple[tuple[PairKey, ...], tuple[PairKey, ...]]:
-        """Keys of these epochs, as a and as b see them: the same whenever they are asked for."""
-        there = [PairKey(epoch, _key(b"there", epoch), _key(b"back", epoch)) for epoch in epochs]
-        back = [PairKey(key.epoch, key.receiving, key.sending) for key in there]
-        return tuple(there), tuple(back)
+    @asynccontextmanager
+    async def encrypting(self) -> AsyncIterator[None]:
+        """Both nodes have tunnels to each other, and VXLAN devices that send through them."""
+        table = Table(
+            head=NetworkHead(
+                id=NetworkId("pair"),
+                name="pair",
+                segments=(Segment("10.77.0.0/24", "10.77.0.254", VNI),),
+                is_encrypted=True,
+            ),
+            nodes={
+                side.id: TableNode(
+                    id=side.id, underlay=side.underlay, wireguard_keys=published_keys(side.tunnels.labels())
+                )
+                for side in (self.a, self.b)
+            },
+        )
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(side.tunnels.run(_nothing)) for side in (self.a, self.b)]
+            try:
+                for own, other in ((self.a, self.b), (self.b, self.a)):
+                    await own.tunnels.apply(own.id, [table], Underlay(own.underlay))
+                    await self._add_encrypted(own, other)
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
 
-    async def encrypt(self, epochs: Sequence[int] = (1,)) -> None:
-        """Start both forwarders, tell them everything, and wait until they agree."""
-        for side in (self.a, self.b):
-            side.start_forwarder()
-        await self.tell(epochs)
-        self.attach()
-        await self.wait_agreed()
+    async def _add_encrypted(self, own: Side, other: Side) -> None:
+        sockets = str(own.tunnels.namespace)
+        vxlan = Vxlan(vni=VNI, port=PORT + INNER_PORT_OFFSET, local="::")
+        link = Link(name=ENCRYPTED, kind="vxlan", mtu=ENCRYPTED_MTU, vxlan=vxlan, sockets=sockets)
+        overlay = Path("/run/netns", own.overlay)
+        async with asyncio.timeout(_END_S):
+            while True:
+                with suppress(Unavailable):
+                    await apply_operations(own.namespaces, overlay, [AddLink(link)])
+                    break
+        inner = own.tunnels.address_of(other.id)
+        sh(
+            "bridge",
+            "-n",
+            own.overlay,
+            "fdb",
+            "replace",
+            other.mac_text,
+            "dev",
+            ENCRYPTED,
+            "dst",
+            inner,
+            "self",
+        )
+        _answer_for(own, other, ENCRYPTED)
 
-    def attach(self) -> None:
-        """Both bridges carry by the encrypting device."""
-        for side in (self.a, self.b):
-            side.attach()
+    def carry(self, device: str) -> None:
+        """Both bridges have this device as their port, and no other."""
+        mtu = ENCRYPTED_MTU if device == ENCRYPTED else MTU
+        for own, other in ((self.a, self.b), (self.b, self.a)):
+            for name in (PLAIN, ENCRYPTED):
+                with suppress(subprocess.CalledProcessError):
+                    sh("ip", "-n", own.overlay, "link", "set", name, "nomaster")
+            sh("ip", "-n", own.overlay, "link", "set", device, "master", "br0", "mtu", str(mtu), "up")
+            sh(
+                "bridge",
+                "-n",
+                own.overlay,
+                "fdb",
+                "replace",
+                other.mac_text,
+                "dev",
+                device,
+                "master",
+                "static",
+            )
+            sh("ip", "-n", own.overlay, "link", "set", "br0", "mtu", str(mtu))
+            sh("ip", "-n", own.overlay, "link", "set", "port0", "mtu", str(mtu))
+            sh("ip", "-n", own.container, "link", "set", "eth0", "mtu", str(mtu))
 
-    def detach(self) -> None:
-        """They do not any more."""
-        for side in (self.a, self.b):
-            sh("ip", "-n", side.overlay, "link", "set", DEVICE, "nomaster")
-
-    async def tell(self, epochs: Sequence[int]) -> None:
-        """Both sides have keys of these epochs from now on."""
-        to_a, to_b = self.keys(epochs)
-        await self.a.client.apply(self.a.plan(self.b, to_a))
-        await self.b.client.apply(self.b.plan(self.a, to_b))
-
-    async def wait_agreed(self, within_s: float = 10.0) -> None:
-        """Until frames can go both ways.  Raises: TimeoutError."""
-        async with asyncio.timeout(within_s):
-            while not all([_agreed(await side.client.status()) for side in (self.a, self.b)]):
-                await SystemClock().sleep(0.01)
-
-    def carry_by_vxlan(self) -> None:
+    def add_plain(self) -> None:
         """The plain twin: what an unencrypted overlay has."""
         for own, other in ((self.a, self.b), (self.b, self.a)):
-            vxlan = ("type", "vxlan", "id", str(VNI), "dstport", "4789", "local", own.underlay)
-            sh("ip", "-n", own.node, "link", "add", "vx0", *vxlan, "nolearning", "proxy")
-            sh("ip", "-n", own.node, "link", "set", "vx0", "netns", own.overlay)
-            sh("ip", "-n", own.overlay, "link", "set", "vx0", "master", "br0", "mtu", "1450", "up")
-            forward = ("fdb", "replace", other.mac_text, "dev", "vx0")
-            sh("bridge", "-n", own.overlay, *forward, "dst", other.underlay, "self", "permanent")
-            sh("bridge", "-n", own.overlay, *forward, "master", "static")
-            neighbour = (other.address, "lladdr", other.mac_text, "dev", "vx0", "nud", "permanent")
-            sh("ip", "-n", own.overlay, "neigh", "replace", *neighbour)
-            self._set_container_mtu(own, 1450)
-            sh("ip", "-n", own.container, "link", "set", "eth0", "gso_max_size", "65536")
+            vxlan = ("type", "vxlan", "id", str(VNI), "dstport", str(PORT), "local", own.underlay)
+            sh("ip", "-n", own.node, "link", "add", PLAIN, *vxlan, "nolearning", "proxy")
+            sh("ip", "-n", own.node, "link", "set", PLAIN, "netns", own.overlay)
+            forward = ("fdb", "replace", other.mac_text, "dev", PLAIN, "dst", other.underlay, "self")
+            sh("bridge", "-n", own.overlay, *forward, "permanent")
+            _answer_for(own, other, PLAIN)
 
-    def uncarry(self) -> None:
-        """Take the VXLAN devices away again."""
-        for side in (self.a, self.b):
-            sh("ip", "-n", side.overlay, "link", "del", "vx0")
-            self._set_container_mtu(side, inner_mtu(1500))
 
-    def _set_container_mtu(self, side: Side, mtu: int) -> None:
-        sh("ip", "-n", side.overlay, "link", "set", "br0", "mtu", str(mtu))
-        sh("ip", "-n", side.overlay, "link", "set", "port0", "mtu", str(mtu))
-        sh("ip", "-n", side.container, "link", "set", "eth0", "mtu", str(mtu))
+def _answer_for(own: Side, other: Side, device: str) -> None:
+    sh("ip", "-n", own.overlay, "link", "set", device, "up")
+    neighbour = (other.address, "lladdr", other.mac_text, "dev", device, "nud", "permanent")
+    sh("ip", "-n", own.overlay, "neigh", "replace", *neighbour)
 
-    def close(self) -> None:
-        for side in (self.a, self.b):
-            side.end_forwarder()
+
+async def _nothing() -> None:
+    """Nobody follows: each side has one key."""
 
 
 @contextmanager
-def overlay_pair(directory: Path) -> Iterator[OverlayPair]:
+def overlay_pair(directory: Path, method: Method = Method.USER_SPACE) -> Iterator[OverlayPair]:
     """Two nodes without anything that carries their overlay yet; everything is gone at the end."""
     prefix = f"skx{secrets.token_hex(2)}"
-    sides = [Side(prefix, number, directory) for number in (1, 2)]
-    pair = OverlayPair(*sides)
+    sides = [Side(prefix, number, directory, method) for number in (1, 2)]
     try:
         for side in sides:
             _build(side)
@@ -192,10 +210,12 @@ def overlay_pair(directory: Path) -> Iterator[OverlayPair]:
         for side in sides:
             sh("ip", "-n", side.node, "address", "add", f"{side.underlay}/24", "dev", "up0")
             sh("ip", "-n", side.node, "link", "set", "up0", "up")
-        yield pair
+        yield OverlayPair(a, b)
     finally:
-        pair.close()
         for side in sides:
+            with suppress(subprocess.CalledProcessError):
+                sh("umount", str(side.tunnels.namespace))
+            side.namespaces.close()
             for name in (side.container, side.overlay, side.node):
                 with suppress(subprocess.CalledProcessError):
                     sh("ip", "netns", "del", name)
@@ -205,19 +225,10 @@ def _build(side: Side) -> None:
     for name in (side.node, side.overlay, side.container):
         sh("ip", "netns", "add", name)
         sh("ip", "-n", name, "link", "set", "lo", "up")
-    mtu = str(inner_mtu(1500))
     sh("ip", "-n", side.overlay, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
-    sh("ip", "-n", side.overlay, "link", "set", "br0", "mtu", mtu, "up")
-    ends = ("port0", "mtu", mtu, "type", "veth", "peer", "name", "eth0", "mtu", mtu)
+    sh("ip", "-n", side.overlay, "link", "set", "br0", "up")
+    ends = ("port0", "type", "veth", "peer", "name", "eth0")
     sh("ip", "-n", side.overlay, "link", "add", *ends, "address", side.mac_text, "netns", side.container)
     sh("ip", "-n", side.overlay, "link", "set", "port0", "master", "br0", "up")
     sh("ip", "-n", side.container, "address", "add", f"{side.address}/24", "dev", "eth0")
     sh("ip", "-n", side.container, "link", "set", "eth0", "up")
-
-
-def _agreed(status: Status) -> bool:
-    return all(peer.is_agreed for peer in status.peers)
-
-
-def _key(direction: bytes, epoch: int) -> bytes:
-    return (direction + epoch.to_bytes(4, "big")).ljust(32, b".")

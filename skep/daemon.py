@@ -30,7 +30,7 @@ from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
 from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
 from skep.dataplane import process as net_process
-from skep.dataplane.encrypted import process as forwarder
+from skep.dataplane.wireguard import process as wireguard_go
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
@@ -44,7 +44,9 @@ from skep.node.node import Node
 from skep.node.reaping import adopt_orphans
 from skep.node.supervision import zygote
 from skep.node.supervision.detached import detached, held_lock, set_title
+from skep.node.supervision.identity import read_pid_file
 from skep.node.supervision.processes import NodeProcesses
+from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
 from skep.node.supervision.zygote import Zygote
 from skep.paths import Paths
 from skep.security.locking import KeyLock
@@ -71,7 +73,8 @@ def main(argv: Sequence[str]) -> int:
         0o022
     )  # whoever starts it: nothing is writable for others, and images' files are readable in containers
     os.chdir("/")  # where it was started may go away, and what has no directory cannot start anything
-    entries = {"net": _net, "forwarder": forwarder.enter, "manager": _manager}
+    entries = {"net": _net, "manager": _manager}
+    entries |= {wireguard_go.process_name(slot): partial(wireguard_go.enter, slot) for slot in (0, 1)}
     return zygote.host(entries, {"manager": _prepare_manager}, partial(_node, arguments, loaded))
 
 
@@ -175,6 +178,7 @@ class Daemon:
             _prepare(paths)
             _configure_logs(self._configuration)
             adopt_orphans()
+            await _end_forwarder(paths)
             features = await asyncio.to_thread(self._features)
             node = Node(
                 self._configuration,
@@ -263,6 +267,16 @@ class Daemon:
                 reloaded=", ".join(taken.reloaded) or "nothing changed",
                 needs_restart=", ".join(taken.needs_restart) or "nothing",
             )
+
+
+async def _end_forwarder(paths: Paths) -> None:
+    """End the process by which earlier versions encrypted networks: it may have outlived its node process."""
+    forwarder = read_pid_file(paths.pid_file("forwarder"))
+    if forwarder is not None:
+        log.info("forwarder of an earlier version ended", pid=forwarder.pid)
+        await terminate(forwarder, STOP_GRACE_S)
+    for name in ("forwarder.sock", "forwarder.plan"):
+        (paths.run / name).unlink(missing_ok=True)
 
 
 async def _hand_over(socket: Path) -> None:

@@ -205,13 +205,14 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "names"
 
     @property
-    def forwarder_socket(self) -> Path:
-        return self.run / "forwarder.sock"
+    def tunnels(self) -> Path:
+        """Where the namespace of the tunnels of encrypted networks is pinned."""
+        return self.run / "tunnels"
 
     @property
-    def forwarder_plan(self) -> Path:
-        """What the forwarder carries, keys included, for the one that follows it after a crash: on tmpfs, root's."""
-        return self.run / "forwarder.plan"
+    def wireguard_keys(self) -> Path:
+        """The node's own WireGuard key pairs: on tmpfs, root's."""
+        return self.run / "wireguard.keys"
 
     @property
     def relays(self) -> Path:

@@ -33,7 +33,6 @@ from skep.errors import RetryLater, SkepError, Unavailable
 from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
-from skep.model.pair_keys import KeysTold
 from skep.model.sandbox import EndpointRequest
 from skep.node.local import Peer
 from skep.node.renewal import Managers
@@ -124,7 +123,6 @@ class Agent:
         address_of: Callable[[Peer], str] = lambda peer: peer.addr,
         load: Callable[[], float | None] = unknown_load,
         tables: TableSink | None = None,
-        overlay_keys: Callable[[KeysTold], None] | None = None,
         paths: PathSource | None = None,
         unreached: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -134,14 +132,13 @@ class Agent:
             contact: told about every session and heartbeat.
             seen: the newest revision, which the machine keeps; None: forgotten with this agent.
             address_of: where this node reaches a manager; others may know it under another address.
-            load, tables, overlay_keys, paths: see ``Session``.
+            load, tables, paths: see ``Session``.
             unreached: told in a sentence that no manager is reached; with an empty one, that one is.
         """
         self._unreached = unreached
         self._managers = managers
         self._address_of = address_of
         self._load = load
-        self._overlay_keys = overlay_keys
         self._paths = paths
         self._tables = tables
         self._describe = describe
@@ -287,7 +284,6 @@ class Agent:
                 self._credentials.news,
                 self._load,
                 self._tables,
-                self._overlay_keys,
                 self._paths,
                 self._random.random,
             )

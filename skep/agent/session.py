@@ -27,7 +27,6 @@ from skep.aio.guard import persist
 from skep.dataplane.tables.stream import TableSink, TableStream
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.node import NodeDescription
-from skep.model.pair_keys import KeysTold
 from skep.model.times import SECOND_NS
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -35,7 +34,6 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Call, Channel
 from skep.wire.convert.assignments import assignments_from_pb
 from skep.wire.convert.node import description_to_pb
-from skep.wire.convert.overlay_keys import keys_from_pb
 from skep.wire.convert.task import status_to_pb
 from skep.wire.convert.values import duration_from_pb
 
@@ -96,7 +94,6 @@ class Session:
         described_anew: asyncio.Event | None = None,
         load: Callable[[], float | None] = unknown_load,
         tables: TableSink | None = None,
-        overlay_keys: Callable[[KeysTold], None] | None = None,
         paths: PathSource | None = None,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -104,7 +101,6 @@ class Session:
         Args:
             described_anew: set when ``describe`` gives something else; it is looked at now and then anyway.
             load: the share of the node in use, 0 to 1, None while it is not known; told with each heartbeat.
-            overlay_keys: is told the keys of encrypted overlays; None: this node has none.
             tables: takes what the manager says of networks; None: the node has none of its own.
             paths: probes other nodes; None: this node does not.
         """
@@ -116,7 +112,6 @@ class Session:
         self._describe = describe
         self._described_anew = described_anew or asyncio.Event()
         self._load = load
-        self._overlay_keys = overlay_keys
         self._chance = chance
         self._publisher = LogPublisher(channel, logs)
         self._tables = TableStream(channel, tables) if tables is not None else None
@@ -151,8 +146,6 @@ class Session:
                     "logs": self._publisher.run,
                     "description": self._watch_description,
                 }
-                if self._overlay_keys is not None:
-                    parts["overlay keys"] = partial(self._read_overlay_keys, self._overlay_keys)
                 if self._tables is not None:
                     parts["tables"] = partial(self._tables.run, self._id)
                 if self._paths is not None:
@@ -283,18 +276,6 @@ class Session:
                 await self._sink.assign(assignments_from_pb(message))
                 applied = message.results_in
         raise Unavailable(f"{self._channel.address} ended the assignments")
-
-    # -- keys of encrypted overlays --------------------------------------------------------------------------------
-
-    async def _read_overlay_keys(self, tell: Callable[[KeysTold], None]) -> None:
-        try:
-            async with self._channel.stream(methods.OVERLAY_KEYS) as call:
-                await call.send(skep.KeysRequest(), end=True)
-                async for message in call:
-                    tell(keys_from_pb(message))
-        except Unimplemented:  # a Docker manager, whose encrypted overlays are not ours
-            await asyncio.Event().wait()
-        raise Unavailable(f"{self._channel.address} ended the overlay keys")
 
     # -- statuses -------------------------------------------------------------------------------------------------
 

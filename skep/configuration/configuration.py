@@ -70,6 +70,10 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     data_path_addr: str = ""
     """Address or interface; these, but for ``peer_addr``, are what ``docker swarm init`` and ``join`` fall back to."""
     data_path_port: int = DEFAULT_DATA_PATH_PORT
+    encryption: str = "auto"
+    """What encrypts overlay networks: ``auto``, ``kernel`` or ``wireguard-go``."""
+    wireguard_port: int = 0
+    """UDP; the next one is used, too.  0: ten above the data path's."""
 
     managers: tuple[str, ...] = ()
     """Where managers may be found that are not where they were."""

@@ -94,6 +94,16 @@ SETTINGS = (
         name="data-path-addr", help="address or interface for traffic of containers", read=values.address
     ),
     Setting(name="data-path-port", help="UDP port of that traffic (4789)", read=values.data_path_port),
+    Setting(
+        name="encryption",
+        help="what encrypts overlay networks: auto (the kernel's WireGuard, else wireguard-go), kernel or wireguard-go",
+        read=values.one_of("auto", "kernel", "wireguard-go"),
+    ),
+    Setting(
+        name="wireguard-port",
+        help="UDP port of encrypted networks, with the next one (data-path-port + 10: 4799 and 4800)",
+        read=values.wireguard_port,
+    ),
     Setting(name="debug", help="log more", read=values.boolean, docker_key="debug", reloads=True),
     Setting(name="log-format", help="text or json", read=values.one_of("text", "json")),
     Setting(

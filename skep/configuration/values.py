@@ -120,6 +120,14 @@ def data_path_port(value: Any) -> int:
     return number
 
 
+def wireguard_port(value: Any) -> int:
+    """A port from 1024 to 65534, since the next one is used, too."""
+    number = _integer(value)
+    if not 1024 <= number <= 65534:
+        raise ValueError(f"is {number}: choose a port from 1024 to 65534")
+    return number
+
+
 def address(value: Any) -> str:
     """An IP address or the name of an interface."""
     written = text(value)

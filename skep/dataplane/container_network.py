@@ -29,6 +29,7 @@ from skep.dataplane.plan.overlay import check_sandbox
 from skep.dataplane.plan.reply_routing import SYSCTLS as REPLY_SYSCTLS
 from skep.dataplane.plan.reply_routing import IngressEndpoint
 from skep.dataplane.probe.prober import PathProber
+from skep.dataplane.wireguard.tunnels import Tunnels
 from skep.engine.container import Container
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
@@ -55,6 +56,7 @@ class ContainerNetwork:
         home: NetnsReconciler,
         gateway: Gateway,
         overlays: Overlays,
+        tunnels: Tunnels,
         mesh: Mesh,
         local: LocalNetworks,
         healing: Healer,
@@ -76,6 +78,7 @@ class ContainerNetwork:
         self._home = home
         self.gateway = gateway
         self.overlays = overlays
+        self.tunnels = tunnels
         self.mesh = mesh
         self.prober = prober
         self.local = local
@@ -111,6 +114,7 @@ class ContainerNetwork:
             "clearing of networks": self._settling.run,
             "published ports": self.mesh.run,
             "probes of other nodes": self.prober.run,
+            "encrypted networks": partial(self.tunnels.run, self.overlays.remeasured),
         }
         keep = partial(persist, clock=self._clock, chance=self._chance)
         async with errors_as_they_are(), asyncio.TaskGroup() as group:

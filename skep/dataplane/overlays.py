@@ -14,7 +14,6 @@ from typing import Any
 import structlog
 
 from skep.aio.guard import contain
-from skep.dataplane.encrypted.overlays import Encryption, NoEncryption
 from skep.dataplane.endpoints import connected_place
 from skep.dataplane.netns import pinned
 from skep.dataplane.netns.deferred import DeferredChanges
@@ -27,7 +26,6 @@ from skep.dataplane.netns.write import KernelRefused
 from skep.dataplane.plan.overlay import (
     INGRESS_BRIDGE,
     INGRESS_VXLAN,
-    TAP,
     LocalPlace,
     Underlay,
     container_state,
@@ -38,6 +36,7 @@ from skep.dataplane.plan.overlay import (
 )
 from skep.dataplane.plan.packet_filter import owner, spoofing, strangers
 from skep.dataplane.underlays import Measurements, Underlays, find
+from skep.dataplane.wireguard.tunnels import Tunnels
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
@@ -61,14 +60,14 @@ def node_reconciler(namespaces: Namespaces, repairs: Repairs) -> NetnsReconciler
 
 def _is_of_ingress(link: Link) -> bool:
     is_ours = link.name == INGRESS_BRIDGE or link.name.startswith(INGRESS_VXLAN)
-    return is_ours or (link.kind in ("veth", TAP) and link.master == INGRESS_BRIDGE)
+    return is_ours or (link.kind == "veth" and link.master == INGRESS_BRIDGE)
 
 
 class Overlays:
     """All overlay networks of this node, and the insides of its containers' namespaces.
 
     ``pins``: where networks' namespaces are pinned.  ``home``: the node's own namespace.  ``bridges``: those in it that
-    packets of containers come from.
+    packets of containers come from.  ``tunnels``: carry encrypted networks between nodes.
     """
 
     def __init__(
@@ -77,17 +76,18 @@ class Overlays:
         namespaces: Namespaces,
         pins: Namespaces,
         home: NetnsReconciler,
-        repairs: Repairs,
         healing: Healer,
         settling: DeferredChanges,
+        tunnels: Tunnels,
         bridges: Iterable[str] = (),
     ) -> None:
         self._namespaces = namespaces
         self._pins = pins
         self._home = home
-        self.repairs = repairs
+        self.repairs = healing.repairs
         self._healing = healing
         self._settling = settling
+        self._tunnels = tunnels
         self._bridges = tuple(bridges)
         self._node_id = NodeId("")
         self._tables: Mapping[NetworkId, Table] = {}
@@ -103,11 +103,6 @@ class Overlays:
         self._underlays = Underlays()
         self._locks: dict[NetworkId, asyncio.Lock] = {}
         self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
-        self._encrypted: Encryption = NoEncryption()
-
-    def encrypt_with(self, encrypted: Encryption) -> None:
-        """Who carries encrypted networks; until then containers are refused on them."""
-        self._encrypted = encrypted
 
     def measure_with(self, measurements: Measurements) -> None:
         """Who knows what the ways to other nodes carry; until then that is what the devices say."""
@@ -158,6 +153,7 @@ class Overlays:
                 reconciler.invalidate()
         refused: list[SkepError] = []
         await self._tried(self._find_underlays(), refused)
+        await self._tried(self._apply_tunnels(), refused)
         await self._tried(self._settle_home(), refused)
         concerned = changed | (tables.keys() | self._places.keys() if is_first else frozenset())
         await self._settle_all(concerned, refused)
@@ -168,11 +164,14 @@ class Overlays:
         if refused:
             raise refused[0]
         self._is_cleared = True
-        self._encrypted.restored()
 
     async def _find_underlays(self) -> None:
         wanted = self._underlays.addresses(self._node_id, self._tables.values())
         self._underlays.found = await self._namespaces.run(self._namespaces.home, find, wanted)
+
+    async def _apply_tunnels(self) -> None:
+        underlay = self._underlays.of_tunnels(self._node_id, self._tables.values())
+        await self._tunnels.apply(self._node_id, self._tables.values(), underlay)
 
     async def _settle_all(self, ids: Iterable[NetworkId], refused: list[SkepError]) -> None:
         limit = asyncio.Semaphore(_AT_ONCE)
@@ -236,7 +235,7 @@ class Overlays:
         Addresses come with ``settle_container``.  Raises: SkepError.
         """
         for place in places:
-            if reason := self._encrypted.refusal(place.head):
+            if reason := self._tunnels.refusal(place.head):
                 raise FailedPrecondition(reason)
         numbered = enumerate(places, int(first.removeprefix("eth")))
         connected = tuple(connected_place(place, f"eth{number}") for number, place in numbered)
@@ -348,8 +347,8 @@ class Overlays:
     def _networks_of(self, sandbox: Sandbox) -> dict[NetworkId, tuple[NetworkHead, int]]:
         found = {}
         for one in sandbox.endpoints:
-            head, table = self._head_of(one.network_id), self._tables.get(one.network_id)
-            found[one.network_id] = (head, mtu_of(head, self._underlays.of(self._node_id, table)))
+            head, (_, underlay) = self._head_of(one.network_id), self._carried(one.network_id)
+            found[one.network_id] = (head, mtu_of(head, underlay))
         return found
 
     # --- networks ---------------------------------------------------------------------------------------------
@@ -357,11 +356,12 @@ class Overlays:
     async def _settle(self, id: NetworkId) -> None:
         """Bring about what is known of one network by now.  Raises: SkepError; OSError."""
         async with self._locks.setdefault(id, asyncio.Lock()):
-            table, places = self._tables.get(id), tuple(self._places.get(id, {}).values())
-            if table is None and not places:
+            places = tuple(self._places.get(id, {}).values())
+            if id not in self._tables and not places:
                 await self._remove(id)
                 return
-            head, underlay = self._head_of(id), self._underlays.of(self._node_id, table)
+            table, underlay = self._carried(id)
+            head = table.head if table is not None else self._head_of(id)
             state = network_state(
                 head,
                 table,
@@ -373,10 +373,14 @@ class Overlays:
             reconciler = await self._reconciler(id, head)
             reconciler.set_part(id, state, spoofing(owner(place.connected) for place in places))
             await reconciler.apply()
-            if head.is_encrypted and table is not None and underlay is not None:
-                mtu = self._underlays.encrypted_mtu(self._node_id, self._tables.values(), underlay)
-                self._encrypted.place(self._node_id, underlay.address, mtu)
-                self._encrypted.carry(table, reconciler.path)
+
+    def _carried(self, id: NetworkId) -> tuple[Table | None, Underlay | None]:
+        """The table of a network and what its VXLANs leave from; those of an encrypted one are inside the tunnels."""
+        table = self._tables.get(id)
+        underlay = self._underlays.of(self._node_id, table)
+        if table is not None and table.head.is_encrypted:
+            return self._tunnels.table(table), self._tunnels.inside(underlay)
+        return table, underlay
 
     def _remote_entries(self, table: Table, underlay: Underlay | None) -> frozenset[Entry]:
         """Remembered for each table, of which a large network's is long, and many containers start on it."""
@@ -388,8 +392,8 @@ class Overlays:
 
     def _lies_on_another(self, id: NetworkId) -> bool:
         """Whether what is under a network differs from what it was made for."""
-        known = self._remote.get(id)
-        return known is None or known[2] != self._underlays.of(self._node_id, self._tables.get(id))
+        known, (table, underlay) = self._remote.get(id), self._carried(id)
+        return known is None or known[0] is not table or known[2] != underlay
 
     async def _reconciler(self, id: NetworkId, head: NetworkHead) -> NetnsReconciler:
         if head.is_ingress:
@@ -407,7 +411,6 @@ class Overlays:
         return reconciler
 
     async def _remove(self, id: NetworkId) -> None:
-        self._encrypted.drop(id)
         self._heads.pop(id, None)
         self._remote.pop(id, None)
         self._places.pop(id, None)

@@ -49,10 +49,11 @@ class Underlays:
             return None
         return self._between(own, table.nodes, node.underlay)
 
-    def encrypted_mtu(self, own: NodeId, tables: Iterable[Table], underlay: Underlay) -> int:
-        """Of all encrypted networks together: the forwarder cuts their frames alike."""
-        nodes = {id for table in tables if table.head.is_encrypted for id in table.nodes}
-        return self._between(own, nodes, underlay.address).mtu
+    def of_tunnels(self, own: NodeId, tables: Iterable[Table]) -> Underlay:
+        """Of the node itself, under all of its encrypted networks: what its device carries."""
+        nodes = (table.nodes.get(own) for table in tables if table.head.is_encrypted)
+        address = next((node.underlay for node in nodes if node is not None), "")
+        return self.found.get(address, Underlay(address))
 
     def _between(self, own: NodeId, nodes: Collection[NodeId], address: str) -> Underlay:
         return self.measurements.measured(own, nodes, self.found.get(address, Underlay(address)))

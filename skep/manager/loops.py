@@ -6,7 +6,6 @@ from typing import Protocol
 from skep.aio.clock import Clock
 from skep.manager.allocator.loop import Allocator
 from skep.manager.ca.loop import CertificateAuthority
-from skep.manager.discovery.key_rotation import OverlayKeyRotation
 from skep.manager.gossip.rotation import KeyRotation
 from skep.manager.informer import LoopStore
 from skep.manager.orchestrator.loop import Orchestrator
@@ -36,6 +35,5 @@ def loops(
     kinds = (Orchestrator, Allocator, Scheduler, Reaper, KeyRotation, CertificateAuthority)
     return [
         *(kind(term, clock, new_id, random) for kind in kinds),
-        OverlayKeyRotation(term, clock, random, incarnation=incarnation),
         PathJudge(term, clock, random),
     ]

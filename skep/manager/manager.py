@@ -32,7 +32,6 @@ from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
 from skep.manager.ca.upkeep import Upkeep
 from skep.manager.discovery.draining import Draining
-from skep.manager.discovery.key_service import KeyService
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
@@ -125,7 +124,6 @@ class Manager:
         self._examinations = Examinations(store, config.node_id, self._paths, self._channel_to)
         self._logs = LogBroker(store, new_id, clock, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
-        self._overlay_keys = KeyService(store, clock)
         self._book = book
         self._whereabouts = whereabouts
         self._restart_member = restart_member
@@ -174,7 +172,6 @@ class Manager:
             *self._examinations.services(),
             *self._logs.services(),
             *self._attachments.services(),
-            *self._overlay_keys.services(),
             *self._link.services(),
             *self._members.services(),
             *self._whereabouts.services(),
@@ -199,7 +196,6 @@ class Manager:
             group.create_task(self._paths.run(), name="paths between nodes")
             group.create_task(self._logs.run(), name="log broker")
             group.create_task(self._link.run(), name="link")
-            group.create_task(self._overlay_keys.run(), name="overlay keys")
             write = partial(_keep_writing, group, self._clock, self._random)
             write(self._incarnation.run, "incarnation")
             group.create_task(events.run(), name="events")

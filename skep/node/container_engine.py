@@ -1,7 +1,7 @@
 """What runs tasks on this node: the configured executor, and for ``oci`` the container engine below it."""
 
 import shutil
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -21,6 +21,8 @@ from skep.dataplane.local.keeper import GatewayBridge, LocalNetworks
 from skep.dataplane.naming import Naming
 from skep.dataplane.overlays import Overlays
 from skep.dataplane.probe.prober import PathProber
+from skep.dataplane.wireguard.methods import choose
+from skep.dataplane.wireguard.tunnels import Options
 from skep.engine.api import absent
 from skep.engine.api.containers import container_routes, image_users
 from skep.engine.api.disk_usage import DiskUsage
@@ -54,6 +56,8 @@ class ContainerEngine(msgspec.Struct, frozen=True, kw_only=True):
     probes: PathProber | None = None
     attachments: ClusterAttachments | None = None
     local: LocalNetworks | None = None
+    encryption_labels: Callable[[], Mapping[str, str]] = dict
+    """Engine labels by which the node says how it encrypts networks; empty: it does not."""
     routes: tuple[web.AbstractRouteDef, ...] = ()
 
     def network_warnings(self) -> tuple[str, ...]:
@@ -130,6 +134,16 @@ def net_clients(configuration: Configuration, environment: Environment) -> NetCl
     return NetClients(client(), client("mesh"), client())
 
 
+def encryption_options(configuration: Configuration, environment: Environment) -> Options:
+    """How this node encrypts networks."""
+    return Options(
+        method=choose(environment.features, configuration.encryption),
+        since_boot=environment.clock.since_boot,
+        process=environment.processes.new_wireguard,
+        port=configuration.wireguard_port,
+    )
+
+
 def oci_engine(configuration: Configuration, environment: Environment, events: NodeEvents) -> ContainerEngine:
     """Containers under runc; ``images`` have to be opened before use."""
     paths, clock = configuration.paths, environment.clock
@@ -152,6 +166,7 @@ def oci_engine(configuration: Configuration, environment: Environment, events: N
         log_default=Driver(name="json-file", options=configuration.log_opts),
         programs=programs(configuration),
         conditions=environment.conditions,
+        encryption=encryption_options(configuration, environment),
     )
     engine, network = executor.engine, executor.network
     routes = (
@@ -174,6 +189,7 @@ def oci_engine(configuration: Configuration, environment: Environment, events: N
         probes=network.prober,
         attachments=executor.attachments,
         local=network.local,
+        encryption_labels=network.tunnels.labels,
         routes=routes,
     )
 

@@ -1,13 +1,11 @@
 """What a node reports of itself to the managers when it registers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from skep import __version__
 from skep.configuration.configuration import Configuration
-from skep.dataplane.encrypted.methods import Refusal, label
 from skep.linux.routes import read_routes
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
-from skep.model.pair_keys import Method
 from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL, PATHS_LABEL
 from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.service import Platform, Resources
@@ -35,7 +33,7 @@ class NodeDescriber:
 
     Args:
         configuration: gives the present one, which may be reloaded.
-        method: how this node encrypts overlay networks.
+        encryption_labels: give how this node encrypts overlay networks, with its public keys.
         has_probes: whether it probes other nodes.
     """
 
@@ -45,7 +43,7 @@ class NodeDescriber:
         features: Features,
         configuration: Callable[[], Configuration],
         conditions: Conditions,
-        method: Method | Refusal,
+        encryption_labels: Callable[[], Mapping[str, str]],
         *,
         has_probes: bool,
     ) -> None:
@@ -53,7 +51,7 @@ class NodeDescriber:
         self._features = features
         self._configuration = configuration
         self._conditions = conditions
-        self._method = method
+        self._encryption_labels = encryption_labels
         self._has_probes = has_probes
 
     def describe(self, data_path_addr: str = "") -> NodeDescription:
@@ -77,7 +75,7 @@ class NodeDescriber:
                 labels={
                     **labels(self._features),
                     **configuration.labels,
-                    **label(self._method),
+                    **self._encryption_labels(),
                     **own,
                     **self._conditions.labels(),
                 },

@@ -8,6 +8,7 @@ constraint can avoid the node (``engine.labels.skep.without.vxlan!=true``).
 import ctypes
 import os
 import resource
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import msgspec
 
-from skep.dataplane.encrypted.taps import try_carrier
 from skep.dataplane.netns.forwarding import ipv6_refusal
 
 _CLONE_NEWNS = 0x00020000
@@ -147,8 +147,9 @@ def _attempts(data_dir: Path, nft: str) -> dict[str, Callable[[], object]]:
             Path("/proc/thread-self/net/route").stat()
             and Path("/proc/sys/net/ipv4/conf/all/route_localnet").write_text("1")
         ),
-        "encrypted-tap": try_carrier,
+        "wireguard-go": lambda: _find("wireguard-go"),
         "tun": lambda: os.close(os.open("/dev/net/tun", os.O_RDWR)),
+        "ipv6": lambda: Path("/proc/sys/net/ipv6").stat(),
         "overlayfs": lambda: _try_overlay(data_dir),
         "seccomp": lambda: Path("/proc/sys/kernel/seccomp/actions_avail").read_text(),
     }
@@ -161,6 +162,11 @@ def _run(*command: str, stdin: str = "") -> None:
         )
     except subprocess.CalledProcessError as error:
         raise OSError((error.stderr or "failed").strip().partition("\n")[0]) from error
+
+
+def _find(program: str) -> None:
+    if shutil.which(program) is None:
+        raise OSError(f"{program} is not installed")
 
 
 def _try_overlay(data_dir: Path) -> None:

@@ -29,10 +29,6 @@ from skep.api.server import application, runner
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
 from skep.dataplane.dns.truth import NameChecks
-from skep.dataplane.encrypted.client import ForwarderClient
-from skep.dataplane.encrypted.methods import chosen
-from skep.dataplane.encrypted.overlays import EncryptedOverlays
-from skep.dataplane.encrypted.process import NAME as FORWARDER
 from skep.dataplane.local.keeper import LocalNetworks
 from skep.dataplane.netns.neighbours import NeighbourTables
 from skep.dataplane.tables import silence
@@ -74,7 +70,6 @@ from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkParts, network_routes
 from skep.node.routes.plain_containers import plain_container_routes
 from skep.node.runner import Dependencies
-from skep.node.supervision.identity import read_pid_file
 from skep.node.swarm_info import why_waiting
 from skep.node.system import NodeSystem, engine_id
 from skep.security.locking import KeyLock
@@ -102,8 +97,6 @@ class Node:
         self._events = NodeEvents(self._clock)
         self._engine = self._container_engine()
         # Networks of the cluster.
-        self._method = chosen(environment.features)
-        self._encrypted = self._encrypted_overlays()
         self._shared_tables = SharedTables(self._paths.tables)
         self._tables = self._table_keeper()
         # The agent's side.
@@ -121,7 +114,7 @@ class Node:
             environment.features,
             lambda: self._configuration,
             environment.conditions,
-            self._method,
+            self._engine.encryption_labels,
             has_probes=self._probes is not None,
         )
         # The cluster, and the API.
@@ -139,7 +132,6 @@ class Node:
             await self._open_apis(stack)
             if self._engine.images is not None:
                 await self._engine.images.open()
-            run(self._encrypted.run, "encrypted overlays")
             if self._paths.node_json.exists():
                 await self._tables.restore(self._shared_tables)
             app = await self._application()
@@ -168,7 +160,6 @@ class Node:
         """Use the parts of ``configuration`` that need no restart."""
         self._configuration = configuration
         self._environment.processes.net.reload()
-        self._environment.processes.forwarder.reload()
         self._membership.reload()
         self._system.configure(configuration)
         if self._engine.images is not None:
@@ -180,20 +171,6 @@ class Node:
         if self._configuration.executor == "process":
             return process_engine(self._configuration)
         return oci_engine(self._configuration, self._environment, self._events)
-
-    def _encrypted_overlays(self) -> EncryptedOverlays:
-        paths = self._paths
-        encrypted = EncryptedOverlays(
-            self._method,
-            ForwarderClient(paths.forwarder_socket, self._clock, self._random),
-            self._environment.processes.forwarder,
-            is_running=lambda: read_pid_file(paths.pid_file(FORWARDER)) is not None,
-            clock=self._clock,
-            chance=self._random,
-        )
-        if self._engine.overlays is not None:
-            self._engine.overlays.encrypt_with(encrypted)
-        return encrypted
 
     def _table_keeper(self) -> TableKeeper:
         # Routes come before the names that lead there.
@@ -265,7 +242,6 @@ class Node:
             address_of=node.reach,
             session_state=self._session,
             load=self._load.load,
-            overlay_keys=self._encrypted.told,
             paths=self._probes,
             tables=self._tables,
             unreached=self._environment.conditions.say("no-manager"),

@@ -21,9 +21,6 @@ NEXT_ROOT_KEY_ID = "root-ca-next"
 GOSSIP_KEYS_ID = "gossip-keys"
 """Id of the payload that holds the keys of docker nodes' gossip (``model.gossip``)."""
 
-OVERLAY_KEYS_ID = "overlay-keys"
-"""Id of the payload from which nodes derive keys of encrypted overlays; exists once there is an encrypted overlay."""
-
 UNLOCK_KEY_ID = "unlock-key"
 """Id of the payload that holds the unlock key of managers; exists exactly while autolock is on."""
 

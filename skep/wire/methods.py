@@ -181,4 +181,3 @@ DESCRIBE = Unary(
 RENEW_EXPIRED = Unary(
     "/skep.v1.NodeCA/RenewExpired", skep.RenewExpiredRequest, skep.RenewExpiredResponse, Access.OPEN
 )
-OVERLAY_KEYS = ServerStream("/skep.v1.Encryption/Keys", skep.KeysRequest, skep.NodeKeys)

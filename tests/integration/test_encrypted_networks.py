@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from tests.integration.test_overlay_networks import addresses, create_global, fe
 
 pytestmark = pytest.mark.timeout(180)
 
-VXLAN, FORWARDER = 4789, 4799
+VXLAN, WIREGUARD, PROCESS = 4789, 4799, "wireguard-go"
 PROBE_HEADER = b"\x08\0\0\0" + PROBE_VNI.to_bytes(3, "big") + b"\0"
 """Nodes probe each other on VXLAN all the time; that is nobody's traffic."""
 SAID = b"GET /hosts HTTP/1.1"
@@ -59,11 +60,6 @@ def underlay_device(node: TestNode) -> str:
     return next(link["ifname"] for link in links if link["ifname"].startswith("eth"))
 
 
-def taps_of(pid: int) -> int:
-    """TAP devices that a process has open."""
-    return sum(os.readlink(one) == "/dev/net/tun" for one in Path(f"/proc/{pid}/fd").iterdir())
-
-
 def sniffed(trio: TestCluster, service: str, address: str) -> list[bytes]:
     """All that passes the underlay of w2 while w1's container asks the one at ``address``, three times."""
     w1, w2 = trio.node("w1"), trio.node("w2")
@@ -87,14 +83,17 @@ def test_a_sniffer_reads_a_plain_network_and_not_an_encrypted_one(trio: TestClus
                 lambda n=name, a=address: fetches(trio.node(n), "on-secure", a), f"{name} reaches {address}"
             )
     seen = sniffed(trio, "on-secure", secure["w2"])
-    assert len(udp_to(seen, FORWARDER)) > 10, "traffic flowed"
+    assert len(udp_to(seen, WIREGUARD)) > 10, "traffic flowed"
     assert [one for one in udp_to(seen, VXLAN) if PROBE_HEADER not in one] == []
     assert not any(SAID in one or b"localhost" in one for one in seen)
     shown = inside(trio.node("w1"), "on-secure", "cat", "/sys/class/net/eth0/mtu").stdout
-    assert int(shown) == 1404
+    assert int(shown) == 1370
+    labels = trio.node("w1").docker("info", "--format", "{{range .Labels}}{{println .}}{{end}}").stdout
+    assert "skep.encryption=wireguard-go" in labels
     end(m1, "secure")
-    (forwarder,) = trio.node("w1").pids("skep-forwarder")
-    wait_until(lambda: taps_of(forwarder) == 0, "the forwarder has let go of the devices")
+    wait_until(
+        lambda: trio.node("w1").pids(PROCESS) == [], "wireguard-go ends with the last encrypted network"
+    )
 
 
 def test_killed_processes_do_not_stop_an_encrypted_network(trio: TestCluster, m1: TestNode) -> None:
@@ -103,22 +102,34 @@ def test_killed_processes_do_not_stop_an_encrypted_network(trio: TestCluster, m1
     wait_until(lambda: fetches(w1, "on-secure", secure["w2"]), "w1 reaches w2")
 
     for node in (w1, w2):
-        (victim,) = node.pids("skep-forwarder")
+        (victim,) = node.pids(PROCESS)
         node.kill(victim)
         killed_at = time.monotonic()
         wait_until(lambda: fetches(w1, "on-secure", secure["w2"]), "traffic goes on")
-        assert time.monotonic() - killed_at < 4.0, "2 s, and what a command in a container takes here"
-        wait_until(lambda n=node, v=victim: n.pids("skep-forwarder") not in ([], [v]), "there is a new one")
+        assert time.monotonic() - killed_at < 5.0, "3 s, and what a command in a container takes here"
+        wait_until(lambda n=node, v=victim: n.pids(PROCESS) not in ([], [v]), "there is a new one")
 
-    forwarders = w1.pids("skep-forwarder")
+    tunnels = w1.pids(PROCESS)
     before = {one["Id"] for one in containers(w1, "on-secure")}
-    old = w1.pids("skep-node")
-    for pid in old:
-        w1.kill(pid)
-    assert w1.pids("skep-forwarder") == forwarders
-    wait_until(lambda: w1.pids("skep-node") not in ([], old), "there is a new node process")
-    wait_until(lambda: w1.docker("version", check=False).returncode == 0, "it answers")
-    wait_until(lambda: {one["Id"] for one in containers(w1, "on-secure")} == before, "containers are found")
-    assert w1.pids("skep-forwarder") == forwarders, "it was adopted"
-    assert fetches(w1, "on-secure", secure["w2"])
+    for stop in (kill, end_orderly):
+        old = w1.pids("skep-node")
+        stop(w1, old)
+        assert w1.pids(PROCESS) == tunnels
+        wait_until(lambda o=old: w1.pids("skep-node") not in ([], o), "there is a new node process")
+        wait_until(lambda: w1.docker("version", check=False).returncode == 0, "it answers")
+        wait_until(
+            lambda: {one["Id"] for one in containers(w1, "on-secure")} == before, "containers are found"
+        )
+        assert w1.pids(PROCESS) == tunnels, "it was adopted"
+        assert fetches(w1, "on-secure", secure["w2"])
     end(m1, "secure")
+
+
+def kill(node: TestNode, processes: list[int]) -> None:
+    for pid in processes:
+        node.kill(pid)
+
+
+def end_orderly(node: TestNode, processes: list[int]) -> None:
+    for pid in processes:
+        os.kill(pid, signal.SIGTERM)

@@ -30,6 +30,7 @@ from skep.dataplane.probe.knocking import Knocking
 from skep.dataplane.probe.place import ProbePlace
 from skep.dataplane.probe.port_checks import PortChecks
 from skep.dataplane.probe.prober import PathProber
+from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION, Options, Tunnels
 from skep.engine.bundle import Bundles
 from skep.engine.capacity import Programs, capacity_of, find_programs
 from skep.engine.cgroups import Cgroups
@@ -58,6 +59,7 @@ def oci_executor(
     programs: Programs | None = None,
     resolver: Path = Path("/etc/resolv.conf"),
     conditions: Conditions | None = None,
+    encryption: Options | None = None,
 ) -> OciExecutor:
     """The executor of one node.
 
@@ -69,6 +71,7 @@ def oci_executor(
         namespaces: None: containers' in ``paths.netns``, the node's own being this process's.
         log_default: log driver and options of tasks that name none.
         resolver: name servers for containers that name none.
+        encryption: how networks are encrypted; None: this node does not.
     """
     programs = programs or find_programs()
     namespaces = namespaces or Namespaces(paths.netns)
@@ -96,6 +99,7 @@ def oci_executor(
         chance=chance,
         naming=naming,
         conditions=conditions,
+        encryption=encryption,
     )
     engine = Engine(
         runtime=runtime,
@@ -134,21 +138,31 @@ def container_network(
     names: NameService | None = None,
     attachments: ClusterAttachments | None = None,
     conditions: Conditions | None = None,
+    encryption: Options | None = None,
 ) -> ContainerNetwork:
     """All networks of one node's containers.
 
     ``attachments``: plain containers' places on the cluster's networks; None: there are none.
+    ``encryption``: None: the node does not encrypt.
     """
     repairs, settling = Repairs(), DeferredChanges(clock)
     healing = Healer(namespaces, clock, repairs, chance=chance)
     home = node_reconciler(namespaces, repairs)
+    tunnels = Tunnels(
+        paths,
+        namespaces,
+        encryption or NO_ENCRYPTION,
+        repairs,
+        clock,
+        conditions.say("encrypted-networks") if conditions is not None else lambda _: None,
+    )
     overlays = Overlays(
         namespaces=namespaces,
         pins=Namespaces(paths.overlays, namespaces.home),
         home=home,
-        repairs=repairs,
         healing=healing,
         settling=settling,
+        tunnels=tunnels,
         bridges=(BRIDGE,),
     )
     gateway = Gateway(
@@ -174,7 +188,7 @@ def container_network(
     )
     prober = PathProber(
         DataPath(place, namespaces, clock, _random_number),
-        PortChecks(Knocking(namespaces, clock, _random_number)),
+        PortChecks(Knocking(namespaces, clock, _random_number), tunnels),
         paths.measured_paths,
         overlays.remeasured,
         clock,
@@ -188,6 +202,7 @@ def container_network(
         home=home,
         gateway=gateway,
         overlays=overlays,
+        tunnels=tunnels,
         mesh=mesh,
         healing=healing,
         settling=settling,

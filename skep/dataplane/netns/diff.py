@@ -51,7 +51,7 @@ class Remove(msgspec.Struct, frozen=True):
 
 Operation = AddLink | ChangeLink | DeleteLink | SetSysctl | Put | Remove
 
-_LINK_ORDER = ("bridge", "vxlan", "tun", "veth")
+_LINK_ORDER = ("bridge", "vxlan", "veth")
 """What has ports is made before its ports."""
 
 
@@ -121,9 +121,19 @@ def _removals(wanted: State, held: State, *, is_exclusive: bool) -> Iterable[Rem
     yield from (Remove(one) for one in surplus if one.is_policy)
     if is_exclusive:
         yield from (Remove(one) for one in surplus if not one.is_kernels and not one.is_policy)
-        yield from map(Remove, sorted(held.entries - wanted.entries))
+        yield from map(Remove, sorted(_surplus(held.entries, wanted.entries)))
         yield from map(Remove, sorted(held.addresses - wanted.addresses))
         yield from (Remove(one) for one in surplus if one.is_kernels)
+
+
+def _surplus(held: frozenset[Entry], wanted: frozenset[Entry]) -> Iterable[Entry]:
+    """The entries to be removed: not those that an addition replaces, so that no frame is lost between the two."""
+    replaced = {(one.link, one.mac) for one in wanted - held if one.kind is EntryKind.FORWARD}
+    return (
+        one
+        for one in held - wanted
+        if not (one.kind is EntryKind.FORWARD and (one.link, one.mac) in replaced)
+    )
 
 
 def _changes(

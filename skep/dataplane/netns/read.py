@@ -40,7 +40,7 @@ from skep.dataplane.netns.state import (
     Vxlan,
 )
 
-_KINDS = frozenset({"bridge", "vxlan", "tun", "veth", "loopback"})
+_KINDS = frozenset({"bridge", "vxlan", "tun", "veth", "wireguard", "loopback"})
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBi")
 _NDMSG = struct.Struct("=BxxxiHBB")
@@ -115,7 +115,7 @@ def _links() -> tuple[dict[str, int], dict[int, Link]]:
                 name=names[index],
                 kind=kind,
                 mtu=_number(found[4]),
-                mac=bytes(found[1]).hex(":"),
+                mac=bytes(found[1]).hex(":") if 1 in found else "",
                 master=master,
                 is_up=bool(flags & _UP),
                 is_closed_port=_is_closed(info),
@@ -132,9 +132,12 @@ def _is_closed(info: dict[int, memoryview]) -> bool:
 
 
 def _vxlan(data: dict[int, memoryview]) -> Vxlan | None:
-    """None: of a kind that we never make: it learns, or does not answer for neighbours, or has no address."""
-    local = inet_ntop(AF_INET, data[4]) if 4 in data else inet_ntop(AF_INET6, data[17]) if 17 in data else ""
-    is_ours = local and not data[7][0] and data[11][0]
+    """None: of a kind that we never make: it learns, or does not answer for neighbours."""
+    # One that sends from any IPv6 address, as inside tunnels, is shown without any.
+    local = (
+        inet_ntop(AF_INET, data[4]) if 4 in data else inet_ntop(AF_INET6, data[17]) if 17 in data else "::"
+    )
+    is_ours = not data[7][0] and data[11][0]
     if not is_ours:
         return None
     is_whole = _DF in data and bool(data[_DF][0])

@@ -32,8 +32,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
     ``is_closed_port``: as a port of a bridge it neither learns addresses nor gets what is meant for unknown ones.
     ``offloads``: whether checksums and TCP's segments are left to what lies below; of VXLAN only, None elsewhere.
-    Of wanted states only: ``peer``, where the other end of a veth is to be made; ``gso_bytes``, how large TCP's frames
-    from there may be, from when it is made on.
+    Of wanted states only: ``peer``, where the other end of a veth is to be made; ``sockets``, the namespace that has a
+    VXLAN's UDP socket, empty: the node's own.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     vxlan: Vxlan | None = None
     offloads: bool | None = None
     peer: Peer | None = None
-    gso_bytes: int = 0
+    sockets: str = ""
 
 
 class EntryKind(IntEnum):

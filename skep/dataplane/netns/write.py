@@ -17,7 +17,6 @@ import structlog
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from skep.dataplane.encrypted.taps import open_tap
 from skep.dataplane.netns import netlink, read
 from skep.dataplane.netns.checksums import set_offloads
 from skep.dataplane.netns.diff import (
@@ -55,7 +54,7 @@ class KernelRefused(Unavailable):
 async def apply_operations(namespaces: Namespaces, path: Path, operations: Sequence[Operation]) -> None:
     """Do ``operations`` in the namespace at ``path``, in their order.
 
-    VXLAN devices are made by the node's own namespace, where their UDP socket stays.  Raises: KernelRefused.
+    VXLAN devices are made by the namespace where their UDP socket stays.  Raises: KernelRefused.
     """
     if not operations:
         return
@@ -169,8 +168,6 @@ class _Changes:
                 await _tolerating(_PRESENT, self._route.link("add", br_mcast_snooping=0, **options))
             case "vxlan":
                 await self._add_vxlan(link, options)
-            case "tun":
-                await asyncio.to_thread(_add_tap, self._path, link.name)
             case _ if link.peer is not None:
                 if not os.path.ismount(link.peer.netns):  # its container ends at this moment
                     log.warning("no namespace for the other end", link=link.name, namespace=link.peer.netns)
@@ -179,7 +176,6 @@ class _Changes:
                     far = {"ifname": link.peer.interface, "net_ns_fd": namespace}
                     far |= {"address": link.peer.mac} if link.peer.mac else {}
                     far |= {"mtu": link.mtu} if link.mtu else {}
-                    far |= {"gso_max_size": link.gso_bytes} if link.gso_bytes else {}
                     # Nothing is tolerated: a name that is taken on either side is another device.
                     await self._route.link("add", peer=far, **options)
             case _:
@@ -198,12 +194,13 @@ class _Changes:
         }
         if link.vxlan.is_whole:
             options["vxlan_df"] = 1
-        async with self._namespaces.netlink(self._namespaces.home) as home:
-            if self._path == self._namespaces.home:
-                await _tolerating(_PRESENT, home.link("add", **options))
+        sockets = Path(link.sockets) if link.sockets else self._namespaces.home
+        async with self._namespaces.netlink(sockets) as route:
+            if self._path == sockets:
+                await _tolerating(_PRESENT, route.link("add", **options))
             else:
                 with _opened(self._path) as namespace:
-                    call = home.link("add", net_ns_fd=namespace, **options)
+                    call = route.link("add", net_ns_fd=namespace, **options)
                     await _tolerating(_PRESENT, call)
 
     async def _set(self, link: Link) -> None:
@@ -233,15 +230,6 @@ class _Changes:
         if not index:
             raise OSError(errno.ENODEV, f"there is no link {name}")
         return index
-
-
-def _add_tap(namespace: Path, name: str) -> None:
-    """It stays when the descriptor is closed; the forwarder opens it when it is told of it, or has it open already."""
-    try:
-        os.close(open_tap(namespace, name))
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
 
 
 @contextmanager

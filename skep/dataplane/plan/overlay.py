@@ -1,7 +1,7 @@
 """What the node's namespaces have to hold, from tables and local containers.  Pure.
 
 An overlay network has one bridge on a node, whatever number of subnets it has, and one VXLAN device for each subnet's
-VXLAN id; an encrypted network has TAPs of the forwarder in their place, and the forwarder knows what they would.
+VXLAN id; those of an encrypted network send from the namespace of the WireGuard tunnels (``skep.dataplane.wireguard``).
 Everything is known beforehand: where a frame for an address goes (``FORWARD``, ``PORT``) and what a
 container that asks for an address is answered (``NEIGHBOUR``), so nothing is flooded and nothing learned; who is in no
 table cannot be reached.  An endpoint is on the device of the subnet that its first address is in.  All subnets of a
@@ -15,9 +15,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_inte
 import msgspec
 
 from skep.dataplane.addresses import mac_for
-from skep.dataplane.encrypted.frames import GSO_BYTES_MAX, inner_mtu
-from skep.dataplane.encrypted.plan import device_of as encrypted_device_of
 from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Peer, Route, State, Vxlan
+from skep.dataplane.plan.wireguard import tunnel_mtu
 from skep.model.ids import NetworkId, NodeId
 from skep.model.sandbox import Endpoint, Sandbox
 from skep.model.tables import NetworkHead, Segment, Table
@@ -27,8 +26,6 @@ INGRESS_BRIDGE = "skep-ingress"
 INGRESS_VXLAN = "skep-vx"
 BRIDGE = "br0"
 VXLAN = "vx"
-TAP = "tun"
-"""What the kernel calls the kind of a TAP."""
 OVERHEAD_V4, OVERHEAD_V6 = 50, 70
 """Bytes that VXLAN puts around a frame: its own header, UDP, IP, and the inner Ethernet header."""
 USUAL_MTU = 1500
@@ -65,12 +62,18 @@ class Underlay(msgspec.Struct, frozen=True):
     """The node's address on the network between the nodes, and the MTU of the device that has it.
 
     As overlays see it, the MTU is what arrives at the other nodes.  ``offloads``: whether checksums inside VXLAN may be
-    left to the network card; None: where they are left now.
+    left to the network card; None: where they are left now.  ``netns``: the namespace that has the address; empty: the
+    node's own.
     """
 
     address: str
     mtu: int = USUAL_MTU
     offloads: bool | None = None
+    netns: str = ""
+
+
+UNKNOWN_TUNNEL = Underlay("::", tunnel_mtu(USUAL_MTU, is_ipv6=False))
+"""Before an encrypted network's table is there."""
 
 
 def mtu_of(head: NetworkHead, underlay: Underlay | None) -> int:
@@ -81,9 +84,7 @@ def mtu_of(head: NetworkHead, underlay: Underlay | None) -> int:
     if head.mtu:
         return head.mtu
     least = IPV6_MTU_MIN if any(":" in one.subnet for one in head.segments) else 0
-    of_underlay = underlay or Underlay("")
-    if head.is_encrypted:
-        return max(least, inner_mtu(of_underlay.mtu, is_ipv6=":" in of_underlay.address))
+    of_underlay = underlay or (UNKNOWN_TUNNEL if head.is_encrypted else Underlay(""))
     return max(least, of_underlay.mtu - (OVERHEAD_V6 if ":" in of_underlay.address else OVERHEAD_V4))
 
 
@@ -99,7 +100,7 @@ def network_state(
     """One network on this node.  ``remote``: its ``remote_entries``.
 
     Without a table there are only the local containers on their bridge; without an ``underlay`` no other node can be
-    reached.  An encrypted network leaves the node by no plain VXLAN.
+    reached.  The table and the underlay of an encrypted network are those inside the tunnels.
     """
     bridge, mtu = bridge_of(head), mtu_of(head, underlay)
     devices = _devices(head, underlay, bridge, mtu) if table is not None else {}
@@ -113,7 +114,6 @@ def network_state(
             mtu=mtu,
             master=bridge,
             is_closed_port=True,
-            gso_bytes=GSO_BYTES_MAX if head.is_encrypted else 0,
             peer=Peer(
                 netns=place.netns, interface=place.connected.interface, mac=place.connected.mac_address
             ),
@@ -128,7 +128,7 @@ def network_state(
         sysctls=(INGRESS_SYSCTLS if head.is_ingress else OVERLAY_SYSCTLS)
         | _sysctls(
             bridge,
-            () if head.is_encrypted else devices,
+            devices,
             is_dual=any(":" in one.subnet for one in head.segments),
         ),
     )
@@ -141,8 +141,6 @@ def bridge_of(head: NetworkHead) -> str:
 
 def device_of(head: NetworkHead, segment: Segment) -> str:
     """Name of the device that carries a subnet to other nodes."""
-    if head.is_encrypted:
-        return encrypted_device_of(segment)
     return f"{INGRESS_VXLAN if head.is_ingress else VXLAN}{segment.vni}"
 
 
@@ -241,9 +239,6 @@ def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int
     found = {}
     for segment in head.segments:
         name = device_of(head, segment)
-        if head.is_encrypted:
-            found[name] = Link(name=name, kind=TAP, mtu=mtu, master=bridge, is_closed_port=True)
-            continue
         found[name] = Link(
             name=name,
             kind="vxlan",
@@ -252,6 +247,7 @@ def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int
             is_closed_port=True,
             vxlan=Vxlan(vni=segment.vni, port=head.port, local=plain_address(underlay.address)),
             offloads=underlay.offloads,
+            sockets=underlay.netns,
         )
     return found
 
@@ -288,8 +284,6 @@ def _entries(head: NetworkHead, addresses: Sequence[str], underlay: str) -> Iter
         return
     device, mac = device_of(head, segment), mac_for(addresses)
     yield Entry(EntryKind.PORT, device, mac)
-    if head.is_encrypted:
-        return
     yield Entry(EntryKind.FORWARD, device, mac, plain_address(underlay))
     for address in addresses:
         yield Entry(EntryKind.NEIGHBOUR, device, mac, plain_address(address))

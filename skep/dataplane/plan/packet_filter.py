@@ -90,7 +90,10 @@ def spoofing(owners: Iterable[Owner]) -> NftTable:
 
 
 def strangers(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Iterable[str]) -> NftTable:
-    """Of the node's own namespace.  ``bridges``: what containers' packets come from."""
+    """Of the node's own namespace.  ``bridges``: what containers' packets come from.
+
+    Frames of an encrypted network are taken from no node here: they arrive in the tunnels' namespace.
+    """
     ports: set[int] = set()
     elements: set[Element] = set()
     for table in tables.values():
@@ -98,7 +101,7 @@ def strangers(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Itera
         for segment in table.head.segments:
             elements.add(("vnis", str(segment.vni)))
             for node in table.nodes.values():
-                if node.id != node_id:
+                if node.id != node_id and not table.head.is_encrypted:
                     name = "peers6" if ":" in node.underlay else "peers4"
                     elements.add((name, f"{plain_address(node.underlay)} . {segment.vni}"))
     return _vxlan_of(ports, bridges, elements)
@@ -112,6 +115,14 @@ def probing(wish: ProbeTargets, bridges: Iterable[str]) -> NftTable:
             name = "peers6" if ":" in peer.data_path else "peers4"
             elements.add((name, f"{plain_address(peer.data_path)} . {PROBE_VNI}"))
     return _vxlan_of({wish.node.vxlan_port}, bridges, elements)
+
+
+def tunnel_sources(sources: Iterable[tuple[str, int]], port: int) -> NftTable:
+    """Of the tunnels' namespace: which address inside may send frames of which VXLAN id, to this UDP port."""
+    elements: set[Element] = set()
+    for address, vni in sources:
+        elements |= {("vnis", str(vni)), ("peers6", f"{plain_address(address)} . {vni}")}
+    return _vxlan_of({port}, (), elements)
 
 
 def _vxlan_of(ports: Iterable[int], bridges: Iterable[str], elements: set[Element]) -> NftTable:

@@ -1,18 +1,19 @@
-"""Asks at ports of the underlay: a manager's, a docker node's gossip, the forwarder of encrypted networks.
+"""Asks at ports of the underlay, a manager's and a docker node's gossip, and through tunnels of encrypted networks.
 
-Sockets are made in the node's own namespace; each try has a deadline.
+Sockets are made in the node's own namespace, or in that of the tunnels; each try has a deadline.
 """
 
 import asyncio
 import os
 import socket
 import ssl
+import struct
 from collections.abc import Awaitable, Callable
 from functools import cache, partial
 from ipaddress import ip_address
+from pathlib import Path
 
 from skep.aio.clock import Clock
-from skep.dataplane.encrypted.frames import echo_answer, echo_question
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.probe.outcomes import Outcome
 
@@ -21,6 +22,8 @@ TRY_S = 2.0
 _PAUSE_S = 0.2
 _TLS_HANDSHAKE, _TLS_ALERT = 22, 21
 _RECORD_BYTES = 5
+_ECHO = struct.Struct(">BBHHH")
+_ECHO_REQUEST, _ECHO_REPLY = 128, 129
 
 
 class Knocking:
@@ -39,9 +42,9 @@ class Knocking:
         """A TCP connection, and nothing more."""
         return await self._tried(partial(self._connect, address, port))
 
-    async def forwarder(self, own: str, address: str, port: int) -> Outcome:
-        """An echo of the peer's forwarder, asked from this node's address ``own``, by which it knows who asks."""
-        return await self._tried(partial(self._ask_forwarder, own, address, port))
+    async def tunnel(self, namespace: Path, address: str) -> Outcome:
+        """An ICMPv6 echo of the peer's address in the tunnels, whose namespace this is; its kernel answers."""
+        return await self._tried(partial(self._echo, namespace, address))
 
     async def _tried(self, knock: Callable[[], Awaitable[str]]) -> Outcome:
         """Up to ``TRIES`` times until it succeeds; ``knock`` gives what is wrong, empty: nothing."""
@@ -80,16 +83,22 @@ class Knocking:
                 record += part
         return "" if record[0] in (_TLS_HANDSHAKE, _TLS_ALERT) else "it does not speak TLS"
 
-    async def _ask_forwarder(self, own: str, address: str, port: int) -> str:
+    async def _echo(self, namespace: Path, address: str) -> str:
+        """The kernel writes the checksum.  Source: RFC 4443, section 4."""
         loop = asyncio.get_running_loop()
-        number = self._numbers()
-        with await self._opened(address, socket.SOCK_DGRAM) as opened:
-            opened.bind((own, 0))
-            await loop.sock_connect(opened, (address, port))
-            await loop.sock_sendall(opened, echo_question(number))
-            while await loop.sock_recv(opened, 1 << 11) != echo_answer(number):
-                pass  # another's, or an older one: the deadline ends this
-        return ""
+        content = self._numbers().to_bytes(8, "big")
+        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        opened = await self._namespaces.run(
+            namespace, socket.socket, socket.AF_INET6, kind, socket.IPPROTO_ICMPV6
+        )
+        with opened:
+            # asyncio would look the port up as a service's, and sockets of this kind have none.
+            opened.connect((address, 0))
+            await loop.sock_sendall(opened, _ECHO.pack(_ECHO_REQUEST, 0, 0, 0, 0) + content)
+            while True:  # another's, or an older one: the deadline ends this
+                answer = await loop.sock_recv(opened, 1 << 11)
+                if answer[:1] == bytes((_ECHO_REPLY,)) and answer[_ECHO.size :] == content:
+                    return ""
 
     async def _opened(self, address: str, kind: socket.SocketKind) -> socket.socket:
         family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET

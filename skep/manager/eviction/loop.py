@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from functools import partial
 from random import Random
 from typing import Protocol, assert_never
 
@@ -18,8 +17,6 @@ from skep.manager.eviction.steps import (
     TEXTS,
     Eviction,
     Step,
-    add_overlay_secret,
-    drop_old_overlay_secrets,
     eviction_of,
     has_new_root,
     is_on_its_way,
@@ -28,6 +25,7 @@ from skep.manager.eviction.steps import (
     note_done,
     note_waiting,
     remove_evicted,
+    replace_gossip_keys,
 )
 from skep.manager.informer import run_informer
 from skep.manager.keys import WrappingKeys
@@ -53,9 +51,6 @@ KEEP_S = 10.0
 
 DAMAGED_MAX = 100
 """Values that are named."""
-
-OVERLAP_S = 10.0
-"""For every node to hear of a new secret of overlays before the old ones go."""
 
 
 class KeyedStore(Store, Protocol):
@@ -108,7 +103,7 @@ class Evictions:
         self._offered: tuple[NodeId, bytes] | None = None
         """The wrapping key that managers are given, and in whose eviction; the same while one of them is waited for."""
         self._early: NodeId | None = None
-        """In whose eviction the secrets of overlays were replaced before the root."""
+        """In whose eviction docker nodes' keys were replaced before the root."""
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -184,7 +179,7 @@ class Evictions:
             case "unlock":
                 await self._term.update(rotate_unlock_key)
             case "overlays":
-                await self._replace_overlay_secrets()
+                await self._replace_gossip_keys()
             case _:
                 assert_never(step)
         return ""
@@ -252,7 +247,7 @@ class Evictions:
         if all(node.status.state is not NodeState.READY for node in waiting):
             if self._early != eviction.node_id:
                 # These may be away for days, and the rest of it comes after the root: a first time.
-                await self._replace_overlay_secrets()
+                await self._replace_gossip_keys()
                 self._early = eviction.node_id
             return f"nodes that are away renew their certificates when they are back, or are removed: {names(waiting)}"
         return f"nodes renew their certificates, still to come: {names(waiting)}"
@@ -266,16 +261,8 @@ class Evictions:
             else ""
         )
 
-    # -- overlays --------------------------------------------------------------------------------------------------
-
-    async def _replace_overlay_secrets(self) -> None:
-        now = timestamp(self._clock.now_ns())
-        add = partial(
-            add_overlay_secret, random_bytes=self._random.randbytes, incarnation=self._store.incarnation
-        )
-        if await self._term.update(add, now):
-            await self._clock.sleep(OVERLAP_S)
-            await self._term.update(drop_old_overlay_secrets, self._random.randbytes)
+    async def _replace_gossip_keys(self) -> None:
+        await self._term.update(replace_gossip_keys, timestamp(self._clock.now_ns()), self._random.randbytes)
 
 
 def _not_renewed(view: View) -> list[Node]:

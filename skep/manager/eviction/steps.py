@@ -2,7 +2,7 @@
 
 The order is the point.  A manager has had the wrapping key, and every data key; whatever is encrypted under one of them
 is readable to who has a later image of a disk.  So after the node is gone the data keys come first, and only what is
-written under the new ones (the root's key, tokens, the unlock key, secrets of overlays) is new to it.
+written under the new ones (the root's key, tokens, the unlock key, docker nodes' keys) is new to it.
 
 Each step may be interrupted and done again.
 """
@@ -17,17 +17,15 @@ from skep.errors import FailedPrecondition, NotFound
 from skep.manager.ca.standing import is_manager
 from skep.manager.cluster import cluster_of
 from skep.manager.control.nodes import check_demotion, remove_node
-from skep.manager.discovery.overlay_keys import decoded_ring, rotated
-from skep.manager.gossip.keys import rotated as rotated_gossip_keys
+from skep.manager.gossip.keys import rotated
 from skep.model.gossip import decoded_keys
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
-from skep.model.pair_keys import KEY_BYTES
 from skep.model.swarm import Swarm
 from skep.model.times import Timestamp
 from skep.security.trust import root_digest
 from skep.store.interface import Transaction, View
-from skep.store.kinds import GOSSIP_KEYS_ID, OVERLAY_KEYS_ID, Payload, Revocation
+from skep.store.kinds import GOSSIP_KEYS_ID, Payload, Revocation
 
 EVICTION_ID = "eviction"
 """Id of the payload that keeps the last eviction."""
@@ -42,7 +40,7 @@ TEXTS: Mapping[Step, str] = {
     "restarts": "every manager's etcd has been restarted with the new root",
     "tokens": "join tokens are new",
     "unlock": "the unlock key is new, if managers are locked",
-    "overlays": "keys of encrypted overlay networks are new",
+    "overlays": "no node exchanges encrypted traffic with it, and docker nodes have new keys",
 }
 OF_A_MANAGER: tuple[Step, ...] = ("remove", "keys", "data", "root", "restarts", "unlock", "overlays")
 OF_A_WORKER: tuple[Step, ...] = ("remove", "tokens", "overlays")
@@ -258,26 +256,9 @@ def names(nodes: Iterable[Node], most: int = 5) -> str:
     return ", ".join(found[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def add_overlay_secret(
-    tx: Transaction, now: Timestamp, random_bytes: Callable[[int], bytes], incarnation: int
-) -> bool:
-    """Begin a new epoch of overlay keys, and of docker nodes' gossip; whether there are any keys of overlays."""
+def replace_gossip_keys(tx: Transaction, now: Timestamp, random_bytes: Callable[[int], bytes]) -> None:
+    """New keys for the gossip of docker nodes and for their encrypted overlay networks, if there are such nodes."""
     gossip = tx.lookup(Payload, GOSSIP_KEYS_ID)
     if gossip is not None:
-        fresh = rotated_gossip_keys(decoded_keys(gossip.data), random_bytes, now)
+        fresh = rotated(decoded_keys(gossip.data), random_bytes, now)
         tx.put(Payload(id=GOSSIP_KEYS_ID, data=fresh.encode()))
-    stored = tx.lookup(Payload, OVERLAY_KEYS_ID)
-    if stored is None:
-        return False
-    ring = rotated(decoded_ring(stored.data), random_bytes, now, incarnation)
-    tx.put(Payload(id=OVERLAY_KEYS_ID, data=ring.encode()))
-    return True
-
-
-def drop_old_overlay_secrets(tx: Transaction, random_bytes: Callable[[int], bytes]) -> None:
-    """Have no secret of overlays but the newest, which every node has by now."""
-    stored = tx.lookup(Payload, OVERLAY_KEYS_ID)
-    if stored is not None:
-        ring = decoded_ring(stored.data)
-        ring = replace(ring, secrets=ring.secrets[-1:], wireguard=random_bytes(KEY_BYTES))
-        tx.put(Payload(id=OVERLAY_KEYS_ID, data=ring.encode()))

@@ -1,4 +1,4 @@
-"""The processes that a node supervises: net, forwarder, and the manager while there is one."""
+"""The processes that a node supervises: net, wireguard-go where it is needed, and the manager while there is one."""
 
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -8,6 +8,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.bootstrap import FUTILE, REMOVED, STARVED
+from skep.dataplane.wireguard import process as wireguard_go
 from skep.errors import Unavailable
 from skep.node.conditions import Conditions
 from skep.node.supervision.responses import wait_manager_hung
@@ -54,7 +55,11 @@ class NodeProcesses:
             ends_with_node=lambda: self._is_stopping,
         )
         self.net = self._new("net", policy=Policy(hands_over=True, gives_up=False))
-        self.forwarder = self._new("forwarder", policy=Policy(gives_up=False))
+
+    def new_wireguard(self, slot: int) -> Supervisor:
+        """The supervisor of the wireguard-go in ``slot``, not yet running; the process outlives the node."""
+        policy = Policy(gives_up=False, version=wireguard_go.VERSION, outlives_node=True)
+        return self._new(wireguard_go.process_name(slot), policy=policy)
 
     def new_manager(self) -> Supervisor:
         """The supervisor of a manager process, not yet running."""

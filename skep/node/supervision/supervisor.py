@@ -41,6 +41,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """How one kind of process is treated.
 
     Args:
+        version: of what is adopted; a process of another one is replaced.
+        outlives_node: it goes on when the node stops as planned.
         hands_over: its successor takes over from it (net); otherwise it is stopped first (manager).
         gives_up: five ends within a minute are enough; otherwise it is started again without limit.
         final: exit codes after which it is not started again, each with the reason.
@@ -50,6 +52,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         wait_hung: watches the process while it runs, and returns why it is to be killed.
     """
 
+    version: str = __version__
+    outlives_node: bool = False
     hands_over: bool = False
     gives_up: bool = True
     final: Mapping[int, str] = MappingProxyType({})
@@ -120,7 +124,7 @@ class Supervisor:
                     return
                 await self._wait_restart(code)
         finally:
-            if self._is_dismissed or self._ends_with_node():
+            if self._is_dismissed or (self._ends_with_node() and not self._policy.outlives_node):
                 await self._stop()
 
     async def _wait_restart(self, code: int | None) -> None:
@@ -173,7 +177,7 @@ class Supervisor:
     async def _live_once(self) -> int | None:
         """Adopt or start the process and return when it has ended, with its exit code if that is known."""
         running = read_pid_file(self._paths.pid_file(self._name))
-        if running is not None and running.version == __version__:
+        if running is not None and running.version == self._policy.version:
             log.info("process adopted", name=self._name, pid=running.pid)
             self.process = running
         else:
@@ -237,7 +241,7 @@ class Supervisor:
             self._last_end = str(error)
             return None, None
         log.info("process started", name=self._name, pid=pid)
-        process = identify(pid, __version__)
+        process = identify(pid, self._policy.version)
         if process is not None:
             return process, None
         code = await self._zygote.reap(pid)

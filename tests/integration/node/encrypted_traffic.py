@@ -5,10 +5,10 @@ import itertools
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from bench.overlay_pair import OverlayPair, Side
 from skep.aio.clock import SystemClock
 from skep.dataplane.netns.namespaces import inside
 
@@ -18,17 +18,24 @@ CLOCK = SystemClock()
 _ETH_P_ALL = 3
 
 
-def sockets_of(source: Side, target: Side, kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
+class End(NamedTuple):
+    """A container: its network namespace and its address."""
+
+    namespace: Path
+    address: str
+
+
+def sockets_of(source: End, target: End, kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
     """A sender in one container, a receiver in the other; not connected yet."""
-    out = inside(Path("/run/netns") / source.container, lambda: socket.socket(socket.AF_INET, kind))
-    into = inside(Path("/run/netns") / target.container, lambda: socket.socket(socket.AF_INET, kind))
+    out = inside(source.namespace, lambda: socket.socket(socket.AF_INET, kind))
+    into = inside(target.namespace, lambda: socket.socket(socket.AF_INET, kind))
     into.bind((target.address, PORT))
     into.settimeout(5)
     out.settimeout(5)
     return out, into
 
 
-def transfer(source: Side, target: Side, content: bytes) -> bytes:
+def transfer(source: End, target: End, content: bytes) -> bytes:
     """What arrives of ``content`` over TCP."""
     out, into = sockets_of(source, target, socket.SOCK_STREAM)
     with out, into:
@@ -45,14 +52,9 @@ def transfer(source: Side, target: Side, content: bytes) -> bytes:
     return bytes(received)
 
 
-def captured(side: Side) -> AbstractContextManager[list[bytes]]:
-    """All frames on the node's underlay, both ways, while the block runs; whole once it has ended."""
-    return captured_in(Path("/run/netns") / side.node, "up0")
-
-
 @contextmanager
 def captured_in(namespace: Path, device: str) -> Iterator[list[bytes]]:
-    """The same of any device."""
+    """All frames on a device, both ways, while the block runs; whole once it has ended."""
 
     def opened() -> socket.socket:
         raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
@@ -97,20 +99,21 @@ def udp_to(seen: list[bytes], port: int) -> list[bytes]:
 class Pings:
     """UDP datagrams from one container to the other, one every few milliseconds, numbered."""
 
-    def __init__(self, pair: OverlayPair) -> None:
-        self._pair = pair
+    def __init__(self, source: End, target: End) -> None:
+        self._source = source
+        self._target = target
         self._is_over = threading.Event()
         self.sent = 0
         self.arrived: list[tuple[int, float]] = []
 
     @contextmanager
     def running(self) -> Iterator["Pings"]:
-        out, into = sockets_of(self._pair.a, self._pair.b, socket.SOCK_DGRAM)
+        out, into = sockets_of(self._source, self._target, socket.SOCK_DGRAM)
         into.settimeout(0.3)
 
         def send() -> None:
             while not self._is_over.wait(0.002):
-                out.sendto(self.sent.to_bytes(4, "big"), (self._pair.b.address, PORT))
+                out.sendto(self.sent.to_bytes(4, "big"), (self._target.address, PORT))
                 self.sent += 1
 
         def receive() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -12,10 +12,12 @@ from skep.aio.clock import SystemClock
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import OwnReservations
+from skep.dataplane.wireguard.tunnels import Options
 from skep.engine.container import Container, ContainerConfig
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId, new_container_id
 from skep.model.sandbox import EndpointConfig, PublishedPort, Sandbox
 from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode
+from skep.model.wireguard import PublicKey, published_keys
 from skep.paths import Paths
 
 WEB = NetworkHead(id=NetworkId("webnet"), name="web", segments=(Segment("10.0.1.0/24", "10.0.1.1", 4097),))
@@ -42,6 +44,8 @@ class LabNode:
 
     def __init__(self, root: Path, id: NodeId, home: Path, underlay: str) -> None:
         self.id = id
+        self.encryption: Options | None = None
+        self.public_keys: Callable[[], tuple[PublicKey, ...]] = tuple
         self.home = home
         self.underlay = underlay
         self.paths = Paths(root / "data", root / "run")
@@ -54,8 +58,14 @@ class LabNode:
         """A node process: takes over what is there, and leaves it."""
         ports = OwnReservations(self.namespaces)
         network = container_network(
-            self.paths, namespaces=self.namespaces, ports=ports, clock=SystemClock(), chance=random.random
+            self.paths,
+            namespaces=self.namespaces,
+            ports=ports,
+            clock=SystemClock(),
+            chance=random.random,
+            encryption=self.encryption,
         )
+        self.public_keys = lambda: published_keys(network.tunnels.labels())
         network.overlays.identify(self.id)
         try:
             async with network.running():
@@ -120,6 +130,7 @@ class OverlayLab:
                     node.namespaces,
                     Namespaces(node.paths.overlays),
                     Namespaces(node.paths.probes),
+                    Namespaces(node.paths.tunnels),
                 ):
                     for id in space.pinned():
                         await space.destroy(id)
@@ -139,7 +150,10 @@ class OverlayLab:
         own = ingress_addresses or {}
         nodes = {
             one.id: TableNode(
-                id=one.id, underlay=one.underlay, addresses=(own[one.id],) if one.id in own else ()
+                id=one.id,
+                underlay=one.underlay,
+                addresses=(own[one.id],) if one.id in own else (),
+                wireguard_keys=one.public_keys() if head.is_encrypted else (),
             )
             for one in self.nodes
         }

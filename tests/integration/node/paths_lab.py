@@ -1,23 +1,18 @@
 """What tests of probes need beside ``overlay_lab``: wishes for all pairs, and servers at the ports that are asked."""
 
 import asyncio
-import os
-import random
 import socket
 import ssl
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from skep.dataplane.container_network import ContainerNetwork
-from skep.dataplane.encrypted.forwarder import Forwarder
-from skep.dataplane.encrypted.plan import Plan, PlannedPeer
 from skep.model.paths import PathCheck, PathPeer, PathReport, ProbeTargets
 from tests.integration.node.overlay_lab import LabNode, OverlayLab
 from tests.support.etcd_rig import peer_files
 
-CONTROL_PORT, ETCD_PORT, GOSSIP_PORT, VXLAN_PORT, ENCRYPTED_PORT = 2377, 2378, 7946, 4789, 4799
+CONTROL_PORT, ETCD_PORT, GOSSIP_PORT, VXLAN_PORT = 2377, 2378, 7946, 4789
 
 
 def a_peer(node: LabNode, *, has_ports: bool = False) -> PathPeer:
@@ -64,7 +59,7 @@ def failing(report: PathReport) -> dict[PathCheck, str]:
 
 @asynccontextmanager
 async def served_ports(lab: OverlayLab, root: Path) -> AsyncIterator[None]:
-    """On each node: TLS at the control port, a forwarder of encrypted networks, and somebody at the gossip port."""
+    """On each node: TLS at the control port and at etcd's, and a server at the gossip port."""
     files = peer_files(root)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
@@ -72,26 +67,12 @@ async def served_ports(lab: OverlayLab, root: Path) -> AsyncIterator[None]:
     context.verify_mode = ssl.CERT_REQUIRED
     loop = asyncio.get_running_loop()
     servers: list[asyncio.Server] = []
-    forwarders: list[Forwarder] = []
     try:
         for node in lab.nodes:
             for port, tls in ((CONTROL_PORT, context), (ETCD_PORT, context), (GOSSIP_PORT, None)):
                 listener = await node.namespaces.run(node.home, socket.create_server, (node.underlay, port))
                 servers.append(await loop.create_server(asyncio.Protocol, sock=listener, ssl=tls))
-            forwarder = Forwarder(os.urandom, random.random, time.monotonic)
-            plan = Plan(
-                node_id=node.id,
-                address=node.underlay,
-                port=ENCRYPTED_PORT,
-                peers=tuple(
-                    PlannedPeer(node_id=one.id, address=one.underlay) for one in lab.nodes if one is not node
-                ),
-            )
-            await node.namespaces.run(node.home, forwarder.apply, plan)
-            forwarders.append(forwarder)
         yield
     finally:
         for server in servers:
             server.close()
-        for forwarder in forwarders:
-            forwarder.close()

@@ -1,206 +1,333 @@
-"""Encrypted overlays between two nodes in namespaces: what passes on the wire, and what disturbs it.
+"""Encrypted networks between two nodes: what passes on the wire, what disturbs it, and keys that change under load.
 
-The talk's sniff test: somebody listens on the underlay while one container sends a text to another on the other node.
+The sniff test: the underlay is captured while one container sends a text to another on the other node.
 """
 
 import asyncio
-import os
-import signal
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from bench.overlay_pair import DEVICE, VNI, OverlayPair, overlay_pair, sh
-from skep.dataplane.encrypted.frames import GREETING, HEADER, PIECE, parse
 from skep.dataplane.netns.namespaces import inside
-from skep.errors import FailedPrecondition
+from skep.dataplane.plan.wireguard import device_name
+from skep.dataplane.wireguard.tunnels import Options
+from skep.model.ids import NodeId
+from skep.model.tables import NetworkHead, Table
+from skep.model.wireguard import Method
 from tests.integration.node.encrypted_traffic import (
     CLOCK,
     PORT,
     TEXT,
+    End,
     Pings,
-    captured,
+    captured_in,
     sockets_of,
     transfer,
     udp_to,
 )
+from tests.integration.node.overlay_lab import LabNode, place, reaches, shell
+from tests.integration.node.secure_lab import SECURE_TWO, SecureLab, secure_lab, wait_reaches
 
-pytestmark = pytest.mark.needs("root", "ip", "nsenter")
+pytestmark = [pytest.mark.needs("root", "ip", "nsenter", "wireguard-go"), pytest.mark.timeout(90)]
 
-
-@pytest.fixture
-async def pair(tmp_path: Path) -> AsyncIterator[OverlayPair]:
-    with overlay_pair(tmp_path) as both:
-        yield both
-
-
-async def dropped(pair: OverlayPair) -> list[Counter[str]]:
-    """What each side has dropped until now.  The first greeting may come before its receiver knows of anybody."""
-    return [Counter((await side.client.status()).counts.dropped) for side in (pair.a, pair.b)]
+PLAIN_TWO = msgspec.structs.replace(SECURE_TWO, is_encrypted=False)
+ADDRESSES = ("10.0.2.5", "10.0.2.6")
+WIREGUARD, PLAIN_VXLAN = (4799, 4800), 4789
 
 
-async def test_a_sniffer_sees_that_traffic_flows_and_not_what_it_says(pair: OverlayPair) -> None:
-    await pair.encrypt()
-    before = await dropped(pair)
-    content = TEXT * 20_000
-    with captured(pair.b) as seen:
-        assert await asyncio.to_thread(transfer, pair.a, pair.b, content) == content
-    assert await dropped(pair) == before
-    datagrams = udp_to(seen, 4799)
-    assert sum(map(len, datagrams)) > len(content), "all of it passed here"
-    assert all(parse(memoryview(one)) or one[1] == GREETING for one in datagrams)
-    assert udp_to(seen, 4789) == []
-    wire = b"".join(seen)
-    assert TEXT.strip() not in wire
-    inner = (pair.a.mac, pair.b.mac, socket.inet_aton(pair.a.address), socket.inet_aton(pair.b.address))
-    assert [one for one in inner if one in wire] == [], "nor who talks to whom"
+class Pair(msgspec.Struct):
+    """Two nodes with a container each."""
+
+    secure: SecureLab
+    ends: tuple[End, End]
+
+    @property
+    def nodes(self) -> list[LabNode]:
+        return self.secure.lab.nodes
+
+    @property
+    def container(self):  # type: ignore[no-untyped-def]
+        """The endpoint of the first node's."""
+        return next(iter(self.nodes[0].endpoints.values()))
+
+    def captured(self):  # type: ignore[no-untyped-def]
+        """All that passes the second node's underlay."""
+        return captured_in(self.nodes[1].home, "under")
+
+    async def publish(self, *nodes: int) -> None:
+        """The tables as managers send them, with the keys that the nodes publish by now; to ``nodes``, else to all."""
+        self.secure.lab.tell(SECURE_TWO)
+        networks = [self.secure.networks[number] for number in nodes] or self.secure.networks
+        await self.secure.lab.apply(networks)
 
 
-async def test_the_plain_twin_shows_the_text(pair: OverlayPair) -> None:
-    pair.carry_by_vxlan()
-    content = TEXT * 20_000
-    with captured(pair.b) as seen:
-        assert await asyncio.to_thread(transfer, pair.a, pair.b, content) == content
-    assert udp_to(seen, 4789)
-    assert TEXT.strip() in b"".join(seen)
+@asynccontextmanager
+async def a_pair(
+    root: Path,
+    head: NetworkHead = SECURE_TWO,
+    *,
+    method: Method = Method.USER_SPACE,
+    rotation_s: float = 1e9,
+    overlap_s: float = 1e9,
+) -> AsyncIterator[Pair]:
+    def timed(options: Options) -> Options:
+        return msgspec.structs.replace(options, method=method, rotation_s=rotation_s, overlap_s=overlap_s)
+
+    async with secure_lab(root, 2, options=timed) as secure:
+        ends = [
+            await node.attach(network, place(head, f"{address}/24"))
+            for node, network, address in zip(secure.lab.nodes, secure.networks, ADDRESSES, strict=True)
+        ]
+        secure.lab.tell(head)
+        await secure.lab.apply(secure.networks)
+        await wait_reaches(ends[0], ADDRESSES[1])
+        one, other = (End(Path(end.netns), address) for end, address in zip(ends, ADDRESSES, strict=True))
+        yield Pair(secure, (one, other))
 
 
-async def test_what_was_captured_and_is_sent_again_is_dropped(pair: OverlayPair) -> None:
-    """Replayed, altered, from a stranger's address: the container sees each datagram once."""
-    await pair.encrypt()
-    _, before = await dropped(pair)
-    out, into = sockets_of(pair.a, pair.b, socket.SOCK_DGRAM)
-    with out, into:
-        with captured(pair.b) as seen:
-            out.sendto(TEXT, (pair.b.address, PORT))
-            assert into.recv(2048) == TEXT
-        recorded = [one for one in udp_to(seen, 4799) if one[1] == PIECE]
-        assert recorded
-
-        def from_here(address: str) -> socket.socket:
-            raw = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            raw.bind((address, 0))
-            return raw
-
-        sh("ip", "-n", pair.a.node, "address", "add", "192.0.2.66/24", "dev", "up0")
-        for address in (pair.a.underlay, "192.0.2.66"):
-            with inside(Path("/run/netns") / pair.a.node, lambda address=address: from_here(address)) as raw:
-                for one in recorded:
-                    altered = bytearray(one)
-                    altered[HEADER.size - 1] ^= 0x7F  # another counter: not seen yet
-                    raw.sendto(one, (pair.b.underlay, 4799))
-                    raw.sendto(altered, (pair.b.underlay, 4799))
-        out.sendto(b"last", (pair.b.address, PORT))
-        assert into.recv(2048) == b"last", "nothing of it came between"
-    _, after = await dropped(pair)
-    assert after - before == {
-        "forged": len(recorded),
-        "replayed": len(recorded),
-        "stranger": 2 * len(recorded),
-    }
+def encrypted(seen: list[bytes]) -> list[bytes]:
+    """The datagrams to WireGuard's ports."""
+    return [one for port in WIREGUARD for one in udp_to(seen, port)]
 
 
-@pytest.mark.timeout(60)
-async def test_keys_change_under_load_without_a_loss(pair: OverlayPair) -> None:
-    """Ten rotations, told to one node first, then to the other, while a counted stream and a TCP transfer go on."""
-    await pair.encrypt((1, 2))
-    _, before = await dropped(pair)
-    epochs: set[int] = set()
-    with Pings(pair).running() as pings:
-        await pings.wait_arrived(20)
-        for newest in range(3, 13):
-            to_a, to_b = pair.keys((newest - 2, newest - 1, newest))
-            turns = [(pair.a, pair.b, to_a), (pair.b, pair.a, to_b)]
-            for side, other, keys in turns if newest % 2 else reversed(turns):
-                await side.client.apply(side.plan(other, keys))
+async def test_a_sniffer_sees_that_traffic_flows_and_not_what_it_says(tmp_path: Path) -> None:
+    async with a_pair(tmp_path) as pair:
+        content = TEXT * 20_000
+        with pair.captured() as seen:
+            assert await asyncio.to_thread(transfer, *pair.ends, content) == content
+        assert sum(map(len, encrypted(seen))) > len(content), "all of it passed here"
+        assert udp_to(seen, PLAIN_VXLAN) == []
+        wire = b"".join(seen)
+        assert TEXT.strip() not in wire
+        inner = [socket.inet_aton(end.address) for end in pair.ends]
+        assert [one for one in inner if one in wire] == [], "nor which containers talk to each other"
+
+
+async def test_the_plain_twin_shows_the_text(tmp_path: Path) -> None:
+    async with a_pair(tmp_path, PLAIN_TWO) as pair:
+        content = TEXT * 20_000
+        with pair.captured() as seen:
+            assert await asyncio.to_thread(transfer, *pair.ends, content) == content
+        assert udp_to(seen, PLAIN_VXLAN)
+        assert TEXT.strip() in b"".join(seen)
+
+
+async def test_what_was_captured_and_is_sent_again_is_dropped(tmp_path: Path) -> None:
+    """Replayed or altered, from the node's address or a stranger's: the container sees each datagram once."""
+    async with a_pair(tmp_path) as pair:
+        out, into = sockets_of(*pair.ends, socket.SOCK_DGRAM)
+        with out, into:
+            with pair.captured() as seen:
+                out.sendto(TEXT, (pair.ends[1].address, PORT))
+                assert into.recv(2048) == TEXT
+            recorded = [one for one in udp_to(seen, 4799) if len(one) > len(TEXT)]
+            assert recorded
+            source, target = pair.nodes
+            await shell(source.home, "ip address add 192.0.2.66/24 dev under")
+            for address in (source.underlay, "192.0.2.66"):
+                with inside(source.home, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as raw:
+                    raw.bind((address, 0))
+                    for one in recorded:
+                        altered = bytearray(one)
+                        altered[-1] ^= 0x7F
+                        raw.sendto(one, (target.underlay, 4799))
+                        raw.sendto(altered, (target.underlay, 4799))
+            out.sendto(b"last", (pair.ends[1].address, PORT))
+            assert into.recv(2048) == b"last", "nothing of it came between"
+
+
+async def test_plain_vxlan_that_is_injected_reaches_no_container(tmp_path: Path) -> None:
+    """A frame of the network's VXLAN id, sent in clear to the ports of VXLAN outside and inside."""
+    async with a_pair(tmp_path) as pair:
+        source, target = pair.nodes
+        (own,) = target.endpoints.values()
+        mac = bytes.fromhex(own.endpoints[0].mac_address.replace(":", ""))
+        packet = _udp_packet("10.0.2.5", "10.0.2.6", PORT, TEXT)
+        frame = (
+            b"\x08\0\0\0" + (4098).to_bytes(3, "big") + b"\0" + mac + b"\x02\x42\x0a\0\x02\x05\x08\0" + packet
+        )
+        out, into = sockets_of(*pair.ends, socket.SOCK_DGRAM)
+        with out, into, inside(source.home, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as raw:
+            for port in (4789, 4801):
+                raw.sendto(frame, (target.underlay, port))
+            out.sendto(b"last", (pair.ends[1].address, PORT))
+            assert into.recv(2048) == b"last"
+
+
+async def test_keys_change_under_load_without_a_loss(tmp_path: Path) -> None:
+    async with a_pair(tmp_path, rotation_s=6.0, overlap_s=4.0) as pair:
+        await rotate_under_load(pair, 20.0)
+
+
+async def rotate_under_load(pair: Pair, seconds: float) -> None:
+    """Rotations of both nodes, published to one before the other, while a counted stream goes on; then a transfer."""
+    used: set[bytes] = set()
+    turn = 0
+    with Pings(*pair.ends).running() as pings:
+        began = CLOCK.monotonic()
+        while CLOCK.monotonic() - began < seconds:
+            turn += 1
+            for number in (0, 1) if turn % 2 else (1, 0):
+                await pair.publish(number)
                 await pings.wait_arrived(20)
-            async with asyncio.timeout(10):
-                while (status := await pair.a.client.status()).peers[0].epoch != newest:
-                    await CLOCK.sleep(0.005)
-            epochs.add(status.peers[0].epoch)
-    assert epochs == set(range(3, 13))
-    assert pings.sent > 400
+            used |= {one.key for node in pair.nodes for one in node.public_keys()}
+        content = TEXT * 20_000
+        assert await asyncio.to_thread(transfer, *pair.ends, content) == content
+    assert len(used) >= 6, "each node had three keys at least"
     assert [number for number, _ in pings.arrived] == list(range(pings.sent))
-    _, after = await dropped(pair)
-    assert (after - before).keys() <= {"greeting refused"}, "under the newest key, before the other has it"
+    assert pings.sent > 2000
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("which", ["sender", "receiver"])
-async def test_a_killed_forwarder_is_back_within_two_seconds(pair: OverlayPair, which: str) -> None:
-    """Restarted at once, as its supervisor does: it resumes its plan by itself, with a session of its own."""
-    await pair.encrypt()
-    victim = pair.a if which == "sender" else pair.b
-    with captured(pair.b) as seen, Pings(pair).running() as pings:
-        for _ in range(3):
-            await pings.wait_arrived(50)
-            victim.end_forwarder(signal.SIGKILL)
-            victim.start_forwarder()
-        await pings.wait_arrived(50)
-        longest_s = pings.longest_gap_s
-    assert longest_s < 2.0
-    headers = [header for one in udp_to(seen, 4799) if (header := parse(memoryview(one)))]
-    by_sender = [(frame[26:30], header) for frame in seen if (header := parse(memoryview(frame[42:])))]
-    nonces = [(sender, one.epoch, one.session, one.counter, one.position) for sender, one in by_sender]
-    assert len(set(nonces)) == len(nonces)
-    assert len({header.session for header in headers}) == 4, "each life has sessions of its own"
-
-
-async def test_nothing_passes_in_clear_or_otherwise_while_keys_do_not_match(pair: OverlayPair) -> None:
-    for side in (pair.a, pair.b):
-        side.start_forwarder()
-    to_a, _ = pair.keys((1,))
-    await pair.a.client.apply(pair.a.plan(pair.b, to_a))
-    await pair.b.client.apply(pair.b.plan(pair.a, to_a))  # a's, which is wrong
-    for side in (pair.a, pair.b):
-        side.attach()
-    out, into = sockets_of(pair.a, pair.b, socket.SOCK_DGRAM)
-    with out, into, captured(pair.b) as seen:
+async def test_a_peer_that_hears_late_of_a_new_key_is_reached_by_the_older_one(tmp_path: Path) -> None:
+    async with a_pair(tmp_path, rotation_s=3.0, overlap_s=0.5) as pair:
+        late = pair.nodes[0].public_keys()
         async with asyncio.timeout(10):
-            while (await pair.a.client.status()).counts.dropped.get("not agreed", 0) < 5:
-                out.sendto(TEXT, (pair.b.address, PORT))
-                await CLOCK.sleep(0.01)
-        into.settimeout(0)
-        with pytest.raises(BlockingIOError):
-            into.recv(100)
-    assert not (await pair.a.client.status()).peers[0].is_agreed
-    assert TEXT not in b"".join(seen)
-    assert [one for one in udp_to(seen, 4799) if one[1] != GREETING] == []
+            while len(pair.nodes[0].public_keys()) < 2:
+                await CLOCK.sleep(0.05)
+        assert pair.nodes[0].public_keys()[0] == late[0]
+        with Pings(*pair.ends).running() as pings:
+            await pings.wait_arrived(300)
+        assert pings.sent == len(pings.arrived), "no table has come since"
+        await pair.publish()
+        with Pings(*pair.ends).running() as pings:
+            await pings.wait_arrived(300)
+        assert pings.sent == len(pings.arrived)
 
 
-async def test_a_deleted_device_is_made_anew(pair: OverlayPair) -> None:
-    await pair.encrypt()
-    sh("ip", "-n", pair.b.overlay, "link", "del", DEVICE)
-    async with asyncio.timeout(5):
-        while True:
-            with suppress(Exception):
-                pair.b.attach()
-                break
-            await CLOCK.sleep(0.05)
-    content = os.urandom(100_000)
-    assert await asyncio.to_thread(transfer, pair.a, pair.b, content) == content
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+async def test_a_killed_wireguard_go_is_back_within_three_seconds_and_nothing_leaves_in_clear(
+    tmp_path: Path, which: str
+) -> None:
+    async with a_pair(tmp_path) as pair:
+        victim = pair.nodes[0 if which == "sender" else 1]
+        with pair.captured() as seen, Pings(*pair.ends).running() as pings:
+            for _ in range(3):
+                await pings.wait_arrived(50)
+                pair.secure.processes[victim.id, 0].kill()
+            await pings.wait_arrived(50)
+            longest_s = pings.longest_gap_s
+        assert longest_s < 3.0
+        assert only_wireguard(seen)
 
 
-async def test_an_address_that_is_not_the_nodes_is_refused_with_the_reason(pair: OverlayPair) -> None:
-    pair.a.start_forwarder()
-    plan = pair.a.plan(pair.b, pair.keys((1,))[0])
-    wrong = plan.__class__(node_id=plan.node_id, address="203.0.113.9")
-    with pytest.raises(
-        FailedPrecondition, match=r"203\.0\.113\.9 port 4799/udp: Cannot assign requested address"
-    ):
-        await pair.a.client.apply(wrong)
-    status = await pair.a.client.apply(plan)
-    assert status.segments == (VNI,)
+async def test_nothing_leaves_while_there_is_no_device(tmp_path: Path) -> None:
+    """The device is away and does not come back; the node even has a default route of IPv6."""
+    async with a_pair(tmp_path) as pair:
+        node = pair.nodes[0]
+        await shell(
+            node.home,
+            "sysctl -qw net.ipv6.conf.all.disable_ipv6=0; ip -6 addr add fd09::1/64 dev under nodad",
+        )
+        await shell(node.home, "ip -6 route add default via fd09::2 dev under")
+        process = pair.secure.processes[node.id, 0]
+        process.stop()
+        await shell(
+            pair.secure.networks[0].tunnels.namespace, f"ip link del {device_name(node.paths.run, 0)}"
+        )
+        with pair.captured() as seen:
+            assert not await reaches(pair.container, ADDRESSES[1])
+        assert [frame for frame in seen if TEXT in frame or _is_udp(frame)] == []
+        process.resume()
+        await wait_reaches(pair.container, ADDRESSES[1])
 
 
-async def test_the_plan_lies_where_only_root_reads_it_and_goes_away_devices_stay(pair: OverlayPair) -> None:
-    await pair.encrypt()
-    assert pair.a.paths.forwarder_plan.stat().st_mode & 0o777 == 0o600
-    assert pair.a.paths.forwarder_socket.stat().st_mode & 0o777 == 0o600
-    pair.a.end_forwarder()
-    assert DEVICE in sh("ip", "-n", pair.a.overlay, "-brief", "link")
+async def test_nothing_passes_while_keys_do_not_match(tmp_path: Path) -> None:
+    """The second node is published with a key that is not its own: it cannot prove to have it."""
+    async with a_pair(tmp_path) as pair:
+        (right,) = pair.nodes[1].public_keys()
+        wrong = msgspec.structs.replace(right, key=bytes(31) + b"\x09")
+        published, pair.nodes[1].public_keys = pair.nodes[1].public_keys, lambda: (wrong,)
+        await pair.publish()
+        with pair.captured() as seen:
+            assert not await reaches(pair.container, ADDRESSES[1])
+        assert {one[0] for one in encrypted(seen)} <= {1}, "handshakes alone, which nobody answers"
+        pair.nodes[1].public_keys = published
+        await pair.publish()
+        await wait_reaches(pair.container, ADDRESSES[1])
+
+
+async def test_a_node_that_is_gone_from_the_tables_is_no_peer_at_once(tmp_path: Path) -> None:
+    """As after an eviction: it still has its keys, and nothing of it is taken any more."""
+    async with a_pair(tmp_path) as pair:
+        table = pair.secure.lab.tell(SECURE_TWO)
+        gone = pair.nodes[1].id
+        pair.secure.lab.tables[SECURE_TWO.id] = without_node(table, gone)
+        await pair.secure.lab.apply(pair.secure.networks[:1])
+        name = device_name(pair.nodes[0].paths.run, 0)
+        async with asyncio.timeout(3):
+            while "public_key" in await _shown(name):
+                await CLOCK.sleep(0.02)
+        out, into = sockets_of(pair.ends[1], pair.ends[0], socket.SOCK_DGRAM)
+        with out, into:
+            into.settimeout(0.5)
+            out.sendto(TEXT, (pair.ends[0].address, PORT))
+            with pytest.raises(TimeoutError):
+                into.recv(2048)
+
+
+async def test_a_node_process_that_follows_goes_on_with_keys_and_sessions(tmp_path: Path) -> None:
+    """The first node's process ends, as by an orderly stop; its tunnels go on, and the next one changes nothing."""
+    async with secure_lab(tmp_path, 2) as secure:
+        lab, networks = secure.lab, secure.networks
+        one = await lab.nodes[0].attach(networks[0], place(SECURE_TWO, f"{ADDRESSES[0]}/24"))
+        other = await lab.nodes[1].attach(networks[1], place(SECURE_TWO, f"{ADDRESSES[1]}/24"))
+        lab.tell(SECURE_TWO)
+        await lab.apply(networks)
+        await wait_reaches(one, ADDRESSES[1])
+        keys = lab.nodes[0].public_keys()
+        process = secure.processes["n1", 0].process
+        source, target = End(Path(one.netns), ADDRESSES[0]), End(Path(other.netns), ADDRESSES[1])
+        with Pings(source, target).running() as pings:
+            await pings.wait_arrived(50)
+            await secure.stop(0)
+            await pings.wait_arrived(50)
+            async with lab.nodes[0].running() as network:
+                assert lab.nodes[0].public_keys() == keys
+                await network.overlays.apply(lab.tables, frozenset(lab.tables))
+                await pings.wait_arrived(300)
+        assert pings.sent == len(pings.arrived)
+        assert secure.processes["n1", 0].process is process, "it was not started anew"
+
+
+def without_node(table: Table, gone: NodeId) -> Table:
+    """The table when that node takes no part any more."""
+    nodes = {id: node for id, node in table.nodes.items() if id != gone}
+    return msgspec.structs.replace(table, nodes=nodes)
+
+
+def only_wireguard(seen: list[bytes]) -> bool:
+    """Whether all UDP among the captured frames goes to WireGuard's ports."""
+    return all(_is_wireguards(frame) for frame in seen if _is_udp(frame))
+
+
+def _udp_packet(source: str, target: str, port: int, content: bytes) -> bytes:
+    """IPv4, without a UDP checksum."""
+    length = 28 + len(content)
+    words = [0x4500, length, 0, 0, 64 << 8 | socket.IPPROTO_UDP, 0]
+    addresses = socket.inet_aton(source) + socket.inet_aton(target)
+    words += [int.from_bytes(addresses[at : at + 2], "big") for at in range(0, 8, 2)]
+    total = sum(words)
+    words[5] = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+    words += [port, port, length - 20, 0]
+    return b"".join(word.to_bytes(2, "big") for word in words) + content
+
+
+def _is_udp(frame: bytes) -> bool:
+    is_v4 = frame[12:14] == b"\x08\x00" and frame[23] == socket.IPPROTO_UDP
+    return is_v4 or (frame[12:14] == b"\x86\xdd" and frame[20] == socket.IPPROTO_UDP)
+
+
+def _is_wireguards(frame: bytes) -> bool:
+    return frame[12:14] == b"\x08\x00" and int.from_bytes(frame[36:38], "big") in WIREGUARD
+
+
+async def _shown(name: str) -> str:
+    reader, writer = await asyncio.open_unix_connection(f"/var/run/wireguard/{name}.sock")
+    writer.write(b"get=1\n\n")
+    shown = await reader.readuntil(b"\n\n")
+    writer.close()
+    return shown.decode()

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from skep.dataplane.encrypted.overlays import NoEncryption
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.model.ids import NetworkId
 from skep.model.tables import NetworkHead, Segment
-from tests.integration.node.overlay_lab import DUAL, INGRESS, OverlayLab, place, shell, tried
+from tests.integration.node.overlay_lab import DUAL, INGRESS, place, shell, tried
+from tests.integration.node.secure_lab import secure_lab
 from tests.integration.node.test_overlay_healing import Scene
 
 SECRET = NetworkHead(
@@ -50,19 +50,12 @@ FOLLOWS = frozenset({"mtu", "forwarding", "mc_forwarding", "stable_secret", "nf_
 """Settings that follow others, or cannot be written."""
 
 
-class NobodyCarries(NoEncryption):
-    """Encrypted networks have their namespaces here, and no forwarder."""
-
-    def refusal(self, head: NetworkHead) -> str:
-        return ""
-
-
 @pytest.fixture
 async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
-    async with OverlayLab(tmp_path).running(2) as lab, lab.networks() as networks:
+    async with secure_lab(tmp_path, 2) as secure:
+        lab, networks = secure.lab, secure.networks
         ends = []
         for number, (node, network) in enumerate(zip(lab.nodes, networks, strict=True), 5):
-            network.overlays.encrypt_with(NobodyCarries())
             ends.append(
                 await node.attach(
                     network,

@@ -61,26 +61,12 @@ async def test_who_says_nothing_has_a_deadline_and_who_is_not_there_refuses(knoc
     port = silent_port()
     assert await knocking.hello("127.0.0.1", port) == refused("connection refused")
     assert await knocking.connect("127.0.0.1", port) == refused("connection refused")
-    assert await knocking.forwarder("127.0.0.1", "127.0.0.1", port) == refused("connection refused")
 
 
-async def test_another_answer_than_the_one_asked_for_is_none(knocking: Knocking) -> None:
-    """Somebody else's datagrams at a forwarder's port."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
-        other.bind(("127.0.0.1", 0))
-        other.setblocking(False)
-        loop = asyncio.get_running_loop()
-
-        def echo() -> None:
-            data, sender = other.recvfrom(100)
-            other.sendto(data, sender)
-
-        loop.add_reader(other, echo)
-        try:
-            port = other.getsockname()[1]
-            assert await knocking.forwarder("127.0.0.1", "127.0.0.1", port) == refused("no answer")
-        finally:
-            loop.remove_reader(other)
+async def test_a_tunnels_end_answers_and_one_that_is_not_there_does_not(knocking: Knocking) -> None:
+    here = Path("/proc/self/ns/net")
+    assert (await knocking.tunnel(here, "::1")).answered == 1
+    assert (await knocking.tunnel(here, "fd73:6b65:7065:6e63::1")).answered == 0
 
 
 def silent_port() -> int:

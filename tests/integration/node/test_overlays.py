@@ -94,7 +94,7 @@ async def test_internal_networks_alone_have_no_way_out(lab: OverlayLab) -> None:
 async def test_an_encrypted_network_is_refused_and_leaves_nothing(lab: OverlayLab) -> None:
     secret = msgspec.structs.replace(WEB, is_encrypted=True)
     async with lab.networks() as networks:
-        with pytest.raises(FailedPrecondition, match="encrypted, and nobody encrypts here"):
+        with pytest.raises(FailedPrecondition, match="encrypted, and this node cannot encrypt"):
             await lab.nodes[0].attach(networks[0], place(secret, "10.0.1.5/24"))
         assert lab.nodes[0].namespaces.pinned() == []
 

@@ -16,6 +16,7 @@ from skep.dataplane.probe.places import PORT, address_of
 from skep.model.paths import PROBE_VNI, PathCheck, PathReport, ProbeTargets
 from tests.integration.node.overlay_lab import OverlayLab, shell, tried
 from tests.integration.node.paths_lab import a_peer, failing, report_until, served_ports, wish_all
+from tests.integration.node.secure_lab import SecureLab, encrypt
 
 INSIDE = {PathCheck.OVERLAY, PathCheck.LARGE_PACKETS, PathCheck.CHECKSUM_OFFLOAD}
 EVERYTHING = INSIDE | {PathCheck.CONTROL, PathCheck.ETCD, PathCheck.GOSSIP, PathCheck.ENCRYPTED}
@@ -24,7 +25,11 @@ EVERYTHING = INSIDE | {PathCheck.CONTROL, PathCheck.ETCD, PathCheck.GOSSIP, Path
 @pytest.fixture
 async def lab(tmp_path: Path) -> AsyncIterator[OverlayLab]:
     async with OverlayLab(tmp_path).running(3) as lab:
-        yield lab
+        secure = SecureLab(lab)
+        try:
+            yield lab
+        finally:
+            await secure.close()
 
 
 def is_whole(report: PathReport) -> bool:
@@ -70,6 +75,7 @@ async def test_a_closed_port_between_two_nodes_is_named_and_nothing_else(
         f" add rule ip other in ip saddr {first.underlay} {rule}'",
     )
     async with served_ports(lab, tmp_path / "certificates"), lab.networks() as networks:
+        await encrypt(lab, networks)
         wish_all(lab, networks, has_ports=True)
         report = await report_until(networks[0], second, lambda one: bool(one.failing) and one.is_settled)
         assert failing(report) == {check: port}

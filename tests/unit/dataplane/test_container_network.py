@@ -57,7 +57,7 @@ def on_the_ingress_network(number: int) -> Container:
     return replace(a_container(name=f"c{number}", sandbox=endpoint), id=ContainerId(f"{number}" * 64))
 
 
-PARTS = ("namespaces", "home", "gateway", "local", "healing", "settling", "prober", "joining")
+PARTS = ("namespaces", "home", "gateway", "local", "healing", "settling", "prober", "joining", "tunnels")
 
 
 def network_of(parts: dict[str, Any], **more: Any) -> ContainerNetwork:
@@ -69,7 +69,7 @@ async def test_a_part_that_fails_is_begun_again_and_ends_no_other() -> None:
     bugs = {name: [KeyError("bug"), OSError(24, "no descriptor")] for name in ("healing", "mesh")}
 
     def part(name: str) -> Any:
-        async def run() -> None:
+        async def run(*_: object) -> None:
             begun[name] += 1
             if bugs.get(name):
                 raise bugs[name].pop()
@@ -78,9 +78,9 @@ async def test_a_part_that_fails_is_begun_again_and_ends_no_other() -> None:
         return SimpleNamespace(run=run, repairs=None, path=Path("/home"))
 
     parts = {name: part(name) for name in PARTS}
-    network = network_of(parts, overlays=None, mesh=part("mesh"))
+    network = network_of(parts, overlays=SimpleNamespace(remeasured=nothing), mesh=part("mesh"))
     async with asyncio.timeout(30), network.running():
-        while begun != {"healing": 3, "mesh": 3, "settling": 1, "prober": 1}:  # noqa: ASYNC110
+        while begun != {"healing": 3, "mesh": 3, "settling": 1, "prober": 1, "tunnels": 1}:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 

@@ -46,13 +46,11 @@ def test_who_has_no_address_on_it_has_nothing_under_it() -> None:
     assert narrow().of(ME, Table(head=NetworkHead(id=NetworkId("a"), name="a"))) is None
 
 
-def test_encrypted_networks_share_the_mtu_of_the_narrowest() -> None:
-    """One forwarder cuts the frames of them all."""
-    near, far = a_table("a", ME, NEAR, is_encrypted=True), a_table("b", ME, FAR, is_encrypted=True)
-    plain = a_table("c", ME, FAR)
-    mine = Underlay("192.0.2.1", 1500)
-    assert narrow().encrypted_mtu(ME, (near, far), mine) == 1400
-    assert narrow().encrypted_mtu(ME, (near, plain), mine) == 1500
+def test_tunnels_lie_on_the_nodes_own_device_whatever_arrives_at_other_nodes() -> None:
+    """Each encrypted network has the MTU between its own nodes; the tunnel takes what the widest of them sends."""
+    far, plain = a_table("b", ME, FAR, is_encrypted=True), a_table("c", ME, FAR)
+    assert narrow().of_tunnels(ME, (plain, far)) == Underlay("192.0.2.1", 1500)
+    assert narrow().of_tunnels(ME, (plain,)) == Underlay("")
 
 
 def test_a_network_with_ipv6_has_what_ipv6_needs() -> None:

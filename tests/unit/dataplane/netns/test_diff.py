@@ -94,6 +94,13 @@ class Kernel:
                             if one.kind is EntryKind.PORT and self.links[one.link].master == bridge
                         }
                         assert mac not in taken, "a bridge has one port for an address"
+                    case Entry(EntryKind.FORWARD, link, mac):
+                        # Written with NLM_F_REPLACE: a VXLAN device has one node for an address.
+                        self.entries = {
+                            one
+                            for one in self.entries
+                            if (one.kind, one.link, one.mac) != (EntryKind.FORWARD, link, mac)
+                        }
                     case Entry(kind, link, mac, address):
                         key = mac if kind is EntryKind.FORWARD else address
                         held = {

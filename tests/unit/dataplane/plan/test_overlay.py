@@ -18,6 +18,7 @@ from skep.dataplane.plan.overlay import (
     remote_entries,
 )
 from skep.dataplane.plan.packet_filter import link_local, owner, spoofing, strangers
+from skep.dataplane.plan.wireguard import tunnelled
 from skep.model.ids import NetworkId, NodeId, TaskId
 from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
 from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode
@@ -80,18 +81,21 @@ def test_before_the_table_there_is_a_bridge_without_a_way_to_other_nodes() -> No
     assert sorted(found.links) == ["br0", "vs1"]
 
 
-def test_an_encrypted_network_has_no_plain_vxlan() -> None:
-    table = a_table((OTHER, "10.0.1.5"), head=msgspec.structs.replace(HEAD, is_encrypted=True))
-    found = state(table)
-    assert {name: link.kind for name, link in found.links.items()} == {
-        "br0": "bridge",
-        "enc4097": "tun",
-        "enc4098": "tun",
+def test_an_encrypted_network_sends_from_the_tunnels_namespace_to_addresses_inside() -> None:
+    secure = a_table((OTHER, "10.0.1.5"), head=msgspec.structs.replace(HEAD, is_encrypted=True))
+    table = tunnelled(secure, ME, {OTHER: "fd73::2"})
+    underlay = Underlay("::", 1440, netns="/run/tunnels")
+    found = state(table, underlay=underlay)
+    devices = [link for link in found.links.values() if link.vxlan is not None]
+    assert [link.name for link in devices] == ["vx4097", "vx4098"]
+    assert {(link.vxlan.local, link.vxlan.port, link.sockets) for link in devices if link.vxlan} == {
+        ("::", 4801, "/run/tunnels")
     }
-    assert {link.mtu for link in found.links.values()} == {1404}
-    assert all(link.vxlan is None for link in found.links.values())
+    assert {link.mtu for link in found.links.values()} == {1370}
     mac = mac_for(["10.0.1.5"])
-    assert found.entries == {Entry(EntryKind.PORT, "enc4097", mac)}, "the forwarder knows the rest"
+    assert Entry(EntryKind.FORWARD, "vx4097", mac, "fd73::2") in found.entries
+    unreachable = tunnelled(secure, ME, {})
+    assert not [one for one in state(unreachable, underlay=underlay).entries if one.kind is EntryKind.FORWARD]
     assert sorted(state(table, underlay=None).links) == ["br0"]
 
 

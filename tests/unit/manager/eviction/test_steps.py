@@ -1,5 +1,6 @@
 """What an eviction is, who may be evicted, and in which order what a node knew is taken back."""
 
+import random
 from datetime import UTC, datetime
 
 import pytest
@@ -8,21 +9,21 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.control.nodes import remove_node
-from skep.manager.discovery.overlay_keys import decoded_ring, first_ring
 from skep.manager.eviction.steps import (
     OF_A_MANAGER,
     OF_A_WORKER,
     OF_SEVERAL,
     TEXTS,
-    add_overlay_secret,
     begin,
-    drop_old_overlay_secrets,
     eviction_of,
     has_new_root,
     note_done,
     note_waiting,
     remove_evicted,
+    replace_gossip_keys,
 )
+from skep.manager.gossip.keys import first_keys
+from skep.model.gossip import decoded_keys
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import (
     EngineDescription,
@@ -38,10 +39,10 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.swarm import RootRotation, Swarm
-from skep.model.times import Timestamp, timestamp
+from skep.model.times import timestamp
 from skep.security.authority import Authority
 from skep.security.trust import tls_info
-from skep.store.kinds import OVERLAY_KEYS_ID, Payload, Revocation
+from skep.store.kinds import GOSSIP_KEYS_ID, Payload, Revocation
 from skep.store.memory import MemoryStore
 
 NOW_NS = int(datetime.now(UTC).timestamp()) * 10**9
@@ -179,19 +180,11 @@ async def test_a_root_whose_key_it_may_have_had_is_no_new_one(store):
     assert not has_new_root(eviction, replace(rotating, tls_info=fresh))
 
 
-async def test_secrets_of_overlays_overlap_and_then_the_old_ones_go(store):
-    numbers = iter(range(100))
-
-    def random_bytes(count: int) -> bytes:
-        return bytes([next(numbers)]) * count
-
-    ring = first_ring(random_bytes, Timestamp(NOW), 1)
-    assert not await store.update(add_overlay_secret, NOW, random_bytes, 1)
-    await store.update(lambda tx: tx.put(Payload(id=OVERLAY_KEYS_ID, data=ring.encode())))
-    assert await store.update(add_overlay_secret, NOW, random_bytes, 1)
-    both = decoded_ring(store.view().get(Payload, OVERLAY_KEYS_ID).data)
-    assert both.secrets[0] == ring.secrets[0]
-    await store.update(drop_old_overlay_secrets, random_bytes)
-    last = decoded_ring(store.view().get(Payload, OVERLAY_KEYS_ID).data)
-    assert last.secrets == both.secrets[-1:]
-    assert last.wireguard != ring.wireguard
+async def test_docker_nodes_have_new_keys_if_there_are_any(store):
+    await store.update(replace_gossip_keys, NOW, random.randbytes)
+    assert store.view().lookup(Payload, GOSSIP_KEYS_ID) is None
+    before = first_keys(random.randbytes, NOW)
+    await store.update(lambda tx: tx.put(Payload(id=GOSSIP_KEYS_ID, data=before.encode())))
+    await store.update(replace_gossip_keys, NOW, random.randbytes)
+    after = decoded_keys(store.view().get(Payload, GOSSIP_KEYS_ID).data)
+    assert after != before

@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.dataplane.wireguard.plan import (
+from skep.dataplane.plan.wireguard import (
     Change,
     Device,
     FoundDevice,

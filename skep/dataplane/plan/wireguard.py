@@ -11,6 +11,7 @@ that no tunnel takes is dropped there; none can leave in clear.
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -124,6 +125,7 @@ class FoundDevice(msgspec.Struct, frozen=True, kw_only=True):
         return f"FoundDevice(port={self.port}, peers={len(self.peers)})"
 
 
+@lru_cache(maxsize=4096)
 def inner_address(public: bytes) -> str:
     """The address of a key inside the tunnels: 64 bits of its hash.
 

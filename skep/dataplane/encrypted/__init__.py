@@ -1,1 +1,0 @@
-"""Encrypted overlays of skep nodes (docs/design/encryption.md)."""

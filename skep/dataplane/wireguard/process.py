@@ -1,0 +1,45 @@
+"""Starts wireguard-go: one process per WireGuard device, forked by the zygote and supervised like the others.
+
+The process outlives the node process.  It has no plan of its own: whoever supervises it configures its device by the
+socket that it serves (``devices.UserSpaceDevices``).
+"""
+
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from skep.dataplane.plan.wireguard import device_name
+from skep.node.supervision.identity import identify, write_pid_file
+from skep.paths import Paths
+
+PROGRAM = "wireguard-go"
+VERSION = "wireguard-go"
+"""What the pid file says in place of a version of skep: another version of skep goes on with the same process."""
+_NICENESS = -10
+"""The kernel forwards packets without waiting for a processor; busy containers must not slow the tunnels down."""
+
+
+def process_name(slot: int) -> str:
+    """Of its supervisor, and of its pid file."""
+    return f"wireguard-{slot}"
+
+
+def enter(slot: int, arguments: Sequence[str]) -> None:
+    """Become wireguard-go for the device in ``slot``.  ``arguments``: data and run directory.
+
+    Raises: OSError: the program cannot be started.
+    """
+    data, run = map(Path, arguments)
+    this = identify(os.getpid(), VERSION)
+    assert this is not None, "this process is alive"
+    write_pid_file(Paths(data, run).pid_file(process_name(slot)), this)
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.execvpe(
+        PROGRAM, [PROGRAM, "--foreground", device_name(run, slot)], {**os.environ, "LOG_LEVEL": "error"}
+    )

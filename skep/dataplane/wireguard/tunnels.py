@@ -1,0 +1,448 @@
+"""The WireGuard tunnels of one node: keeps devices, addresses and routes as the tables of encrypted networks need them.
+
+The devices are in a network namespace of their own (``<run>/tunnels``), which has no other device and no way out: what
+VXLANs of encrypted networks send there goes through a tunnel or nowhere.  So nothing leaves in clear, whatever is
+missing: the device, its process, a key, a route.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from socket import AF_INET6
+from typing import Protocol
+
+import msgspec
+import structlog
+from pyroute2.netlink.exceptions import NetlinkError
+
+from skep.aio.clock import Clock
+from skep.aio.first import is_set_within
+from skep.dataplane.netns import pinned
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
+from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.state import Address, Link, Route, State
+from skep.dataplane.plan.overlay import LOOPBACK, LOOPBACK_MTU, Underlay
+from skep.dataplane.plan.packet_filter import tunnel_sources
+from skep.dataplane.plan.wireguard import (
+    INNER_PORT_OFFSET,
+    Choice,
+    Device,
+    Plan,
+    Session,
+    changes,
+    chosen,
+    device_name,
+    inner_address,
+    needs_older_key,
+    own_port,
+    plan_of,
+    sessions_of,
+    tunnel_mtu,
+    tunnelled,
+)
+from skep.dataplane.wireguard import keys
+from skep.dataplane.wireguard.devices import Devices, KernelDevices, UserSpaceDevices
+from skep.dataplane.wireguard.keys import KeyPair
+from skep.dataplane.wireguard.methods import Refusal
+from skep.errors import SkepError
+from skep.model.ids import NetworkId, NodeId
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT
+from skep.model.tables import NetworkHead, Table
+from skep.model.wireguard import (
+    ENCRYPTION_LABEL,
+    PUBLIC_KEYS_LABEL,
+    Method,
+    PublicKey,
+    public_keys_label,
+)
+from skep.paths import Paths
+
+log = structlog.get_logger()
+
+NAMESPACE = "wireguard"
+PERIOD_S = 1.0
+"""Between two looks at the devices: a handshake that was completed, a device that is gone."""
+HURRY_S = 0.1
+"""While a device is not there yet."""
+HEAL_S = 5.0
+"""Between two looks at what the namespace holds."""
+SYSCTLS = {
+    "net/ipv4/ip_forward": "0",
+    "net/ipv6/conf/all/disable_ipv6": "0",
+    "net/ipv6/conf/all/forwarding": "0",
+    "net/ipv6/conf/default/disable_ipv6": "0",
+    "net/ipv6/conf/default/accept_dad": "0",
+    "net/ipv6/conf/default/accept_ra": "0",
+    "net/ipv6/conf/default/addr_gen_mode": "1",
+}
+"""Of the tunnels' namespace: addresses inside are of IPv6, whatever the node itself has."""
+_KINDS = {Method.KERNEL: "wireguard", Method.USER_SPACE: "tun"}
+
+
+class Process(Protocol):
+    """A supervised wireguard-go (``supervision.supervisor.Supervisor``)."""
+
+    async def run(self) -> None: ...
+
+    def dismiss(self) -> None: ...
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How this node encrypts.
+
+    ``port``: UDP, 0: after that of VXLAN.  ``process``: makes the supervisor of wireguard-go for a slot.
+    ``since_boot``: seconds, the same clock for all processes of a boot.
+    """
+
+    method: Method | Refusal
+    since_boot: Callable[[], float]
+    process: Callable[[int], Process] | None = None
+    port: int = 0
+    rotation_s: float = keys.ROTATION_S
+    overlap_s: float = keys.OVERLAP_S_MIN
+
+
+NO_ENCRYPTION = Options(method=Refusal("this node cannot encrypt overlay networks"), since_boot=lambda: 0.0)
+
+
+class Tunnels:
+    """All of one node.  ``say``: takes what is wrong, for a condition of the node; empty: nothing is.
+
+    Overlays call ``apply`` with every change of tables, and use ``table`` and ``underlay`` in place of those of an
+    encrypted network.  ``run`` does the rest.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        namespaces: Namespaces,
+        options: Options,
+        repairs: Repairs,
+        clock: Clock,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._options = options
+        self._run_directory = paths.run
+        self._keys_path = paths.wireguard_keys
+        self._namespaces = namespaces
+        self._pins = Namespaces(paths.tunnels, namespaces.home)
+        self._clock = clock
+        self._say = say
+        self._reconciler = NetnsReconciler("tunnels", self.namespace, self._pins, repairs, EXCLUSIVE)
+        self._devices: Devices = (
+            KernelDevices(namespaces) if options.method is Method.KERNEL else UserSpaceDevices(namespaces)
+        )
+        self._opening = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._node = NodeId("")
+        self._tables: tuple[Table, ...] | None = None
+        self._underlay = Underlay("")
+        self._pairs: tuple[KeyPair, ...] = ()
+        self._plan = Plan()
+        self._sessions: frozenset[Session] | None = None
+        self._choice = Choice()
+        self._followed: Mapping[NodeId, str] = {}
+        """The addresses that overlays have followed."""
+        self._tunnelled: dict[NetworkId, tuple[Table, Mapping[NodeId, str], Table]] = {}
+        self._healed_at = -HEAL_S
+        self._placed: Mapping[int, int] = {}
+        """Index of the device in each slot."""
+        self._configured: dict[int, Device] = {}
+        self._processes: dict[int, tuple[Process, asyncio.Task[None]]] = {}
+        self._last_error = ""
+
+    @property
+    def namespace(self) -> Path:
+        """Where the devices are, and the sockets of encrypted networks' VXLANs."""
+        return self._pins.path(NAMESPACE)
+
+    # --- for the node's description ---------------------------------------------------------------------------
+
+    def labels(self) -> Mapping[str, str]:
+        """Engine labels: how this node encrypts, and its public keys.  Empty: it does not."""
+        method = self._options.method
+        if isinstance(method, Refusal):
+            return {}
+        published = (
+            PublicKey(pair.public, own_port(pair.slot, self._vxlan_port(), self._options.port))
+            for pair in self._own_keys()
+        )
+        return {ENCRYPTION_LABEL: method.value, PUBLIC_KEYS_LABEL: public_keys_label(published)}
+
+    # --- for the overlays -------------------------------------------------------------------------------------
+
+    def refusal(self, head: NetworkHead) -> str:
+        """Why a container cannot be on this network here; empty: it can."""
+        if head.is_encrypted and isinstance(self._options.method, Refusal):
+            return f"network {head.name} is encrypted, and {self._options.method.reason}; nothing is sent in clear"
+        return ""
+
+    async def apply(self, node: NodeId, tables: Iterable[Table], underlay: Underlay) -> None:
+        """Carry the encrypted ones of ``tables`` from now on.
+
+        ``underlay``: of this node, as its device is.  When this returns, their VXLANs can be made.  Raises: OSError.
+        """
+        self._node, self._underlay = node, underlay
+        self._tables = tuple(table for table in tables if table.head.is_encrypted)
+        carried = {table.head.id for table in self._tables}
+        self._tunnelled = {id: one for id, one in self._tunnelled.items() if id in carried}
+        if self._tables and not isinstance(self._options.method, Refusal):
+            await self._open()
+        self._decide()
+        self._changed.set()
+
+    def table(self, table: Table) -> Table:
+        """An encrypted network's, as its VXLANs need it."""
+        known, addresses = self._tunnelled.get(table.head.id), self._choice.addresses
+        if known is None or known[0] is not table or known[1] != addresses:
+            known = (table, addresses, tunnelled(table, self._node, addresses))
+            self._tunnelled[table.head.id] = known
+        return known[2]
+
+    def inside(self, underlay: Underlay | None) -> Underlay | None:
+        """What VXLANs of an encrypted network leave from, which lies on ``underlay``; None: they cannot."""
+        if underlay is None or isinstance(self._options.method, Refusal):
+            return None
+        mtu = tunnel_mtu(underlay.mtu, is_ipv6=":" in underlay.address)
+        return Underlay("::", mtu, netns=str(self.namespace))
+
+    def address_of(self, node: NodeId) -> str:
+        """Where packets for another node go inside the tunnels; empty: nowhere."""
+        return self._choice.addresses.get(node, "")
+
+    def port_of(self, node: NodeId) -> int:
+        """UDP port at which that node receives what is sent there; 0: it is not known."""
+        address = self._choice.addresses.get(node)
+        return next((one.port for one in self._plan.peers.get(node, ()) if one.inner == address), 0)
+
+    # --- keeping ----------------------------------------------------------------------------------------------
+
+    async def run(self, moved: Callable[[], Awaitable[None]]) -> None:
+        """Keep everything as it should be, until cancelled.
+
+        ``moved``: called when nodes are reached at other addresses inside; may raise SkepError, and is called again.
+        """
+        if isinstance(self._options.method, Refusal):
+            await self._refuse()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._changed.clear()
+                if self._tables is not None:
+                    try:
+                        await self._step(group)
+                        if (addresses := self._choice.addresses) != self._followed:
+                            await moved()
+                            self._followed = addresses
+                        self._note("")
+                    except (SkepError, OSError, NetlinkError) as error:
+                        self._note(str(error))
+                is_complete = self._placed.keys() == self._plan.devices.keys()
+                await is_set_within(self._changed, PERIOD_S if is_complete else HURRY_S)
+
+    async def _refuse(self) -> None:
+        """Keep the node's condition up to date; nothing is carried."""
+        assert isinstance(self._options.method, Refusal), "as its caller found"
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            names = ", ".join(sorted(table.head.name for table in self._tables or ()))
+            self._say(f"encrypted networks ({names}): {self._options.method.reason}" if names else "")
+
+    async def _step(self, group: asyncio.TaskGroup) -> None:
+        self._decide()
+        self._supervise(group)
+        if not self._plan.devices:
+            await self._close()
+            return
+        await self._open()
+        await self._place()
+        # Sources are known before anything can arrive from them.
+        await self._settle()
+        await self._configure()
+        before = self._choice
+        self._decide()
+        if self._choice.slots != before.slots:
+            await self._reroute(before)
+            await self._settle()
+        needs_older = needs_older_key(self._plan, self._sessions or ())
+        self._keep(
+            keys.without_replaced(
+                self._pairs,
+                self._options.since_boot(),
+                is_needed=needs_older,
+                overlap_s=self._options.overlap_s,
+            )
+        )
+        self._say(_unreachable(self._plan))
+
+    def _decide(self) -> None:
+        """Plan and choice from what is known by now."""
+        if isinstance(self._options.method, Refusal):
+            return
+        pairs = self._own_keys()
+        self._plan = plan_of(self._node, pairs, self._tables or (), port=self._options.port)
+        self._choice = chosen(self._plan, self._sessions or ())
+
+    def _own_keys(self) -> tuple[KeyPair, ...]:
+        pairs = self._pairs or keys.load(self._keys_path)
+        now = self._options.since_boot()
+        self._keep(keys.rotated(pairs, now, keys.new_private_key, rotation_s=self._options.rotation_s))
+        return self._pairs
+
+    def _keep(self, pairs: tuple[KeyPair, ...]) -> None:
+        if pairs == self._pairs:
+            return
+        try:
+            keys.save(self._keys_path, pairs)
+        except OSError as error:  # the next node process makes a new one
+            log.warning("wireguard keys not kept", error=str(error))
+        if self._pairs:
+            log.info("wireguard key rotated", keys=len(pairs))
+        self._pairs = pairs
+
+    def _vxlan_port(self) -> int:
+        return self._tables[0].head.port if self._tables else DEFAULT_DATA_PATH_PORT
+
+    # --- the namespace ----------------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        async with self._opening:
+            if not os.path.ismount(self.namespace):
+                await self._pins.destroy(NAMESPACE)
+                await self._pins.create(NAMESPACE, SYSCTLS)
+                self._reconciler.reset()
+                self._placed = {}
+            if self._sessions is None:
+                self._sessions = await self._found_sessions()
+
+    async def _close(self) -> None:
+        if os.path.exists(self.namespace):
+            await pinned.remove(self._pins, NAMESPACE)
+            log.info("wireguard tunnels removed")
+        self._reconciler.reset()
+        self._placed, self._sessions = {}, None
+        self._configured.clear()
+        self._say("")
+
+    async def _found_sessions(self) -> frozenset[Session]:
+        """What an earlier node process left: traffic goes on as it does."""
+        found = {}
+        for pair in self._own_keys():
+            name = device_name(self._run_directory, pair.slot)
+            try:
+                found[pair.slot] = await self._devices.read(name, self.namespace)
+            except SkepError:
+                continue
+        return sessions_of(found)
+
+    async def _settle(self) -> None:
+        """Addresses, routes and rules of the devices that are there."""
+        method, run = self._options.method, self._run_directory
+        assert isinstance(method, Method), "otherwise there is no plan"
+        names = {slot: device_name(run, slot) for slot in self._placed if slot in self._plan.devices}
+        mtu = tunnel_mtu(self._underlay.mtu, is_ipv6=":" in self._underlay.address)
+        links = {name: Link(name=name, kind=_KINDS[method], mtu=mtu) for name in names.values()}
+        links[LOOPBACK] = Link(name=LOOPBACK, kind="loopback", mtu=LOOPBACK_MTU)
+        state = State(
+            links=links,
+            addresses=frozenset(
+                Address(names[pair.slot], f"{inner_address(pair.public)}/128")
+                for pair in self._pairs
+                if pair.slot in names
+            )
+            | {Address(LOOPBACK, "127.0.0.1/8"), Address(LOOPBACK, "::1/128")},
+            routes=frozenset(
+                Route(names[slot], f"{address}/128")
+                for address, slot in self._choice.slots.items()
+                if slot in names
+            ),
+            sysctls=SYSCTLS,
+        )
+        port = self._vxlan_port() + INNER_PORT_OFFSET
+        self._reconciler.set_part(NAMESPACE, state, tunnel_sources(self._plan.sources, port))
+        await self._reconciler.apply()
+        if self._clock.monotonic() - self._healed_at >= HEAL_S:
+            await self._reconciler.heal()
+            self._healed_at = self._clock.monotonic()
+
+    async def _reroute(self, before: Choice) -> None:
+        """Move routes from one device to another without a moment between: a removal and an addition have one."""
+        moved = {
+            address: self._placed[slot]
+            for address, slot in self._choice.slots.items()
+            if slot in self._placed and before.slots.get(address, slot) != slot
+        }
+        if not moved:
+            return
+        async with self._namespaces.netlink(self.namespace) as route:
+            for address, index in moved.items():
+                await route.route("replace", dst=f"{address}/128", oif=index, family=AF_INET6)
+
+    # --- devices ----------------------------------------------------------------------------------------------
+
+    def _supervise(self, group: asyncio.TaskGroup) -> None:
+        """A process for each device, where devices need one."""
+        if self._options.process is None or self._options.method is not Method.USER_SPACE:
+            return
+        for slot in self._processes.keys() - self._plan.devices.keys():
+            process, task = self._processes.pop(slot)
+            process.dismiss()
+            task.cancel()
+        for slot in self._plan.devices.keys() - self._processes.keys():
+            process = self._options.process(slot)
+            task = group.create_task(process.run(), name=f"wireguard-go {slot}")
+            self._processes[slot] = (process, task)
+
+    async def _place(self) -> None:
+        mtu = tunnel_mtu(self._underlay.mtu, is_ipv6=":" in self._underlay.address)
+        placed = {}
+        for slot in self._plan.devices:
+            name = device_name(self._run_directory, slot)
+            if index := await self._devices.place(name, self.namespace, mtu):
+                placed[slot] = index
+        if placed != self._placed:
+            self._reconciler.invalidate()
+            for slot in placed.keys() | self._placed.keys():
+                if placed.get(slot) != self._placed.get(slot):
+                    self._configured.pop(slot, None)
+            self._placed = placed
+
+    async def _configure(self) -> None:
+        found = {}
+        for slot in self._placed:
+            wanted, name = self._plan.devices[slot], device_name(self._run_directory, slot)
+            found[slot] = await self._devices.read(name, self.namespace)
+            change = changes(found[slot], wanted, self._configured.get(slot))
+            if change.is_needed:
+                await self._devices.write(name, self.namespace, change)
+            self._configured[slot] = wanted
+        self._sessions = sessions_of(found)
+
+    def _note(self, error: str) -> None:
+        """Log what keeps going wrong once."""
+        if error and error != self._last_error:
+            log.warning("encrypted networks not carried, trying again", reason=error)
+        self._last_error = error
+
+
+def _unreachable(plan: Plan) -> str:
+    """A sentence for the node's condition; empty: nothing is wrong."""
+    sentences = []
+    if plan.keyless:
+        sentences.append(
+            f"encrypted networks exchange nothing with {_listed(plan.keyless)}, without a WireGuard key: "
+            "upgrade them, or see there why they cannot encrypt"
+        )
+    if plan.contested:
+        sentences.append(
+            f"encrypted networks exchange nothing by a WireGuard key that several nodes publish: "
+            f"{_listed(plan.contested)}: one of them has copied it"
+        )
+    return "; ".join(sentences)
+
+
+def _listed(nodes: Collection[NodeId], most: int = 3) -> str:
+    shown = ", ".join(f"node {id[:12]}" for id in tuple(nodes)[:most])
+    return f"{shown} and {len(nodes) - most} more" if len(nodes) > most else shown

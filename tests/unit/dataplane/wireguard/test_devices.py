@@ -1,0 +1,78 @@
+"""The same change as wireguard-go's socket and as the kernel's netlink take it, and what the socket answers."""
+
+import pytest
+
+from skep.dataplane.plan.wireguard import Change, FoundDevice, FoundPeer, Peer
+from skep.dataplane.wireguard.devices import kernel_messages, parsed_device, socket_message
+from skep.errors import Unavailable
+
+KEY, OTHER, PRIVATE = bytes(range(32)), bytes(range(1, 33)), bytes(range(2, 34))
+CHANGE = Change(
+    private=PRIVATE,
+    port=4799,
+    removed=(OTHER,),
+    put=(Peer(public=KEY, endpoint="192.0.2.7", port=4800, inner="fd73::7"),),
+)
+ANSWER = f"""private_key={PRIVATE.hex()}
+listen_port=4799
+public_key={KEY.hex()}
+preshared_key={"0" * 64}
+protocol_version=1
+endpoint=192.0.2.7:4800
+last_handshake_time_sec=1763000000
+last_handshake_time_nsec=5
+tx_bytes=1
+rx_bytes=2
+persistent_keepalive_interval=25
+allowed_ip=fd73::7/128
+public_key={OTHER.hex()}
+last_handshake_time_sec=0
+last_handshake_time_nsec=0
+persistent_keepalive_interval=0
+errno=0
+
+"""
+
+
+def test_the_sockets_message_sets_the_device_first_and_removes_before_it_adds() -> None:
+    assert socket_message(CHANGE).splitlines() == [
+        "set=1",
+        f"private_key={PRIVATE.hex()}",
+        "listen_port=4799",
+        f"public_key={OTHER.hex()}",
+        "remove=true",
+        f"public_key={KEY.hex()}",
+        "endpoint=192.0.2.7:4800",
+        "persistent_keepalive_interval=25",
+        "replace_allowed_ips=true",
+        "allowed_ip=fd73::7/128",
+        "",
+    ]
+    v6 = Change(put=(Peer(public=KEY, endpoint="fd09::1", port=1, inner="fd73::7"),))
+    assert "endpoint=[fd09::1]:1\n" in socket_message(v6)
+
+
+def test_the_kernels_messages_say_the_same() -> None:
+    own, removed, put = kernel_messages(CHANGE)
+    assert own["listen_port"] == 4799
+    assert removed["peer"].keys() == {"public_key", "remove"}
+    assert put["peer"]["allowed_ips"] == ["fd73::7/128"]
+    assert (put["peer"]["endpoint_addr"], put["peer"]["endpoint_port"]) == ("192.0.2.7", 4800)
+    assert list(kernel_messages(Change())) == []
+
+
+def test_what_the_socket_answers_is_read_whole() -> None:
+    assert parsed_device(ANSWER) == FoundDevice(
+        private=PRIVATE,
+        port=4799,
+        peers={
+            KEY: FoundPeer(inner=("fd73::7",), keepalive_s=25, has_endpoint=True, has_session=True),
+            OTHER: FoundPeer(),
+        },
+    )
+    assert parsed_device("errno=0\n\n") == FoundDevice()
+
+
+def test_an_answer_that_makes_no_sense_is_an_error() -> None:
+    with pytest.raises(Unavailable, match="not understood"):
+        parsed_device("listen_port=x\nerrno=0\n\n")
