@@ -13,14 +13,15 @@ from pathlib import Path
 from bench.names_load import question
 from skep.dataplane.netns import netlink
 from skep.dataplane.netns.namespaces import inside
-from skep.dataplane.vip import rules
-from skep.dataplane.vip.healing import Notifications, open_notifications
+from skep.dataplane.netns.nft_changes import ForeignChanges, open_notifications
+from skep.dataplane.plan.vip import FAMILIES, NAME
 
 _NICENESS = -15
 """What is heard late counts as late, and the machine is busy with the change."""
 _ANSWER_S = 5.0
 _RECEIVE_BYTES = 1 << 16
 _TRIES = 3
+_TABLES = {f"{family} {NAME}" for family in FAMILIES}
 _NEIGHBOUR = struct.Struct("=BBHiHBB")
 _DESTINATION = 1
 
@@ -34,7 +35,7 @@ class Watch:
         self._selector = selectors.DefaultSelector()
         for path, opened in sockets.items():
             # Nobody's writes are our own here: each transaction counts.
-            notifications = Notifications(frozenset({rules.NAME}), own_name="")
+            notifications = ForeignChanges("")
             self._selector.register(opened, selectors.EVENT_READ, (path, notifications))
         self._is_over = threading.Event()
         self._has_heard = threading.Condition()
@@ -75,7 +76,7 @@ class Watch:
                 path, notifications = key.data
                 opened = key.fileobj
                 assert isinstance(opened, socket.socket)
-                if notifications.heard(opened.recv(_RECEIVE_BYTES)):
+                if _TABLES & notifications.parse(opened.recv(_RECEIVE_BYTES)):
                     changed.append(path)
             if changed:
                 with self._has_heard:

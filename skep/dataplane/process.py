@@ -41,7 +41,7 @@ from skep.dataplane.protocol import (
 )
 from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.reservations import Reservations, reopened
-from skep.dataplane.serving import Serving
+from skep.dataplane.served_containers import ServedContainers
 from skep.errors import AlreadyExists, SkepError
 from skep.node.supervision.detached import detached
 from skep.paths import Paths
@@ -74,13 +74,12 @@ async def _run(paths: Paths, reservations: Reservations, taken: Taken) -> None:
             task.add_done_callback(tasks.discard)
             return task
 
-        serving = Serving(
+        serving = ServedContainers(
             paths,
             namespaces,
             clock=SystemClock(),
             chance=random.random,
             new_id=lambda: secrets.randbits(16),
-            own_name=f"skep-net-{secrets.token_hex(3)}",
             start_task=start_task,
         )
         try:
@@ -104,7 +103,7 @@ async def _kept_apart(work: Awaitable[None]) -> None:
         log.exception("unexpected")
 
 
-async def _serve(paths: Paths, reservations: Reservations, serving: Serving) -> None:
+async def _serve(paths: Paths, reservations: Reservations, serving: ServedContainers) -> None:
     over = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
     open_now: set[asyncio.StreamWriter] = set()
@@ -153,7 +152,9 @@ async def _serve(paths: Paths, reservations: Reservations, serving: Serving) -> 
         await all_closed.wait()
 
 
-async def _hand_over(writer: asyncio.StreamWriter, reservations: Reservations, serving: Serving) -> None:
+async def _hand_over(
+    writer: asyncio.StreamWriter, reservations: Reservations, serving: ServedContainers
+) -> None:
     """Give everything to the other end.  Raises: OSError: it did not take it, and all goes on as before."""
     waiting: tuple[Waiting, ...] = serving.pause()
     try:
@@ -167,7 +168,7 @@ async def _hand_over(writer: asyncio.StreamWriter, reservations: Reservations, s
         raise
 
 
-async def _answer(request: Request, reservations: Reservations, serving: Serving) -> Answer:
+async def _answer(request: Request, reservations: Reservations, serving: ServedContainers) -> Answer:
     match request:
         case Reserve(kind, port, token, address):
             try:
@@ -182,7 +183,7 @@ async def _answer(request: Request, reservations: Reservations, serving: Serving
             reservations.release(kind, port, address)
             return Done()
         case List():
-            return Listing(tuple(reservations.list()), tuple(serving.list()), serving.repairs)
+            return Listing(tuple(reservations.list()), tuple(serving.list()), serving.repairs.total)
         case Serve(named):
             return await _done(serving.serve(named))
         case Forget(id):

@@ -11,7 +11,7 @@ import msgspec
 import structlog
 
 from skep.dataplane.dns.index import Index
-from skep.dataplane.vip.wanted import Leads, leads_of
+from skep.dataplane.plan.vip import VipBackends, vip_backends
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.tables import NetworkHead, Table
 
@@ -21,10 +21,10 @@ Services = frozenset[tuple[NetworkId, ServiceId]]
 
 
 class _Read:
-    """One version of a table.  Its index is made for a question."""
+    """One version of a table.  Its index is made with the first query."""
 
     def __init__(self, table: Table) -> None:
-        self.leads = leads_of(table)
+        self.backends = vip_backends(table)
         self._table = table
 
     @cached_property
@@ -42,21 +42,21 @@ class Networks:
     def index(self, id: NetworkId) -> Index:
         return self._of(id).index
 
-    def leads(self, id: NetworkId) -> Mapping[ServiceId, Leads]:
-        """Where the virtual addresses of each service lead."""
-        return self._of(id).leads
+    def backends(self, id: NetworkId) -> Mapping[ServiceId, VipBackends]:
+        """The backends of each service's virtual addresses."""
+        return self._of(id).backends
 
     def refresh(self, ids: Iterable[NetworkId]) -> Services:
-        """Read these again; which services lead elsewhere than before.
+        """Read these again; gives the services that have other backends than before.
 
-        A network that nobody has asked about has nothing that could be out of date.
+        A network that was not read before has nothing that could be out of date.
         """
         changed: set[tuple[NetworkId, ServiceId]] = set()
         for id in ids:
             if id in self._read:
-                before = self._read[id].leads
+                before = self._read[id].backends
                 self._read[id] = self._from_file(id)
-                after = self._read[id].leads
+                after = self._read[id].backends
                 changed |= {
                     (id, one) for one in before.keys() | after.keys() if before.get(one) != after.get(one)
                 }
@@ -66,7 +66,7 @@ class Networks:
         return tuple(self._read)
 
     def keep(self, ids: Iterable[NetworkId]) -> None:
-        """Forget all but these."""
+        """Drop all but these."""
         wanted = set(ids)
         self._read = {id: read for id, read in self._read.items() if id in wanted}
 

@@ -10,11 +10,13 @@ Source: nftables 1.0.6, src/iface.c.
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from threading import Condition
 
+from skep.dataplane.netns import nft_table
+from skep.dataplane.netns.nft_table import NftTable
 from skep.errors import SkepError
 from skep.linux import descriptors
 
@@ -95,6 +97,17 @@ def _run(text: str) -> str:
         return output.decode(errors="replace")
     finally:
         library.nft_ctx_free(context)
+
+
+def create(tables: Sequence[NftTable], stale: Iterable[str] = ()) -> None:
+    """Make tables in the namespace of the calling thread, whatever they were before; none of the ``stale`` ones stay.
+
+    Mostly there are none, and the kernel need not wait for their removal.  Blocks.  Raises: NftFailed.
+    """
+    try:
+        run("".join(map(nft_table.fresh, tables)))
+    except NftFailed:  # there are tables of an earlier process
+        run("".join(map(nft_table.absent, stale)) + "".join(map(nft_table.whole, tables)))
 
 
 def in_any_order(listing: str) -> list[str]:

@@ -1,5 +1,5 @@
-"""Virtual addresses: in each container's namespace nftables leads them to the tasks that serve.
+"""Virtual addresses: in each container's namespace nftables lead them to the tasks that serve.
 
-``wanted`` says what a namespace is to have, ``rules`` how that reads for nftables; ``loader`` brings it there,
-``conntrack`` moves UDP flows off backends that went, ``healing`` notices what somebody else changed.
+``plan.vip`` is what a namespace is to have, ``virtual_addresses`` writes it, by ``elements`` where only elements of
+maps change; ``on_demand`` notices packets to addresses that are not led yet.
 """

@@ -17,8 +17,7 @@ from functools import lru_cache
 
 from skep.dataplane.netns import netlink
 from skep.dataplane.netns.nft import NftFailed
-from skep.dataplane.vip.rules import DATAGRAMS, NAME, Elements
-from skep.dataplane.vip.wanted import is_ipv6
+from skep.dataplane.plan.vip import DATAGRAMS, NAME, Elements, is_ipv6
 from skep.linux.descriptors import set_aside
 
 _SUBSYSTEM = 10
@@ -65,7 +64,7 @@ class ElementSocket:
                 missing -= kind == netlink.ERROR
 
     def datagrams(self, family: str) -> frozenset[str]:
-        """To which virtual addresses UDP flows go, as the rules have noted.  Blocks.  Raises: OSError."""
+        """Virtual addresses that have UDP flows, as the rules have noted.  Blocks.  Raises: OSError."""
         number, kind = _FAMILIES[family]
         body = _head(number) + _named(_TABLE, NAME) + _named(_SET, DATAGRAMS)
         self._socket.send(netlink.request(_GET_ELEMENTS, netlink.DUMP, body))
@@ -82,7 +81,7 @@ class ElementSocket:
 
 @lru_cache(maxsize=8)
 def encoded(changes: tuple[Elements, ...]) -> tuple[bytes, ...]:
-    """Messages that are acknowledged each; the same for all namespaces, which are told one after another."""
+    """Messages that are acknowledged each; the same for all namespaces, which are written one after another."""
     return tuple(
         netlink.request(
             _NEW_ELEMENTS if change.is_added else _DELETE_ELEMENTS,

@@ -1,7 +1,7 @@
-"""Packets to a virtual address that wait for a neighbour whom nobody is.
+"""Packets to a virtual address that wait for the resolution of a neighbour that does not exist.
 
-A packet that left before the address was led waits for three seconds to be told where the address is, then fails; and
-TCP sends nothing again while it waits.  So it is let go, to nobody: the next attempt is led.
+A packet that left before the address was led waits for three seconds for the neighbour's MAC address, then fails; and
+TCP retransmits nothing while it waits.  So the entry gets an unused MAC address: the next attempt is led.
 """
 
 import socket
@@ -9,33 +9,33 @@ import struct
 from collections.abc import Collection, Iterator
 
 from skep.dataplane.netns import netlink
-from skep.dataplane.vip.wanted import is_ipv6
+from skep.dataplane.plan.vip import is_ipv6
 
 _DESTINATION, _LINK_ADDRESS = 1, 2
 _INCOMPLETE, _STALE = 0x01, 0x04
 _HEADER = struct.Struct("=BBHiHBB")
-_NOBODY = bytes.fromhex("02ffffffffff")
+_UNUSED_MAC = bytes.fromhex("02ffffffffff")
 _TIMEOUT_S = 2.0
 
 
-def let_go(addresses: Collection[str]) -> None:
-    """Let go what waits for ``addresses``, in the namespace of the calling thread.  Blocks.  Raises: OSError."""
+def flush_pending(addresses: Collection[str]) -> None:
+    """Send what waits for ``addresses``, in the namespace of the calling thread.  Blocks.  Raises: OSError."""
     for family in sorted({socket.AF_INET6 if is_ipv6(one) else socket.AF_INET for one in addresses}):
         packed = {
             socket.inet_pton(family, one) for one in addresses if is_ipv6(one) == (family == socket.AF_INET6)
         }
         with netlink.opened(socket.NETLINK_ROUTE, _TIMEOUT_S) as connection:
-            for interface, address in list(_awaited(connection, family)):
+            for interface, address in list(_pending(connection, family)):
                 if address in packed:
                     body = _HEADER.pack(family, 0, 0, interface, _STALE, 0, 0)
                     body += netlink.attribute(_DESTINATION, address)
-                    body += netlink.attribute(_LINK_ADDRESS, _NOBODY)
+                    body += netlink.attribute(_LINK_ADDRESS, _UNUSED_MAC)
                     connection.send(netlink.request(netlink.NEWNEIGH, netlink.ACK | netlink.REPLACE, body))
-                    connection.recv(1 << 12)  # who is no neighbour any more does not matter
+                    connection.recv(1 << 12)  # one that is no neighbour any more does not matter
 
 
-def _awaited(connection: socket.socket, family: int) -> Iterator[tuple[int, bytes]]:
-    """(interface, address) of neighbours that are being looked for."""
+def _pending(connection: socket.socket, family: int) -> Iterator[tuple[int, bytes]]:
+    """(interface, address) of neighbours that are being resolved."""
     head = _HEADER.pack(family, 0, 0, 0, 0, 0, 0)
     connection.send(netlink.request(netlink.GETNEIGH, netlink.DUMP, head))
     while True:

@@ -6,22 +6,20 @@ import pytest
 
 from skep.dataplane.netns import nft
 from skep.dataplane.netns.namespaces import inside
+from skep.dataplane.plan.vip import FAMILIES, NAME, Plan, VipBackends, noted, plan
 from skep.dataplane.vip.elements import ElementSocket
-from skep.dataplane.vip.plan import Plan, plan
-from skep.dataplane.vip.rules import FAMILIES, NAME, noted
-from skep.dataplane.vip.wanted import Leads
 from tests.support.names_lab import NamesLab
 
 MANY = tuple(f"10.0.{2 + number // 200}.{1 + number % 200}" for number in range(600))
 """More than one message takes."""
-OLD: Leads = {
+OLD: VipBackends = {
     "10.0.1.2": ("10.0.2.1", "10.0.2.2"),
     "10.0.1.3": ("10.0.2.3",),
     "10.0.1.4": (),
     "10.0.1.5": MANY,
     "fd00::2": ("fd00::11", "fd00::12"),
 }
-CHANGED: Leads = {
+CHANGED: VipBackends = {
     "10.0.1.2": ("10.0.2.9",),
     "10.0.1.3": ("10.0.2.4", "10.0.2.3"),
     "10.0.1.4": ("10.0.2.5",),

@@ -15,8 +15,9 @@ from skep.dataplane.dns.networks import Networks
 from skep.dataplane.dns.server import Sockets
 from skep.dataplane.dns.upstream import Forwarder
 from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.protocol import Label, Named, Waiting
-from skep.dataplane.served import Around, Served, Written
+from skep.dataplane.served_container import ContainerRecord, Environment, ServedContainer
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import is_no_file
 from skep.model.ids import NetworkId
@@ -33,16 +34,15 @@ _WAITING_MAX = 512
 
 
 class _Need(IntEnum):
-    """What a namespace needs to be in order; the larger includes the smaller."""
+    """What a namespace needs; the larger includes the smaller."""
 
-    SETTLE = 1
+    APPLY = 1
     REPAIR = 2
     OPEN = 3
 
 
-class Serving:
-    """``new_id``: 16 bits that cannot be guessed; ``own_name``: of threads that write rules for us;
-    ``start_task``: gives a task a parent, and keeps its failure to itself."""
+class ServedContainers:
+    """``new_id``: 16 bits that cannot be guessed; ``start_task``: gives a task a parent, and contains its failure."""
 
     def __init__(
         self,
@@ -52,7 +52,6 @@ class Serving:
         clock: Clock,
         chance: Callable[[], float],
         new_id: Callable[[], int],
-        own_name: str,
         start_task: Callable[[Awaitable[None]], asyncio.Task[None]],
     ) -> None:
         self._directory = paths.names
@@ -60,14 +59,13 @@ class Serving:
         self._clock = clock
         self._chance = chance
         self._start_task = start_task
-        self._around = Around(
-            paths.names, namespaces, self._networks, Forwarder(clock, new_id), chance, own_name, start_task
+        self._environment = Environment(
+            paths.names, namespaces, self._networks, Forwarder(clock, new_id), chance, start_task
         )
-        self._served: dict[str, Served] = {}
+        self._served: dict[str, ServedContainer] = {}
         self._needs: dict[str, _Need] = {}
         self._mending: dict[str, asyncio.Task[None]] = {}
-        self.repairs = 0
-        """How often rules that somebody else had changed were put right."""
+        self.repairs = Repairs()
 
     def list(self) -> Sequence[Named]:
         return tuple(one.named for one in self._served.values())
@@ -76,13 +74,13 @@ class Serving:
         """Serve what an earlier process wrote down: at its sockets where it gave them, else at new ones."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._directory.iterdir()):
-            written = _read(path)
-            if written is None or not written.is_same_namespace():
+            record = _read(path)
+            if record is None or not record.is_same_namespace():
                 path.unlink(missing_ok=True)
                 continue
-            id = written.named.id
+            id = record.named.id
             udp, tcp = sockets.get(Label(id, "udp")), sockets.get(Label(id, "tcp"))
-            served = self._served[id] = self._new(written)
+            served = self._served[id] = self._new(record)
             if udp is not None and tcp is not None:
                 served.adopt(Sockets(udp, tcp))
             self._mend(id, _Need.OPEN)
@@ -90,17 +88,17 @@ class Serving:
 
     async def serve(self, named: Named) -> None:
         """Have names in the namespace of ``named``, as it says.  Raises: FailedPrecondition."""
-        written, had = Written(named), None
+        record, had = ContainerRecord(named), None
         waiting: tuple[Waiting, ...] = ()
         old = self._served.get(named.id)
         if old is not None:
             if old.named == named and old.is_in_order():
                 return
             waiting = self._paused(old)
-            if old.written.is_same_namespace():
-                written, had = msgspec.structs.replace(old.written, named=named), old.give_sockets()
+            if old.record.is_same_namespace():
+                record, had = msgspec.structs.replace(old.record, named=named), old.give_sockets()
             old.close()
-        served = self._served[named.id] = self._new(written)
+        served = self._served[named.id] = self._new(record)
         if had is not None:
             served.adopt(had)
         try:
@@ -125,7 +123,7 @@ class Serving:
         Raises: Unavailable: some are not yet.
         """
         changed = self._networks.refresh(tuple(networks) or self._networks.known())
-        touched = {id: served for id, served in self._served.items() if served.virtual.touch(changed)}
+        touched = {id: served for id, served in self._served.items() if served.virtual.mark_changed(changed)}
         for id, served in self._served.items():
             if served.has_other_subnets():
                 self._mend(id, _Need.OPEN)
@@ -135,7 +133,7 @@ class Serving:
             if not is_done
         ]
         for id in failed:
-            self._mend(id, _Need.SETTLE)
+            self._mend(id, _Need.APPLY)
         if failed:
             raise Unavailable(f"{len(failed)} of {len(touched)} containers lack the new virtual addresses")
 
@@ -165,11 +163,11 @@ class Serving:
 
     # ----------------------------------------------------------------------------------------------------------
 
-    def _new(self, written: Written) -> Served:
-        id = written.named.id
-        return Served(self._around, written, lambda: self._mend(id, _Need.REPAIR))
+    def _new(self, record: ContainerRecord) -> ServedContainer:
+        id = record.named.id
+        return ServedContainer(self._environment, record, lambda: self._mend(id, _Need.REPAIR))
 
-    def _paused(self, served: Served) -> tuple[Waiting, ...]:
+    def _paused(self, served: ServedContainer) -> tuple[Waiting, ...]:
         return tuple(Waiting(served.named.id, *one) for one in served.pause())
 
     def _answer(self, waiting: Iterable[Waiting]) -> None:
@@ -177,13 +175,13 @@ class Serving:
             if (served := self._served.get(one.container)) is not None:
                 served.answer(one.message, (one.address, one.port))
 
-    async def _settled(self, served: Iterable[Served]) -> Sequence[bool]:
+    async def _settled(self, served: Iterable[ServedContainer]) -> Sequence[bool]:
         """Which of ``served`` have come to be as they should."""
 
-        async def settled(one: Served) -> bool:
+        async def settled(one: ServedContainer) -> bool:
             try:
                 async with asyncio.timeout(_REFRESH_S):
-                    await one.virtual.settle()
+                    await one.virtual.apply()
             except (SkepError, OSError, TimeoutError) as error:
                 if not Path(one.named.netns).exists():
                     return True  # the container is gone, and will be forgotten
@@ -210,29 +208,31 @@ class Serving:
                 except (SkepError, OSError) as error:
                     if not Path(served.named.netns).exists():
                         return  # it will be forgotten
-                    log.warning("a namespace is not in order", container=id, reason=str(error))
+                    log.warning(
+                        "names and virtual addresses not repaired yet", container=id, reason=str(error)
+                    )
                     self._needs[id] = max(self._needs.get(id, need), need)
                     await backoff.sleep(self._clock)
         finally:
             self._mending.pop(id, None)
 
-    async def _meet(self, served: Served, need: _Need) -> None:
+    async def _meet(self, served: ServedContainer, need: _Need) -> None:
         match need:
-            case _Need.SETTLE:
-                await served.virtual.settle()
+            case _Need.APPLY:
+                await served.virtual.apply()
             case _Need.REPAIR:
                 await served.repair()
-                self.repairs += 1
-                log.info("rules of names and virtual addresses repaired", container=served.named.id)
+                self.repairs.count(["rules"])
+                log.warning("network repaired", container=served.named.id, rules=1)
                 await self._clock.sleep(_REPAIR_PAUSE_S)
             case _Need.OPEN:
                 await served.open()
 
 
-def _read(path: Path) -> Written | None:
+def _read(path: Path) -> ContainerRecord | None:
     """None: that is none.  Raises: OSError: it cannot be read now."""
     try:
-        return msgspec.msgpack.decode(path.read_bytes(), type=Written)
+        return msgspec.msgpack.decode(path.read_bytes(), type=ContainerRecord)
     except msgspec.DecodeError:
         return None
     except OSError as error:

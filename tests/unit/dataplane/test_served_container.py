@@ -13,7 +13,7 @@ from skep.dataplane.dns.networks import Networks
 from skep.dataplane.dns.server import Sockets
 from skep.dataplane.dns.upstream import Forwarder
 from skep.dataplane.protocol import Named
-from skep.dataplane.served import Around, Served, Written
+from skep.dataplane.served_container import ContainerRecord, Environment, ServedContainer
 from skep.errors import Unavailable
 
 
@@ -22,6 +22,7 @@ class SlowNamespaces:
 
     def __init__(self, opened: tuple[Sockets, socket.socket, socket.socket | None]) -> None:
         self.opened = opened
+        self.writer = "skep-1"
         self.is_inside = asyncio.Event()
         self.go = asyncio.Event()
 
@@ -31,17 +32,18 @@ class SlowNamespaces:
         return self.opened
 
 
-def a_served(tmp_path: Path, namespaces: "SlowNamespaces | QuickNamespaces") -> Served:
-    around = Around(
+def a_served(tmp_path: Path, namespaces: "SlowNamespaces | QuickNamespaces") -> ServedContainer:
+    environment = Environment(
         tmp_path,
         namespaces,  # type: ignore[arg-type]
         Networks(tmp_path),
         Forwarder(SystemClock(), lambda: 1),
         lambda: 0.5,
-        "me",
         asyncio.ensure_future,
     )
-    return Served(around, Written(Named(id="c1", netns=str(tmp_path / "ns"), networks=())), lambda: None)
+    return ServedContainer(
+        environment, ContainerRecord(Named(id="c1", netns=str(tmp_path / "ns"), networks=())), lambda: None
+    )
 
 
 def datagrams() -> socket.socket:
@@ -86,6 +88,7 @@ class QuickNamespaces:
     """What listens is opened anew at each run, one moment later."""
 
     def __init__(self) -> None:
+        self.writer = "skep-1"
         self.sockets = Sockets(datagrams(), datagrams())
         self.opened = [self.sockets.udp, self.sockets.tcp]
 

@@ -2,14 +2,13 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.dataplane.vip.plan import There, plan
-from skep.dataplane.vip.rules import Elements, fresh, removed
-from skep.dataplane.vip.wanted import Leads, leads_of, placed
+from skep.dataplane.netns.nft_table import absent, fresh
+from skep.dataplane.plan.vip import Elements, VipBackends, Written, in_place, plan, vip_backends, vip_table
 from skep.model.ids import ServiceId
 from tests.support.tables import a_network, a_served
 
@@ -84,18 +83,20 @@ class Kernel:
 
 IPV4 = st.integers(2, 9).map(lambda number: f"10.0.1.{number}")
 IPV6 = st.integers(2, 5).map(lambda number: f"fd00::{number}")
-LEADS = st.builds(
+BACKENDS = st.builds(
     lambda ipv4, ipv6: ipv4 | ipv6,
     st.dictionaries(IPV4, st.lists(IPV4.map(lambda one: one.replace("10.", "11.")), unique=True).map(tuple)),
     st.dictionaries(IPV6, st.lists(IPV6.map(lambda one: one.replace("fd", "fe")), unique=True).map(tuple)),
 )
 
 
-@given(st.lists(LEADS, max_size=5), st.lists(st.booleans(), min_size=5, max_size=5))
-def test_whatever_was_there_the_plan_leads_where_it_should(wishes: list[Leads], forgets: list[bool]) -> None:
+@given(st.lists(BACKENDS, max_size=5), st.lists(st.booleans(), min_size=5, max_size=5))
+def test_whatever_was_there_the_plan_leads_where_it_should(
+    wanted: list[VipBackends], forgets: list[bool]
+) -> None:
     kernel, there = Kernel(), None
-    for wish, forgotten in zip(wishes, forgets, strict=False):
-        before: There | None = None if forgotten else there
+    for wish, forgotten in zip(wanted, forgets, strict=False):
+        before: Mapping[str, Written] | None = None if forgotten else there
         planned = plan(before, wish)
         kernel.apply(planned.text)
         there = planned.after
@@ -103,8 +104,10 @@ def test_whatever_was_there_the_plan_leads_where_it_should(wishes: list[Leads], 
         assert plan(there, wish).text == "", "once is enough"
 
 
-@given(LEADS, LEADS)
-def test_elements_alone_do_what_the_rules_do_unless_there_is_more_to_do(old: Leads, new: Leads) -> None:
+@given(BACKENDS, BACKENDS)
+def test_elements_alone_do_what_the_rules_do_unless_there_is_more_to_do(
+    old: VipBackends, new: VipBackends
+) -> None:
     first = plan({}, old)
     planned = plan(first.after, new)
     lines = planned.text.splitlines()
@@ -118,18 +121,18 @@ def test_elements_alone_do_what_the_rules_do_unless_there_is_more_to_do(old: Lea
         assert by_elements.maps == by_text.maps
 
 
-@given(LEADS, LEADS)
-def test_flows_to_backends_that_went_are_astray_and_no_others(old: Leads, new: Leads) -> None:
+@given(BACKENDS, BACKENDS)
+def test_flows_to_backends_that_went_are_stale_and_no_others(old: VipBackends, new: VipBackends) -> None:
     planned = plan(plan({}, old).after, new)
     for address in old.keys() | new.keys():
         went = set(old.get(address, ())) - set(new.get(address, ()))
-        assert (address in planned.astray) is bool(went)
-        assert set(planned.astray.get(address, ())) == (set(new.get(address, ())) if went else set())
+        assert (address in planned.stale) is bool(went)
+        assert set(planned.stale.get(address, ())) == (set(new.get(address, ())) if went else set())
 
 
 @given(st.lists(IPV4, unique=True), st.lists(IPV4, unique=True))
-def test_who_stays_keeps_his_place(before: list[str], after: list[str]) -> None:
-    order = placed(tuple(before), tuple(after))
+def test_a_backend_that_stays_keeps_its_index(before: list[str], after: list[str]) -> None:
+    order = in_place(tuple(before), tuple(after))
     assert sorted(order) == sorted(after)
     short = min(len(before), len(after))
     kept = [one for one in before[:short] if one in after]
@@ -147,17 +150,17 @@ def test_one_change_costs_one_element_however_many_backends_there_are() -> None:
 
 def test_a_namespace_without_virtual_addresses_has_no_table() -> None:
     assert plan({}, {}).text == ""
-    assert plan(None, {}).text == removed("ip") + removed("ip6")
-    assert plan({}, {"10.0.1.2": ()}).text == fresh("ip", {"10.0.1.2": ()})
+    assert plan(None, {}).text == absent("ip skep_virtual") + absent("ip6 skep_virtual")
+    assert plan({}, {"10.0.1.2": ()}).text == fresh(vip_table("ip", {"10.0.1.2": ()}))
 
 
-def test_only_who_serves_gets_new_connections() -> None:
+def test_only_serving_tasks_get_new_connections() -> None:
     web = a_served(
         "web", ["10.0.1.2", "fd00::2"], [("10.0.1.3", "fd00::3"), "10.0.1.4"], unhealthy=["10.0.1.5"]
     )
     table = a_network(web, a_served("rr", (), ["10.0.1.9"]), a_served("idle", "10.0.1.6"))
-    assert leads_of(table) == {
+    assert vip_backends(table) == {
         ServiceId("id-web"): {"10.0.1.2": ("10.0.1.3", "10.0.1.4"), "fd00::2": ("fd00::3",)},
         ServiceId("id-idle"): {"10.0.1.6": ()},
     }
-    assert leads_of(a_network(web, is_ingress=True)) == {}
+    assert vip_backends(a_network(web, is_ingress=True)) == {}

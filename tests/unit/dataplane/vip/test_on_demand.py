@@ -1,4 +1,4 @@
-"""Packets to addresses that nobody asked for, as the kernel tells them."""
+"""Packets to addresses whose names were not resolved, as the kernel logs them."""
 
 import socket
 import struct
@@ -7,7 +7,7 @@ from ipaddress import ip_network
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.dataplane.vip.asked import destinations, fresh
+from skep.dataplane.vip.on_demand import destinations, on_demand_tables
 
 IPV4 = b"\x45" + bytes(15) + socket.inet_aton("10.0.1.2")
 IPV6 = b"\x60" + bytes(23) + socket.inet_pton(socket.AF_INET6, "fd00::2")
@@ -29,7 +29,8 @@ def test_no_bytes_make_it_fail(data: bytes) -> None:
 
 
 def test_only_networks_of_the_container_are_watched() -> None:
-    rules = fresh([ip_network("10.0.1.0/24"), ip_network("10.0.2.0/24"), ip_network("fd00::/64")])
-    assert "ip daddr { 10.0.1.0/24, 10.0.2.0/24 } ct state new" in rules
-    assert "ip6 daddr { fd00::/64 } ct state new" in rules
-    assert fresh([]) == ""
+    subnets = [ip_network("10.0.1.0/24"), ip_network("10.0.2.0/24"), ip_network("fd00::/64")]
+    four, six = on_demand_tables(subnets)
+    assert four.rules[0][1].startswith("ip daddr { 10.0.1.0/24, 10.0.2.0/24 } ct state new")
+    assert six.rules[0][1].startswith("ip6 daddr { fd00::/64 } ct state new")
+    assert on_demand_tables([]) == ()

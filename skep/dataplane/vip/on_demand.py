@@ -1,9 +1,9 @@
-"""Virtual addresses that a container uses without having asked for their names.
+"""Virtual addresses that a container uses without having resolved their names.
 
 Programs learn them from the API (a proxy that is configured by it), from a cache, from another container.  So the first
-packet to each address of the container's networks is told to this process, at most once in half a minute; if it is a
-virtual address, its service is loaded, and the packet's connection tracking entry removed, so that the next attempt
-(of TCP: after a second) is led.
+packet to each address of the container's networks is logged to this process (nfnetlink_log), at most once in half a
+minute; if it is a virtual address, its service is loaded, and the packet's connection tracking entry removed, so that
+the next attempt (of TCP: after a second) is led.
 """
 
 import socket
@@ -11,7 +11,12 @@ import struct
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network
 
-from skep.dataplane.netns import netlink
+import structlog
+
+from skep.dataplane.netns import netlink, nft
+from skep.dataplane.netns.nft_table import NftTable
+
+log = structlog.get_logger()
 
 NAME = "skep_asked"
 FAMILIES = ("ip", "ip6")
@@ -19,7 +24,7 @@ _GROUP = 11
 _BYTES = 40
 """As much of a packet as has its destination."""
 _LOG = f"log group {_GROUP} snaplen {_BYTES}"
-_TOLD_MAX = 512
+_LOGGED_MAX = 512
 """The kernel makes room for as many from the start: 8 KiB."""
 _SUBSYSTEM_LOG = 4
 _PACKET, _CONFIGURE = _SUBSYSTEM_LOG << 8, _SUBSYSTEM_LOG << 8 | 1
@@ -30,32 +35,44 @@ _TIMEOUT_S = 2.0
 _READS_MAX = 64
 
 
-def whole(subnets: Iterable[IPv4Network | IPv6Network]) -> str:
-    """The tables as they are to be, whatever they were, as one transaction."""
-    removed = "".join(f"add table {family} {NAME}\ndelete table {family} {NAME}\n" for family in FAMILIES)
-    return removed + fresh(subnets)
-
-
-def fresh(subnets: Iterable[IPv4Network | IPv6Network]) -> str:
-    """The tables where there are none; refused where there are."""
-    lines = []
+def on_demand_tables(subnets: Iterable[IPv4Network | IPv6Network]) -> tuple[NftTable, ...]:
+    """The tables of the families that ``subnets`` has."""
+    found = []
     for family, version in zip(FAMILIES, (4, 6), strict=True):
-        own = sorted({str(one) for one in subnets if one.version == version})
-        if own:
-            table = f"{family} {NAME}"
+        if own := sorted({str(one) for one in subnets if one.version == version}):
             kind = f"ip{'v4' if version == 4 else 'v6'}_addr"
-            told = f"{family} daddr != @told add @told {{ {family} daddr }}"
-            lines += [
-                f"create table {table}",
-                f"add set {table} told {{ type {kind}; flags dynamic,timeout; timeout 30s; size {_TOLD_MAX}; }}",
-                f"add chain {table} out {{ type filter hook output priority -149; }}",
-                f"add rule {table} out {family} daddr {{ {', '.join(own)} }} ct state new {told} {_LOG}",
-            ]
-    return "".join(f"{line}\n" for line in lines)
+            new = f"{family} daddr != @told add @told {{ {family} daddr }}"
+            rule = f"{family} daddr {{ {', '.join(own)} }} ct state new {new} {_LOG}"
+            declared = f"type {kind}; flags dynamic,timeout; timeout 30s; size {_LOGGED_MAX}"
+            found.append(
+                NftTable(
+                    name=f"{family} {NAME}",
+                    sets=(("told", declared),),
+                    chains=(("out", "{ type filter hook output priority -149; }"),),
+                    rules=(("out", rule),),
+                )
+            )
+    return tuple(found)
+
+
+def open_on_demand(subnets: tuple[IPv4Network | IPv6Network, ...]) -> socket.socket | None:
+    """Packets to ``subnets``, in the namespace of the calling thread; None: this kernel does not log them."""
+    try:
+        packets = open_packets()
+    except OSError as error:
+        log.info("virtual addresses are led only after their names were resolved", reason=str(error))
+        return None
+    try:
+        nft.create(on_demand_tables(subnets), stale=[f"{family} {NAME}" for family in FAMILIES])
+    except nft.NftFailed as error:
+        packets.close()
+        log.info("virtual addresses are led only after their names were resolved", reason=str(error))
+        return None
+    return packets
 
 
 def open_packets() -> socket.socket:
-    """A socket that is told of packets in the namespace of the calling thread.  Raises: OSError."""
+    """A socket that gets the logged packets of the calling thread's namespace.  Raises: OSError."""
     opened = netlink.opened(netlink.NETFILTER, _TIMEOUT_S)
     try:
         _configure(opened, _COMMAND, struct.pack("=B", _BIND))
@@ -74,7 +91,7 @@ def read(opened: socket.socket) -> frozenset[str]:
     for _ in range(_READS_MAX):
         try:
             data = opened.recv(1 << 16)
-        except OSError:  # nothing more, or more than there was room for: the next packet tells it again
+        except OSError:  # nothing more, or some were lost: the next packet is logged again
             break
         found |= destinations(data)
     return frozenset(found)
@@ -98,4 +115,4 @@ def _configure(opened: socket.socket, type_: int, value: bytes) -> None:
     for kind, answer in netlink.messages(opened.recv(1 << 12)):
         code = netlink.error_number(answer) if kind == netlink.ERROR else 0
         if code:
-            raise OSError(code, "packets cannot be listened to")
+            raise OSError(code, "nfnetlink_log is not available")

@@ -9,33 +9,34 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from skep.dataplane.dns import rules as names_rules
 from skep.dataplane.dns.messages import Query
 from skep.dataplane.dns.networks import Networks
 from skep.dataplane.dns.records import Decision, decide
+from skep.dataplane.dns.rules import ADDRESS, NAME, names_table
 from skep.dataplane.dns.server import ContainerServer, Forwarding, Sockets, open_sockets
 from skep.dataplane.dns.upstream import Forwarder, NameServer
-from skep.dataplane.netns import nft
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns import conntrack, nft, nft_table
+from skep.dataplane.netns.namespaces import Namespaces, set_sysctl
+from skep.dataplane.netns.nft_changes import ForeignChanges, open_notifications
+from skep.dataplane.plan.vip import FAMILIES, Plan, VipBackends
+from skep.dataplane.plan.vip import NAME as VIP_TABLE
 from skep.dataplane.protocol import Named
-from skep.dataplane.vip import asked, healing, kernel
-from skep.dataplane.vip import rules as virtual_rules
-from skep.dataplane.vip.conntrack import forget_flows, set_times
+from skep.dataplane.vip import on_demand
 from skep.dataplane.vip.elements import ElementSocket
-from skep.dataplane.vip.loader import Services, VirtualAddresses
-from skep.dataplane.vip.neighbours import let_go
-from skep.dataplane.vip.plan import Plan
-from skep.dataplane.vip.wanted import Leads
+from skep.dataplane.vip.neighbours import flush_pending
+from skep.dataplane.vip.virtual_addresses import Services, VirtualAddresses, delete_stale_flows, write_plan
 from skep.errors import SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.ids import NetworkId, ServiceId
 
 log = structlog.get_logger()
 
-OURS = frozenset({names_rules.NAME, virtual_rules.NAME, asked.NAME})
+OUR_TABLES = frozenset(
+    f"{family} {name}" for family in FAMILIES for name in (NAME, VIP_TABLE, on_demand.NAME)
+)
 
 
-class Written(msgspec.Struct, frozen=True):
+class ContainerRecord(msgspec.Struct, frozen=True):
     """What the next process has to know of a container.
 
     ``namespace``: device and inode of its namespace, so that another one at the same path is not taken for it.
@@ -52,30 +53,28 @@ class Written(msgspec.Struct, frozen=True):
         return self.namespace == namespace_at(Path(self.named.netns))
 
 
-class Around(msgspec.Struct, frozen=True):
-    """What all containers share.
-
-    ``own_name``: of threads that write rules for us; ``start_task``: gives a task a parent.
-    """
+class Environment(msgspec.Struct, frozen=True):
+    """What all containers share.  ``start_task``: gives a task a parent."""
 
     directory: Path
     namespaces: Namespaces
     networks: Networks
     forwarder: Forwarder
     chance: Callable[[], float]
-    own_name: str
     start_task: Callable[[Awaitable[None]], asyncio.Task[None]]
 
 
-class Served:
-    """One container.  ``written``: as an earlier process or wish had it, or new; ``foreign_change``: somebody else
-    has changed our rules."""
+class ServedContainer:
+    """One container.  ``record``: of an earlier process or request, or new; ``foreign_change``: called when another
+    program has changed tables of ours."""
 
-    def __init__(self, around: Around, written: Written, foreign_change: Callable[[], None]) -> None:
-        self.named = written.named
-        self.written = written
+    def __init__(
+        self, environment: Environment, record: ContainerRecord, foreign_change: Callable[[], None]
+    ) -> None:
+        self.named = record.named
+        self.record = record
         self.sockets: Sockets | None = None
-        self._around = around
+        self._environment = environment
         self._foreign_change = foreign_change
         self._server: ContainerServer | None = None
         self._notifications: socket.socket | None = None
@@ -84,8 +83,8 @@ class Served:
         self._is_closed = False
         self._opening = asyncio.Lock()
         self._subnets = self._own_subnets()
-        loaded = frozenset(one for one in written.loaded if one[0] in self._network_ids())
-        self.virtual = VirtualAddresses(around.networks.leads, self._write, loaded)
+        loaded = frozenset(one for one in record.loaded if one[0] in self._network_ids())
+        self.virtual = VirtualAddresses(environment.networks.backends, self._write, loaded)
 
     def adopt(self, sockets: Sockets) -> None:
         """Answer at once at sockets that are open already, with rules that lead to them."""
@@ -106,7 +105,7 @@ class Served:
         self._subnets = self._own_subnets()
         self._stop_listening()  # packets are told to one socket only
         had = self.sockets
-        sockets, notifications, packets = await self._around.namespaces.run(path, self._opened)
+        sockets, notifications, packets = await self._environment.namespaces.run(path, self._opened)
         if self._is_closed:  # meanwhile: nobody would ever close what is new
             for one in (notifications, packets, sockets if sockets is not had else None):
                 if one is not None:
@@ -114,33 +113,32 @@ class Served:
             raise Unavailable("the container was forgotten while it was opened")
         self._notifications, self._packets = notifications, packets
         if packets is not None:
-            asyncio.get_running_loop().add_reader(packets, self._see, packets)
-        notify = healing.Notifications(OURS, self._around.own_name)
-        asyncio.get_running_loop().add_reader(notifications, self._hear, notifications, notify)
+            asyncio.get_running_loop().add_reader(packets, self._read_packets, packets)
+        changes = ForeignChanges(self._environment.namespaces.writer)
+        asyncio.get_running_loop().add_reader(notifications, self._read_changes, notifications, changes)
         if self.sockets is None:
             self.adopt(sockets)
-        self.virtual.distrust()
-        await self.virtual.settle()
+        self.virtual.mark_unknown()
+        await self.virtual.apply()
         udp, tcp = sockets.ports
-        self.written = msgspec.structs.replace(
-            self.written, udp_port=udp, tcp_port=tcp, namespace=namespace_at(path)
+        self.record = msgspec.structs.replace(
+            self.record, udp_port=udp, tcp_port=tcp, namespace=namespace_at(path)
         )
         self.write_down()
 
     def is_in_order(self) -> bool:
         """Whether it is open, in the namespace that is there."""
-        return self._notifications is not None and self.written.is_same_namespace()
+        return self._notifications is not None and self.record.is_same_namespace()
 
     async def repair(self) -> None:
         """Write all rules again.  Raises: SkepError, OSError."""
         if self.sockets is not None:
-            text = names_rules.whole(*self.sockets.ports) + (
-                asked.whole(self._subnets) if self._packets else ""
-            )
-            own_name, path = self._around.own_name, Path(self.named.netns)
-            await self._around.namespaces.run(path, kernel.write_text, own_name, text)
-        self.virtual.distrust()
-        await self.virtual.settle()
+            tables = [names_table(*self.sockets.ports)]
+            tables += on_demand.on_demand_tables(self._subnets) if self._packets else ()
+            path, text = Path(self.named.netns), "".join(map(nft_table.whole, tables))
+            await self._environment.namespaces.run(path, nft.run, text)
+        self.virtual.mark_unknown()
+        await self.virtual.apply()
 
     def answer(self, message: bytes, client: tuple[str, int]) -> None:
         """Answer a question that came to an earlier server of this container."""
@@ -177,15 +175,15 @@ class Served:
         if self._is_closed:
             return
         loaded = tuple(sorted(self.virtual.loaded))
-        self.written = msgspec.structs.replace(self.written, loaded=loaded)
-        content = msgspec.msgpack.encode(self.written)
-        replace_file(self._around.directory / self.named.id, content, is_durable=False)
+        self.record = msgspec.structs.replace(self.record, loaded=loaded)
+        content = msgspec.msgpack.encode(self.record)
+        replace_file(self._environment.directory / self.named.id, content, is_durable=False)
 
     # --- what names stand for ---------------------------------------------------------------------------------
 
     def decide(self, query: Query) -> Decision:
-        networks = self._around.networks
-        return decide(query, [networks.index(id) for id in self._network_ids()], self._around.chance())
+        networks = self._environment.networks
+        return decide(query, [networks.index(id) for id in self._network_ids()], self._environment.chance())
 
     def is_loaded(self, virtual: Services) -> bool:
         return self.virtual.is_usable(virtual)
@@ -200,7 +198,7 @@ class Served:
         return [place.network for place in self.named.networks]
 
     def _own_subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
-        networks = self._around.networks
+        networks = self._environment.networks
         return tuple(subnet for id in self._network_ids() for subnet in networks.index(id).subnets)
 
     def has_other_subnets(self) -> bool:
@@ -209,19 +207,16 @@ class Served:
 
     def _opened(self) -> tuple[Sockets, socket.socket, socket.socket | None]:
         """In the namespace: sockets (unless there are any), the rules that lead to them, times, notifications, and
-        packets to addresses that were not asked for (None: this kernel does not tell)."""
+        packets to addresses that were not resolved (None: this kernel does not log them)."""
         had = self.sockets
-        sockets = had or open_sockets(self.written.udp_port, self.written.tcp_port)
+        sockets = had or open_sockets(self.record.udp_port, self.record.tcp_port)
         try:
-            with healing.named(self._around.own_name):
-                try:
-                    nft.run(names_rules.fresh(*sockets.ports))
-                except nft.NftFailed:  # there are rules of an earlier process
-                    nft.run(names_rules.whole(*sockets.ports))
-                packets = _told(self._subnets)
-            set_times()  # now that there is connection tracking
+            nft.create([names_table(*sockets.ports)])
+            packets = on_demand.open_on_demand(self._subnets)
+            for name, value in conntrack.SYSCTLS.items():  # now that there is connection tracking
+                set_sysctl(name, value)
             try:
-                return sockets, healing.open_notifications(), packets
+                return sockets, open_notifications(), packets
             except BaseException:
                 if packets is not None:
                     packets.close()
@@ -232,14 +227,14 @@ class Served:
             raise
 
     async def _write(self, plan: Plan) -> None:
-        await self._around.namespaces.run(Path(self.named.netns), self._written, plan)
+        await self._environment.namespaces.run(Path(self.named.netns), self._write_inside, plan)
 
-    def _written(self, plan: Plan) -> None:
+    def _write_inside(self, plan: Plan) -> None:
         """In the namespace.  Only ``virtual`` writes plans, one after another."""
         if self._elements is None:
             self._elements = ElementSocket()
         try:
-            kernel.write(self._around.own_name, plan, self._elements)
+            write_plan(plan, self._elements)
         except BaseException:
             self._close_elements()
             raise
@@ -252,13 +247,15 @@ class Served:
             self._elements = None
 
     def _new_server(self, sockets: Sockets) -> ContainerServer:
-        around = self._around
+        environment = self._environment
         return ContainerServer(
-            self.named.id, sockets, self, around.forwarder, self._forwarding(), around.start_task
+            self.named.id, sockets, self, environment.forwarder, self._forwarding(), environment.start_task
         )
 
     def _forwarding(self) -> Forwarding:
-        subnets = [subnet for id in self._network_ids() for subnet in self._around.networks.index(id).subnets]
+        subnets = [
+            subnet for id in self._network_ids() for subnet in self._environment.networks.index(id).subnets
+        ]
         servers = []
         for one in self.named.servers:
             try:
@@ -266,32 +263,37 @@ class Served:
             except ValueError:
                 continue  # not an address: of no use to anyone
             is_inside = any(address in subnet for subnet in subnets)
-            if (is_inside or self.named.forwards) and str(address) != names_rules.ADDRESS:
+            if (is_inside or self.named.forwards) and str(address) != ADDRESS:
                 servers.append(NameServer(one.address, one.port, is_inside))
         return Forwarding(tuple(servers), self._open_inside, self.named.forwards_single_labels)
 
     async def _open_inside(self, kind: socket.SocketKind, family: socket.AddressFamily) -> socket.socket:
-        return await self._around.namespaces.run(Path(self.named.netns), socket.socket, family, kind)
+        return await self._environment.namespaces.run(Path(self.named.netns), socket.socket, family, kind)
 
-    def _hear(self, opened: socket.socket, notifications: healing.Notifications) -> None:
+    def _read_changes(self, opened: socket.socket, changes: ForeignChanges) -> None:
         try:
-            healing.read(opened, notifications, self._foreign_change)
+            tables = changes.read(opened)
         except OSError:
             self._stop_listening()
+            return
+        if tables is None or tables & OUR_TABLES:
+            self._foreign_change()
 
-    def _see(self, packets: socket.socket) -> None:
-        """There were packets to addresses that may be virtual, and not be led yet."""
-        for address in asked.read(packets):
+    def _read_packets(self, packets: socket.socket) -> None:
+        """There were packets to addresses that may be virtual and not led yet."""
+        for address in on_demand.read(packets):
             for network in self._network_ids():
-                _, service = self._around.networks.index(network).reverse.get(address, ("", ServiceId("")))
+                _, service = self._environment.networks.index(network).reverse.get(
+                    address, ("", ServiceId(""))
+                )
                 if service and not self.virtual.is_usable(frozenset({(network, service)})):
-                    self._around.start_task(self._load_late(network, service))
+                    self._environment.start_task(self._load_late(network, service))
 
     async def _load_late(self, network: NetworkId, service: ServiceId) -> None:
         try:
             await self.load(frozenset({(network, service)}))
-            leads = self._around.networks.leads(network).get(service, {})
-            await self._around.namespaces.run(Path(self.named.netns), _start_over, leads)
+            backends = self._environment.networks.backends(network).get(service, {})
+            await self._environment.namespaces.run(Path(self.named.netns), _start_over, backends)
         except (SkepError, OSError) as error:  # the next packet comes in half a minute
             log.warning("a virtual address is not led", container=self.named.id, reason=str(error))
 
@@ -303,29 +305,10 @@ class Served:
         self._notifications = self._packets = None
 
 
-def _told(subnets: tuple[IPv4Network | IPv6Network, ...]) -> socket.socket | None:
-    """Packets to ``subnets``, in the namespace of the calling thread; None: this kernel does not tell."""
-    try:
-        packets = asked.open_packets()
-    except OSError as error:
-        log.info("virtual addresses have to be asked for by name", reason=str(error))
-        return None
-    try:
-        try:
-            nft.run(asked.fresh(subnets))
-        except nft.NftFailed:  # there are rules of an earlier process
-            nft.run(asked.whole(subnets))
-    except nft.NftFailed as error:
-        packets.close()
-        log.info("virtual addresses have to be asked for by name", reason=str(error))
-        return None
-    return packets
-
-
-def _start_over(leads: Leads) -> None:
-    """What was sent to the addresses of ``leads`` before they were led is forgotten, in the thread's namespace."""
-    forget_flows(leads)
-    let_go(leads.keys())
+def _start_over(backends: VipBackends) -> None:
+    """Drop what was sent to these addresses before they were led, in the thread's namespace."""
+    delete_stale_flows(backends)
+    flush_pending(backends.keys())
 
 
 def namespace_at(path: Path) -> tuple[int, int]:

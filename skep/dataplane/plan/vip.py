@@ -1,0 +1,264 @@
+"""Virtual addresses in a container's namespace: where they lead, and the nftables tables for it.  Pure.
+
+One table per family, ``ip skep_virtual`` and ``ip6 skep_virtual``.  A packet for a virtual address takes three steps:
+
+* ``guards`` (before NAT) refuses what cannot go anywhere: a new flow to a service without backends, and TCP in the
+  middle of a connection that this namespace does not remember, which is reset (it would reach some backend that
+  does not have it).  It notes in ``datagrams`` which addresses UDP flows go to, since looking for the flows of a
+  backend that went means going through all that the node's connection tracking holds (9 ms).
+* ``services`` leads the first packet of a flow to ``spread_<n>``, the chain for all services that have just ``n``
+  backends: it draws one of ``n`` numbers.  So the spread is exactly even, and a service costs as many elements as it
+  has backends.
+* ``backends`` has the address for the virtual address and the number drawn.  All later packets of the flow follow
+  conntrack, whatever happens to the maps: connections stay where they are.
+
+The sender keeps its own address, so a backend sees its client, and may be the client itself.  Every protocol is led:
+TCP, UDP, SCTP, and ICMP, so that a ping is answered by a backend.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+
+from skep.dataplane.netns import nft_table
+from skep.dataplane.netns.nft_table import NftTable
+from skep.model.ids import ServiceId
+from skep.model.tables import Table
+
+NAME = "skep_virtual"
+FAMILIES = ("ip", "ip6")
+DATAGRAMS = "datagrams"
+_MAPS = ("backends", "services", "guards")
+_DATAGRAMS_MAX = 1024
+"""The kernel makes room for as many from the start: 16 KiB."""
+_ADDRESS_TYPE = {"ip": "ipv4_addr", "ip6": "ipv6_addr"}
+
+Backends: TypeAlias = tuple[str, ...]
+VipBackends: TypeAlias = Mapping[str, Backends]
+"""From a virtual address to the addresses that serve it, of the same family; empty: connections are refused."""
+
+
+def vip_backends(table: Table) -> Mapping[ServiceId, VipBackends]:
+    """The backends of each service's virtual addresses, in the order of their tasks' ids.
+
+    None on the ingress network: its ports are published by the nodes.
+    """
+    if table.head.is_ingress:
+        return {}
+    serving: dict[ServiceId, list[tuple[str, ...]]] = defaultdict(list)
+    for _, endpoint in sorted(table.endpoints.items()):
+        if endpoint.is_serving:
+            serving[endpoint.service_id].append(endpoint.addresses)
+    return {
+        id: {
+            address: tuple(filter(None, (first_of_family(one, is_ipv6(address)) for one in serving[id])))
+            for address in service.virtual_ips
+        }
+        for id, service in table.services.items()
+        if service.virtual_ips
+    }
+
+
+class Written(msgspec.Struct, frozen=True):
+    """One family's table as it was written: its backends, and for which numbers of them there are chains."""
+
+    backends: VipBackends
+    counts: frozenset[int]
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """``text``: the changes, as one transaction.
+
+    ``elements``: the same, where nothing changes but elements of maps; None: more does.  Most changes of backends are
+    such, and need not go through nftables' language.
+
+    ``after``: the tables by family.  ``stale``: addresses whose UDP flows may lead elsewhere now, with their backends;
+    ``is_anew``: and which of them have flows is not known.
+    """
+
+    text: str
+    elements: tuple["Elements", ...] | None
+    after: Mapping[str, Written]
+    stale: VipBackends
+    is_anew: bool
+
+
+def plan(written: Mapping[str, Written] | None, backends: VipBackends) -> Plan:
+    """How a namespace with ``written`` (None: it is not known) comes to ``backends``.
+
+    A namespace without virtual addresses of a family needs no table for it.
+    """
+    texts = []
+    changed: list[Elements] = []
+    has_more = False
+    after: dict[str, Written] = {}
+    stale: dict[str, Backends] = {}
+    for family in FAMILIES:
+        new = _of_family(backends, family)
+        old = None if written is None else written.get(family)
+        if old is not None:
+            new = {address: in_place(old.backends.get(address, ()), found) for address, found in new.items()}
+            texts.append(_changes(family, old, new))
+            changed += elements(family, old.backends, new)
+            has_more |= not _counts(new) <= old.counts
+            after[family] = Written(new, old.counts | _counts(new))
+            for address, found in old.backends.items():
+                if set(found) - set(new.get(address, ())):
+                    stale[address] = new.get(address, ())
+        elif new:
+            has_more = True
+            table = vip_table(family, new)
+            texts.append(nft_table.whole(table) if written is None else nft_table.fresh(table))
+            after[family] = Written(new, _counts(new))
+            if written is None:
+                stale.update(new)
+        elif written is None:
+            has_more = True
+            texts.append(nft_table.absent(f"{family} {NAME}"))
+    return Plan("".join(texts), None if has_more else tuple(changed), after, stale, written is None)
+
+
+def vip_table(family: str, backends: VipBackends) -> NftTable:
+    """The whole table of one family."""
+    kind = _ADDRESS_TYPE[family]
+    counts = sorted(_counts(backends))
+    return NftTable(
+        name=f"{family} {NAME}",
+        sets=(
+            ("backends", f"typeof {family} daddr . numgen random mod 65536 : {family} daddr"),
+            ("services", f"type {kind} : verdict"),
+            ("guards", f"type {kind} : verdict"),
+            (DATAGRAMS, f"type {kind}; flags dynamic; size {_DATAGRAMS_MAX}"),
+        ),
+        chains=(
+            ("known", ""),
+            ("empty", ""),
+            ("check", "{ type filter hook output priority -150; }"),
+            ("out", "{ type nat hook output priority -100; }"),
+            *((f"spread_{count}", "") for count in counts),
+        ),
+        rules=(
+            ("known", f"meta l4proto udp ct state new add @{DATAGRAMS} {{ {family} daddr }}"),
+            ("known", "ct state new,invalid tcp flags & (syn | rst) == 0 reject with tcp reset"),
+            ("empty", "ct state new meta l4proto tcp reject with tcp reset"),
+            ("empty", "ct state new reject"),
+            ("empty", "goto known"),
+            ("check", f"{family} daddr vmap @guards"),
+            ("out", f"{family} daddr vmap @services"),
+            *((f"spread_{count}", _draw(family, count)) for count in counts),
+        ),
+        elements=frozenset(
+            (name, f"{key} : {value}")
+            for address, found in backends.items()
+            for name, key, value in _elements(address, found)
+        ),
+    )
+
+
+class Elements(NamedTuple):
+    """Elements (key, value) that are added to a map of the ``family``'s table, or removed from it."""
+
+    family: str
+    map: str
+    is_added: bool
+    elements: tuple[tuple[str, str], ...]
+
+
+def elements(family: str, old: VipBackends, new: VipBackends) -> tuple[Elements, ...]:
+    """How the elements of ``new`` differ from those of ``old``, in the order in which they are to be changed.
+
+    Not by the whole table's elements: one service changes, of hundreds in each of a hundred namespaces.
+    """
+    gone: dict[str, list[tuple[str, str]]] = {name: [] for name in _MAPS}
+    added: dict[str, list[tuple[str, str]]] = {name: [] for name in _MAPS}
+    for address in sorted(old.keys() | new.keys()):
+        if old.get(address) == new.get(address):
+            continue
+        before = set(_elements(address, old.get(address)))
+        after = set(_elements(address, new.get(address)))
+        for name, key, value in sorted(before - after):
+            gone[name].append((key, value))
+        for name, key, value in sorted(after - before):
+            added[name].append((key, value))
+    return tuple(
+        Elements(family, name, is_added, tuple(changed[name]))
+        for is_added, changed in ((False, gone), (True, added))
+        for name in _MAPS
+        if changed[name]
+    )
+
+
+def noted(addresses: Iterable[str]) -> str:
+    """Note that UDP flows go to ``addresses``."""
+    return "".join(
+        f"add element {family} {NAME} {DATAGRAMS} {{ {one} }}\n"
+        for one in sorted(addresses)
+        for family in [FAMILIES[is_ipv6(one)]]
+    )
+
+
+def in_place(before: Backends, backends: Backends) -> Backends:
+    """``backends`` in an order that leaves as many as possible at the index that they had ``before``.
+
+    A backend that goes leaves a gap, which a new one fills, and else the last; so a change costs as many elements as it
+    has backends, wherever in the order it happens.
+    """
+    stays, coming = set(backends), [one for one in backends if one not in before]
+    slots: list[str | None] = [one if one in stays else None for one in before]
+    slots += [None] * (len(backends) - len(slots))
+    while len(slots) > len(backends):
+        last = slots.pop()
+        if last is not None:
+            coming.append(last)
+    waiting = iter(coming)
+    return tuple(one if one is not None else next(waiting) for one in slots)
+
+
+def is_ipv6(address: str) -> bool:
+    return ":" in address
+
+
+def first_of_family(addresses: Iterable[str], ipv6: bool) -> str:
+    """The first of ``addresses`` that is IPv6, or IPv4; empty: none is."""
+    return next((one for one in addresses if is_ipv6(one) is ipv6), "")
+
+
+def _of_family(backends: VipBackends, family: str) -> VipBackends:
+    return {address: found for address, found in backends.items() if is_ipv6(address) is (family == "ip6")}
+
+
+def _changes(family: str, old: Written, new: VipBackends) -> str:
+    table = f"{family} {NAME}"
+    lines = []
+    for count in sorted(_counts(new) - old.counts):
+        lines += [
+            f"add chain {table} spread_{count}\n",
+            f"add rule {table} spread_{count} {_draw(family, count)}\n",
+        ]
+    for change in elements(family, old.backends, new):
+        verb = "add" if change.is_added else "delete"
+        listed = (f"{key} : {value}" if change.is_added else key for key, value in change.elements)
+        lines.append(f"{verb} element {table} {change.map} {{ {', '.join(listed)} }}\n")
+    return "".join(lines)
+
+
+def _draw(family: str, count: int) -> str:
+    return f"dnat to {family} daddr . numgen random mod {count} map @backends"
+
+
+def _counts(backends: VipBackends) -> frozenset[int]:
+    """The numbers of backends for which there have to be chains."""
+    return frozenset(len(found) for found in backends.values() if found)
+
+
+def _elements(address: str, backends: Backends | None) -> Iterator[tuple[str, str, str]]:
+    """(map, key, value) of each element for ``address``; None: it is not led anywhere."""
+    if backends is None:
+        return
+    yield "guards", address, "goto known" if backends else "goto empty"
+    if backends:
+        yield "services", address, f"goto spread_{len(backends)}"
+    for number, backend in enumerate(backends):
+        yield "backends", f"{address} . {number}", backend

@@ -1,0 +1,139 @@
+"""Keeps the virtual addresses of one container's namespace as the network tables are.
+
+A service is loaded when the container first resolves its name, and stays for as long as the container lives: a program
+may keep the address for as long.  Changes that come while the namespace is being written are written together, next.
+"""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+
+import structlog
+
+from skep.dataplane.netns import conntrack, nft
+from skep.dataplane.plan.vip import FAMILIES, Backends, Plan, VipBackends, Written, is_ipv6, noted, plan
+from skep.dataplane.vip.elements import ElementSocket
+from skep.model.ids import NetworkId, ServiceId
+
+log = structlog.get_logger()
+
+Services = frozenset[tuple[NetworkId, ServiceId]]
+BackendsOf = Callable[[NetworkId], Mapping[ServiceId, VipBackends]]
+
+Write = Callable[[Plan], Awaitable[None]]
+"""Writes a plan into the namespace.  Raises: SkepError, OSError."""
+
+
+class VirtualAddresses:
+    """The virtual addresses of one container.
+
+    ``loaded``: the services that an earlier process had loaded; the namespace has tables for them, of some age.
+    """
+
+    def __init__(self, backends_of: BackendsOf, write: Write, loaded: Services = frozenset()) -> None:
+        self._backends_of = backends_of
+        self._write = write
+        self._writing = asyncio.Lock()
+        self._loaded = loaded
+        self._usable = loaded
+        self._written: Mapping[str, Written] = {}
+        self._is_outdated = self._is_unknown = bool(loaded)
+
+    @property
+    def loaded(self) -> Services:
+        return self._loaded
+
+    def is_usable(self, services: Services) -> bool:
+        """Whether the namespace leads the virtual addresses of ``services``."""
+        return services <= self._usable
+
+    async def load(self, services: Services) -> None:
+        """Lead the virtual addresses of ``services`` from now on.  Raises: SkepError, OSError."""
+        if not services <= self._loaded:
+            self._loaded |= services
+            self._is_outdated = True
+        await self.apply()
+
+    def mark_changed(self, services: Services) -> bool:
+        """These have other backends than before; whether ``apply`` has work."""
+        if services & self._loaded:
+            self._is_outdated = True
+        return self._is_outdated
+
+    def mark_unknown(self) -> None:
+        """Another program may have written to the namespace: ``apply`` writes all of it, if there is anything."""
+        if self._loaded:
+            self._is_unknown = self._is_outdated = True
+
+    async def apply(self) -> None:
+        """Return when the namespace is as wanted.  Raises: SkepError, OSError: it is not."""
+        async with self._writing:
+            while self._is_outdated:
+                services = self._loaded
+                written = None if self._is_unknown else self._written
+                self._is_outdated = self._is_unknown = False
+                backends: dict[str, Backends] = {}
+                for network, service in sorted(services):
+                    backends.update(self._backends_of(network).get(service, {}))
+                planned = plan(written, backends)
+                try:
+                    if planned.text:
+                        await self._write(planned)
+                except BaseException as error:
+                    self._is_outdated = self._is_unknown = True
+                    if written is None or not isinstance(error, nft.NftFailed):
+                        raise
+                    continue  # the namespace holds something else than was assumed: write all of it
+                self._written = planned.after
+                self._usable = services
+
+
+def write_plan(planned: Plan, elements: ElementSocket) -> None:
+    """Write into the namespace of the calling thread.  Blocks.  Raises: NftFailed, OSError.
+
+    ``elements``: of this namespace.
+    """
+    if planned.elements is None:
+        nft.run(planned.text)
+    else:
+        elements.change(planned.elements)
+    if planned.is_anew:
+        if planned.stale:
+            nft.run(noted(_delete_flows(planned.stale)))
+    elif planned.stale:
+        families = sorted({FAMILIES[is_ipv6(one)] for one in planned.stale})
+        used = frozenset(one for family in families for one in elements.datagrams(family))
+        if stale := {one: backends for one, backends in planned.stale.items() if one in used}:
+            _delete_flows(stale)
+
+
+def delete_stale_flows(backends: VipBackends) -> frozenset[str]:
+    """Delete the UDP flows to these addresses that lead to none of their backends; gives addresses that have UDP flows.
+
+    And those of all protocols that are not led anywhere: they began before the address was.
+
+    In the namespace of the calling thread.  Blocks.  Raises: OSError: some flows may be stale.
+    """
+    seen: set[str] = set()
+
+    def is_stale(flow: conntrack.Flow) -> bool:
+        address, backend = flow.original.destination, flow.reply.source
+        if address not in backends:
+            return False
+        is_udp = flow.original.protocol == socket.IPPROTO_UDP
+        if is_udp:
+            seen.add(address)
+        return backend == address or (is_udp and backend not in backends[address])
+
+    for family in sorted({socket.AF_INET6 if is_ipv6(address) else socket.AF_INET for address in backends}):
+        conntrack.delete_stale(family, is_stale)
+    return frozenset(seen)
+
+
+def _delete_flows(backends: VipBackends) -> frozenset[str]:
+    """The same; where it fails, every address may have flows."""
+    try:
+        return delete_stale_flows(backends)
+    except OSError as error:  # new connections are led rightly all the same
+        log.warning("flows to virtual addresses not moved", reason=str(error))
+        return frozenset(backends)
