@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from bench.simulated_agents import STATUS, Agent, Crowd, obey
+from skep.agent.certificates import fetch_root
 from skep.model.node import EngineDescription, NodeDescription
 from skep.model.planes import NODE_LABEL
 from skep.model.service import Platform, Resources
 from skep.model.task import TaskState, TaskStatus
-from skep.node.joining import fetch_root
 from skep.security.identity import ROOT_NAME
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request

@@ -35,6 +35,7 @@ from sim.time import VirtualClock, VirtualLoop
 from sim.trace import Trace
 from sim.versions import UnknownFieldsAreKept
 from skep.agent.executor.simulated import Behaviour
+from skep.agent.managers import Peer
 from skep.errors import Unavailable
 from skep.model.ids import NodeId, ServiceId, base36
 from skep.model.node import (
@@ -49,7 +50,6 @@ from skep.model.node import (
 from skep.model.service import Resources, Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
-from skep.node.local import Peer
 from skep.security.identity import Identity
 from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.initialize import cluster_in, initialize_on

@@ -6,10 +6,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import cast
 
 from sim.network import Network
+from skep.agent.renewal import ChooseManager
 from skep.model.logs import LogLine, LogQuery
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeRole
-from skep.node.renewal import Managers
 from skep.security.identity import Identity
 from skep.wire.client import Channel
 
@@ -22,7 +22,7 @@ class SimulatedCredentials:
         self._renew = renew
         self.identity = identity
         self.tls_info = TLSInfo()
-        self.news = asyncio.Event()
+        self.changed = asyncio.Event()
         self._network = network
 
     def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
@@ -43,7 +43,7 @@ class SimulatedCredentials:
         """Somebody else does it, as they are nobody's but the simulation's."""
         self._renew()
 
-    async def run(self, choose: Managers) -> None:
+    async def run(self, choose: ChooseManager) -> None:
         """There is nothing to do, until cancelled."""
         await asyncio.Event().wait()
 

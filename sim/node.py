@@ -16,9 +16,10 @@ from skep.agent.agent import Agent
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.agent.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
 from skep.agent.last_seen import LastSeen
-from skep.agent.managers import ManagerList
+from skep.agent.managers import ManagerList, Peer
 from skep.agent.reports import Reports
 from skep.agent.revisions import SeenRevision
+from skep.agent.session import NodeServices
 from skep.agent.session_state import SessionState
 from skep.agent.task_files import RememberedTask, TaskFiles
 from skep.agent.worker import Worker
@@ -29,7 +30,6 @@ from skep.dataplane.tables.keeper import TableKeeper
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import NodeDescription
 from skep.model.task import AssignedTask, Task
-from skep.node.local import Peer
 from skep.security.identity import Identity
 
 
@@ -112,14 +112,12 @@ class SimulatedNode:
             credentials=SimulatedCredentials(self._identity, self._network, self._renew),
             managers=managers,
             describe=lambda: self._description,
-            sink=worker,
-            reports=reports,
-            logs=NoLogs(),
+            services=NodeServices(
+                sink=worker, reports=reports, logs=NoLogs(), seen=self._seen, tables=tables
+            ),
             clock=self._clock,
             random=self._random,
             session_state=session_state,
-            seen=self._seen,
-            tables=tables,
         )
         self._registered = agent.registered
         try:

@@ -3,40 +3,46 @@
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
+import msgspec
+
 from skep.model.ids import NodeId
 from skep.model.node import RESPONSE_SECONDS_MAX
-from skep.node.local import Peer
 
-ANSWER_SECONDS_MIN = 1.0
+RESPONSE_SECONDS_MIN = 1.0
 DEFAULT_WEIGHT = 10
 
 
-def patience(period_s: float, managers: int) -> float:
-    """Seconds to wait for the answer to a heartbeat: one period, so that a node moves on within a heartbeat.
+class Peer(msgspec.Struct, frozen=True, rename={"node_id": "NodeID", "addr": "Addr"}):
+    """A manager as ``/info`` lists it."""
+
+    node_id: NodeId
+    addr: str
+
+
+def response_timeout(period_s: float, managers: int) -> float:
+    """Seconds to wait for the response to a heartbeat: one period, so that a node moves on within a heartbeat.
 
     The first one (``period_s`` 0) may take longer: many nodes may be registering at the same time.  So may all
-    where there is nobody else to go to.
+    where there is no other manager.
     """
     if managers < 2 or not period_s:
         return RESPONSE_SECONDS_MAX
-    return min(max(period_s, ANSWER_SECONDS_MIN), RESPONSE_SECONDS_MAX)
+    return min(max(period_s, RESPONSE_SECONDS_MIN), RESPONSE_SECONDS_MAX)
 
 
-def connect_patience(failures: int, managers: int, absent: int = 0) -> float:
-    """Seconds to wait for a connection: a machine without power answers nothing, a crowded one late.
+def connect_timeout(failures: int, managers: int, absent: int = 0) -> float:
+    """Seconds to wait for a connection: a machine without power does not respond, an overloaded one is slow.
 
-    While some managers answer and ``absent`` ones do not, all of those together take no longer than a single one may:
-    a node that went through the dead ones first would come back after its grace.
+    While some managers respond and ``absent`` ones do not, all of those together take no longer than a single one may:
+    a node that tried the dead ones first would come back after its grace.
     """
     if managers < 2:
         return RESPONSE_SECONDS_MAX
-    is_answered = absent < managers
+    responds = absent < managers
     longest_s = (
-        max(RESPONSE_SECONDS_MAX / max(absent, 1), ANSWER_SECONDS_MIN)
-        if is_answered
-        else RESPONSE_SECONDS_MAX
+        max(RESPONSE_SECONDS_MAX / max(absent, 1), RESPONSE_SECONDS_MIN) if responds else RESPONSE_SECONDS_MAX
     )
-    return min(ANSWER_SECONDS_MIN * float(1 << min(failures, 8)), longest_s)
+    return min(RESPONSE_SECONDS_MIN * float(1 << min(failures, 8)), longest_s)
 
 
 def next_manager(
@@ -46,12 +52,12 @@ def next_manager(
     random: Random,
     weights: Mapping[str, int] | None = None,
 ) -> Peer | None:
-    """Whom to ask for a session: who failed least often; among equals anybody, this machine's own manager last.
+    """The manager to try next: one with the fewest failures; among equals at random, this node's own manager last.
 
-    ``weights``: by address, as the managers ask for; among equals the heavier is chosen more often.
+    ``weights``: by address, from the managers; among equals the heavier is chosen more often.
 
-    With its own manager last, losing a machine is one event: its node is not looking for a manager at the same
-    time as its tasks move.
+    With its own manager last, the loss of a machine is one event: its node does not look for another manager while
+    its tasks are replaced.
     """
     if not peers:
         return None
@@ -63,26 +69,39 @@ def next_manager(
 
 
 class ManagerList:
-    """What the last session said about managers; ``changed`` is called with every new list."""
+    """The managers as the last session listed them, and the failures to reach them.
+
+    Args:
+        changed: called with every new list.
+        address_of: where this node reaches a manager; other nodes may use another address.
+        show_unreached: called with a sentence while no manager is reached, with an empty text once one is.
+    """
 
     def __init__(
-        self, peers: Sequence[Peer], changed: Callable[[tuple[Peer, ...]], None] = lambda _: None
+        self,
+        peers: Sequence[Peer],
+        changed: Callable[[tuple[Peer, ...]], None] = lambda _: None,
+        *,
+        address_of: Callable[[Peer], str] = lambda peer: peer.addr,
+        show_unreached: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.peers = tuple(peers)
+        self.address_of = address_of
         self._changed = changed
+        self._show_unreached = show_unreached
         self._failures: dict[str, int] = {}
         self._absent: set[str] = set()
         self._weights: dict[str, int] = {}
 
     def failures(self, peer: Peer) -> int:
-        """How often in a row nothing came of ``peer``."""
+        """Consecutive failures of ``peer``."""
         return self._failures.get(peer.addr, 0)
 
-    def unreached(self) -> str:
-        """What to say while none of them gives a session."""
-        asked = ", ".join(peer.addr for peer in self.peers) or "no address, because it knows none"
-        return (
-            f"no manager answers: this node asks {asked}. Containers run on. "
+    def note_unreached(self) -> None:
+        """None of them has given a session for long."""
+        tried = ", ".join(peer.addr for peer in self.peers) or "no address, because it knows none"
+        self._show_unreached(
+            f"no manager answers: this node asks {tried}. Containers run on. "
             'If the managers are elsewhere now: managers = ["address:2377"] in /etc/skep/skep.toml, and restart skep'
         )
 
@@ -90,15 +109,15 @@ class ManagerList:
         """The manager to try next; None: none is known."""
         return next_manager(self.peers, self._failures, own_id, random, self._weights)
 
-    def connect_patience(self, peer: Peer) -> float:
+    def connect_timeout(self, peer: Peer) -> float:
         """Seconds to wait for a connection to ``peer``."""
         known = {one.addr for one in self.peers}
-        return connect_patience(self.failures(peer), len(known), len(self._absent & known))
+        return connect_timeout(self.failures(peer), len(known), len(self._absent & known))
 
-    def failed(self, peer: Peer, *, was_there: bool = True) -> None:
-        """No session came about with ``peer``, or it broke; ``was_there``: it took the connection."""
+    def failed(self, peer: Peer, *, was_connected: bool = True) -> None:
+        """There was no session with ``peer``, or it broke; ``was_connected``: it accepted the connection."""
         self._failures[peer.addr] = self._failures.get(peer.addr, 0) + 1
-        if was_there:
+        if was_connected:
             self._absent.discard(peer.addr)
         else:
             self._absent.add(peer.addr)
@@ -106,19 +125,20 @@ class ManagerList:
     def is_last_of_round(self, peer: Peer) -> bool:
         """Whether every other one has failed as often as ``peer``.
 
-        Until then the next is asked soon, if ``peer`` was not there: most of the managers may be dead.
+        Until then the next is tried soon if ``peer`` did not accept a connection: most of the managers may be dead.
         """
         return all(self.failures(other) >= self.failures(peer) for other in self.peers)
 
     def worked(self, peer: Peer) -> None:
-        """``peer`` gave a session: all start equal again."""
+        """``peer`` gave a session: all failures are forgotten."""
         self._failures.clear()
         self._absent.clear()
+        self._show_unreached("")
 
     def replace(self, peers: Sequence[Peer], weights: Mapping[str, int] | None = None) -> None:
-        """A manager said who they all are now.  An empty list is none of theirs and changes nothing.
+        """A manager has sent the list of all managers.  An empty one changes nothing.
 
-        ``weights``: by address, how large a part of the nodes each is to have.
+        ``weights``: by address, the relative share of nodes of each.
         """
         self._weights = dict(weights or {})
         unique = tuple(sorted({peer.addr: peer for peer in peers if peer.addr}.values(), key=_addr))

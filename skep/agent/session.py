@@ -1,4 +1,4 @@
-"""One session with one manager: register, heartbeat, receive assignments, report, answer for logs.
+"""One session with one manager: register, heartbeat, receive assignments, report statuses, publish logs.
 
 A session ends when any part of it does; the agent then begins another one, with this manager or the next.  What
 lies between sessions (statuses not delivered, the revision seen) is kept by the agent.
@@ -10,14 +10,15 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
+import msgspec
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from skep.agent.assignments import AssignmentSink, LogSource
-from skep.agent.path_stream import PathSource, PathStream
+from skep.agent.probe_stream import ProbeSource, ProbeStream
 from skep.agent.publishing import LogPublisher
 from skep.agent.reports import Reports
-from skep.agent.revisions import Revision
+from skep.agent.revisions import Revision, SeenRevision
 from skep.agent.session_state import SessionState
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
@@ -42,15 +43,15 @@ log = structlog.get_logger(__name__)
 FIRST_MESSAGE_SECONDS_MAX = 5.0
 REPLY_SECONDS_MAX = 5.0
 PERIOD_SECONDS_MIN = 0.05
-PATIENCE_SLICES = 5
+TIMEOUT_SLICES = 5
 DESCRIPTION_CHECK_S = 10.0
 STATUS_SECONDS_MAX = 15.0
-"""A manager answers when a status is written, which takes until its store has a leader again."""
+"""A manager responds once a status is written, which takes until its store has a leader again."""
 
 
 PART_RETRY_S_MAX = 5.0
 STATUS_TRIES_MAX = 4
-"""Until another manager is asked to write statuses: a short loss of quorum is no reason to leave one."""
+"""Until another manager is tried: a short loss of quorum is no reason to leave one."""
 
 Part: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
@@ -59,63 +60,73 @@ def unknown_load() -> None:
     """Of a node that does not measure its load."""
 
 
+class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
+    """What the sessions of a node deliver to, and report from.
+
+    Args:
+        load: the share of the node in use, 0 to 1, None while it is unknown; sent with each heartbeat.
+        tables: is given the network tables; None: the node has no cluster networks.
+        probes: of other nodes; None: there are none.
+        seen: the newest revision, which is kept in a file; None: in memory only.
+    """
+
+    sink: AssignmentSink
+    reports: Reports
+    logs: LogSource
+    load: Callable[[], float | None] = unknown_load
+    tables: TableSink | None = None
+    probes: ProbeSource | None = None
+    seen: SeenRevision | None = None
+
+
 class SessionHost(Protocol):
-    """What a session tells the agent around it."""
+    """The agent, as its session calls it."""
 
     def session_message(self, message: pb.SessionMessage) -> None:
-        """The manager said who this node is, who the managers are, whom to trust."""
+        """The manager has sent this node's role, the list of managers and the root certificates."""
 
     def accept_revision(self, revision: Revision) -> None:
         """Raises: FailedPrecondition: older than what this node has seen."""
 
-    def heard(self, asked_at: float) -> None:
-        """The manager answered a heartbeat sent at ``asked_at`` (clock's monotonic time)."""
+    def record_response(self, requested_at: float) -> None:
+        """The manager has responded to a heartbeat sent at ``requested_at`` (clock's monotonic time)."""
 
-    def patience_s(self, period_s: float) -> float:
-        """How long to wait for the answer to a heartbeat; ``period_s``: between two, 0 before the first."""
+    def response_timeout_s(self, period_s: float) -> float:
+        """How long to wait for the response to a heartbeat; ``period_s``: between two, 0 before the first."""
 
     @property
     def session_state(self) -> SessionState:
-        """Where a planned stop is announced, and noted when the manager has heard of it."""
+        """Where a planned stop is announced, and recorded once the manager has confirmed it."""
 
 
 class Session:
-    """Runs once."""
+    """One session.  Runs once."""
 
     def __init__(
         self,
         channel: Channel,
         host: SessionHost,
-        sink: AssignmentSink,
-        reports: Reports,
-        logs: LogSource,
+        services: NodeServices,
         clock: Clock,
         describe: Callable[[], NodeDescription],
-        described_anew: asyncio.Event | None = None,
-        load: Callable[[], float | None] = unknown_load,
-        tables: TableSink | None = None,
-        paths: PathSource | None = None,
-        chance: Callable[[], float] = random.random,
+        description_changed: asyncio.Event | None = None,
+        rng: Callable[[], float] = random.random,
     ) -> None:
         """
         Args:
-            described_anew: set when ``describe`` gives something else; it is looked at now and then anyway.
-            load: the share of the node in use, 0 to 1, None while it is not known; told with each heartbeat.
-            tables: takes what the manager says of networks; None: the node has none of its own.
-            paths: probes other nodes; None: this node does not.
+            description_changed: set when ``describe`` gives something else; it is compared now and then anyway.
+            rng: numbers from 0 to 1.
         """
         self._channel = channel
         self._host = host
-        self._sink = sink
-        self._reports = reports
+        self._services = services
         self._clock = clock
         self._describe = describe
-        self._described_anew = described_anew or asyncio.Event()
-        self._load = load
-        self._chance = chance
-        self._publisher = LogPublisher(channel, logs)
-        self._tables = TableStream(channel, tables) if tables is not None else None
-        self._paths = PathStream(channel, paths) if paths is not None else None
+        self._description_changed = description_changed or asyncio.Event()
+        self._rng = rng
+        self._publisher = LogPublisher(channel, services.logs)
+        self._tables = TableStream(channel, services.tables) if services.tables is not None else None
+        self._probes = ProbeStream(channel, services.probes) if services.probes is not None else None
         self._id = ""
         self._described = NodeDescription()
 
@@ -138,26 +149,29 @@ class Session:
             if message is not None:
                 self._id = message.session_id
                 self._host.session_message(message)
-                self._reports.report_again(self._sink.statuses())
-                parts: dict[str, Part] = {
-                    "heartbeats": self._heartbeats,
-                    "assignments": self._assignments,
-                    "reports": self._report,
-                    "logs": self._publisher.run,
-                    "description": self._watch_description,
-                }
-                if self._tables is not None:
-                    parts["tables"] = partial(self._tables.run, self._id)
-                if self._paths is not None:
-                    parts["paths"] = partial(self._paths.run, self._id)
-                for name, part in parts.items():
-                    group.create_task(self._keep(name, part), name=f"session {name}")
+                self._services.reports.report_again(self._services.sink.statuses())
+                for name, part in self._parts().items():
+                    group.create_task(self._repeat(name, part), name=f"session {name}")
                 async for message in call:
                     self._host.session_message(message)
         raise Unavailable(f"{self._channel.address} ended the session")
 
-    async def _keep(self, name: str, part: Part) -> None:
-        """Run one part; a bug that it meets ends neither the session nor the other parts.
+    def _parts(self) -> dict[str, Part]:
+        parts: dict[str, Part] = {
+            "heartbeats": self._heartbeats,
+            "assignments": self._assignments,
+            "reports": self._report,
+            "logs": self._publisher.run,
+            "description": self._watch_description,
+        }
+        if self._tables is not None:
+            parts["tables"] = partial(self._tables.run, self._id)
+        if self._probes is not None:
+            parts["probes"] = partial(self._probes.run, self._id)
+        return parts
+
+    async def _repeat(self, name: str, part: Part) -> None:
+        """Run one part; an unexpected error ends neither the session nor the other parts.
 
         Raises: SkepError: the session is over.
         """
@@ -171,23 +185,23 @@ class Session:
             "part of the session failed",
             clock=self._clock,
             longest_s=PART_RETRY_S_MAX,
-            chance=self._chance,
+            chance=self._rng,
             passes=(SkepError,),
             part=name,
         )
 
     async def _watch_description(self) -> None:
-        """Say anew what the node is when that has changed, within the session if the manager knows how."""
+        """Send the node's description again when it has changed, within the session where the manager supports it."""
         while True:
-            await wait_first(self._described_anew.wait(), self._clock.sleep(DESCRIPTION_CHECK_S))
-            self._described_anew.clear()
+            await wait_first(self._description_changed.wait(), self._clock.sleep(DESCRIPTION_CHECK_S))
+            self._description_changed.clear()
             description = self._describe()
             if description == self._described:
                 continue
             request = skep.DescribeRequest(session_id=self._id, description=description_to_pb(description))
             try:
                 await self._channel.call(methods.DESCRIBE, request, timeout_s=STATUS_SECONDS_MAX)
-            except Unimplemented as error:  # a Docker manager hears of it with a new session
+            except Unimplemented as error:  # a Docker manager takes it with a new session only
                 raise Unavailable("the node's description has changed") from error
             self._described = description
 
@@ -203,45 +217,45 @@ class Session:
         period_s = 0.0
         async with self._channel.stream(methods.HEARTBEATS) as call:
             while True:
-                asked_at = self._clock.monotonic()
-                is_away = self._host.session_state.is_stopping
+                sent_at = self._clock.monotonic()
+                is_stopping = self._host.session_state.is_stopping
                 try:
-                    reply = await unless(self._beat(call, is_away), self._lose_patience(period_s))
+                    reply = await unless(self._beat(call, is_stopping), self._wait_overdue(period_s))
                 except Overtaken as error:
                     raise Unavailable(f"{self._channel.address} is silent") from error
                 if reply is None:
                     raise Unavailable(f"{self._channel.address} ended the heartbeats")
-                self._host.heard(asked_at)
-                if is_away:
+                self._host.record_response(sent_at)
+                if is_stopping:
                     self._host.session_state.stop_announced()
-                    await asyncio.Event().wait()  # any further heartbeat would take it back
+                    await asyncio.Event().wait()  # a further heartbeat would revoke it
                 period_s = _seconds(reply.period)
                 await wait_first(self._clock.sleep(period_s), self._host.session_state.wait_stopping())
 
     async def _beat(
-        self, call: Call[skep.Heartbeat, skep.HeartbeatPeriod], is_away: bool
+        self, call: Call[skep.Heartbeat, skep.HeartbeatPeriod], is_stopping: bool
     ) -> skep.HeartbeatPeriod | None:
-        load = self._load()
+        load = self._services.load()
         thousandths = round(1000 * load) if load is not None else None
-        await call.send(skep.Heartbeat(session_id=self._id, away=is_away, load=thousandths))
+        await call.send(skep.Heartbeat(session_id=self._id, away=is_stopping, load=thousandths))
         return await call.receive()
 
-    async def _lose_patience(self, period_s: float) -> None:
-        """Return when the answer to a heartbeat is overdue.
+    async def _wait_overdue(self, period_s: float) -> None:
+        """Return when the response to a heartbeat is overdue.
 
-        In slices: while this process stood still, the manager was not silent.
+        The wait is in slices: a standstill of this process ends one of them only, so it is not the manager's silence.
         """
-        slice_s = self._host.patience_s(period_s) / PATIENCE_SLICES
-        for _ in range(PATIENCE_SLICES):
+        slice_s = self._host.response_timeout_s(period_s) / TIMEOUT_SLICES
+        for _ in range(TIMEOUT_SLICES):
             await self._clock.sleep(slice_s)
 
     async def _call_heartbeats(self) -> None:
         while True:
-            asked_at = self._clock.monotonic()
+            sent_at = self._clock.monotonic()
             reply = await self._channel.call(
                 methods.HEARTBEAT, pb.HeartbeatRequest(session_id=self._id), timeout_s=REPLY_SECONDS_MAX
             )
-            self._host.heard(asked_at)
+            self._host.record_response(sent_at)
             await self._clock.sleep(_seconds(reply.period))
 
     # -- assignments ----------------------------------------------------------------------------------------------
@@ -262,7 +276,7 @@ class Session:
                 if not _follows(revised.message, applied):
                     return
                 self._host.accept_revision(Revision(revised.incarnation, revised.revision))
-                await self._sink.assign(assignments_from_pb(revised.message, revised.revision))
+                await self._services.sink.assign(assignments_from_pb(revised.message, revised.revision))
                 applied = revised.message.results_in
         raise Unavailable(f"{self._channel.address} ended the assignments")
 
@@ -273,7 +287,7 @@ class Session:
             async for message in call:
                 if not _follows(message, applied):
                     return
-                await self._sink.assign(assignments_from_pb(message))
+                await self._services.sink.assign(assignments_from_pb(message))
                 applied = message.results_in
         raise Unavailable(f"{self._channel.address} ended the assignments")
 
@@ -281,9 +295,9 @@ class Session:
 
     async def _report(self) -> None:
         """One call at a time; meanwhile later statuses replace earlier ones."""
-        backoff, failures = Backoff(0.5, 5.0, chance=self._chance), 0
+        backoff, failures = Backoff(0.5, 5.0, chance=self._rng), 0
         while True:
-            batch = await self._reports.take()
+            batch = await self._services.reports.take()
             request = pb.UpdateTaskStatusRequest(
                 session_id=self._id,
                 updates=[
@@ -294,17 +308,17 @@ class Session:
             try:
                 await self._channel.call(methods.UPDATE_TASK_STATUS, request, timeout_s=STATUS_SECONDS_MAX)
             except PermissionDenied as error:
-                # Kept, it would be refused again in every session.
+                # It would be refused again in every session.
                 log.warning("statuses refused", tasks=sorted(batch), error=str(error))
             except Unavailable as error:
-                self._reports.put_back(batch)
+                self._services.reports.put_back(batch)
                 failures += 1
                 if failures >= STATUS_TRIES_MAX:
                     raise
                 log.warning("statuses not written yet", tasks=len(batch), error=str(error))
                 await backoff.sleep(self._clock)
             except BaseException:
-                self._reports.put_back(batch)
+                self._services.reports.put_back(batch)
                 raise
             else:
                 failures = 0
@@ -312,7 +326,7 @@ class Session:
 
 
 def _seconds(period: Duration) -> float:
-    """Between two heartbeats, as the manager wishes."""
+    """Between two heartbeats, as the manager has set it."""
     return max(duration_from_pb(period) / SECOND_NS, PERIOD_SECONDS_MIN)
 
 

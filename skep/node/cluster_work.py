@@ -6,7 +6,7 @@ import structlog
 
 from skep.agent.executor.attaching import ClusterAttachments, is_attachment
 from skep.agent.executor.interface import Executor
-from skep.agent.path_stream import PathSource
+from skep.agent.probe_stream import ProbeSource
 from skep.agent.worker import Worker
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
@@ -37,7 +37,7 @@ class NodeWork:
         conditions: Conditions,
         *,
         attachments: ClusterAttachments | None,
-        probes: PathSource | None,
+        probes: ProbeSource | None,
     ) -> None:
         self._worker = worker
         self._executor = executor
@@ -71,6 +71,6 @@ class NodeWork:
                     await backoff.sleep(self._clock)
                 await self._tables.clear()
                 if self._probes is not None:
-                    self._probes.wish(None)
+                    self._probes.set_targets(None)
         except TimeoutError:
             log.error("tasks left behind", tasks=await self._executor.leftovers())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from skep.agent.managers import Peer
 from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Endpoints, Founding
 from skep.errors import InvalidArgument, Unavailable, Unimplemented
@@ -19,7 +20,7 @@ from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import SwarmSpec
 from skep.model.times import SECOND_NS
-from skep.node.local import LocalNode, Peer
+from skep.node.local import LocalNode
 from skep.security.authority import Authority
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair

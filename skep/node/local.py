@@ -4,17 +4,11 @@ from pathlib import Path
 
 import msgspec
 
+from skep.agent.managers import Peer
 from skep.errors import FailedPrecondition, Unavailable
 from skep.linux.files import is_no_file, replace_file
 from skep.model.addresses import from_here
 from skep.model.ids import ClusterId, NodeId
-
-
-class Peer(msgspec.Struct, frozen=True, rename={"node_id": "NodeID", "addr": "Addr"}):
-    """A manager as ``/info`` lists it."""
-
-    node_id: NodeId
-    addr: str
 
 
 class LocalNode(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,6 +17,8 @@ from typing import Any
 import msgspec
 import structlog
 
+from skep.agent.certificates import join
+from skep.agent.managers import Peer
 from skep.aio.first import wait_first
 from skep.aio.groups import first_alone
 from skep.aio.guard import explain, persist
@@ -39,9 +41,8 @@ from skep.node.founding import (
     moved,
 )
 from skep.node.interfaces import read_interfaces
-from skep.node.joining import join
 from skep.node.leaving import leave_manager_group, objection
-from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
+from skep.node.local import LocalNode, read_local_node, write_local_node
 from skep.node.membership_states import Event, State, after, docker_state
 from skep.node.restoring import Restored, endpoints_for, plan_of, received, restored_node
 from skep.node.runner import Dependencies, NodeRunner

@@ -20,6 +20,7 @@ from skep.agent.managers import ManagerList
 from skep.agent.path_stream import NodePaths
 from skep.agent.reports import Reports
 from skep.agent.revisions import SeenRevision
+from skep.agent.session import NodeServices
 from skep.agent.session_state import SessionState
 from skep.agent.task_files import TaskFiles
 from skep.agent.worker import Worker
@@ -227,25 +228,32 @@ class Node:
             certificates,
             self._clock,
             self._environment.random,
-            changed=lambda pair: set_role(pair.identity.role),
+            on_change=lambda pair: set_role(pair.identity.role),
             lock=KeyLock(self._paths),
         )
-        agent = Agent(
-            credentials=credentials,
-            managers=ManagerList(self._known_managers(node), save_managers),
-            describe=lambda: self._describer.describe(node.data_path_addr),
+        services = NodeServices(
             sink=self._worker,
             reports=self._reports,
             logs=self._engine.logs,
+            load=self._load.load,
+            tables=self._tables,
+            probes=self._probes,
+            seen=SeenRevision(certificates / _REVISION_FILE, credentials.identity.cluster_id, self._clock),
+        )
+        managers = ManagerList(
+            self._known_managers(node),
+            save_managers,
+            address_of=node.reach,
+            show_unreached=self._environment.conditions.say("no-manager"),
+        )
+        agent = Agent(
+            credentials=credentials,
+            managers=managers,
+            describe=lambda: self._describer.describe(node.data_path_addr),
+            services=services,
             clock=self._clock,
             random=self._environment.random,
-            address_of=node.reach,
             session_state=self._session,
-            load=self._load.load,
-            paths=self._probes,
-            tables=self._tables,
-            unreached=self._environment.conditions.say("no-manager"),
-            seen=SeenRevision(certificates / _REVISION_FILE, credentials.identity.cluster_id, self._clock),
         )
         if self._engine.attachments is not None:
             self._engine.attachments.ask_through(agent)

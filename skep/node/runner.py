@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import msgspec
 import structlog
 
+from skep.agent.managers import Peer
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
 from skep.aio.groups import first_alone
@@ -19,7 +20,7 @@ from skep.aio.guard import persist, report
 from skep.configuration.configuration import Configuration
 from skep.errors import SkepError
 from skep.model.node import NodeRole
-from skep.node.local import LocalNode, Peer, write_local_node
+from skep.node.local import LocalNode, write_local_node
 from skep.node.manager_files import ManagerFiles
 from skep.node.manager_supervisor import ManagerProcess, ManagerSupervisor
 from skep.node.membership_states import Event, State, after

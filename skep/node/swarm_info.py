@@ -9,13 +9,14 @@ from typing import Any
 
 import structlog
 
+from skep.agent.managers import Peer
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.client import Client
 from skep.errors import SkepError
 from skep.model.addresses import host_of
 from skep.model.ids import NodeId
-from skep.node.local import LocalNode, Peer
+from skep.node.local import LocalNode
 
 log = structlog.get_logger()
 

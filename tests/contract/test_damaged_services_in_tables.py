@@ -62,8 +62,8 @@ class Manager:
         )
         pieces = pieces_of(book.since(since, revision))
         messages = messages_of(pieces, incarnation=1, revision=revision, is_complete=since is None)
-        news: TableSet = table_set_from_pb(list(messages))
-        return merged(tables, news)[0]
+        changed: TableSet = table_set_from_pb(list(messages))
+        return merged(tables, changed)[0]
 
 
 def shown(tables: Mapping[NetworkId, Table]) -> tuple[object, ...]:

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
+from skep.agent.managers import Peer
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.keeper import TableKeeper
@@ -23,7 +24,6 @@ from skep.model.service import Service
 from skep.model.tables import Table
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import Timestamp
-from skep.node.local import Peer
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.wire.client import Channel, connected

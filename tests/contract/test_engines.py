@@ -92,12 +92,12 @@ async def test_an_engine_gets_the_gossip_keys_and_each_rotation(cluster: Cluster
         assert numbers(message, "networking:gossip") == [1, 2, 3]
         assert numbers(message, "networking:ipsec") == [4, 5, 6]
         await cluster.store.update(rotate)
-        news = await call.receive()
-        assert news is not None
-        assert numbers(news, "networking:gossip") == [2, 3, 7]
-        assert numbers(news, "networking:ipsec") == [5, 6, 8]
+        changed = await call.receive()
+        assert changed is not None
+        assert numbers(changed, "networking:gossip") == [2, 3, 7]
+        assert numbers(changed, "networking:ipsec") == [5, 6, 8]
         kept = {key.lamport_time: key.key for key in message.network_bootstrap_keys}
-        assert all(kept.get(key.lamport_time, key.key) == key.key for key in news.network_bootstrap_keys)
+        assert all(kept.get(key.lamport_time, key.key) == key.key for key in changed.network_bootstrap_keys)
 
 
 async def test_a_skep_node_is_told_no_key(cluster: Cluster, tmp_path: Path) -> None:

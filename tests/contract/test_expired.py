@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from skep.agent.certificates import renew, renew_expired
 from skep.errors import PermissionDenied, Unavailable
 from skep.manager.control.nodes import remove_node
 from skep.model.ids import new_id
 from skep.model.node import Node, NodeRole
 from skep.model.swarm import RENEW_WINDOW_LABEL
 from skep.model.times import SECOND_NS
-from skep.node.joining import renew, renew_expired
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.expiry import proof_of

@@ -4,10 +4,10 @@ import asyncio
 from random import Random
 
 from skep.agent.agent import LONGEST_RETRY_S, Agent
-from skep.agent.managers import ManagerList
+from skep.agent.managers import ManagerList, Peer
+from skep.agent.renewal import KeyPairCredentials
+from skep.agent.session import NodeServices
 from skep.aio.clock import SystemClock
-from skep.node.local import Peer
-from skep.node.renewal import KeyPairCredentials
 from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, a_worker, describe
 
 
@@ -32,9 +32,7 @@ async def test_an_agent_that_hears_of_a_manager_does_not_wait_for_its_next_attem
         credentials=KeyPairCredentials(tmp_path, clock, Random(1)),
         managers=ManagerList([Peer(MANAGER_ID, cluster.address)]),
         describe=describe,
-        sink=worker,
-        reports=worker.reports,
-        logs=worker,
+        services=NodeServices(sink=worker, reports=worker.reports, logs=worker),
         clock=clock,
         random=Random(1),
     )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from skep.agent.certificates import join, renew
 from skep.aio.clock import SystemClock
 from skep.errors import (
     FailedPrecondition,
@@ -11,7 +12,6 @@ from skep.errors import (
 from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeRole
 from skep.model.planes import DOCKER, SKEP
-from skep.node.joining import join, renew
 from skep.security.authority import Authority
 from skep.security.keys import new_private_key, signing_request
 from skep.security.tls import client_context, joining_context

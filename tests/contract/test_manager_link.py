@@ -9,6 +9,7 @@ from random import Random
 import msgspec
 import pytest
 
+from skep.agent.managers import Peer
 from skep.aio.clock import SystemClock
 from skep.errors import PermissionDenied
 from skep.manager.dispatcher.adoption import Adoption
@@ -20,7 +21,6 @@ from skep.manager.logbroker.broker import IncompleteLogs, LogBroker
 from skep.model.ids import NodeId, new_id
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
-from skep.node.local import Peer
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.memory import MemoryStore
 from skep.wire import methods

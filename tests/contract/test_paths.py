@@ -267,10 +267,10 @@ async def test_a_stream_without_a_session_or_with_too_much_to_say_ends(
             await _say(channel, skep.PathNews(session_id=session_id), skep.PathNews(reports=too_many))
 
 
-async def _say(channel: Channel, *news: skep.PathNews) -> None:
+async def _say(channel: Channel, *changed: skep.PathNews) -> None:
     """Say all of it, and hear until the stream ends."""
     async with channel.stream(methods.PATHS) as call:
-        for one in news:
+        for one in changed:
             await call.send(one)
         async for _ in call:
             pass

@@ -7,6 +7,7 @@ import pytest
 from cryptography import x509
 from msgspec.structs import replace
 
+from skep.agent.certificates import renew
 from skep.errors import PermissionDenied
 from skep.manager.ca.admission import issued_certificate
 from skep.manager.ca.peer_files import REVOKED_FILE, PeerFiles, place_revoked
@@ -17,7 +18,6 @@ from skep.manager.revocation import take_back_others
 from skep.model.ids import NodeId, new_id
 from skep.model.node import ManagerStatus, Node, NodeCertificate, NodeRole, Reachability
 from skep.model.times import timestamp
-from skep.node.joining import renew
 from skep.security import keypair
 from skep.security.tls import client_context
 from skep.security.trust import root_digest

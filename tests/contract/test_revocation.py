@@ -6,12 +6,12 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from skep.agent.certificates import renew
 from skep.errors import PermissionDenied, Unavailable
 from skep.manager.control.nodes import remove_node
 from skep.manager.revocation import revoke
 from skep.model.ids import NodeId, new_id
 from skep.model.node import Node, NodeCertificate, NodeRole, NodeSpec
-from skep.node.joining import renew
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context, joining_context
 from skep.wire import server

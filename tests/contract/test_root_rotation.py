@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import pytest
 from msgspec.structs import replace
 
+from skep.agent.certificates import join
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.control.swarm import Rotations, update_swarm
@@ -16,7 +17,6 @@ from skep.model.node import Node, NodeRole
 from skep.model.swarm import CAConfig
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
-from skep.node.joining import join
 from skep.security.tls import client_context
 from skep.security.trust import is_issued_by, tls_info_of
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload

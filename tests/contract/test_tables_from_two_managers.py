@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
+from skep.agent.managers import Peer
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.keeper import TableKeeper
@@ -23,7 +24,6 @@ from skep.model.ids import NodeId, new_id
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
 from skep.model.tables import TableSet
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.node.local import Peer
 from skep.security.tls import ServerTls
 from skep.store.memory import MemoryStore
 from skep.wire.server import serve
@@ -73,9 +73,9 @@ class Recording(TableKeeper):
         super().__init__(StoredTables(None, clock), (), clock, Random(1).random)
         self.sets: list[TableSet] = []
 
-    def take(self, news: TableSet, incarnation: int) -> None:
-        self.sets.append(news)
-        super().take(news, incarnation)
+    def take(self, changed: TableSet, incarnation: int) -> None:
+        self.sets.append(changed)
+        super().take(changed, incarnation)
 
 
 async def test_tables_go_on_where_they_were_whoever_tells_them(cluster: Cluster, tmp_path: Path) -> None:

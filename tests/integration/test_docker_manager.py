@@ -6,13 +6,13 @@ from random import Random
 
 import pytest
 
+from skep.agent.certificates import join, renew
+from skep.agent.managers import Peer
 from skep.aio.clock import SystemClock
 from skep.model.ids import NodeId
 from skep.model.logs import LogLine
 from skep.model.node import NodeRole
 from skep.model.task import TaskState
-from skep.node.joining import join, renew
-from skep.node.local import Peer
 from tests.support.engine_rig import ADDRESS, IMAGE, an_engine, network_namespace
 from tests.support.wire_rig import FakeWorker, an_agent_of, until
 

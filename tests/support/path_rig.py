@@ -33,7 +33,7 @@ def a_report(peer: str, *findings: PathFinding, rounds: int = SETTLED_ROUNDS) ->
 
 
 class ScriptedProbes:
-    """Implements ``node.path_stream.PathSource``."""
+    """Implements ``node.path_stream.ProbeSource``."""
 
     def __init__(self) -> None:
         self.wishes: list[ProbeTargets | None] = []
@@ -59,7 +59,7 @@ class ScriptedProbes:
     def reports(self) -> Mapping[NodeId, PathReport]:
         return self._reports
 
-    def wish(self, wish: ProbeTargets | None) -> None:
+    def set_targets(self, wish: ProbeTargets | None) -> None:
         self.wishes.append(wish)
 
     async def next_reports(self) -> tuple[PathReport, ...]:

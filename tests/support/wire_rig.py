@@ -12,9 +12,11 @@ from typing import Any
 import msgspec
 
 from skep.agent.agent import Agent
-from skep.agent.managers import ManagerList
-from skep.agent.path_stream import PathSource
-from skep.agent.session import unknown_load
+from skep.agent.certificates import join
+from skep.agent.managers import ManagerList, Peer
+from skep.agent.probe_stream import ProbeSource
+from skep.agent.renewal import KeyPairCredentials
+from skep.agent.session import NodeServices, unknown_load
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.stream import TableSink
 from skep.errors import Unavailable, Unimplemented
@@ -50,9 +52,6 @@ from skep.model.service import Platform, Resources, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, timestamp
-from skep.node.joining import join
-from skep.node.local import Peer
-from skep.node.renewal import KeyPairCredentials
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.identity import Identity
@@ -329,7 +328,7 @@ async def an_agent_of(
     random: Random,
     load: Callable[[], float | None] = unknown_load,
     tables: TableSink | None = None,
-    paths: PathSource | None = None,
+    paths: ProbeSource | None = None,
 ) -> AsyncIterator[Agent]:
     """An agent with a fake worker, registered with one of ``managers``."""
     keypair.save(pair, directory)
@@ -337,14 +336,11 @@ async def an_agent_of(
         credentials=KeyPairCredentials(directory, SystemClock(), random),
         managers=ManagerList(managers),
         describe=partial(describe, probes=paths is not None),
-        sink=worker,
-        reports=worker.reports,
-        logs=worker,
+        services=NodeServices(
+            sink=worker, reports=worker.reports, logs=worker, load=load, tables=tables, probes=paths
+        ),
         clock=SystemClock(),
         random=random,
-        load=load,
-        tables=tables,
-        paths=paths,
     )
     running = asyncio.create_task(agent.run())
     try:
@@ -369,7 +365,7 @@ async def an_agent(
     worker: FakeWorker | None = None,
     load: Callable[[], float | None] = unknown_load,
     tables: TableSink | None = None,
-    paths: PathSource | None = None,
+    paths: ProbeSource | None = None,
 ) -> AsyncIterator[tuple[Agent, FakeWorker]]:
     """An agent with a fake worker, registered with the cluster's manager."""
     worker = worker or FakeWorker()

@@ -4,10 +4,9 @@ from random import Random
 
 import pytest
 
-from skep.agent.managers import ManagerList, next_manager
+from skep.agent.managers import ManagerList, Peer, next_manager
 from skep.model.ids import NodeId
 from skep.model.node import RESPONSE_SECONDS_MAX
-from skep.node.local import Peer
 
 OWN, M2, M3 = (Peer(NodeId(f"m{number}"), f"10.0.0.{number}:2377") for number in (1, 2, 3))
 

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from skep.agent.managers import Peer
 from skep.agent.revisions import Revision, SeenRevision
 from skep.api.networks import NetworkBody
 from skep.bootstrap import STARVED, ManagerConfig, Recovery, encode, load, load_recovery, save_recovery
@@ -37,7 +38,7 @@ from skep.manager.process import refusal_in
 from skep.manager.process import run as run_manager
 from skep.model.ids import ClusterId, NodeId, new_container_id
 from skep.model.node import NodeRole
-from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
+from skep.node.local import LocalNode, read_local_node, write_local_node
 from skep.node.membership import Membership
 from skep.paths import Paths
 from skep.security import keypair

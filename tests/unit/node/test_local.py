@@ -2,8 +2,9 @@
 
 import pytest
 
+from skep.agent.managers import Peer
 from skep.model.ids import ClusterId, NodeId
-from skep.node.local import LocalNode, Peer
+from skep.node.local import LocalNode
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from skep.agent.managers import Peer
 from skep.aio.clock import SystemClock
 from skep.configuration.configuration import Configuration
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
-from skep.node.local import LocalNode, Peer
+from skep.node.local import LocalNode
 from skep.node.manager_files import ManagerFiles
 from skep.node.runner import Dependencies, NodeRunner
 from skep.paths import Paths

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.agent.renewal import renewal_time
 from skep.agent.revisions import Revision, advanced
 from skep.errors import FailedPrecondition
-from skep.node.renewal import renewal_time
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

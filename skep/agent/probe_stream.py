@@ -1,4 +1,4 @@
-"""The part of a session that hears whom to probe, and says what was found."""
+"""The part of a session that receives which nodes to probe, and sends what was measured."""
 
 import asyncio
 from collections.abc import Mapping
@@ -20,28 +20,28 @@ from skep.wire.convert.paths import examination_from_pb, reports_to_pb, wish_fro
 log = structlog.get_logger(__name__)
 
 EXAMINATION_SECONDS_MAX = 20.0
-"""Less than a manager waits: it is told what was found until then, or that nothing was."""
+"""Less than a manager waits, so that it receives a response in any case."""
 
 
-class PathSource(Protocol):
-    """Probes others (``node.network.paths``), and looks through names."""
+class ProbeSource(Protocol):
+    """Probes other nodes, and checks the names that containers resolve."""
 
     @property
     def reports(self) -> Mapping[NodeId, PathReport]:
         """The latest of each peer."""
 
-    def wish(self, wish: ProbeTargets | None) -> None:
-        """Probe these from now on."""
+    def set_targets(self, targets: ProbeTargets | None) -> None:
+        """Probe these from now on; None: no node."""
 
     async def next_reports(self) -> tuple[PathReport, ...]:
-        """What has changed, once it has."""
+        """The changed reports, once there are any."""
 
     async def examine(self, own: PathPeer | None, examination: DiagnosticsRequest) -> tuple[PathReport, ...]:
-        """Look now; ``own``: this node as others see it, None if it was not told."""
+        """Probe now; ``own``: this node as a target of others, None if it is unknown."""
 
 
-class NodePaths:
-    """The probes of this node, and what its containers are told of names."""
+class NodeProbes:
+    """The probes of this node, and the checks of its containers' names."""
 
     def __init__(self, probes: PathProbes, names: NameChecks) -> None:
         self._probes = probes
@@ -51,14 +51,14 @@ class NodePaths:
     def reports(self) -> Mapping[NodeId, PathReport]:
         return self._probes.reports
 
-    def wish(self, wish: ProbeTargets | None) -> None:
-        self._probes.wish(wish)
+    def set_targets(self, targets: ProbeTargets | None) -> None:
+        self._probes.wish(targets)
 
     async def next_reports(self) -> tuple[PathReport, ...]:
         return await self._probes.next_reports()
 
     async def examine(self, own: PathPeer | None, examination: DiagnosticsRequest) -> tuple[PathReport, ...]:
-        """What is found of names comes as a report of this node itself."""
+        """Findings about names are a report of this node about itself."""
         reports = await self._probes.examine(examination.peers, throughput=examination.throughput)
         findings = await self._names.look(examination.names)
         if own is None or not findings:
@@ -66,19 +66,19 @@ class NodePaths:
         return (*reports, PathReport(peer=own.node_id, findings=findings))
 
 
-class PathStream:
+class ProbeStream:
     """Runs once, in a session."""
 
-    def __init__(self, channel: Channel, source: PathSource) -> None:
+    def __init__(self, channel: Channel, source: ProbeSource) -> None:
         self._channel = channel
         self._source = source
-        self._wish: ProbeTargets | None = None
+        self._targets: ProbeTargets | None = None
         self._sending = asyncio.Lock()
 
     async def run(self, session_id: str) -> None:
-        """Probe and tell until the stream ends, which it does at once with a manager that knows no paths.
+        """Probe and report until the stream ends, which it does at once with a manager that has no probes.
 
-        The node goes on probing between sessions: what it finds is told in the next one.
+        Probing goes on between sessions; the reports are sent in the next one.
 
         Raises: SkepError: why it ended.
         """
@@ -87,56 +87,54 @@ class PathStream:
             try:
                 order = await call.receive()
             except Unimplemented:
-                log.info("no paths are asked for by this manager", manager=self._channel.address)
+                log.info("this manager requests no probes", manager=self._channel.address)
                 return
             async with asyncio.TaskGroup() as group:
                 examining = group.create_task(_nothing(), name="examination")
-                telling: asyncio.Task[None] | None = None
+                reporting: asyncio.Task[None] | None = None
                 while order is not None:
                     if order.HasField("wish"):
-                        self._wish = wish_from_pb(order.wish)
-                        self._source.wish(self._wish)
-                    if telling is None:
-                        # What is known already counts for peers that the manager wishes, so not before the first.
-                        telling = group.create_task(self._tell(call), name="tell of paths")
+                        self._targets = wish_from_pb(order.wish)
+                        self._source.set_targets(self._targets)
+                    if reporting is None:
+                        # Earlier reports concern the targets of this manager only, so they follow its first list.
+                        reporting = group.create_task(self._report(call), name="probe reports")
                     if order.HasField("examination"):
-                        examining.cancel()  # who asked for it has gone
+                        examining.cancel()  # its requester has gone
                         examining = group.create_task(
                             self._examine(call, order.examination), name="examination"
                         )
                     order = await call.receive()
                 raise Unavailable(f"{self._channel.address} ended the paths")
 
-    async def _tell(self, call: Call[skep.PathNews, skep.PathOrder]) -> None:
-        """Everything, then what changes."""
-        news = tuple(self._source.reports.values())
+    async def _report(self, call: Call[skep.PathNews, skep.PathOrder]) -> None:
+        """All reports, then those that change."""
+        reports = tuple(self._source.reports.values())
         while True:
-            if news:
-                await self._send(call, skep.PathNews(reports=reports_to_pb(news)))
-            news = await self._source.next_reports()
+            if reports:
+                await self._send(call, skep.PathNews(reports=reports_to_pb(reports)))
+            reports = await self._source.next_reports()
 
     async def _examine(self, call: Call[skep.PathNews, skep.PathOrder], message: skep.Examination) -> None:
-        own = self._wish.node if self._wish is not None else None
-        answer = skep.PathNews(examination=message.number)
+        own = self._targets.node if self._targets is not None else None
+        response = skep.PathNews(examination=message.number)
         try:
             async with asyncio.timeout(EXAMINATION_SECONDS_MAX):
                 reports = await self._source.examine(own, examination_from_pb(message))
-            answer.reports.extend(reports_to_pb(reports))
+            response.reports.extend(reports_to_pb(reports))
         except TimeoutError:
-            answer.error = f"the examination took longer than {EXAMINATION_SECONDS_MAX:g} s"
+            response.error = f"the examination took longer than {EXAMINATION_SECONDS_MAX:g} s"
         except SkepError as error:
-            answer.error = str(error)
-        except (
-            Exception
-        ) as error:  # asked again, it may meet it again: the stream is for other questions, too
+            response.error = str(error)
+        except Exception as error:  # the stream serves other requests too
             report(error, "examination failed")
-            answer.error = explain(error)
-        await self._send(call, answer)
+            response.error = explain(error)
+        await self._send(call, response)
 
-    async def _send(self, call: Call[skep.PathNews, skep.PathOrder], news: skep.PathNews) -> None:
+    async def _send(self, call: Call[skep.PathNews, skep.PathOrder], message: skep.PathNews) -> None:
         async with self._sending:
-            await call.send(news)
+            await call.send(message)
 
 
 async def _nothing() -> None:
-    """No examination has been asked for."""
+    """No diagnostics have been requested."""

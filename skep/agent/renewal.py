@@ -17,6 +17,8 @@ from typing import Protocol
 
 import structlog
 
+from skep.agent.certificates import renew, renew_expired
+from skep.agent.managers import Peer
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.guard import explain, report
@@ -24,8 +26,6 @@ from skep.errors import SkepError, Unavailable
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeRole
 from skep.model.times import moment
-from skep.node.joining import renew, renew_expired
-from skep.node.local import Peer
 from skep.security import keypair
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
@@ -41,7 +41,7 @@ LATEST = 0.8
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 300.0
 LOOK_AGAIN_S = 3600.0
-"""A machine that slept, or whose clock was set, notices within that time that its certificate has aged."""
+"""After a sleep, or a change of its clock, a machine notices within that time that its certificate is due."""
 
 
 def renewal_time(not_before: datetime, not_after: datetime, random: Random) -> datetime:
@@ -52,14 +52,14 @@ def renewal_time(not_before: datetime, not_after: datetime, random: Random) -> d
     return not_before + (not_after - not_before) * random.uniform(EARLIEST, LATEST)
 
 
-class Managers(Protocol):
-    """Whom to ask."""
+class ChooseManager(Protocol):
+    """Gives the manager to renew with; None: none is known."""
 
     def __call__(self) -> Peer | None: ...
 
 
 class KeyPairCredentials:
-    """The key pair of this node: the present one, kept young by ``run``.  Implements ``agent.Credentials``."""
+    """The key pair of this node: the present one, renewed by ``run``.  Implements ``agent.Credentials``."""
 
     def __init__(
         self,
@@ -67,13 +67,13 @@ class KeyPairCredentials:
         clock: Clock,
         random: Random,
         *,
-        changed: Callable[[KeyPair], None] = lambda _: None,
+        on_change: Callable[[KeyPair], None] = lambda _: None,
         lock: KeyLock | None = None,
     ) -> None:
         """
         Args:
             directory: holds the key pair; renewed ones are written there.
-            changed: called after a new certificate, or new roots, were written.
+            on_change: called after a new certificate, or new roots, were written.
             lock: of that key pair, which is open.
 
         Raises: NotFound, FailedPrecondition: there is no key pair that can be read.
@@ -81,13 +81,13 @@ class KeyPairCredentials:
         self._directory = directory
         self._clock = clock
         self._random = random
-        self._changed = changed
+        self._on_change = on_change
         self._lock = lock
         self._role: NodeRole | None = None
         self._wanted = asyncio.Event()
         self.pair = keypair.load(directory, lock)
-        self.news = asyncio.Event()
-        """Set with every change; whoever tells the managers of it clears it."""
+        self.changed = asyncio.Event()
+        """Set with every change; cleared by the session, which sends it to the manager."""
 
     @property
     def identity(self) -> Identity:
@@ -96,7 +96,7 @@ class KeyPairCredentials:
 
     @property
     def tls_info(self) -> TLSInfo:
-        """Whom the node trusts, and who issued its certificate."""
+        """The trusted roots, and the issuer of the certificate."""
         return tls_info_of(self.pair)
 
     def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
@@ -104,37 +104,37 @@ class KeyPairCredentials:
         return connected(address, client_context(self.pair), MANAGER_NAME, timeout_s=timeout_s)
 
     def want_renewal(self) -> None:
-        """A manager asks for it."""
+        """Renew the certificate as soon as possible."""
         self._wanted.set()
 
     def take_role(self, role: NodeRole) -> None:
-        """The cluster has this node in ``role``: a certificate for another one is renewed, until it fits."""
+        """The role of this node in the cluster: a certificate for another one is renewed until it matches."""
         self._role = role
         if role is not self.pair.identity.role:
             self._wanted.set()
 
     def take_roots(self, root_pem: bytes) -> None:
-        """A manager says whom to trust."""
+        """Trust the roots that a manager has sent."""
         if root_pem and root_pem != self.pair.root_pem:
             try:
                 self._adopt(self.pair.with_root(root_pem))
-            except OSError as error:  # no reason to end the session; the next message has them, too
+            except OSError as error:  # the next message has them again
                 report(error, "the cluster's root certificates not written")
                 return
             log.info("the cluster's root certificates changed")
 
     @property
     def is_expired(self) -> bool:
-        """Whether no manager takes the present certificate any more."""
+        """Whether managers refuse the present certificate."""
         return self._now() >= self.pair.not_after
 
-    async def run(self, choose: Managers) -> None:
-        """Renew whenever it is due, until cancelled.  ``choose``: the manager to ask."""
+    async def run(self, choose: ChooseManager) -> None:
+        """Renew whenever it is due, until cancelled.  ``choose``: the manager to renew with."""
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             await self._wait_due()
             self._wanted.clear()
-            # A task of its own: a broken connection cancels whoever uses it, and that must not be this loop.
+            # A task of its own: a broken connection cancels the task that uses it, which must not be this loop.
             async with asyncio.TaskGroup() as group:
                 attempt = group.create_task(self._renew(choose), name="certificate renewal")
             if attempt.result():
@@ -144,7 +144,7 @@ class KeyPairCredentials:
             self._wanted.set()
 
     async def _wait_due(self) -> None:
-        """Until the certificate's time has come, or somebody asks for it."""
+        """Return when the certificate is due, or its renewal was requested."""
         at = renewal_time(self.pair.not_before, self.pair.not_after, self._random)
         while not self._wanted.is_set():
             left_s = (at - self._now()).total_seconds()
@@ -156,8 +156,8 @@ class KeyPairCredentials:
             except TimeoutError:
                 continue
 
-    async def _renew(self, choose: Managers) -> bool:
-        """One attempt; gives whether the certificate is as it should be now."""
+    async def _renew(self, choose: ChooseManager) -> bool:
+        """One attempt; whether the certificate is valid for the node's role now."""
         try:
             if not (self.is_expired and self._is_renewed_beside()):
                 self._adopt(await self._requested(choose()))
@@ -182,7 +182,7 @@ class KeyPairCredentials:
     def _is_renewed_beside(self) -> bool:
         """Take over a valid key pair that the manager of this machine has written meanwhile, if there is one."""
         self.pair = keypair.load(self._directory, self._lock)
-        self.news.set()
+        self.changed.set()
         return not self.is_expired
 
     def _now(self) -> datetime:
@@ -192,5 +192,5 @@ class KeyPairCredentials:
         """Use ``pair`` from the next connection on; open ones stay."""
         keypair.save(pair, self._directory, self._lock)
         self.pair = pair
-        self.news.set()
-        self._changed(pair)
+        self.changed.set()
+        self._on_change(pair)
