@@ -73,15 +73,15 @@ def test_a_round_ends_when_everybody_was_asked_as_often():
 def test_dead_managers_together_cost_no_longer_than_a_single_one_while_others_answer() -> None:
     managers = ManagerList([OWN, M2, M3])
     for _ in range(4):
-        managers.failed(M2, was_there=False)
-        managers.failed(M3, was_there=False)
+        managers.failed(M2, was_connected=False)
+        managers.failed(M3, was_connected=False)
     managers.failed(OWN)
-    assert managers.connect_patience(M2) + managers.connect_patience(M3) == RESPONSE_SECONDS_MAX
+    assert managers.connect_timeout(M2) + managers.connect_timeout(M3) == RESPONSE_SECONDS_MAX
 
 
 def test_where_nobody_answers_each_gets_the_time_that_a_crowded_one_needs() -> None:
     managers = ManagerList([M2, M3])
     for _ in range(4):
-        managers.failed(M2, was_there=False)
-        managers.failed(M3, was_there=False)
-    assert managers.connect_patience(M2) == RESPONSE_SECONDS_MAX
+        managers.failed(M2, was_connected=False)
+        managers.failed(M3, was_connected=False)
+    assert managers.connect_timeout(M2) == RESPONSE_SECONDS_MAX
