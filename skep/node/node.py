@@ -16,8 +16,9 @@ from aiohttp import web
 
 from skep.agent.agent import Agent
 from skep.agent.last_seen import LastSeenFile
-from skep.agent.managers import ManagerList
-from skep.agent.path_stream import NodePaths
+from skep.agent.managers import ManagerList, Peer
+from skep.agent.probe_stream import NodeProbes
+from skep.agent.renewal import KeyPairCredentials
 from skep.agent.reports import Reports
 from skep.agent.revisions import SeenRevision
 from skep.agent.session import NodeServices
@@ -60,11 +61,10 @@ from skep.node.front.handover import Handover
 from skep.node.front.server import Front, tls_context
 from skep.node.isolation import keep_profile
 from skep.node.load import LoadMeter, reader_of
-from skep.node.local import LocalNode, Peer
+from skep.node.local import LocalNode
 from skep.node.manager_files import ManagerFiles
 from skep.node.membership import Membership
 from skep.node.reaping import reap_orphans
-from skep.node.renewal import KeyPairCredentials
 from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
 from skep.node.routes.cluster_networks import ClusterNetworks
@@ -209,11 +209,11 @@ class Node:
             session_state=self._session,
         )
 
-    def _node_probes(self) -> NodePaths | None:
+    def _node_probes(self) -> NodeProbes | None:
         """Probes of other nodes, where this one can have overlay networks."""
         if self._engine.probes is None or not has_overlays(self._environment.features):
             return None
-        return NodePaths(self._engine.probes, NameChecks(self._engine.list_containers, self._clock))
+        return NodeProbes(self._engine.probes, NameChecks(self._engine.list_containers, self._clock))
 
     def _new_agent(
         self,
