@@ -56,9 +56,9 @@ Message = tuple[int, memoryview]
 """Type, and what follows the netlink header."""
 
 
-def dumped(kind: int, body: bytes) -> list[Message]:
+def dumped(kind: int, body: bytes, protocol: int = socket.NETLINK_ROUTE) -> list[Message]:
     """All answers to a dump request.  ``body``: what follows the header.  Raises: OSError."""
-    with _opened() as connection:
+    with _opened(protocol) as connection:
         for _ in range(_DUMP_TRIES):
             found = _dump(connection, kind, body)
             if found is not None:
@@ -66,10 +66,12 @@ def dumped(kind: int, body: bytes) -> list[Message]:
     raise OSError(errno.EAGAIN, "the kernel's tables change faster than they can be read")
 
 
-def carried_out(requests: Sequence[tuple[int, int, bytes]]) -> list[int]:
+def carried_out(
+    requests: Sequence[tuple[int, int, bytes]], protocol: int = socket.NETLINK_ROUTE
+) -> list[int]:
     """Send changes (type, flags, body); gives for each 0 or the kernel's error number.  Raises: OSError."""
     results: list[int] = []
-    with _opened() as connection:
+    with _opened(protocol) as connection:
         for start in range(0, len(requests), _BATCH):
             part = requests[start : start + _BATCH]
             connection.send(
@@ -149,8 +151,8 @@ def listening(family: int, groups: Iterable[int]) -> socket.socket:
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 
 
-def _opened() -> socket.socket:
-    connection = opened(socket.NETLINK_ROUTE, _DEADLINE_S)
+def _opened(protocol: int) -> socket.socket:
+    connection = opened(protocol, _DEADLINE_S)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
     return connection
 

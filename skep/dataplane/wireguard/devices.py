@@ -1,34 +1,29 @@
 """WireGuard devices: made, read and written.  What they should be is ``plan.py``'s matter.
 
 Devices are made in the node's own namespace, where their UDP sockets stay, and moved to the tunnels' namespace, where
-packets enter and leave them.  The kernel's are configured over generic netlink, wireguard-go's over its unix socket.
+packets enter and leave them.  The kernel's are configured over generic netlink (``kernel.py``), wireguard-go's over its
+unix socket.
 
-Sources: wireguard.com/xplatform (the protocol of the socket); linux, include/uapi/linux/wireguard.h;
-wireguard.com/netns (the two namespaces).
+Sources: wireguard.com/xplatform (the protocol of the socket); wireguard.com/netns (the two namespaces).
 """
 
 import asyncio
 import socket
-from base64 import b64decode, b64encode
-from collections.abc import Awaitable, Callable, Iterable
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.generic.wireguard import AsyncWireGuard
 
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.plan.wireguard import KEEPALIVE_S, Change, FoundDevice, FoundPeer, Peer
+from skep.dataplane.wireguard import kernel
 from skep.errors import Unavailable
-
-T = TypeVar("T")
 
 SOCKETS = Path("/var/run/wireguard")
 """Where wireguard-go makes its sockets; it is built so."""
 _ANSWER_S_MAX = 5.0
-_NETLINK_GENERIC = 16
 _ANSWER_BYTES_MAX = 1 << 24
 
 
@@ -63,23 +58,16 @@ class KernelDevices:
             raise Unavailable(f"the kernel makes no WireGuard device: {error}") from error
 
     async def read(self, name: str, namespace: Path) -> FoundDevice:
-        return await self._through(namespace, lambda wireguard: _read_kernel(wireguard, name))
+        try:
+            return await self._namespaces.run(namespace, kernel.read_device, name)
+        except OSError as error:
+            raise Unavailable(f"the device {name} cannot be read: {error}") from error
 
     async def write(self, name: str, namespace: Path, change: Change) -> None:
-        async def send(wireguard: AsyncWireGuard) -> None:
-            for message in kernel_messages(change):
-                await wireguard.set(name, **message)
-
-        await self._through(namespace, send)
-
-    async def _through(self, namespace: Path, work: Callable[[AsyncWireGuard], Awaitable[T]]) -> T:
         try:
-            async with asyncio.timeout(_ANSWER_S_MAX):
-                opened = await self._namespaces.run(namespace, _generic_socket)
-                async with AsyncWireGuard(use_socket=opened) as wireguard:
-                    return await work(wireguard)
-        except (TimeoutError, OSError, NetlinkError) as error:
-            raise Unavailable(f"the kernel's WireGuard does not answer: {error}") from error
+            await self._namespaces.run(namespace, kernel.change_device, name, change)
+        except OSError as error:
+            raise Unavailable(f"the device {name} cannot be configured: {error}") from error
 
 
 class UserSpaceDevices:
@@ -172,53 +160,6 @@ def parsed_device(text: str) -> FoundDevice:
     )
 
 
-def kernel_messages(change: Change) -> Iterable[dict[str, Any]]:
-    """``change`` as arguments of pyroute2's ``WireGuard.set``, one peer each."""
-    own: dict[str, Any] = {}
-    if change.private is not None:
-        own["private_key"] = b64encode(change.private).decode()
-    if change.port is not None:
-        own["listen_port"] = change.port
-    if own:
-        yield own
-    for public in change.removed:
-        yield {"peer": {"public_key": b64encode(public).decode(), "remove": True}}
-    for peer in change.put:
-        yield {
-            "peer": {
-                "public_key": b64encode(peer.public).decode(),
-                "endpoint_addr": peer.endpoint,
-                "endpoint_port": peer.port,
-                "persistent_keepalive": KEEPALIVE_S,
-                "replace_allowed_ips": True,
-                "allowed_ips": [f"{peer.inner}/128"],
-            }
-        }
-
-
-async def _read_kernel(wireguard: AsyncWireGuard, name: str) -> FoundDevice:
-    """A device with many peers comes in several messages, and a peer with many addresses in several of those."""
-    private, port = b"", 0
-    peers: dict[bytes, FoundPeer] = {}
-    async for message in await wireguard.info(name):
-        private = b64decode(message.get_attr("WGDEVICE_A_PRIVATE_KEY") or b"") or private
-        port = message.get_attr("WGDEVICE_A_LISTEN_PORT") or port
-        for peer in message.get_attr("WGDEVICE_A_PEERS") or ():
-            public = b64decode(peer.get_attr("WGPEER_A_PUBLIC_KEY"))
-            before = peers.get(public, FoundPeer())
-            handshake = peer.get_attr("WGPEER_A_LAST_HANDSHAKE_TIME")
-            allowed = tuple(
-                one["addr"].removesuffix("/128") for one in peer.get_attr("WGPEER_A_ALLOWEDIPS") or ()
-            )
-            peers[public] = FoundPeer(
-                inner=(*before.inner, *allowed),
-                keepalive_s=peer.get_attr("WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL") or before.keepalive_s,
-                has_endpoint=peer.get_attr("WGPEER_A_ENDPOINT") is not None or before.has_endpoint,
-                has_session=bool(handshake and handshake["tv_sec"]) or before.has_session,
-            )
-    return FoundDevice(private=private, port=port, peers=peers)
-
-
 async def _move(home: AsyncIPRoute, name: str, namespace: Path, mtu: int) -> None:
     """Move the device ``name`` from ``home``, if its process has made it there already.
 
@@ -237,11 +178,6 @@ def _index_of(name: str) -> int:
         return socket.if_nametoindex(name)
     except OSError:
         return 0
-
-
-def _generic_socket() -> socket.socket:
-    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-    return socket.socket(socket.AF_NETLINK, kind, _NETLINK_GENERIC)
 
 
 def _joined(peer: Peer) -> str:

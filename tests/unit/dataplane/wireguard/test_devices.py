@@ -1,9 +1,13 @@
-"""The same change as wireguard-go's socket and as the kernel's netlink take it, and what the socket answers."""
+"""The same change as wireguard-go's socket and as the kernel's netlink take it, and what both answer."""
 
+import socket
+
+import msgspec
 import pytest
 
 from skep.dataplane.plan.wireguard import Change, FoundDevice, FoundPeer, Peer
-from skep.dataplane.wireguard.devices import kernel_messages, parsed_device, socket_message
+from skep.dataplane.wireguard.devices import parsed_device, socket_message
+from skep.dataplane.wireguard.kernel import decoded, encoded
 from skep.errors import Unavailable
 
 KEY, OTHER, PRIVATE = bytes(range(32)), bytes(range(1, 33)), bytes(range(2, 34))
@@ -52,13 +56,31 @@ def test_the_sockets_message_sets_the_device_first_and_removes_before_it_adds() 
     assert "endpoint=[fd09::1]:1\n" in socket_message(v6)
 
 
-def test_the_kernels_messages_say_the_same() -> None:
-    own, removed, put = kernel_messages(CHANGE)
-    assert own["listen_port"] == 4799
-    assert removed["peer"].keys() == {"public_key", "remove"}
-    assert put["peer"]["allowed_ips"] == ["fd73::7/128"]
-    assert (put["peer"]["endpoint_addr"], put["peer"]["endpoint_port"]) == ("192.0.2.7", 4800)
-    assert list(kernel_messages(Change())) == []
+def test_what_is_written_to_the_kernel_is_what_is_read_from_it() -> None:
+    """The kernel shows what it was told in the same attributes."""
+    own, removal = encoded("wg0", msgspec.structs.replace(CHANGE, put=()))
+    assert decoded([own[4:]]) == FoundDevice(private=PRIVATE, port=4799)
+    assert OTHER in removal
+    v4, v6 = CHANGE.put[0], Peer(public=OTHER, endpoint="fd09::1", port=1, inner="fd73::8")
+    (put,) = encoded("wg0", Change(put=(v4, v6)))
+    assert decoded([put[4:]]).peers == {
+        KEY: FoundPeer(inner=("fd73::7",), keepalive_s=25, has_endpoint=True),
+        OTHER: FoundPeer(inner=("fd73::8",), keepalive_s=25, has_endpoint=True),
+    }
+    assert socket.inet_aton("192.0.2.7") in put
+    assert (4800).to_bytes(2, "big") + socket.inet_aton("192.0.2.7") in put
+    assert list(encoded("wg0", Change())) == []
+
+
+def test_many_peers_go_in_several_messages_that_fit() -> None:
+    peers = tuple(
+        Peer(public=number.to_bytes(32, "big"), endpoint="192.0.2.7", port=1, inner=f"fd73::{number:x}")
+        for number in range(1, 1001)
+    )
+    messages = list(encoded("wg0", Change(put=peers)))
+    assert len(messages) == 10
+    assert max(map(len, messages)) < 1 << 16
+    assert len(decoded(one[4:] for one in messages).peers) == 1000
 
 
 def test_what_the_socket_answers_is_read_whole() -> None:

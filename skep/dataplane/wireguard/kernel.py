@@ -1,0 +1,133 @@
+"""The kernel's WireGuard over generic netlink: its messages as bytes, and two calls that block.
+
+Source: linux, include/uapi/linux/wireguard.h, include/uapi/linux/genetlink.h.
+"""
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from functools import cache
+from ipaddress import IPv6Address, ip_address
+from socket import AF_INET, AF_INET6
+
+from skep.dataplane.netns.netlink import NESTED, attribute, attributes, carried_out, dumped
+from skep.dataplane.plan.wireguard import KEEPALIVE_S, Change, FoundDevice, FoundPeer, Peer
+
+GENERIC = 16
+"""The netlink protocol of families that have a name."""
+_CONTROL, _GET_FAMILY, _FAMILY_ID, _FAMILY_NAME = 16, 3, 1, 2
+_FAMILY = b"wireguard\0"
+_GET_DEVICE, _SET_DEVICE, _VERSION = 0, 1, 1
+_IFNAME, _PRIVATE, _PORT, _PEERS = 2, 3, 6, 8
+_PUBLIC, _FLAGS, _ENDPOINT, _KEEPALIVE, _HANDSHAKE, _ALLOWED = 1, 3, 4, 5, 6, 9
+_REMOVE, _REPLACE_ALLOWED = 1, 2
+_IP_FAMILY, _IP_ADDRESS, _IP_LENGTH = 1, 2, 3
+_HEADER = struct.Struct("=BBxx")
+_PEERS_AT_ONCE = 100
+"""In one message, of which an attribute has 64 KiB at most."""
+
+
+def read_device(name: str) -> FoundDevice:
+    """The device ``name`` of the calling thread's namespace.  Raises: OSError."""
+    body = _HEADER.pack(_GET_DEVICE, _VERSION) + attribute(_IFNAME, name.encode() + b"\0")
+    answers = dumped(_family_id(), body, GENERIC)
+    return decoded(bytes(body[_HEADER.size :]) for _, body in answers)
+
+
+def change_device(name: str, change: Change) -> None:
+    """The same.  Raises: OSError."""
+    requests = [(_family_id(), 0, message) for message in encoded(name, change)]
+    for number in carried_out(requests, GENERIC):
+        if number:
+            raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def encoded(name: str, change: Change) -> Iterator[bytes]:
+    """The messages of a change; what is removed comes first."""
+    head = _HEADER.pack(_SET_DEVICE, _VERSION) + attribute(_IFNAME, name.encode() + b"\0")
+    own = b""
+    if change.private is not None:
+        own += attribute(_PRIVATE, change.private)
+    if change.port is not None:
+        own += attribute(_PORT, struct.pack("=H", change.port))
+    if own:
+        yield head + own
+    peers = [attribute(_PUBLIC, public) + _number(_FLAGS, _REMOVE) for public in change.removed]
+    peers += map(_encoded_peer, change.put)
+    for start in range(0, len(peers), _PEERS_AT_ONCE):
+        part = b"".join(attribute(NESTED, peer) for peer in peers[start : start + _PEERS_AT_ONCE])
+        yield head + attribute(_PEERS | NESTED, part)
+
+
+def decoded(messages: Iterable[bytes]) -> FoundDevice:
+    """What the kernel answers: a device with many peers in several messages, a peer perhaps in two of them."""
+    private, port = b"", 0
+    peers: dict[bytes, FoundPeer] = {}
+    for message in messages:
+        for kind, value in attributes(message):
+            match kind:
+                case 3:  # _PRIVATE
+                    private = value
+                case 6:  # _PORT
+                    (port,) = struct.unpack("=H", value[:2])
+                case 8:  # _PEERS
+                    for _, body in attributes(value):
+                        found = dict(attributes(body))
+                        peers[found[_PUBLIC]] = _decoded_peer(found, peers.get(found[_PUBLIC], FoundPeer()))
+    return FoundDevice(private=private, port=port, peers=peers)
+
+
+def _decoded_peer(found: dict[int, bytes], before: FoundPeer) -> FoundPeer:
+    keepalive = struct.unpack("=H", found[_KEEPALIVE][:2])[0] if _KEEPALIVE in found else 0
+    handshake_s = struct.unpack("=q", found[_HANDSHAKE][:8])[0] if _HANDSHAKE in found else 0
+    allowed = [dict(attributes(one)) for _, one in attributes(found.get(_ALLOWED, b""))]
+    return FoundPeer(
+        inner=(*before.inner, *map(_decoded_address, allowed)),
+        keepalive_s=keepalive or before.keepalive_s,
+        has_endpoint=_ENDPOINT in found or before.has_endpoint,
+        has_session=handshake_s > 0 or before.has_session,
+    )
+
+
+def _decoded_address(allowed: dict[int, bytes]) -> str:
+    """As in a plan where it is a single IPv6 address, else with its length, which no plan has."""
+    address, length = ip_address(allowed[_IP_ADDRESS]), allowed[_IP_LENGTH][0]
+    return str(address) if (address.version, length) == (6, 128) else f"{address}/{length}"
+
+
+def _encoded_peer(peer: Peer) -> bytes:
+    allowed = (
+        attribute(_IP_FAMILY, struct.pack("=H", AF_INET6))
+        + attribute(_IP_ADDRESS, IPv6Address(peer.inner).packed)
+        + attribute(_IP_LENGTH, bytes((128,)))
+    )
+    return (
+        attribute(_PUBLIC, peer.public)
+        + _number(_FLAGS, _REPLACE_ALLOWED)
+        + attribute(_ENDPOINT, _socket_address(peer))
+        + attribute(_KEEPALIVE, struct.pack("=H", KEEPALIVE_S))
+        + attribute(_ALLOWED | NESTED, attribute(NESTED, allowed))
+    )
+
+
+def _socket_address(peer: Peer) -> bytes:
+    address = ip_address(peer.endpoint)
+    family, port = AF_INET6 if address.version == 6 else AF_INET, peer.port.to_bytes(2, "big")
+    if address.version == 4:
+        return struct.pack("=H", family) + port + address.packed + bytes(8)
+    return struct.pack("=H", family) + port + bytes(4) + address.packed + bytes(4)
+
+
+def _number(kind: int, value: int) -> bytes:
+    return attribute(kind, struct.pack("=I", value))
+
+
+@cache
+def _family_id() -> int:
+    """The number that this boot's kernel gave WireGuard.  Raises: OSError: it has none."""
+    body = _HEADER.pack(_GET_FAMILY, 2)
+    for _, found in dumped(_CONTROL, body, GENERIC):
+        family = dict(attributes(bytes(found[_HEADER.size :])))
+        if family.get(_FAMILY_NAME) == _FAMILY:
+            return int(struct.unpack("=H", family[_FAMILY_ID][:2])[0])
+    raise OSError("the kernel has no WireGuard")
