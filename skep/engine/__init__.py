@@ -1,1 +1,1 @@
-"""Containers under runc and conmon: bundles, cgroups, logs, exec, images."""
+"""A container engine: containers under runc and conmon, images, volumes.  It knows nothing of clusters."""

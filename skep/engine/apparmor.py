@@ -2,7 +2,7 @@
 
 The profile confines what a container's processes may write below /proc and /sys and whom they may signal or trace, and
 keeps them from mounting, also where a capability would let them.  It is loaded once and lives in the kernel; a profile
-of that name that is there already (a Docker Engine's) says the same and stays.
+of that name that is loaded already (a Docker Engine's) is the same and stays.
 
 Source: moby/profiles, apparmor (template.go, apparmor.go); containerd, pkg/apparmor (HostSupports).
 """
@@ -33,7 +33,7 @@ _RULES = """\
   file,
   umount,
 
-  # Signals come from the machine, from whoever stops the container, and from within it.
+  # Signals come from the machine, from the runtime that stops the container, and from within it.
   signal (receive) peer=unconfined,
   signal (receive) peer=runc,
   signal (receive) peer=crun,
@@ -105,9 +105,9 @@ def load_default() -> None:
             timeout=_TIMEOUT_S,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", "") or str(error)
+        output = getattr(error, "stderr", "") or str(error)
         raise FailedPrecondition(
-            f"AppArmor enabled on system but the {DEFAULT_PROFILE} profile could not be loaded: {said.strip()}"
+            f"AppArmor enabled on system but the {DEFAULT_PROFILE} profile could not be loaded: {output.strip()}"
         ) from error
 
 

@@ -37,7 +37,7 @@ class Attachment:
             except ConnectionError:
                 if self._was_reset:
                     return None
-                # conmon ended before it had read all input.  The kernel says so once, and before it gives what is
+                # conmon ended before it had read all input.  The kernel reports that once, before it gives what is
                 # still to be read.
                 self._was_reset = True
                 continue
@@ -54,7 +54,7 @@ class Attachment:
             await loop.sock_sendall(self._connection, data[start : start + _INPUT_BYTES_MAX])
 
     def close_input(self) -> None:
-        """End of input: the process reads end of file, if its input was asked to end with the client."""
+        """End of input: the process reads end of file, if it was created to end its input with the client."""
         try:
             self._connection.shutdown(socket.SHUT_WR)
         except OSError:
@@ -87,13 +87,13 @@ async def attach(bundle: Path) -> Attachment:
 
 
 class WaitingClients:
-    """Clients that want the streams of containers which do not run yet: ``docker run`` asks before it starts one."""
+    """Clients that attach to containers which do not run yet: ``docker run`` attaches before it starts one."""
 
     def __init__(self) -> None:
         self._waiting: dict[ContainerId, list[asyncio.Future[Attachment]]] = {}
 
     async def wait(self, id: ContainerId) -> Attachment:
-        """The streams, from the container's first byte on.  Raises: ResourceExhausted; what ``fail`` is told."""
+        """The streams, from the container's first byte on.  Raises: ResourceExhausted; the error given to ``fail``."""
         waiting = self._waiting.setdefault(id, [])
         if len(waiting) >= WAITING_MAX:
             raise ResourceExhausted(f"{WAITING_MAX} clients wait for the start of the container already")
@@ -109,7 +109,7 @@ class WaitingClients:
             self._forget(id, future)
 
     async def serve(self, id: ContainerId, bundle: Path) -> None:
-        """The container is made and about to run: everybody gets its streams.  Raises: NotFound."""
+        """The container is created and about to run: give its streams to all that wait.  Raises: NotFound."""
         for future in tuple(self._waiting.get(id, ())):
             attachment = await attach(bundle)
             if future.done():  # gone meanwhile
@@ -118,7 +118,7 @@ class WaitingClients:
                 future.set_result(attachment)
 
     def fail(self, id: ContainerId, error: SkepError) -> None:
-        """There will be no start."""
+        """The start has failed: all that wait get ``error``."""
         for future in self._waiting.get(id, ()):
             if not future.done():
                 future.set_exception(error)

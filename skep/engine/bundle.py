@@ -1,7 +1,7 @@
 """What a container has on disk: a directory below ``<data>/containers``, and one below ``<run>/bundles``.
 
 ```
-<data>/containers/<id>/record               what it was asked to be and what became of it
+<data>/containers/<id>/record               its configuration and state
                        upper/ work/         its changes
                        hosts hostname resolv.conf
                        log/                 its output (k8s-file), rotated
@@ -49,8 +49,8 @@ _ID = re.compile("[0-9a-f]{64}")
 class Found(msgspec.Struct):
     """Containers of earlier processes.
 
-    ``unknown``: there is no record, or none that means anything: they may still run, and nobody knows as what;
-    ``unreadable``: the disk does not give the record now.
+    ``unknown``: there is no record, or none that can be decoded: they may still run;
+    ``unreadable``: reading the record fails at the moment.
     """
 
     known: list[Container] = []
@@ -117,7 +117,7 @@ class Bundles:
         return found
 
     def read(self, id: ContainerId) -> Container | None:
-        """Its record; None: there is none that means anything.  Raises: Unavailable: the disk does not give it now."""
+        """Its record; None: there is none that can be decoded.  Raises: Unavailable: it cannot be read now."""
         container = records.read(self.path(id) / records.NAME)
         return container if container is not None and container.id == id else None
 
@@ -137,7 +137,7 @@ class Bundles:
     def prepare(self, container: Container) -> tuple[str, ...]:
         """Mount the root file system and write what runc reads; may be called again after a restart.
 
-        Gives warnings: what of the wish this node could not grant.
+        Gives warnings: limits of the configuration that this node could not set.
         Raises: OSError; InvalidArgument: unknown user, invalid capability, ...; FailedPrecondition: this node cannot
         confine it.
         """
@@ -158,15 +158,15 @@ class Bundles:
             log.warning("limit of this node", container=container.name, warning=warning)
         return built.warnings
 
-    def prepare_exec(self, container: Container, exec_id: str, wish: ExecConfig) -> Path:
+    def prepare_exec(self, container: Container, exec_id: str, exec: ExecConfig) -> Path:
         """Directory and process specification of an exec.  Raises: InvalidArgument: unknown user."""
         self._confine(container.config)
         path = self.exec_path(container.id, exec_id)
         path.mkdir(parents=True)
         user = identity(
-            self.rootfs(container.id), wish.user or container.config.user, container.config.groups
+            self.rootfs(container.id), exec.user or container.config.user, container.config.groups
         )
-        process = spec.exec_process(container, wish, user, self._capacity)
+        process = spec.exec_process(container, exec, user, self._capacity)
         (path / "process.json").write_bytes(msgspec.json.encode(process))
         return path
 
@@ -177,7 +177,7 @@ class Bundles:
     async def discard(self, id: ContainerId) -> None:
         """Remove the directories with everything in them.
 
-        The record goes last, so what an interrupted removal leaves is still known.
+        The record goes last, so that an interrupted removal is continued.
         Raises: OSError: something of them is left, the record too.
         """
         await asyncio.to_thread(self.release, id)
@@ -187,7 +187,7 @@ class Bundles:
     def changes(self, container: Container) -> Sequence[tuple[int, str]]:
         """What differs from the image, sorted by path: 0 modified, 1 added, 2 deleted.
 
-        The places of the files that the node writes are no change of the container's.
+        The mount points of the files that the node writes are not counted as changes.
         """
         upper = self.path(container.id) / "upper"
         lower = [Path(layer) for layer in container.layers]
@@ -205,7 +205,7 @@ class Bundles:
         return sorted(own, key=lambda one: one[1])
 
     def _confine(self, config: ContainerConfig) -> None:
-        """Have the kernel know the default AppArmor profile: an upgrade of AppArmor may have unloaded it.
+        """Load the default AppArmor profile if it is not loaded: an upgrade of AppArmor may have unloaded it.
 
         Raises: FailedPrecondition: it cannot be loaded.
         """
@@ -221,7 +221,7 @@ class Bundles:
             overlay.mount_layers(layers, path / "upper", path / "work", target)
 
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
-        """/etc/hosts, /etc/hostname and /etc/resolv.conf, unless the user mounts his own there."""
+        """/etc/hosts, /etc/hostname and /etc/resolv.conf, unless the user has mounts there."""
         config, sandbox, path = container.config, container.sandbox, self.path(container.id)
         addresses = sandbox.own_addresses if sandbox is not None else ()
         node_resolver = self._resolver.read_text() if self._resolver.is_file() else ""

@@ -1,4 +1,4 @@
-"""Linux capabilities: Docker's default set, and what a container gets of what it asked for.
+"""Linux capabilities: Docker's default set, and the set of a container with its additions and removals.
 
 Source: moby, oci/caps (DefaultCapabilities, TweakCapabilities).
 """
@@ -28,7 +28,7 @@ DEFAULT = tuple(
         *("SETPCAP", "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE"),
     )
 )
-"""What a container may do when nothing was said."""
+"""Docker's default set."""
 
 
 def granted(add: Iterable[str], drop: Iterable[str]) -> tuple[str, ...]:

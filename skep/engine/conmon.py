@@ -1,8 +1,8 @@
 """Starting a conmon and talking to it.
 
-conmon forks itself away from whoever starts it, so that its parent is pid 1.  Until then it is spoken to by
+conmon daemonizes, so that its parent is pid 1.  Until then communication with it is by
 pipes whose descriptors it finds in its environment: ``_OCI_STARTPIPE`` (it waits for a byte there, until it
-sits in its own cgroup), ``_OCI_SYNCPIPE`` (it answers with a line of JSON: the pid, or a negative number
+sits in its own cgroup), ``_OCI_SYNCPIPE`` (it responds with a line of JSON: the pid, or a negative number
 and the runtime's words) and, for an exec, ``_OCI_ATTACHPIPE`` (a line when one can connect to its socket).
 Later it takes commands from the pipe ``ctl``.
 
@@ -33,13 +33,13 @@ RUNTIME_ENVIRONMENT = {"GOGC": "off", "GOMAXPROCS": "2"}
 cost it time.  With less than two it needs more threads than a container with a small pids limit may have.
 Containers never see these variables."""
 DEADLINE_S = 60.0
-"""For conmon's answer on an overloaded machine; a healthy one needs 0.05 s."""
+"""For conmon's response on an overloaded machine; a healthy one needs 0.05 s."""
 _CONMON_ENDS_S = 10.0
 _LINE_BYTES_MAX = 64 << 10
 
 
 class RuntimeFailed(SkepError):
-    """runc or conmon refused; the message is what they said."""
+    """runc or conmon has failed; the message is theirs."""
 
 
 class StartError(RuntimeFailed):
@@ -54,12 +54,12 @@ class StartError(RuntimeFailed):
 class Pipes(msgspec.Struct, frozen=True):
     """Our ends of the pipes to one conmon."""
 
-    answers: asyncio.StreamReader
+    responses: asyncio.StreamReader
     attach_ready: asyncio.StreamReader
     start: int
 
-    def let_go(self) -> None:
-        """The byte it waits for.  One that has ended already shows by its missing answer."""
+    def proceed(self) -> None:
+        """Send the byte it waits for.  If it has ended already, its response is missing."""
         with suppress(BrokenPipeError):
             os.write(self.start, b"\0")
 
@@ -86,22 +86,22 @@ class Conmons:
     async def started(
         self, arguments: Sequence[str], directory: Path, *, attach: bool
     ) -> AsyncIterator[Pipes]:
-        """A conmon waiting for its start byte.  Not to be cancelled before it has answered.
+        """A conmon waiting for its start byte.  Not to be cancelled before it has responded.
 
         ``directory``: where it works, and leaves a file ``oom`` when the kernel killed for memory.
-        Raises: Unavailable: it did not answer in time.
+        Raises: Unavailable: it did not respond in time.
         """
-        answers, conmon_answers = os.pipe()
+        responses, conmon_responses = os.pipe()
         conmon_start, start = os.pipe()
         ready, conmon_ready = os.pipe()
-        theirs = (conmon_answers, conmon_start, conmon_ready)
+        theirs = (conmon_responses, conmon_start, conmon_ready)
         transports: list[asyncio.BaseTransport] = []
         process: subprocess.Popen[bytes] | None = None
         try:
             environment = RUNTIME_ENVIRONMENT | {
                 "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
                 "TZ": "UTC",  # conmon stamps its log lines in local time
-                "_OCI_SYNCPIPE": str(conmon_answers),
+                "_OCI_SYNCPIPE": str(conmon_responses),
                 "_OCI_STARTPIPE": str(conmon_start),
             }
             if attach:
@@ -112,12 +112,12 @@ class Conmons:
             finally:
                 for descriptor in theirs:
                     os.close(descriptor)
-            reader = await _stream(answers, transports)
+            reader = await _stream(responses, transports)
             attach_ready = await _stream(ready, transports)
             async with asyncio.timeout(DEADLINE_S):
                 yield Pipes(reader, attach_ready, start)
         except TimeoutError as error:
-            raise Unavailable(f"conmon did not answer in {DEADLINE_S:g} s") from error
+            raise Unavailable(f"conmon did not respond in {DEADLINE_S:g} s") from error
         finally:
             os.close(start)
             for transport in transports:
@@ -159,17 +159,17 @@ class _Answer(msgspec.Struct, frozen=True):
 _decode = msgspec.json.Decoder(_Answer).decode
 
 
-async def read_pid(answers: asyncio.StreamReader, verb: str = "create") -> int:
-    line = await answers.readline()
+async def read_pid(responses: asyncio.StreamReader, verb: str = "create") -> int:
+    line = await responses.readline()
     if not line:
-        raise StartError("conmon ended without an answer", verb)
+        raise StartError("conmon ended without a response", verb)
     try:
-        answer = _decode(line)
+        response = _decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise StartError(f"conmon answered {line[:200]!r}", verb) from error
-    pid = answer.data or answer.pid
+        raise StartError(f"conmon sent {line[:200]!r}", verb) from error
+    pid = response.data or response.pid
     if pid <= 0:
-        raise StartError(plain(answer.message.encode()), verb)
+        raise StartError(plain(response.message.encode()), verb)
     return pid
 
 

@@ -290,8 +290,8 @@ class WaitCondition(Enum):
 
 
 class NotRunning(AlreadyExists):
-    """The operation needs a running container.  The Engine API answers 409, as where a name is taken."""
+    """The operation needs a running container.  The Engine API responds with 409, as where a name is taken."""
 
 
 class StillRunning(AlreadyExists):
-    """The operation needs a container that does not run.  The Engine API answers 409 here, too."""
+    """The operation needs a container that does not run.  The Engine API responds with 409 here, too."""

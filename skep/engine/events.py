@@ -1,4 +1,4 @@
-"""What happens to the node's containers, for whoever listens (``docker events``).
+"""Events of the node's containers (``docker events``).
 
 The last events are kept in memory, as the engine does (256), so that ``--since`` finds the recent past.
 """
@@ -54,7 +54,7 @@ class Events:
         self._subscriptions: set[Subscription] = set()
 
     def publish(self, action: str, container: Container, **attributes: str) -> None:
-        """Tell everyone that ``action`` happened to ``container``; Docker's attributes are filled in."""
+        """Give an event of ``container`` to all subscribers; Docker's attributes are filled in."""
         event = ContainerEvent(
             action=action,
             container_id=container.id,

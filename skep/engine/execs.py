@@ -1,7 +1,7 @@
 """Execs: further processes in running containers (``docker exec``).
 
 Each has a conmon, so its exit code and its terminal do not depend on this process; what is known of an exec
-is kept in memory only, as the engine does, and forgotten when its container goes or this process ends.
+is kept in memory only, as in Docker, until its container is removed or this process ends.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class Execs:
         container: Callable[[str], Container],
         spawn: Callable[..., asyncio.Task[None]],
     ) -> None:
-        """``container`` finds a container by id or name; ``spawn`` starts a task that somebody waits for."""
+        """``container`` finds a container by id or name; ``spawn`` starts a supervised task."""
         self._bundles = bundles
         self._runtime = runtime
         self._events = events
@@ -56,7 +56,7 @@ class Execs:
         self._ended: dict[str, asyncio.Event] = {}
         self._starting = asyncio.Semaphore(STARTS_MAX)
 
-    def create(self, word: str, wish: ExecConfig) -> str:
+    def create(self, word: str, config: ExecConfig) -> str:
         """A new exec, not started yet; gives its id (64 hexadecimal characters).
 
         Raises: NotFound: no such container; NotRunning; ResourceExhausted.
@@ -64,7 +64,7 @@ class Execs:
         container = self._running_container(word)
         self._make_room(container.id)
         exec_id = secrets.token_hex(32)
-        self._execs[exec_id] = Exec(id=exec_id, container_id=container.id, config=wish)
+        self._execs[exec_id] = Exec(id=exec_id, container_id=container.id, config=config)
         self._ended[exec_id] = asyncio.Event()
         self._publish("exec_create", container, self._execs[exec_id])
         return exec_id

@@ -21,7 +21,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class FileWatch:
-    """Tells that a file in a directory was written to, made or renamed.  Close it."""
+    """Reports that a file in a directory was written to, created or renamed.  Close it."""
 
     def __init__(self, directory: Path) -> None:
         self._descriptor: int | None = None

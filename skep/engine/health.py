@@ -51,25 +51,25 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     log: tuple[Probe, ...] = ()
 
 
-def merged(wish: HealthConfig | None, image: HealthConfig | None) -> HealthConfig | None:
+def merged(own: HealthConfig | None, image: HealthConfig | None) -> HealthConfig | None:
     """The probe of a service over the image's: what the service leaves open is the image's.
 
     Source: moby, daemon/commit.go (merge).
     """
-    if wish is None or image is None:
-        return wish or image
+    if own is None or image is None:
+        return own or image
     return HealthConfig(
-        test=wish.test or image.test,
-        interval=wish.interval or image.interval,
-        timeout=wish.timeout or image.timeout,
-        start_period=wish.start_period or image.start_period,
-        start_interval=wish.start_interval or image.start_interval,
-        retries=wish.retries or image.retries,
+        test=own.test or image.test,
+        interval=own.interval or image.interval,
+        timeout=own.timeout or image.timeout,
+        start_period=own.start_period or image.start_period,
+        start_interval=own.start_interval or image.start_interval,
+        retries=own.retries or image.retries,
     )
 
 
 def command(config: HealthConfig | None, shell: Sequence[str] = ("/bin/sh", "-c")) -> tuple[str, ...]:
-    """What a probe executes; empty: there is none, or it is said in a way nobody knows."""
+    """The command of a probe; empty: there is none, or its form is not known."""
     match config.test if config is not None else ():
         case ("CMD", *words):
             return tuple(words)

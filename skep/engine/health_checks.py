@@ -74,7 +74,7 @@ class HealthChecks:
         container = self._store.get(id)
         config = container.config.healthcheck
         assert config is not None, "only containers with a probe are probed"
-        # From here on one clock: an earlier process may have started it.
+        # Measured by one clock from here on: an earlier process may have started it.
         before_s = max(0.0, (self._clock.now_ns() - unix_ns(container.started_at)) / SECOND_NS)
         since = self._clock.monotonic() - before_s
         while (known := self._store.get(id).health) is not None:
@@ -85,7 +85,7 @@ class HealthChecks:
             began_s = self._clock.monotonic() - since
             probe = await self._probe(container, config)
             if not self._store.get(id).is_running:
-                return  # it ended meanwhile: what the probe says is of no use
+                return  # it ended meanwhile: the result means nothing
             new = health.after(config, known, probe, began_s)
             container = self._store.observe(id, health=new)
             if new.status is not known.status:
@@ -98,9 +98,9 @@ class HealthChecks:
             exit_code = await self._execute(container, config, output)
         except TimeoutError:
             exit_code = health.BROKEN
-            said = f": {_text(output)}" if output else ""
+            shown = f": {_text(output)}" if output else ""
             output = bytearray(
-                f"Health check exceeded timeout ({health.timeout_s(config):g}s){said}".encode()
+                f"Health check exceeded timeout ({health.timeout_s(config):g}s){shown}".encode()
             )
         except Exception as error:  # whatever the container had it meet
             if not isinstance(error, SkepError | OSError):
@@ -136,7 +136,7 @@ class HealthChecks:
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(exec.pid)
             try:
-                # Asked after the descriptor is held: what is in the container's cgroup is the container's.
+                # Checked once the descriptor is open: what is in the container's cgroup then is the container's.
                 if exec.pid in self._cgroups.pids(container.id):
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             finally:

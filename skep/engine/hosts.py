@@ -39,10 +39,10 @@ def resolver_file(
     *,
     is_named: bool = False,
 ) -> str:
-    """/etc/resolv.conf: the node's, with what the user says instead.
+    """/etc/resolv.conf: the node's, with the user's options in place of its own.
 
-    Name servers on the node's loopback are left out: in the container's namespace nobody listens there.  With
-    ``is_named``, the name server is the one at 127.0.0.11, which asks those of ``forwarded_to`` for other names.
+    Name servers on the node's loopback are left out: they do not listen in the container's namespace.  With
+    ``is_named``, the name server is the one at 127.0.0.11, which forwards other names to those of ``forwarded_to``.
     Source: moby, libnetwork/resolvconf (TransformForLegacyNw, TransformForIntNS).
     """
     words = _words(node)
@@ -67,7 +67,7 @@ def resolver_file(
 
 
 def forwarded_to(node: str, name_servers: Sequence[str]) -> Sequence[str]:
-    """Whom the name server at 127.0.0.11 asks, from the node's namespace: the user's, else the node's own, those on
+    """The servers that 127.0.0.11 forwards to, from the node's namespace: the user's, else the node's own, those on
     its loopback too."""
     return tuple(name_servers) or tuple(
         line[1] for line in _words(node) if len(line) > 1 and line[0] == "nameserver" and _is_address(line[1])
@@ -75,7 +75,7 @@ def forwarded_to(node: str, name_servers: Sequence[str]) -> Sequence[str]:
 
 
 def sets_ndots(node: str, options: Sequence[str]) -> bool:
-    """Whether clients are told to try their search domains for names of few labels, so that these are not asked
+    """Whether clients try their search domains for names of few labels, so that these are not looked up
     for elsewhere.  Source: moby, libnetwork/resolver.go (NdotsSet)."""
     return any((_dots(option) or 0) > 0 for option in _options(_words(node), options))
 
@@ -89,7 +89,7 @@ def _options(words: list[list[str]], options: Sequence[str]) -> list[str]:
 
 
 def _dots(option: str) -> int | None:
-    """How many dots ``ndots:N`` says; None: it says something else."""
+    """The N of ``ndots:N``; None: another option."""
     name, _, value = option.partition(":")
     return int(value) if name == "ndots" and value.isascii() and value.isdecimal() else None
 

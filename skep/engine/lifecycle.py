@@ -373,7 +373,7 @@ class Lifecycle:
             await self._adopt_created(container, has_network=has_network)
 
     async def _adopt_created(self, container: Container, *, has_network: bool) -> None:
-        """It may have been started just before the process ended: runc's state tells.  Otherwise prepare it anew."""
+        """It may have been started just before the process ended: runc has its state.  Otherwise prepare it anew."""
         id = container.id
         if container.process is not None and await self._runtime.status(id) in ("running", "stopped"):
             started_at = timestamp(self._clock.now_ns())

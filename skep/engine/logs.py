@@ -3,7 +3,7 @@
 conmon writes lines of ``TIME STREAM P|F TEXT``: F ends a line of output, P is a piece of one that goes on.
 Pieces are joined up to 16 KiB, as Docker's own json-file does, so an endless line costs no memory.
 
-Rotation renames ``current`` to ``current.1`` (and that to ``.2``, ...) and then tells conmon to open
+Rotation renames ``current`` to ``current.1`` (and that to ``.2``, ...) and then has conmon open
 ``current`` anew; until it does it writes to the renamed file, so nothing is lost.  A reader therefore stays
 with the file it has open until there is a newer one, reads it to its end, and goes on with the next newer
 one.
@@ -164,7 +164,7 @@ async def read(
         for entry in tail:
             yield entry
         while not source.is_over:
-            ended = has_ended()  # asked first: what was written before the end is read below
+            ended = has_ended()  # evaluated first: what was written before the end is read below
             entries = await asyncio.to_thread(source.next)
             for entry in entries:
                 yield entry

@@ -1,4 +1,4 @@
-"""What the engine needs of its surroundings in the node: the network of containers, and their images."""
+"""Dependencies of the engine: the network of containers, and their images."""
 
 import os
 from collections.abc import Callable, Collection, Sequence

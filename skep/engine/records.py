@@ -42,7 +42,7 @@ def write(path: Path, container: Container) -> None:
 def read(path: Path) -> Container | None:
     """The newest record at ``path``, None when there is none, or nothing in it can be decoded.
 
-    Raises: Unavailable: it is there and could not be read now, which says nothing of its container.
+    Raises: Unavailable: it exists and cannot be read now; its container may be intact.
     """
     try:
         lines = path.read_bytes().split(b"\n")

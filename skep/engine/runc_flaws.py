@@ -36,7 +36,7 @@ FLAWS: Final = (
 
 
 def flaws_of(output: str, changelog: str = "") -> list[str]:
-    """Names of the ways out that the runc has which said ``output`` of its version.
+    """Names of the known escapes of the runc with this ``output`` of ``--version``.
 
     ``changelog``: of its package; empty: it is none, or unknown.
     """

@@ -4,7 +4,7 @@ Every runc command is a Go process of its own: about 10 ms of processor time.  T
 goes through are no more than a read and a few removals, so they are done here:
 
 * **start**: after ``create`` the container's first process waits in an open(2) for writing of the fifo
-  ``<root>/<id>/exec.fifo``.  Whoever opens it for reading lets the process go on: it writes one byte and becomes
+  ``<root>/<id>/exec.fifo``.  Opening it for reading lets the process go on: it writes one byte and becomes
   the container's command, which closes its end.  A read up to the end of file and the removal of the fifo (for
   runc, "created" means that it is there) is all that ``runc start`` does.
 * **delete** of a container that has ended: its control groups are empty and are removed, then ``<root>/<id>``.
@@ -72,7 +72,7 @@ class RuncState:
         return True
 
     def forget(self, id: ContainerId) -> None:
-        """Remove what runc knows of a container that has ended and whose control groups are gone."""
+        """Remove runc's state of a container that has ended and whose control groups are gone."""
         remove_tree(self._root / id)
 
 

@@ -2,7 +2,7 @@
 
 conmon is started per container, forks itself away from us (its parent becomes pid 1) and runs ``runc
 create``.  It keeps the container's terminal or pipes, writes its output to the log, and when the container
-ends writes the exit code to a file and ends.  So three questions have plain answers, also after a restart
+ends writes the exit code to a file and ends.  So three questions can be answered, also after a restart
 of this process:
 
 * has it ended?  conmon's pidfd is readable (it ends last);
@@ -64,7 +64,7 @@ class StartedExec(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """How a container ended.  ``error`` is set when nobody saw it."""
+    """How a container ended.  ``error`` is set when it was not observed."""
 
     exit_code: int
     oom_killed: bool = False
@@ -93,7 +93,7 @@ class Runtime:
     async def create(self, container: Container) -> Started:
         """``runc create`` under a conmon of its own.
 
-        Raises: StartError: runc refused; Unavailable: no answer in time.
+        Raises: StartError: runc refused; Unavailable: no response in time.
         """
         id, path, bundle = container.id, self.bundles.path(container.id), self.bundles.bundle(container.id)
         for stale in (path / id, path / "oom", bundle / "attach", bundle / "ctl", bundle / "pidfile"):
@@ -104,8 +104,8 @@ class Runtime:
         if container.config.open_stdin:
             arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
         async with self._conmons.started(arguments, path, attach=False) as pipes:
-            pipes.let_go()
-            pid = await read_pid(pipes.answers)
+            pipes.proceed()
+            pid = await read_pid(pipes.responses)
         process = find(pid)
         monitor = find(int((bundle / "conmon.pid").read_text()))
         if process is None or monitor is None:
@@ -174,19 +174,19 @@ class Runtime:
     async def status(self, id: ContainerId) -> str:
         """``created``, ``running``, ``paused``, ``stopped``; empty for a container runc does not know.
 
-        Of one that it knows and cannot speak of at the moment (no memory for a process, say), its files do.
+        When the command fails (no memory for a process, say), runc's files tell.
         """
         try:
-            answer = await self.run("state", id)
+            output = await self.run("state", id)
         except RuntimeFailed:
             return self._state.stage(id)
-        status: str = msgspec.json.decode(answer).get("status", "")
+        status: str = msgspec.json.decode(output).get("status", "")
         return status
 
     async def update(self, id: ContainerId, config: ContainerConfig) -> None:
         """Change the limits of a running container.  Raises: RuntimeFailed."""
         limits = resources(config, self._capacity, [])
-        # What is absent would stay as it is: lifting a limit has to be said.
+        # A limit that is absent would stay as it is: to lift it, it has to be given.
         if "memory" in self._capacity.controllers and not config.memory_bytes:
             limits.setdefault("memory", {})["limit"] = -1
             if self._capacity.has_swap_accounting:
@@ -230,7 +230,7 @@ class Runtime:
     ) -> "StartedExec":
         """Start a further process in a container, under a conmon of its own with its directory at ``path``.
 
-        Raises: StartError: runc refused; Unavailable: no answer in time.
+        Raises: StartError: runc refused; Unavailable: no response in time.
         """
         arguments = self._conmon_arguments(container.id, exec_id, path, path, terminal=terminal)
         arguments += ["-l", "none", "-e", "--exec-attach", "--exec-process-spec", str(path / "process.json")]
@@ -240,11 +240,11 @@ class Runtime:
         attachment: Attachment | None = None
         try:
             async with self._conmons.started(arguments, path, attach=True) as pipes:
-                pipes.let_go()
+                pipes.proceed()
                 if await pipes.attach_ready.readline():
                     attachment = await attach(path)  # before the process starts, so that no output is missed
-                    pipes.let_go()
-                pid = await read_pid(pipes.answers, "exec")
+                    pipes.proceed()
+                pid = await read_pid(pipes.responses, "exec")
             if attachment is None:
                 raise StartError("conmon opened no socket to attach to", "exec")
             monitor = find(int((path / "conmon.pid").read_text()))

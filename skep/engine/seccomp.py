@@ -48,7 +48,7 @@ _PROBE_TIMEOUT_S = 5.0
 def runs_x32() -> bool:
     """Whether this kernel may run x32 calls; found out by one, in a process of its own.  Only "no such call" is a no.
 
-    The process may be killed for trying: by a filter around us, which says nothing about the kernel.
+    The process may be killed for trying: by a filter around us, which is no evidence about the kernel.
     """
     if platform.machine() != "x86_64":
         return False

@@ -25,7 +25,7 @@ _MASKED_PATHS = (
     *("/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats"),
     *("/sys/devices/virtual/powercap", "/sys/firmware"),
 )
-"""What tells of the machine, or lets one container measure what another does."""
+"""Files that reveal the machine, or let one container measure another's activity."""
 _READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _DEFAULT_SYSCTLS = {
     # A process needs no capability to use a low port or to ping, in a network namespace of its own.
@@ -56,7 +56,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Built(msgspec.Struct, frozen=True):
-    """A specification, and what of the wish this node could not give."""
+    """A specification, and warnings of limits that this node could not set."""
 
     specification: dict[str, Any]
     warnings: tuple[str, ...]
@@ -74,7 +74,7 @@ def build(
     """The specification of ``container``.
 
     ``files``: mounts that the node makes itself (/etc/hosts and its like), placed before the user's.
-    Raises: InvalidArgument: the wish cannot work on any node; FailedPrecondition: this one cannot confine it.
+    Raises: InvalidArgument: the configuration cannot work on any node; FailedPrecondition: this one cannot confine it.
     """
     config = container.config
     warnings: list[str] = []
@@ -99,18 +99,18 @@ def build(
 
 
 def exec_process(
-    container: Container, wish: ExecConfig, user: Identity, capacity: Capacity
+    container: Container, exec: ExecConfig, user: Identity, capacity: Capacity
 ) -> dict[str, Any]:
-    """The process specification of an exec: the container's surroundings with what the exec says instead."""
+    """The process specification of an exec: the container's, with the options of the exec."""
     config = msgspec.structs.replace(
         container.config,
-        env=merged_environment(container.config.env, wish.env),
-        working_dir=wish.working_dir or container.config.working_dir,
-        tty=wish.tty,
+        env=merged_environment(container.config.env, exec.env),
+        working_dir=exec.working_dir or container.config.working_dir,
+        tty=exec.tty,
     )
-    if wish.privileged:
+    if exec.privileged:
         config = msgspec.structs.replace(config, capability_add=("ALL",), capability_drop=())
-    process = _process(config, user, capacity, list(wish.command), [])
+    process = _process(config, user, capacity, list(exec.command), [])
     process.pop("oomScoreAdj", None)  # inherited from the container
     return process
 
@@ -203,14 +203,14 @@ def _environment(config: ContainerConfig) -> list[str]:
 
 def _rlimits(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -> list[dict[str, Any]]:
     limits = []
-    for wish in config.ulimits:
-        type = f"RLIMIT_{wish.name.upper()}"
+    for limit in config.ulimits:
+        type = f"RLIMIT_{limit.name.upper()}"
         if not hasattr(resource, type):
-            raise InvalidArgument(f"invalid ulimit type: {wish.name}")
-        hard, soft = wish.hard, wish.soft
+            raise InvalidArgument(f"invalid ulimit type: {limit.name}")
+        hard, soft = limit.hard, limit.soft
         most = capacity.hard_limits.get(type)
         if most is not None and (hard < 0 or hard > most):
-            warnings.append(f"ulimit {wish.name}={hard} is more than this node may give: {most}")
+            warnings.append(f"ulimit {limit.name}={hard} is more than this node may give: {most}")
             hard, soft = most, min(soft, most) if soft >= 0 else most
         unlimited = 2**64 - 1
         limits.append({"type": type, "soft": soft % (unlimited + 1), "hard": hard % (unlimited + 1)})
@@ -305,7 +305,7 @@ def _bind(source: str, destination: str, *, read_only: bool) -> dict[str, Any]:
 
 
 def _without_overridden(mounts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One mount per destination, the later one, at the place where that stood."""
+    """One mount per destination, the later one, at its position."""
     last: dict[str, dict[str, Any]] = {}
     for mount in mounts:
         last.pop(mount["destination"], None)

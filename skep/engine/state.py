@@ -168,7 +168,7 @@ class ContainerStore:
             container = present
 
     async def wait_changed(self, id: ContainerId) -> None:
-        """Return when the container next changes or goes."""
+        """Return when the container next changes or is removed."""
         await self._changed.setdefault(id, asyncio.Event()).wait()
 
     def _notify(self, id: ContainerId) -> None:

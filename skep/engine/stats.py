@@ -1,6 +1,6 @@
 """What a container uses, in the words of ``GET /containers/{id}/stats``.
 
-One sample; the previous one that docker subtracts (``precpu_stats``) is whoever asks repeatedly to keep.
+One sample; the previous one that docker subtracts (``precpu_stats``) is kept by the caller.
 Source: moby, daemon/stats_unix.go; fields of cgroup v1 and v2 are brought to the same names there.
 """
 
@@ -260,7 +260,7 @@ def _system_cpu_ns() -> int:
 
 
 def _at_most_the_node(limit: int) -> int:
-    """Without a limit the kernel says a huge number (v1) or ``max`` (v2); docker shows the node's memory."""
+    """Without a limit the kernel gives a huge number (v1) or ``max`` (v2); docker shows the node's memory."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(limit, total) if limit else total
 

@@ -1,4 +1,4 @@
-"""``docker top``: what ``ps`` on the node says about the processes of one container.
+"""``docker top``: the processes of one container, as ``ps`` on the node lists them.
 
 Source: moby, daemon/top_unix.go (validatePSArgs, parsePSOutput).
 """

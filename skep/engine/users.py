@@ -1,4 +1,4 @@
-"""Who a process in a container is: ``user[:group]`` looked up in the image's own passwd and group files.
+"""User and groups of a process in a container: ``user[:group]`` looked up in the image's own passwd and group files.
 
 Source: moby, daemon/oci_linux.go (getUser), and moby/sys, user (GetExecUser): numbers need no entry, names do; a user
 without a group takes the group of its entry, or 0.  Entries with numbers that are none or too large are passed over.
@@ -19,7 +19,7 @@ _ID_MAX = (1 << 31) - 1
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """What a process runs as.  ``home`` is where its entry says, ``/`` without one."""
+    """User and groups of a process.  ``home``: of its entry, ``/`` without one."""
 
     uid: int = 0
     gid: int = 0

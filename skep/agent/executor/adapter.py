@@ -143,7 +143,7 @@ def task_options(task: AssignedTask, node: NodeFacts, mounts: Sequence[MountPoin
 def published_port(port: PortConfig, service_labels: Mapping[str, str]) -> PublishedPort:
     """A port in host mode, on the address that the service's labels name.
 
-    Raises: Rejected: an IPv6 address, on which ports in host mode do not answer.
+    Raises: Rejected: an IPv6 address, which ports in host mode do not support.
     """
     host_ip = publish_options(service_labels, port).host_ip
     if ":" in host_ip:

@@ -1,4 +1,4 @@
-"""Puts the ``oci`` executor together from its pieces."""
+"""Composes the ``oci`` executor: the engine, its network, and the adapter of tasks."""
 
 import os
 import secrets
@@ -67,7 +67,7 @@ def oci_executor(
         cgroup_parent: below each cgroup hierarchy; two nodes on one machine need two.
         ports: holds published ports in host mode; None: this process does, for as long as it lives.
         mesh_ports: the same for those of the routing mesh.
-        names: answers for names in containers' namespaces; None: nobody does.
+        names: serves names in containers' namespaces; None: names are not served.
         namespaces: None: containers' in ``paths.netns``, the node's own being this process's.
         log_default: log driver and options of tasks that name none.
         resolver: name servers for containers that name none.
@@ -142,7 +142,7 @@ def container_network(
 ) -> ContainerNetwork:
     """All networks of one node's containers.
 
-    ``attachments``: plain containers' places on the cluster's networks; None: there are none.
+    ``attachments``: plain containers' endpoints on the cluster's networks; None: there are none.
     ``encryption``: None: the node does not encrypt.
     """
     repairs, settling = Repairs(), DeferredChanges(clock)

@@ -2,9 +2,9 @@
 
 ``oci`` (containers under runc), ``process`` (plain commands) and ``simulated`` pass one contract suite
 (``tests/contract/test_executor.py``).  A controller is made for a task whose assignment is known to the
-node; it is asked by ``agent/task.py``, which alone decides the order of the verbs.
+node; ``agent/task.py`` alone decides the order of the verbs.
 
-A controller can be made again for the same task after a restart of the node process: what runs goes on, and
+A controller can be made again for the same task after a restart of the node process: what runs is not interrupted, and
 the verbs find it (*adoption*).  Every verb may therefore be called on work already done, and then returns
 at once.
 
@@ -44,7 +44,7 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 
     container: ContainerStatus
     ports: tuple[PortConfig, ...] = ()
-    """Host-mode ports as opened, with the published port the node picked where the wish said 0."""
+    """Host-mode ports as opened, with the published port that the node has picked where the spec has 0."""
 
 
 class Controller(Protocol):
@@ -89,7 +89,7 @@ class Controller(Protocol):
 
 
 class Executor(Protocol):
-    """Makes controllers, and says what this node is."""
+    """Makes controllers of tasks."""
 
     @property
     def name(self) -> str:
@@ -98,7 +98,7 @@ class Executor(Protocol):
     def running(self) -> AbstractAsyncContextManager[None]:
         """Find again what an earlier process of this node left; the verbs work inside the block.
 
-        What runs goes on when the block ends.
+        What runs is not stopped when the block ends.
         """
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
@@ -111,7 +111,7 @@ class Executor(Protocol):
         """Tasks of which this executor still holds something; the worker removes those it does not know."""
 
     async def discard(self, task_id: TaskId) -> None:
-        """Free everything held for a task nobody knows any more, as ``remove`` does."""
+        """Free everything held for a task that is assigned no more, as ``remove`` does."""
 
     def identify(self, node_id: NodeId) -> None:
-        """Tell the executor under which node id tasks run (it becomes a label)."""
+        """Set the node id under which tasks run (it becomes a label)."""

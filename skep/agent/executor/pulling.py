@@ -1,8 +1,8 @@
 """When a task's image is fetched, and what happens when that fails.
 
-As in Docker every task asks its registry, so that a tag that moved is noticed, and runs the local image if
-the registry does not answer.  Tasks that come together share a fetch and its failure, and a registry that
-failed is not asked again for a while as long as there is a local image: starting must not wait for a
+As in Docker every task contacts its registry, so that a tag that moved is noticed, and runs the local image if
+the registry does not respond.  Tasks that come together share a fetch and its failure, and a registry that
+failed is not contacted again for a while as long as there is a local image: starting must not wait for a
 time-out again and again.
 """
 
@@ -68,7 +68,7 @@ class ImagePuller:
         key = reference, auth
         while (under_way := self._fetches.get(key)) is not None:
             if (outcome := await asyncio.shield(under_way)) is None:
-                continue  # whoever fetched was cancelled: this task has to look itself
+                continue  # the fetch was cancelled: this task starts its own
             if isinstance(outcome, SkepError):
                 raise outcome
             return

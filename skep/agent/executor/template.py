@@ -1,7 +1,7 @@
 """The placeholders of a service: ``{{.Node.Hostname}}``, ``{{.Task.Slot}}``, ``{{index .Service.Labels "x"}}``.
 
 Go templates are a language; these are its expressions that the documentation of ``docker service create``
-names (field paths and ``index``).  Anything else is refused, so that nobody gets half of it.
+names (field paths and ``index``).  Anything else is refused, so that none is expanded in part.
 
 Source: swarmkit, template/context.go.
 """

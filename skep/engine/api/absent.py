@@ -1,6 +1,6 @@
-"""Kinds of objects that a node without an engine never has: plugins, caches of builds.
+"""Kinds of objects that do not exist here: plugins, caches of builds.
 
-``docker inspect NAME`` asks for objects of every kind until one is found, so it must hear that they are not there;
+``docker inspect NAME`` tries objects of every kind until one is found, so they have to be reported as not found;
 ``docker system prune`` prunes every kind.
 """
 

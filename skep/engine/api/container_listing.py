@@ -27,7 +27,7 @@ _REPETITIONS_MAX = 3
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked for.  ``limit`` 0: no limit.  ``ancestors``: image ids, None: any."""
+    """The options of the request.  ``limit`` 0: no limit.  ``ancestors``: image ids, None: any."""
 
     filters: Filters
     all: bool = False
@@ -43,7 +43,7 @@ def ancestors(words: Sequence[str], lookup: Callable[[str], Image | None]) -> fr
 
 
 def select(containers: Sequence[Container], selection: Selection) -> Sequence[Container]:
-    """The containers that ``selection`` asks for, in the order given (the newest first).
+    """The containers that ``selection`` describes, in the order given (the newest first).
 
     Raises:
         InvalidArgument: a filter's value cannot be.

@@ -27,7 +27,7 @@ from skep.api.server import (
 )
 from skep.api.tables import Table
 from skep.api.versions import ApiVersion
-from skep.engine.api import container_answers
+from skep.engine.api import container_responses
 from skep.engine.api.container_listing import Selection, ancestors, select
 from skep.engine.api.container_output import output_routes
 from skep.engine.api.exec import exec_routes
@@ -116,7 +116,7 @@ async def list_containers(node: Served, request: web.Request) -> web.StreamRespo
     has_size, now_ns, lines = flag(request, "size"), node.clock.now_ns(), []
     for number, container in enumerate(found, 1):
         size = await _sizes(node, container) if has_size else {}
-        lines.append(container_answers.summary(container, node.images, now_ns) | size)
+        lines.append(container_responses.summary(container, node.images, now_ns) | size)
         if number % _LINES_AT_ONCE == 0:
             await asyncio.sleep(0)  # lets other requests run
     return json_list_answer(lines)
@@ -126,10 +126,10 @@ async def list_containers(node: Served, request: web.Request) -> web.StreamRespo
 async def inspect_container(node: Served, request: web.Request) -> web.StreamResponse:
     container = node.engine.get(request.match_info["id"])
     exec_ids = [exec.id for exec in node.engine.execs.of(container.id)]
-    answer = container_answers.inspected(container, node.engine.bundles, exec_ids)
+    response = container_responses.inspected(container, node.engine.bundles, exec_ids)
     if flag(request, "size"):
-        answer |= await _sizes(node, container)
-    return json_answer(answer)
+        response |= await _sizes(node, container)
+    return json_answer(response)
 
 
 async def _sizes(node: Served, container: Container) -> dict[str, int]:
@@ -157,12 +157,12 @@ async def wait(node: Served, request: web.Request) -> web.StreamResponse:
     container = node.engine.get(request.match_info["id"])
     async with JsonLines(request) as lines:  # the header is sent before the container has ended
         ended = await node.engine.wait(container.id, condition)
-        answer: dict[str, Any] = {"StatusCode": ended.exit_code}
+        response: dict[str, Any] = {"StatusCode": ended.exit_code}
         if ended.error:
-            answer["Error"] = {"Message": ended.error}
+            response["Error"] = {"Message": ended.error}
         elif api_version(request) < _WITHOUT_NULL_ERROR:
-            answer["Error"] = None
-        await lines.send(answer)
+            response["Error"] = None
+        await lines.send(response)
     return lines.response
 
 

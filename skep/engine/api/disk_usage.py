@@ -11,11 +11,11 @@ from aiohttp import web
 from skep.aio.clock import Clock
 from skep.api.errors import Untranslated
 from skep.api.server import Routes, api_version, json_answer
-from skep.engine.api import container_answers, image_answers
-from skep.engine.api import volumes as volume_answers
+from skep.engine.api import container_responses, image_responses
+from skep.engine.api import volumes as volume_routes
 from skep.engine.api.images import shared_bytes
 from skep.engine.engine import Engine
-from skep.engine.images.listing import Wish, select
+from skep.engine.images.listing import ImageFilter, select
 from skep.engine.images.store import ImageStore
 from skep.engine.images.untar import tree_bytes
 
@@ -40,24 +40,24 @@ class DiskUsage:
             for type in wanted:
                 if type not in _TYPES:
                     raise Untranslated(f"unknown object type: {type}")
-            answer: dict[str, Any] = {"LayersSize": 0, "Images": None, "Containers": None, "Volumes": None}
+            response: dict[str, Any] = {"LayersSize": 0, "Images": None, "Containers": None, "Volumes": None}
             if "image" in wanted:
-                answer["LayersSize"] = self._images.bytes_used()
-                answer["Images"] = self._image_lines(request)
+                response["LayersSize"] = self._images.bytes_used()
+                response["Images"] = self._image_lines(request)
             if "container" in wanted:
-                answer["Containers"] = await self._container_lines()
+                response["Containers"] = await self._container_lines()
             if "volume" in wanted:
-                answer["Volumes"] = await self._volume_lines()
-            return json_answer({**answer, "BuildCache": None, "BuilderSize": 0})
+                response["Volumes"] = await self._volume_lines()
+            return json_answer({**response, "BuildCache": None, "BuilderSize": 0})
 
         return table
 
     def _image_lines(self, request: web.Request) -> list[Any]:
-        listed = select(self._images.images(), Wish())
+        listed = select(self._images.images(), ImageFilter())
         shared = shared_bytes(self._images, listed)
         users = [container.image_id for container in self._engine.list()]
         return [
-            image_answers.summary(
+            image_responses.summary(
                 one,
                 api_version(request),
                 shared_bytes=shared[one.image.id],
@@ -74,15 +74,15 @@ class DiskUsage:
             )
             image = self._images.lookup(container.image_id)
             sizes = {"SizeRw": changed, "SizeRootFs": changed + (image.size_bytes if image else 0)}
-            line = container_answers.summary(container, self._images, self._clock.now_ns())
+            line = container_responses.summary(container, self._images, self._clock.now_ns())
             lines.append(line | {name: size for name, size in sizes.items() if size})
         return lines
 
     async def _volume_lines(self) -> list[Any]:
-        users = volume_answers.users_by_volume(self._engine.list())
+        users = volume_routes.users_by_volume(self._engine.list())
         lines = []
         for name in self._volumes.names():
             size = await asyncio.to_thread(tree_bytes, str(self._volumes.path(name)))
             usage = {"RefCount": len(users.get(name, ())), "Size": size}
-            lines.append({**volume_answers.answer(self._volumes, name), "UsageData": usage})
+            lines.append({**volume_routes.shown_volume(self._volumes, name), "UsageData": usage})
         return lines

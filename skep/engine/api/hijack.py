@@ -1,6 +1,6 @@
 """Taking a connection over from HTTP: ``attach`` and ``exec start`` talk raw bytes in both directions.
 
-The client asks with ``Upgrade: tcp`` and gets 101 (old clients ask without and get a 200 that never ends).  From
+The client sends ``Upgrade: tcp`` and gets 101 (old clients do not, and get a 200 that never ends).  From
 then on each direction closes by itself: the end of the client's input is a half-close, and output goes on after it.
 aiohttp cannot half-close, so the transport gets another protocol.
 
@@ -50,7 +50,7 @@ class Duplex:
 
 @asynccontextmanager
 async def hijacked(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
-    """Answer ``request`` with a raw connection, which closes with the block.
+    """Respond to ``request`` with a raw connection, which is closed with the block.
 
     The handler then returns ``Hijacked()``.  Read the request's body before.
     """
@@ -88,7 +88,7 @@ class Hijacked(web.StreamResponse):
 
 
 class _Raw(asyncio.StreamReaderProtocol):
-    """A stream's protocol that tells aiohttp when the connection is gone: it counts them."""
+    """A stream's protocol that reports the end of the connection to aiohttp, which counts connections."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class _Tap:
 
 def _sent_ahead(handler: RequestHandler) -> bytes:
     tap = _Tap()
-    handler.set_parser(tap)  # type: ignore[arg-type]  # the documented way in for whoever is no WebSocket, too
+    handler.set_parser(tap)  # type: ignore[arg-type]  # documented, and not for WebSockets alone
     return tap.data
 
 

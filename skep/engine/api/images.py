@@ -16,12 +16,12 @@ from skep.api.errors import Untranslated
 from skep.api.moments import parse_moment
 from skep.api.server import Filters, api_version, flag, json_answer, json_list_answer
 from skep.api.tables import Table
-from skep.engine.api import image_answers
+from skep.engine.api import image_responses
 from skep.engine.api.progress import answer_with_progress
 from skep.engine.images import pulling
 from skep.engine.images.digest import is_digest
 from skep.engine.images.image import Image
-from skep.engine.images.listing import Listed, Wish, prunable, select
+from skep.engine.images.listing import ImageFilter, Listed, prunable, select
 from skep.engine.images.progress import Message, Report
 from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.images.registry import decode_credentials
@@ -31,7 +31,7 @@ from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
 
 _PIECE_BYTES = 1 << 18
 _UPLOAD_REST_BYTES_MAX = 64 << 20
-"""How much of a refused upload is still read, so that its sender sees the answer and not a broken pipe."""
+"""How much of a refused upload is still read, so that its sender gets the response and not a broken pipe."""
 
 Users = Callable[[], Collection[ImageUser]]
 """Gives every container of this node, as what keeps its image from being removed."""
@@ -59,12 +59,12 @@ def image_routes(
 async def list_images(node: Served, request: web.Request) -> web.StreamResponse:
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "before", "since", "reference", "until")
-    wish = _wish(node.images, filters, node.clock)
-    listed = select(node.images.images(), _replaced(wish, all=flag(request, "all")))
+    filter = _filter(node.images, filters, node.clock)
+    listed = select(node.images.images(), _replaced(filter, all=flag(request, "all")))
     version = api_version(request)
     shared = shared_bytes(node.images, listed) if flag(request, "shared-size") else {}
     return json_list_answer(
-        [image_answers.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]
+        [image_responses.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]
     )
 
 
@@ -87,12 +87,12 @@ async def load_images(node: Served, request: web.Request) -> web.StreamResponse:
     is_quiet = flag(request, "quiet") if "quiet" in request.query else True
 
     async def load(report: Report) -> None:
-        def told(message: Message) -> None:
+        def report_unless_quiet(message: Message) -> None:
             if not is_quiet or message.stream:
                 report(message)
 
         try:
-            await node.images.load(_pieces(request), told)
+            await node.images.load(_pieces(request), report_unless_quiet)
         except SkepError:
             await _drain(request)
             raise
@@ -126,10 +126,10 @@ async def prune_images(node: Served, request: web.Request) -> web.StreamResponse
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "label!", "until")
     removed, freed_bytes = await node.images.prune(
-        prunable(_wish(node.images, filters, node.clock)), users=node.users()
+        prunable(_filter(node.images, filters, node.clock)), users=node.users()
     )
-    answer = {"ImagesDeleted": _removed(removed) or None, "SpaceReclaimed": freed_bytes}
-    return json_answer(answer)
+    response = {"ImagesDeleted": _removed(removed) or None, "SpaceReclaimed": freed_bytes}
+    return json_answer(response)
 
 
 @_table.get("/images/{name:.+}/json")
@@ -139,12 +139,12 @@ async def inspect_image(node: Served, request: web.Request) -> web.StreamRespons
         image = node.images.get(name)
     except (NotFound, InvalidArgument) as error:
         raise type(error)(f"no such image: {name}: {error}") from error
-    return json_answer(image_answers.inspected(image, node.images, api_version(request)))
+    return json_answer(image_responses.inspected(image, node.images, api_version(request)))
 
 
 @_table.get("/images/{name:.+}/history")
 async def image_history(node: Served, request: web.Request) -> web.StreamResponse:
-    return json_list_answer(image_answers.history(node.images.get(request.match_info["name"]), node.images))
+    return json_list_answer(image_responses.history(node.images.get(request.match_info["name"]), node.images))
 
 
 @_table.post("/images/{name:.+}/tag")
@@ -197,9 +197,9 @@ def _wanted(name: str, tag: str) -> Reference:
     return reference.with_digest(tag) if is_digest(tag) else reference.repository.with_tag(tag)
 
 
-def _wish(images: ImageStore, filters: Filters, clock: Clock) -> Wish:
-    """The filters as a wish.  Raises: InvalidArgument, NotFound."""
-    return Wish(
+def _filter(images: ImageStore, filters: Filters, clock: Clock) -> ImageFilter:
+    """The filters of the request.  Raises: InvalidArgument, NotFound."""
+    return ImageFilter(
         dangling=_dangling(filters),
         labels=filters["label"],
         without_labels=filters["label!"],
@@ -236,8 +236,8 @@ def _until(filters: Filters, clock: Clock) -> int | None:
             raise InvalidArgument("more than one until filter specified")
 
 
-def _replaced(wish: Wish, **fields: Any) -> Wish:
-    return msgspec.structs.replace(wish, **fields)
+def _replaced(filter: ImageFilter, **fields: Any) -> ImageFilter:
+    return msgspec.structs.replace(filter, **fields)
 
 
 def shared_bytes(images: ImageStore, listed: Collection[Listed]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Answers that grow while work goes on: one JSON message per line."""
+"""Streamed responses: one JSON message per line."""
 
 import asyncio
 from collections import OrderedDict
@@ -51,10 +51,10 @@ class Pending:
 async def answer_with_progress(
     request: web.Request, work: Callable[[Report], Awaitable[object]], *, early_errors: bool
 ) -> web.StreamResponse:
-    """Run ``work``, sending what it reports.  A client that goes away stops it.
+    """Run ``work``, sending what it reports.  A client that disconnects stops it.
 
     Args:
-        early_errors: a failure before the first message becomes the answer's status, as with ``docker pull``;
+        early_errors: a failure before the first message becomes the response's status, as with ``docker pull``;
             else it is always a message of a 200, as with ``docker load``.
     """
     pending = Pending()

@@ -1,4 +1,4 @@
-"""What the ``prune`` commands mean by their filters."""
+"""The filters of the ``prune`` commands."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from skep.model.times import unix_ns
 
 
 def is_prunable(created_at: str, labels: Mapping[str, str], filters: Filters, now_ns: int) -> bool:
-    """Whether an object that nobody uses is meant.
+    """Whether an unused object matches.
 
     ``label`` names those it has to have, ``label!`` those it may not have, ``until`` when it was made at the latest.
     """

@@ -20,7 +20,7 @@ async def join(
     streams: Collection[Stream] = ALL_STREAMS,
     keys: DetachKeys | None = None,
 ) -> bool:
-    """Pass bytes until the process's output ends, the client goes, or presses ``keys``.
+    """Pass bytes until the process's output ends, the client disconnects, or presses ``keys``.
 
     The end of the client's input is passed on and ends nothing else.
 
@@ -70,7 +70,7 @@ async def _pass_input(client: Duplex, process: Attachment, keys: DetachKeys | No
 
 
 async def _wait_gone(client: Duplex) -> bool:
-    """Read what nobody wants; a half-close says nothing about the output."""
+    """Discard input; a half-close does not end the output."""
     try:
         while await client.read():
             pass

@@ -49,7 +49,7 @@ def volume_routes(volumes: Volumes, containers: Listing) -> Routes:
         name = body.name or volumes.new_name()
         _check(body, name)
         volumes.ensure(name, body.labels if body.name else {**body.labels, ANONYMOUS: ""})
-        return json_answer(answer(volumes, name), status=201)
+        return json_answer(shown_volume(volumes, name), status=201)
 
     @table.post("/volumes/prune")
     async def prune_volumes(request: web.Request) -> web.StreamResponse:
@@ -62,7 +62,9 @@ def volume_routes(volumes: Volumes, containers: Listing) -> Routes:
             if not has_prunable_labels(labels, filters) or not (named_too or ANONYMOUS in labels):
                 continue
             size = await asyncio.to_thread(tree_bytes, str(volumes.path(name)))
-            if name in users_by_volume(containers()):  # asked last: a container may have come meanwhile
+            if name in users_by_volume(
+                containers()
+            ):  # checked last: a container may have been created meanwhile
                 continue
             try:
                 await volumes.remove(name)
@@ -78,12 +80,14 @@ def volume_routes(volumes: Volumes, containers: Listing) -> Routes:
         filters = Filters.of(request)
         filters.refuse_unknown("dangling", "driver", "label", "name")
         used = users_by_volume(containers())
-        found = [one for name in volumes.names() if _is_wanted(one := answer(volumes, name), filters, used)]
+        found = [
+            one for name in volumes.names() if _is_wanted(one := shown_volume(volumes, name), filters, used)
+        ]
         return json_answer({"Volumes": found, "Warnings": None})
 
     @table.get("/volumes/{name}")
     async def inspect_volume(request: web.Request) -> web.StreamResponse:
-        return json_answer(answer(volumes, _known(volumes, request.match_info["name"])))
+        return json_answer(shown_volume(volumes, _known(volumes, request.match_info["name"])))
 
     @table.delete("/volumes/{name}")
     async def remove_volume(request: web.Request) -> web.StreamResponse:
@@ -107,7 +111,7 @@ def users_by_volume(containers: Collection[Container]) -> Mapping[str, Sequence[
     return users
 
 
-def answer(volumes: Volumes, name: str) -> dict[str, Any]:
+def shown_volume(volumes: Volumes, name: str) -> dict[str, Any]:
     """``docker volume inspect``."""
     return {
         "CreatedAt": timestamp(volumes.created_ns(name) // _SECOND_NS * _SECOND_NS),

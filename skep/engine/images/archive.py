@@ -72,7 +72,7 @@ async def load(images: LocalImages, archive: AsyncIterable[bytes], report: Repor
     Images before a broken one stay, as in Docker; of the broken one nothing does.
 
     Raises:
-        InvalidArgument: it is no image archive, or its content is not what it says.
+        InvalidArgument: it is no image archive, or its content does not match its manifest.
         ResourceExhausted: it is larger than this node takes.
     """
     async with images.workspace("load") as directory:
@@ -141,7 +141,7 @@ async def _load_layer(
 
 
 def _items(directory: Path) -> Sequence[Item]:
-    """What the archive says it holds, in the first layout that it has."""
+    """The archive's manifest, in the first layout that it has."""
     names = {path.name for path in directory.iterdir()}
     if "manifest.json" in names:
         content = _document(directory, "manifest.json")
@@ -259,7 +259,7 @@ def _decoded(content: bytes, type_: type[T], name: str) -> T:
 
 
 async def save(images: LocalImages, words: Sequence[str]) -> AsyncGenerator[bytes, None]:
-    """An archive of the images that ``words`` name; a repository's name means all its tags.
+    """An archive of the images with the names ``words``; a repository's name stands for all its tags.
 
     Raises:
         NotFound: ``reference does not exist`` or no such image, before the first piece.

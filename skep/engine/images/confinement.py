@@ -111,7 +111,7 @@ _REFUSED: Final = {
         ),
     ),
 }
-"""Numbers of the calls that nobody needs who writes files, by machine."""
+"""Numbers of the calls that writing files does not need, by machine."""
 _MOUNT_CALLS: Final = (428, 429, 430, 431, 432, 433, 442)
 """open_tree to fspick and mount_setattr: they are the same everywhere."""
 
@@ -142,7 +142,7 @@ class Helper:
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                os.closerange(0, theirs.fileno())  # the pipe of the worker's answer ends with the worker
+                os.closerange(0, theirs.fileno())  # the pipe of the worker's response ends with the worker
                 os.closerange(theirs.fileno() + 1, _DESCRIPTORS_MAX)
                 _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() == worker:
@@ -161,18 +161,18 @@ class Helper:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             socket.send_fds(self._socket, [b"x"], [descriptor])
-            answer = self._socket.recv(4)
+            response = self._socket.recv(4)
         finally:
             os.close(descriptor)
-        number = int.from_bytes(answer, "little") if len(answer) == 4 else 5  # EIO: it is gone
+        number = int.from_bytes(response, "little") if len(response) == 4 else 5  # EIO: it has ended
         if number:
             raise OSError(number, os.strerror(number), directory)
 
 
-def _mark(asked: socket.socket) -> None:
+def _mark(requests: socket.socket) -> None:
     while True:
-        said, descriptors, _, _ = socket.recv_fds(asked, 1, 1)
-        if not said or len(descriptors) != 1:
+        message, descriptors, _, _ = socket.recv_fds(requests, 1, 1)
+        if not message or len(descriptors) != 1:
             return
         try:
             os.setxattr(descriptors[0], _OPAQUE, b"y")
@@ -181,7 +181,7 @@ def _mark(asked: socket.socket) -> None:
             number = error.errno or 5
         finally:
             os.close(descriptors[0])
-        asked.send(number.to_bytes(4, "little"))
+        requests.send(number.to_bytes(4, "little"))
 
 
 def _drop_capabilities() -> None:
@@ -204,16 +204,16 @@ def _filter(machine: str) -> bytes:
     if machine not in _REFUSED:
         return b""
     refused = sorted({*_REFUSED[machine], *_MOUNT_CALLS})
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
+    load, equal, at_least, verdict = 0x20, 0x15, 0x35, 0x06
     program = [
         (load, 0, 0, 4),  # the architecture
         (equal, 1, 0, _AUDIT_ARCH[machine]),
-        (answer, 0, 0, _KILL),
+        (verdict, 0, 0, _KILL),
         (load, 0, 0, 0),  # the call
         (at_least, len(refused) + 1, 0, _X32_BIT),
     ]
     program += [(equal, len(refused) - index, 0, number) for index, number in enumerate(refused)]
-    program += [(answer, 0, 0, _ALLOW), (answer, 0, 0, _REFUSE)]
+    program += [(verdict, 0, 0, _ALLOW), (verdict, 0, 0, _REFUSE)]
     return b"".join(struct.pack("=HBBI", *one) for one in program)
 
 

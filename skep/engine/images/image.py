@@ -1,4 +1,4 @@
-"""What an image is: its configuration, and what this node knows about it.
+"""An image: its configuration, and its state on this node.
 
 The configuration is the JSON whose SHA-256 is Docker's image id; its bytes are kept as they came, and these
 Structs read from them what the node needs.  Unknown fields are ignored here and live on in the bytes.
@@ -27,7 +27,7 @@ Source: moby, layer/layer.go (maxLayerDepth).
 
 
 class ContainerDefaults(ApiObject):
-    """How a container of the image runs unless the task says otherwise (``config`` of the configuration)."""
+    """How a container of the image runs unless its request has other options (``config`` of the configuration)."""
 
     user: str = ""
     exposed_ports: Mapping[str, Any] | None = None

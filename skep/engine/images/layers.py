@@ -23,7 +23,7 @@ from skep.aio.guard import report
 from skep.aio.trees import discard_tree
 from skep.engine.images import untar
 from skep.engine.images.digest import Digest, hex_of
-from skep.engine.images.turns import Turns
+from skep.engine.images.slots import UnpackSlots
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError
 from skep.linux.files import is_no_file, sync_directory
 
@@ -35,7 +35,7 @@ _UNPACKERS_MAX = 3
 """Workers at once: decompression is bound by one core each."""
 _PATIENCE_S = 60.0
 _SLOW_UNPACKERS_MAX = 6
-"""Further workers, that had their places for longer than that."""
+"""Further workers, that have held their slots for longer than that."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,7 +98,7 @@ class Layers:
         self._limits = limits
         self._layers: dict[str, Layer] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._turns = Turns(_UNPACKERS_MAX, patience_s=_PATIENCE_S, slow_max=_SLOW_UNPACKERS_MAX)
+        self._slots = UnpackSlots(_UNPACKERS_MAX, patience_s=_PATIENCE_S, slow_max=_SLOW_UNPACKERS_MAX)
 
     def open(self) -> None:
         """Read what is there.  Blocks; call it in a thread.
@@ -139,7 +139,7 @@ class Layers:
     async def add(self, content: Path, *, chain_id: Digest, diff_id: Digest, blob: Digest = NO_BLOB) -> Layer:
         """Unpack the tar at ``content`` (compressed or not) into a layer; the file is taken over.
 
-        Two who add the same layer at once share the work of the first.
+        Of two calls for the same layer at once the second waits for the work of the first.
 
         Raises:
             InvalidArgument: it is no archive, or not the one that ``diff_id`` names.
@@ -150,7 +150,7 @@ class Layers:
             present = self._layers.get(chain_id)
             if present is not None:
                 return present
-            # Not in a thread: who is cancelled meanwhile would leave it behind.
+            # Not in a thread: a cancelled caller would leave it behind.
             workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
             try:
                 layer = await self._unpack(content, workspace, chain_id, diff_id, blob)
@@ -184,7 +184,7 @@ class Layers:
         files, kept = workspace / "diff", workspace / "content"
         files.mkdir(mode=0o755)
         is_compressed = await asyncio.to_thread(_is_compressed, content)
-        async with self._turns.of(
+        async with self._slots.of(
             str(content.parent)
         ):  # each image has a directory of its own for what comes in
             with content.open("rb") as source:
@@ -262,37 +262,37 @@ async def unpack(
     )
     try:
         async with asyncio.timeout(limits.unpack_s):
-            answer = await _fed(worker, source)
+            response = await _fed(worker, source)
     except TimeoutError as error:
         raise ResourceExhausted(f"unpacking took longer than {limits.unpack_s:.0f} s") from error
     finally:
         if worker.returncode is None:
             worker.kill()
             await asyncio.shield(worker.wait())
-    return _judged(answer)
+    return _result_of(response)
 
 
 async def _fed(worker: asyncio.subprocess.Process, source: int | AsyncIterable[bytes]) -> bytes:
-    """Give the worker its input, if that comes in pieces, and take its answer."""
+    """Give the worker its input, if that comes in pieces, and take its response."""
     assert worker.stdout is not None, "its output is a pipe"
     if not isinstance(source, int):
         assert worker.stdin is not None, "its input is a pipe then"
-        with suppress(ConnectionError):  # it saw enough and said why
+        with suppress(ConnectionError):  # it has failed, and its response has the reason
             async for piece in source:
                 worker.stdin.write(piece)
                 await worker.stdin.drain()
         worker.stdin.close()
-    answer = await worker.stdout.read()
+    response = await worker.stdout.read()
     await worker.wait()
-    return answer
+    return response
 
 
-def _judged(answer: bytes) -> Unpacked:
+def _result_of(response: bytes) -> Unpacked:
     """What the worker's line of JSON means."""
     try:
-        result = msgspec.json.decode(answer, type=dict[str, str | int])
+        result = msgspec.json.decode(response, type=dict[str, str | int])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UnpackFailed("the unpacking process ended without an answer") from error
+        raise UnpackFailed("the unpacking process ended without an response") from error
     message = str(result.get("error", ""))
     match result.get("kind"):
         case None:

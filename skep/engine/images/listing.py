@@ -1,6 +1,4 @@
-"""Which images ``docker images`` and ``docker image prune`` mean.
-
-Pure: from all images and a wish follows the selection.
+"""The images that ``docker images`` shows and ``docker image prune`` removes.  Pure.
 
 Source: moby 20.10, daemon/images/images.go, daemon/images/image_prune.go.
 """
@@ -15,8 +13,8 @@ from skep.errors import InvalidArgument
 from skep.model.times import ZERO_TIME, unix_ns
 
 
-class Wish(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked for.  ``dangling`` None: both; ``labels`` and ``without_labels``: ``name`` or ``name=value``."""
+class ImageFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Filters of a request.  ``dangling`` None: both; ``labels``, ``without_labels``: ``name`` or ``name=value``."""
 
     all: bool = False
     dangling: bool | None = None
@@ -29,53 +27,53 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Listed(msgspec.Struct, frozen=True):
-    """An image with those of its references that were asked for."""
+    """An image with those of its references that match."""
 
     image: Image
     references: tuple[Reference, ...]
 
 
 def created_ns(image: Image) -> int:
-    """When the image was made, Unix time; what is no time counts as Go's zero time."""
+    """When the image was made, Unix time; an invalid time counts as Go's zero time."""
     try:
         return unix_ns(image.created)
     except InvalidArgument:
         return unix_ns(ZERO_TIME)
 
 
-def select(images: Sequence[Image], wish: Wish) -> Sequence[Listed]:
-    """The images that ``wish`` asks for, the newest first.
+def select(images: Sequence[Image], filter: ImageFilter) -> Sequence[Listed]:
+    """The images that match ``filter``, the newest first.
 
-    Without ``all``, an untagged image that others stand on is left out: it is a step of their build.
+    Without ``all``, an untagged image that is the parent of others is left out: it is a step of their build.
     """
     parents = {image.parent for image in images}
     found = []
     for image in images:
-        if not _suits(image, wish):
+        if not _matches(image, filter):
             continue
         references = tuple(
             reference
             for reference in image.references
-            if not wish.patterns or any(matches(pattern, reference) for pattern in wish.patterns)
+            if not filter.patterns or any(matches(pattern, reference) for pattern in filter.patterns)
         )
         if references:
-            if wish.dangling and image.tags:
+            if filter.dangling and image.tags:
                 continue
-        elif wish.patterns or wish.dangling is False or (image.id in parents and not wish.all):
+        elif filter.patterns or filter.dangling is False or (image.id in parents and not filter.all):
             continue
         found.append(Listed(image, references))
     return sorted(found, key=lambda listed: created_ns(listed.image), reverse=True)
 
 
-def prunable(wish: Wish) -> Callable[[Image], bool]:
+def prunable(filter: ImageFilter) -> Callable[[Image], bool]:
     """Which images ``docker image prune`` may take, if nothing uses them.
 
     ``dangling`` False: any; else only those without a tag.
     """
-    return lambda image: _suits(image, wish) and not (wish.dangling is not False and image.tags)
+    return lambda image: _matches(image, filter) and not (filter.dangling is not False and image.tags)
 
 
-def _suits(image: Image, wish: Wish) -> bool:
+def _matches(image: Image, filter: ImageFilter) -> bool:
     created = created_ns(image)
     labels = image.config.defaults.labels or {}
 
@@ -84,9 +82,9 @@ def _suits(image: Image, wish: Wish) -> bool:
         return name in labels and (not equals or labels[name] == value)
 
     return (
-        (wish.before is None or created < created_ns(wish.before))
-        and (wish.since is None or created > created_ns(wish.since))
-        and (wish.until_ns is None or created < wish.until_ns)
-        and all(map(has, wish.labels))
-        and not any(map(has, wish.without_labels))
+        (filter.before is None or created < created_ns(filter.before))
+        and (filter.since is None or created > created_ns(filter.since))
+        and (filter.until_ns is None or created < filter.until_ns)
+        and all(map(has, filter.labels))
+        and not any(map(has, filter.without_labels))
     )

@@ -6,7 +6,7 @@ do, so it appears and vanishes in one step.  The catalog is written beside, sync
 change is seen by anyone.
 
 What cannot be read at the start (no descriptor is free, the disk fails) is read later: until then no image changes its
-names, or no layer is deleted, since nobody knows what they are for.
+names, or no layer is deleted, since it is not known which are used.
 
 Reads are synchronous, from memory.  Layers that a load or pull is about to stand on are *pinned*, so that a
 removal beside it leaves them; what is neither pinned nor part of an image is deleted.
@@ -56,7 +56,7 @@ class Catalog(msgspec.Struct, frozen=True):
     """What is known of images beyond their configurations.
 
     ``references``: reference -> image id.  ``tagged_at``, ``parents``: by image id.  ``retired``: images that were
-    removed while containers still stand on their layers; nobody sees them.
+    removed while containers still use their layers; they are not shown.
     """
 
     references: Mapping[str, Digest] = {}
@@ -88,7 +88,7 @@ class LocalImages:
         self._by_reference: dict[Reference, Image] = {}
         self._pinned: Counter[str] = Counter()
         self._writing = asyncio.Lock()
-        self.trouble = ""
+        self.error = ""
         """Why images are missing that may be here; empty: all were read."""
         self.layer_store = Layers(root / "layers", self.scratch, self.limits)
 
@@ -100,16 +100,16 @@ class LocalImages:
     async def settle(self, say: Callable[[str], None] = lambda _: None) -> None:
         """Read what could not be read, then remove what earlier processes did not finish.
 
-        ``say`` is told what is wrong meanwhile, and an empty text when nothing is.
+        ``say`` is called with the error meanwhile, and with an empty text when there is none.
         """
 
         async def read() -> None:
-            if self.trouble:
+            if self.error:
                 async with self._writing:
                     await self._read_or_say()
-            say(self.trouble)
-            if self.trouble:
-                raise Unavailable(self.trouble)
+            say(self.error)
+            if self.error:
+                raise Unavailable(self.error)
 
         await persist(read, "images not read yet", clock=self._clock, first_s=1.0)
         for leftover in sorted(self._root.glob(f"{_ASIDE}*")):
@@ -134,7 +134,7 @@ class LocalImages:
         if not isinstance(named, Reference):
             return self._images.get(named)
         if named.digest:
-            named = named.with_digest(named.digest)  # the digest decides, a tag beside it says nothing
+            named = named.with_digest(named.digest)  # the digest decides, a tag beside it is ignored
         found = self._by_reference.get(named.with_default_tag())
         return found or self._by_prefix(word)
 
@@ -158,12 +158,12 @@ class LocalImages:
         """The lower directories of a container of ``image``, top first.
 
         Raises:
-            NotFound: the image is gone.
+            NotFound: the image was removed.
         """
         return tuple(self.layer_store.directory(chain_id) for chain_id in reversed(image.chain))
 
     def config(self, image: Image) -> ImageConfig:
-        """What the image says about its containers."""
+        """The image's defaults for its containers."""
         return image.config
 
     def config_file(self, image: Image) -> Path:
@@ -256,7 +256,7 @@ class LocalImages:
     async def workspace(self, prefix: str) -> AsyncIterator[Path]:
         """A directory that exists as long as the block runs.  Raises: Unavailable: no image can be added now."""
         self._require_catalog()
-        # Not in a thread: who is cancelled meanwhile would leave it behind.
+        # Not in a thread: a cancelled caller would leave it behind.
         path = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=self.scratch))
         try:
             yield path
@@ -264,7 +264,7 @@ class LocalImages:
             await asyncio.shield(discard_tree(path))
 
     def announce(self, action: str, id: str, name: str) -> None:
-        """Tell that something happened to an image."""
+        """Publish an event of an image."""
         image = self._images.get(id)
         labels = (image.config.defaults.labels if image else None) or {}
         self._on_event(
@@ -287,9 +287,9 @@ class LocalImages:
         try:
             await asyncio.to_thread(self._read)
         except OSError as error:
-            self.trouble = f"images of this node cannot be read: {explain(error)}"
+            self.error = f"images of this node cannot be read: {explain(error)}"
         else:
-            self.trouble = ""
+            self.error = ""
         self._index()
 
     def _read(self) -> None:
@@ -361,7 +361,7 @@ class LocalImages:
         return found[0] if len(found) == 1 else None
 
     async def _put(self, catalog: Catalog) -> None:
-        """Write the catalog, then show it.  Under ``_writing``.  Raises: Unavailable: nobody knows what is in it."""
+        """Write the catalog, then show it.  Under ``_writing``.  Raises: Unavailable: it could not be read."""
         self._require_catalog()
         content = msgspec.json.encode(catalog)
         await asyncio.to_thread(replace_file, self._root / "catalog.json", content)
@@ -371,7 +371,7 @@ class LocalImages:
     def _require_catalog(self) -> None:
         """What is in the file must not be lost by writing it anew."""
         if not self._knows_catalog:
-            raise Unavailable(self.trouble)
+            raise Unavailable(self.error)
 
     async def _forget(self, image_ids: Iterable[str]) -> None:
         """Delete configurations.  Under ``_writing``."""
@@ -381,8 +381,8 @@ class LocalImages:
         self._index()
 
     async def _collect(self) -> Sequence[Digest]:
-        """Delete the layers that no image has and nobody has pinned; their chain ids, top first."""
-        if self.trouble:
+        """Delete the layers that no image has and that are not pinned; their chain ids, top first."""
+        if self.error:
             return ()
         needed: set[str] = set(self._pinned)
         for config in self._configs.values():

@@ -1,4 +1,4 @@
-"""What a client is told while an image comes in: Docker's stream of JSON messages.
+"""Progress of a pull or load: Docker's stream of JSON messages.
 
 Source: moby 20.10, pkg/jsonmessage/jsonmessage.go, pkg/streamformatter/streamformatter.go.
 """
@@ -35,11 +35,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ren
 
 
 Report = Callable[[Message], None]
-"""Takes a message and never waits; whoever passes it on bounds what is pending."""
+"""Takes a message and never waits; its implementation bounds what is pending."""
 
 
 def quiet(_: Message) -> None:
-    """A ``Report`` for whoever does not want to know."""
+    """A ``Report`` that discards messages."""
 
 
 def transfer(id: str, status: str, current: int, total: int) -> Message:

@@ -1,7 +1,7 @@
 """``docker pull``: a reference becomes an image.
 
 Manifest, configuration and layers are each checked against the digest that names them before anything is unpacked;
-layers come in parallel, broken transfers go on where they broke.  Several who pull the same reference at once share
+layers come in parallel, broken transfers go on where they broke.  Simultaneous pulls of one reference share
 the work of the first.
 
 Source: moby 20.10, distribution/pull_v2.go, distribution/xfer/download.go.
@@ -127,7 +127,7 @@ async def pull(
     *,
     platform: str = "",
 ) -> Image:
-    """Fetch what ``reference`` (with a tag or digest) names.  Raises as ``ImageStore.pull`` says."""
+    """Fetch what ``reference`` (with a tag or digest) names.  Raises: as ``ImageStore.pull``."""
     wanted = parse_platform(platform)
     lock = _pulls.get((images, reference))
     if lock is None:
@@ -165,7 +165,7 @@ async def tags(
 async def inspect(
     policy: Policy, reference: Reference, credentials: Credentials, limits: Limits
 ) -> Mapping[str, Any]:
-    """What the registry says of ``reference``: digest and platforms, as ``GET /distribution`` answers.
+    """The registry's description of ``reference``: digest and platforms, as ``GET /distribution`` shows them.
 
     Raises: NotFound, PermissionDenied, RegistryError.
     """
@@ -204,7 +204,7 @@ async def _whole(pieces: AsyncIterator[bytes], bytes_max: int) -> bytes:
 
 
 _pulls: WeakValueDictionary[tuple[LocalImages, Reference], asyncio.Lock] = WeakValueDictionary()
-"""One lock per reference being pulled; it lives as long as somebody holds or awaits it."""
+"""One lock per reference being pulled; it lives as long as it is held or awaited."""
 
 
 def _names(reference: Reference, manifest_digest: Digest) -> Sequence[Reference]:
@@ -269,7 +269,7 @@ async def _pull_image(
 
 
 def _check_room(images: LocalImages, manifest: Manifest, config: ImageConfig, directory: Path) -> None:
-    """Refuse an image before its first byte, if what it says of itself does not fit.
+    """Refuse an image before its first byte, if its declared sizes do not fit.
 
     What is not here takes as much again unpacked, at least.  Raises: UnpackFailed.
     """
@@ -316,7 +316,7 @@ async def _pull_layers(
         report(step(id, "Pull complete"))
 
     chain = chain_ids(config.diff_ids)
-    with first_alone(SkepError):  # the others follow from it or say the same
+    with first_alone(SkepError):  # the others follow from it or are the same
         async with asyncio.TaskGroup() as group:
             for number, (descriptor, chain_id, diff_id) in enumerate(
                 zip(manifest.layers, chain, config.diff_ids, strict=True)

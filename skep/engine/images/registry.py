@@ -1,8 +1,8 @@
 """A client of the distribution protocol: manifests and blobs of one repository.
 
-A registry that wants to know who asks says so in its first answer (401 with a challenge); the answer to that, a
+A registry that requires authentication responds with 401 and a challenge at first; the response to that, a
 token or a password, is kept for the rest of the conversation.  It is for the registry alone: redirects, mostly of
-blobs to a store of somebody else, are followed without it, and a challenge on the other side of one is not answered.
+blobs to another party's store, are followed without it, and a challenge on the other side of one is not answered.
 TLS is verified except for registries configured as insecure and those on loopback, and only these are asked without
 TLS; no redirect leads out of it.
 
@@ -52,7 +52,7 @@ class RegistryError(SkepError):
 
 
 class Absent(NotFound):
-    """The registry has no such image for us.  ``cause``: its own words, without ours around them."""
+    """The registry has no such image.  ``cause``: its message alone."""
 
     def __init__(self, message: str, cause: str) -> None:
         super().__init__(message)
@@ -169,7 +169,7 @@ class Repository:
             self._authorization = f"Bearer {self._credentials.registry_token}"
 
     async def ping(self) -> None:
-        """Find out whether a registry answers there, and log in if it wants.  Raises: RegistryError."""
+        """Check that a registry responds there, and log in if it requires that.  Raises: RegistryError."""
         async with self._get("/v2/", timeout=_SHORT_TIMEOUT) as response:
             if response.status not in (200, 401, 404):
                 raise RegistryError(f"{response.url}: unexpected status {response.status}")
@@ -179,7 +179,7 @@ class Repository:
 
         Raises:
             NotFound, PermissionDenied: with Docker's texts.
-            InvalidArgument: its digest is not the one asked for, or it is too large.
+            InvalidArgument: its digest is not the requested one, or it is too large.
             RegistryError.
         """
         path = f"/v2/{self._reference.path}/manifests/{target}"
@@ -236,7 +236,7 @@ class Repository:
     async def _followed(
         self, url: str, headers: Mapping[str, str], timeout: aiohttp.ClientTimeout
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """What ``url`` answers, or where it leads.  Raises: RegistryError: it leads out of TLS, or nowhere."""
+        """The response of ``url``, redirects followed.  Raises: RegistryError: one leads out of TLS, or nowhere."""
         target = URL(url)
         for _ in range(_REDIRECTS_MAX + 1):
             sent = dict(headers)
@@ -268,7 +268,7 @@ class Repository:
         return url.origin() == URL(self._endpoint.url).origin()
 
     async def _answer(self, challenge: str) -> str:
-        """The ``Authorization`` that a challenge asks for; empty if we have none to give."""
+        """The ``Authorization`` that a challenge requires; empty without credentials."""
         scheme, _, rest = challenge.partition(" ")
         parameters = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         known = self._credentials
@@ -319,13 +319,13 @@ class Repository:
                 if response.status != 200:
                     raise RegistryError(f"{realm}: unexpected status {response.status}")
         try:
-            answer = msgspec.json.decode(content, type=dict[str, Any])
+            document = msgspec.json.decode(content, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RegistryError(f"{realm}: {error}") from error
-        return str(answer.get("token") or answer.get("access_token") or "")
+        return str(document.get("token") or document.get("access_token") or "")
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:
-        """Raise what a failed answer means, in Docker's words."""
+        """Raise the error of a failed response, in Docker's words."""
         if response.status in (200, 206):
             return
         code, message = _first_error(await _read(response, _ERROR_BYTES_MAX), response.status)
@@ -347,7 +347,7 @@ class Repository:
 async def connected(
     policy: Policy, reference: Reference, credentials: Credentials
 ) -> AsyncIterator[Repository]:
-    """The repository of ``reference`` at the first endpoint that answers.
+    """The repository of ``reference`` at the first endpoint that responds.
 
     Raises:
         RegistryError: none does; with the last one's reason, as Docker gives it.
@@ -355,7 +355,7 @@ async def connected(
     problem: RegistryError | None = None
     for endpoint in policy.endpoints(reference.domain):
         context = ssl.create_default_context()
-        # Python 3.13 also asks for extensions that Go does not ask for, so that private registries often lack them.
+        # Python 3.13 also requires extensions that Go does not, so that private registries often lack them.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         if not endpoint.verify:
             context.check_hostname = False

@@ -1,6 +1,6 @@
 """What ``docker rmi`` may take away.
 
-Decisions only: from the images, the containers and the wish follows either what goes or why not, with Docker's
+Decisions only: from the images, the containers and the request follows what is removed, or the refusal in Docker's
 words.  Running containers and children always forbid; stopped ones and further names only without force.
 
 Source: moby 20.10, daemon/images/image_delete.go.
@@ -17,7 +17,7 @@ from skep.errors import AlreadyExists
 
 
 class Conflict(AlreadyExists):
-    """Something still needs the image.  The Engine API answers 409, as where a name is taken."""
+    """Something still needs the image.  The Engine API responds with 409, as where a name is taken."""
 
 
 class ImageUser(msgspec.Struct, frozen=True):
@@ -29,7 +29,7 @@ class ImageUser(msgspec.Struct, frozen=True):
 
 
 class Removal(msgspec.Struct, frozen=True):
-    """What goes.  ``image_id`` empty: only names."""
+    """What is removed.  ``image_id`` empty: only names."""
 
     untagged: tuple[Reference, ...] = ()
     image_id: str = ""
@@ -73,7 +73,7 @@ def removal(
 def ancestors_to_prune(
     image: Image, images: Sequence[Image], users: Collection[ImageUser]
 ) -> Sequence[Image]:
-    """Parents that nothing needs once ``image`` is gone, nearest first."""
+    """Parents that nothing needs once ``image`` is removed, nearest first."""
     by_id: dict[str, Image] = {one.id: one for one in images}
     used = {user.image_id for user in users}
     gone = {image.id}

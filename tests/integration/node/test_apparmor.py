@@ -9,7 +9,7 @@ import pytest
 
 from skep.agent.executor.oci import OciExecutor
 from skep.engine import apparmor
-from skep.engine.api.container_answers import inspected
+from skep.engine.api.container_responses import inspected
 from skep.engine.container import ExecConfig
 from skep.engine.engine import Engine
 from skep.errors import SkepError

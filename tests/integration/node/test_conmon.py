@@ -14,10 +14,10 @@ async def test_a_conmon_that_ends_at_once_is_a_failed_start_and_no_broken_pipe(t
     conmons = Conmons(cgroups)
     try:
         async with conmons.started(["false"], tmp_path, attach=False) as pipes:
-            assert await pipes.answers.read() == b"", "it has ended, and nobody reads the start pipe"
-            pipes.let_go()
-            with pytest.raises(StartError, match="conmon ended without an answer"):
-                await read_pid(pipes.answers)
+            assert await pipes.responses.read() == b"", "it has ended, and no process reads the start pipe"
+            pipes.proceed()
+            with pytest.raises(StartError, match="conmon ended without a response"):
+                await read_pid(pipes.responses)
     finally:
         conmons.close()
         cgroups.remove_parent()

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from skep.agent.executor.oci import OciExecutor
-from skep.engine.api.container_answers import status
+from skep.engine.api.container_responses import status
 from skep.engine.health import HealthStatus
 from skep.errors import SkepError
 from skep.model.container import HealthConfig

@@ -127,7 +127,7 @@ async def images_come_and_the_process_changes(directory: Path, faults: Faults) -
     faults.end()
     said: list[str] = []
     await second.settle(said.append)
-    assert said[-1] == second.trouble == ""
+    assert said[-1] == second.error == ""
     await second.pull("new:1")
     third = await opened(directory)
     await third.settle()

@@ -1,6 +1,6 @@
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image, ImageConfig
-from skep.engine.images.listing import Wish, prunable, select
+from skep.engine.images.listing import ImageFilter, prunable, select
 from skep.engine.images.reference import parse_reference
 
 DIGEST = "sha256:" + "d" * 64
@@ -20,51 +20,51 @@ BARE = an_image(id="3", created="2026-02-01T00:00:00Z")
 ALL = (OLD, NEW, BARE)
 
 
-def ids(wish: Wish) -> list[Image]:
+def ids(wish: ImageFilter) -> list[Image]:
     return [listed.image for listed in select(ALL, wish)]
 
 
 def test_images_are_listed_the_newest_first():
-    assert ids(Wish()) == [NEW, BARE, OLD]
+    assert ids(ImageFilter()) == [NEW, BARE, OLD]
 
 
 def test_dangling_images_are_those_without_a_name():
-    assert ids(Wish(dangling=True)) == [BARE]
-    assert ids(Wish(dangling=False)) == [NEW, OLD]
+    assert ids(ImageFilter(dangling=True)) == [BARE]
+    assert ids(ImageFilter(dangling=False)) == [NEW, OLD]
 
 
 def test_labels_select_by_name_and_by_value():
-    assert ids(Wish(labels=("tier",))) == [NEW, OLD]
-    assert ids(Wish(labels=("tier=front",))) == [OLD]
-    assert ids(Wish(without_labels=("tier=front",))) == [NEW, BARE]
+    assert ids(ImageFilter(labels=("tier",))) == [NEW, OLD]
+    assert ids(ImageFilter(labels=("tier=front",))) == [OLD]
+    assert ids(ImageFilter(without_labels=("tier=front",))) == [NEW, BARE]
 
 
 def test_before_and_since_compare_when_images_were_made():
-    assert ids(Wish(before=BARE)) == [OLD]
-    assert ids(Wish(since=BARE)) == [NEW]
+    assert ids(ImageFilter(before=BARE)) == [OLD]
+    assert ids(ImageFilter(since=BARE)) == [NEW]
 
 
 def test_a_reference_filter_shows_only_the_names_that_fit():
-    (listed,) = select(ALL, Wish(patterns=("shop",)))
+    (listed,) = select(ALL, ImageFilter(patterns=("shop",)))
     assert listed.references == (parse_reference("shop:1"),)
 
 
 def test_an_unnamed_image_with_children_is_a_step_and_listed_only_with_all():
     step = an_image(id="4")
     child = Image(id=Digest("sha256:" + "5" * 64), config=ImageConfig(), parent=step.id)
-    assert [listed.image for listed in select([step, child], Wish())] == [child]
-    assert len(select([step, child], Wish(all=True))) == 2
+    assert [listed.image for listed in select([step, child], ImageFilter())] == [child]
+    assert len(select([step, child], ImageFilter(all=True))) == 2
 
 
 def test_pruning_takes_what_has_no_tag_unless_told_otherwise():
     pulled = an_image(f"web@{DIGEST}", id="6")
-    assert prunable(Wish())(BARE)
-    assert prunable(Wish())(pulled)
-    assert not prunable(Wish())(OLD)
-    assert prunable(Wish(dangling=False))(OLD)
-    assert not prunable(Wish(dangling=False, until_ns=0))(OLD)
+    assert prunable(ImageFilter())(BARE)
+    assert prunable(ImageFilter())(pulled)
+    assert not prunable(ImageFilter())(OLD)
+    assert prunable(ImageFilter(dangling=False))(OLD)
+    assert not prunable(ImageFilter(dangling=False, until_ns=0))(OLD)
 
 
 def test_an_image_that_says_nonsense_of_its_age_is_listed_as_the_oldest():
     odd = an_image("odd:1", id="7", created="yesterday")
-    assert [listed.image for listed in select([odd, OLD], Wish())] == [OLD, odd]
+    assert [listed.image for listed in select([odd, OLD], ImageFilter())] == [OLD, odd]

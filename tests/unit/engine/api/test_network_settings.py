@@ -2,7 +2,7 @@
 
 import msgspec
 
-from skep.engine.api.network_answers import network_settings
+from skep.engine.api.network_settings import network_settings
 from skep.engine.container import Container, ContainerConfig, ContainerState
 from skep.model.ids import ContainerId, NetworkId
 from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox

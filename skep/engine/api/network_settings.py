@@ -70,16 +70,16 @@ def network_settings(container: Container) -> dict[str, Any]:
 def networks(container: Container) -> dict[str, Any]:
     """The container's networks by name; its way out shows only where it is all it has.
 
-    Source: the answers of an engine of version 20.10 for a task on several overlays.
+    Source: the responses of an engine of version 20.10 for a task on several overlays.
     """
     sandbox = container.sandbox if container.plain is None or container.is_running else None
     if sandbox is None:
-        wished = container.plain.networks if container.plain is not None else ()
+        requested = container.plain.networks if container.plain is not None else ()
         return {
-            one.network: _NO_NETWORK | {"Aliases": list(one.aliases) or None} for one in wished
+            one.network: _NO_NETWORK | {"Aliases": list(one.aliases) or None} for one in requested
         } or _alone(container)
     if sandbox.endpoints:
-        return {place.network_name: _overlay(container, place) for place in sandbox.endpoints}
+        return {endpoint.network_name: _overlay(container, endpoint) for endpoint in sandbox.endpoints}
     is_up = container.is_running
     name = sandbox.network or "bridge"
     if container.plain is not None:
@@ -104,32 +104,32 @@ def _alone(container: Container) -> dict[str, Any]:
     return {container.plain.mode.value: _NO_NETWORK}
 
 
-def _overlay(container: Container, connected: Endpoint) -> dict[str, Any]:
-    held = [ip_interface(one) for one in connected.config.addresses]
+def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
+    held = [ip_interface(one) for one in endpoint.config.addresses]
     v4 = next((one for one in held if one.version == 4), None)
     v6 = next((one for one in held if one.version == 6), None)
-    wished = {"IPv4Address": str(v4.ip)} if v4 is not None else {}
-    wished |= {"IPv6Address": str(v6.ip)} if v6 is not None else {}
-    answer = _NO_NETWORK | {
-        "IPAMConfig": wished,
-        "Aliases": [*connected.config.aliases, container.id[:12]]
+    requested = {"IPv4Address": str(v4.ip)} if v4 is not None else {}
+    requested |= {"IPv6Address": str(v6.ip)} if v6 is not None else {}
+    response = _NO_NETWORK | {
+        "IPAMConfig": requested,
+        "Aliases": [*endpoint.config.aliases, container.id[:12]]
         if container.plain is not None
         else [container.id[:12]],
-        "NetworkID": connected.network_id,
+        "NetworkID": endpoint.network_id,
     }
     if not container.is_running:
-        return answer
-    return answer | {
-        "EndpointID": _endpoint_id(container, connected),
+        return response
+    return response | {
+        "EndpointID": _endpoint_id(container, endpoint),
         "IPAddress": str(v4.ip) if v4 is not None else "",
         "IPPrefixLen": v4.network.prefixlen if v4 is not None else 0,
         "GlobalIPv6Address": str(v6.ip) if v6 is not None else "",
         "GlobalIPv6PrefixLen": v6.network.prefixlen if v6 is not None else 0,
-        "MacAddress": connected.mac_address,
+        "MacAddress": endpoint.mac_address,
     }
 
 
-def _endpoint_id(container: Container, connected: Endpoint) -> str:
+def _endpoint_id(container: Container, endpoint: Endpoint) -> str:
     """An id like Docker's, another one for each start: the port is."""
-    text = f"{container.id} {connected.network_id} {connected.port}"
+    text = f"{container.id} {endpoint.network_id} {endpoint.port}"
     return hashlib.sha256(text.encode()).hexdigest()

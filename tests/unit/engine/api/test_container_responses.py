@@ -1,6 +1,6 @@
 """How containers are rendered for the Engine API."""
 
-from skep.engine.api.container_answers import extra_hosts
+from skep.engine.api.container_responses import extra_hosts
 
 
 def test_extra_hosts_are_names_with_their_address() -> None:

@@ -49,7 +49,7 @@ def summary(
     image = listed.image
     tags = [reference.familiar for reference in listed.references if reference.tag]
     digests = [reference.familiar for reference in listed.references if reference.digest]
-    answer: dict[str, Any] = {
+    response: dict[str, Any] = {
         "Containers": containers,
         "Created": created_ns(image) // _NS,
         "Id": image.id,
@@ -61,19 +61,19 @@ def summary(
         "Size": image.size_bytes,
     }
     if version < _EMPTY_LISTS:
-        answer["RepoDigests"] = digests or None
-        answer["RepoTags"] = tags or None
+        response["RepoDigests"] = digests or None
+        response["RepoTags"] = tags or None
         if not listed.references:
-            answer["RepoDigests"], answer["RepoTags"] = ["<none>@<none>"], ["<none>:<none>"]
+            response["RepoDigests"], response["RepoTags"] = ["<none>@<none>"], ["<none>:<none>"]
     if version < _WITHOUT_VIRTUAL_SIZE:
-        answer["VirtualSize"] = image.size_bytes
-    return answer
+        response["VirtualSize"] = image.size_bytes
+    return response
 
 
 def inspected(image: Image, images: LocalImages, version: ApiVersion) -> Mapping[str, Any]:
     """``docker image inspect``."""
     config = image.config
-    answer: dict[str, Any] = {
+    response: dict[str, Any] = {
         "Id": image.id,
         "RepoTags": [reference.familiar for reference in image.tags],
         "RepoDigests": [reference.familiar for reference in image.digests],
@@ -96,13 +96,13 @@ def inspected(image: Image, images: LocalImages, version: ApiVersion) -> Mapping
         "Metadata": {"LastTagTime": image.tagged_at},
     }
     for name in ("Variant", "OsVersion"):
-        if not answer[name]:
-            del answer[name]
+        if not response[name]:
+            del response[name]
     if version >= _WITHOUT_VIRTUAL_SIZE:
-        del answer["VirtualSize"]
+        del response["VirtualSize"]
     if version >= _WITHOUT_CONTAINER_CONFIG:
-        del answer["Container"], answer["ContainerConfig"]
-    return answer
+        del response["Container"], response["ContainerConfig"]
+    return response
 
 
 def history(image: Image, images: LocalImages) -> Sequence[Mapping[str, Any]]:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from skep.engine.images.turns import Turns
+from skep.engine.images.slots import UnpackSlots
 
 NEVER = 1e6
 
@@ -11,8 +11,8 @@ NEVER = 1e6
 class Unpacking:
     """Layers that take until they are told to end; ``order``: which began."""
 
-    def __init__(self, turns: Turns) -> None:
-        self._turns = turns
+    def __init__(self, slots: UnpackSlots) -> None:
+        self._turns = slots
         self.order: list[str] = []
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
@@ -49,7 +49,7 @@ async def settled(condition: Callable[[], object]) -> None:
 
 
 async def test_an_image_alone_has_all_places_and_others_come_before_its_further_layers() -> None:
-    work = Unpacking(Turns(3, patience_s=NEVER, slow_max=6))
+    work = Unpacking(UnpackSlots(3, patience_s=NEVER, slow_max=6))
     work.ask("a1", "a2", "a3", "a4", "a5")
     await settled(lambda: work.order == ["a1", "a2", "a3"])
     work.ask("b1", "c1")
@@ -64,7 +64,7 @@ async def test_an_image_alone_has_all_places_and_others_come_before_its_further_
 
 async def test_layers_that_never_end_keep_nobody_waiting() -> None:
     """Three images with layers without end, and many of them: the next one has a place at once."""
-    work = Unpacking(Turns(3, patience_s=0, slow_max=6))
+    work = Unpacking(UnpackSlots(3, patience_s=0, slow_max=6))
     work.ask(*(f"{image}{number}" for image in "xyz" for number in range(2)))
     await settled(lambda: len(work.order) == 6)
     work.ask("a1")
@@ -74,7 +74,7 @@ async def test_layers_that_never_end_keep_nobody_waiting() -> None:
 
 
 async def test_slow_ones_are_bounded_and_their_room_is_given_back() -> None:
-    work = Unpacking(Turns(1, patience_s=0, slow_max=2))
+    work = Unpacking(UnpackSlots(1, patience_s=0, slow_max=2))
     work.ask("a1", "b1", "c1", "d1", "e1")
     await settled(lambda: len(work.order) == 3)
     await settled(lambda: True)
@@ -84,13 +84,13 @@ async def test_slow_ones_are_bounded_and_their_room_is_given_back() -> None:
     await work.end("c1", "d1", "b1")
     await settled(lambda: len(work.order) == 5)
     await work.end("e1")
-    turns = work._turns
-    assert (turns._free, turns._slow_left, turns._overdue, turns._waiting) == (1, 2, [], [])
-    assert not turns._working
+    slots = work._turns
+    assert (slots._free, slots._slow_left, slots._overdue, slots._waiting) == (1, 2, [], [])
+    assert not slots._working
 
 
 async def test_who_gives_up_takes_no_turn() -> None:
-    work = Unpacking(Turns(1, patience_s=NEVER, slow_max=0))
+    work = Unpacking(UnpackSlots(1, patience_s=NEVER, slow_max=0))
     work.ask("a1", "b1", "c1")
     await settled(lambda: work.order == ["a1"])
     work.tasks["b1"].cancel()

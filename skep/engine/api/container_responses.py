@@ -1,6 +1,6 @@
 """Containers as the Engine API shows them: ``docker inspect`` and a line of ``docker ps``.
 
-Whatever the node does not know of a container has the value that the engine writes for "nothing".
+What the node does not have of a container is shown as Docker shows "nothing".
 
 Source: moby 20.10, api/types/types.go (ContainerJSON), api/types/container/host_config.go, container/view.go.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from skep.engine import apparmor
 from skep.engine.api.ages import age
-from skep.engine.api.network_answers import network_settings, networks
+from skep.engine.api.network_settings import network_settings, networks
 from skep.engine.bundle import Bundles
 from skep.engine.container import Container, ContainerConfig, ContainerState, MountPoint
 from skep.engine.health import HealthStatus
@@ -200,7 +200,7 @@ def _split_port(text: str) -> tuple[int, str]:
 
 def _state(container: Container) -> dict[str, Any]:
     state = container.state
-    answer: dict[str, Any] = {
+    response: dict[str, Any] = {
         "Status": state.value,
         "Running": container.is_running,
         "Paused": state is ContainerState.PAUSED,
@@ -214,14 +214,14 @@ def _state(container: Container) -> dict[str, Any]:
         "FinishedAt": container.finished_at,
     }
     if container.health is not None:
-        answer["Health"] = container.health
-    return answer
+        response["Health"] = container.health
+    return response
 
 
 def _config(container: Container) -> dict[str, Any]:
     config = container.config
     attached = container.plain.attached if container.plain is not None else ()
-    answer: dict[str, Any] = {
+    response: dict[str, Any] = {
         "Hostname": config.hostname or container.id[:12],
         "Domainname": "",
         "User": config.user,
@@ -241,17 +241,17 @@ def _config(container: Container) -> dict[str, Any]:
         "Labels": dict(container.labels),
     }
     if config.exposed_ports:
-        answer["ExposedPorts"] = {port: {} for port in config.exposed_ports}
+        response["ExposedPorts"] = {port: {} for port in config.exposed_ports}
     if config.healthcheck is not None:
-        answer["Healthcheck"] = config.healthcheck
+        response["Healthcheck"] = config.healthcheck
     if config.stop_signal:
-        answer["StopSignal"] = config.stop_signal
-    return answer
+        response["StopSignal"] = config.stop_signal
+    return response
 
 
 def _host_config(container: Container) -> dict[str, Any]:
     config = container.config
-    mounts = [_mount_wish(mount) for mount in config.mounts if not mount.internal]
+    mounts = [_mount_config(mount) for mount in config.mounts if not mount.internal]
     return {
         **_HOST_DEFAULTS,
         **_plain_host_config(container),
@@ -310,13 +310,13 @@ def _bindings(container: Container) -> dict[str, Any]:
     return bindings
 
 
-def _mount_wish(mount: MountPoint) -> dict[str, Any]:
-    answer: dict[str, Any] = {"Type": mount.type, "Target": mount.destination}
+def _mount_config(mount: MountPoint) -> dict[str, Any]:
+    response: dict[str, Any] = {"Type": mount.type, "Target": mount.destination}
     if source := mount.name or mount.source:
-        answer["Source"] = source
+        response["Source"] = source
     if mount.read_only:
-        answer["ReadOnly"] = True
-    return answer
+        response["ReadOnly"] = True
+    return response
 
 
 def _mounts(container: Container) -> list[dict[str, Any]]:
@@ -324,7 +324,7 @@ def _mounts(container: Container) -> list[dict[str, Any]]:
 
 
 def _mount(mount: MountPoint) -> dict[str, Any]:
-    answer: dict[str, Any] = {
+    response: dict[str, Any] = {
         "Type": mount.type,
         "Name": mount.name,
         "Source": mount.source,
@@ -334,7 +334,7 @@ def _mount(mount: MountPoint) -> dict[str, Any]:
         "RW": not mount.read_only,
         "Propagation": mount.propagation,
     }
-    return {key: value for key, value in answer.items() if value != "" or key not in ("Name", "Driver")}
+    return {key: value for key, value in response.items() if value != "" or key not in ("Name", "Driver")}
 
 
 def _command(container: Container) -> str:
