@@ -30,7 +30,7 @@ import structlog
 from bench.crowd import crowd
 from bench.machine import noise, resident_mib
 from bench.run import commit, result_name, write_result
-from skep.aio import collector
+from skep.aio import gc_settings
 from skep.aio.clock import SystemClock
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
@@ -150,7 +150,7 @@ async def measure(count: int) -> dict[str, float]:
                 result[f"{step}_agents_processor_s"] = await agents("processor") - theirs
 
             before_mib = resident_mib()
-            collector.settle()  # as a manager does
+            gc_settings.configure_gc()  # as a manager does
             async with measured("register"):
                 await agents("register")
 

@@ -30,7 +30,7 @@ from bench.machine import noise
 from bench.run import commit, result_name, write_result
 from bench.scheduling import proposal_of
 from skep.aio.clock import SystemClock
-from skep.aio.collector import settle
+from skep.aio.gc_settings import configure_gc
 from skep.manager.loops import loops
 from skep.manager.manager import serving
 from skep.manager.routes import ManagerApi, application
@@ -109,7 +109,7 @@ async def measured() -> list[Phase]:
     )
     stored = store.view().find(Service)
     store.cluster.commit(proposal_of(store, list(_tasks(stored))), None)
-    settle()
+    configure_gc()
     async for term in store.terms(NodeId("m1"), ""):
         async with asyncio.TaskGroup() as running:
             async with held.phase("take-over"):

@@ -30,7 +30,7 @@ from bench.machine import noise
 from bench.run import commit, result_name, write_result
 from bench.scheduling import proposal_of, reference_ns
 from skep.aio.clock import SystemClock
-from skep.aio.collector import settle
+from skep.aio.gc_settings import configure_gc
 from skep.manager.loops import loops
 from skep.model.container import ContainerSpec
 from skep.model.ids import NodeId, ServiceId, TaskId, new_id
@@ -98,7 +98,7 @@ async def measured(services: int) -> Result:
     store.cluster.commit(proposal_of(store, [*all_nodes(), *all_services(services)]), None)
     stored = store.view().find(Service)
     store.cluster.commit(proposal_of(store, list(all_tasks(stored))), None)
-    settle()  # as the manager does with what it has loaded
+    configure_gc()  # as the manager does with what it has loaded
     busy = noise()
     async for term in store.terms(NodeId("m1"), ""):
         async with AsyncExitStack() as stack:

@@ -29,7 +29,7 @@ import msgspec
 
 from bench.machine import noise
 from bench.run import commit, result_name, write_result
-from skep.aio import collector
+from skep.aio import gc_settings
 from skep.aio.clock import SystemClock
 from skep.manager.scheduler.loop import Scheduler
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId, new_id
@@ -156,7 +156,7 @@ async def operation(kind: Kind, nodes: int, tasks: int) -> tuple[float, float]:
             running = group.create_task(scheduler.run())
             for _ in range(5):
                 await asyncio.sleep(0)  # both watch
-            collector.settle()  # as the manager's process does when it has loaded what there is
+            gc_settings.configure_gc()  # as the manager's process does when it has loaded what there is
             began, processor = time.perf_counter(), time.process_time()
             store.cluster.commit(created, None)
             await assigned

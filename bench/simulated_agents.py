@@ -14,7 +14,7 @@ from pathlib import Path
 from hpack import Encoder
 
 from bench.machine import resident_mib
-from skep.aio import collector
+from skep.aio import gc_settings
 from skep.model.node import NodeDescription
 from skep.model.task import TaskState, TaskStatus
 from skep.rpc import frames
@@ -50,7 +50,7 @@ async def obey(crowd: "Crowd") -> None:
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
     )
-    collector.settle()
+    gc_settings.configure_gc()
     print("ready", flush=True)
     while line := await reader.readline():
         began = time.monotonic()

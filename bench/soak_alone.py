@@ -20,12 +20,12 @@ MEMORY_GROWTH_MAX = 1.3
 FILES_GROWTH_MAX = 1.5
 
 
-def soak(directory: Path, minutes: float, chance: random.Random, faults: float, log: Log) -> None:
+def soak(directory: Path, minutes: float, rng: random.Random, faults: float, log: Log) -> None:
     """Raises: AssertionError: an invariant did not hold; the node's log is then kept beside ``log``."""
     lab = SkepLab(directory, "soak")
     try:
         lab.up_alone()
-        Soak(lab, chance, faults, log).run(minutes)
+        Soak(lab, rng, faults, log).run(minutes)
     except BaseException:
         shutil.copy(directory / "m1/skep.log", log.path.with_suffix(".skep.log"))
         raise
@@ -36,10 +36,10 @@ def soak(directory: Path, minutes: float, chance: random.Random, faults: float, 
 class Soak:
     """One run on one node."""
 
-    def __init__(self, lab: SkepLab, chance: random.Random, faults: float, log: Log) -> None:
+    def __init__(self, lab: SkepLab, rng: random.Random, faults: float, log: Log) -> None:
         """``faults``: share of the rounds in which something is killed."""
-        self._lab, self._random, self._say, self._fault_share = lab, chance, log, faults
-        self._users = Users(lambda: lab.engine, lab.image, chance)
+        self._lab, self._random, self._say, self._fault_share = lab, rng, log, faults
+        self._users = Users(lambda: lab.engine, lab.image, rng)
         self._rounds = self._faults = 0
         self._kills: list[float] = []
 

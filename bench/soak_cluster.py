@@ -50,13 +50,13 @@ class Away(msgspec.Struct):
     bring_back: Callable[[str], Coroutine[Any, Any, object]]
 
 
-def soak(directory: Path, minutes: float, chance: random.Random, faults: float, log: Log) -> None:
+def soak(directory: Path, minutes: float, rng: random.Random, faults: float, log: Log) -> None:
     """Raises: AssertionError: an invariant did not hold; the nodes' logs are then kept beside ``log``."""
     playground = Playground(directory, "soak", lambda _: None)
     asyncio.run(playground.down())
     try:
         asyncio.run(playground.up(managers=MANAGERS, workers=WORKERS, relays=False))
-        ClusterSoak(playground, chance, faults, log).run(minutes)
+        ClusterSoak(playground, rng, faults, log).run(minutes)
     except BaseException:
         for found in directory.glob("*/skep.log"):
             shutil.copy(found, log.path.with_suffix(f".{found.parent.name}.skep.log"))
@@ -68,12 +68,12 @@ def soak(directory: Path, minutes: float, chance: random.Random, faults: float, 
 class ClusterSoak:
     """One run on one cluster."""
 
-    def __init__(self, playground: Playground, chance: random.Random, faults: float, log: Log) -> None:
+    def __init__(self, playground: Playground, rng: random.Random, faults: float, log: Log) -> None:
         """``faults``: share of the rounds before which one begins."""
-        self._playground, self._random, self._fault_share, self._say = playground, chance, faults, log
+        self._playground, self._random, self._fault_share, self._say = playground, rng, faults, log
         cluster = playground.cluster()
         self._nodes = {node.name: node for node in cluster.nodes}
-        self._users = Users(self._a_manager, cluster.image, chance)
+        self._users = Users(self._a_manager, cluster.image, rng)
         self._away: dict[str, Away] = {}
         self._kills: dict[str, list[float]] = {}
         self._rounds = self._faults = 0

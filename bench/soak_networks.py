@@ -267,15 +267,15 @@ def _column(path: Path, name: str) -> int:
     return sum(int(line.split()[number], 16) for line in lines)
 
 
-def chosen(name: str, number: int, chance: random.Random) -> Service:
+def chosen(name: str, number: int, rng: random.Random) -> Service:
     """A service on one or two networks; every third is published.  ``number``: no other service has it."""
-    networks = tuple(sorted(chance.sample(sorted(NETWORKS), chance.randint(1, 2))))
-    return Service(name, networks, 20000 + number % 10000 if chance.random() < 0.34 else 0)
+    networks = tuple(sorted(rng.sample(sorted(NETWORKS), rng.randint(1, 2))))
+    return Service(name, networks, 20000 + number % 10000 if rng.random() < 0.34 else 0)
 
 
-def spec_of(service: Service, image: str, secret: str, chance: random.Random) -> dict[str, Any]:
+def spec_of(service: Service, image: str, secret: str, rng: random.Random) -> dict[str, Any]:
     """A service's specification without its name and mode.  ``secret``: the id of the one that all have."""
-    is_dnsrr = not service.published and chance.random() < 0.3
+    is_dnsrr = not service.published and rng.random() < 0.3
     ports = [{"TargetPort": PORT, "PublishedPort": service.published, "Protocol": "tcp"}]
     container: dict[str, Any] = {
         "Image": image,

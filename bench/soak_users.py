@@ -34,9 +34,9 @@ class Log:
 class Users:
     """One random step at a time; ``wanted`` is what the cluster was asked for: service name -> replicas."""
 
-    def __init__(self, engine: Callable[[], Engine], image: str, chance: random.Random) -> None:
+    def __init__(self, engine: Callable[[], Engine], image: str, rng: random.Random) -> None:
         """``engine``: whom to ask, again for each attempt."""
-        self._engine, self._image, self._random = engine, image, chance
+        self._engine, self._image, self._random = engine, image, rng
         self.wanted: dict[str, int] = {}
         self.services: dict[str, soak_networks.Service] = {}
         self._secret = ""

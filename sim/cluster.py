@@ -560,12 +560,12 @@ class SimulatedCluster:
             self.loop.run_until_complete(asyncio.gather(process, return_exceptions=True))
 
     def _clock(self, id: NodeId, skew: bool) -> VirtualClock:
-        chance = self.random.uniform if skew else lambda low, high: (low + high) / 2
+        rng = self.random.uniform if skew else lambda low, high: (low + high) / 2
         return VirtualClock(
             self.loop,
-            drift=chance(0.998, 1.002),
-            began_s=chance(-1000.0, 1000.0),
-            wall_off_s=chance(-1.0, 1.0),
+            drift=rng(0.998, 1.002),
+            began_s=rng(-1000.0, 1000.0),
+            wall_off_s=rng(-1.0, 1.0),
             wait_running=lambda: self.links.wait_thawed(id),
         )
 

@@ -90,7 +90,7 @@ class SimulatedManager:
 
     async def run(self) -> None:
         """Serve nodes, and lead when elected, until cancelled.  Without a quorum there is nothing to serve yet."""
-        backoff = Backoff(0.1, 1.0, chance=self._random.random)
+        backoff = Backoff(0.1, 1.0, rng=self._random.random)
         while True:
             try:
                 async with store_on(

@@ -24,7 +24,7 @@ from skep.agent.session_state import SessionState
 from skep.agent.task_files import RememberedTask, TaskFiles
 from skep.agent.worker import Worker
 from skep.aio.clock import Clock
-from skep.aio.first import wait_first
+from skep.aio.race import wait_first
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.keeper import TableKeeper
 from skep.model.ids import NodeId, TaskId
@@ -183,8 +183,8 @@ class WatchedMachine(Machine):
 class ImageExecutor(SimulatedExecutor):
     """Behaves as the images of its node do."""
 
-    def __init__(self, node: SimulatedNode, clock: Clock, chance: Random, behaviour: Behaviour) -> None:
-        super().__init__(clock, chance, node.machine, behaviour)
+    def __init__(self, node: SimulatedNode, clock: Clock, rng: Random, behaviour: Behaviour) -> None:
+        super().__init__(clock, rng, node.machine, behaviour)
         self.node = node
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:

@@ -21,10 +21,10 @@ import msgspec
 import structlog
 
 from skep import logs
-from skep.aio.children import watch_children_by_pidfd
+from skep.aio.child_watcher import watch_children_by_pidfd
 from skep.aio.clock import SystemClock
+from skep.aio.failures import log_error
 from skep.aio.groups import first_alone
-from skep.aio.guard import report
 from skep.aio.trees import discard_tree_now
 from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
@@ -240,7 +240,7 @@ class Daemon:
         try:
             replace_file(path, msgspec.json.encode(features), mode=0o600, is_durable=False)
         except OSError as error:  # the next process finds out again
-            report(error, "what this machine can do is not kept")
+            log_error(error, "what this machine can do is not kept")
         return features
 
     async def _reload_on(self, hangup: asyncio.Event, node: Node) -> None:
@@ -260,7 +260,7 @@ class Daemon:
                 _configure_logs(taken.configuration)
                 node.reload(taken.configuration)
             except Exception as error:  # a wish for other settings is no reason to end
-                report(error, "configuration not reloaded everywhere")
+                log_error(error, "configuration not reloaded everywhere")
                 continue
             log.info(
                 "configuration reloaded",
@@ -299,7 +299,7 @@ def _configure_logs(configuration: Configuration) -> None:
     try:
         settings.write(configuration.paths.log_settings)
     except OSError as error:  # they log as before
-        report(error, "settings of logs not written")
+        log_error(error, "settings of logs not written")
 
 
 @contextmanager

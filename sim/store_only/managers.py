@@ -29,24 +29,24 @@ class Manager:
         id: NodeId,
         client: SimulatedClient,
         clock: VirtualClock,
-        chance: Callable[[], float],
+        rng: Callable[[], float],
         note: Callable[[Iterable[str]], None],
     ) -> None:
         self.store: EtcdStore | None = None
         self.task: asyncio.Task[None] | None = None
         self.leads = False
         self.watcher = Watcher(note, id)
-        self._chance = chance
+        self._rng = rng
         self._id = id
         self._client = client
         self._clock = clock
 
     async def run(self) -> None:
-        backoff = Backoff(0.1, 1.0, chance=self._chance)
+        backoff = Backoff(0.1, 1.0, rng=self._rng)
         while True:
             try:
                 async with (
-                    store_on(self._client, self._id, WRAPPING_KEY, self._clock, rng=self._chance) as store,
+                    store_on(self._client, self._id, WRAPPING_KEY, self._clock, rng=self._rng) as store,
                     asyncio.TaskGroup() as group,
                 ):
                     self.store = store

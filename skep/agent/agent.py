@@ -22,8 +22,8 @@ from skep.agent.session import NodeServices, Session
 from skep.agent.session_state import SessionState
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.first import wait_first
-from skep.aio.guard import report
+from skep.aio.failures import log_error
+from skep.aio.race import wait_first
 from skep.api.errors import rpc_words
 from skep.errors import RetryLater, SkepError, Unavailable
 from skep.model.ids import ContainerId, NodeId, TaskId
@@ -196,7 +196,7 @@ class Agent:
     # -- sessions -------------------------------------------------------------------------------------------------
 
     async def _keep_session(self) -> None:
-        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
             started = self._clock.monotonic()
             self._try_now.clear()
@@ -234,7 +234,7 @@ class Agent:
             log.warning(event, manager=peer.addr, error=str(error))
         except Exception as error:
             had_session = self.registered.is_set()
-            report(error, "session failed", manager=peer.addr)
+            log_error(error, "session failed", manager=peer.addr)
         finally:
             self._channel = None
         self._managers.failed(peer, was_connected=is_connected)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import structlog
 
-from skep.aio.guard import explain, report
+from skep.aio.failures import describe_error, log_error
 from skep.dataplane.dns.truth import NameChecks
 from skep.dataplane.probe.interface import PathProbes
 from skep.errors import SkepError, Unavailable, Unimplemented
@@ -127,8 +127,8 @@ class ProbeStream:
         except SkepError as error:
             response.error = str(error)
         except Exception as error:  # the stream serves other requests too
-            report(error, "examination failed")
-            response.error = explain(error)
+            log_error(error, "examination failed")
+            response.error = describe_error(error)
         await self._send(call, response)
 
     async def _send(self, call: Call[skep.PathNews, skep.PathOrder], message: skep.PathNews) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import structlog
 
 from skep.agent.assignments import LogSource
-from skep.aio.guard import report
+from skep.aio.failures import log_error
 from skep.errors import SkepError, Unavailable, Unimplemented
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
@@ -79,4 +79,4 @@ class LogPublisher:
             # The reader has gone, or the logs cannot be read; neither is a reason to leave the session.
             log.info("log subscription ended", subscription=subscription_id, reason=str(error))
         except Exception as error:
-            report(error, "log subscription failed", subscription=subscription_id)
+            log_error(error, "log subscription failed", subscription=subscription_id)

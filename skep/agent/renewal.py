@@ -21,7 +21,7 @@ from skep.agent.certificates import renew, renew_expired
 from skep.agent.managers import Peer
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.guard import explain, report
+from skep.aio.failures import describe_error, log_error
 from skep.errors import SkepError, Unavailable
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeRole
@@ -119,7 +119,7 @@ class KeyPairCredentials:
             try:
                 self._adopt(self.pair.with_root(root_pem))
             except OSError as error:  # the next message has them again
-                report(error, "the cluster's root certificates not written")
+                log_error(error, "the cluster's root certificates not written")
                 return
             log.info("the cluster's root certificates changed")
 
@@ -130,7 +130,7 @@ class KeyPairCredentials:
 
     async def run(self, choose: ChooseManager) -> None:
         """Renew whenever it is due, until cancelled.  ``choose``: the manager to renew with."""
-        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
             await self._wait_due()
             self._wanted.clear()
@@ -163,7 +163,7 @@ class KeyPairCredentials:
                 self._adopt(await self._requested(choose()))
         except (SkepError, OSError) as error:
             log.warning(
-                "certificate not renewed", error=explain(error), until=self.pair.not_after.isoformat()
+                "certificate not renewed", error=describe_error(error), until=self.pair.not_after.isoformat()
             )
             return False
         log.info(

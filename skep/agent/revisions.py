@@ -11,7 +11,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock, SystemClock
-from skep.aio.guard import persist
+from skep.aio.failures import retry
 from skep.errors import FailedPrecondition
 from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import ClusterId
@@ -80,7 +80,7 @@ class SeenRevision:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            await persist(self._write, "revision not kept", clock=self._clock, longest_s=10.0)
+            await retry(self._write, "revision not kept", clock=self._clock, longest_s=10.0)
 
     async def _write(self) -> None:
         assert self._path is not None, "checked before"

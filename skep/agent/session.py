@@ -22,9 +22,9 @@ from skep.agent.revisions import Revision, SeenRevision
 from skep.agent.session_state import SessionState
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.first import Overtaken, unless, wait_first
+from skep.aio.failures import retry
 from skep.aio.groups import first_alone
-from skep.aio.guard import persist
+from skep.aio.race import Preempted, run_unless, wait_first
 from skep.dataplane.tables.stream import TableSink, TableStream
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.node import NodeDescription
@@ -180,12 +180,12 @@ class Session:
             with first_alone(SkepError):
                 await part()
 
-        await persist(
+        await retry(
             run,
             "part of the session failed",
             clock=self._clock,
             longest_s=PART_RETRY_S_MAX,
-            chance=self._rng,
+            rng=self._rng,
             passes=(SkepError,),
             part=name,
         )
@@ -220,8 +220,8 @@ class Session:
                 sent_at = self._clock.monotonic()
                 is_stopping = self._host.session_state.is_stopping
                 try:
-                    reply = await unless(self._beat(call, is_stopping), self._wait_overdue(period_s))
-                except Overtaken as error:
+                    reply = await run_unless(self._beat(call, is_stopping), self._wait_overdue(period_s))
+                except Preempted as error:
                     raise Unavailable(f"{self._channel.address} is silent") from error
                 if reply is None:
                     raise Unavailable(f"{self._channel.address} ended the heartbeats")
@@ -295,7 +295,7 @@ class Session:
 
     async def _report(self) -> None:
         """One call at a time; meanwhile later statuses replace earlier ones."""
-        backoff, failures = Backoff(0.5, 5.0, chance=self._rng), 0
+        backoff, failures = Backoff(0.5, 5.0, rng=self._rng), 0
         while True:
             batch = await self._services.reports.take()
             request = pb.UpdateTaskStatusRequest(

@@ -10,7 +10,7 @@ import structlog
 
 from skep.agent.last_seen import LastSeen
 from skep.aio.clock import Clock
-from skep.aio.first import Overtaken, unless
+from skep.aio.race import Preempted, run_unless
 
 log = structlog.get_logger()
 
@@ -82,8 +82,8 @@ class SessionState:
             return
         self._stopping.set()
         try:
-            await unless(self._announced.wait(), self._clock.sleep(STOP_ANNOUNCEMENT_S_MAX))
-        except Overtaken:
+            await run_unless(self._announced.wait(), self._clock.sleep(STOP_ANNOUNCEMENT_S_MAX))
+        except Preempted:
             log.warning("planned stop not announced to a manager")
 
     @property

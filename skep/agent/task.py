@@ -20,8 +20,8 @@ from skep.agent.attempts import CUT_OFF_S, next_attempt
 from skep.agent.executor.interface import Controller, TaskExit
 from skep.agent.session_state import SessionState
 from skep.aio.clock import Clock
-from skep.aio.first import Overtaken, unless
-from skep.aio.guard import explain, persist, report
+from skep.aio.failures import describe_error, log_error, retry
+from skep.aio.race import Preempted, run_unless
 from skep.errors import SkepError
 from skep.model.ids import TaskId
 from skep.model.labels import drain_s
@@ -175,14 +175,14 @@ class TaskDriver:
         The one broad ``except`` of a task: a bug met by one task ends that task, never its neighbours.
         """
         try:
-            error = await unless(self._ask(step.verb), self._desired_changed.wait())
-        except Overtaken:
+            error = await run_unless(self._ask(step.verb), self._desired_changed.wait())
+        except Preempted:
             return
         except SkepError as failure:
             error = str(failure)
         except Exception as failure:
             log.exception("task failed by a bug", task=self.task.task.id, verb=step.verb.value)
-            error = explain(failure)
+            error = describe_error(failure)
         if error:
             self._reach(failed_state(self.status.state), self.status.message, error)
         else:
@@ -215,7 +215,7 @@ class TaskDriver:
 
     async def _ended(self) -> TaskExit:
         """Return when the process has ended.  That this cannot be seen at present says nothing of it."""
-        return await persist(
+        return await retry(
             self.controller.wait,
             "end of task not seen",
             clock=self._clock,
@@ -235,8 +235,8 @@ class TaskDriver:
             return False
         try:
             wait_s = max(delay_s, CUT_OFF_S - session_state.silence_s())
-            await unless(self._clock.sleep(wait_s), session_state.wait_session())
-        except Overtaken:
+            await run_unless(self._clock.sleep(wait_s), session_state.wait_session())
+        except Preempted:
             return False  # the manager that is back decides
         return True
 
@@ -268,7 +268,7 @@ class TaskDriver:
         try:
             observed = self.controller.observed() if state >= TaskState.STARTING else None
         except Exception as error:
-            report(error, "task's container not looked at", task=self.task.task.id)
+            log_error(error, "task's container not looked at", task=self.task.task.id)
         if observed is None:
             return self.status.container_status, self.status.port_status
         return observed.container, PortStatus(ports=observed.ports)

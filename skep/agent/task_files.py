@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock, SystemClock
-from skep.aio.guard import contain, persist, report
+from skep.aio.failures import isolate, log_error, retry
 from skep.linux.files import BESIDE, sync_directory, write_new
 from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, TaskStatus
@@ -65,9 +65,9 @@ class TaskFiles:
         try:
             while True:
                 await self._something.wait()
-                await persist(self._flush, "task files not written", clock=self._clock, longest_s=10.0)
+                await retry(self._flush, "task files not written", clock=self._clock, longest_s=10.0)
         finally:
-            await contain(asyncio.shield(self._flush()), "task files not written")
+            await isolate(asyncio.shield(self._flush()), "task files not written")
 
     async def _flush(self) -> None:
         self._something.clear()
@@ -114,5 +114,5 @@ def read_tasks(directory: Path) -> list[RememberedTask]:
         try:
             tasks.append(leniently(path.read_bytes(), RememberedTask))
         except Exception as error:  # whatever it is, it is one file
-            report(error, "task file left out", path=str(path))
+            log_error(error, "task file left out", path=str(path))
     return tasks

@@ -20,7 +20,7 @@ from skep.agent.session_state import SessionState
 from skep.agent.task import TaskDriver
 from skep.agent.task_files import RememberedTask, TaskFiles
 from skep.aio.clock import Clock
-from skep.aio.guard import contain, explain, persist, report
+from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.model.ids import ConfigId, SecretId, TaskId
 from skep.model.labels import ON_DISCONNECT, OnDisconnect, disconnect_policy
 from skep.model.task import AssignedTask, TaskState, TaskStatus
@@ -83,7 +83,7 @@ class Worker:
         async with self._executor.running(), asyncio.TaskGroup() as group:
             self._group = group
             load = partial(asyncio.to_thread, self._files.load)
-            for remembered in await persist(load, "task files not read", clock=self._clock, longest_s=10.0):
+            for remembered in await retry(load, "task files not read", clock=self._clock, longest_s=10.0):
                 self._add(remembered.assigned, remembered.status, attempts=remembered.attempts)
             # A session may have begun before, and then nobody told it how these are.
             for id, status in self.statuses().items():
@@ -104,7 +104,7 @@ class Worker:
             self._put_payloads(self._payloads, change)
         named = {assigned.task.id for assigned in change.tasks}
         if change.complete:
-            found = await contain(self._executor.leftovers(), "leftovers not looked for")
+            found = await isolate(self._executor.leftovers(), "leftovers not looked for")
             unknown = set(found or ()) - set(self._drivers) - named
             for id in sorted(unknown - set(self._removing)):
                 log.info("leftover removed", task=id)
@@ -116,7 +116,7 @@ class Worker:
             self._remove(id)
         for assigned in change.tasks:
             self._assign_one(assigned, change.registry_auths.get(assigned.task.id, ""))
-        await contain(self._drop_payloads(change), "secrets and configs not dropped")
+        await isolate(self._drop_payloads(change), "secrets and configs not dropped")
 
     async def clear(self) -> None:
         """Kill and remove every task, without a grace period: this node leaves its swarm.  Returns when that is begun.
@@ -158,7 +158,7 @@ class Worker:
         try:
             controller: Controller = self._executor.controller(assigned, registry_auth)
         except Exception as error:
-            report(error, "task without a controller", task=id)
+            log_error(error, "task without a controller", task=id)
             controller = BrokenController(error)
         driver = TaskDriver(
             assigned,
@@ -176,11 +176,11 @@ class Worker:
         removal = self._removing.get(driver.task.task.id)
         if removal is not None:  # assigned again while its remains are being removed
             await asyncio.wait([removal])
-        await persist(driver.run, "task not driven", clock=self._clock, task=driver.task.task.id)
+        await retry(driver.run, "task not driven", clock=self._clock, task=driver.task.task.id)
 
     async def _update(self, driver: TaskDriver) -> None:
         """New limits for a running container; a refusal leaves the old ones."""
-        await contain(driver.controller.update(driver.task), "task not updated", task=driver.task.task.id)
+        await isolate(driver.controller.update(driver.task), "task not updated", task=driver.task.task.id)
 
     def _remove(self, id: TaskId, *, at_once: bool = False) -> None:
         """No longer assigned: stop it in its own way (``at_once``: kill it) and free what it holds."""
@@ -223,7 +223,7 @@ class Worker:
                 await driver.controller.shutdown(driver.drain_s)
             await driver.controller.remove()
 
-        await persist(free, "task not removed", clock=self._clock, task=id)
+        await retry(free, "task not removed", clock=self._clock, task=id)
 
     async def _stop_when_cut_off(self, session_state: SessionState) -> None:
         """Stop the tasks of services that want it so, each when this node was cut off for its service's delay."""
@@ -255,12 +255,12 @@ class Worker:
         try:
             payloads.put(change.secrets, change.configs)
         except Exception as error:
-            report(error, "secrets and configs not kept, trying again")
+            log_error(error, "secrets and configs not kept, trying again")
 
             async def put() -> None:
                 payloads.put(change.secrets, change.configs)
 
-            self._spawn(persist(put, "secrets and configs not kept", clock=self._clock), "payloads")
+            self._spawn(retry(put, "secrets and configs not kept", clock=self._clock), "payloads")
 
     async def _drop_payloads(self, change: AssignmentSet) -> None:
         if self._payloads is None:
@@ -274,7 +274,7 @@ class Worker:
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         assert self._group is not None, "the worker is used before it runs"
-        return self._group.create_task(contain(work, "work of the worker ended", name=name), name=name)
+        return self._group.create_task(isolate(work, "work of the worker ended", name=name), name=name)
 
 
 class BrokenController:
@@ -287,13 +287,13 @@ class BrokenController:
         """There is nothing."""
 
     async def prepare(self) -> None:
-        raise Rejected(explain(self._error)) from self._error
+        raise Rejected(describe_error(self._error)) from self._error
 
     async def start(self) -> Running:
-        raise Rejected(explain(self._error)) from self._error
+        raise Rejected(describe_error(self._error)) from self._error
 
     async def wait(self) -> TaskExit:
-        return TaskExit(exit_code=1, message=explain(self._error))
+        return TaskExit(exit_code=1, message=describe_error(self._error))
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Nothing runs."""

@@ -1,10 +1,10 @@
-"""An event that costs nothing while nobody waits for it."""
+"""An event that takes little memory while no task waits for it."""
 
 import asyncio
 
 
 class Event:
-    """``asyncio.Event`` without the deque of 600 bytes that it keeps for waiters that are never there."""
+    """``asyncio.Event`` without its deque of waiters, which takes 600 bytes when it is empty."""
 
     __slots__ = ("_is_set", "_waiters")
 

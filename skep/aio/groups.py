@@ -1,4 +1,4 @@
-"""Task groups behind context managers, whose users should see an error and not a group of one."""
+"""Errors of task groups, raised as themselves instead of in an ExceptionGroup."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -19,7 +19,7 @@ async def errors_as_they_are() -> AsyncIterator[None]:
 def first_alone(kind: type[Exception]) -> Iterator[None]:
     """Around a ``TaskGroup``: of errors that are all of ``kind``, the first leaves the block, caused by their group.
 
-    ``except*`` is not the place to raise anything: Python before 3.11.4 makes a group of it again.
+    Not with ``except*``: Python before 3.11.4 wraps what it raises in a group again.
     """
     try:
         yield

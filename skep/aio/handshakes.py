@@ -1,6 +1,6 @@
-"""TLS handshakes of whoever connects, bounded in number and time.
+"""TLS handshakes of incoming connections, bounded in number and time.
 
-Not left to asyncio, which holds any number of them: 10,000 connections that say nothing would cost a gigabyte.
+asyncio does not bound their number: 10,000 connections that send nothing would take a gigabyte.
 """
 
 import asyncio
@@ -12,27 +12,27 @@ from ipaddress import ip_address
 
 import structlog
 
-from skep.aio.guard import report
+from skep.aio.failures import log_error
 from skep.aio.tls import accept
 
 log = structlog.get_logger(__name__)
 
 HANDSHAKE_SECONDS_MAX = 10.0
 HANDSHAKES_MAX = 256
-"""At one time.  When there are more, the oldest of the address with most of them is given up: an honest one takes
-milliseconds."""
+"""At one time.  When there are more, the oldest one of the address with most of them is ended: a normal handshake
+takes milliseconds."""
 ACCEPT_RETRY_S = 0.1
 
 
 class Handshakes:
-    """Those of one listener.  ``new_protocol`` makes the protocol of a connection that is past its own."""
+    """Handshakes of one listener.  ``new_protocol`` makes the protocol of a connection whose handshake is done."""
 
     def __init__(self, new_protocol: Callable[[], asyncio.BaseProtocol], tls: ssl.SSLContext) -> None:
         self._new_protocol = new_protocol
         self._tls = tls
         self._is_flooded = False
         self._under_way: dict[asyncio.Task[None], str] = {}
-        """Oldest first; where each comes from."""
+        """Oldest first, each with its source."""
 
     @property
     def count(self) -> int:
@@ -85,12 +85,12 @@ class Handshakes:
             await accept(self._new_protocol, connection, self._tls, handshake_s=HANDSHAKE_SECONDS_MAX)
         except OSError as error:  # TLS errors and lost peers are some
             log.debug("handshake failed", error=str(error) or type(error).__name__)
-        except Exception as error:  # whatever it is, it is one peer
-            report(error, "handshake failed")
+        except Exception as error:  # of this peer alone
+            log_error(error, "handshake failed")
 
 
 def source_of(address: str) -> str:
-    """What connections are counted by: an IPv4 address, or the first 64 bits of an IPv6 one."""
+    """The source by which connections are counted: an IPv4 address, or the first 64 bits of an IPv6 one."""
     if ":" not in address:
         return address
     try:

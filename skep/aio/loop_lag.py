@@ -1,8 +1,8 @@
-"""How late an event loop comes back to those who wait: the measure of whether anything holds it too long.
+"""Lag of an event loop: how late it runs tasks whose time has come.
 
-A loop is late for one of three reasons, which the kernel tells apart by what its thread did meanwhile: it *ran* (a
-callback computed for too long: ours to mend), it *waited for a processor* (the machine is busy with something else),
-or it *slept* (a callback called something that blocks, or another thread held the interpreter's lock).
+There are three causes, which the kernel's accounting of the thread distinguishes: it *ran* (a callback computed for too
+long, an error of this program), it *waited for a processor* (the machine is busy with something else), or it *slept* (a
+callback made a blocking call, or another thread held the interpreter's lock).
 """
 
 import os
@@ -20,13 +20,13 @@ from skep.aio.clock import Clock
 log = structlog.get_logger()
 
 PERIOD_S = 0.05
-"""How often is looked.  Of a hold that begins between two looks, only what outlasts the next look is seen."""
+"""Between two measurements.  Of a delay that begins in between, only what outlasts the next one is measured."""
 
 LATE_S = 0.1
-"""Lag that is worth a line in the log."""
+"""Lag that is logged."""
 
 CHECK_S = 2 * PERIOD_S
-"""How often the thread beside the loop looks whether that has had a turn."""
+"""Between two checks of the watching thread."""
 
 FRAMES_MAX = 8
 
@@ -34,7 +34,7 @@ BOUNDS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 class Lag(msgspec.Struct, frozen=True, rename="pascal"):
-    """What was measured.  ``counts``: looks that were at most so late, for each of ``bounds_ms``, then all others."""
+    """A histogram.  ``counts``: measurements of at most each of ``bounds_ms``, then all others."""
 
     looks: int
     ms_max: float
@@ -45,7 +45,7 @@ class Lag(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class LoopLag:
-    """Measures the loop it runs on.  ``seen()`` may be asked at any time; differences of counts give a period."""
+    """Measures the loop it runs on.  ``seen()`` may be called at any time; differences of counts give a period."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BOUNDS_MS) + 1)

@@ -1,4 +1,4 @@
-"""Removing directory trees beside the event loop: it may take minutes, so no other work waits for its threads."""
+"""Removal of directory trees in threads of its own: it may take minutes, and no other work waits for them."""
 
 import asyncio
 import threading
@@ -27,13 +27,13 @@ async def remove_tree(path: Path, *, keep: str = "") -> None:
         await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.set()
-        await asyncio.wait((work,))  # no thread is left behind that removes what somebody makes anew
+        await asyncio.wait((work,))  # no thread may remove what is made again afterwards
         work.cancelled() or work.exception()
         raise
 
 
 async def discard_tree(path: Path) -> None:
-    """Remove what nobody misses; what cannot be removed is logged, and left for the next start of the process."""
+    """Remove a tree; what cannot be removed is logged, and left for the next start of the process."""
     try:
         await remove_tree(path)
     except OSError as error:

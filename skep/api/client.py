@@ -122,7 +122,7 @@ class Client:
 
     async def wait_listening(self, clock: Clock, rng: Callable[[], float], within_s: float) -> None:
         """Return once a process listens at the unix socket.  Raises: Unavailable: none ``within_s``."""
-        backoff = Backoff(0.02, 0.5, chance=rng)
+        backoff = Backoff(0.02, 0.5, rng=rng)
         try:
             async with asyncio.timeout(within_s):
                 while not await self._listens():

@@ -31,9 +31,9 @@ UNIQUE_LOCAL_BITS = 40
 """Of chance in a network of RFC 4193."""
 
 
-def unique_local(chance: int) -> IPv6Network:
-    """The first /64 of a unique local network: ``fd``, then ``chance``, 40 bits that nobody else has (RFC 4193)."""
-    return IPv6Network((0xFD << 120 | chance << 80, 64))
+def unique_local(rng: int) -> IPv6Network:
+    """The first /64 of a unique local network: ``fd``, then ``rng``, 40 bits that nobody else has (RFC 4193)."""
+    return IPv6Network((0xFD << 120 | rng << 80, 64))
 
 
 def beside(address: IPv4Address, subnet: IPv6Network) -> IPv6Address:

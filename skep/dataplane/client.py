@@ -37,9 +37,9 @@ class NetClient:
     ports are held; each owner sees its own only.
     """
 
-    def __init__(self, path: Path, clock: Clock, chance: Callable[[], float], owner: str = "") -> None:
+    def __init__(self, path: Path, clock: Clock, rng: Callable[[], float], owner: str = "") -> None:
         self._owner = owner
-        self._ipc = IpcClient(path, clock, chance, whom="the net process", bytes_max=FRAME_BYTES_MAX)
+        self._ipc = IpcClient(path, clock, rng, whom="the net process", bytes_max=FRAME_BYTES_MAX)
 
     async def reserve(self, protocol: str, port: int, address: str = "") -> int:
         """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.

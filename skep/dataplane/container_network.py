@@ -12,8 +12,8 @@ import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.clock import Clock
+from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.groups import errors_as_they_are
-from skep.aio.guard import contain, explain, persist, report
 from skep.dataplane.gateway import Gateway
 from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.joining import Joining
@@ -64,7 +64,7 @@ class ContainerNetwork:
         prober: PathProber,
         joining: Joining,
         clock: Clock,
-        chance: Callable[[], float],
+        rng: Callable[[], float],
         naming: Naming | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -87,7 +87,7 @@ class ContainerNetwork:
         self._settling = settling
         self._joining = joining
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._say = say
         self._left_out: dict[ContainerId, str] = {}
         self.repairs = healing.repairs
@@ -116,7 +116,7 @@ class ContainerNetwork:
             "probes of other nodes": self.prober.run,
             "encrypted networks": partial(self.tunnels.run, self.overlays.remeasured),
         }
-        keep = partial(persist, clock=self._clock, chance=self._chance)
+        keep = partial(retry, clock=self._clock, rng=self._rng)
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(keep(run, "part of the network failed", part=name), name=name)
@@ -145,12 +145,12 @@ class ContainerNetwork:
         await self.overlays.begin(sandboxes)
         for id, sandbox in sandboxes.items():  # a container may have made its namespace unusable for it
             routing = self._route_replies(id, sandbox)
-            await contain(routing, "reply routing not applied yet", container=id)
+            await isolate(routing, "reply routing not applied yet", container=id)
         if self.naming is not None:
             await self.naming.restore(live)
         for pinned in self.namespaces.pinned():
             if pinned not in theirs:
-                await contain(self.namespaces.destroy(pinned), "namespace not removed", container=pinned)
+                await isolate(self.namespaces.destroy(pinned), "namespace not removed", container=pinned)
 
     def _is_sound(self, container: Container) -> bool:
         if container.sandbox is None or container.id in self._left_out:
@@ -158,8 +158,8 @@ class ContainerNetwork:
         try:
             check_sandbox(container.sandbox)
         except Exception as error:  # whatever it is, it is one container
-            report(error, "network of a container left out", container=container.id)
-            self._left_out[container.id] = explain(error)
+            log_error(error, "network of a container left out", container=container.id)
+            self._left_out[container.id] = describe_error(error)
             self._say_left_out()
             return False
         return True
@@ -204,7 +204,7 @@ class ContainerNetwork:
         if self._left_out.pop(container_id, None) is None:
             await undoing
         else:
-            await contain(undoing, "network of a container not wholly freed", container=container_id)
+            await isolate(undoing, "network of a container not wholly freed", container=container_id)
             self._say_left_out()
 
     async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:

@@ -65,12 +65,12 @@ class IpcClient:
     """
 
     def __init__(
-        self, path: Path, clock: Clock, chance: Callable[[], float], *, whom: str, bytes_max: int
+        self, path: Path, clock: Clock, rng: Callable[[], float], *, whom: str, bytes_max: int
     ) -> None:
         """``whom``: the other process, in words; ``bytes_max``: of an answer."""
         self._path = path
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._whom = whom
         self._bytes_max = bytes_max
         self._turn = asyncio.Lock()
@@ -79,7 +79,7 @@ class IpcClient:
     async def ask(self, body: bytes) -> bytes:
         """The answer to ``body``, which is sent again over a new connection when one breaks.  Raises: Unavailable."""
         message = framed(body)
-        backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, chance=self._chance)
+        backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=self._rng)
         try:
             async with asyncio.timeout(DEADLINE_S), self._turn:
                 while True:

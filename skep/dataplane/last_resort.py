@@ -16,7 +16,7 @@ import structlog
 from skep.agent.last_seen import seen_at
 from skep.agent.task_files import read_tasks
 from skep.aio.clock import SystemClock
-from skep.aio.guard import persist, report
+from skep.aio.failures import log_error, retry
 from skep.engine import records
 from skep.engine.container import Container, ProcessName
 from skep.engine.processes import send_signal
@@ -78,7 +78,7 @@ class LastResort:
                 await self._clock.sleep(LOOK_S)
                 await asyncio.to_thread(self.look)
 
-        await persist(look, "tasks of a node without managers not looked after", clock=self._clock)
+        await retry(look, "tasks of a node without managers not looked after", clock=self._clock)
 
     def look(self) -> None:
         """Signal whose time has come.  Blocks."""
@@ -114,7 +114,7 @@ def _doomed(paths: Paths) -> Iterator[Doomed]:
         try:
             container = records.read(directory / records.NAME)
         except Unavailable as error:  # the next scan reads it again
-            report(error, "container not looked after", directory=str(directory))
+            log_error(error, "container not looked after", directory=str(directory))
             continue
         if container is None or container.process is None or not container.is_running:
             continue

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from skep.aio.guard import contain
+from skep.aio.failures import isolate
 from skep.dataplane.endpoints import connected_place
 from skep.dataplane.netns import pinned
 from skep.dataplane.netns.deferred import DeferredChanges
@@ -223,7 +223,7 @@ class Overlays:
             reconciler = self._container_reconciler(id, sandbox)
             reconciler.adopt()
             watching = self._healing.watch(reconciler)
-            await contain(watching, "changes in a container's namespace are not heard of", container=id)
+            await isolate(watching, "changes in a container's namespace are not heard of", container=id)
             self._healing.expect(reconciler)
         self._restored.set()
 

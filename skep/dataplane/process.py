@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import SystemClock
-from skep.aio.guard import persist
+from skep.aio.failures import retry
 from skep.dataplane import handover
 from skep.dataplane.handover import Taken
 from skep.dataplane.ipc import read_frame, serve
@@ -78,13 +78,13 @@ async def _run(paths: Paths, reservations: Reservations, taken: Taken) -> None:
             paths,
             namespaces,
             clock=SystemClock(),
-            chance=random.random,
+            rng=random.random,
             new_id=lambda: secrets.randbits(16),
             start_task=start_task,
         )
         try:
             relays = Relays(paths.relays, SystemClock(), random.random)
-            start_task(persist(relays.run, "relays of ports failed", clock=SystemClock()))
+            start_task(retry(relays.run, "relays of ports failed", clock=SystemClock()))
             start_task(LastResort(paths, SystemClock()).run())
             serving.take_over(taken.named, taken.waiting)
             await _serve(paths, reservations, serving)

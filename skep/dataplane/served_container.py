@@ -60,7 +60,7 @@ class Environment(msgspec.Struct, frozen=True):
     namespaces: Namespaces
     networks: Networks
     forwarder: Forwarder
-    chance: Callable[[], float]
+    rng: Callable[[], float]
     start_task: Callable[[Awaitable[None]], asyncio.Task[None]]
 
 
@@ -183,7 +183,7 @@ class ServedContainer:
 
     def decide(self, query: Query) -> Decision:
         networks = self._environment.networks
-        return decide(query, [networks.index(id) for id in self._network_ids()], self._environment.chance())
+        return decide(query, [networks.index(id) for id in self._network_ids()], self._environment.rng())
 
     def is_loaded(self, virtual: Services) -> bool:
         return self.virtual.is_usable(virtual)

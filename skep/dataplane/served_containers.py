@@ -50,17 +50,17 @@ class ServedContainers:
         namespaces: Namespaces,
         *,
         clock: Clock,
-        chance: Callable[[], float],
+        rng: Callable[[], float],
         new_id: Callable[[], int],
         start_task: Callable[[Awaitable[None]], asyncio.Task[None]],
     ) -> None:
         self._directory = paths.names
         self._networks = Networks(paths.tables)
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._start_task = start_task
         self._environment = Environment(
-            paths.names, namespaces, self._networks, Forwarder(clock, new_id), chance, start_task
+            paths.names, namespaces, self._networks, Forwarder(clock, new_id), rng, start_task
         )
         self._served: dict[str, ServedContainer] = {}
         self._needs: dict[str, _Need] = {}
@@ -198,7 +198,7 @@ class ServedContainers:
 
     async def _mend_one(self, id: str) -> None:
         """Do what the container's namespace needs until it needs nothing more, or is gone."""
-        backoff = Backoff(chance=self._chance)
+        backoff = Backoff(rng=self._rng)
         try:
             while (need := self._needs.pop(id, None)) is not None and (
                 served := self._served.get(id)

@@ -29,7 +29,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from skep.aio.guard import report
+from skep.aio.failures import log_error
 from skep.aio.trees import remove_tree
 from skep.engine import apparmor, overlay, records, spec
 from skep.engine.cgroups import Cgroups
@@ -107,7 +107,7 @@ class Bundles:
             try:
                 container = self.read(id)
             except Unavailable as error:
-                report(error, "container left alone", container=id)
+                log_error(error, "container left alone", container=id)
                 found.unreadable.append(id)
                 continue
             if container is None:

@@ -29,7 +29,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.guard import persist
+from skep.aio.failures import retry
 from skep.engine import create, logs, top
 from skep.engine.attachment import Attachment, attach
 from skep.engine.container import (
@@ -141,7 +141,7 @@ class Engine:
         The containers run on when the block ends.
         """
         async with self._lifecycle.running():
-            rotating = persist(self.log_rotation.run, "log rotation ended", clock=self._clock)
+            rotating = retry(self.log_rotation.run, "log rotation ended", clock=self._clock)
             self._lifecycle.spawn(rotating, name="log-rotation")
             yield
 

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.guard import persist
+from skep.aio.failures import retry
 from skep.aio.trees import discard_tree
 from skep.engine.attachment import Attachment
 from skep.engine.bundle import Bundles
@@ -137,7 +137,7 @@ class Execs:
     async def _watch(
         self, container: Container, exec_id: str, path: Path, monitor: ProcessName | None
     ) -> None:
-        code = await persist(
+        code = await retry(
             lambda: self._runtime.wait_exec(container, path, monitor),
             "end of exec not seen",
             clock=self._clock,

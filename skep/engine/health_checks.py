@@ -13,8 +13,8 @@ from contextlib import suppress
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.first import Overtaken, unless
-from skep.aio.guard import explain, report
+from skep.aio.failures import describe_error, log_error
+from skep.aio.race import Preempted, run_unless
 from skep.engine import health
 from skep.engine.attachment import Attachment
 from skep.engine.cgroups import Cgroups
@@ -48,8 +48,8 @@ class HealthChecks:
 
     async def run(self, id: ContainerId) -> None:
         """Probe a running container until it ends."""
-        with suppress(Overtaken, NotFound):
-            await unless(self._probe_on(id), self._wait_ended(id))
+        with suppress(Preempted, NotFound):
+            await run_unless(self._probe_on(id), self._wait_ended(id))
         container = self._store.lookup(id)
         if container is not None and container.health is not None:
             self._store.observe(id, health=health.stopped(container.health))
@@ -104,8 +104,8 @@ class HealthChecks:
             )
         except Exception as error:  # whatever the container had it meet
             if not isinstance(error, SkepError | OSError):
-                report(error, "probe failed", container=container.id)
-            exit_code, output = health.BROKEN, bytearray(explain(error).encode(errors="replace"))
+                log_error(error, "probe failed", container=container.id)
+            exit_code, output = health.BROKEN, bytearray(describe_error(error).encode(errors="replace"))
         return Probe(
             start=start, end=timestamp(self._clock.now_ns()), exit_code=exit_code, output=_text(output)
         )

@@ -15,9 +15,9 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.first import finish
+from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.groups import errors_as_they_are
-from skep.aio.guard import contain, explain, persist, report
+from skep.aio.race import run_to_end
 from skep.engine import health
 from skep.engine.attachment import WaitingClients
 from skep.engine.conmon import StartError
@@ -99,16 +99,16 @@ class Lifecycle:
 
     async def prepare(self, container: Container) -> Container:
         """Make everything that a new container needs; it is gone again if that fails.  Raises: SkepError."""
-        return await finish(self._exclusively(container.id, self._prepare_new(container)))
+        return await run_to_end(self._exclusively(container.id, self._prepare_new(container)))
 
     async def start(self, id: ContainerId) -> Container:
         """Start its process; nothing happens when it runs.  Raises: NotFound; StartError."""
         async with self._starting:
-            return await finish(self._exclusively(id, self._start(id)))
+            return await run_to_end(self._exclusively(id, self._start(id)))
 
     async def retire(self, id: ContainerId) -> None:
         """Free what only a running container needs, of one that never ran.  Raises: NotFound."""
-        await finish(self._exclusively(id, self._retire(id)))
+        await run_to_end(self._exclusively(id, self._retire(id)))
 
     async def remove(self, id: ContainerId, *, force: bool) -> None:
         """Raises: NotFound; StillRunning; Unavailable: something of it is left."""
@@ -196,7 +196,7 @@ class Lifecycle:
         code = error.exit_code if isinstance(error, StartError) else 128
         self.waiting.fail(id, NotRunning(str(error)))
         self._store.observe(
-            id, process=None, monitor=None, sandbox=None, exit_code=code, error=explain(error)
+            id, process=None, monitor=None, sandbox=None, exit_code=code, error=describe_error(error)
         )
 
     # --- the end of a container ---------------------------------------------------------------------------------
@@ -275,8 +275,8 @@ class Lifecycle:
         try:
             await self._bundles.discard(id)
         except OSError as error:
-            self._store.observe(id, error=explain(error))
-            raise Unavailable(f"cannot remove container {id}: {explain(error)}") from error
+            self._store.observe(id, error=describe_error(error))
+            raise Unavailable(f"cannot remove container {id}: {describe_error(error)}") from error
         self._store.forget(id)
 
     async def _discard_unknown(self, id: ContainerId) -> None:
@@ -292,12 +292,12 @@ class Lifecycle:
 
     async def _free(self, work: Awaitable[None], id: ContainerId) -> None:
         """Free one resource; a failure is logged, and what is left is found by the next start of the node process."""
-        await contain(work, "not freed", container=id)
+        await isolate(work, "not freed", container=id)
 
     async def _keep_sweeping(self) -> None:
         while True:
             await self._clock.sleep(SWEEP_SECONDS)
-            await contain(self.sweep(), "leftovers of networks not removed yet")
+            await isolate(self.sweep(), "leftovers of networks not removed yet")
 
     def _needs_network(self, id: ContainerId) -> bool:
         """Whether it has a sandbox, or is getting or losing one at this moment."""
@@ -334,7 +334,7 @@ class Lifecycle:
         connected = {one.id for one in live}
         for container in self._store.list():
             work = self._adopt(container, has_network=container.id in connected)
-            await contain(
+            await isolate(
                 work,
                 "container not adopted",
                 on_error=partial(self._show, container.id),
@@ -345,9 +345,9 @@ class Lifecycle:
         """The result of ``work``, which is retried; meanwhile the reason is reported."""
 
         def show(error: Exception) -> None:
-            self._report_restore(f"containers of before are not taken over: {explain(error)}")
+            self._report_restore(f"containers of before are not taken over: {describe_error(error)}")
 
-        result = await persist(work, event, clock=self._clock, longest_s=10.0, on_error=show)
+        result = await retry(work, event, clock=self._clock, longest_s=10.0, on_error=show)
         self._report_restore("")
         return result
 
@@ -392,8 +392,8 @@ class Lifecycle:
             elif not container.error:  # with an error its start has failed, and its sandbox was freed
                 await self._prepare_again(container)
         except Exception as error:
-            report(error, "container not ready again", container=id)
-            self._store.observe(id, error=explain(error), exit_code=128)
+            log_error(error, "container not ready again", container=id)
+            self._store.observe(id, error=describe_error(error), exit_code=128)
 
     # --- background work ----------------------------------------------------------------------------------------
 
@@ -413,7 +413,7 @@ class Lifecycle:
 
     async def _persist(self, work: Callable[[], Awaitable[Any]], id: ContainerId) -> Any:
         """The result of ``work`` on a container, which is retried; until then its error is shown as the container's."""
-        return await persist(
+        return await retry(
             work,
             "container's work failed",
             clock=self._clock,
@@ -424,14 +424,14 @@ class Lifecycle:
 
     def _show(self, id: ContainerId, error: Exception) -> None:
         if self._store.lookup(id) is not None:
-            self._store.observe(id, error=explain(error))
+            self._store.observe(id, error=describe_error(error))
 
     def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         """Work of one container: an error ends that alone."""
         if self._group is None:
             work.close()
             raise RuntimeError("containers are used outside of running()")
-        task = self._group.create_task(contain(work, "container's work ended", work=name), name=name)
+        task = self._group.create_task(isolate(work, "container's work ended", work=name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

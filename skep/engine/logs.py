@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from skep.aio.clock import Clock
-from skep.aio.first import wait_first
-from skep.aio.guard import report
+from skep.aio.failures import log_error
+from skep.aio.race import wait_first
 from skep.engine.bundle import Bundles
 from skep.engine.container import Container, LogConfig, LogEntry, LogFilter, Stream
 from skep.engine.filewatch import FileWatch
@@ -342,4 +342,4 @@ class LogRotation:
         try:
             rotate(current, container.config.log, lambda: self._reopen(container.id))
         except Exception as error:  # one container's error does not reach others
-            report(error, "log not rotated", container=container.id)
+            log_error(error, "log not rotated", container=container.id)

@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.guard import report
+from skep.aio.failures import log_error
 from skep.engine.container import Container, PlainOptions
 from skep.engine.events import Events
 from skep.errors import NotFound, ResourceExhausted, SkepError
@@ -162,7 +162,7 @@ class RestartMonitor:
         except NotFound:
             pass  # removed by its user meanwhile
         except Exception as error:
-            report(error, "plain container left as it is", container=id)
+            log_error(error, "plain container left as it is", container=id)
 
     async def _start_again(self, id: ContainerId, due: StartAgain) -> Next:
         """Restart it after the delay; gives what follows.  Raises: NotFound."""

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from skep.aio.clock import Clock
-from skep.aio.guard import persist, report
+from skep.aio.failures import log_error, retry
 from skep.engine.bundle import Bundles
 from skep.engine.container import Container, WaitCondition
 from skep.errors import AlreadyExists, NotFound
@@ -82,7 +82,7 @@ class ContainerStore:
         try:
             return self.change(id, **fields)
         except OSError as error:
-            report(error, "record not written", container=id)
+            log_error(error, "record not written", container=id)
         container = self._containers[id] = msgspec.structs.replace(self._containers[id], **fields)
         self._pending.add(id)
         self._unsaved.set()
@@ -102,7 +102,7 @@ class ContainerStore:
         while True:
             await self._unsaved.wait()
             self._unsaved.clear()
-            await persist(self._write, "records not written", clock=clock, longest_s=5.0)
+            await retry(self._write, "records not written", clock=clock, longest_s=5.0)
 
     async def _write(self) -> None:
         """Write all pending records.  Raises: the first error, once all others are written."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from skep.aio.guard import explain, report
+from skep.aio.failures import describe_error, log_error
 from skep.aio.trees import remove_tree
 from skep.engine.container import MountPoint
 from skep.engine.syscalls import open_in_root
@@ -75,7 +75,7 @@ class Volumes:
         except FileNotFoundError:
             return {ANONYMOUS: ""} if _NAMELESS.fullmatch(name) else None
         except Exception as error:  # one volume's error does not reach others
-            report(error, "labels of a volume not read", volume=name)
+            log_error(error, "labels of a volume not read", volume=name)
             return None
 
     async def remove(self, name: str) -> None:
@@ -83,7 +83,7 @@ class Volumes:
         try:
             await remove_tree(self.path(name).parent)
         except OSError as error:
-            raise Unavailable(f"cannot remove volume {name}: {explain(error)}") from error
+            raise Unavailable(f"cannot remove volume {name}: {describe_error(error)}") from error
 
     # --- mounts of containers -----------------------------------------------------------------------------------
 

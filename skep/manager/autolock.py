@@ -48,7 +48,7 @@ class Autolock:
                         self._changed.set()
 
     async def _work(self) -> None:
-        backoff = Backoff(longest_s=10.0, chance=self._random.random)
+        backoff = Backoff(longest_s=10.0, rng=self._random.random)
         while True:
             await self._changed.wait()
             self._changed.clear()

@@ -16,7 +16,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.guard import report
+from skep.aio.failures import log_error
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import NodeId
@@ -108,7 +108,7 @@ def _stop(paths: Paths, served: int, later: int) -> NoReturn:
     try:
         write_incarnations(paths, Incarnations(served=served, later=later))
     except OSError as error:
-        report(error, "a later incarnation of the cluster is not kept")
+        log_error(error, "a later incarnation of the cluster is not kept")
     raise superseded(served, later)
 
 

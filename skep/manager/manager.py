@@ -16,8 +16,8 @@ import structlog
 from aiohttp import web
 
 from skep.aio.clock import Clock
+from skep.aio.failures import retry
 from skep.aio.groups import first_alone
-from skep.aio.guard import persist
 from skep.aio.loop_lag import LoopLag
 from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.api.server import runner
@@ -314,12 +314,12 @@ def _keep_writing(
         with first_alone(OSError):
             await work()
 
-    kept = persist(
+    kept = retry(
         run,
         "part of the manager failed",
         clock=clock,
         longest_s=10.0,
-        chance=random.random,
+        rng=random.random,
         kinds=(OSError,),
         part=name,
     )

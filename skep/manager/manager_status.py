@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.first import wait_first
+from skep.aio.race import wait_first
 from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
@@ -49,7 +49,7 @@ class ManagerStatusWriter:
 
     async def run(self) -> None:
         """Write at the start and whenever leadership changes, with retries, until cancelled."""
-        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
             self._changed.clear()
             term = self._term

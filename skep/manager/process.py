@@ -16,12 +16,12 @@ import msgspec
 import structlog
 
 from skep import logs
-from skep.aio import collector
+from skep.aio import gc_settings
 from skep.aio.backoff import Backoff
-from skep.aio.children import watch_children_by_pidfd
+from skep.aio.child_watcher import watch_children_by_pidfd
 from skep.aio.clock import Clock, SystemClock
+from skep.aio.failures import describe_error
 from skep.aio.groups import errors_as_they_are
-from skep.aio.guard import explain
 from skep.aio.trees import remove_tree
 from skep.bootstrap import FUTILE, REMOVED, STARVED, ManagerConfig, encode, load, load_recovery
 from skep.errors import SkepError
@@ -90,8 +90,8 @@ def run(paths: Paths) -> None:
         refusal = refusal_in(error)
         if refusal is None:
             raise
-        log.error("manager cannot go on", reason=explain(refusal), exc_info=error)
-        _say_last(paths, explain(refusal))
+        log.error("manager cannot go on", reason=describe_error(refusal), exc_info=error)
+        _say_last(paths, describe_error(refusal))
         raise SystemExit(STARVED) from error
 
 
@@ -182,7 +182,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
         config.node_id, config.advertise_addr, book, config.look_at, partial(client_context, pair), clock
     )
     async with AsyncExitStack() as stack:
-        backoff = Backoff(longest_s=30.0, chance=random.random)
+        backoff = Backoff(longest_s=30.0, rng=random.random)
         member = Member(settings, binary, clock, backoff, partial(_tell, paths.store_full))
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
             asking = ask_others(
@@ -209,7 +209,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
         pair = await renewed_by_itself(store, pair, files, clock)
         client = await stack.enter_async_context(Client(paths.etcd_socket))
         consensus = RaftMembers(client, member)
-        collector.settle()  # the loaded replica is looked at by no collection; it halves the time of one
+        gc_settings.configure_gc()  # the loaded replica is looked at by no collection; it halves the time of one
         manager = Manager(
             config,
             store,

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.patience import Patience, Step
+from skep.aio.hang_detection import Action, HangDetector
 from skep.errors import SkepError
 
 log = structlog.get_logger(__name__)
@@ -70,16 +70,16 @@ class Watchdog:
         self._stopped.set()
 
     def _run(self) -> None:
-        patience = Patience(TICK_S, self._clock.monotonic())
+        patience = HangDetector(TICK_S, self._clock.monotonic())
         while not self._stopped.wait(TICK_S):
-            is_answered = self._answered.is_set()
-            if is_answered and not self._ask():
+            has_response = self._answered.is_set()
+            if has_response and not self._ask():
                 return
-            match patience.look(self._clock.monotonic(), is_answered=is_answered):
-                case Step.HAND_OVER:
+            match patience.record(self._clock.monotonic(), has_response=has_response):
+                case Action.HAND_OVER:
                     log.error("the event loop hangs: another manager is to lead", silent_s=patience.silent_s)
                     self._have_another_lead()
-                case Step.END:
+                case Action.END:
                     self._end(f"its event loop did not answer for {patience.silent_s:.0f} s")
                     return
 

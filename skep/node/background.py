@@ -7,9 +7,9 @@ from typing import Any
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.first import Overtaken, unless
+from skep.aio.failures import retry
 from skep.aio.groups import first_alone
-from skep.aio.guard import persist
+from skep.aio.race import Preempted, run_unless
 from skep.errors import SkepError
 from skep.node.supervision.zygote import ZygoteGone
 
@@ -26,15 +26,15 @@ def run_part(group: asyncio.TaskGroup, clock: Clock, work: Work, name: str) -> N
             await work()
 
     # Only another node process has another zygote.
-    repeated = persist(run, "part of the node failed", clock=clock, passes=(ZygoteGone,), part=name)
+    repeated = retry(run, "part of the node failed", clock=clock, passes=(ZygoteGone,), part=name)
     group.create_task(repeated, name=name)
 
 
 async def wait_briefly(ready: Coroutine[Any, Any, None], seconds: float, clock: Clock) -> None:
     """Wait until the containers of earlier processes are known, so that no list lacks one."""
     try:
-        await unless(ready, clock.sleep(seconds))
-    except Overtaken:
+        await run_unless(ready, clock.sleep(seconds))
+    except Preempted:
         log.warning("not all containers are found again yet", after_s=seconds)
 
 

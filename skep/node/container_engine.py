@@ -157,7 +157,7 @@ def oci_engine(configuration: Configuration, environment: Environment, events: N
         paths,
         images,
         clock=clock,
-        chance=environment.random.random,
+        rng=environment.random.random,
         hostname=environment.machine.hostname,
         cgroup_parent=configuration.cgroup_parent,
         ports=net.ports,

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from skep.aio.clock import Clock
-from skep.aio.guard import explain
+from skep.aio.failures import describe_error
 from skep.linux.files import replace_file
 from skep.node.conditions import Conditions
 
@@ -80,7 +80,9 @@ class DiskCheck:
                 replace_file(directory / _PROBE, _BLOCK, mode=0o600)
             except Exception as error:
                 number = error.errno if isinstance(error, OSError) else None
-                reason = error.strerror if isinstance(error, OSError) and error.strerror else explain(error)
+                reason = (
+                    error.strerror if isinstance(error, OSError) and error.strerror else describe_error(error)
+                )
                 advice = _ADVICE.get(number, "") if number is not None else ""
                 return f"cannot write to {directory}: {reason}" + (f" ({advice})" if advice else "")
         return ""

@@ -40,9 +40,9 @@ class DockerEngine:
         self.version: Mapping[str, str] = {}
         """``Version`` and ``ApiVersion``, as it said last; empty as long as it has never answered."""
 
-    async def follow(self, clock: Clock, chance: Callable[[], float]) -> None:
+    async def follow(self, clock: Clock, rng: Callable[[], float]) -> None:
         """Keep ``version`` true until cancelled: an engine may start after this node, or be replaced beside it."""
-        backoff = Backoff(0.5, _ASK_AGAIN_S, chance=chance)
+        backoff = Backoff(0.5, _ASK_AGAIN_S, rng=rng)
         while True:
             if await self.read_version():
                 backoff.reset()

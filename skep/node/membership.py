@@ -19,9 +19,9 @@ import structlog
 
 from skep.agent.certificates import join
 from skep.agent.managers import Peer
-from skep.aio.first import wait_first
+from skep.aio.failures import describe_error, retry
 from skep.aio.groups import first_alone
-from skep.aio.guard import explain, persist
+from skep.aio.race import wait_first
 from skep.api.backups import Manifest, RestorePlan
 from skep.api.client import Client
 from skep.api.errors import Untranslated
@@ -118,12 +118,12 @@ class Membership:
         """
         async with asyncio.TaskGroup() as group:
             self._group = group
-            await persist(
+            await retry(
                 self._resume,
                 "not taking part in the swarm",
                 clock=self._clock,
                 longest_s=10.0,
-                on_error=lambda error: self._note_unreadable(explain(error)),
+                on_error=lambda error: self._note_unreadable(describe_error(error)),
                 passes=(ZygoteGone,),
             )
             await asyncio.Event().wait()

@@ -25,7 +25,7 @@ from skep.agent.session import NodeServices
 from skep.agent.session_state import SessionState
 from skep.agent.task_files import TaskFiles
 from skep.agent.worker import Worker
-from skep.aio.guard import contain
+from skep.aio.failures import isolate
 from skep.api.client import Client
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
@@ -334,7 +334,7 @@ class Node:
         local = engine.local or LocalNetworks(
             self._paths.networks / "local", engine.gateway, clock=self._clock, new_id=new_container_id
         )
-        await contain(asyncio.to_thread(local.open), "networks of this node not read yet")
+        await isolate(asyncio.to_thread(local.open), "networks of this node not read yet")
         cluster = ClusterNetworks(
             member=self._membership,
             manager=self._manager_api,
@@ -342,7 +342,7 @@ class Node:
             tables=self._tables,
             containers=engine.list_containers,
             clock=self._clock,
-            chance=self._random,
+            rng=self._random,
         )
         networks = NetworkParts(
             cluster=cluster,

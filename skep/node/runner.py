@@ -14,9 +14,9 @@ import structlog
 
 from skep.agent.managers import Peer
 from skep.aio.clock import Clock
-from skep.aio.first import wait_first
+from skep.aio.failures import log_error, retry
 from skep.aio.groups import first_alone
-from skep.aio.guard import persist, report
+from skep.aio.race import wait_first
 from skep.configuration.configuration import Configuration
 from skep.errors import SkepError
 from skep.model.node import NodeRole
@@ -203,7 +203,7 @@ class NodeRunner:
             with first_alone(SkepError):
                 await work()
 
-        await persist(
+        await retry(
             run, "part of the node failed", clock=self._clock, longest_s=10.0, passes=(SkepError,), part=part
         )
 
@@ -246,7 +246,7 @@ class NodeRunner:
         try:
             self._write()
         except OSError as error:
-            report(error, "node.json not written")
+            log_error(error, "node.json not written")
             self._is_unwritten.set()
 
     def _write(self) -> None:
@@ -262,7 +262,7 @@ class NodeRunner:
         while True:
             await self._is_unwritten.wait()
             self._is_unwritten.clear()
-            await persist(write, "node.json not written", clock=self._clock, longest_s=10.0)
+            await retry(write, "node.json not written", clock=self._clock, longest_s=10.0)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -236,7 +236,7 @@ class Updater:
         return result, tx.proposal()
 
     def _conflict_delay(self) -> "_ConflictDelay":
-        return _ConflictDelay(self._clock, Backoff(0.01, 0.5, chance=self._rng))
+        return _ConflictDelay(self._clock, Backoff(0.01, 0.5, rng=self._rng))
 
     async def _shown(self, revision: int, deadline: "within_deadline") -> None:
         """Wait until the replica shows an acknowledged write, which no deadline turns into an error any more."""

@@ -123,7 +123,7 @@ async def a_rig(folder: Path) -> AsyncIterator[Rig]:
             tables=work,
             containers=lambda: work.containers,
             clock=SystemClock(),
-            chance=Random(1).random,
+            rng=Random(1).random,
         )
         parts = NetworkParts(
             cluster=cluster,

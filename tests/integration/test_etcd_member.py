@@ -318,7 +318,7 @@ async def test_without_room_it_is_started_again_later_and_later_and_says_so(
     """Bytes may be free and inodes not; or the room is gone again as soon as the store begins to write."""
     script = 'echo \'{"level":"fatal","msg":"failed to create WAL: no space left on device"}\' >&2; exit 1'
     clock, told = CountingClock(), []
-    backoff = Backoff(0.03, 5.0, chance=lambda: 1.0)
+    backoff = Backoff(0.03, 5.0, rng=lambda: 1.0)
     member = Member(settings, a_fake_etcd(tmp_path / "etcd", script), clock, backoff, told.append)
 
     async def run() -> None:

@@ -34,8 +34,8 @@ def rig(tmp_path: Path) -> Iterator[DaemonRig]:
 
 def moments(count: int, longest_s: float) -> list[float]:
     """Seconds after the beginning of what is interrupted: spread over it, the same in every run."""
-    chance = random.Random(SEED)
-    return [longest_s * (number + chance.random()) / count for number in range(count)]
+    rng = random.Random(SEED)
+    return [longest_s * (number + rng.random()) / count for number in range(count)]
 
 
 def meanwhile(work: Callable[[], object], after_s: float, strike: Callable[[], object]) -> None:

@@ -141,13 +141,13 @@ class LabNode:
             ports=self.reservations,
             relays=self.relays,
             clock=SystemClock(),
-            chance=random.random,
+            rng=random.random,
         )
         mesh.identify(self.id)
         return mesh
 
     def _new_healer(self) -> Healer:
-        return Healer(self.namespaces, SystemClock(), self.repairs, chance=random.random)
+        return Healer(self.namespaces, SystemClock(), self.repairs, rng=random.random)
 
     @asynccontextmanager
     async def relaying(self) -> AsyncIterator[None]:

@@ -129,7 +129,7 @@ class Lab:
             self.paths,
             self.images,
             clock=SystemClock(),
-            chance=random.random,
+            rng=random.random,
             hostname="lab",
             cgroup_parent=self.cgroup_parent,
             namespaces=namespaces,

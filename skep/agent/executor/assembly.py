@@ -48,7 +48,7 @@ def oci_executor(
     images: Images,
     *,
     clock: Clock,
-    chance: Callable[[], float],
+    rng: Callable[[], float],
     hostname: str,
     cgroup_parent: str = "skep",
     ports: PortReservations | None = None,
@@ -96,7 +96,7 @@ def oci_executor(
         ports=ports or OwnReservations(namespaces),
         mesh_ports=mesh_ports,
         clock=clock,
-        chance=chance,
+        rng=rng,
         naming=naming,
         conditions=conditions,
         encryption=encryption,
@@ -133,7 +133,7 @@ def container_network(
     ports: PortReservations,
     mesh_ports: PortReservations | None = None,
     clock: Clock,
-    chance: Callable[[], float],
+    rng: Callable[[], float],
     naming: Naming | None = None,
     names: NameService | None = None,
     attachments: ClusterAttachments | None = None,
@@ -146,7 +146,7 @@ def container_network(
     ``encryption``: None: the node does not encrypt.
     """
     repairs, settling = Repairs(), DeferredChanges(clock)
-    healing = Healer(namespaces, clock, repairs, chance=chance)
+    healing = Healer(namespaces, clock, repairs, rng=rng)
     home = node_reconciler(namespaces, repairs)
     tunnels = Tunnels(
         paths,
@@ -177,7 +177,7 @@ def container_network(
         ports=mesh_ports or OwnReservations(namespaces),
         relays=paths.relays,
         clock=clock,
-        chance=chance,
+        rng=rng,
     )
     place = ProbePlace(
         pins=Namespaces(paths.probes, namespaces.home),
@@ -192,7 +192,7 @@ def container_network(
         paths.measured_paths,
         overlays.remeasured,
         clock,
-        chance,
+        rng,
     )
     overlays.measure_with(prober)
     return ContainerNetwork(
@@ -209,7 +209,7 @@ def container_network(
         prober=prober,
         naming=naming,
         clock=clock,
-        chance=chance,
+        rng=rng,
         say=conditions.say("networks") if conditions is not None else lambda _: None,
     )
 

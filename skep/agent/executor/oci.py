@@ -19,7 +19,7 @@ from skep.agent.executor.interface import Controller, Rejected, Running, TaskExi
 from skep.agent.executor.payloads import Payloads
 from skep.agent.executor.pulling import ImagePuller, Images
 from skep.aio.clock import Clock
-from skep.aio.guard import persist
+from skep.aio.failures import retry
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.netns.connections import inbound_of
 from skep.engine.container import Container, NotRunning
@@ -74,7 +74,7 @@ class OciExecutor:
     async def running(self) -> AsyncIterator[None]:
         """Adopt the containers of earlier processes; they run on when the block ends."""
         opening = partial(asyncio.to_thread, self.payloads.open)
-        await persist(opening, "file system for secrets not mounted", clock=self.clock, longest_s=10.0)
+        await retry(opening, "file system for secrets not mounted", clock=self.clock, longest_s=10.0)
         async with self.engine.running():
             yield
 

@@ -13,7 +13,7 @@ import msgspec
 
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.aio.clock import Clock
-from skep.aio.first import wait_first
+from skep.aio.race import wait_first
 from skep.errors import NotFound
 from skep.model.ids import NodeId, TaskId
 from skep.model.task import AssignedTask, ContainerStatus
@@ -73,12 +73,12 @@ class SimulatedExecutor:
     def __init__(
         self,
         clock: Clock,
-        chance: random.Random,
+        rng: random.Random,
         machine: Machine | None = None,
         behaviour: Behaviour | None = None,
     ) -> None:
         self.clock = clock
-        self.chance = chance
+        self.rng = rng
         self.machine = machine or Machine()
         self.behaviour = behaviour or Behaviour()
 
@@ -102,7 +102,7 @@ class SimulatedExecutor:
 
     async def take(self, seconds: float) -> None:
         """Spend about ``seconds``."""
-        await self.clock.sleep(seconds * self.chance.uniform(0.5, 1.5))
+        await self.clock.sleep(seconds * self.rng.uniform(0.5, 1.5))
 
 
 class SimulatedController:
@@ -129,7 +129,7 @@ class SimulatedController:
         if self._id in self._executor.machine.processes:
             return
         await self._executor.take(self._executor.behaviour.prepare_s)
-        if self._executor.chance.random() < self._executor.behaviour.rejected:
+        if self._executor.rng.random() < self._executor.behaviour.rejected:
             raise Rejected("the simulated node has no such image")
         self._executor.machine.new_process(self._id)
 
@@ -173,7 +173,7 @@ class SimulatedController:
         """Let it run its time, unless it is ended before."""
         await wait_first(self._executor.take(seconds), process.ended.wait())
         behaviour = self._executor.behaviour
-        process.end(1 if self._executor.chance.random() < behaviour.crashed else behaviour.exit_code)
+        process.end(1 if self._executor.rng.random() < behaviour.crashed else behaviour.exit_code)
 
     def _require(self) -> Process:
         process = self._executor.machine.processes.get(self._id)

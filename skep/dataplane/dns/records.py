@@ -49,10 +49,10 @@ class Foreign(msgspec.Struct, frozen=True):
 Decision: TypeAlias = Found | Missing | Foreign
 
 
-def decide(query: Query, networks: Sequence[Index], chance: float) -> Decision:
+def decide(query: Query, networks: Sequence[Index], rng: float) -> Decision:
     """The answer to ``query`` of a container on ``networks``, which are in its order.
 
-    ``chance``: in [0, 1); where among several addresses the answer begins.
+    ``rng``: in [0, 1); where among several addresses the answer begins.
     """
     name = query.name
     foreign = Foreign("." not in name and name != "")
@@ -63,9 +63,9 @@ def decide(query: Query, networks: Sequence[Index], chance: float) -> Decision:
     for index, local in _readings(name, networks):
         known = index.find(local)
         if known is not None:
-            return _addresses(query.type, index.id, known, chance)
+            return _addresses(query.type, index.id, known, rng)
         if query.type == SRV:
-            found = _targets(local, index, chance)
+            found = _targets(local, index, rng)
             if found is not None:
                 return found
         slot, _, service = local.partition(".")
@@ -86,12 +86,12 @@ def _readings(name: str, networks: Sequence[Index]) -> Iterator[tuple[Index, str
         end = name.rfind(".", 0, end)
 
 
-def _addresses(type_: int, network: NetworkId, known: Known, chance: float) -> Found:
+def _addresses(type_: int, network: NetworkId, known: Known, rng: float) -> Found:
     records: list[Record] = []
     if type_ in (A, ANY):
-        records += [Record(A, packed) for packed in rotated(known.ipv4, chance)]
+        records += [Record(A, packed) for packed in rotated(known.ipv4, rng)]
     if type_ in (AAAA, ANY):
-        records += [Record(AAAA, packed) for packed in rotated(known.ipv6, chance)]
+        records += [Record(AAAA, packed) for packed in rotated(known.ipv6, rng)]
     virtual = frozenset((network, service) for service in known.services) if records else frozenset()
     return Found(tuple(records), virtual=virtual)
 
@@ -116,7 +116,7 @@ def _reverse(query: Query, networks: Sequence[Index]) -> Found | Missing | None:
     return None
 
 
-def _targets(name: str, index: Index, chance: float) -> Found | None:
+def _targets(name: str, index: Index, rng: float) -> Found | None:
     """``_<port>._<protocol>.<service>``: its serving tasks with that port.  None: it is something else."""
     matched = _SERVICE_PORT.fullmatch(name)
     if matched is None:
@@ -125,7 +125,7 @@ def _targets(name: str, index: Index, chance: float) -> Found | None:
     if not index.is_service(matched[2]) or not 0 < port <= 65535:
         return None
     answers, extra = [], []
-    for task in rotated(tuple(index.serving(matched[2])), chance):
+    for task in rotated(tuple(index.serving(matched[2])), rng):
         try:
             target = encoded(f"{task.name}.{index.name}")
         except ValueError:
@@ -138,9 +138,9 @@ def _targets(name: str, index: Index, chance: float) -> Found | None:
     return Found(tuple(answers), tuple(extra))
 
 
-def rotated(values: tuple[T, ...], chance: float) -> tuple[T, ...]:
+def rotated(values: tuple[T, ...], rng: float) -> tuple[T, ...]:
     """``values`` beginning somewhere else."""
-    start = int(chance * len(values))
+    start = int(rng * len(values))
     return values[start:] + values[:start]
 
 

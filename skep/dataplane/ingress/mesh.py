@@ -12,7 +12,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.guard import contain, persist
+from skep.aio.failures import isolate, retry
 from skep.dataplane.ingress.obstacles import forwarding_tables, obstacles
 from skep.dataplane.ingress.reply_routing import ReplyRouting
 from skep.dataplane.netns import conntrack, nft
@@ -65,7 +65,7 @@ class Mesh:
         ports: PortReservations,
         relays: Path,
         clock: Clock,
-        chance: Callable[[], float],
+        rng: Callable[[], float],
     ) -> None:
         self._namespaces = namespaces
         self._home = home
@@ -73,8 +73,8 @@ class Mesh:
         self._ports = ports
         self._relays = relays
         self._clock = clock
-        self._chance = chance
-        self._backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, chance=chance)
+        self._rng = rng
+        self._backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=rng)
         self._node_id = NodeId("")
         self._table: Table | None = None
         self._held: set[PortKey] | None = None
@@ -112,7 +112,7 @@ class Mesh:
             "mesh-retries": self._try_again,
             "mesh-obstacles": self._look_for_obstacles,
         }
-        keep = partial(persist, clock=self._clock, chance=self._chance)
+        keep = partial(retry, clock=self._clock, rng=self._rng)
         async with asyncio.TaskGroup() as group:
             for name, run in parts.items():
                 group.create_task(keep(run, "part of the mesh failed", part=name), name=name)
@@ -214,14 +214,14 @@ class Mesh:
             await self._again.wait()
             await self._backoff.sleep(self._clock)
             self._again.clear()
-            await contain(self._follow(), "ports are not published", on_error=lambda _: self._again.set())
+            await isolate(self._follow(), "ports are not published", on_error=lambda _: self._again.set())
 
     async def _look_for_obstacles(self) -> None:
         while True:
             found: tuple[str, ...] = ()
             if self._plan is not None and self._plan.ports:
                 work = self._namespaces.run(self._namespaces.home, _find_obstacles)
-                found = await contain(work, "others' rules not read") or ()
+                found = await isolate(work, "others' rules not read") or ()
             for sentence in set(found) - set(self._obstacles):
                 log.warning(sentence)
             self._obstacles = found

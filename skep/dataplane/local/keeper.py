@@ -11,7 +11,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.guard import explain, report
+from skep.aio.failures import describe_error, log_error
 from skep.aio.trees import discard_tree_now
 from skep.api.errors import Forbidden
 from skep.api.networks import NetworkBody, SubnetBody
@@ -90,9 +90,9 @@ class LocalNetworks:
             pass
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and not is_no_file(error):
-                raise Unavailable(f"the node's networks cannot be read: {explain(error)}") from error
+                raise Unavailable(f"the node's networks cannot be read: {describe_error(error)}") from error
             aside = self._file.with_suffix(".damaged")
-            report(error, "the node's networks are begun anew", file=str(self._file), kept_as=str(aside))
+            log_error(error, "the node's networks are begun anew", file=str(self._file), kept_as=str(aside))
             discard_tree_now(aside)
             with suppress(OSError):
                 self._file.rename(aside)
@@ -103,7 +103,7 @@ class LocalNetworks:
             try:
                 self._keep(kept)
             except OSError as error:  # the next change writes it, too
-                report(error, "the node's networks are not kept")
+                log_error(error, "the node's networks are not kept")
                 self._kept = kept
 
     def predefined(self) -> list[LocalNetwork]:

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 
 from skep.aio.clock import Clock
-from skep.aio.guard import contain
+from skep.aio.failures import isolate
 
 PAUSE_SECONDS = 0.2
 
@@ -36,4 +36,4 @@ class DeferredChanges:
             await self._clock.sleep(PAUSE_SECONDS)
             due, self._due = self._due, {}
             for settle in due.values():
-                await contain(settle(), "network not cleared yet")
+                await isolate(settle(), "network not cleared yet")

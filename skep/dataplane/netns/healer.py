@@ -14,8 +14,8 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.first import wait_first
-from skep.aio.guard import explain, persist, report
+from skep.aio.failures import describe_error, log_error, retry
+from skep.aio.race import wait_first
 from skep.dataplane.netns import netlink
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.nft_changes import ForeignChanges, open_notifications
@@ -65,14 +65,14 @@ class Healer:
         clock: Clock,
         repairs: Repairs,
         *,
-        chance: Callable[[], float],
+        rng: Callable[[], float],
         share: float = SHARE,
     ) -> None:
         """``share``: of one core, for the slow round."""
         self.repairs = repairs
         self._namespaces = namespaces
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._share = share
         self._sockets: dict[NetnsReconciler, list[socket.socket]] = {}
         self._due: dict[NetnsReconciler, bool] = {}
@@ -135,7 +135,7 @@ class Healer:
 
     async def run(self) -> None:
         """Heal until cancelled."""
-        keep = partial(persist, clock=self._clock, chance=self._chance)
+        keep = partial(retry, clock=self._clock, rng=self._rng)
         event = "healing of networks failed"
         try:
             async with asyncio.TaskGroup() as group:
@@ -222,13 +222,15 @@ class Healer:
     def _note_failure(self, reconciler: NetnsReconciler, error: Exception) -> None:
         failing = self._failing.get(reconciler)
         if failing is None:
-            backoff = Backoff(PAUSE_SECONDS, RETRY_SECONDS_MAX, chance=self._chance)
+            backoff = Backoff(PAUSE_SECONDS, RETRY_SECONDS_MAX, rng=self._rng)
             failing = self._failing[reconciler] = _Failing(backoff)
         delay_s = failing.backoff.next_delay_s()
         failing.again_at = self._clock.monotonic() + delay_s
-        if failing.reason != explain(error):
-            failing.reason = explain(error)
-            report(error, "network not repaired yet", namespace=reconciler.name, again_in_s=round(delay_s, 1))
+        if failing.reason != describe_error(error):
+            failing.reason = describe_error(error)
+            log_error(
+                error, "network not repaired yet", namespace=reconciler.name, again_in_s=round(delay_s, 1)
+            )
         self._mark_due(reconciler, is_thorough=True)
 
 

@@ -10,9 +10,9 @@ import errno
 import socket
 from collections.abc import Callable, Collection
 
-from skep.aio.allowance import Allowance
 from skep.aio.clock import Clock
-from skep.aio.first import is_set_within
+from skep.aio.race import is_set_within
+from skep.aio.token_bucket import TokenBucket
 from skep.dataplane.probe.outcomes import Outcome
 from skep.dataplane.probe.packets import Said, answer, answered, asked, question
 from skep.dataplane.probe.places import PORT
@@ -96,7 +96,7 @@ class Echoes:
         self._numbers = numbers
         self._sockets: Sockets | None = None
         self._waiting: dict[int, _Question] = {}
-        self._known: dict[str, Allowance] = {}
+        self._known: dict[str, TokenBucket] = {}
         self._heard_at: dict[str, float] = {}
 
     def use(self, sockets: Sockets) -> None:
@@ -119,7 +119,8 @@ class Echoes:
         """Answer these, and nobody else."""
         now = self._clock.monotonic()
         self._known = {
-            one: self._known.get(one) or Allowance(_ANSWERS_AT_ONCE, _ANSWERS_PER_S, now) for one in addresses
+            one: self._known.get(one) or TokenBucket(_ANSWERS_AT_ONCE, _ANSWERS_PER_S, now)
+            for one in addresses
         }
         self._heard_at = {one: at for one, at in self._heard_at.items() if one in self._known}
 

@@ -10,10 +10,10 @@ RECHECK_S = 4.0
 PEERS_AT_FULL_PACE = 64
 
 
-def pause_s(peers: int, chance: float, *, is_settled: bool) -> float:
+def pause_s(peers: int, rng: float, *, is_settled: bool) -> float:
     """Seconds until the next round with one of so many ``peers``, spread by a quarter to each side.
 
-    ``chance``: from 0 to 1.
+    ``rng``: from 0 to 1.
     """
     period = PERIOD_S if is_settled else RECHECK_S
-    return period * max(1.0, peers / PEERS_AT_FULL_PACE) * (0.75 + 0.5 * chance)
+    return period * max(1.0, peers / PEERS_AT_FULL_PACE) * (0.75 + 0.5 * rng)

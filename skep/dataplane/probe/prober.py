@@ -15,8 +15,8 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.first import is_set_within
-from skep.aio.guard import persist
+from skep.aio.failures import retry
+from skep.aio.race import is_set_within
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.probe.data_path import DataPath
 from skep.dataplane.probe.findings import is_news, reported
@@ -55,7 +55,7 @@ class PathProber:
         kept: Path,
         remeasured: Callable[[], Awaitable[None]],
         clock: Clock,
-        chance: Callable[[], float],
+        rng: Callable[[], float],
     ) -> None:
         self._data_path = data_path
         self._ports = ports
@@ -64,7 +64,7 @@ class PathProber:
         self._keeping = asyncio.Lock()
         self._remeasured = remeasured
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._wish: ProbeTargets | None = None
         self._is_told = False
         self._changed = asyncio.Event()
@@ -156,7 +156,7 @@ class PathProber:
         """Probe until cancelled; what is in the kernel then stays for the next process."""
         try:
             async with asyncio.TaskGroup() as group:
-                keep = partial(persist, clock=self._clock, chance=self._chance)
+                keep = partial(retry, clock=self._clock, rng=self._rng)
                 keeping = keep(self._keep_overlays, "overlays do not follow what was measured")
                 group.create_task(keeping, name="measured overlays")
                 await keep(partial(self._keep_place, group), "probes have failed")
@@ -164,7 +164,7 @@ class PathProber:
             self._data_path.close()
 
     async def _keep_place(self, group: asyncio.TaskGroup) -> None:
-        backoff = Backoff(0.2, _RETRY_S_MAX, chance=self._chance)
+        backoff = Backoff(0.2, _RETRY_S_MAX, rng=self._rng)
         while True:
             self._changed.clear()
             now = self._clock.monotonic()
@@ -219,11 +219,11 @@ class PathProber:
                 self._news.pop(id, None)
         for id, peer in wanted.items():
             if id not in self._tasks:
-                asking = persist(
+                asking = retry(
                     partial(self._keep_asking, peer),
                     "probes have failed",
                     clock=self._clock,
-                    chance=self._chance,
+                    rng=self._rng,
                     peer=id,
                 )
                 task = group.create_task(asking, name=f"probes of {id}")
@@ -239,7 +239,7 @@ class PathProber:
                 self._news[peer.node_id] = report
                 self._has_news.set()
                 _say(peer, report)
-            pause = pause_s(len(self._tasks), self._chance(), is_settled=report.is_settled)
+            pause = pause_s(len(self._tasks), self._rng(), is_settled=report.is_settled)
             await self._clock.sleep(pause)
 
     async def _round(self, peer: PathPeer, before: PathReport | None, *, is_thorough: bool) -> PathReport:
@@ -258,7 +258,7 @@ class PathProber:
             self._is_measured.set()
 
     async def _keep_overlays(self) -> None:
-        backoff = Backoff(0.2, _RETRY_S_MAX, chance=self._chance)
+        backoff = Backoff(0.2, _RETRY_S_MAX, rng=self._rng)
         while True:
             await self._is_measured.wait()
             self._is_measured.clear()

@@ -14,7 +14,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.guard import explain
+from skep.aio.failures import describe_error
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
 from skep.dataplane.proxy.udp import UdpRelay
@@ -40,13 +40,13 @@ class Relays:
         self,
         plan: Path,
         clock: Clock,
-        chance: Callable[[], float],
+        rng: Callable[[], float],
         in_namespace: Callable[[Callable[[], socket.socket]], socket.socket] = lambda call: call(),
     ) -> None:
         self._plan = plan
         self._planned: tuple[RelayPort, ...] = ()
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._in_namespace = in_namespace
         self._open: dict[_Key, TcpRelay | UdpRelay] = {}
         self._refused: set[_Key] = set()
@@ -54,7 +54,7 @@ class Relays:
     async def run(self) -> None:
         """Serve until cancelled; open connections end then."""
         self._plan.parent.mkdir(parents=True, exist_ok=True)
-        backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, chance=self._chance)
+        backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=self._rng)
         try:
             while True:
                 try:
@@ -93,15 +93,15 @@ class Relays:
             except Exception as error:  # whatever it is, it is one port
                 refused.add(key)
                 if key not in self._refused:
-                    log.warning("port is not relayed", port=key, reason=explain(error))
+                    log.warning("port is not relayed", port=key, reason=describe_error(error))
         self._refused = refused
 
     async def _opened(self, port: RelayPort) -> TcpRelay | UdpRelay:
         if port.protocol == "udp":
             return UdpRelay(
-                port, self._in_namespace(lambda: _bound(port)), self._clock, self._chance, self._in_namespace
+                port, self._in_namespace(lambda: _bound(port)), self._clock, self._rng, self._in_namespace
             )
-        relay = TcpRelay(port, self._chance, self._in_namespace)
+        relay = TcpRelay(port, self._rng, self._in_namespace)
         await relay.open(self._in_namespace(lambda: _bound(port)))
         return relay
 
@@ -112,7 +112,7 @@ class Relays:
         except FileNotFoundError:
             self._planned = ()
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            log.warning("relays cannot be read", file=str(self._plan), reason=explain(error))
+            log.warning("relays cannot be read", file=str(self._plan), reason=describe_error(error))
         return self._planned
 
 

@@ -61,12 +61,12 @@ def sticky_slot(client: str) -> int:
     return number % STICKY_SLOTS
 
 
-def backend_order(port: RelayPort, client: str, chance: Callable[[], float]) -> tuple[tuple[str, int], ...]:
+def backend_order(port: RelayPort, client: str, rng: Callable[[], float]) -> tuple[tuple[str, int], ...]:
     """All tasks that serve, each once; the first is the client's, the others in case it cannot be reached.
 
-    ``chance``: numbers from 0 to 1, less than 1.
+    ``rng``: numbers from 0 to 1, less than 1.
     """
     if not port.backends:
         return ()
-    first = sticky_slot(client) if port.is_sticky else int(chance() * len(port.backends))
+    first = sticky_slot(client) if port.is_sticky else int(rng() * len(port.backends))
     return tuple(dict.fromkeys((*port.backends[first:], *port.backends[:first])))

@@ -31,11 +31,11 @@ class TcpRelay:
     def __init__(
         self,
         port: RelayPort,
-        chance: Callable[[], float],
+        rng: Callable[[], float],
         in_namespace: Callable[[Callable[[], socket.socket]], socket.socket],
     ) -> None:
         self._port = port
-        self._chance = chance
+        self._rng = rng
         self._in_namespace = in_namespace
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
@@ -86,7 +86,7 @@ class TcpRelay:
         peer, own = client.get_extra_info("peername"), client.get_extra_info("sockname")
         if peer is None:
             return None  # it is gone already
-        for backend in backend_order(self._port, peer[0], self._chance)[:_ATTEMPTS_MAX]:
+        for backend in backend_order(self._port, peer[0], self._rng)[:_ATTEMPTS_MAX]:
             try:
                 async with asyncio.timeout(_CONNECT_S):
                     reader, writer = await self._connect(backend)

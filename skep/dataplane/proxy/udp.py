@@ -39,13 +39,13 @@ class UdpRelay:
         port: RelayPort,
         listener: socket.socket,
         clock: Clock,
-        chance: Callable[[], float],
+        rng: Callable[[], float],
         in_namespace: Callable[[Callable[[], socket.socket]], socket.socket],
     ) -> None:
         self._port = port
         self._listener = listener
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._in_namespace = in_namespace
         self._sessions: dict[_Client, _Session] = {}
         self._next_look_s = 0.0
@@ -92,7 +92,7 @@ class UdpRelay:
         self._end_silent()
         session = self._sessions.get(client)
         if session is None:
-            backends = backend_order(self._port, client[0][0], self._chance)
+            backends = backend_order(self._port, client[0][0], self._rng)
             if not backends:
                 return None
             if len(self._sessions) >= SESSIONS_MAX:

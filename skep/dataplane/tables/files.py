@@ -16,7 +16,7 @@ import structlog
 
 from skep.agent.revisions import Revision
 from skep.aio.clock import Clock
-from skep.aio.guard import persist, report
+from skep.aio.failures import log_error, retry
 from skep.aio.trees import discard_tree_now
 from skep.dataplane.local.objects import is_local
 from skep.dataplane.tables.silence import whole
@@ -108,14 +108,14 @@ class StoredTables:
         try:
             while True:
                 await self._is_dirty.wait()
-                await persist(self.flush, "network tables not kept", clock=self._clock, first_s=WRITE_PAUSE_S)
+                await retry(self.flush, "network tables not kept", clock=self._clock, first_s=WRITE_PAUSE_S)
                 await self._clock.sleep(WRITE_PAUSE_S)
         finally:
             with self._writing:
                 try:
                     self._write(self._dirty)
                 except OSError as error:
-                    report(error, "network tables not kept", path=str(self._directory))
+                    log_error(error, "network tables not kept", path=str(self._directory))
                 self._has_ended = True
 
     async def flush(self) -> None:
@@ -165,7 +165,7 @@ def _all(
             one = decode(path.read_bytes())
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and not is_no_file(error):
-                report(error, "network table not read", path=str(path))
+                log_error(error, "network table not read", path=str(path))
                 has_unread = True
             else:
                 _drop(path, str(error))

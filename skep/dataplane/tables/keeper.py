@@ -15,8 +15,8 @@ import structlog
 from skep.agent.revisions import Revision, advanced
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.first import wait_first
-from skep.aio.guard import contain
+from skep.aio.failures import isolate
+from skep.aio.race import wait_first
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.merging import merged
 from skep.dataplane.tables.silence import NOBODY, Silence, without
@@ -53,12 +53,12 @@ class TableKeeper:
         stored: StoredTables,
         listeners: Sequence[TableListener],
         clock: Clock,
-        chance: Callable[[], float],
+        rng: Callable[[], float],
     ) -> None:
         self._stored = stored
-        self._parts = [_Part(listener, chance) for listener in listeners]
+        self._parts = [_Part(listener, rng) for listener in listeners]
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
         self._tables: Mapping[NetworkId, Table] = NOTHING
         self._silence = NOBODY
         self._reduced: dict[NetworkId, tuple[Table, frozenset[NodeId], Table]] = {}
@@ -82,7 +82,7 @@ class TableKeeper:
 
         Without its table a network would be taken down.
         """
-        backoff = Backoff(FIRST_RETRY_S, chance=self._chance)
+        backoff = Backoff(FIRST_RETRY_S, rng=self._rng)
         until = self._clock.monotonic() + READ_AGAIN_S
         while True:
             self.load(await asyncio.to_thread(shared.load))
@@ -141,7 +141,7 @@ class TableKeeper:
         while self._applied or any(part.is_behind for part in self._parts):
             self._applied_more.clear()
             await self._applied_more.wait()
-        await contain(self._stored.flush(), "network tables not forgotten yet")
+        await isolate(self._stored.flush(), "network tables not forgotten yet")
 
     async def run(self) -> None:
         """Hand on and write down what changes, until cancelled."""
@@ -238,13 +238,13 @@ def _left_out(what: str) -> None:
 class _Part:
     """One listener and what it does not have in force yet."""
 
-    def __init__(self, listener: TableListener, chance: Callable[[], float]) -> None:
+    def __init__(self, listener: TableListener, rng: Callable[[], float]) -> None:
         self.listener = listener
         self.changed: frozenset[NetworkId] = frozenset()
         """Since it was last asked."""
         self.waiting: frozenset[NetworkId] = frozenset()
         """What it has been asked for, or is about to be."""
-        self.backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=chance)
+        self.backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=rng)
         self.retry_at = 0.0
 
     @property

@@ -16,7 +16,7 @@ import structlog
 
 from skep.agent.session_state import SessionState
 from skep.aio.clock import Clock
-from skep.aio.first import Overtaken, unless
+from skep.aio.race import Preempted, run_unless
 from skep.model.ids import NodeId, ServiceId
 from skep.model.paths import PathCheck, PathReport
 from skep.model.tables import Table, TableEndpoint
@@ -122,7 +122,7 @@ async def _while_without_manager(
             before = found
         try:
             changed = session_state.wait_session() if is_lost else session_state.wait_no_session()
-            await unless(clock.sleep(LOOK_SECONDS), changed)
-        except Overtaken:
+            await run_unless(clock.sleep(LOOK_SECONDS), changed)
+        except Preempted:
             if before == NOBODY and is_lost:
                 return  # nothing was left out

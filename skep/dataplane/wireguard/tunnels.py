@@ -17,7 +17,7 @@ import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.clock import Clock
-from skep.aio.first import is_set_within
+from skep.aio.race import is_set_within
 from skep.dataplane.netns import pinned
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import msgspec
 import structlog
 
-from skep.aio.guard import report
+from skep.aio.failures import log_error
 from skep.aio.trees import discard_tree
 from skep.engine.images import untar
 from skep.engine.images.digest import Digest, hex_of
@@ -111,7 +111,7 @@ class Layers:
             try:
                 layer = msgspec.json.decode((directory / "layer.json").read_bytes(), type=Layer)
             except Exception as error:  # whatever it is, it is one layer
-                report(error, "layer left out", directory=str(directory))
+                log_error(error, "layer left out", directory=str(directory))
                 if isinstance(error, OSError) and not is_no_file(error):
                     unread = error
             else:
@@ -173,7 +173,7 @@ class Layers:
                 graves.append(Path(tempfile.mkdtemp(prefix="gone-", dir=self._scratch)))
                 (self._root / hex_of(chain_id)).rename(graves[-1] / "layer")
             except OSError as error:
-                report(error, "layer not removed", chain_id=chain_id)
+                log_error(error, "layer not removed", chain_id=chain_id)
             else:
                 del self._layers[chain_id]
         return graves

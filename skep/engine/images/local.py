@@ -24,7 +24,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock, SystemClock
-from skep.aio.guard import explain, persist, report
+from skep.aio.failures import describe_error, log_error, retry
 from skep.aio.trees import discard_tree, discard_tree_now
 from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of
 from skep.engine.images.image import Image, ImageConfig, parse_config
@@ -111,7 +111,7 @@ class LocalImages:
             if self.error:
                 raise Unavailable(self.error)
 
-        await persist(read, "images not read yet", clock=self._clock, first_s=1.0)
+        await retry(read, "images not read yet", clock=self._clock, first_s=1.0)
         for leftover in sorted(self._root.glob(f"{_ASIDE}*")):
             await discard_tree(leftover)
         await self._collect()
@@ -281,13 +281,13 @@ class LocalImages:
             if self.scratch.exists():
                 self.scratch.rename(self._root / f"{_ASIDE}{secrets.token_hex(8)}")
         except OSError as error:
-            report(error, "leftovers of images not set aside", directory=str(self.scratch))
+            log_error(error, "leftovers of images not set aside", directory=str(self.scratch))
 
     async def _read_or_say(self) -> None:
         try:
             await asyncio.to_thread(self._read)
         except OSError as error:
-            self.error = f"images of this node cannot be read: {explain(error)}"
+            self.error = f"images of this node cannot be read: {describe_error(error)}"
         else:
             self.error = ""
         self._index()
@@ -314,7 +314,7 @@ class LocalImages:
             try:
                 self._read_config(file)
             except Exception as error:  # whatever it is, it is one image
-                report(error, "image left out", file=str(file))
+                log_error(error, "image left out", file=str(file))
                 if isinstance(error, OSError) and not is_no_file(error):
                     unread = error
         if unread is not None:
@@ -409,7 +409,7 @@ def _read_catalog(file: Path) -> Catalog:
         if isinstance(error, OSError) and not is_no_file(error):
             raise
         aside = file.with_suffix(".damaged")
-        report(error, "names of images lost: their file is damaged", file=str(file), kept_as=str(aside))
+        log_error(error, "names of images lost: their file is damaged", file=str(file), kept_as=str(aside))
         discard_tree_now(aside)
         with suppress(OSError):
             file.rename(aside)

@@ -7,7 +7,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.slices import Slices, go_through
+from skep.aio.time_slices import TimeSlices, run_in_slices
 from skep.manager.allocator.addresses import AddressAllocations
 from skep.manager.allocator.allocations import Allocations, node_owner, service_owner
 from skep.manager.allocator.attachments import (
@@ -234,7 +234,7 @@ class Allocator:
     # -- deciding ----------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        await go_through(self._loading, self._clock)
+        await run_in_slices(self._loading, self._clock)
         allocated_before = [one for one in self._term.view().find(Network) if is_allocated(one)]
         await self._commit(CLAIMS, ([Claim(network)] for network in allocated_before))
         while True:
@@ -387,10 +387,10 @@ class Allocator:
     async def _commit(self, what: str, decided: Iterable[list[Grant]]) -> None:
         """Write the grants, each a transaction of its own, in as few raft entries as possible."""
         grants: list[Grant] = []
-        slices = Slices(self._clock)
+        slices = TimeSlices(self._clock)
         for some in decided:
             grants += some
-            await slices.give_way()
+            await slices.yield_if_due()
         if not grants:
             return
         now = timestamp(self._clock.now_ns())
@@ -400,7 +400,7 @@ class Allocator:
 
         results = await write_each(self._term, write, grants)
         for grant in grants:
-            await slices.give_way()
+            await slices.yield_if_due()
             # Whatever the result, resync with the store: what was not written is not allocated.
             self._resync(grant)
         self._failures.requeue_failed(self._queue, what, zip(map(key_of, grants), results, strict=True))

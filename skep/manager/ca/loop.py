@@ -7,7 +7,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.first import wait_first
+from skep.aio.race import wait_first
 from skep.errors import SkepError
 from skep.manager.ca.rotation import Ask, Finish, Renewal, ask_to_renew, finish, next_step
 from skep.manager.informer import LoopStore, run_informer
@@ -58,7 +58,7 @@ class CertificateAuthority:
         self._changed.set()
 
     async def _work(self) -> None:
-        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
             await self._changed.wait()
             self._changed.clear()

@@ -11,7 +11,7 @@ from random import Random
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.first import Overtaken, unless
+from skep.aio.race import Preempted, run_unless
 from skep.errors import SkepError
 from skep.manager.discovery.loop import Discovery
 from skep.model.ids import NetworkId, NodeId
@@ -98,7 +98,7 @@ class Draining:
         if manager == self._own:
             await self._discovery.acknowledgements.wait_applied(network_id, revision)
             return
-        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while not await self._has_applied(manager, network_id, revision):
             await backoff.sleep(self._clock)
 
@@ -126,10 +126,10 @@ class Draining:
         acknowledgements = self._discovery.acknowledgements
         network_id = NetworkId(request.network_id)
         try:
-            await unless(
+            await run_unless(
                 acknowledgements.wait_applied(network_id, request.revision), self._clock.sleep(WAIT_S)
             )
-        except Overtaken:
+        except Preempted:
             pass
         smallest = acknowledgements.smallest(network_id)
         return skep.AwaitTablesResponse(applied=request.revision if smallest is None else smallest)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 from skep.aio.clock import Clock
-from skep.aio.slices import Slices
+from skep.aio.time_slices import TimeSlices
 from skep.manager.discovery.versioned_table import VersionedTable
 from skep.wire import skep_pb2 as skep
 from skep.wire.convert.tables import pieces_of
@@ -31,11 +31,11 @@ class Encoder:
             kept = self._encoded[table] = _Encoded(table.changed_at)
         async with kept.one_at_a_time:
             if sent not in kept.pieces:
-                slices = Slices(self._clock)
+                slices = TimeSlices(self._clock)
                 pieces = []
                 for piece in pieces_of(table.since(sent, revision)):
                     pieces.append(piece)
-                    await slices.give_way()
+                    await slices.yield_if_due()
                 kept.pieces[sent] = pieces
                 if len(kept.pieces) > CACHED_MAX:
                     kept.pieces.popitem(last=False)

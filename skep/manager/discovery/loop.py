@@ -16,7 +16,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.event import Event
-from skep.aio.slices import Slices
+from skep.aio.time_slices import TimeSlices
 from skep.errors import Unavailable
 from skep.manager.discovery.acknowledgements import Acknowledgements
 from skep.manager.discovery.derive import overlay_attachments
@@ -144,21 +144,21 @@ class Discovery:
         self._has_commits.set()
 
     async def _work(self) -> None:
-        slices = Slices(self._clock)
+        slices = TimeSlices(self._clock)
         for _ in self._loading:
-            await slices.give_way()
+            await slices.yield_if_due()
         self._is_loaded.set()
         for stream in self._streams.values():
             stream.signal.wake()
         while True:
             while self._commits:
                 self._wake(self._tables.note(self._commits.popleft()))
-                await slices.give_way()
+                await slices.yield_if_due()
             for changed in self._waiting:
                 changed.set()
             self._has_commits.clear()
             await self._has_commits.wait()
-            slices = Slices(self._clock)
+            slices = TimeSlices(self._clock)
 
     def _wake(self, affected: AffectedStreams) -> None:
         """Wake the streams that have something to send."""

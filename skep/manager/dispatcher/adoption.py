@@ -123,7 +123,7 @@ class Adoption:
 
     async def run(self) -> None:
         """Check for lost managers until cancelled."""
-        backoff = Backoff(CHECK_S, LONGEST_RETRY_S, chance=self._random.random)
+        backoff = Backoff(CHECK_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
             await self._clock.sleep(CHECK_S)
             now = self._clock.monotonic()

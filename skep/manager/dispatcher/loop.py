@@ -12,7 +12,7 @@ from random import Random
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.own_time import OwnTime
+from skep.aio.hang_detection import RunningTime
 from skep.errors import SkepError, Unavailable
 from skep.manager.dispatcher.admission import Admission
 from skep.manager.dispatcher.balancing import Balancing
@@ -113,7 +113,7 @@ class Dispatcher:
         self._rate = RegistrationRate()
         self._description_rate = RegistrationRate()
         self._managers: tuple[ManagerPeer, ...] = (own,)
-        self._time = OwnTime(seen_at=clock.monotonic())
+        self._time = RunningTime(seen_at=clock.monotonic())
         self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
         """In own time: until then nodes may be reconnecting after having had no manager at all.
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
-from skep.aio.allowance import Allowance
 from skep.aio.clock import Clock
+from skep.aio.token_bucket import TokenBucket
 from skep.errors import SkepError
 from skep.manager.dispatcher.sessions import LiveSession
 from skep.manager.dispatcher.statuses import Report, record_status
@@ -31,7 +31,7 @@ class _Delayed:
 
     def __init__(self, node_id: NodeId, now: float) -> None:
         self.node_id = node_id
-        self.allowance = Allowance(AT_ONCE, PER_S, now)
+        self.allowance = TokenBucket(AT_ONCE, PER_S, now)
         self.reports: dict[TaskId, Report] = {}
 
 

@@ -13,7 +13,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.event import Event
-from skep.aio.first import Overtaken, unless
+from skep.aio.race import Preempted, run_unless
 from skep.errors import SkepError
 from skep.manager.dispatcher.assignments import affects_node
 from skep.manager.dispatcher.sessions import Sessions
@@ -92,8 +92,8 @@ class Stops:
         task = pending.task
         try:
             unused = self._wait_unused(task, pending.revision)
-            await unless(_awaited(unused), self._clock.sleep(pending.seconds))
-        except Overtaken:
+            await run_unless(_awaited(unused), self._clock.sleep(pending.seconds))
+        except Preempted:
             log.info(
                 "drain time is over: task stops though connections may still be sent to it",
                 task=task.id,

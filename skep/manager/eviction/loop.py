@@ -122,7 +122,7 @@ class Evictions:
                     self._changed.set()
 
     async def _work(self) -> None:
-        backoff = Backoff(CHECK_S, 10.0, chance=self._random.random)
+        backoff = Backoff(CHECK_S, 10.0, rng=self._random.random)
         while True:
             await self._changed.wait()
             self._changed.clear()

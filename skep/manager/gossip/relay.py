@@ -73,7 +73,7 @@ class Relay:
         self._changed.set()
 
     async def _work(self) -> None:
-        backoff = Backoff(1.0, 60.0, chance=self._random.random)
+        backoff = Backoff(1.0, 60.0, rng=self._random.random)
         while True:
             await self._wait(has_docker_nodes=True)
             try:

@@ -36,7 +36,7 @@ class KeyRotation:
 
         The wait is measured on this leader's monotonic clock; only the first one counts from another's stamp.
         """
-        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
             try:
                 now = timestamp(self._clock.now_ns())

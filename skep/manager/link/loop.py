@@ -13,7 +13,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.own_time import OwnTime
+from skep.aio.hang_detection import RunningTime
 from skep.errors import PermissionDenied, SkepError, Unavailable
 from skep.manager.ca.standing import require_standing
 from skep.manager.informer import run_informer
@@ -70,7 +70,7 @@ class ManagerLink:
         self._met = met or (lambda _, theirs: theirs == incarnation)
         self._overload = overload or Overload()
         self._heard = LastHeard()
-        self._time = OwnTime(seen_at=clock.monotonic())
+        self._time = RunningTime(seen_at=clock.monotonic())
         self._peers: dict[NodeId, str] = {}
         self._channels: dict[NodeId, Channel] = {}
         self._changed = asyncio.Event()
@@ -141,7 +141,7 @@ class ManagerLink:
     # -- one of them ----------------------------------------------------------------------------------------------
 
     async def _keep(self, manager: NodeId, addr: str) -> None:
-        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
             # A task of its own: a broken connection cancels whoever uses it, and that must not be this loop.
             async with asyncio.TaskGroup() as group:

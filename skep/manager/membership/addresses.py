@@ -13,7 +13,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.first import wait_first
+from skep.aio.race import wait_first
 from skep.errors import InvalidArgument, Unavailable
 from skep.manager.informer import LoopStore, run_informer
 from skep.manager.manager_list import on_manager_change
@@ -124,7 +124,7 @@ async def keep_book(
 ) -> None:
     """Follow the managers until cancelled."""
     changed = asyncio.Event()
-    backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=random.random)
+    backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=random.random)
 
     async def keep() -> None:
         while True:

@@ -53,12 +53,12 @@ class Applicant:
     """A manager to be, with the addresses of managers that it may ask."""
 
     def __init__(
-        self, managers: Sequence[str], pair: KeyPair, clock: Clock, chance: Callable[[], float]
+        self, managers: Sequence[str], pair: KeyPair, clock: Clock, rng: Callable[[], float]
     ) -> None:
         self._managers = managers
         self._pair = pair
         self._clock = clock
-        self._chance = chance
+        self._rng = rng
 
     async def admission(self, addr: str, peer_port: int) -> Admission:
         """Ask to be let in until one of the managers does it.
@@ -69,7 +69,7 @@ class Applicant:
         Raises: NotLetIn: this node is not to be a manager.
         """
         request = pb.AddMemberRequest(addr=addr, peer_port=peer_port)
-        reply = await self._ask(methods.ADD_MEMBER, request, ADD_S, Backoff(0.1, 2.0, chance=self._chance))
+        reply = await self._ask(methods.ADD_MEMBER, request, ADD_S, Backoff(0.1, 2.0, rng=self._rng))
         return admission_of(reply, self._pair.identity.node_id)
 
     async def vote(self, peers: Sequence[Peer], hindered: Callable[[str], None]) -> None:
@@ -82,7 +82,7 @@ class Applicant:
         Raises: NotLetIn: it was removed meanwhile.
         """
         # Somebody waits for the join.  The manager that is asked looks by itself, for as long as it usually takes.
-        backoff = Backoff(0.03, 0.15, chance=self._chance)
+        backoff = Backoff(0.03, 0.15, rng=self._rng)
         own = self._pair.identity.node_id
 
         async def hinders(reason: str) -> None:

@@ -83,7 +83,7 @@ class Managers:
         )
 
     async def _work(self, changed: asyncio.Event) -> None:
-        backoff = Backoff(CHECK_S, LONGEST_RETRY_S, chance=self._random.random)
+        backoff = Backoff(CHECK_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_S):

@@ -6,7 +6,7 @@ wanted.  Such a slot is filled, and only two rules concern it: a surplus of slot
 slots.
 """
 
-from skep.aio.slices import STEP, Sliced
+from skep.aio.time_slices import STEP, SlicedWork
 from skep.manager.orchestrator.dirty import is_same
 from skep.manager.orchestrator.enforcement import violates_constraints
 from skep.manager.orchestrator.situation import Situation
@@ -17,7 +17,7 @@ from skep.model.task import Task, TaskState
 _RUNNING = TaskState.RUNNING
 
 
-def converged_slots(situation: Situation) -> Sliced[set[int]]:
+def converged_slots(situation: Situation) -> SlicedWork[set[int]]:
     """Numbers of the converged slots of a replicated service; none while an update is under way.
 
     A decision without them gives the same result as one with them, unless there are more slots than replicas or one

@@ -9,7 +9,7 @@ present spec anyway.  Starts come last, because all other rules decide which tas
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from skep.aio.slices import STEP, Sliced, finished
+from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.manager.orchestrator import global_services, jobs, replicated
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.converged import converged_slots
@@ -27,10 +27,10 @@ def next_steps(situation: Situation) -> list[Step]:
     Applying the changes and deciding again, with no other event, creates and retires no further task; a start that
     had to wait for a retirement may follow.
     """
-    return finished(deciding(situation))
+    return run_at_once(deciding(situation))
 
 
-def deciding(situation: Situation) -> Sliced[list[Step]]:
+def deciding(situation: Situation) -> SlicedWork[list[Step]]:
     """``next_steps`` with pauses: a decision about 20,000 tasks takes a tenth of a second."""
     service, tasks = situation.service, situation.tasks
     if service.removed_at is not None:
@@ -70,7 +70,7 @@ def deciding(situation: Situation) -> Sliced[list[Step]]:
     return steps
 
 
-def _slots(situation: Situation) -> Sliced[tuple[dict[int, Slot], Collection[int]]]:
+def _slots(situation: Situation) -> SlicedWork[tuple[dict[int, Slot], Collection[int]]]:
     """The slots of a replicated service that need a decision, and the numbers of those that do not."""
     tasks = situation.tasks
     converged = yield from converged_slots(situation)

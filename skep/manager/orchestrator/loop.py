@@ -8,7 +8,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.slices import Slices, go_through, in_slices
+from skep.aio.time_slices import TimeSlices, result_in_slices, run_in_slices
 from skep.errors import SkepError, Unavailable
 from skep.manager.failures import Failures, write_each
 from skep.manager.informer import LoopStore, batches_of, run_informer
@@ -152,18 +152,18 @@ class Orchestrator:
     async def _run_tasks(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._disruption.run(), name="disruption mode")
-            group.create_task(go_through(self._loading, self._clock), name="tasks without a service")
+            group.create_task(run_in_slices(self._loading, self._clock), name="tasks without a service")
             await self._work()
 
     async def _work(self) -> None:
         while True:
             changes: list[tuple[ServiceId, Change]] = []
             due = await self._queue.take(BATCH)
-            slices = Slices(self._clock)
+            slices = TimeSlices(self._clock)
             for service_id in due:
                 if not self._is_throttled(service_id):
                     changes += await self._decided(service_id)
-                    await slices.give_way()
+                    await slices.yield_if_due()
             await self._commit(changes)
 
     def _is_throttled(self, service_id: ServiceId) -> bool:
@@ -230,7 +230,7 @@ class Orchestrator:
             replaces_from=self._disruption.replaces_from,
             sound_nodes=self._sound_nodes,
         )
-        steps = await in_slices(deciding(situation), self._clock)
+        steps = await result_in_slices(deciding(situation), self._clock)
         # Each change checks for tasks that changed meanwhile; a freeze or a new spec would affect all of them.
         is_same = (
             self._term.view().lookup(Service, service_id) is service

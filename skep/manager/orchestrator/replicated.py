@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from itertools import count, islice
 
-from skep.aio.slices import STEP, Sliced, finished
+from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.errors import InvalidArgument
 from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask
 from skep.manager.orchestrator.observed_times import ObservedTimes
@@ -26,12 +26,12 @@ def reconcile(service: Service, tasks: Iterable[Task], seen: ObservedTimes | Non
 
     Source: swarmkit, manager/orchestrator/replicated/services.go.
     """
-    return finished(reconciling(service, group_by_slot(tasks), seen or ObservedTimes(0.0)))
+    return run_at_once(reconciling(service, group_by_slot(tasks), seen or ObservedTimes(0.0)))
 
 
 def reconciling(
     service: Service, slots: Mapping[int, Slot], seen: ObservedTimes, converged: Collection[int] = ()
-) -> Sliced[list[Change]]:
+) -> SlicedWork[list[Change]]:
     """``reconcile`` for tasks by slot, with pauses.
 
     ``converged``: further slots, all of them filled.  Together with ``slots`` they are at most the number of

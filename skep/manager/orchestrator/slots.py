@@ -8,7 +8,7 @@ first).
 from collections.abc import Iterable
 from typing import TypeAlias
 
-from skep.aio.slices import Sliced, finished
+from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.task import Task, TaskState
@@ -22,10 +22,10 @@ Slot: TypeAlias = tuple[Task, ...]
 
 def group_by_slot(tasks: Iterable[Task]) -> dict[int, Slot]:
     """Tasks by slot number, in order of number."""
-    return finished(grouping_by_slot(tasks))
+    return run_at_once(grouping_by_slot(tasks))
 
 
-def grouping_by_slot(tasks: Iterable[Task]) -> Sliced[dict[int, Slot]]:
+def grouping_by_slot(tasks: Iterable[Task]) -> SlicedWork[dict[int, Slot]]:
     """``group_by_slot`` with pauses."""
     slots: dict[int, list[Task]] = {}
     for number, task in enumerate(tasks):

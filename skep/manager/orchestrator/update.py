@@ -35,7 +35,7 @@ from itertools import takewhile
 import msgspec
 from msgspec.structs import replace
 
-from skep.aio.slices import STEP, Sliced, paused
+from skep.aio.time_slices import STEP, SlicedWork, collect_in_slices
 from skep.manager.orchestrator.changes import (
     ROLLED_BACK,
     FillSlot,
@@ -112,14 +112,14 @@ def monitor_s(config: UpdateConfig) -> float:
     return config.monitor / SECOND_NS if config.monitor else DEFAULT_MONITOR_S
 
 
-def update_steps(slots: Iterable[Slot], situation: Situation) -> Sliced[list[Step]]:
+def update_steps(slots: Iterable[Slot], situation: Situation) -> SlicedWork[list[Step]]:
     """The next steps of the update of a service's ``slots`` (those that stay), if there is anything to update.
 
     Deciding again after the steps were applied gives ``[]`` or a ``Recheck`` until something else happens.
     """
     service = situation.service
     views: list[_SlotView] = []
-    yield from paused((_view(slot, situation) for slot in slots), views)
+    yield from collect_in_slices((_view(slot, situation) for slot in slots), views)
     rollout = _Rollout(service, views, situation)
     yield
     steps: list[Step] = []
@@ -178,7 +178,7 @@ class _Rollout:
             best = max(view.current, key=lambda task: (task.desired_state.number, task.status.state.number))
             yield from (RetireTask(task) for task in view.current if task is not best)
 
-    def start_slots(self, waiting: list[_SlotView]) -> Sliced[list[Step]]:
+    def start_slots(self, waiting: list[_SlotView]) -> SlicedWork[list[Step]]:
         """Start with as many further slots as ``parallelism`` allows; recheck when a delay ends.
 
         Slots without a running task come first, and one with a running task is only started with if ``parallelism``
@@ -210,7 +210,7 @@ class _Rollout:
             steps.append(Recheck(min(room_at)))
         return [*steps, *self._recheck_progress()]
 
-    def observe(self) -> Sliced[None]:
+    def observe(self) -> SlicedWork[None]:
         """Find out which leads are settled and which have failed; the other methods rely on it."""
         for number, view in enumerate(self._views):
             if view.started is not None:

@@ -61,7 +61,7 @@ class PathJudge:
                 self._changed.set()
 
     async def _work(self) -> None:
-        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
             await self._changed.wait()
             self._changed.clear()

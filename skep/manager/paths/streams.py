@@ -11,7 +11,7 @@ from typing import Protocol
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.slices import Slices
+from skep.aio.time_slices import TimeSlices
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.informer import run_informer
 from skep.manager.node_session import NodeSession, StreamSignal
@@ -144,19 +144,19 @@ class PathStreams:
     async def _make_plan(self) -> None:
         view = self._store.view()
         nodes, swarms = view.find(Node), view.find(Swarm)
-        slices = Slices(self._clock)
+        slices = TimeSlices(self._clock)
         if len(nodes) <= ALL_PAIRS_MAX:
             self._directory, self._plan = _planned(nodes, swarms, {})
         else:
             networks: dict[NodeId, Sequence[NetworkId]] = {}
             for node in nodes:
                 networks[node.id] = self._networks.networks_of(node.id)
-                await slices.give_way()
+                await slices.yield_if_due()
             # Plain computing: 0.2 s for 5,000 nodes.
             self._directory, self._plan = await asyncio.to_thread(_planned, nodes, swarms, networks)
         for stream in tuple(self._streams.values()):
             self._wish(stream)
-            await slices.give_way()
+            await slices.yield_if_due()
         silenced = [node for node in nodes if node.failing_paths and not probes_paths(node)]
         for node in silenced:
             await self._forget(node)

@@ -15,7 +15,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.slices import go_through
+from skep.aio.time_slices import run_in_slices
 from skep.errors import SkepError, Unavailable
 from skep.manager.failures import Failures, write_each
 from skep.manager.informer import LoopStore, batches_of, run_informer
@@ -206,7 +206,7 @@ class Scheduler:
     # -- deciding ------------------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        await go_through(self._loading, self._clock)
+        await run_in_slices(self._loading, self._clock)
         while True:
             groups = await self._queue.take(BATCH)
             now = self._clock.monotonic()

@@ -93,7 +93,7 @@ class Handover:
         self._waiting += 1
         try:
             async with asyncio.timeout(_CONNECT_WAIT_S):
-                backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, chance=self._rng)
+                backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=self._rng)
                 while not self._connect():
                     await backoff.sleep(self._clock)
         except TimeoutError as error:

@@ -65,7 +65,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     tables: Tables
     containers: Callable[[], Collection[Container]]
     clock: Clock
-    chance: Callable[[], float]
+    rng: Callable[[], float]
 
     def check_manager(self) -> None:
         """Raises: Unavailable: this node is no manager."""
@@ -146,7 +146,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
         if (refusal := self.member.manager_refusal()) is not None:
             raise Unavailable(refusal)
         for attempts_left in (1, 0) if method == "GET" else (0,):
-            await self.manager.wait_listening(self.clock, self.chance, _MANAGER_WAIT_S)
+            await self.manager.wait_listening(self.clock, self.rng, _MANAGER_WAIT_S)
             try:
                 return await self.manager.send(method, path, body, headers)
             except Unavailable:

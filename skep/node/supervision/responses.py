@@ -8,7 +8,7 @@ from pathlib import Path
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.patience import Patience, Step
+from skep.aio.hang_detection import Action, HangDetector
 from skep.errors import SkepError
 from skep.paths import Paths
 
@@ -38,15 +38,15 @@ async def wait_hung(responds: Responds, hand_over: HandOver, clock: Clock) -> st
         responds: whether there was a response in time; None: nothing listens yet, which counts as a response.
         hand_over: makes another manager the leader, if this one's member leads.
     """
-    patience = Patience(2 * POLL_S, clock.monotonic())
+    patience = HangDetector(2 * POLL_S, clock.monotonic())
     while True:
         await clock.sleep(POLL_S)
         has_response = await responds()
-        match patience.look(clock.monotonic(), is_answered=has_response is not False):
-            case Step.HAND_OVER:
+        match patience.record(clock.monotonic(), has_response=has_response is not False):
+            case Action.HAND_OVER:
                 log.error("the manager process does not answer", silent_s=round(patience.silent_s, 1))
                 await _hand_over(hand_over)
-            case Step.END:
+            case Action.END:
                 return f"it did not answer for {patience.silent_s:.0f} s"
 
 

@@ -29,7 +29,7 @@ def recent(ends: Sequence[float], now: float) -> tuple[float, ...]:
     return tuple(end for end in ends if now - end < CRASH_WINDOW_S)
 
 
-def after_end(ends: Sequence[float], now: float, chance: float, *, gives_up: bool) -> StartAgain | GiveUp:
+def after_end(ends: Sequence[float], now: float, rng: float, *, gives_up: bool) -> StartAgain | GiveUp:
     """What to do after the last of ``ends``.
 
     The pause grows with every end within the last minute; the fifth of them is the last, if ``gives_up``.
@@ -42,4 +42,4 @@ def after_end(ends: Sequence[float], now: float, chance: float, *, gives_up: boo
         return GiveUp(count)
     steps = min(max(count - 1, 0), _STEPS_MAX)
     pause_s = min(_FIRST_DELAY_S * _GROWTH**steps, _DELAY_S_MAX)
-    return StartAgain(pause_s * (0.5 + chance / 2))
+    return StartAgain(pause_s * (0.5 + rng / 2))

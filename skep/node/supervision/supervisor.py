@@ -13,7 +13,7 @@ import structlog
 
 from skep import __version__
 from skep.aio.clock import Clock
-from skep.aio.guard import persist
+from skep.aio.failures import retry
 from skep.errors import Unavailable
 from skep.node.supervision.identity import ProcessIdentity, identify, open_pidfd, read_pid_file
 from skep.node.supervision.restart import CRASH_WINDOW_S, GiveUp, after_end, recent
@@ -109,12 +109,12 @@ class Supervisor:
         """
         try:
             while True:
-                code = await persist(
+                code = await retry(
                     self._live_once,
                     "process not supervised",
                     clock=self._clock,
                     longest_s=_RETRY_SECONDS_MAX,
-                    chance=self._rng,
+                    rng=self._rng,
                     passes=(ZygoteGone,),
                     name=self._name,
                 )

@@ -17,7 +17,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.first import wait_first
+from skep.aio.race import wait_first
 from skep.errors import Unavailable
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
@@ -87,7 +87,7 @@ class KeyRotation:
 
     async def run(self, term: TermState, *, rng: Callable[[], float]) -> None:
         """Rotate and re-encrypt when necessary, until the term is over."""
-        await wait_first(self._work(term, Backoff(longest_s=5.0, chance=rng)), term.wait_lost())
+        await wait_first(self._work(term, Backoff(longest_s=5.0, rng=rng)), term.wait_lost())
 
     async def _work(self, term: TermState, backoff: Backoff) -> None:
         while True:

@@ -74,7 +74,7 @@ class EtcdStore(Updater):
 
         async def hold_elections() -> None:
             async with asyncio.TaskGroup() as group:
-                async for state in election.elected(Backoff(longest_s=1.0, chance=self._rng)):
+                async for state in election.elected(Backoff(longest_s=1.0, rng=self._rng)):
                     terms.put_nowait(state)
                     rotating = self._rotation.run(state, rng=self._rng)
                     group.create_task(rotating, name="store-keys")
@@ -175,7 +175,7 @@ class EtcdStore(Updater):
 
     async def _reach_present(self) -> None:
         """A linearizable read, and the replica at its revision; tried again until the caller's deadline."""
-        backoff = Backoff(longest_s=1.0, chance=self._rng)
+        backoff = Backoff(longest_s=1.0, rng=self._rng)
         request = pb.RangeRequest(key=etcd_key(keys.LEADER), count_only=True)
         while True:
             try:
@@ -260,9 +260,9 @@ async def store_on(
         replica,
         keys.writer_epoch_key(node_id),
         clock,
-        lambda: Backoff(longest_s=1.0, chance=rng),
+        lambda: Backoff(longest_s=1.0, rng=rng),
     )
-    reflector = Reflector(client, replica, cipher, batcher.observe, clock, Backoff(longest_s=1.0, chance=rng))
+    reflector = Reflector(client, replica, cipher, batcher.observe, clock, Backoff(longest_s=1.0, rng=rng))
     async with errors_as_they_are(), asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(reflector.run(), name="store-reflector"),

@@ -32,7 +32,7 @@ def cluster() -> Iterator[TestCluster]:
 
 def test_kills_of_the_net_process_beside_changes_of_an_overlay_end_nothing_else(cluster: TestCluster) -> None:
     m1, w1 = cluster.node("m1"), cluster.node("w1")
-    chance = random.Random(13)
+    rng = random.Random(13)
     m1.docker("network", "create", "-d", "overlay", "net1")
     on_w1 = ("--network", "net1", "--constraint", "node.hostname==w1", "--restart-delay", "0s")
     create(m1, "stays", 1, *on_w1)
@@ -46,7 +46,7 @@ def test_kills_of_the_net_process_beside_changes_of_an_overlay_end_nothing_else(
         words = ("--replicas", str(1 + number % 3), "--env-add", f"ROUND={number // 3}")
         update(m1, *words)
         (pid,) = wait_until(lambda: set(w1.pids("skep-net")) - killed, f"net process number {number}", 60)
-        for _ in range(chance.randrange(4)):
+        for _ in range(rng.randrange(4)):
             running(m1, "changes")  # some milliseconds
         w1.kill(pid)
         killed.add(pid)

@@ -62,7 +62,7 @@ class LabNode:
             namespaces=self.namespaces,
             ports=ports,
             clock=SystemClock(),
-            chance=random.random,
+            rng=random.random,
             encryption=self.encryption,
         )
         self.public_keys = lambda: published_keys(network.tunnels.labels())

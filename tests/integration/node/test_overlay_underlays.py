@@ -91,13 +91,13 @@ async def test_another_port_and_another_address_of_a_node(lab: OverlayLab) -> No
 @pytest.mark.parametrize("seed", range(6))
 async def test_whatever_happens_in_whatever_order_the_end_is_right(lab: OverlayLab, seed: int) -> None:
     """Containers come and go, tables come late or go early, processes are started anew, links are deleted."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     heads = (WEB, TWO_SUBNETS, DUAL, INGRESS)
     first, second = lab.nodes
     free = {head.id: list(range(10, 60)) for head in heads}
 
     def places() -> list[object]:
-        chosen = sorted(chance.sample(heads, chance.randint(1, 3)), key=lambda head: not head.is_ingress)
+        chosen = sorted(rng.sample(heads, rng.randint(1, 3)), key=lambda head: not head.is_ingress)
         return [place(head, _address(head.segments[0].subnet, free[head.id].pop())) for head in chosen]
 
     far_process = second.running()
@@ -107,22 +107,22 @@ async def test_whatever_happens_in_whatever_order_the_end_is_right(lab: OverlayL
             async with first.running() as near:
                 await near.overlays.apply(lab.tables, frozenset(lab.tables))
                 for _ in range(8):
-                    node, network = chance.choice([(first, near), (second, far)])
-                    match chance.choice(("attach", "attach", "detach", "tell", "forget", "break")):
+                    node, network = rng.choice([(first, near), (second, far)])
+                    match rng.choice(("attach", "attach", "detach", "tell", "forget", "break")):
                         case "attach":
                             await node.attach(network, *places())  # type: ignore[arg-type]
                         case "detach" if node.endpoints:
-                            await node.detach(network, chance.choice(list(node.endpoints.values())))
+                            await node.detach(network, rng.choice(list(node.endpoints.values())))
                         case "tell":
                             lab.tell(
-                                chance.choice(heads), ingress_addresses={"n1": "10.0.0.2", "n2": "10.0.0.3"}
+                                rng.choice(heads), ingress_addresses={"n1": "10.0.0.2", "n2": "10.0.0.3"}
                             )
                             await lab.apply([near, far], *(head.id for head in heads))
                         case "forget":
-                            lab.tables.pop(chance.choice(heads).id, None)
+                            lab.tables.pop(rng.choice(heads).id, None)
                             await lab.apply([near, far], *(head.id for head in heads))
                         case "break" if node.endpoints:
-                            end = chance.choice(list(node.endpoints.values()))
+                            end = rng.choice(list(node.endpoints.values()))
                             await shell(end.netns, "ip link del eth0; true")
                         case _:
                             pass

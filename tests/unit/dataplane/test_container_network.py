@@ -61,7 +61,7 @@ PARTS = ("namespaces", "home", "gateway", "local", "healing", "settling", "probe
 
 
 def network_of(parts: dict[str, Any], **more: Any) -> ContainerNetwork:
-    return ContainerNetwork(**parts, **more, clock=QuickClock(), chance=lambda: 0.5)
+    return ContainerNetwork(**parts, **more, clock=QuickClock(), rng=lambda: 0.5)
 
 
 async def test_a_part_that_fails_is_begun_again_and_ends_no_other() -> None:

@@ -15,8 +15,8 @@ from skep.manager.watchdog import Watchdog
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "TICK_S", 0.02)
-    monkeypatch.setattr("skep.aio.patience.HAND_OVER_S", 0.2)
-    monkeypatch.setattr("skep.aio.patience.END_S", 0.6)
+    monkeypatch.setattr("skep.aio.hang_detection.HAND_OVER_S", 0.2)
+    monkeypatch.setattr("skep.aio.hang_detection.END_S", 0.6)
 
 
 class Told:

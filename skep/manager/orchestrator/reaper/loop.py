@@ -10,7 +10,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.slices import Slices, go_through
+from skep.aio.time_slices import TimeSlices, run_in_slices
 from skep.manager.failures import Failures, write_each
 from skep.manager.informer import LoopStore, batches_of, run_informer
 from skep.manager.orchestrator.reaper.history import (
@@ -123,13 +123,13 @@ class Reaper:
                     self._queue.add(_slot_key(task) for task in self._term.view().find(Task))
 
     async def _work(self) -> None:
-        await go_through(self._loading, self._clock)
+        await run_in_slices(self._loading, self._clock)
         while True:
             removals: list[tuple[Key, Removal]] = []
             due = await self._queue.take(BATCH)
-            slices = Slices(self._clock)
+            slices = TimeSlices(self._clock)
             for key in due:
-                await slices.give_way()
+                await slices.yield_if_due()
                 with self._failures.caught(key):
                     removals += [(key, removal) for removal in self._removals(key)]
                 if (failure := self._failures.of(key)) is not None:

@@ -307,14 +307,14 @@ async def test_a_new_namespace_at_the_same_path_is_served_anew(lab: NamesLab) ->
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
 async def test_nonsense_does_no_harm(lab: NamesLab, kind: socket.SocketKind) -> None:
     await served(lab)
-    chance = random.Random(1)
+    rng = random.Random(1)
     good = DNSRecord.question("web").pack()
     for _ in range(300):
         sender = (await lab.resolver("c1", kind)).socket
         damaged = bytearray(good)
-        for _ in range(chance.randrange(1, 6)):
-            damaged[chance.randrange(2, len(good))] = chance.randrange(256)
-        sender.send(chance.choice([bytes(damaged), chance.randbytes(chance.randrange(600)), b"", good * 300]))
+        for _ in range(rng.randrange(1, 6)):
+            damaged[rng.randrange(2, len(good))] = rng.randrange(256)
+        sender.send(rng.choice([bytes(damaged), rng.randbytes(rng.randrange(600)), b"", good * 300]))
         sender.close()
 
     async def is_answered() -> bool:

@@ -34,23 +34,21 @@ BACK = a_network(
 )
 
 
-def decided(
-    name: str, type: int = A, *, tables: Sequence[Table] = (FRONT, BACK), chance: float = 0
-) -> Decision:
-    return decide(Query(1, 0, name, type, 1, b""), [Index(table) for table in tables], chance)
+def decided(name: str, type: int = A, *, tables: Sequence[Table] = (FRONT, BACK), rng: float = 0) -> Decision:
+    return decide(Query(1, 0, name, type, 1, b""), [Index(table) for table in tables], rng)
 
 
-def found(name: str, type: int = A, *, tables: Sequence[Table] = (FRONT, BACK), chance: float = 0) -> Found:
-    decision = decided(name, type, tables=tables, chance=chance)
+def found(name: str, type: int = A, *, tables: Sequence[Table] = (FRONT, BACK), rng: float = 0) -> Found:
+    decision = decided(name, type, tables=tables, rng=rng)
     assert isinstance(decision, Found), decision
     return decision
 
 
 def addresses(
-    name: str, type: int = A, *, tables: Sequence[Table] = (FRONT, BACK), chance: float = 0
+    name: str, type: int = A, *, tables: Sequence[Table] = (FRONT, BACK), rng: float = 0
 ) -> list[str]:
     family = socket.AF_INET6 if type == AAAA else socket.AF_INET
-    answers = found(name, type, tables=tables, chance=chance).answers
+    answers = found(name, type, tables=tables, rng=rng).answers
     return [socket.inet_ntop(family, record.data) for record in answers]
 
 
@@ -179,13 +177,13 @@ def test_what_is_no_address_is_left_out() -> None:
 
 
 def test_each_address_comes_first_as_often_as_the_others() -> None:
-    firsts = [addresses("rr", chance=number / 300)[0] for number in range(300)]
+    firsts = [addresses("rr", rng=number / 300)[0] for number in range(300)]
     assert {firsts.count(address) for address in firsts} == {100}
 
 
 @given(st.lists(st.integers()), st.floats(0, 1, exclude_max=True))
-def test_rotating_loses_nothing(values: list[int], chance: float) -> None:
-    turned = rotated(tuple(values), chance)
+def test_rotating_loses_nothing(values: list[int], rng: float) -> None:
+    turned = rotated(tuple(values), rng)
     assert any(turned == tuple(values[start:] + values[:start]) for start in range(len(values) + 1))
 
 
@@ -195,9 +193,9 @@ names = st.text("abw.1_", max_size=12) | st.sampled_from(
 
 
 @given(names, st.sampled_from([A, AAAA, PTR, SRV, MX, TXT, 255]), st.floats(0, 1, exclude_max=True))
-def test_addresses_given_away_are_the_tables(name: str, type: int, chance: float) -> None:
+def test_addresses_given_away_are_the_tables(name: str, type: int, rng: float) -> None:
     """Whatever is asked: only addresses of tasks that run, or of services, and virtual ones are owned up to."""
-    decision = decided(name, type, chance=chance)
+    decision = decided(name, type, rng=rng)
     if not isinstance(decision, Found) or type == PTR:
         return
     given_away = {

@@ -54,7 +54,7 @@ class Slow(NetnsReconciler):
 @pytest.mark.parametrize("seconds", [0.001, 0.01, 0.5])
 async def test_the_slow_round_keeps_to_its_share_and_leaves_none_out(seconds: float) -> None:
     clock = Stopwatch()
-    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
+    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), rng=lambda: 0.5)
     reconcilers = [Slow(clock, seconds) for _ in range(5)]
     for reconciler in reconcilers:
         healing.take_turns(reconciler)
@@ -77,7 +77,7 @@ class Broken(Slow):
 
 async def test_a_bug_met_in_one_namespace_ends_no_other_ones_healing() -> None:
     clock = Stopwatch()
-    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
+    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), rng=lambda: 0.5)
     broken, well = Broken(clock, 0.001), Slow(clock, 0.001)
     for reconciler in (broken, well):
         healing.take_turns(reconciler)
@@ -92,7 +92,7 @@ async def test_a_bug_met_in_one_namespace_ends_no_other_ones_healing() -> None:
 
 async def test_a_namespace_that_cannot_be_put_right_is_tried_less_and_less_often() -> None:
     clock = Stopwatch()
-    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 1.0)
+    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), rng=lambda: 1.0)
     broken, well = Broken(clock, 0.001), Slow(clock, 0.001)
     for reconciler in (broken, well):
         healing.take_turns(reconciler)
@@ -111,7 +111,7 @@ async def test_a_loop_that_meets_a_bug_is_begun_again_and_nothing_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = Stopwatch()
-    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
+    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), rng=lambda: 0.5)
     well, go_round, bugs = (
         Slow(clock, 0.001),
         healing._go_round,

@@ -42,11 +42,11 @@ def test_where_nothing_large_arrives_nothing_is_found() -> None:
 
 
 @given(st.integers(MTU_MIN, 9000), st.randoms(use_true_random=False))
-def test_chance_never_makes_the_search_endless_nor_finds_what_did_not_arrive(device: int, chance) -> None:  # type: ignore[no-untyped-def]
+def test_chance_never_makes_the_search_endless_nor_finds_what_did_not_arrive(device: int, rng) -> None:  # type: ignore[no-untyped-def]
     arrived = set()
 
     def arrives(size: int) -> bool:
-        if chance.random() < 0.5:
+        if rng.random() < 0.5:
             arrived.add(size)
             return True
         return False

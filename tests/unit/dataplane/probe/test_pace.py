@@ -15,6 +15,6 @@ def test_what_is_closed_is_settled_in_time(peers: int, before: float, after: flo
 
 
 @given(st.integers(1, 5000), CHANCES)
-def test_more_peers_are_asked_less_often_each_and_not_more_in_all(peers: int, chance: float) -> None:
-    rounds_per_s = peers / pause_s(peers, chance, is_settled=True)
+def test_more_peers_are_asked_less_often_each_and_not_more_in_all(peers: int, rng: float) -> None:
+    rounds_per_s = peers / pause_s(peers, rng, is_settled=True)
     assert rounds_per_s <= PEERS_AT_FULL_PACE / (0.75 * PERIOD_S) + 1e-9

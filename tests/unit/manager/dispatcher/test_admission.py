@@ -38,7 +38,7 @@ def test_nodes_are_told_to_come_one_after_another():
 
 def test_nobody_is_told_to_come_at_once_or_in_an_hour():
     assert next_retry_at(100.0, 0, 0.0, 1000.0, 0.5) == 100.0 + SHORTEST_S
-    late = [next_retry_at(100.0, 5000, 0.0, 1.0, chance) - 100.0 for chance in (0.0, 0.5, 1.0)]
+    late = [next_retry_at(100.0, 5000, 0.0, 1.0, rng) - 100.0 for rng in (0.0, 0.5, 1.0)]
     assert late == [LONGEST_S * part for part in (0.5, 0.75, 1.0)], "and not all of them at the same moment"
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.aio.own_time import OwnTime
+from skep.aio.hang_detection import RunningTime
 from skep.errors import Unavailable
 from skep.manager.dispatcher.liveness import (
     grace_after_absence,
@@ -45,25 +45,25 @@ def test_heartbeats_are_stretched_to_a_twentieth_of_a_core():
 
 
 def test_own_time_passes_as_the_clock_does():
-    time = OwnTime(seen_at=100.0)
+    time = RunningTime(seen_at=100.0)
     for number in range(1, 11):
         time = time.after(100.0 + number * TICK_S, TICK_S)
     assert abs(time.seconds - 10 * TICK_S) < 1e-9
 
 
 def test_while_the_loop_stood_still_no_node_missed_anything():
-    time = OwnTime(seen_at=0.0).after(60.0, TICK_S)
+    time = RunningTime(seen_at=0.0).after(60.0, TICK_S)
     assert time.seconds <= 2 * TICK_S
 
 
 def test_while_this_manager_was_cut_off_no_node_missed_anything():
-    time = OwnTime(seen_at=0.0).after(TICK_S, TICK_S, is_current=False)
-    assert time == OwnTime(seconds=0.0, seen_at=TICK_S)
+    time = RunningTime(seen_at=0.0).after(TICK_S, TICK_S, is_current=False)
+    assert time == RunningTime(seconds=0.0, seen_at=TICK_S)
 
 
 @given(st.lists(st.floats(0, 100), max_size=20))
 def test_own_time_is_never_faster_than_the_clock(gaps):
-    now, time = 0.0, OwnTime(seen_at=0.0)
+    now, time = 0.0, RunningTime(seen_at=0.0)
     for gap in gaps:
         now += gap
         before = time.seconds

@@ -26,9 +26,9 @@ def test_a_cluster_begins_with_three_keys_per_subsystem() -> None:
 
 
 def test_a_rotation_drops_the_oldest_key_and_keeps_what_engines_encrypt_with() -> None:
-    chance = numbered()
-    before = first_keys(chance, NOW)  # type: ignore[arg-type]
-    after = rotated(before, chance, NOW)  # type: ignore[arg-type]
+    rng = numbered()
+    before = first_keys(rng, NOW)  # type: ignore[arg-type]
+    after = rotated(before, rng, NOW)  # type: ignore[arg-type]
     for subsystem, fresh in zip(SUBSYSTEMS, (7, 8), strict=True):
         old = [key for key in before.keys if key.subsystem == subsystem]
         new = [key for key in after.keys if key.subsystem == subsystem]
@@ -38,10 +38,10 @@ def test_a_rotation_drops_the_oldest_key_and_keeps_what_engines_encrypt_with() -
 
 
 def test_numbers_stay_unique_over_many_rotations() -> None:
-    chance = numbered()
-    keys = first_keys(chance, NOW)  # type: ignore[arg-type]
+    rng = numbered()
+    keys = first_keys(rng, NOW)  # type: ignore[arg-type]
     for _ in range(5):
-        keys = rotated(keys, chance, NOW)  # type: ignore[arg-type]
+        keys = rotated(keys, rng, NOW)  # type: ignore[arg-type]
         assert len({key.lamport_time for key in keys.keys}) == 6
 
 

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.aio.slices import Sliced, finished
+from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.manager.orchestrator import convergence, restart
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, Step
 from skep.manager.orchestrator.converged import converged_slots
@@ -75,7 +75,7 @@ def test_a_slot_is_at_rest_whatever_its_history_is() -> None:
     history = a_task(slot=1, node="n1", desired=TaskState.SHUTDOWN, state=TaskState.FAILED, version=0)
     running = [a_task(slot=slot, node="n1", service=service) for slot in (1, 2, 3)]
     world = World(service, [history, *running], [a_node("n1")])
-    assert finished(converged_slots(world.situation)) == {1, 2, 3}
+    assert run_at_once(converged_slots(world.situation)) == {1, 2, 3}
 
 
 def test_only_the_slot_of_a_task_that_ended_is_decided_about() -> None:
@@ -141,7 +141,7 @@ def _made(some: list[tuple[int, Odd]], service: Service, world: World) -> Iterat
 
 
 def with_every_slot(situation: Situation) -> list[Step]:
-    def none(_: Situation) -> Sliced[set[int]]:
+    def none(_: Situation) -> SlicedWork[set[int]]:
         yield from ()
         return set()
 

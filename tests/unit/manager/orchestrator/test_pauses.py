@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.aio.slices import Sliced
+from skep.aio.time_slices import SlicedWork
 from skep.manager.orchestrator.convergence import deciding
 from skep.model.service import Service, UpdateConfig, UpdateState, UpdateStatus
 from skep.model.task import Task
@@ -20,7 +20,7 @@ CALLS_MAX = 2 * SLOTS
 """Two for each slot are a few milliseconds of 20,000."""
 
 
-def most_calls_between_pauses(work: Sliced[Any]) -> int:
+def most_calls_between_pauses(work: SlicedWork[Any]) -> int:
     """Of functions, built in or not."""
     most = calls = 0
 

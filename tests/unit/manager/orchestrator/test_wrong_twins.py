@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.aio.slices import Sliced
+from skep.aio.time_slices import SlicedWork
 from skep.manager.orchestrator import convergence, replicated, restart, slots, update
 from skep.manager.orchestrator.changes import (
     Change,
@@ -281,7 +281,7 @@ def test_a_property_holds_whatever_happens(
 # -- the twins -----------------------------------------------------------------------------------------------------
 
 
-def _unsorted(tasks: Iterable[Task]) -> Sliced[dict[int, slots.Slot]]:
+def _unsorted(tasks: Iterable[Task]) -> SlicedWork[dict[int, slots.Slot]]:
     """Believes that tasks come in the order in which they were made."""
     yield
     by_slot: dict[int, list[Task]] = {}

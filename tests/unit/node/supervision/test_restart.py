@@ -29,8 +29,8 @@ def test_ends_of_more_than_a_minute_ago_do_not_count() -> None:
     assert isinstance(after_end((0.0, 10.0, 20.0, 30.0, 95.0), 95.0, 1.0, gives_up=True), StartAgain)
 
 
-@given(count=st.integers(1, 1000), chance=st.floats(0, 1))
-def test_no_pause_is_longer_than_ten_seconds(count: int, chance: float) -> None:
-    again = after_end((0.0,) * count, 0.0, chance, gives_up=False)
+@given(count=st.integers(1, 1000), rng=st.floats(0, 1))
+def test_no_pause_is_longer_than_ten_seconds(count: int, rng: float) -> None:
+    again = after_end((0.0,) * count, 0.0, rng, gives_up=False)
     assert isinstance(again, StartAgain)
     assert 0 < again.after_s <= 10

@@ -7,7 +7,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from skep.aio.clock import SystemClock
-from skep.aio.guard import CHARACTERS_MAX, contain, explain, persist
+from skep.aio.failures import CHARACTERS_MAX, describe_error, isolate, retry
 from skep.errors import Unavailable
 
 
@@ -43,7 +43,7 @@ def failing(*errors: Exception) -> Callable[[], Coroutine[None, None, int]]:
 
 
 async def test_contained_work_gives_its_result():
-    assert await contain(failing()(), "x failed") == 7
+    assert await isolate(failing()(), "x failed") == 7
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ async def test_an_error_of_any_kind_stays_inside_is_logged_with_its_trace_and_to
     with capture_logs() as lines:
         async with asyncio.TaskGroup() as group:
             neighbour = group.create_task(asyncio.sleep(0, "alive"))
-            group.create_task(contain(failing(error)(), "probe failed", on_error=told.append, container="c"))
+            group.create_task(isolate(failing(error)(), "probe failed", on_error=told.append, container="c"))
     assert neighbour.result() == "alive"
     assert told == [error]
     assert [(line["event"], line["container"]) for line in lines] == [("probe failed", "c")]
@@ -65,7 +65,7 @@ async def test_a_cancellation_is_no_error():
     async def forever() -> None:
         await asyncio.Event().wait()
 
-    task = asyncio.create_task(contain(forever(), "x failed"))
+    task = asyncio.create_task(isolate(forever(), "x failed"))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -76,7 +76,7 @@ async def test_work_is_tried_again_with_growing_pauses_until_it_works():
     clock = StepClock()
     errors = [Bug("same")] * 6
     with capture_logs() as lines:
-        work = persist(failing(*errors), "not freed", clock=clock, first_s=1, longest_s=8, chance=lambda: 1.0)
+        work = retry(failing(*errors), "not freed", clock=clock, first_s=1, longest_s=8, rng=lambda: 1.0)
         assert await work == 7
     assert clock.slept == [1, 2, 4, 8, 8, 8]
     assert [line["event"] for line in lines if line["log_level"] != "debug"] == ["not freed", "works again"]
@@ -85,8 +85,8 @@ async def test_work_is_tried_again_with_growing_pauses_until_it_works():
 
 async def test_another_error_is_another_line():
     with capture_logs() as lines:
-        await persist(
-            failing(Bug("one"), Bug("one"), Bug("two")), "not freed", clock=StepClock(), chance=lambda: 1.0
+        await retry(
+            failing(Bug("one"), Bug("one"), Bug("two")), "not freed", clock=StepClock(), rng=lambda: 1.0
         )
     assert [line["error"] for line in lines if line["log_level"] == "error"] == ["Bug: one", "Bug: two"]
 
@@ -102,13 +102,13 @@ async def test_work_that_went_well_for_long_is_tried_again_soon():
         clock.now += lasts
         raise Bug
 
-    await persist(work, "component ended", clock=clock, first_s=1, longest_s=60, chance=lambda: 1.0)
+    await retry(work, "component ended", clock=clock, first_s=1, longest_s=60, rng=lambda: 1.0)
     assert clock.slept == [1, 2, 1]
 
 
 async def test_some_errors_are_the_callers():
     with pytest.raises(Unavailable):
-        await persist(failing(Unavailable("x")), "x", clock=StepClock(), passes=(Unavailable,))
+        await retry(failing(Unavailable("x")), "x", clock=StepClock(), passes=(Unavailable,))
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ async def test_some_errors_are_the_callers():
     ],
 )
 def test_an_error_is_explained_in_a_short_line(error: Exception, text: str):
-    assert explain(error) == text
+    assert describe_error(error) == text

@@ -3,7 +3,7 @@
 import asyncio
 
 from skep.aio.clock import SystemClock
-from skep.aio.slices import SLICE_S, Slices
+from skep.aio.time_slices import SLICE_S, TimeSlices
 
 
 class HandClock(SystemClock):
@@ -17,7 +17,7 @@ class HandClock(SystemClock):
 
 async def test_others_get_their_turn_once_for_each_slice_of_work() -> None:
     clock, turns = HandClock(), 0
-    slices = Slices(clock)
+    slices = TimeSlices(clock)
 
     async def other() -> None:
         nonlocal turns
@@ -29,6 +29,6 @@ async def test_others_get_their_turn_once_for_each_slice_of_work() -> None:
         running = group.create_task(other())
         for _ in range(40):
             clock.now += SLICE_S / 3.9
-            await slices.give_way()
+            await slices.yield_if_due()
         running.cancel()
     assert turns == 10

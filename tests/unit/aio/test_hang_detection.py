@@ -1,6 +1,6 @@
 """When one who does not answer leads no more, and when its process is ended."""
 
-from skep.aio.patience import CALM_S, END_S, HAND_OVER_S, Patience, Step
+from skep.aio.hang_detection import CALM_S, END_S, HAND_OVER_S, Action, HangDetector
 
 TICK_S = 0.5
 
@@ -8,16 +8,16 @@ TICK_S = 0.5
 class Asking:
     def __init__(self) -> None:
         self.now = 0.0
-        self.patience = Patience(TICK_S, 0.0)
+        self.patience = HangDetector(TICK_S, 0.0)
 
-    def silent(self, seconds: float) -> list[tuple[float, Step]]:
+    def silent(self, seconds: float) -> list[tuple[float, Action]]:
         """What is done, and how long after the silence began."""
         began, done = self.now, []
         while self.now < began + seconds:
             self.now += TICK_S
-            step = self.patience.look(self.now, is_answered=False)
-            done += [(self.now - began, step)] if step is not Step.WAIT else []
-            if step is Step.END:
+            step = self.patience.record(self.now, has_response=False)
+            done += [(self.now - began, step)] if step is not Action.WAIT else []
+            if step is Action.END:
                 break
         return done
 
@@ -25,13 +25,13 @@ class Asking:
         until = self.now + seconds
         while self.now < until:
             self.now += TICK_S
-            assert self.patience.look(self.now, is_answered=True) is Step.WAIT
+            assert self.patience.record(self.now, has_response=True) is Action.WAIT
 
 
 def test_a_silent_one_leads_no_more_after_three_seconds_and_is_ended_after_fifteen() -> None:
     asking = Asking()
     asking.well(60)
-    assert asking.silent(100) == [(HAND_OVER_S, Step.HAND_OVER), (END_S, Step.END)]
+    assert asking.silent(100) == [(HAND_OVER_S, Action.HAND_OVER), (END_S, Action.END)]
 
 
 def test_a_short_silence_is_nothing() -> None:
@@ -46,7 +46,7 @@ def test_a_standstill_of_who_asks_is_nobodys_fault() -> None:
     asking = Asking()
     asking.well(10)
     asking.now += 3600
-    assert asking.patience.look(asking.now, is_answered=False) is Step.WAIT
+    assert asking.patience.record(asking.now, has_response=False) is Action.WAIT
     asking.well(10)
     assert asking.silent(2) == []
 
@@ -61,4 +61,4 @@ def test_one_that_is_slow_again_and_again_keeps_its_leader_for_longer_each_time(
     asking.well(30)
     assert asking.silent(14) == []
     asking.well(CALM_S + 1)
-    assert asking.silent(4) == [(HAND_OVER_S, Step.HAND_OVER)]
+    assert asking.silent(4) == [(HAND_OVER_S, Action.HAND_OVER)]

@@ -1,11 +1,11 @@
-"""How this process hears that a child has ended."""
+"""How asyncio learns that a child process has ended."""
 
 import asyncio
 import sys
 
 
 def watch_children_by_pidfd() -> None:
-    """Wait for children by pidfd.  Python 3.11 keeps a thread for each child otherwise; later ones do it by themselves.
+    """Wait for children by pidfd.  Python 3.11 keeps a thread for each child otherwise; later versions do this.
 
     To be called before the event loop starts.
     """

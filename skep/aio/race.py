@@ -1,4 +1,4 @@
-"""Several waits at once until the first has ended, one that time ends, and work that is not left half done."""
+"""Races between coroutines: the first to end cancels the other; and work that a cancellation does not cut off."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -7,23 +7,23 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Overtaken(Exception):
-    """Something else happened first, and the work has been cancelled."""
+class Preempted(Exception):
+    """The other coroutine returned first, and the work has been cancelled."""
 
 
-async def unless(work: Coroutine[Any, Any, T], overtaking: Coroutine[Any, Any, object]) -> T:
+async def run_unless(work: Coroutine[Any, Any, T], preempting: Coroutine[Any, Any, object]) -> T:
     """The result of ``work``, or what it raised.  When this returns or raises, both have ended.
 
-    Raises: Overtaken: ``overtaking`` returned first.
+    Raises: Overtaken: ``preempting`` returned first.
     """
     async with asyncio.TaskGroup() as group:
         working = group.create_task(_outcome(work))
-        other = group.create_task(overtaking)
+        other = group.create_task(preempting)
         await asyncio.wait((working, other), return_when=asyncio.FIRST_COMPLETED)
         working.cancel()
         other.cancel()
     if working.cancelled():
-        raise Overtaken
+        raise Preempted
     result, error = working.result()
     if error is not None:
         raise error
@@ -33,14 +33,13 @@ async def unless(work: Coroutine[Any, Any, T], overtaking: Coroutine[Any, Any, o
 async def wait_first(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any, object]) -> None:
     """Return when either has returned; the other one is cancelled and awaited."""
     try:
-        await unless(one, other)
-    except Overtaken:
+        await run_unless(one, other)
+    except Preempted:
         return
 
 
-async def finish(work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which goes on to its end even if the caller is cancelled; that is raised
-    afterwards.
+async def run_to_end(work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which runs to its end even if the caller is cancelled; CancelledError is raised then.
 
     For short work that would leave something behind where it was cut off.
     """
@@ -56,7 +55,7 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def _outcome(work: Coroutine[Any, Any, T]) -> tuple[T | None, Exception | None]:
-    """What came of ``work``, as a value: a task group would turn an error into a group."""
+    """Result or error of ``work``, as a value: a task group would turn an error into a group."""
     try:
         return await work, None
     except Exception as error:

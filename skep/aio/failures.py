@@ -1,8 +1,8 @@
-"""Work about one object (a container, a task, an image, a probe) whose failure must stay its own.
+"""Error handling per object (a container, a task, an image, a probe): one that fails does not affect the others.
 
-In a ``TaskGroup`` an exception of one task cancels all the others.  Work that concerns one object therefore never
-lets one out: ``contain`` does it once, ``persist`` again and again until it works.  Both log an error when it first
-appears, with its trace unless it is one of ours, and hand it to ``on_error``, where the object shows it.
+In a ``TaskGroup`` an exception of one task cancels all the others.  So work about one object raises none: ``isolate``
+does it once, ``retry`` repeats it until it succeeds.  Both log an error when it first appears, with its traceback
+unless it is a ``SkepError``, and pass it to ``on_error``, which shows it on the object.
 """
 
 import random
@@ -20,26 +20,26 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 CHARACTERS_MAX = 300
-"""Of an error as an object shows it: what a container can make long stays short."""
+"""Of an error as an object shows it, since containers can make texts long."""
 
 
 def _nothing(_: Exception) -> None:
-    """The log is told, and that is all."""
+    """The error is logged only."""
 
 
-async def contain(
+async def isolate(
     work: Awaitable[T], event: str, /, *, on_error: Callable[[Exception], None] = _nothing, **keys: Any
 ) -> T | None:
-    """What came of ``work``; None when it failed, which is logged as ``event`` with ``keys``."""
+    """The result of ``work``; None when it failed, which is logged as ``event`` with ``keys``."""
     try:
         return await work
     except Exception as error:
-        report(error, event, **keys)
+        log_error(error, event, **keys)
         on_error(error)
         return None
 
 
-async def persist(
+async def retry(
     work: Callable[[], Awaitable[T]],
     event: str,
     /,
@@ -47,23 +47,23 @@ async def persist(
     clock: Clock,
     first_s: float = 0.1,
     longest_s: float = 60.0,
-    chance: Callable[[], float] = random.random,
+    rng: Callable[[], float] = random.random,
     on_error: Callable[[Exception], None] = _nothing,
     passes: tuple[type[Exception], ...] = (),
     kinds: tuple[type[Exception], ...] = (Exception,),
     **keys: Any,
 ) -> T:
-    """The result of ``work``, which is called anew after each failure, with pauses that grow to ``longest_s``.
+    """The result of ``work``, which is called again after each failure, with pauses that grow to ``longest_s``.
 
-    Work that went well for ``longest_s`` before it failed begins with short pauses again.
+    After work that ran for ``longest_s`` before it failed, the pauses are short again.
 
     Args:
-        event: the line of the log; the same error again is logged for debugging only.
-        on_error: told every error.
-        passes: errors that the caller wants to see: they are raised.
-        kinds: of errors that are tried again; any other is raised, too.
+        event: of the log line; the same error again is logged at level debug.
+        on_error: called with every error.
+        passes: errors that are raised.
+        kinds: of errors that are retried; any other is raised, too.
     """
-    backoff = Backoff(first_s, longest_s, chance=chance)
+    backoff = Backoff(first_s, longest_s, rng=rng)
     before = ""
     while True:
         began = clock.monotonic()
@@ -75,9 +75,9 @@ async def persist(
             if clock.monotonic() - began >= longest_s:
                 backoff.reset()
             delay_s = backoff.next_delay_s()
-            if explain(error) != before:
-                before = explain(error)
-                report(error, event, again_in_s=round(delay_s, 2), **keys)
+            if describe_error(error) != before:
+                before = describe_error(error)
+                log_error(error, event, again_in_s=round(delay_s, 2), **keys)
             else:
                 log.debug(event, error=before, again_in_s=round(delay_s, 2), **keys)
             on_error(error)
@@ -88,16 +88,16 @@ async def persist(
         await clock.sleep(delay_s)
 
 
-def report(error: Exception, event: str, **keys: Any) -> None:
-    """Log ``error``: one of ours in a line, any other with its trace."""
+def log_error(error: Exception, event: str, **keys: Any) -> None:
+    """Log ``error``: a ``SkepError`` in one line, any other with its traceback."""
     if isinstance(error, SkepError):
-        log.warning(event, error=explain(error), **keys)
+        log.warning(event, error=describe_error(error), **keys)
     else:
-        log.error(event, error=explain(error), exc_info=error, **keys)
+        log.error(event, error=describe_error(error), exc_info=error, **keys)
 
 
-def explain(error: BaseException) -> str:
-    """``error`` in one short line: our sentence, the system's, or the kind of bug that it is."""
+def describe_error(error: BaseException) -> str:
+    """``error`` in one short line: its text, the system's reason, or the type of an unexpected exception."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, OSError) and error.strerror:

@@ -1,8 +1,8 @@
-"""How much somebody may do in a time: a bucket that fills steadily, and holds so much at most."""
+"""A rate limit: a token bucket."""
 
 
-class Allowance:
-    """``per_s`` a second, ``most`` at once.  Time is an argument: seconds that never go back."""
+class TokenBucket:
+    """``per_s`` tokens a second, ``most`` at once.  Time is an argument: monotonic seconds."""
 
     def __init__(self, most: float, per_s: float, now: float) -> None:
         self._most = most
@@ -11,7 +11,7 @@ class Allowance:
         self._at = now
 
     def take(self, now: float) -> bool:
-        """Whether one more is allowed; then it is taken."""
+        """Take a token; whether there was one."""
         self._left = min(self._most, self._left + (now - self._at) * self._per_s)
         self._at = now
         if self._left < 1:

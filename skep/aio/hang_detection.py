@@ -1,0 +1,86 @@
+"""When a process that does not respond counts as hung, and what to do about it.
+
+Time is measured as the observing loop experienced it (``RunningTime``): after a standstill of the whole machine (a
+suspend, for example) no process counts as hung for it, and on a machine so busy that the observer gets no processor
+time either, the observed process is given more time.
+"""
+
+from enum import Enum
+
+import msgspec
+
+HAND_OVER_S = 3.0
+END_S = 15.0
+CALM_S = 600.0
+"""After so long without a hand-over the next one is as quick as the first."""
+
+
+class RunningTime(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds that one event loop was running to observe."""
+
+    seconds: float = 0.0
+    """Only differences have a meaning."""
+    seen_at: float
+    """The clock's monotonic time at the last tick."""
+
+    def after(self, now: float, tick_s: float, *, is_current: bool = True) -> "RunningTime":
+        """The running time at ``now``, one tick later.
+
+        A tick that took longer than twice its length was a standstill of this loop, which is not a peer's silence.
+        While not ``is_current``, the time stands still: this process could not receive what others did.
+        """
+        passed = min(max(now - self.seen_at, 0.0), 2 * tick_s) if is_current else 0.0
+        return RunningTime(seconds=self.seconds + passed, seen_at=now)
+
+
+class Action(Enum):
+    """What is to be done."""
+
+    WAIT = "wait"
+    HAND_OVER = "hand over"
+    """Make another manager the leader; harmless where it was not needed."""
+    END = "end"
+    """End the process, so that it is started again."""
+
+
+class HangDetector:
+    """Observes one process, which is probed every ``tick_s``.
+
+    Each hand-over that was not needed, because a response came after all, doubles the wait for the next one, up to
+    the time at which the process is ended anyway: a machine that is slow now and then keeps its leader.
+    """
+
+    def __init__(self, tick_s: float, now: float) -> None:
+        """``now``: on a monotonic clock."""
+        self._tick_s = tick_s
+        self._time = RunningTime(seen_at=now)
+        self._responded_at = 0.0
+        self._after_s = HAND_OVER_S
+        self._handed_over_at: float | None = None
+        self._is_handed_over = False
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds without a response."""
+        return self._time.seconds - self._responded_at
+
+    def record(self, now: float, *, has_response: bool) -> Action:
+        """A tick has passed, with or without a response."""
+        self._time = self._time.after(now, self._tick_s)
+        if has_response:
+            self._responded_at = self._time.seconds
+            self._is_handed_over = False
+            return Action.WAIT
+        if self.silent_s >= END_S:
+            return Action.END
+        if self._is_handed_over or self.silent_s < self._wait_s():
+            return Action.WAIT
+        self._is_handed_over = True
+        self._handed_over_at = self._time.seconds
+        self._after_s *= 2
+        return Action.HAND_OVER
+
+    def _wait_s(self) -> float:
+        if self._handed_over_at is not None and self._time.seconds - self._handed_over_at > CALM_S:
+            self._after_s, self._handed_over_at = HAND_OVER_S, None
+        return self._after_s

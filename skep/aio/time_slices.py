@@ -1,0 +1,69 @@
+"""Long computations in time slices, between which the event loop runs other tasks."""
+
+import asyncio
+from collections.abc import Generator, Iterable
+from typing import TypeAlias, TypeVar
+
+from skep.aio.clock import Clock
+
+T = TypeVar("T")
+
+SlicedWork: TypeAlias = Generator[None, None, T]
+"""Work that can be paused wherever it yields, and returns its result."""
+
+STEP = 100
+"""Items of a few microseconds each between two points at which work can be paused."""
+
+SLICE_S = 0.005
+"""Length of a slice: with several such computations at a time a request is still fast."""
+
+
+class TimeSlices:
+    """Time slices of one computation, which awaits ``give_way`` after each item."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._began = clock.monotonic()
+
+    async def yield_if_due(self) -> None:
+        """Let other tasks run if the present slice is over."""
+        if self._clock.monotonic() - self._began >= SLICE_S:
+            await asyncio.sleep(0)
+            self._began = self._clock.monotonic()
+
+
+def run_at_once(work: SlicedWork[T]) -> T:
+    """The result of ``work``, without a pause."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+async def run_in_slices(work: Iterable[None], clock: Clock) -> None:
+    """Do all of ``work``; other tasks run in between."""
+    slices = TimeSlices(clock)
+    for _ in work:
+        await slices.yield_if_due()
+
+
+async def result_in_slices(work: SlicedWork[T], clock: Clock) -> T:
+    """The result of ``work``; other tasks run in between."""
+    slices = TimeSlices(clock)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        await slices.yield_if_due()
+
+
+def collect_in_slices(things: Iterable[T], into: "list[T]") -> SlicedWork[None]:
+    """Collect ``things``, which are expensive to compute."""
+    for number, thing in enumerate(things, 1):
+        into.append(thing)
+        if number % STEP == 0:
+            yield
