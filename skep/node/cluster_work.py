@@ -54,7 +54,7 @@ class NodeWork:
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
                 for task in filter(is_attachment, tuple(self._worker.tasks().values())):
-                    await self._attachments.evict(task)
+                    await self._executor.controller(task).shutdown()
         except (TimeoutError, SkepError) as error:
             log.warning("network attachments not released", reason=str(error))
 

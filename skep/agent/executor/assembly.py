@@ -73,19 +73,7 @@ def oci_executor(
         resolver: name servers for containers that name none.
         encryption: how networks are encrypted; None: this node does not.
     """
-    programs = programs or find_programs()
     namespaces = namespaces or Namespaces(paths.netns)
-    cgroups = Cgroups(cgroup_parent)
-    capacity = capacity_of(cgroups, programs)
-    bundles = Bundles(paths.containers, paths.bundles, cgroups, capacity, resolver)
-    runtime = Runtime(
-        runc=programs.runc,
-        conmon=programs.conmon,
-        root=paths.runc,
-        bundles=bundles,
-        cgroups=cgroups,
-        capacity=capacity,
-    )
     naming = Naming(names, resolver) if names is not None else None
     attachments = ClusterAttachments()
     network = container_network(
@@ -101,20 +89,21 @@ def oci_executor(
         conditions=conditions,
         encryption=encryption,
     )
+    config = EngineConfig(
+        starts_max=2 * (os.cpu_count() or 1),
+        hostname=hostname,
+        log_default=log_default or Driver(name="json-file"),
+        report_restore=conditions.say("restore") if conditions is not None else lambda _: None,
+    )
+    runtime = runtime_of(paths, programs or find_programs(), Cgroups(cgroup_parent), resolver)
     engine = Engine(
         runtime=runtime,
         images=images,
         volumes=Volumes(paths.volumes),
         network=network,
         clock=clock,
-        config=EngineConfig(
-            starts_max=2 * (os.cpu_count() or 1),
-            hostname=hostname,
-            log_default=log_default or Driver(name="json-file"),
-            report_restore=conditions.say("restore") if conditions is not None else lambda _: None,
-        ),
+        config=config,
     )
-    attachments.evict_by(engine.evict)
     return OciExecutor(
         engine=engine,
         images=images,
@@ -123,6 +112,19 @@ def oci_executor(
         attachments=attachments,
         clock=clock,
         node=NodeFacts(id=NodeId(""), hostname=hostname, architecture=os.uname().machine),
+    )
+
+
+def runtime_of(paths: Paths, programs: Programs, cgroups: Cgroups, resolver: Path) -> Runtime:
+    """runc and conmon with the containers' directories.  ``resolver``: the node's /etc/resolv.conf."""
+    capacity = capacity_of(cgroups, programs)
+    return Runtime(
+        runc=programs.runc,
+        conmon=programs.conmon,
+        root=paths.runc,
+        bundles=Bundles(paths.containers, paths.bundles, cgroups, capacity, resolver),
+        cgroups=cgroups,
+        capacity=capacity,
     )
 
 

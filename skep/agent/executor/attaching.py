@@ -61,7 +61,6 @@ class ClusterAttachments:
 
     def __init__(self) -> None:
         self._managers: Managers | None = None
-        self._evict: Evict | None = None
         self._requesting: Counter[ContainerId] = Counter()
         self._held: dict[TaskId, _Held] = {}
         self._arrived = asyncio.Event()
@@ -69,10 +68,6 @@ class ClusterAttachments:
     def ask_through(self, managers: Managers | None) -> None:
         """Where requests go from now on; None: the node is in no swarm."""
         self._managers = managers
-
-    def evict_by(self, evict: Evict) -> None:
-        """How a container leaves a network when the cluster takes its endpoint back."""
-        self._evict = evict
 
     def restore(self, held: Iterable[tuple[TaskId, ContainerId]]) -> None:
         """Take over endpoints that containers of an earlier process of this node still have."""
@@ -137,9 +132,6 @@ class ClusterAttachments:
 
     # --- as tasks -----------------------------------------------------------------------------------------------
 
-    def controller(self, task: AssignedTask) -> "AttachmentController":
-        return AttachmentController(self, task)
-
     def arrive(self, task: AssignedTask) -> None:
         """The managers have assigned an endpoint.  Raises: Rejected: no container waits for it."""
         id, container_id = task.task.id, container_of(task)
@@ -159,24 +151,24 @@ class ClusterAttachments:
         if held is not None:
             await held.released.wait()
 
-    async def evict(self, task: AssignedTask) -> None:
-        """The cluster takes the endpoint back: its container leaves the network and runs on."""
-        id = task.task.id
+    def holder_of(self, id: TaskId) -> ContainerId | None:
+        """The container that has the endpoint; None: none has it (yet)."""
         held = self._held.get(id)
-        if held is not None and held.is_claimed and self._evict is not None:
-            for attachment in task.task.networks_attachments:
-                if attachment.network is not None:
-                    await self._evict(held.container_id, attachment.network.id)
+        return held.container_id if held is not None and held.is_claimed else None
+
+    def release(self, id: TaskId) -> None:
+        """The endpoint is the cluster's again.  Harmless when it was released before."""
         held = self._held.pop(id, None)
         if held is not None:
             held.released.set()
 
 
 class AttachmentController:
-    """The seven verbs of an attachment task."""
+    """The seven verbs of an attachment task.  ``evict``: takes a running container from a network."""
 
-    def __init__(self, attachments: ClusterAttachments, task: AssignedTask) -> None:
+    def __init__(self, attachments: ClusterAttachments, evict: Evict, task: AssignedTask) -> None:
         self._attachments = attachments
+        self._evict = evict
         self._task = task
 
     def observed(self) -> Running | None:
@@ -193,16 +185,22 @@ class AttachmentController:
         return TaskExit(exit_code=0)
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
-        await self._attachments.evict(self._task)
+        """The cluster takes the endpoint back: its container leaves the network and runs on."""
+        id = self._task.task.id
+        container_id = self._attachments.holder_of(id)
+        for attachment in self._task.task.networks_attachments:
+            if container_id is not None and attachment.network is not None:
+                await self._evict(container_id, attachment.network.id)
+        self._attachments.release(id)
 
     async def terminate(self) -> None:
-        await self._attachments.evict(self._task)
+        await self.shutdown()
 
     async def update(self, task: AssignedTask) -> None:
         self._task = task
 
     async def remove(self) -> None:
-        await self._attachments.evict(self._task)
+        await self.shutdown()
 
 
 def is_attachment(task: AssignedTask) -> bool:

@@ -14,7 +14,7 @@ import structlog
 
 from skep.agent.executor import adapter
 from skep.agent.executor.adapter import NodeFacts
-from skep.agent.executor.attaching import ClusterAttachments, is_attachment
+from skep.agent.executor.attaching import AttachmentController, ClusterAttachments, is_attachment
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.agent.executor.payloads import Payloads
 from skep.agent.executor.pulling import ImagePuller, Images
@@ -81,7 +81,7 @@ class OciExecutor:
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
         """Raises nothing: errors of the task are raised by ``prepare``."""
         if is_attachment(task):
-            return self.attachments.controller(task)
+            return AttachmentController(self.attachments, self.engine.evict, task)
         return OciController(self, task, registry_auth)
 
     async def leftovers(self) -> Sequence[TaskId]:

@@ -63,24 +63,8 @@ def output_routes(engine: Engine, *, clock: Clock | None = None) -> Routes:
                     async for entry in entries:
                         await client.send(OutputStream(entry.stream.value), entry.data)
             if flag(request, "stream"):
-                await _follow(request, container, client, keys)
+                await _follow(engine, request, container, client, keys)
         return Hijacked()
-
-    async def _follow(request: web.Request, container: Container, client: Duplex, keys: bytes) -> None:
-        try:
-            process = await engine.attach(container.id)
-        except (NotRunning, NotFound):
-            return  # it ended before: there is nothing to see
-        try:
-            await join(
-                client,
-                process,
-                takes_input=flag(request, "stdin") and container.config.open_stdin,
-                streams=_streams(request),
-                keys=DetachKeys(keys) if container.config.tty else None,
-            )
-        finally:
-            process.close()
 
     @table.get("/containers/{id}/stats")
     async def show_stats(request: web.Request) -> web.StreamResponse:
@@ -97,6 +81,25 @@ def output_routes(engine: Engine, *, clock: Clock | None = None) -> Routes:
         return lines.response
 
     return table
+
+
+async def _follow(
+    engine: Engine, request: web.Request, container: Container, client: Duplex, keys: bytes
+) -> None:
+    try:
+        process = await engine.attach(container.id)
+    except (NotRunning, NotFound):
+        return  # it ended before
+    try:
+        await join(
+            client,
+            process,
+            takes_input=flag(request, "stdin") and container.config.open_stdin,
+            streams=_streams(request),
+            keys=DetachKeys(keys) if container.config.tty else None,
+        )
+    finally:
+        process.close()
 
 
 async def _samples(engine: Engine, container: Container, clock: Clock) -> AsyncIterator[Stats]:

@@ -62,19 +62,8 @@ def exec_routes(engine: Engine) -> Routes:
             parse_keys(body.detach_keys)
         except InvalidArgument as error:
             raise Untranslated(f"Invalid escape keys ({body.detach_keys}) provided") from error
-        config = ExecConfig(
-            command=body.cmd,
-            env=body.env,
-            working_dir=body.working_dir,
-            user=body.user,
-            tty=body.tty,
-            attach_stdin=body.attach_stdin,
-            attach_stdout=body.attach_stdout,
-            attach_stderr=body.attach_stderr,
-            privileged=body.privileged,
-            detach_keys=body.detach_keys,
-        )
-        return json_answer({"Id": execs.create(request.match_info["id"], config)}, 201)
+        exec_id = execs.create(request.match_info["id"], _config_of(body))
+        return json_answer({"Id": exec_id}, 201)
 
     @table.post("/exec/{id}/start")
     async def start_exec(request: web.Request) -> web.StreamResponse:
@@ -114,6 +103,21 @@ def exec_routes(engine: Engine) -> Routes:
         return web.Response()
 
     return table
+
+
+def _config_of(body: ExecRequest) -> ExecConfig:
+    return ExecConfig(
+        command=body.cmd,
+        env=body.env,
+        working_dir=body.working_dir,
+        user=body.user,
+        tty=body.tty,
+        attach_stdin=body.attach_stdin,
+        attach_stdout=body.attach_stdout,
+        attach_stderr=body.attach_stderr,
+        privileged=body.privileged,
+        detach_keys=body.detach_keys,
+    )
 
 
 def _inspected(exec: Exec) -> dict[str, Any]:

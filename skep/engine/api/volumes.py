@@ -62,9 +62,8 @@ def volume_routes(volumes: Volumes, containers: Listing) -> Routes:
             if not has_prunable_labels(labels, filters) or not (named_too or ANONYMOUS in labels):
                 continue
             size = await asyncio.to_thread(tree_bytes, str(volumes.path(name)))
-            if name in users_by_volume(
-                containers()
-            ):  # checked last: a container may have been created meanwhile
+            # Checked last: a container may have been created meanwhile.
+            if name in users_by_volume(containers()):
                 continue
             try:
                 await volumes.remove(name)

@@ -5,20 +5,20 @@ import asyncio
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.executor.attaching import ClusterAttachments
+from skep.agent.executor.attaching import AttachmentController, ClusterAttachments
 from skep.agent.executor.interface import Rejected
 from skep.errors import NotFound, Unavailable
-from skep.model.ids import ContainerId, TaskId
+from skep.model.ids import ContainerId, NetworkId, TaskId
 from skep.model.sandbox import EndpointRequest
 from skep.model.service import NetworkAttachmentSpec, TaskSpec
 from skep.model.task import AssignedTask, NetworkAttachment
 from tests.support.builders import a_task, an_overlay
 
 BOX = ContainerId("b" * 64)
-WISH = EndpointRequest(network="net1", aliases=("box",))
+REQUEST = EndpointRequest(network="net1", aliases=("box",))
 
 
-def a_place(id: str) -> AssignedTask:
+def a_task_for(id: str) -> AssignedTask:
     place = NetworkAttachment(network=an_overlay("net1", subnet="10.0.1.0/24"), addresses=("10.0.1.5/24",))
     spec = TaskSpec(network_attachment_spec=NetworkAttachmentSpec(container_id=BOX))
     return AssignedTask(task=replace(a_task(id), spec=spec, networks_attachments=(place,)))
@@ -32,7 +32,7 @@ class Managers:
         self.asked = asyncio.Event()
         self.error: Unavailable | None = None
 
-    async def attach_network(self, container_id: ContainerId, wish: EndpointRequest) -> TaskId:
+    async def attach_network(self, container_id: ContainerId, request: EndpointRequest) -> TaskId:
         self.asked.set()
         if self.error is not None:
             raise self.error
@@ -42,52 +42,74 @@ class Managers:
         self.detached.append(id)
 
 
-async def test_a_place_is_the_containers_until_it_gives_it_back() -> None:
+async def never(container_id: ContainerId, network_id: NetworkId) -> None:
+    raise AssertionError(f"{container_id} is not taken from {network_id}")
+
+
+async def test_an_endpoint_is_the_containers_until_it_is_released() -> None:
     attachments, managers = ClusterAttachments(), Managers()
     attachments.ask_through(managers)
-    taking = asyncio.ensure_future(attachments.take(BOX, WISH))
+    taking = asyncio.ensure_future(attachments.take(BOX, REQUEST))
     await managers.asked.wait()
-    controller = attachments.controller(a_place("t1"))
+    controller = AttachmentController(attachments, never, a_task_for("t1"))
     await controller.prepare()
-    place = await taking
-    assert (place.attachment, place.addresses) == ("t1", ("10.0.1.5/24",))
+    endpoint = await taking
+    assert (endpoint.attachment, endpoint.addresses) == ("t1", ("10.0.1.5/24",))
     ended = asyncio.ensure_future(controller.wait())
     await attachments.give_back(TaskId("t1"))
     assert ((await ended).exit_code, managers.detached) == (0, ["t1"])
 
 
-async def test_a_place_that_nobody_waits_for_is_rejected() -> None:
+async def test_an_endpoint_that_no_container_waits_for_is_rejected() -> None:
     attachments, managers = ClusterAttachments(), Managers()
     attachments.ask_through(managers)
-    taking = asyncio.ensure_future(attachments.take(BOX, WISH))
+    taking = asyncio.ensure_future(attachments.take(BOX, REQUEST))
     await managers.asked.wait()
     taking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await taking
     with pytest.raises(Rejected):
-        await attachments.controller(a_place("t1")).prepare()
+        await AttachmentController(attachments, never, a_task_for("t1")).prepare()
 
 
-async def test_without_a_swarm_or_a_manager_there_is_no_place() -> None:
+async def test_without_a_swarm_or_a_manager_there_is_no_endpoint() -> None:
     attachments, managers = ClusterAttachments(), Managers()
     with pytest.raises(NotFound, match="network net1 not found"):
-        await attachments.take(BOX, WISH)
+        await attachments.take(BOX, REQUEST)
     attachments.ask_through(managers)
     managers.error = Unavailable("no manager is reached at present")
     with pytest.raises(Unavailable):
-        await attachments.take(BOX, WISH)
+        await attachments.take(BOX, REQUEST)
     assert managers.detached == []
 
 
-async def test_places_of_running_containers_outlive_the_process() -> None:
+async def test_endpoints_of_running_containers_outlive_the_process() -> None:
     attachments = ClusterAttachments()
     attachments.restore([(TaskId("t1"), BOX)])
-    controller = attachments.controller(a_place("t1"))
+    controller = AttachmentController(attachments, never, a_task_for("t1"))
     await controller.prepare()
     waiting = asyncio.ensure_future(controller.wait())
     await asyncio.sleep(0)
     assert not waiting.done()
     await attachments.give_back(TaskId("t1"))
     await waiting
-    gone = attachments.controller(a_place("t2"))
+    gone = AttachmentController(attachments, never, a_task_for("t2"))
     assert (await gone.wait()).exit_code == 0  # its container did not survive
+
+
+async def test_an_endpoint_that_the_cluster_takes_back_is_left_by_its_container() -> None:
+    attachments, left = ClusterAttachments(), []
+
+    async def evict(container_id: ContainerId, network_id: NetworkId) -> None:
+        left.append((container_id, network_id))
+
+    attachments.restore([(TaskId("t1"), BOX)])
+    task = a_task_for("t1")
+    controller = AttachmentController(attachments, evict, task)
+    await controller.shutdown()
+    (attachment,) = task.task.networks_attachments
+    assert attachment.network is not None
+    assert left == [(BOX, attachment.network.id)]
+    assert (await controller.wait()).exit_code == 0
+    await controller.remove()
+    assert len(left) == 1
