@@ -83,7 +83,7 @@ def test_run_takes_its_input_gives_its_output_and_exit_code_and_leaves_nothing(
     assert m1.docker("ps", "-aq", "--filter", "label=plain").stdout == ""
 
 
-def test_names_go_both_ways_between_a_plain_container_and_tasks_of_other_nodes(
+def test_names_are_resolved_both_ways_between_a_plain_container_and_tasks_of_other_nodes(
     m1: TestNode, w1: TestNode
 ) -> None:
     m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
@@ -107,7 +107,7 @@ def test_names_go_both_ways_between_a_plain_container_and_tasks_of_other_nodes(
 
 
 @pytest.mark.slow
-def test_a_container_outlives_the_daemon_with_its_place_and_its_names(m1: TestNode, w1: TestNode) -> None:
+def test_a_container_outlives_the_daemon_with_its_endpoint_and_its_names(m1: TestNode, w1: TestNode) -> None:
     m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
     run(w1, "box", "--network", "net1")
     run(m1, "here", "--network", "net1")
@@ -121,7 +121,7 @@ def test_a_container_outlives_the_daemon_with_its_place_and_its_names(m1: TestNo
 
 
 @pytest.mark.slow
-def test_a_crash_of_the_machine_frees_the_place_and_its_policy_starts_the_container_again(
+def test_a_crash_of_the_machine_frees_the_endpoint_and_the_policy_restarts_the_container(
     cluster: TestCluster, m1: TestNode, w1: TestNode
 ) -> None:
     m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
@@ -365,7 +365,7 @@ def test_bridge_networks_outlive_the_daemon_with_their_names(m1: TestNode) -> No
 
 
 @pytest.mark.slow
-def test_a_node_that_leaves_gives_places_back_and_its_containers_run_on(m1: TestNode, w1: TestNode) -> None:
+def test_a_node_that_leaves_releases_endpoints_and_its_containers_run_on(m1: TestNode, w1: TestNode) -> None:
     """The last of this module: the worker is in no swarm any more."""
     m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
     m1.docker("run", "-d", "--name", "keeper", *LABEL, "--network", "net1", IMAGE, *IDLE)

@@ -64,7 +64,7 @@ async def test_a_process_that_needs_too_much_memory_is_reported_as_such(run: Run
         ("/etc/passwd", 126, 'exec: "/etc/passwd": permission denied'),
     ],
 )
-async def test_a_command_that_cannot_run_says_so_with_dockers_code(
+async def test_a_command_that_cannot_run_has_dockers_exit_code(
     run: Runner, engine: Engine, command: str, code: int, words: str
 ) -> None:
     container = await run.create(command)

@@ -164,7 +164,7 @@ async def test_a_port_has_one_owner_until_it_is_given_back(run: Runner, engine: 
     await run.create("true", ports=(host_port(8080),))  # ended: its port is free though its record is kept
 
 
-async def test_after_a_restart_ports_answer_and_what_is_gone_is_cleared(lab: Lab) -> None:
+async def test_after_a_restart_ports_are_served_and_leftovers_are_removed(lab: Lab) -> None:
     first = lab.executor()
     async with first.running():
         run = Runner(lab, first.engine)

@@ -246,7 +246,7 @@ async def test_limits_change_while_it_runs(api: Api, run: Runner):
 @pytest.mark.parametrize(
     ("method", "what"), [("GET", "export"), ("GET", "archive?path=/"), ("POST", "rename?name=x")]
 )
-async def test_what_this_node_does_not_do_is_said_in_a_sentence(
+async def test_unsupported_requests_get_an_error_that_explains_it(
     api: Api, run: Runner, method: str, what: str
 ):
     container = await run.start("sleep", "100")

@@ -25,7 +25,7 @@ async def an_exec(api: Api, id: str, *command: str, **config: Any) -> str:
     return str(answer["Id"])
 
 
-async def test_output_goes_on_after_the_end_of_the_input(api: Api, run: Runner):
+async def test_output_continues_after_the_end_of_the_input(api: Api, run: Runner):
     container = await run.start("sleep", "100")
     id = await an_exec(
         api, container.id, "sh", "-c", "cat; echo after; echo bad >&2; exit 3", AttachStdin=True
@@ -42,7 +42,7 @@ async def test_output_goes_on_after_the_end_of_the_input(api: Api, run: Runner):
     raw.writer.close()
 
 
-async def test_newer_clients_are_told_that_output_is_framed(api: Api, run: Runner):
+async def test_newer_clients_get_a_content_type_for_framed_output(api: Api, run: Runner):
     container = await run.start("sleep", "100")
     id = await an_exec(api, container.id, "true")
     raw = await api.hijack(f"/exec/{id}/start", {}, version="1.42")
@@ -73,7 +73,7 @@ async def test_the_keys_let_go_of_a_terminal_and_leave_it_running(api: Api, run:
     raw.writer.close()
 
 
-async def test_a_detached_exec_answers_at_once(api: Api, run: Runner):
+async def test_a_detached_exec_responds_at_once(api: Api, run: Runner):
     container = await run.start("sleep", "100")
     id = await an_exec(api, container.id, "sleep", "50")
     assert (await api.ask("POST", f"/exec/{id}/start", {"Detach": True}))[0] == 200
@@ -81,7 +81,7 @@ async def test_a_detached_exec_answers_at_once(api: Api, run: Runner):
     assert found["Running"] is True
 
 
-async def test_what_cannot_be_executed_says_so_in_the_output(api: Api, run: Runner):
+async def test_a_command_that_cannot_be_executed_is_reported_in_the_output(api: Api, run: Runner):
     container = await run.start("sleep", "100")
     id = await an_exec(api, container.id, "nosuch")
     raw = await api.hijack(f"/exec/{id}/start", {})
@@ -92,7 +92,7 @@ async def test_what_cannot_be_executed_says_so_in_the_output(api: Api, run: Runn
     raw.writer.close()
 
 
-async def test_a_client_that_goes_away_leaves_the_exec_alone(api: Api, run: Runner):
+async def test_an_exec_continues_when_its_client_disconnects(api: Api, run: Runner):
     container = await run.start("sleep", "100")
     id = await an_exec(api, container.id, "sleep", "50", AttachStdin=True)
     raw = await api.hijack(f"/exec/{id}/start", {})

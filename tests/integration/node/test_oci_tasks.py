@@ -76,7 +76,9 @@ async def test_a_missing_image_is_rejected_with_dockers_words(executor: OciExecu
     assert await executor.leftovers() == []
 
 
-async def test_an_unreachable_registry_is_asked_once_for_many_tasks(lab: Lab, executor: OciExecutor) -> None:
+async def test_an_unreachable_registry_is_contacted_once_for_many_tasks(
+    lab: Lab, executor: OciExecutor
+) -> None:
     await asyncio.gather(*(executor.controller(a_task("true")).prepare() for _ in range(5)))
     assert lab.images.pulls == 1
 
@@ -94,9 +96,7 @@ async def test_a_command_that_cannot_start_gives_the_exit_code_and_the_runtimes_
     assert observed.container.exit_code == 127
 
 
-async def test_the_images_defaults_are_used_where_the_task_says_nothing(
-    lab: Lab, executor: OciExecutor
-) -> None:
+async def test_the_images_defaults_are_used_where_the_task_has_none(lab: Lab, executor: OciExecutor) -> None:
     with_defaults(
         lab.images,
         ContainerDefaults(
@@ -288,7 +288,9 @@ async def test_followed_logs_go_on_with_tasks_that_come_later(executor: OciExecu
     await entries.aclose()  # type: ignore[attr-defined]
 
 
-async def test_everything_of_a_task_goes_with_it(lab: Lab, executor: OciExecutor, tmp_path: Path) -> None:
+async def test_everything_of_a_task_is_removed_with_it(
+    lab: Lab, executor: OciExecutor, tmp_path: Path
+) -> None:
     executor.payloads.put([SecretFile(id=SecretId("s1"), data=b"x")], [])
     reference = SecretReference(
         secret_id=SecretId("s1"), secret_name="x", file=FileTarget(name="x", mode=0o444)

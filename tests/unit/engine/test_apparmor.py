@@ -71,7 +71,7 @@ def test_the_kernels_words_are_read_as_they_are() -> None:
     assert apparmor.label_of("unconfined\n") == "unconfined"
 
 
-def test_a_machine_without_apparmor_is_no_trouble(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machine_without_apparmor_needs_no_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(apparmor, "_KERNEL", tmp_path / "none")
     assert (apparmor.is_supported(), apparmor.problem()) == (False, "")
 
@@ -126,7 +126,7 @@ async def test_a_profile_that_is_refused_keeps_containers_from_starting_unconfin
     assert msgspec.json.decode(written)["process"]["apparmorProfile"] == "unconfined"
 
 
-async def test_a_profile_that_somebody_has_unloaded_is_loaded_for_the_next_container(
+async def test_a_profile_that_was_unloaded_is_loaded_for_the_next_container(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     profiles = tmp_path / "kernel/profiles"

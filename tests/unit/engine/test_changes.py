@@ -18,7 +18,7 @@ from skep.model.ids import ContainerId
         (("etc/hosts", "tmp/new"), [(1, "/tmp"), (1, "/tmp/new")]),
     ],
 )
-def test_the_places_of_the_nodes_own_files_are_no_changes(
+def test_the_mount_points_of_the_nodes_own_files_are_no_changes(
     tmp_path: Path, written: tuple[str, ...], shown: list[tuple[int, str]]
 ) -> None:
     lower = tmp_path / "lower"

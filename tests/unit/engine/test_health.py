@@ -65,7 +65,7 @@ def test_what_the_service_leaves_open_is_the_images():
     assert command(merged(HealthConfig(test=("NONE",)), image)) == ()
 
 
-def test_dockers_defaults_hold_where_nothing_is_said():
+def test_dockers_defaults_hold_for_what_is_not_given():
     assert pause_s(a_check(), Health(), 0.0) == 30
     assert timeout_s(a_check()) == 30
     assert after_all(a_check(), [1, 1]).status is STARTING

@@ -102,7 +102,7 @@ async def test_the_probe_of_a_container_that_is_removed_ends_quietly(rig: Rig) -
     await asyncio.wait_for(probing, 5)
 
 
-async def test_what_a_probe_says_of_a_container_that_has_ended_meanwhile_is_not_kept(rig: Rig) -> None:
+async def test_the_result_of_a_probe_is_discarded_when_its_container_has_ended_meanwhile(rig: Rig) -> None:
     probing = asyncio.create_task(rig.checks.run(ID))
     await rig.runtime.asked.wait()
     rig.execs.forget(ID)

@@ -156,7 +156,7 @@ def test_counters_are_read_from_the_kernels_files() -> None:
     assert flat_keyed("a 1\nb x\nc 3 4\nd 5\n") == {"a": 1, "d": 5}
 
 
-def test_a_container_on_networks_asks_the_name_server_in_its_namespace() -> None:
+def test_a_container_on_networks_uses_the_name_server_in_its_namespace() -> None:
     node = "nameserver 127.0.0.53\nnameserver 192.0.2.1\nsearch example.com\noptions edns0\n"
     named = resolver_file(node, (), (), (), is_named=True)
     assert named == "search example.com\nnameserver 127.0.0.11\noptions edns0 ndots:0\n"

@@ -33,7 +33,7 @@ def test_a_crash_loop_is_slowed_down_and_a_long_life_forgives() -> None:
     assert after_end(plain("always"), 1, LASTED_S, 50.0) == StartAgain(0.1)
 
 
-def test_what_is_to_go_with_its_end_goes() -> None:
+def test_a_container_with_auto_remove_is_removed_at_its_end() -> None:
     assert after_end(PlainOptions(auto_remove=True, is_stopped=True), 0, 1.0) == Remove()
 
 

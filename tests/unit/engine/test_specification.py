@@ -268,7 +268,7 @@ def test_later_values_win_and_bare_names_remove(base: list[str], over: list[str]
     assert dict(entry.split("=") for entry in merged_environment(base, over)) == expected
 
 
-def test_a_users_mount_replaces_the_default_one_at_its_place() -> None:
+def test_a_users_mount_replaces_the_default_one_at_its_target() -> None:
     mounts = built(mounts=(MountPoint(type="tmpfs", destination="/dev/shm"),)).specification["mounts"]
     assert [mount["destination"] for mount in mounts].count("/dev/shm") == 1
     assert mounts[-1]["type"] == "tmpfs"

@@ -61,7 +61,7 @@ def test_networks_of_the_node_itself_are_no_endpoints() -> None:
     assert endpoint_configs(a_task((a_network("host", driver="host"), ""))) == ()
 
 
-def test_the_head_has_what_the_allocation_says() -> None:
+def test_the_head_has_the_allocated_values() -> None:
     network = a_network(
         "web", "10.0.1.0/24", "10.0.2.0/24", options={MTU: "1400", "encrypted": ""}, internal=True
     )

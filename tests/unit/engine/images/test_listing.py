@@ -56,7 +56,7 @@ def test_an_unnamed_image_with_children_is_a_step_and_listed_only_with_all():
     assert len(select([step, child], ImageFilter(all=True))) == 2
 
 
-def test_pruning_takes_what_has_no_tag_unless_told_otherwise():
+def test_pruning_removes_untagged_images_unless_all_are_requested():
     pulled = an_image(f"web@{DIGEST}", id="6")
     assert prunable(ImageFilter())(BARE)
     assert prunable(ImageFilter())(pulled)
@@ -65,6 +65,6 @@ def test_pruning_takes_what_has_no_tag_unless_told_otherwise():
     assert not prunable(ImageFilter(dangling=False, until_ns=0))(OLD)
 
 
-def test_an_image_that_says_nonsense_of_its_age_is_listed_as_the_oldest():
+def test_an_image_with_an_invalid_creation_time_is_listed_as_the_oldest():
     odd = an_image("odd:1", id="7", created="yesterday")
     assert [listed.image for listed in select([odd, OLD], ImageFilter())] == [OLD, odd]

@@ -65,7 +65,7 @@ def test_an_index_gives_the_first_manifest_for_the_platform():
     assert choose((arm, amd), Platform("linux", "amd64")) is amd
 
 
-def test_an_index_without_the_platform_says_so():
+def test_an_index_without_the_platform_is_an_error_that_names_it():
     with pytest.raises(NotFound, match=r"no matching manifest for linux/arm/v7 in the manifest list entries"):
         choose((descriptor(os="linux", architecture="amd64"),), Platform("linux", "arm", "v7"))
 

@@ -78,7 +78,7 @@ def test_an_image_of_a_running_container_cannot_go_by_its_id_even_with_force():
     )
 
 
-def test_an_image_of_a_stopped_container_goes_by_its_id_with_force():
+def test_an_image_of_a_stopped_container_is_removed_by_its_id_with_force():
     image = an_image("web:1")
     stopped = (a_user(image, is_running=False),)
     with pytest.raises(Conflict, match="image is being used by stopped container"):

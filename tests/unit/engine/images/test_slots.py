@@ -48,7 +48,7 @@ async def settled(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0)
 
 
-async def test_an_image_alone_has_all_places_and_others_come_before_its_further_layers() -> None:
+async def test_an_image_alone_has_all_slots_and_others_precede_its_further_layers() -> None:
     work = Unpacking(UnpackSlots(3, patience_s=NEVER, slow_max=6))
     work.ask("a1", "a2", "a3", "a4", "a5")
     await settled(lambda: work.order == ["a1", "a2", "a3"])
@@ -62,7 +62,7 @@ async def test_an_image_alone_has_all_places_and_others_come_before_its_further_
     await work.close()
 
 
-async def test_layers_that_never_end_keep_nobody_waiting() -> None:
+async def test_layers_that_never_end_do_not_delay_others() -> None:
     """Three images with layers without end, and many of them: the next one has a place at once."""
     work = Unpacking(UnpackSlots(3, patience_s=0, slow_max=6))
     work.ask(*(f"{image}{number}" for image in "xyz" for number in range(2)))
