@@ -13,8 +13,10 @@ import msgspec
 
 from skep import __version__
 from skep.configuration.configuration import Configuration
+from skep.dataplane.wireguard.methods import choose
 from skep.engine import apparmor
 from skep.model.times import Timestamp
+from skep.model.wireguard import ENCRYPTION_LABEL, Method
 from skep.node.features import Features
 from skep.node.machine import Machine
 
@@ -138,7 +140,7 @@ def info(
         "HttpsProxy": "",
         "NoProxy": "",
         "Name": machine.hostname,
-        "Labels": [f"{key}={value}" for key, value in sorted(configuration.labels.items())],
+        "Labels": [f"{key}={value}" for key, value in sorted(_labels(configuration, features).items())],
         "ExperimentalBuild": False,
         "ServerVersion": __version__,
         "Runtimes": {"runc": {"path": configuration.runc}},
@@ -173,3 +175,10 @@ def registry_config(configuration: Configuration) -> dict[str, Any]:
         },
         "Mirrors": mirrors,
     }
+
+
+def _labels(configuration: Configuration, features: Features) -> Mapping[str, str]:
+    """The user's, and how this node encrypts overlay networks."""
+    method = choose(features, configuration.encryption)
+    own = {ENCRYPTION_LABEL: method.value} if isinstance(method, Method) else {}
+    return {**configuration.labels, **own}

@@ -40,6 +40,6 @@ def enter(slot: int, arguments: Sequence[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    os.execvpe(
-        PROGRAM, [PROGRAM, "--foreground", device_name(run, slot)], {**os.environ, "LOG_LEVEL": "error"}
-    )
+    # Without the variable it advises to use the kernel's, which this machine was found not to have.
+    environment = {**os.environ, "LOG_LEVEL": "error", "WG_PROCESS_FOREGROUND": "1"}
+    os.execvpe(PROGRAM, [PROGRAM, "--foreground", device_name(run, slot)], environment)
