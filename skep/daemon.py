@@ -178,7 +178,7 @@ class Daemon:
             _prepare(paths)
             _configure_logs(self._configuration)
             adopt_orphans()
-            await _end_forwarder(paths)
+            await end_forwarder(paths)
             features = await asyncio.to_thread(self._features)
             node = Node(
                 self._configuration,
@@ -269,7 +269,7 @@ class Daemon:
             )
 
 
-async def _end_forwarder(paths: Paths) -> None:
+async def end_forwarder(paths: Paths) -> None:
     """End the process by which earlier versions encrypted networks: it may have outlived its node process."""
     forwarder = read_pid_file(paths.pid_file("forwarder"))
     if forwarder is not None:

@@ -275,7 +275,7 @@ class Tunnels:
                 overlap_s=self._options.overlap_s,
             )
         )
-        self._say(_unreachable(self._plan))
+        self._say(unreachable(self._plan))
 
     def _decide(self) -> None:
         """Plan and choice from what is known by now."""
@@ -427,7 +427,7 @@ class Tunnels:
         self._last_error = error
 
 
-def _unreachable(plan: Plan) -> str:
+def unreachable(plan: Plan) -> str:
     """A sentence for the node's condition; empty: nothing is wrong."""
     sentences = []
     if plan.keyless:
