@@ -1,10 +1,10 @@
-"""``skep daemon``: builds one node from its configuration and runs it.  The only module that knows all others.
+"""``skep daemon``: builds one node from its configuration and runs it.  It may import every other module.
 
 The process becomes the zygote (see ``node.supervision.zygote``), whose first child, the node process, looks at the
 machine, holds the lock of the data directory, and runs the node until SIGTERM.
 """
 
-from skep.node import lean as _first  # noqa: F401  before everything that it concerns
+from skep.patches import memory as _first  # noqa: F401  before everything that it concerns
 
 # isort: split
 import asyncio
@@ -69,10 +69,8 @@ def main(argv: Sequence[str]) -> int:
     except ConfigurationError as error:
         return _refuse(error)
     _name_logs(loaded.configuration)
-    os.umask(
-        0o022
-    )  # whoever starts it: nothing is writable for others, and images' files are readable in containers
-    os.chdir("/")  # where it was started may go away, and what has no directory cannot start anything
+    os.umask(0o022)  # nothing is writable for others, and images' files are readable in containers
+    os.chdir("/")  # the present directory may be removed, and a process without one cannot start others
     entries = {"net": _net, "manager": _manager}
     entries |= {wireguard_go.process_name(slot): partial(wireguard_go.enter, slot) for slot in (0, 1)}
     return zygote.host(entries, {"manager": _prepare_manager}, partial(_node, arguments, loaded))
@@ -81,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
 def _node(arguments: Arguments, loaded: Loaded, parent: Zygote) -> int:
     """The node process; ``loaded``: what the configuration was when the zygote began."""
     set_title("skep-node")
-    with suppress(ConfigurationError):  # another process that could not start would help nobody
+    with suppress(ConfigurationError):  # a process that does not start would not help
         loaded = load(arguments)
     _name_logs(loaded.configuration)
     watch_children_by_pidfd()
@@ -121,13 +119,13 @@ def _manager(arguments: Sequence[str]) -> None:
     logs.name_process("manager")
     paths = _paths(arguments)
     with detached(paths, "manager"):
-        from skep.manager.process import run  # a worker never pays for a manager's imports
+        from skep.manager.process import run  # a worker does not import the manager
 
         run(paths)
 
 
 def _prepare_manager() -> None:
-    """As much of the manager process as can be done before there is anything to manage."""
+    """The part of a manager's start that needs no settings."""
     from skep.manager.process import prepare
 
     prepare()
@@ -162,7 +160,7 @@ class Daemon:
         )
 
     async def run(self) -> None:
-        """Run until SIGTERM or SIGINT.  Raises: SkepError: this machine or this configuration will not do."""
+        """Run until SIGTERM or SIGINT.  Raises: SkepError: this machine or this configuration is not usable."""
         stop, hangup = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -213,7 +211,7 @@ class Daemon:
     def _check_machine(self) -> Mapping[str, str]:
         """Versions of what this node starts.  Raises: Unfit."""
         configuration = self._configuration
-        configuration.paths.run.mkdir(mode=0o711, parents=True, exist_ok=True)  # for what etcd says
+        configuration.paths.run.mkdir(mode=0o711, parents=True, exist_ok=True)  # etcd's version is kept there
         tools = {
             requirements.RUNC: configuration.runc,
             requirements.CONMON: configuration.conmon,
@@ -231,7 +229,7 @@ class Daemon:
         return check_isolation(self._configuration.runc, self._conditions)
 
     def _features(self) -> Features:
-        """What this machine can do.  After a crash what was found before still holds: a node must be back quickly."""
+        """What this machine can do.  After a crash the earlier result is used, so that the node is back quickly."""
         path = self._configuration.paths.features
         try:
             return msgspec.json.decode(path.read_bytes(), type=Features)
@@ -239,8 +237,8 @@ class Daemon:
             features = detect(self._configuration.paths.data, self._configuration.nft)
         try:
             replace_file(path, msgspec.json.encode(features), mode=0o600, is_durable=False)
-        except OSError as error:  # the next process finds out again
-            log_error(error, "what this machine can do is not kept")
+        except OSError as error:  # the next process detects them again
+            log_error(error, "detected features not written")
         return features
 
     async def _reload_on(self, hangup: asyncio.Event, node: Node) -> None:
@@ -259,7 +257,7 @@ class Daemon:
             try:
                 _configure_logs(taken.configuration)
                 node.reload(taken.configuration)
-            except Exception as error:  # a wish for other settings is no reason to end
+            except Exception as error:  # settings that cannot be applied are no reason to end
                 log_error(error, "configuration not reloaded everywhere")
                 continue
             log.info(
@@ -280,31 +278,31 @@ async def end_forwarder(paths: Paths) -> None:
 
 
 async def _hand_over(socket: Path) -> None:
-    # Hardly ever needed, and a node process knows nothing of the store otherwise.
+    # Rarely needed, and the node process imports nothing of the store otherwise.
     from skep.store.etcd.handover import hand_over
 
     await hand_over(socket)
 
 
 def _forget_keys(paths: Paths) -> None:
-    """An orderly stop locks a node that has autolock on; after a crash the next process goes on with the keys."""
+    """An orderly stop locks a node that has autolock on; after a crash the next process continues with the keys."""
     KeyLock(paths).forget()
     discard_tree_now(paths.tls)
 
 
 def _configure_logs(configuration: Configuration) -> None:
-    """Log as ``configuration`` says, and have manager and net do so when they look next."""
+    """Apply the log settings of ``configuration``, and write them for manager and net, which read them at SIGHUP."""
     settings = LogSettings(debug=configuration.debug, log_format=configuration.log_format)
     logs.configure(debug=settings.debug, log_format=settings.log_format)
     try:
         settings.write(configuration.paths.log_settings)
-    except OSError as error:  # they log as before
+    except OSError as error:  # their settings stay as they are
         log_error(error, "settings of logs not written")
 
 
 @contextmanager
 def _sole_user(paths: Paths) -> Iterator[None]:
-    """Hold the lock of the data directory.  Raises: FailedPrecondition: another daemon uses it."""
+    """Hold the lock of the data directory.  Raises: FailedPrecondition: another daemon holds it."""
     with ExitStack() as stack:
         try:
             stack.enter_context(held_lock(paths.data_lock, wait_s=_LOCK_WAIT_S))
@@ -317,7 +315,7 @@ def _sole_user(paths: Paths) -> Iterator[None]:
 
 
 def _prepare(paths: Paths) -> None:
-    """Make the directories.  Raises: FailedPrecondition: the data directory has a layout from the future."""
+    """Make the directories.  Raises: FailedPrecondition: the data directory has a newer layout."""
     for directory in (paths.run, paths.netns, paths.runc):
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     for directory in (paths.tasks, paths.networks, paths.images, paths.containers, paths.volumes):

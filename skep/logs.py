@@ -1,7 +1,7 @@
 """Structured logs on standard error: one event per line, as text or as JSON.
 
-A line that cannot be written is lost, never an error: processes that outlive the one whose output they inherited
-must not fail because nobody reads them any more.
+A line that cannot be written is lost, and no error: processes that outlive the one whose output they inherited
+must not fail because their output is not read any more.
 """
 
 import logging
@@ -17,7 +17,7 @@ import structlog
 
 
 class LogSettings(msgspec.Struct, frozen=True):
-    """What the node process tells manager and net about their logs, in a file in the run directory."""
+    """Log settings for manager and net, in a file in the run directory."""
 
     debug: bool = False
     log_format: str = "text"
@@ -30,7 +30,7 @@ class LogSettings(msgspec.Struct, frozen=True):
 
     @staticmethod
     def read(path: Path) -> "LogSettings":
-        """What ``path`` says; the defaults where it is missing or says something else."""
+        """The settings in ``path``; the defaults where it is missing or invalid."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=LogSettings)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
@@ -38,7 +38,7 @@ class LogSettings(msgspec.Struct, frozen=True):
 
 
 def follow(path: Path) -> LogSettings:
-    """Log as ``path`` says, from now on and again after each SIGHUP; gives what it says now."""
+    """Apply the settings in ``path`` now and after each SIGHUP; returns the present ones."""
 
     def apply() -> LogSettings:
         settings = LogSettings.read(path)
@@ -48,12 +48,12 @@ def follow(path: Path) -> LogSettings:
     def apply_again(*_: object) -> None:
         structlog.get_logger().info("log settings read again", debug=apply().debug)
 
-    signal.signal(signal.SIGHUP, apply_again)  # before the first look: no change falls between
+    signal.signal(signal.SIGHUP, apply_again)  # before the first read, so that no change is missed
     return apply()
 
 
 def name_process(name: str) -> None:
-    """Say ``process=<name>`` in every line from now on: node, manager, net."""
+    """Add ``process=<name>`` to every line from now on: node, manager, net."""
     _Process.name = name
 
 
@@ -106,7 +106,7 @@ class _Lines:
 
 
 class _FromLibraries(logging.Handler):
-    """Hands what libraries log by the standard module to structlog."""
+    """Passes what libraries log with the standard module to structlog."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -14,7 +14,7 @@ SOCKET_PATH_BYTES_MAX = 107
 
 
 class Paths(msgspec.Struct, frozen=True):
-    """The two directories of one node.  Nothing is created by asking."""
+    """The two directories of one node.  Reading a path creates nothing."""
 
     data: Path
     run: Path
@@ -33,7 +33,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def node_json(self) -> Path:
-        """Which node of which cluster this is; absent outside a swarm."""
+        """This node as a member of its cluster; absent outside of any."""
         return self.data / "node.json"
 
     @property
@@ -54,7 +54,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def kept_tables(self) -> Path:
-        """The tables of this node's networks as the managers said last, for the next start."""
+        """The network tables of this node as received last, for the next start."""
         return self.networks / "tables"
 
     @property
@@ -104,7 +104,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def lock_key(self) -> Path:
-        """There exactly while autolock is on: locks ``locked_files``, and is itself locked by the unlock key."""
+        """Exists while autolock is on: encrypts ``locked_files``, and is itself encrypted with the unlock key."""
         return self.manager_keys / "lock.key"
 
     @property
@@ -118,39 +118,39 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def joining_mark(self) -> Path:
-        """Exists from the moment in which this manager was let in until it has its vote; says why it has none."""
+        """Exists from the admission of this manager until it has its vote; contains why it has none."""
         return self.etcd / "joining"
 
     @property
     def recovery(self) -> Path:
-        """The wish for a new life of the cluster on this manager alone, until it is fulfilled."""
+        """The request to recover the cluster on this manager alone, until it is done."""
         return self.manager / "recovery.json"
 
     @property
     def recovery_snapshot(self) -> Path:
-        """From what it begins."""
+        """The snapshot from which that starts."""
         return self.manager / "recovery.snapshot"
 
     @property
     def incarnation(self) -> Path:
-        """Which life of the cluster this manager served last, and what it heard of a later one."""
+        """The incarnation of the cluster that this manager served last, and a later one that it received."""
         return self.manager / "incarnation.json"
 
     # --- run directory ----------------------------------------------------------------------------------------
 
     @property
     def features(self) -> Path:
-        """What this machine can do, as found out at the start; an orderly stop removes it."""
+        """Features of this machine, as detected at the start; an orderly stop removes it."""
         return self.run / "features.json"
 
     @property
     def etcd_version(self) -> Path:
-        """Which version the etcd of this machine has, as it said when it was asked last."""
+        """The version of this machine's etcd, as it reported last."""
         return self.run / "etcd-version.json"
 
     @property
     def last_heard(self) -> Path:
-        """When a manager last heard this node."""
+        """When a manager last responded to this node."""
         return self.run / "last-heard.json"
 
     @property
@@ -168,12 +168,12 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def manager_waiting(self) -> Path:
-        """Exists while the manager waits for a quorum and so answers nothing."""
+        """Exists while the manager waits for a quorum and so serves no request."""
         return self.run / "manager.waiting"
 
     @property
     def store_full(self) -> Path:
-        """Exists while the manager's store waits for disk space, and says how much."""
+        """Exists while the manager's store waits for disk space; contains how much."""
         return self.run / "manager.full"
 
     @property
@@ -186,7 +186,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def log_settings(self) -> Path:
-        """How manager and net log (``logs.LogSettings``)."""
+        """Log settings of manager and net (``logs.LogSettings``)."""
         return self.run / "logs.json"
 
     @property
@@ -196,7 +196,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def tables(self) -> Path:
-        """Tables of networks as the net process reads them, a file per network."""
+        """Network tables as the net process reads them, a file per network."""
         return self.run / "tables"
 
     @property
@@ -235,7 +235,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def measured_paths(self) -> Path:
-        """What they found, for the next process."""
+        """Results of the probes, for the next process."""
         return self.run / "paths.msgpack"
 
     @property
@@ -266,9 +266,9 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / f"{process}.pid"
 
     def last_words(self, process: str) -> Path:
-        """Why a detached process ended, in a sentence, if it could say."""
+        """Why a detached process ended, in a sentence, if it could write it."""
         return self.run / f"{process}.end"
 
     def lock_file(self, process: str) -> Path:
-        """Held by a detached process as long as it lives."""
+        """Held by a detached process while it runs."""
         return self.run / f"{process}.lock"

@@ -1,7 +1,7 @@
 """What the agent hands to the node, and what it takes back: assignments, statuses, log lines.
 
 The agent implements ``StatusReports`` and calls an ``AssignmentSink`` (the worker) and a ``LogSource`` (the
-executor's logs).  Nothing here knows of connections, protobuf or containers.
+executor's logs).  Independent of connections, protobuf and containers.
 """
 
 from collections.abc import AsyncIterator, Mapping

@@ -2,7 +2,7 @@
 
 With a manager the leader replaces what has ended.  Without one, the restart policy of the task is followed here:
 the state stays RUNNING and each attempt is counted; when the policy gives up, the task has failed, and the leader
-will hear of it.
+receives that state with the next session.
 
 Source: swarmkit, manager/orchestrator/restart/restart.go (the policy's meaning).
 """
@@ -25,8 +25,8 @@ def next_attempt(task: Task, exit_code: int, attempts: Sequence[float], now: flo
         exit_code: of the process that has ended; a failure that has none counts as 1.
         attempts: when earlier attempts were made (any clock, that of ``now``).
 
-    A job's task runs once: how many more runs there are is for the leader to say.  A plain container's place on a
-    network is asked for by that container, never taken again.
+    A job's task runs once: the leader decides about further runs.  The attachment of a plain container to a
+    network is requested by that container only.
     """
     policy = task.spec.restart_policy or RestartPolicy()
     if task.job_iteration is not None or task.spec.network_attachment_spec is not None:

@@ -1,4 +1,4 @@
-"""Becoming a node, and staying one: certificates from a manager.
+"""Requests for the node's certificate to a manager: for joining, and for renewal.
 
 Source: swarmkit, ca/certificates.go (GetRemoteCA, RequestAndSaveNewCertificates).
 """
@@ -34,7 +34,7 @@ async def join(
     Raises:
         InvalidArgument: no join token, or not one of this cluster (Docker's words).
         FailedPrecondition: the manager's root is not the one the token was made for.
-        Unavailable: no manager answers there.
+        Unavailable: no manager responds there.
     """
     root_pem = await fetch_root(address, token)
     context = joining_context(root_pem)
@@ -42,7 +42,7 @@ async def join(
 
 
 async def fetch_root(address: str, token: str) -> bytes:
-    """The root bundle of the cluster that ``token`` belongs to, from a manager nobody vouches for yet.
+    """The root bundle of the cluster that ``token`` belongs to, from a manager that is not authenticated yet.
 
     Raises: InvalidArgument; FailedPrecondition; Unavailable (see ``join``).
     """
@@ -56,7 +56,7 @@ async def fetch_root(address: str, token: str) -> bytes:
 async def renew(address: str, pair: KeyPair, clock: Clock) -> KeyPair:
     """A new certificate with a new key, for the node that ``pair`` names.
 
-    Raises: PermissionDenied: the node was removed; Unavailable; FailedPrecondition: an answer that cannot be used.
+    Raises: PermissionDenied: the node was removed; Unavailable; FailedPrecondition: the response cannot be used.
     """
     return await _request(address, client_context(pair), MANAGER_NAME, pair.root_pem, clock)
 
@@ -66,8 +66,8 @@ async def renew_expired(address: str, pair: KeyPair) -> KeyPair:
 
     No connection can be made with an expired certificate, so the node shows it, and proves that it has the key.
 
-    Raises: PermissionDenied: the node was removed, or expired too long ago; Unavailable; FailedPrecondition: an answer
-    that cannot be used; Unimplemented: a Docker manager.
+    Raises: PermissionDenied: the node was removed, or expired too long ago; Unavailable; FailedPrecondition: the
+    response cannot be used; Unimplemented: a Docker manager.
     """
     key = await asyncio.to_thread(new_private_key)
     csr = signing_request(key)
@@ -120,7 +120,7 @@ async def _wait_issued(channel: Channel, node_id: str, csr: bytes, clock: Clock)
                 methods.NODE_CERTIFICATE_STATUS, pb.NodeCertificateStatusRequest(node_id=node_id)
             )
         except NotFound as error:
-            raise Unavailable(f"{channel.address} has lost the certificate: ask again") from error
+            raise Unavailable(f"{channel.address} has lost the certificate: try again") from error
         if reply.status.state == pb.IssuanceStatus.ISSUED and reply.certificate.csr == csr:
             return reply.certificate.certificate
         await backoff.sleep(clock)

@@ -1,4 +1,4 @@
-"""The managers this node knows, and which of them to try next."""
+"""The known managers, and which of them to try next."""
 
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
@@ -99,7 +99,7 @@ class ManagerList:
 
     def note_unreached(self) -> None:
         """None of them has given a session for long."""
-        tried = ", ".join(peer.addr for peer in self.peers) or "no address, because it knows none"
+        tried = ", ".join(peer.addr for peer in self.peers) or "no address, because none is known"
         self._show_unreached(
             f"no manager answers: this node asks {tried}. Containers run on. "
             'If the managers are elsewhere now: managers = ["address:2377"] in /etc/skep/skep.toml, and restart skep'

@@ -15,18 +15,16 @@ class Reports:
 
     def __init__(self) -> None:
         self._pending: dict[TaskId, TaskStatus] = {}
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def report(self, task_id: TaskId, status: TaskStatus) -> None:
         """Replace what was not sent yet of this task."""
-        self._pending.pop(
-            task_id, None
-        )  # a task that reports often does not keep its place before the others
+        self._pending.pop(task_id, None)  # a task that reports often goes behind the others
         self._pending[task_id] = status
-        self._news.set()
+        self._changed.set()
 
     def forget(self, task_id: TaskId) -> None:
-        """The task was removed: nobody wants to know any more."""
+        """The task was removed: its status is not reported any more."""
         self._pending.pop(task_id, None)
 
     def report_again(self, statuses: Mapping[TaskId, TaskStatus]) -> None:
@@ -34,13 +32,13 @@ class Reports:
         for task_id, status in statuses.items():
             self._pending.setdefault(task_id, status)
         if self._pending:
-            self._news.set()
+            self._changed.set()
 
     async def take(self) -> dict[TaskId, TaskStatus]:
         """Wait for statuses; gives up to ``BATCH_MAX``, the longest waiting first."""
         while not self._pending:
-            self._news.clear()
-            await self._news.wait()
+            self._changed.clear()
+            await self._changed.wait()
         batch = dict(list(self._pending.items())[:BATCH_MAX])
         for task_id in batch:
             del self._pending[task_id]

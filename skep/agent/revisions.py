@@ -72,15 +72,15 @@ class SeenRevision:
     async def run(self) -> None:
         """Write what changed until cancelled: one write at a time, only the newest; again while the disk refuses.
 
-        It lags behind what was taken by as long as a write lasts.  After a crash in that time the node may be told
-        by a lagging manager what it knew the moment before, and no older.
+        It lags behind what was taken by as long as a write lasts.  After a crash in that time the node may accept
+        from a lagging manager the assignments of the moment before, and no older ones.
         """
         if self._path is None:
             await asyncio.Event().wait()
         while True:
             await self._changed.wait()
             self._changed.clear()
-            await retry(self._write, "revision not kept", clock=self._clock, longest_s=10.0)
+            await retry(self._write, "revision not written", clock=self._clock, longest_s=10.0)
 
     async def _write(self) -> None:
         assert self._path is not None, "checked before"
@@ -96,6 +96,6 @@ def _read(path: Path, cluster: ClusterId) -> Revision:
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and not is_no_file(error):
             raise
-        log.warning("revision cannot be read: beginning anew", path=str(path), error=str(error))
+        log.warning("revision cannot be read: counting starts again", path=str(path), error=str(error))
         return Revision()
     return kept.seen if kept.cluster == cluster else Revision()

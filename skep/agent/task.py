@@ -2,7 +2,7 @@
 
 ``next_step`` is the whole state machine; ``TaskDriver`` carries its steps out, one at a time, and reports
 each state it reaches.  States only move forward.  A change of what is desired interrupts the verb that is
-under way; every verb may be interrupted, and asked again.
+in progress; every verb may be interrupted and repeated.
 
 Source: swarmkit, agent/exec/controller.go (Do); messages and the choice between REJECTED and FAILED are its
 own.
@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 
 class Verb(Enum):
-    """What a controller is asked to do."""
+    """The verbs of a controller."""
 
     PREPARE = "prepare"
     START = "start"
@@ -115,7 +115,7 @@ class TaskDriver:
     ) -> None:
         """
         Args:
-            status: the furthest that is known of the task; ``on_status`` hears every state reached from there.
+            status: the furthest known one of the task; ``on_status`` is called with every state reached from there.
             contact: whether there is a manager; without one the task follows its restart policy itself.  None: it
                 never does.
             attempts: how often it did so before this process began.
@@ -137,13 +137,13 @@ class TaskDriver:
 
     @property
     def drain_s(self) -> float:
-        """How long a stop waits for the task's clients, as its service says now."""
+        """How long a stop waits for the task's clients, as its service specifies now."""
         return drain_s(self.task.service_labels)
 
     def stop(self, reason: str) -> None:
         """Stop the task for good, whatever is desired: its node is cut off, and its service wants that.
 
-        Asked again, it changes nothing: a stop that is under way would begin anew, and the container's time with it.
+        A repeated call changes nothing: a stop in progress would start again, and its grace period with it.
         """
         if not self._stopped:
             self._stopped = reason
@@ -214,7 +214,7 @@ class TaskDriver:
         return ended.message
 
     async def _ended(self) -> TaskExit:
-        """Return when the process has ended.  That this cannot be seen at present says nothing of it."""
+        """Return when the process has ended.  An error of the observation is no end of the process."""
         return await retry(
             self.controller.wait,
             "end of task not seen",
@@ -268,7 +268,7 @@ class TaskDriver:
         try:
             observed = self.controller.observed() if state >= TaskState.STARTING else None
         except Exception as error:
-            log_error(error, "task's container not looked at", task=self.task.task.id)
+            log_error(error, "task's container cannot be observed", task=self.task.task.id)
         if observed is None:
             return self.status.container_status, self.status.port_status
         return observed.container, PortStatus(ports=observed.ports)

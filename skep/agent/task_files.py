@@ -2,7 +2,7 @@
 
 One file per task below ``<data>/tasks``, replaced by rename and synced.  No credentials and no secrets are
 in it.  Writing lags behind a little and only the latest is written: while a manager can be reached, it
-sends every assignment anew, and what a container really does stands in the container's own record.  A task
+sends every assignment again, and the state of a container is in the container's own record.  A task
 that is not here is merely assigned again.
 """
 
@@ -46,7 +46,7 @@ class TaskFiles:
         self._writing = threading.Lock()
 
     def load(self) -> list[RememberedTask]:
-        """All of them, by id.  A file that cannot be read is left out: its task will be assigned anew."""
+        """All of them, by id.  A file that cannot be read is left out: its task will be assigned again."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         return read_tasks(self._directory)
 

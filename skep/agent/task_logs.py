@@ -1,6 +1,6 @@
-"""The logs of this node's tasks, for whoever follows a service from far away.
+"""The logs of this node's tasks, for ``docker service logs``.
 
-Every line knows whose it is by its container's labels, so tasks that have ended still have their lines here.
+The container's labels give the task of each line, so tasks that have ended still have their lines.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class TaskLogs:
     async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
         """Lines of all tasks of this node that ``query`` means, each task's in their order.
 
-        With ``follow`` this ends only when the iterator is closed, and goes on with tasks that come later.
+        With ``follow`` this ends only when the iterator is closed, and includes tasks that start later.
         """
         lines: asyncio.Queue[LogLine | None] = asyncio.Queue(_LINES_AHEAD_MAX)
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
@@ -72,7 +72,7 @@ class TaskLogs:
     async def _read_one(
         self, container: Container, query: LogQuery, tail: int | None, lines: "asyncio.Queue[LogLine | None]"
     ) -> None:
-        """One container's lines.  One that is removed meanwhile, or cannot be read, ends nobody else's."""
+        """One container's lines.  One that is removed meanwhile, or cannot be read, does not end the others' lines."""
         try:
             await self._read_container(container, query, tail, lines)
         except (SkepError, OSError) as error:

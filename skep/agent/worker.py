@@ -1,8 +1,8 @@
 """The tasks assigned to this node: one driver each, remembered over restarts, removed when no longer assigned.
 
 A complete set of assignments is the truth: what it does not name goes, also what an earlier process left
-and nobody remembers.  A difference adds and removes.  Until the first complete set nothing unknown is
-touched: without a manager the node goes on with what it remembers.
+and no process remembers.  A difference adds and removes.  Until the first complete set nothing unknown is
+touched: without a manager the node continues with what it remembers.
 
 Source: swarmkit, agent/worker.go.
 """
@@ -32,7 +32,7 @@ CUT_OFF_CHECK_S = 0.5
 
 
 def stop_reason(assigned: AssignedTask, silence_s: float) -> str:
-    """Why a task stops on a node that no manager has heard for ``silence_s``; empty: it runs on."""
+    """Why a task stops on a node that has not reached a manager for ``silence_s``; empty: it runs on."""
     policy = disconnect_policy(assigned.service_labels)
     if policy.action is not OnDisconnect.STOP or silence_s < policy.delay_s:
         return ""
@@ -85,7 +85,7 @@ class Worker:
             load = partial(asyncio.to_thread, self._files.load)
             for remembered in await retry(load, "task files not read", clock=self._clock, longest_s=10.0):
                 self._add(remembered.assigned, remembered.status, attempts=remembered.attempts)
-            # A session may have begun before, and then nobody told it how these are.
+            # A session may have begun before, without these statuses.
             for id, status in self.statuses().items():
                 self._reports.report(id, status)
             if self._session_state is not None:
@@ -94,7 +94,7 @@ class Worker:
             self._ready.set()
 
     async def wait_ready(self) -> None:
-        """Return once everything that an earlier process left is known: before that, what is here cannot be said."""
+        """Return once everything that an earlier process left is known."""
         await self._ready.wait()
 
     async def assign(self, change: AssignmentSet) -> None:
@@ -104,7 +104,7 @@ class Worker:
             self._put_payloads(self._payloads, change)
         named = {assigned.task.id for assigned in change.tasks}
         if change.complete:
-            found = await isolate(self._executor.leftovers(), "leftovers not looked for")
+            found = await isolate(self._executor.leftovers(), "leftovers not listed")
             unknown = set(found or ()) - set(self._drivers) - named
             for id in sorted(unknown - set(self._removing)):
                 log.info("leftover removed", task=id)
@@ -278,7 +278,7 @@ class Worker:
 
 
 class BrokenController:
-    """Of a task that the executor cannot even begin with: every verb says why."""
+    """The controller of a task for which the executor made none: every verb raises the reason."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error

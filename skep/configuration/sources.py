@@ -30,7 +30,7 @@ _THE_ENGINES_OWN = frozenset({"hosts", "data_dir"})
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """A configuration, and what its author should know (one sentence each)."""
+    """A configuration, and warnings for its author (one sentence each)."""
 
     configuration: Configuration
     warnings: tuple[str, ...] = ()
@@ -166,8 +166,8 @@ def _problems_together(configuration: Configuration) -> list[str]:
     tls = (configuration.tls_cert, configuration.tls_key, configuration.tls_ca)
     if over_tcp and None in tls:
         problems.append(
-            f"{over_tcp[0]} gives whoever reaches it root on this machine: "
-            f"set --tls-cert, --tls-key and --tls-ca so that clients must prove who they are, or use unix://"
+            f"{over_tcp[0]} gives root on this machine to every client that reaches it: "
+            f"set --tls-cert, --tls-key and --tls-ca so that clients are authenticated, or use unix://"
         )
     elif any(tls) and None in tls:
         problems.append("--tls-cert, --tls-key and --tls-ca belong together: set all three or none")

@@ -1,1 +1,1 @@
-"""What every part asks of the operating system in the same way; no domain knowledge."""
+"""Wrappers of the operating system for all parts; no domain knowledge."""

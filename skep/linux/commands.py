@@ -1,4 +1,4 @@
-"""Commands that must not outlive who asked for them."""
+"""Commands that do not outlive their caller."""
 
 import asyncio
 

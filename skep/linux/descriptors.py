@@ -36,7 +36,7 @@ def set_aside_descriptor(descriptor: int) -> int:
 
 
 class Listener(socket.socket):
-    """A listening socket whose connections are set aside, whoever accepts them."""
+    """A listening socket whose accepted connections are moved to high descriptors."""
 
     @classmethod
     def of(cls, opened: socket.socket) -> "Listener":
@@ -52,7 +52,7 @@ class Listener(socket.socket):
 
 
 def lowest_free() -> int:
-    """The number that the next descriptor gets, if nobody else is faster."""
+    """The number that the next descriptor gets, without a race."""
     descriptor = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     os.close(descriptor)
     return descriptor

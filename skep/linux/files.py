@@ -27,12 +27,12 @@ _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
 def is_no_file(error: OSError) -> bool:
-    """Whether there is no file to be read; any other failure (no descriptor free, say) says nothing of its content."""
+    """Whether there is no file to be read; other failures do not concern its content."""
     return error.errno in _NO_FILE
 
 
 def write_new(path: Path, content: bytes, *, mode: int, is_synced: bool = True) -> None:
-    """Write a file that nobody knows yet; an older one is removed first, since it would keep its mode."""
+    """Write a new file; an older one is removed first, since it would keep its mode."""
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with os.fdopen(descriptor, "wb") as file:

@@ -13,7 +13,7 @@ _libc.syscall.restype = ctypes.c_long
 
 
 class Stat(msgspec.Struct, frozen=True):
-    """What ``/proc/<pid>/stat`` says.  ``start_ticks``: clock ticks from boot to its start (field 22)."""
+    """Fields of ``/proc/<pid>/stat``.  ``start_ticks``: clock ticks from boot to its start (field 22)."""
 
     pid: int
     state: str
@@ -35,7 +35,7 @@ def parsed_stat(stat: bytes) -> Stat:
 def stat_of(pid: int) -> Stat | None:
     """The process that has ``pid`` now, ended or not; None: there is none.
 
-    Raises: OSError: it cannot be read now (no descriptor left, say), which says nothing of the process.
+    Raises: OSError: it cannot be read now (no descriptor left, for example); the process may exist.
     """
     try:
         return parsed_stat(Path(f"/proc/{pid}/stat").read_bytes())

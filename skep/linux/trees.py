@@ -1,7 +1,7 @@
 """Directory trees that a container has made: removed and walked whatever their depth, size, names and mounts.
 
 ``shutil.rmtree`` and ``os.walk`` recurse (before Python 3.12 and 3.13), so a few hundred nested directories are the
-end of whoever calls them.  Here a tree is taken apart with a stack of at most ``_LEVELS_MAX`` open directories: what
+end of the caller.  Here a tree is taken apart with a stack of at most ``_LEVELS_MAX`` open directories: what
 lies deeper is moved up to the top first and removed from there.  Nothing is listed as a whole, no path is longer than a
 name, no symbolic link is followed and no mount is entered.
 """

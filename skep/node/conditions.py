@@ -1,8 +1,8 @@
 """What is wrong with this node at present.  Each condition has a name, a sentence, and one owner.
 
-Level-triggered: ``raise_`` says how it is now, as often as one likes.  A condition is a warning of ``/info`` (and so of
-``skep status``) at once, and reaches the managers as an engine label, with the node's description: there it is part of
-the node's status message and of its events, and a placement constraint can avoid the node
+Level-triggered: ``raise_`` gives the present state and may be repeated.  A condition is a warning of ``/info`` (and so
+of ``skep status``) at once, and reaches the managers as an engine label, with the node's description: there it is part
+of the node's status message and of its events, and a placement constraint can avoid the node
 (``engine.labels.skep.condition.disk``).
 """
 
@@ -17,8 +17,8 @@ from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_labe
 
 log = structlog.get_logger()
 
-TOLD_SECONDS_MIN = 30.0
-"""The managers hear of the end of a condition no sooner: one that comes and goes is one, not a write each time."""
+LABEL_SECONDS_MIN = 30.0
+"""The label of a condition stays at least so long, so that one that comes and goes is not a write each time."""
 
 
 class _Condition(msgspec.Struct):
@@ -35,9 +35,9 @@ class Conditions:
         self._lock = threading.Lock()
 
     def raise_(self, name: str, message: str) -> None:
-        """``name``: lower-case words with dashes; ``message``: a sentence that says what to do, without a full stop.
+        """``name``: lower-case words with dashes; ``message``: a sentence with what to do, without a full stop.
 
-        What goes on is said again with another message; the log has the first one and each that differs.
+        A condition that continues may get another message; the log has the first one and each that differs.
         """
         message = message[:CHARACTERS_MAX]
         with self._lock:
@@ -47,7 +47,7 @@ class Conditions:
             log.warning("condition", name=name, message=message)
 
     def clear(self, name: str) -> None:
-        """It is over; harmless when it never was."""
+        """End the condition; harmless when there is none."""
         with self._lock:
             condition = self._conditions.get(name)
             if condition is None or condition.cleared_at is not None:
@@ -56,7 +56,7 @@ class Conditions:
         log.info("condition has ended", name=name)
 
     def say(self, name: str) -> Callable[[str], None]:
-        """Tell the result how it is: the message, or an empty text when nothing is wrong."""
+        """A function that raises the condition with its message, and clears it with an empty text."""
         return lambda message: self.raise_(name, message) if message else self.clear(name)
 
     def present(self) -> Mapping[str, str]:
@@ -70,10 +70,10 @@ class Conditions:
 
     def labels(self) -> Mapping[str, str]:
         """Engine labels for the managers: what is wrong, or was a moment ago."""
-        oldest = self._clock.monotonic() - TOLD_SECONDS_MIN
+        oldest = self._clock.monotonic() - LABEL_SECONDS_MIN
         with self._lock:
             for name, one in list(self._conditions.items()):
                 if one.cleared_at is not None and one.cleared_at <= oldest:
                     del self._conditions[name]
-            told = sorted(self._conditions.items())[:CONDITIONS_MAX]
-            return {condition_label(name): one.message for name, one in told}
+            labelled = sorted(self._conditions.items())[:CONDITIONS_MAX]
+            return {condition_label(name): one.message for name, one in labelled}

@@ -1,7 +1,7 @@
-"""Whether this node can write: tried every few seconds, and said as a condition while it cannot.
+"""Whether this node can write to its disk: tried every few seconds, and a condition while it cannot.
 
 A full disk, a file system that the kernel has made read-only, no descriptors or memory left, a disk that does not
-answer: what meets one of these fails with its own error, and here the node says what is behind all of them.
+respond: operations fail with errors of their own, and this condition gives their common cause.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from skep.node.conditions import Conditions
 
 PERIOD_S = 5.0
 HANG_S = 10.0
-"""A write that takes longer is said."""
+"""A write that takes longer is reported."""
 _PROBE = ".writable"
 _BLOCK = bytes(4096)
 _ADVICE = {
@@ -34,7 +34,7 @@ _ADVICE = {
 class DiskCheck:
     """Writes a block to each directory, and keeps the condition ``disk`` true.
 
-    The condition ``disk-full`` says what a manager's store lacks, as the manager has written it into ``store_full``.
+    The condition ``disk-full`` is the text that the manager writes into ``store_full`` while its store lacks space.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class DiskCheck:
         """Look until cancelled."""
         while True:
             self._conditions.say("disk")(await self.look())
-            self._conditions.say("disk-full")(self._told_by_the_manager())
+            self._conditions.say("disk-full")(self._store_full_text())
             await self._clock.sleep(PERIOD_S)
 
     async def look(self, within_s: float = HANG_S) -> str:
@@ -68,7 +68,7 @@ class DiskCheck:
         writing, self._writing = self._writing, None
         return writing.result()
 
-    def _told_by_the_manager(self) -> str:
+    def _store_full_text(self) -> str:
         try:
             return self._store_full.read_text().rstrip(".") if self._store_full is not None else ""
         except OSError:

@@ -1,7 +1,7 @@
-"""The machine's Docker Engine, where the node itself has to ask it: its version, its containers, its events.
+"""The machine's Docker Engine, as the node itself uses it: its version, its containers, its events.
 
-Everything else reaches it byte for byte (see ``front.splice``).  An engine that is away costs a few seconds of a
-request at most, and its share of the answer.
+Everything else reaches it byte for byte (see ``front.splice``).  An engine that does not respond delays a request
+by a few seconds at most, and its part of the response is missing.
 """
 
 from collections.abc import AsyncIterable, Callable, Mapping
@@ -23,7 +23,7 @@ from skep.node.info import Counts
 log = structlog.get_logger()
 
 _TIMEOUT_S = 3.0
-_ASK_AGAIN_S = 30.0
+_VERSION_PERIOD_S = 30.0
 
 
 class Handler(Protocol):
@@ -33,25 +33,25 @@ class Handler(Protocol):
 
 
 class DockerEngine:
-    """Asks the engine behind ``api``."""
+    """The Docker Engine behind ``api``."""
 
     def __init__(self, api: Client) -> None:
         self.api = api
         self.version: Mapping[str, str] = {}
-        """``Version`` and ``ApiVersion``, as it said last; empty as long as it has never answered."""
+        """``Version`` and ``ApiVersion``, as of its last response; empty before the first."""
 
     async def follow(self, clock: Clock, rng: Callable[[], float]) -> None:
-        """Keep ``version`` true until cancelled: an engine may start after this node, or be replaced beside it."""
-        backoff = Backoff(0.5, _ASK_AGAIN_S, rng=rng)
+        """Keep ``version`` current until cancelled: an engine may start after this node, or be replaced."""
+        backoff = Backoff(0.5, _VERSION_PERIOD_S, rng=rng)
         while True:
             if await self.read_version():
                 backoff.reset()
-                await clock.sleep(_ASK_AGAIN_S)
+                await clock.sleep(_VERSION_PERIOD_S)
             else:
                 await backoff.sleep(clock)
 
     async def read_version(self) -> bool:
-        """Whether it answered, within 3 s."""
+        """Whether it responded within 3 s."""
         try:
             found = await self.api.get("/version", timeout_s=_TIMEOUT_S)
             version = {key: str(found[key]) for key in ("Version", "ApiVersion")}
@@ -66,7 +66,7 @@ class DockerEngine:
 
     @property
     def api_version(self) -> ApiVersion:
-        """What is spoken with it beside us: the lower of ours and its own."""
+        """The version of the API that both support."""
         theirs = self.version.get("ApiVersion", "")
         return min(NEWEST, ApiVersion(theirs)) if theirs else NEWEST
 
@@ -84,7 +84,7 @@ class DockerEngine:
         )
 
     async def has_image(self, word: str) -> bool:
-        """Whether it has the image that ``word`` means.  Raises: Unavailable: it is away."""
+        """Whether it has the image that ``word`` means.  Raises: Unavailable: it does not respond."""
         try:
             await self.api.get(f"/images/{quote(word)}/json")
         except NotFound:
@@ -92,15 +92,15 @@ class DockerEngine:
         return True
 
     async def load(self, archive: AsyncIterable[bytes]) -> None:
-        """Give it images, as ``docker load`` does.  Raises: Unavailable; SkepError: it does not take them."""
-        answer = await self.api.send(
+        """Load images into it, as ``docker load`` does.  Raises: Unavailable; SkepError: it refuses them."""
+        response = await self.api.send(
             "POST", "/images/load?quiet=1", archive, {"Content-Type": "application/x-tar"}
         )
-        if answer.status >= 300:
-            raise answer.error()
+        if response.status >= 300:
+            raise response.error()
 
     async def containers(self, request: web.Request) -> list[Any]:
-        """Its part of ``docker ps``, asked in the client's own words."""
+        """Its part of ``docker ps``, with the client's parameters."""
         try:
             return list(
                 await self.api.request("GET", request.path, query=dict(request.query), timeout_s=_TIMEOUT_S)
@@ -124,10 +124,10 @@ def with_containers_of(
 
 def _merged(engine: DockerEngine, ours: Any) -> Handler:
     async def list_containers(request: web.Request) -> web.StreamResponse:
-        answer: web.Response = await ours(request)
-        if answer.status != 200 or not isinstance(answer.body, bytes):
-            return answer
-        containers = msgspec.json.decode(answer.body) + await engine.containers(request)
+        response: web.Response = await ours(request)
+        if response.status != 200 or not isinstance(response.body, bytes):
+            return response
+        containers = msgspec.json.decode(response.body) + await engine.containers(request)
         return json_answer(sorted(containers, key=lambda one: int(one.get("Created", 0)), reverse=True))
 
     return list_containers

@@ -42,8 +42,8 @@ class EventLines(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
 
 
-class Wish(msgspec.Struct, frozen=True):
-    """What a client asked for.  Unix time in nanoseconds; None: not said."""
+class EventRequest(msgspec.Struct, frozen=True):
+    """What a client requested.  Unix time in nanoseconds; None: not given."""
 
     since_ns: int | None
     until_ns: int | None
@@ -53,13 +53,13 @@ class Wish(msgspec.Struct, frozen=True):
 
 
 class Reader:
-    """One client's place in the stream."""
+    """One client's queue of events."""
 
     def __init__(self) -> None:
         self._waiting: asyncio.Queue[Message | None] = asyncio.Queue(BEHIND_MAX)
 
     def offer(self, message: Message | None) -> None:
-        """Hand over a message; None ends the stream.  One that is too far behind ends too: no stream with holes."""
+        """Queue a message; None ends the stream.  So does a full queue: a stream has no gaps."""
         if self._waiting.full():
             while not self._waiting.empty():
                 self._waiting.get_nowait()
@@ -71,7 +71,7 @@ class Reader:
 
 
 class NodeEvents:
-    """The events of this node, past and coming."""
+    """The events of this node, past and message."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -81,7 +81,7 @@ class NodeEvents:
     def publish(
         self, type: str, action: str, id: str, attributes: Mapping[str, str], at_ns: int | None = None
     ) -> None:
-        """Tell every client that ``action`` happened."""
+        """Send every client the event ``action``."""
         message = message_of(type, action, id, attributes, self.clock.now_ns() if at_ns is None else at_ns)
         self._past.append(message)
         for reader in self._readers:
@@ -90,7 +90,7 @@ class NodeEvents:
     @contextmanager
     def _reading(self) -> Iterator[Reader]:
         if len(self._readers) >= READERS_MAX:
-            raise ResourceExhausted(f"{READERS_MAX} clients follow the events of this node already")
+            raise ResourceExhausted(f"{READERS_MAX} clients read the events of this node already")
         reader = Reader()
         self._readers.add(reader)
         try:
@@ -99,38 +99,38 @@ class NodeEvents:
             self._readers.discard(reader)
 
     async def stream(
-        self, wish: Wish, sources: Sequence[EventLines], send: Callable[[Message], Awaitable[None]]
+        self, request: EventRequest, sources: Sequence[EventLines], send: Callable[[Message], Awaitable[None]]
     ) -> None:
-        """Send past events the client asked for, then those that come, until its time is over.
+        """Send the requested past events, then new ones, until the requested end.
 
         Args:
-            sources: who else has events: the manager of this node, its engine.
+            sources: of further events: the manager of this node, the Docker Engine.
 
-        Raises: what ``send`` raises; ResourceExhausted: too many clients listen.
+        Raises: what ``send`` raises; ResourceExhausted: too many clients.
         """
         with self._reading() as reader:
-            past = [message for message in self._past if _is_wanted_past(message, wish)]
-            if wish.until_ns is not None and wish.until_ns <= self.clock.now_ns():
+            past = [message for message in self._past if _is_wanted_past(message, request)]
+            if request.until_ns is not None and request.until_ns <= self.clock.now_ns():
                 for source in sources:
-                    past += await _past_of(source, wish)
+                    past += await _past_of(source, request)
                 for message in sorted(past, key=lambda one: int(one["timeNano"])):
                     await send(message)
                 return
             try:
                 async with asyncio.TaskGroup() as group:
                     helpers = [
-                        group.create_task(_follow(source, wish, reader), name="others' events")
+                        group.create_task(_follow(source, request, reader), name="events of another source")
                         for source in sources
                     ]
-                    if wish.until_ns is not None:
+                    if request.until_ns is not None:
                         helpers.append(
-                            group.create_task(self._end_at(wish.until_ns, reader), name="end of events")
+                            group.create_task(self._end_at(request.until_ns, reader), name="end of events")
                         )
                     for message in past:
                         await send(message)
-                    while (coming := await reader.next()) is not None:
-                        if coming["scope"] == "swarm" or fits(coming, wish.filters):
-                            await send(coming)
+                    while (upcoming := await reader.next()) is not None:
+                        if upcoming["scope"] == "swarm" or fits(upcoming, request.filters):
+                            await send(upcoming)
                     for task in helpers:
                         task.cancel()
             except ExceptionGroup as errors:
@@ -176,7 +176,7 @@ def fits(message: Message, filters: Filters) -> bool:
 
 
 def _fits_action(action: str, filters: Filters) -> bool:
-    """``exec_create``, ``exec_start`` and ``health_status`` are wanted by their beginning (moby issue 25798)."""
+    """``exec_create``, ``exec_start`` and ``health_status`` are matched by prefix (moby issue 25798)."""
     if {"health_status", "exec_create", "exec_start"} & set(filters["event"]):
         return filters.matches_prefix("event", action)
     return filters.matches("event", action)
@@ -189,33 +189,33 @@ def without_tag(reference: str) -> str:
     return name if colon and "/" not in tag else bare
 
 
-def _is_wanted_past(message: Message, wish: Wish) -> bool:
+def _is_wanted_past(message: Message, request: EventRequest) -> bool:
     return (
-        wish.since_ns is not None
-        and message["timeNano"] >= wish.since_ns
-        and (wish.until_ns is None or message["timeNano"] <= wish.until_ns)
-        and fits(message, wish.filters)
+        request.since_ns is not None
+        and message["timeNano"] >= request.since_ns
+        and (request.until_ns is None or message["timeNano"] <= request.until_ns)
+        and fits(message, request.filters)
     )
 
 
-async def _past_of(source: EventLines, wish: Wish) -> list[Message]:
+async def _past_of(source: EventLines, request: EventRequest) -> list[Message]:
     found: list[Message] = []
     try:
-        async with source.lines("/events", wish.query) as lines:
+        async with source.lines("/events", request.query) as lines:
             found = [_decoded(line) async for line in lines]
     except (SkepError, msgspec.DecodeError) as error:
-        log.info("events of others are missing", reason=str(error))
+        log.info("events of another source are missing", reason=str(error))
     return found
 
 
-async def _follow(source: EventLines, wish: Wish, reader: Reader) -> None:
-    """Hand others' events over as they come; one that goes away ends only its own share."""
+async def _follow(source: EventLines, request: EventRequest, reader: Reader) -> None:
+    """Pass the events of another source on; its end does not end the stream."""
     try:
-        async with source.lines("/events", wish.query) as lines:
+        async with source.lines("/events", request.query) as lines:
             async for line in lines:
                 reader.offer(_decoded(line))
     except (SkepError, msgspec.DecodeError) as error:
-        log.info("events of others ended", reason=str(error))
+        log.info("events of another source ended", reason=str(error))
 
 
 class _Actor(msgspec.Struct):
@@ -224,7 +224,7 @@ class _Actor(msgspec.Struct):
 
 
 class _Shape(msgspec.Struct):
-    """What is read of others' events here; they are passed on as they came."""
+    """The fields that are read of other sources' events, which are passed on unchanged."""
 
     Type: str
     Action: str

@@ -53,7 +53,7 @@ table ip skep_probe {
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
-    """What works.  ``missing`` explains per feature what was tried and what the kernel said."""
+    """What works.  ``missing`` explains per feature what was tried and the kernel's error."""
 
     missing: Mapping[str, str] = {}
     cgroup_version: int = 2
@@ -76,7 +76,7 @@ _CONSEQUENCES = {
     "overlayfs": "images cannot be shared between containers; put the data dir on ext4 or xfs",
     "seccomp": "containers run without a seccomp profile",
 }
-"""Why a missing feature matters.  What is not named here is used only when asked for."""
+"""Why a missing feature matters.  Other features are used on request only."""
 
 
 def warnings(features: Features) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Making a new cluster's first node: what is checked before, and what is made.
+"""The first node of a new cluster: the checks before, and its identity, certificate and keys.
 
 Source: moby, daemon/cluster/swarm.go (Init), noderunner.go (the words of a failed start).
 """
@@ -59,7 +59,7 @@ def sole_manager(identity: Identity, at: Endpoints) -> LocalNode:
 
 
 def key_pair(authority: Authority, identity: Identity, root_pem: bytes) -> KeyPair:
-    """A new key and its certificate.  ``root_pem``: the authority's root as the cluster knows it, byte by byte."""
+    """A new key and its certificate.  ``root_pem``: the authority's root as the cluster has it, byte by byte."""
     key = new_private_key()
     certificate_pem = authority.issue(key.public_key(), identity)
     return KeyPair(certificate_pem=certificate_pem, key_pem=private_pem(key), root_pem=root_pem)
@@ -144,7 +144,7 @@ def chosen_peer_addr(
     listen_addr: str, wanted: str, refusal: Callable[[str], OSError | None] = bind_error
 ) -> str:
     """Where the etcd of a new manager listens for the others: ``wanted``, else the port after ``listen_addr``'s, else
-    the next one that is free; if none is, the first of these, and etcd says what is wrong.
+    the next one that is free; if none is, the first of these, at which etcd reports the error.
 
     Args:
         wanted: ``:port`` or ``ip:port``; empty: nothing.
@@ -161,7 +161,7 @@ def chosen_peer_addr(
 
 
 def peer_warning(listen_addr: str, wanted: str, peer_addr: str) -> str:
-    """What an operator has to know of the port of a manager's etcd; empty: it is the one that everybody expects."""
+    """A warning about the port of a manager's etcd; empty: it is the default one."""
     port = parted(peer_addr)[1]
     if wanted and peer_addr != _completed(wanted, parted(listen_addr)[0]):
         return (

@@ -1,9 +1,9 @@
-"""``/info`` and ``/version``: what this node says of itself, in Docker's full shape.
+"""``/info`` and ``/version`` of this node, in Docker's full shape.
 
 What Docker has and we do not (plugins, build, live restore as an option) is given as it is true for us; clients
 print these fields without asking whether they are there.
 
-Source: moby 20.10, daemon/info.go; recorded answers of a real engine.
+Source: moby 20.10, daemon/info.go; recorded responses of a real engine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def version(node: Node, api_version: str) -> dict[str, Any]:
-    """The answer to ``GET /version``."""
+    """The response to ``GET /version``."""
     machine = node.machine
     ours = {
         "ApiVersion": api_version,
@@ -83,7 +83,7 @@ def version(node: Node, api_version: str) -> dict[str, Any]:
 def info(
     node: Node, *, counts: Counts, swarm: Mapping[str, Any], warnings: Sequence[str], now: Timestamp
 ) -> dict[str, Any]:
-    """The answer to ``GET /info``."""
+    """The response to ``GET /info``."""
     machine, features, configuration = node.machine, node.features, node.configuration
     controllers = features.controllers
     has_cpu, has_memory = "cpu" in controllers, "memory" in controllers

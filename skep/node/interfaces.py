@@ -1,6 +1,6 @@
 """The network interfaces of this machine, as ``docker swarm init`` chooses its address among them.
 
-Asked of the kernel: the JSON of ``ip -details`` is none on Ubuntu 24.04 once there is a VXLAN device.
+Read by netlink: the JSON of ``ip -details`` is invalid on Ubuntu 24.04 once there is a VXLAN device.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class Link(msgspec.Struct, frozen=True):
 
 
 async def read_interfaces() -> Interfaces:
-    """Every interface with its addresses, by name.  Raises: Unavailable: the kernel does not answer."""
+    """Every interface with its addresses, by name.  Raises: Unavailable: the kernel does not respond."""
     try:
         async with asyncio.timeout(_TIMEOUT_S), AsyncIPRoute() as route:
             links = [

@@ -1,12 +1,12 @@
-"""How busy this node is: measured, smoothed, told with every heartbeat, for whoever chooses among nodes that are alike.
+"""Load of this node: measured, smoothed, and sent with every heartbeat, for the scheduler's choice among equal nodes.
 
-The load is the share in use of the tighter of two: of the processors (time that was not idle, whoever used or stole
-it), and of the memory (what could not be had without taking it from somebody; caches can).  It is averaged with
-weights that fall off exponentially, ``TIME_CONSTANT_S``, so that a burst of work says little and half a minute of it
-much, and is not told before one time constant has been seen: a node process that starts is busy with itself.
+The load is the share in use of the tighter of two: of the processors (time that was not idle,
+stolen time included), and of the memory (without caches, which can be reclaimed).  It is averaged with
+weights that fall off exponentially, ``TIME_CONSTANT_S``, so that a burst of work has little weight and half a minute
+of it much.  It is not reported before one time constant has passed, since a node process is busy with its own start.
 
 The node is its whole machine, unless this process lives in the cgroup below which it runs containers.  Then the machine
-is shared with other nodes (a playground) and the node is that cgroup: everybody in it, against all processors and the
+is shared with other nodes (a playground) and the node is that cgroup: its processes, against all processors and the
 memory that the node offers.
 
 Source: proc(5), /proc/stat and /proc/meminfo; the kernel's cgroup-v1/cpuacct and cgroup-v2 documents.
@@ -56,8 +56,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     load: float | None = None
     """The average, 0 to 1; None after the first reading, which measures nothing yet."""
 
-    def told(self, now: float) -> float | None:
-        """What the managers may know at ``now``: nothing before one time constant has been seen."""
+    def reported(self, now: float) -> float | None:
+        """The load to report at ``now``; None before one time constant has passed."""
         return self.load if now - self.since >= TIME_CONSTANT_S else None
 
 
@@ -96,10 +96,10 @@ def reading_of_machine(stat: str, meminfo: str) -> Reading:
 
 
 class LoadMeter:
-    """Keeps the average of one node.  It measures when it is asked, so it costs nothing while nobody listens."""
+    """Keeps the average of one node.  It measures when it is called, so it costs nothing without a session."""
 
     def __init__(self, read: Callable[[float], Reading], clock: Clock) -> None:
-        """``read``: the counters at a time of the clock; ``None`` is told while it raises OSError, ValueError or
+        """``read``: the counters at a time of the clock; ``None`` is reported while it raises OSError, ValueError or
         LookupError."""
         self._read = read
         self._clock = clock
@@ -118,7 +118,7 @@ class LoadMeter:
                 self._is_readable, self._measured = False, None
                 return None
             self._is_readable = True
-        return self._measured.told(now)
+        return self._measured.reported(now)
 
 
 def reader_of(machine: Machine, cgroups: Cgroups) -> Callable[[float], Reading]:

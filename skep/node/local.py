@@ -1,4 +1,4 @@
-"""What a node remembers of its swarm: ``node.json``, written last when it has come in, removed first when it leaves."""
+"""``node.json``: this node as a member of its cluster.  Written last on entering it, removed first on leaving."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from skep.model.ids import ClusterId, NodeId
 
 
 class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
-    """This node's place in its cluster.  Addresses as ``host:port``."""
+    """This node as a member of its cluster.  Addresses as ``host:port``."""
 
     node_id: NodeId
     cluster_id: ClusterId
@@ -23,7 +23,7 @@ class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
     """An address of this machine, without a port."""
     data_path_addr: str = ""
     managers: tuple[Peer, ...] = ()
-    """Those to ask for a session after a restart, as last heard of."""
+    """The managers to try after a restart, as they were received last."""
 
     def reach(self, peer: Peer) -> str:
         """Where this node reaches a manager: its own one where it listens.
@@ -36,7 +36,7 @@ class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_local_node(path: Path) -> LocalNode | None:
-    """What ``node.json`` says; None outside of a swarm.
+    """The content of ``node.json``; None outside of a cluster.
 
     Raises: FailedPrecondition: it is damaged; Unavailable: it cannot be read now.
     """

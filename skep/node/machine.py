@@ -1,4 +1,4 @@
-"""What this machine is: read once at start, told to the cluster and shown by ``/info`` and ``/version``."""
+"""What this machine is: read once at start, reported to the managers and shown by ``/info`` and ``/version``."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     hostname: str
     architecture: str
-    """As the kernel says it: x86_64, aarch64."""
+    """The kernel's name: x86_64, aarch64."""
     kernel: str
     os_name: str
     """``Debian GNU/Linux 12 (bookworm)``."""

@@ -68,7 +68,7 @@ from skep.node.reaping import reap_orphans
 from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
 from skep.node.routes.cluster_networks import ClusterNetworks
-from skep.node.routes.networks import NetworkParts, network_routes
+from skep.node.routes.networks import NetworkSources, network_routes
 from skep.node.routes.plain_containers import plain_container_routes
 from skep.node.runner import Dependencies
 from skep.node.swarm_info import why_waiting
@@ -325,7 +325,7 @@ class Node:
             await stack.enter_async_context(self._docker.api)
             if not await self._docker.read_version():
                 log.warning(
-                    "the docker engine does not answer yet", socket=str(self._configuration.engine_socket)
+                    "the docker engine does not respond yet", socket=str(self._configuration.engine_socket)
                 )
 
     async def _application(self) -> web.Application:
@@ -344,7 +344,7 @@ class Node:
             clock=self._clock,
             rng=self._random,
         )
-        networks = NetworkParts(
+        networks = NetworkSources(
             cluster=cluster,
             engine=docker.api if docker is not None else None,
             local=local,

@@ -1,4 +1,4 @@
-"""Tells systemd how the service is doing (sd_notify), where it asked to be told."""
+"""Service state for systemd (sd_notify)."""
 
 import os
 import socket
@@ -18,4 +18,4 @@ def notify(state: str) -> None:
         try:
             line.sendto(state.encode(), address)
         except OSError:
-            pass  # nobody listens any more: the service works all the same
+            pass  # systemd does not listen any more; the service does not depend on it

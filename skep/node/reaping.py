@@ -1,8 +1,8 @@
-"""Reaps processes that were left to us.
+"""Reaps orphaned processes.
 
 A conmon forks itself away from its parent and is adopted by the nearest subreaper.  Pid 1 of a container or of a
-playground's node often does not reap, so the node process takes that on.  Its own children are reaped by asyncio at
-once; a zombie that is seen twice, seconds apart, is nobody else's.
+playground's node often does not reap, so the node process does it.  Its own children are reaped by asyncio at
+once; a zombie that is found twice, seconds apart, is an orphan.
 """
 
 import ctypes

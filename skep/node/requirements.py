@@ -1,4 +1,4 @@
-"""What must be true before a node starts.  Each refusal is a sentence that says what to do."""
+"""What must be true before a node starts.  Each refusal is a sentence with what to do."""
 
 import os
 import re
@@ -73,7 +73,7 @@ def check(data_dir: Path, tools: Mapping[Tool, str], find_etcd: Callable[[], Ver
 
 
 def tool_problem(tool: Tool, program: str | None, output: str | None) -> str:
-    """Why ``program``, which said ``output`` about its version (None: could not be run), will not do; "" if it will."""
+    """Why ``program`` is not usable, given the ``output`` of its version (None: could not be run); "" if it is."""
     if program is None or output is None:
         return (
             f"{program or tool.name} is missing or cannot be run: {tool.remedy}, or name it with {tool.flag}"
@@ -115,7 +115,7 @@ def _data_dir_problems(data_dir: Path) -> Iterator[str]:
 
 
 def version_output(program: str | None) -> str | None:
-    """What it says about its version; None: it cannot be run.  Blocks."""
+    """The output of ``--version``; None: it cannot be run.  Blocks."""
     path = shutil.which(program) if program else None
     if path is None:
         return None

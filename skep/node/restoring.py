@@ -1,6 +1,6 @@
-"""Receiving a backup, and what a node becomes by restoring it.
+"""Reading a backup, and the node that is restored from it.
 
-The node takes the place of the manager that made the backup: its id, its tasks.  The certificate is new, made with the
+The node becomes the manager that made the backup: it has its id and its tasks.  The certificate is new, made with the
 root's key, which is in the backup.
 """
 
@@ -56,18 +56,18 @@ async def received(pieces: AsyncIterator[bytes], key: bytes, snapshot: Path) -> 
 def endpoints_for(manifest: Manifest, advertise_addr: str, interfaces: Interfaces) -> Endpoints:
     """Where the restored manager is served.  Raises: InvalidArgument, Untranslated: in Docker's words."""
     _, port = parted(manifest.listen_addr)
-    wishes = [advertise_addr] if advertise_addr else [manifest.advertise_addr, ""]
-    for wish in wishes:
-        request = InitRequest(listen_addr=f"0.0.0.0:{port}", advertise_addr=wish)
+    candidates = [advertise_addr] if advertise_addr else [manifest.advertise_addr, ""]
+    for candidate in candidates:
+        request = InitRequest(listen_addr=f"0.0.0.0:{port}", advertise_addr=candidate)
         try:
             endpoints = founding(request, interfaces).endpoints
         except SkepError:
-            if wish == wishes[-1]:
+            if candidate == candidates[-1]:
                 raise
             continue
-        if wish == wishes[-1] or host_of(wish) == endpoints.local_addr:
+        if candidate == candidates[-1] or host_of(candidate) == endpoints.local_addr:
             return endpoints
-    raise AssertionError("the last wish is answered")
+    raise AssertionError("the last candidate returns or raises")
 
 
 def restored_node(manifest: Manifest, endpoints: Endpoints) -> tuple[LocalNode, KeyPair]:
@@ -82,7 +82,7 @@ def restored_node(manifest: Manifest, endpoints: Endpoints) -> tuple[LocalNode, 
 
 
 def plan_of(manifest: Manifest, advertise_addr: str, *, is_done: bool) -> RestorePlan:
-    """What is shown of a backup."""
+    """The summary of a backup for its user."""
     return RestorePlan(
         cluster_id=manifest.cluster_id,
         node_id=manifest.node_id,

@@ -1,4 +1,4 @@
-"""The ``Swarm`` section of ``/info``, and what a node that is no manager says to requests for one.
+"""The ``Swarm`` section of ``/info``, and Docker's refusals of requests that need a manager.
 
 Source: moby 20.10, daemon/cluster/{swarm,cluster}.go, cli/command/system/info.go (the warning).
 """
@@ -44,7 +44,7 @@ TIMED_OUT = (
     "this node kept nothing of the attempt."
 )
 FROZEN = "replacement of tasks is frozen"
-"""How a manager's reason begins."""
+"""The beginning of a manager's reason."""
 TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This configuration provides
          no fault tolerance, and poses a high risk to lose control over the cluster.
          Refer to https://docs.docker.com/engine/swarm/admin_guide/ to configure the
@@ -54,21 +54,21 @@ NO_LEADER = (
     "The swarm does not have a leader. It's possible that too few managers are online. "
     "Make sure more than half of the managers are online."
 )
-_PATIENCE_S = 7.0
-"""A manager without a quorum says so after 5 s."""
+_TIMEOUT_S = 7.0
+"""A manager without a quorum responds so after 5 s."""
 
 
 def why_waiting(mark: Path) -> str:
-    """What a starting manager waits for, as its ``mark`` tells; empty: it does not wait."""
+    """What a starting manager waits for, from its ``mark``; empty: it does not wait."""
     try:
-        own_trouble = mark.read_text()
+        own_error = mark.read_text()
     except OSError:
         return ""
-    return f"{NO_LEADER} {own_trouble}".strip()
+    return f"{NO_LEADER} {own_error}".strip()
 
 
 def why_no_vote(mark: Path) -> str:
-    """Why a manager that was let in among the others has no vote yet; empty: that is not known."""
+    """Why a manager that was admitted has no vote yet; empty: unknown."""
     try:
         return mark.read_text()
     except OSError:
@@ -78,7 +78,7 @@ def why_no_vote(mark: Path) -> str:
 def local_section(
     node: LocalNode | None, *, status: str, error: str, managers: Sequence[Peer]
 ) -> dict[str, Any]:
-    """What the node says by itself.  ``managers``: as its agent heard last."""
+    """The part that needs no manager.  ``managers``: as the agent received them last."""
     section: dict[str, Any] = {
         "NodeID": "",
         "NodeAddr": "",
@@ -95,18 +95,18 @@ def local_section(
 
 
 async def cluster_section(manager_api: Client) -> dict[str, Any]:
-    """What a manager adds; without a leader, what it knew when it lost it, and at once the ``Error`` that says so."""
+    """The part that a manager adds; without a leader, its last state and at once the ``Error`` about it."""
     try:
-        quorum = await manager_api.get("/skep/quorum", timeout_s=_PATIENCE_S)
+        quorum = await manager_api.get("/skep/quorum", timeout_s=_TIMEOUT_S)
         if not quorum["HasLeader"]:
             return {
                 "ControlAvailable": True,
                 "Error": lost_quorum(quorum),
                 "Managers": len(quorum["Managers"]),
             }
-        swarm = await manager_api.get("/swarm", timeout_s=_PATIENCE_S)
-        nodes = await manager_api.get("/nodes", timeout_s=_PATIENCE_S)
-        expiring = await manager_api.get("/_skep/warnings", timeout_s=_PATIENCE_S)
+        swarm = await manager_api.get("/swarm", timeout_s=_TIMEOUT_S)
+        nodes = await manager_api.get("/nodes", timeout_s=_TIMEOUT_S)
+        expiring = await manager_api.get("/_skep/warnings", timeout_s=_TIMEOUT_S)
     except SkepError as error:
         return {"ControlAvailable": NO_LEADER in str(error), "Error": str(error)}
     managers = sum("ManagerStatus" in node for node in nodes)
@@ -118,7 +118,7 @@ async def cluster_section(manager_api: Client) -> dict[str, Any]:
 
 
 def lost_quorum(quorum: Mapping[str, Any]) -> str:
-    """Docker's sentence, which managers do not answer, and what the one that was asked lacks itself."""
+    """Docker's sentence, which managers do not respond, and this manager's own error."""
     managers = quorum["Managers"]
     silent = [manager["Hostname"] for manager in managers if not manager["Answers"]]
     sentences = [NO_LEADER]
@@ -127,13 +127,13 @@ def lost_quorum(quorum: Mapping[str, Any]) -> str:
         sentences.append(
             f"{len(managers) - len(silent)} of {len(managers)} managers answer: {', '.join(silent)} {verb} not."
         )
-    if trouble := quorum.get("Trouble"):
-        sentences.append(trouble)
+    if error := quorum.get("Trouble"):
+        sentences.append(error)
     return " ".join(sentences)
 
 
 def frozen_warnings(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why no task is replaced, if so; a node that is down says it in its status."""
+    """Why no task is replaced, if so, from the status of a node that is down."""
     for node in nodes:
         message = node["Status"].get("Message", "")
         if FROZEN in message:

@@ -14,7 +14,7 @@ from skep.configuration.configuration import Configuration
 from skep.model.times import timestamp
 from skep.node import features, info
 from skep.node.docker_engine import DockerEngine, added
-from skep.node.events import Message, NodeEvents, Wish
+from skep.node.events import EventRequest, Message, NodeEvents
 from skep.node.membership import Membership
 
 
@@ -77,11 +77,11 @@ class NodeSystem:
             now=timestamp(self._events.clock.now_ns()),
         )
 
-    async def stream_events(self, wish: Wish, send: Callable[[Message], Awaitable[None]]) -> None:
+    async def stream_events(self, request: EventRequest, send: Callable[[Message], Awaitable[None]]) -> None:
         sources = [self._manager_api] if self._membership.is_manager else []
         if self._docker is not None:
             sources.append(self._docker.api)
-        await self._events.stream(wish, sources, send)
+        await self._events.stream(request, sources, send)
 
 
 def engine_id(data_dir: Path) -> str:

@@ -106,7 +106,7 @@ def _delegate(directory: Path) -> None:
         try:
             (directory / "cgroup.subtree_control").write_text(f"+{controller}")
         except OSError:
-            continue  # the kernel refuses some (realtime scheduling); the executor says what it misses
+            continue  # the kernel refuses some (realtime scheduling); the executor reports what is missing
 
 
 def _inherit_cpus(hierarchy: Path, leaf: Path) -> None:

@@ -1,6 +1,6 @@
 """Programs for images, taken out of the distribution's packages with the libraries they need.
 
-apt downloads and checks the packages, nothing is installed, and no image registry is asked.
+apt downloads and checks the packages, nothing is installed, and no image registry is used.
 """
 
 import os

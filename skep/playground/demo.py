@@ -26,7 +26,7 @@ _ANSWERS_WITHIN_S = 10
 
 
 async def demo(playground: Playground) -> None:
-    """Bring the demo up, or say how it is if it is up already.
+    """Start the demo, or show its state if it runs already.
 
     Raises: SkepError: what is in the way, as a sentence.
     """
@@ -43,7 +43,7 @@ async def demo(playground: Playground) -> None:
 async def _build(playground: Playground) -> Cluster:
     click.secho("1. a cluster: one manager, two workers, each in namespaces of its own", bold=True)
     cluster = await playground.up(managers=1, workers=WORKERS)
-    click.secho("2. an image: nginx out of the distribution's packages, no registry asked", bold=True)
+    click.secho("2. an image: nginx out of the distribution's packages, no registry needed", bold=True)
     archive = playground.images / "nginx.tar"
     built = await nginx.nginx_archive()
     archive.write_bytes(built.data)
@@ -56,7 +56,7 @@ async def _build(playground: Playground) -> Cluster:
 
 
 async def _show(cluster: Cluster, playground: Playground) -> None:
-    """Prove that it answers, and name the next commands."""
+    """Check that it responds, and print the next commands."""
     first = cluster.nodes[0]
     await _docker(first.endpoint, "service", "ps", SERVICE)
     address = f"127.0.0.1:{await playground.relayed(await _a_port(cluster))}"
@@ -74,7 +74,7 @@ async def _show(cluster: Cluster, playground: Playground) -> None:
 async def _docker(endpoint: str, *words: str) -> None:
     """Run docker in the user's terminal, so that its progress display is theirs.
 
-    Raises: FailedPrecondition: it failed (it has said why).  Unavailable: it takes too long.
+    Raises: FailedPrecondition: it failed (the reason was printed).  Unavailable: it takes too long.
     """
     environment = {**os.environ, "DOCKER_HOST": endpoint}
     environment.pop("DOCKER_CONTEXT", None)
@@ -88,7 +88,7 @@ async def _docker(endpoint: str, *words: str) -> None:
 
 
 async def _a_port(cluster: Cluster) -> int:
-    """A port that one running replica got on its node.  Raises: Unavailable: none says so."""
+    """A port that one running replica got on its node.  Raises: Unavailable: there is none."""
     async with Client.at(cluster.nodes[0].endpoint) as manager:
         tasks: list[dict[str, Any]] = await manager.get("/tasks", filters={"service": [SERVICE]})
     for task in tasks:
@@ -99,7 +99,7 @@ async def _a_port(cluster: Cluster) -> int:
 
 
 def _get(address: str) -> str:
-    """What the service answers to this machine.  Raises: Unavailable."""
+    """The service's response to this machine.  Raises: Unavailable."""
     connection = HTTPConnection(address, timeout=_ANSWERS_WITHIN_S)
     try:
         connection.request("GET", "/")

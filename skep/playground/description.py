@@ -1,6 +1,6 @@
 """``DIR/cluster.json``: what the playground consists of, for its own verbs and for measuring tools.
 
-The verbs run as separate commands, possibly at the same time; whoever changes the file holds ``DIR/lock``.
+The verbs run as separate commands, possibly at the same time; a command that changes the file holds ``DIR/lock``.
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""What the playground asks of its nodes' Engine API."""
+"""Requests of the playground to its nodes' Engine API."""
 
 from skep.api.client import Client
 from skep.errors import FailedPrecondition, SkepError
@@ -7,7 +7,7 @@ _ANSWERS_WITHIN_S = 2.0
 
 
 async def is_up(endpoint: str) -> bool:
-    """Whether the node at ``endpoint`` answers."""
+    """Whether the node at ``endpoint`` responds."""
     try:
         async with Client.at(endpoint) as client:
             await client.get("/version", timeout_s=_ANSWERS_WITHIN_S)
@@ -19,14 +19,14 @@ async def is_up(endpoint: str) -> bool:
 async def load(endpoint: str, archive: bytes) -> None:
     """Load an image archive into the node.
 
-    Raises: FailedPrecondition: it was refused, with the node's words.  Other SkepErrors: no answer.
+    Raises: FailedPrecondition: it was refused, with the node's reason.  Other SkepErrors: no response.
     """
     headers = {"Content-Type": "application/x-tar"}
     async with (
         Client.at(endpoint) as client,
-        client.stream("/images/load", method="POST", body=archive, headers=headers) as answer,
+        client.stream("/images/load", method="POST", body=archive, headers=headers) as response,
     ):
         # The status is 200 before the archive was read; what went wrong comes as a line.
-        async for line in answer.objects():
+        async for line in response.objects():
             if message := line.get("error"):
                 raise FailedPrecondition(message)

@@ -57,7 +57,7 @@ class Holder:
         self.node, self._home, self._process = node, home, process
 
     async def wait_for_api(self) -> None:
-        """Raises: Unavailable: the node does not answer, with the end of its log."""
+        """Raises: Unavailable: the node does not respond, with the end of its log."""
         try:
             await wait_until(self._answers, f"{self.node.name} serves its API", _API_WITHIN_S)
         except Unavailable as error:

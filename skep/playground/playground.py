@@ -28,7 +28,7 @@ class Playground:
     """The playground in one directory.  Every verb needs root."""
 
     def __init__(self, directory: Path, name: str | None, progress: Progress) -> None:
-        """``name`` None: as the description says, or ``playground``."""
+        """``name`` None: the description's, or ``playground``."""
         self._directory = directory.resolve()
         self._file = DescriptionFile(self._directory)
         self._wanted_name = name
@@ -93,7 +93,7 @@ class Playground:
     async def plug_in(self, kinds: Sequence[tuple[names.Role, names.Engine]], subnets: int = 1) -> Cluster:
         """Fresh machines with busybox that are in no swarm yet: what `up` makes a swarm of.
 
-        A role is what the description says of the machine; nothing makes it so before it joins.
+        The role comes from the description; the machine has it once it joins.
         Raises: AlreadyExists, InvalidArgument: before anything is made.
         """
         managers = sum(role == "manager" for role, _ in kinds)
@@ -147,8 +147,8 @@ class Playground:
     async def kill(self, name: str) -> None:
         """Power loss: daemons, monitors and containers end at once.
 
-        The cable goes first, so that none of them can tell how another ended, and stays out while the node is off:
-        its kernel, which lives on, would deliver their last words and say of every connection that it has ended.
+        The link is unplugged first, so that peers cannot observe how the processes ended, and stays so while the node
+        is off: the kernel, which keeps running, would send their last packets and reset every connection.
         """
         cluster = self.cluster()
         known = cluster.node(name)
@@ -164,7 +164,7 @@ class Playground:
         known = cluster.node(name)
         if node.is_up(known):
             return known
-        # A measuring tool may have killed the node with its own hands, and may have left somebody.
+        # A measuring tool may have killed the node itself, and left processes.
         dead = await node.kill(cluster.name, known)
         if dead.unplugged:
             await underlay.set_cable(cluster.name, name, connected=True)
@@ -188,7 +188,7 @@ class Playground:
         await underlay.set_cable(cluster.name, known, connected=True)
 
     async def pause(self, name: str) -> None:
-        """Stop every process of the node, as a machine that hangs: its connections stay open and say nothing."""
+        """Stop every process of the node, as on a machine that hangs: its connections stay open and silent."""
         cluster = self.cluster()
         await processes.pause_all(cluster.name, cluster.node(name).name)
 
@@ -203,11 +203,11 @@ class Playground:
         await together(*(engine.load(target.endpoint, content) for target in self.cluster().nodes))
 
     async def relayed(self, port: int) -> int:
-        """The port of 127.0.0.1 where the published ``port`` answers.  Raises: Unavailable: it is not relayed."""
+        """The port of 127.0.0.1 that serves the published ``port``.  Raises: Unavailable: it is not relayed."""
         return await relay.wait_served(self._directory, port)
 
     def relayed_ports(self) -> Mapping[int, int]:
-        """Published port -> the port of 127.0.0.1 at which it answers."""
+        """Published port -> the port of 127.0.0.1 that serves it."""
         self.cluster()
         state = relay.read_state(self._directory)
         return state.ports if state is not None else {}
@@ -231,7 +231,7 @@ class Playground:
     # --- the steps ----------------------------------------------------------------------------------------------
 
     async def _describe(self, managers: int, subnets: int) -> Cluster:
-        """Refuse what cannot work; then write down the intent, so that ``down`` knows the name."""
+        """Refuse what cannot work; then record the intent, so that ``down`` finds the name."""
         if os.geteuid() != 0:
             raise FailedPrecondition("a playground makes namespaces and cgroups: run it as root")
         if managers < 1:
@@ -272,7 +272,7 @@ class Playground:
         return started
 
     async def _switch_on(self, cluster: Cluster, off: Node) -> Node:
-        """Start the node, write down who it is, wait for its API."""
+        """Start the node, record it, wait for its API."""
         holder = node.switch_on(self._directory, cluster.name, off)
         self._file.put(holder.node)
         await holder.wait_for_api()
@@ -308,14 +308,14 @@ class Playground:
 
 
 async def _join(node: Node, manager: Node, token: str) -> None:
-    wish = {
+    request = {
         "ListenAddr": _LISTEN,
         "AdvertiseAddr": node.addr,
         "RemoteAddrs": [f"{manager.addr}:{_PORT}"],
         "JoinToken": token,
     }
     async with Client.at(node.endpoint) as client:
-        await client.post("/swarm/join", wish)
+        await client.post("/swarm/join", request)
 
 
 def _names(cluster: Cluster) -> list[str]:

@@ -2,7 +2,8 @@
 
 The nodes' addresses exist in the playground's own namespaces only; the machine would send packets for them to whoever
 has them on its network.  So one process listens on loopback for each published TCP port, and connects to the nodes
-from the switch's namespace.  It runs until the playground goes, and asks the managers once a second what is published.
+from the switch's namespace.  It runs until the playground is removed, and reads the published ports
+from the managers once a second.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ _READY_WITHIN_S = 20
 _PORTS_MAX = 256
 
 Targets = Mapping[int, tuple[tuple[str, int], ...]]
-"""Published port -> the nodes that answer there: address and port."""
+"""Published port -> the nodes that serve it: address and port."""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +85,7 @@ def _spawn(directory: Path) -> "subprocess.Popen[bytes]":
 
 
 async def wait_served(directory: Path, port: int) -> int:
-    """The local port at which the published ``port`` answers.  Raises: Unavailable: it is not served."""
+    """The local port that serves the published ``port``.  Raises: Unavailable: it is not served."""
 
     async def served() -> bool:
         state = read_state(directory)
@@ -102,7 +103,7 @@ def targets(
     services: Sequence[Mapping[str, Any]],
     tasks: Sequence[Mapping[str, Any]],
 ) -> Targets:
-    """Which nodes answer at which published TCP port: all of them in the mesh, a task's own in host mode."""
+    """Which nodes serve which published TCP port: all of them in the mesh, a task's own in host mode."""
     alive = {known.name: known.addr for known in cluster.nodes if node.is_up(known)}
     hostnames = {one["ID"]: one["Description"].get("Hostname", "") for one in nodes}
     found: dict[int, set[tuple[str, int]]] = {}
@@ -172,8 +173,8 @@ class PortRelay:
 
 
 async def _ask(cluster: Cluster) -> Targets:
-    """What is published now.  Raises: Unavailable: no manager says so."""
-    trouble: SkepError = Unavailable("there is none")
+    """The published ports.  Raises: Unavailable: no manager responds."""
+    error_before: SkepError = Unavailable("there is none")
     for known in cluster.nodes:
         if known.role != "manager" or not node.is_up(known):
             continue
@@ -185,8 +186,8 @@ async def _ask(cluster: Cluster) -> Targets:
                 ]
             return targets(cluster, nodes, services, tasks)
         except SkepError as error:
-            trouble = error
-    raise Unavailable(str(trouble))
+            error_before = error
+    raise Unavailable(str(error_before))
 
 
 def _listener(published: int) -> socket:

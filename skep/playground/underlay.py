@@ -75,7 +75,7 @@ async def attach(playground: str, node: str, address: names.Address) -> None:
 
 
 async def set_cable(playground: str, node: str, *, connected: bool) -> None:
-    """Take the node's cable out at the switch, or put it back: its peers hear no TCP reset."""
+    """Unplug the node's link at the switch, or plug it in again: its peers receive no TCP reset."""
     switch = names.namespace(playground, names.SWITCH)
     await ip("-n", switch, "link", "set", names.port(node), "up" if connected else "down")
 
@@ -126,7 +126,7 @@ async def is_connected(playground: str, node: str) -> bool:
 
 
 async def remove(playground: str) -> None:
-    """Unpin every namespace of the playground; its interfaces go with it once nobody lives there."""
+    """Unpin every namespace of the playground; its interfaces are removed once no process is in it."""
     async with asyncio.TaskGroup() as group:
         for name in namespaces(playground):
             group.create_task(ip("netns", "del", name))
@@ -140,13 +140,13 @@ def root_is_mounted() -> bool:
 
 
 async def remove_root() -> None:
-    """Take away the mount that ``ip netns`` made for us, unless somebody else's namespaces are in it."""
+    """Remove the mount that ``ip netns`` made, unless it has other namespaces."""
     if root_is_mounted() and not os.listdir(NETNS_ROOT):
         await run("umount", str(NETNS_ROOT))
         NETNS_ROOT.rmdir()
 
 
 async def _forward(namespace: str) -> None:
-    """Let the namespace route.  /proc/sys/net shows the network namespace of who opens it."""
+    """Let the namespace route.  /proc/sys/net shows the network namespace of the opening process."""
     path = NETNS_ROOT / namespace
     await run("nsenter", f"--net={path}", "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")

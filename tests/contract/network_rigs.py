@@ -23,7 +23,7 @@ from skep.model.ids import NetworkId, TaskId, new_container_id
 from skep.model.tables import Table
 from skep.model.task import AssignedTask, TaskStatus
 from skep.node.routes.cluster_networks import ClusterNetworks
-from skep.node.routes.networks import NetworkParts, network_routes
+from skep.node.routes.networks import NetworkSources, network_routes
 from skep.node.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
 from tests.conformance.manager import a_manager_api
 
@@ -125,7 +125,7 @@ async def a_rig(folder: Path) -> AsyncIterator[Rig]:
             clock=SystemClock(),
             rng=Random(1).random,
         )
-        parts = NetworkParts(
+        parts = NetworkSources(
             cluster=cluster,
             engine=None,
             local=local,

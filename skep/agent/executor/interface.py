@@ -108,7 +108,7 @@ class Executor(Protocol):
         """
 
     async def leftovers(self) -> Sequence[TaskId]:
-        """Tasks of which this executor still holds something; the worker removes those it does not know."""
+        """Tasks of which this executor still holds something; the worker removes unknown ones."""
 
     async def discard(self, task_id: TaskId) -> None:
         """Free everything held for a task that is assigned no more, as ``remove`` does."""

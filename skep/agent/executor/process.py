@@ -137,7 +137,7 @@ class ProcessController:
         code = _exit_code(self._path)
         if code is None:
             await wait_gone(started.command)
-            code = 255  # the shell that waits was killed: nobody saw the end
+            code = 255  # the waiting shell was killed: the exit code is lost
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
 
     async def shutdown(self, drain_s: float = 0.0) -> None:

@@ -26,7 +26,7 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     start_s: float = 0.05
     shutdown_s: float = 0.05
     run_s: float | None = None
-    """How long a task runs until it ends by itself; None: for ever."""
+    """Seconds until a task ends; None: never."""
     exit_code: int = 0
     rejected: float = 0.0
     crashed: float = 0.0

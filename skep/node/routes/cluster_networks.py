@@ -1,4 +1,4 @@
-"""The cluster's networks as this node knows them: a manager asks its manager process, a worker its own tasks."""
+"""The cluster's networks: on a manager from its manager process, on a worker from its own tasks."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
@@ -22,14 +22,14 @@ from skep.node.routes.network_tables import peers, services
 from skep.node.routes.network_users import meant_by, networks_in_use, on_overlay
 
 _MANAGER_WAIT_S = 5.0
-_PASSED_ON = ("Content-Type", "X-Skep-Stale")
+_FORWARDED_HEADERS = ("Content-Type", "X-Skep-Stale")
 FROM_A_WORKER = (
     "Cannot create a multi-host network from a worker node. Please create the network from a manager node."
 )
 
 
 class Member(Protocol):
-    """This node's place in a swarm."""
+    """This node's membership of a cluster."""
 
     @property
     def is_manager(self) -> bool: ...
@@ -38,7 +38,7 @@ class Member(Protocol):
     def is_in_swarm(self) -> bool: ...
 
     def manager_refusal(self) -> str | None:
-        """Why no manager of this node answers; None: one does, or will in a moment."""
+        """Docker's text where this node has no manager; None: it has one, or will soon."""
 
 
 class Tasks(Protocol):
@@ -50,14 +50,14 @@ class Tasks(Protocol):
 
 
 class Tables(Protocol):
-    """What the managers told of the networks that this node takes part in."""
+    """The network tables of this node."""
 
     @property
     def tables(self) -> Mapping[NetworkId, Table]: ...
 
 
 class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
-    """Answers for networks of scope swarm."""
+    """Networks of scope swarm."""
 
     member: Member
     manager: Client
@@ -73,21 +73,21 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
             raise Unavailable(self.member.manager_refusal() or FROM_A_WORKER)
 
     async def list_all(self, request: web.Request, filters: Filters) -> list[dict[str, Any]]:
-        """Those that ``filters`` mean; on a worker only those that a task of its own uses."""
+        """Those that match ``filters``; on a worker only those that a task of its own uses."""
         if not self.member.is_manager:
-            known = self._attached().values()
-            return [network_form.flat_form(one) for one in known if fits(_facts(one), filters)]
-        answer = await self.ask_manager(request)
-        if answer.status >= 300:
-            raise answer.error()
-        return list(msgspec.json.decode(answer.body))
+            attached = self._attached().values()
+            return [network_form.flat_form(one) for one in attached if fits(_facts(one), filters)]
+        response = await self.forward_to_manager(request)
+        if response.status >= 300:
+            raise response.error()
+        return list(msgspec.json.decode(response.body))
 
     async def find(self, request: web.Request, word: str) -> dict[str, Any] | None:
         """One network in the form of ``inspect``, with this node's containers on it; None: there is none."""
         if self.member.is_manager:
-            found = await self._asked_for(request, word)
+            found = await self._from_manager(request, word)
         else:
-            found = self._known(word, is_verbose=flag(request, "verbose"))
+            found = self._from_tasks(word, is_verbose=flag(request, "verbose"))
         if found is None:
             return None
         if here := on_overlay(found["Id"], self.tasks.tasks(), self.containers()):
@@ -95,38 +95,38 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
     async def may_have(self, word: str) -> bool:
-        """Whether ``word`` may mean a network of the cluster; a worker does not know them all."""
+        """Whether ``word`` may mean a network of the cluster; on a worker not all are known."""
         if not self.member.is_manager:
             return self.member.is_in_swarm
-        answer = await self._ask("GET", f"/networks/{quote(word, safe='')}", b"", {})
-        return answer.status == 200 and PREDEFINED_LABEL not in (
-            msgspec.json.decode(answer.body)["Labels"] or ()
+        response = await self._request("GET", f"/networks/{quote(word, safe='')}", b"", {})
+        return response.status == 200 and PREDEFINED_LABEL not in (
+            msgspec.json.decode(response.body)["Labels"] or ()
         )
 
     async def check_lacks(self, name: str) -> None:
         """Raises: AlreadyExists: a network of the cluster has that name."""
-        answer = await self._ask("GET", f"/networks/{quote(name, safe='')}", b"", {})
-        if answer.status == 200 and msgspec.json.decode(answer.body)["Name"] == name:
+        response = await self._request("GET", f"/networks/{quote(name, safe='')}", b"", {})
+        if response.status == 200 and msgspec.json.decode(response.body)["Name"] == name:
             raise AlreadyExists(f"network with name {name} already exists")
 
-    async def ask_manager(self, request: web.Request, body: bytes = b"") -> Response:
-        """What the manager of this node answers to the same request.  Raises: Unavailable."""
-        return await self._ask(request.method, request.path_qs, body, passed_headers(request))
+    async def forward_to_manager(self, request: web.Request, body: bytes = b"") -> Response:
+        """The manager's response to the same request.  Raises: Unavailable."""
+        return await self._request(request.method, request.path_qs, body, forwarded_headers(request))
 
-    async def _asked_for(self, request: web.Request, word: str) -> dict[str, Any] | None:
+    async def _from_manager(self, request: web.Request, word: str) -> dict[str, Any] | None:
         verbose = request.query.get("verbose", "")
         path = f"/networks/{quote(word, safe='')}?verbose={quote(verbose, safe='')}"
-        answer = await self._ask("GET", path, b"", passed_headers(request))
-        if answer.status == 404:
+        response = await self._request("GET", path, b"", forwarded_headers(request))
+        if response.status == 404:
             return None
-        if answer.status >= 300:
-            raise answer.error()
-        found: dict[str, Any] = msgspec.json.decode(answer.body)
+        if response.status >= 300:
+            raise response.error()
+        found: dict[str, Any] = msgspec.json.decode(response.body)
         if PREDEFINED_LABEL in (found["Labels"] or ()) and request.query.get("scope") != SWARM:
-            return None  # it stands for a network that each node has for itself
+            return None  # it represents a network that each node has
         return found
 
-    def _known(self, word: str, *, is_verbose: bool) -> dict[str, Any] | None:
+    def _from_tasks(self, word: str, *, is_verbose: bool) -> dict[str, Any] | None:
         network = meant_by(word, self._attached())
         if network is None:
             return None
@@ -141,8 +141,8 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     def _attached(self) -> dict[str, Network]:
         return networks_in_use(self.tasks.tasks(), self.tasks.statuses())
 
-    async def _ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Response:
-        """What the manager answers; one that restarts is waited for.  Raises: Unavailable."""
+    async def _request(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Response:
+        """The manager's response; waits for one that restarts.  Raises: Unavailable."""
         if (refusal := self.member.manager_refusal()) is not None:
             raise Unavailable(refusal)
         for attempts_left in (1, 0) if method == "GET" else (0,):
@@ -155,9 +155,9 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
         raise AssertionError("the last attempt returns or raises")
 
 
-def passed_headers(request: web.Request) -> dict[str, str]:
-    """Those that matter to who is asked in the client's place."""
-    return {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+def forwarded_headers(request: web.Request) -> dict[str, str]:
+    """Headers that are forwarded."""
+    return {name: request.headers[name] for name in _FORWARDED_HEADERS if name in request.headers}
 
 
 def _facts(network: Network) -> Facts:

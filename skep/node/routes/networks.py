@@ -1,7 +1,8 @@
 """``/networks`` of a node: the cluster's, its own, and those of the Docker Engine beside it, as one list.
 
-What a request is about decides who answers it.  Networks of the cluster are the managers'; a worker knows only those
-that its own tasks use.  Networks of the node are the engine's where there is one, but for the gateway bridge.
+The kind of network decides where a request goes.  Networks of the cluster belong to the managers; a worker has
+only those that its own tasks use.  Networks of the node belong to the Docker Engine where there is one, except
+the gateway bridge.
 
 Source: moby 20.10, api/server/router/network/network_routes.go, daemon/network.go, libnetwork/controller.go.
 """
@@ -49,14 +50,14 @@ from skep.errors import (
     Unimplemented,
 )
 from skep.linux.routes import read_routes
-from skep.node.routes.cluster_networks import FROM_A_WORKER, ClusterNetworks, passed_headers
+from skep.node.routes.cluster_networks import FROM_A_WORKER, ClusterNetworks, forwarded_headers
 from skep.node.routes.network_users import on_bridge, on_builtin, on_gateway
 
 log = structlog.get_logger()
 
 
-class NetworkParts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the routes ask.  ``engine``: None where there is none."""
+class NetworkSources(msgspec.Struct, frozen=True, kw_only=True):
+    """What the routes use.  ``engine``: the Docker Engine; None where there is none."""
 
     cluster: ClusterNetworks
     engine: Client | None
@@ -65,12 +66,12 @@ class NetworkParts(msgspec.Struct, frozen=True, kw_only=True):
     container: Callable[[str], Container]
     """By id, name or prefix.  Raises: NotFound."""
     own_engine: Engine | None = None
-    """Plain containers of ours; None: the node runs none."""
+    """Plain containers of this node's engine; None: it runs none."""
 
 
-def network_routes(parts: NetworkParts) -> Routes:
+def network_routes(sources: NetworkSources) -> Routes:
     """List, inspect, create, remove, connect, disconnect, prune."""
-    node = _NodeNetworks(parts)
+    node = _NodeNetworks(sources)
     table = Routes()
     table.get("/networks")(node.list_all)
     table.get("/networks/{name}")(node.inspect)
@@ -84,10 +85,10 @@ def network_routes(parts: NetworkParts) -> Routes:
 
 
 class _NodeNetworks:
-    def __init__(self, parts: NetworkParts) -> None:
-        self._parts = parts
-        self._local = parts.local
-        self._cluster = parts.cluster
+    def __init__(self, sources: NetworkSources) -> None:
+        self._sources = sources
+        self._local = sources.local
+        self._cluster = sources.cluster
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -111,10 +112,10 @@ class _NodeNetworks:
             return json_answer(self._shown(own))
         if scope in ("", SWARM) and (found := await self._cluster.find(request, word)) is not None:
             return json_answer(found)
-        if scope in ("", LOCAL) and self._parts.engine is not None:
-            answer = await self._parts.engine.send("GET", request.path_qs)
-            if answer.status != 404:
-                return _passed(answer)
+        if scope in ("", LOCAL) and self._sources.engine is not None:
+            response = await self._sources.engine.send("GET", request.path_qs)
+            if response.status != 404:
+                return _forwarded(response)
         if own is not None:
             return json_answer(self._shown(own))
         raise NotFound(f"network {word} not found")
@@ -128,7 +129,7 @@ class _NodeNetworks:
             raise AlreadyExists(f"network with name {body.name} already exists")
         if body.is_of_cluster and self._cluster.member.is_manager:
             await self._check_engine_lacks(request, body.name)
-            return _passed(await self._cluster.ask_manager(request, raw))
+            return _forwarded(await self._cluster.forward_to_manager(request, raw))
         if self._cluster.member.is_manager and body.name:
             await self._cluster.check_lacks(body.name)
         check_name(body.name)
@@ -139,13 +140,13 @@ class _NodeNetworks:
             raise Unavailable(self._cluster.member.manager_refusal() or FROM_A_WORKER)
         if body.name == GATEWAY:
             return _created(await self._local.make_gateway(body))
-        if self._parts.engine is not None:
-            return _passed(await self._ask_engine(request, raw))
+        if self._sources.engine is not None:
+            return _forwarded(await self._forward_to_engine(request, raw))
         if not body.name:
             raise InvalidArgument("invalid name: ")
         if body.config_only:
             return _created(self._local.add_configuration(body))
-        if self._parts.own_engine is None:
+        if self._sources.own_engine is None:
             raise Unimplemented(
                 "this node runs no containers, so it has no networks for them: create an overlay network "
                 "(--driver overlay), or give skep a Docker Engine (--engine-socket)"
@@ -164,55 +165,57 @@ class _NodeNetworks:
             return self._remove_own(own)
         if await self._cluster.find(request, word) is not None:
             self._cluster.check_manager()
-            return _passed(await self._cluster.ask_manager(request))
-        if self._parts.engine is not None:
-            answer = await self._ask_engine(request)
-            if answer.status != 404 or own is None:
-                return _passed(answer)
+            return _forwarded(await self._cluster.forward_to_manager(request))
+        if self._sources.engine is not None:
+            response = await self._forward_to_engine(request)
+            if response.status != 404 or own is None:
+                return _forwarded(response)
         if own is None:
             raise NotFound(f"network {word} not found")
         return self._remove_own(own)
 
     async def prune(self, request: web.Request) -> web.StreamResponse:
-        """Of the node's own, unused bridge networks go; the gateway bridge is every container's way out."""
+        """Removes unused bridge networks; the gateway bridge is used by every container."""
         filters = Filters.of(request)
         filters.refuse_unknown(*PRUNE_FILTERS)
         now_ns = self._cluster.clock.now_ns()
         removed: list[str] = []
-        sides = [self._cluster.ask_manager] if self._cluster.member.is_manager else []
-        for ask in (*sides, *([self._ask_engine] if self._parts.engine is not None else [])):
-            answer = await ask(request)
-            if answer.status >= 300:
-                raise answer.error()
-            removed += msgspec.json.decode(answer.body).get("NetworksDeleted") or []
-        for network in self._local.bridges() if self._parts.engine is None else ():
-            is_meant = is_prunable(network.created_at, network.labels, filters, now_ns)
-            if is_meant and not self._users_of(network):
+        managers = [self._cluster.forward_to_manager] if self._cluster.member.is_manager else []
+        for forward in (*managers, *([self._forward_to_engine] if self._sources.engine is not None else [])):
+            response = await forward(request)
+            if response.status >= 300:
+                raise response.error()
+            removed += msgspec.json.decode(response.body).get("NetworksDeleted") or []
+        for network in self._local.bridges() if self._sources.engine is None else ():
+            is_selected = is_prunable(network.created_at, network.labels, filters, now_ns)
+            if is_selected and not self._users_of(network):
                 self._remove_own(network)
                 removed.append(network.name)
         return json_answer({"NetworksDeleted": removed or None})
 
     async def connect(self, request: web.Request) -> web.StreamResponse:
-        """``connect`` and ``disconnect``: of plain containers, ours or the engine's; tasks' are told why not."""
+        """``connect`` and ``disconnect``: of plain containers; refused for containers of tasks."""
         raw = await read_body(request)
-        wished = decode_body(raw, ConnectBody)
+        body = decode_body(raw, ConnectBody)
         name = request.match_info["name"]
-        if not wished.container:
+        if not body.container:
             raise InvalidArgument('invalid name or ID supplied: ""')
-        is_ours = await self._is_ours(wished.container)
-        is_cut = request.path.endswith("/disconnect")
+        is_own = await self._is_in_our_engine(body.container)
+        is_disconnect = request.path.endswith("/disconnect")
         own = find(self._own(), name)
         if own is not None and own.name == GATEWAY:
             raise Forbidden(
-                f"{GATEWAY} is every container's way out: none is connected or disconnected by hand"
+                f"{GATEWAY} connects every container to the outside: containers are not (dis)connected by hand"
             )
-        if is_ours and self._parts.own_engine is not None:
-            return await self._connect_ours(self._parts.own_engine, own, raw, name, is_cut=is_cut)
+        if is_own and self._sources.own_engine is not None:
+            return await self._connect_own(
+                self._sources.own_engine, own, raw, name, is_disconnect=is_disconnect
+            )
         found = await self._cluster.find(request, name) if own is None else None
         if found is None:
-            return _passed(await self._ask_engine(request, raw))
-        if is_cut:
-            raise FailedPrecondition(f"container {wished.container} is not connected to network {name}")
+            return _forwarded(await self._forward_to_engine(request, raw))
+        if is_disconnect:
+            raise FailedPrecondition(f"container {body.container} is not connected to network {name}")
         if not found["Attachable"]:
             raise Forbidden(
                 f"Could not attach to network {name}: "
@@ -223,59 +226,64 @@ class _NodeNetworks:
             "run the container on that network from its start (docker run --network), or as a service"
         )
 
-    async def _connect_ours(
-        self, engine: Engine, own: LocalNetwork | None, raw: bytes, name: str, *, is_cut: bool
+    async def _connect_own(
+        self, engine: Engine, own: LocalNetwork | None, raw: bytes, name: str, *, is_disconnect: bool
     ) -> web.Response:
-        wished = read_connect(raw)
+        body = read_connect(raw)
         if own is not None and own.name in BUILTIN:
             raise Unimplemented(
-                f"a container has network {own.name} from its making or not at all: run it with --network {own.name}"
+                f"a container gets network {own.name} at its creation or not at all: run it with --network {own.name}"
             )
-        if is_cut:
-            await engine.disconnect(wished.container, name, own.id if own is not None else "")
+        if is_disconnect:
+            await engine.disconnect(body.container, name, own.id if own is not None else "")
         else:
-            await engine.connect(wished.container, endpoint_request(name, wished.endpoint_config))
+            await engine.connect(body.container, endpoint_request(name, body.endpoint_config))
         return web.Response()
 
     async def update(self, request: web.Request) -> web.StreamResponse:
         self._cluster.check_manager()
-        return _passed(await self._cluster.ask_manager(request, await read_body(request)))
+        return _forwarded(await self._cluster.forward_to_manager(request, await read_body(request)))
 
     # --- the engine's, and the node's own ---------------------------------------------------------------------
 
     async def _engine_list(self, request: web.Request) -> list[dict[str, Any]]:
-        if self._parts.engine is None:
+        if self._sources.engine is None:
             return []
         try:
-            return list(await self._parts.engine.request("GET", request.path, query=dict(request.query)))
+            return list(await self._sources.engine.request("GET", request.path, query=dict(request.query)))
         except SkepError as error:
             log.info("networks of the engine are missing", reason=str(error))
             return []
 
-    async def _ask_engine(self, request: web.Request, body: bytes = b"") -> Response:
+    async def _forward_to_engine(self, request: web.Request, body: bytes = b"") -> Response:
         """Raises: NotFound: there is no engine, so there is no such network."""
-        if self._parts.engine is None:
+        if self._sources.engine is None:
             raise NotFound(f"network {request.match_info.get('name', '')} not found")
-        return await self._parts.engine.send(request.method, request.path_qs, body, passed_headers(request))
+        return await self._sources.engine.send(
+            request.method, request.path_qs, body, forwarded_headers(request)
+        )
 
     async def _check_engine_lacks(self, request: web.Request, name: str) -> None:
-        if self._parts.engine is None or not name or name in BUILTIN:
+        if self._sources.engine is None or not name or name in BUILTIN:
             return
         try:
-            found = await self._parts.engine.get(f"/networks/{quote(name, safe='')}")
+            found = await self._sources.engine.get(f"/networks/{quote(name, safe='')}")
         except SkepError:
             return
         if found["Name"] == name:
             raise AlreadyExists(f"network with name {name} already exists")
 
-    async def _is_ours(self, word: str) -> bool:
-        """Whether a plain container is ours.  Raises: NotFound: no such container; FailedPrecondition: a task's."""
+    async def _is_in_our_engine(self, word: str) -> bool:
+        """Whether a plain container is of this node's engine.
+
+        Raises: NotFound: no such container; FailedPrecondition: it is a task's.
+        """
         try:
-            container = self._parts.container(word)
+            container = self._sources.container(word)
         except NotFound:
-            if self._parts.engine is None:
+            if self._sources.engine is None:
                 raise NotFound(f"No such container: {word}") from None
-            await self._parts.engine.get(f"/containers/{quote(word, safe='')}/json")
+            await self._sources.engine.get(f"/containers/{quote(word, safe='')}/json")
             return False
         if container.plain is not None:
             return True
@@ -288,7 +296,7 @@ class _NodeNetworks:
     def _own(self) -> list[LocalNetwork]:
         own = (
             []
-            if self._parts.engine is not None
+            if self._sources.engine is not None
             else [*self._local.predefined(), *self._local.configurations(), *self._local.bridges()]
         )
         gateway = self._local.gateway() if self._cluster.member.is_in_swarm else None
@@ -301,7 +309,7 @@ class _NodeNetworks:
 
     def _users_of(self, network: LocalNetwork) -> dict[str, Any]:
         """Containers on it, by id."""
-        containers = self._parts.containers()
+        containers = self._sources.containers()
         if network.name == GATEWAY:
             return on_gateway(network, self._local.gateway_users(), containers)
         if network.name in BUILTIN:
@@ -324,9 +332,9 @@ class _NodeNetworks:
         return web.Response(status=204)
 
 
-def _passed(answer: Response) -> web.Response:
-    headers = {"Content-Type": answer.content_type} if answer.body else {}
-    return web.Response(status=answer.status, body=answer.body or None, headers=headers)
+def _forwarded(response: Response) -> web.Response:
+    headers = {"Content-Type": response.content_type} if response.body else {}
+    return web.Response(status=response.status, body=response.body or None, headers=headers)
 
 
 def _created(network: LocalNetwork) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""What a node says of itself: ``/_ping``, ``/version``, ``/info``, ``/events``; and what it does not do.
+"""``/_ping``, ``/version``, ``/info``, ``/events``; and the refusal of unsupported routes.
 
 Source: moby 20.10, api/server/router/system/system_routes.go.
 """
@@ -11,11 +11,11 @@ from aiohttp import web
 from skep.api.server import Filters, JsonLines, Routes, json_answer
 from skep.api.timestamps import period_of
 from skep.errors import NotFound, Unimplemented
-from skep.node.events import Message, Wish
+from skep.node.events import EventRequest, Message
 
 
 class System(Protocol):
-    """The node, as these routes ask it."""
+    """The node, as these routes use it."""
 
     @property
     def swarm_header(self) -> str: ...
@@ -24,20 +24,22 @@ class System(Protocol):
 
     async def info(self) -> Mapping[str, Any]: ...
 
-    async def stream_events(self, wish: Wish, send: Callable[[Message], Awaitable[None]]) -> None: ...
+    async def stream_events(
+        self, request: EventRequest, send: Callable[[Message], Awaitable[None]]
+    ) -> None: ...
 
 
 SYSTEM: web.AppKey[System] = web.AppKey("system", System)
 
 routes = Routes()
 last_routes = Routes()
-"""To be given to the application last: they take whatever nobody else takes."""
+"""The application's last routes: they match every request that no other route matches."""
 
 
 @routes.head("/_ping")
 @routes.get("/_ping")
 async def ping(request: web.Request) -> web.StreamResponse:
-    """Alive; the headers say which API is spoken."""
+    """Alive; the headers have the version of the API."""
     headers = {
         "Cache-Control": "no-cache, no-store, must-revalidate",
         "Pragma": "no-cache",
@@ -61,14 +63,24 @@ async def show_info(request: web.Request) -> web.StreamResponse:
 async def stream_events(request: web.Request) -> web.StreamResponse:
     """Events of this node and of the cluster, one JSON object per line, each sent at once."""
     since, until = period_of(request)
-    wish = Wish(since, until, Filters.of(request), dict(request.query))
+    wanted = EventRequest(since, until, Filters.of(request), dict(request.query))
     async with JsonLines(request) as lines:
-        await request.app[SYSTEM].stream_events(wish, lines.send)
+        await request.app[SYSTEM].stream_events(wanted, lines.send)
     return lines.response
 
 
-_OURS = ("_ping", "version", "info", "events", "swarm", "containers", "exec", "images", "distribution")
-_SENTENCES = {
+_SUPPORTED_FAMILIES = (
+    "_ping",
+    "version",
+    "info",
+    "events",
+    "swarm",
+    "containers",
+    "exec",
+    "images",
+    "distribution",
+)
+_REASONS = {
     "POST /containers/create": "this node runs plain commands of services, no containers",
     "POST /build": "images are not built here: build with docker or buildah and load the archive with docker load",
 }
@@ -76,16 +88,14 @@ _SENTENCES = {
 
 @last_routes.route("*", "/{tail:(?!v[0-9]).*}")  # what follows a version comes here as well
 async def refuse(request: web.Request) -> web.StreamResponse:
-    """Known to Docker's API, but nobody on this node answers it."""
+    """A route of Docker's API that this node does not support."""
     path = "/" + request.match_info["tail"]
     family = path.split("/")[1]
-    asked = f"{request.method} {path}"
-    if family in _OURS and asked not in _SENTENCES:
+    route = f"{request.method} {path}"
+    if family in _SUPPORTED_FAMILIES and route not in _REASONS:
         raise NotFound("page not found")
-    reason = _SENTENCES.get(
-        asked, "it is no part of the swarm API, nor about containers or images of services"
-    )
+    reason = _REASONS.get(route, "it is no part of the swarm API, nor about containers or images of services")
     raise Unimplemented(
-        f"{asked} is not answered by this node: {reason}; "
+        f"{route} is not answered by this node: {reason}; "
         "or give skep a Docker Engine to pass such requests on to (--engine-socket)"
     )

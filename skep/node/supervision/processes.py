@@ -19,7 +19,7 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 _REMOVED = (
-    "The other managers do not take this one in: promote the node, or have it leave the swarm and join again."
+    "The other managers do not admit this one: promote the node, or have it leave the swarm and join again."
 )
 
 
@@ -75,7 +75,7 @@ class NodeProcesses:
     async def keep_spare_manager(self, wanted: bool) -> None:
         """Have the zygote fork a manager process in advance; not ``wanted``: have it end that."""
         try:
-            await self._zygote.stand_by("manager", wanted=wanted)
+            await self._zygote.keep_spare("manager", wanted=wanted)
         except Unavailable as error:
             log.warning("no spare manager process", reason=str(error))
 

@@ -1,17 +1,17 @@
-"""A process that has the imports done and nothing else, from which node, manager and net are forked.
+"""A process that has done the imports and nothing else, from which node, manager and net are forked.
 
 Forking shares the pages of the interpreter and all libraries: three processes cost 56 MB instead of 141.  It has to
 happen from a process with one thread and no event loop.  So what systemd starts becomes the zygote (``host``), forks
-the node process, and passes signals on to it; the node process asks it over a socket to fork the others.  What it
-forks so lives in sessions of its own and outlives both.
+the node process, and passes signals on to it; the node process requests further forks over a socket.  Those
+processes have sessions of their own and outlive both.
 
 A node process that crashes is forked again: without an interpreter's start and the imports, which take seconds on a
-busy machine, it is back before its managers miss it.  If the zygote ends, its node process ends with it.
+busy machine, it is back before its managers count it as down.  If the zygote ends, its node process ends with it.
 
-One request, one answer, with the request's number: ``Fork`` -> pid, ``Reap`` -> how that child ended.
+Each request has a number and one response with the same number: ``Fork`` -> pid, ``Reap`` -> exit status of that child.
 
-What somebody will wait for can be had *standing by*: forked ahead, with its own imports done, too, and waiting for
-its arguments.  ``Fork`` then only hands them over.  What stands by ends with the zygote.
+A process whose start users wait for can be a *spare*: forked in advance, with its own imports done, and waiting for
+its arguments.  ``Fork`` then only sends them.  A spare process ends with the zygote.
 """
 
 import asyncio
@@ -48,14 +48,14 @@ Preparation = Callable[[], None]
 """What can be done before the arguments are known."""
 
 _MESSAGE_BYTES_MAX = 64 * 1024
-_ANSWER_TIMEOUT_S = 10.0
+_RESPONSE_TIMEOUT_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 LASTED_S = 3.0
-"""A node process that ended sooner is not forked again: what supervises the zygote starts all anew."""
+"""A node process that ended sooner is not forked again: the supervisor of the zygote starts everything again."""
 _PAUSE_S = 0.2
-"""Before another is forked: what the last one had begun (a call of runc) ends meanwhile."""
+"""Before another is forked: commands of the last one (a call of runc) end meanwhile."""
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
@@ -67,88 +67,88 @@ class Reap(msgspec.Struct, frozen=True, tag=True):
     pid: int
 
 
-class StandBy(msgspec.Struct, frozen=True, tag=True):
-    """Have a process for ``entry`` stand by, or none any more.  Again is harmless."""
+class KeepSpare(msgspec.Struct, frozen=True, tag=True):
+    """Have a spare process for ``entry``, or none any more.  Idempotent."""
 
     entry: str
     wanted: bool
 
 
 class Notify(msgspec.Struct, frozen=True, tag=True):
-    """Tell systemd, which listens to the process that it started alone.  Has no answer."""
+    """Notify systemd, which accepts that only of the process that it started.  Has no response."""
 
     state: str
 
 
-class Ask(msgspec.Struct, frozen=True):
-    """A request with its number, which its answer repeats: one that nobody waits for any more is known by it."""
+class Request(msgspec.Struct, frozen=True):
+    """A request with its number, by which the response to an abandoned request is recognized."""
 
     number: int
-    request: Fork | Reap | StandBy | Notify
+    request: Fork | Reap | KeepSpare | Notify
 
 
-class Told(msgspec.Struct, frozen=True):
-    """The answer to the request of that number."""
+class Response(msgspec.Struct, frozen=True):
+    """The response to the request of that number."""
 
     number: int
     value: int
 
 
 class ZygoteGone(Unavailable):
-    """Nothing can be started any more: only a new node process has a new zygote."""
+    """No process can be started any more: only a new node process has a new zygote."""
 
     def __init__(self) -> None:
         super().__init__("the process that starts others has ended: restart skep")
 
 
 class Zygote:
-    """The node process's end."""
+    """The node process's end of the socket."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._connection = connection
         self._turn = asyncio.Lock()
-        self._asked = 0
+        self._last_number = 0
 
     async def fork(self, entry: str, arguments: Sequence[str]) -> int:
         """Start ``entry`` in a process of its own; its pid.  Raises: ZygoteGone, Unavailable."""
-        return await self._ask(Fork(entry, tuple(arguments)))
+        return await self._request(Fork(entry, tuple(arguments)))
 
     async def reap(self, pid: int) -> int | None:
         """How a child ended: its exit code, or minus the signal; None: not known.  It must have ended."""
         try:
-            status = await self._ask(Reap(pid))
+            status = await self._request(Reap(pid))
         except Unavailable:
             return None
         return None if status < 0 else os.waitstatus_to_exitcode(status)
 
-    async def stand_by(self, entry: str, *, wanted: bool) -> None:
-        """Have a process for ``entry`` ready for its ``fork``; without ``wanted`` none any more.
+    async def keep_spare(self, entry: str, *, wanted: bool) -> None:
+        """Have a spare process for ``entry``, which ``fork`` uses; not ``wanted``: none any more.
 
         Raises: ZygoteGone, Unavailable.
         """
-        await self._ask(StandBy(entry, wanted))
+        await self._request(KeepSpare(entry, wanted))
 
     def notify(self, state: str) -> None:
-        """Tell systemd (``node.notify``)."""
+        """Notify systemd (``node.notify``)."""
         with suppress(OSError):
-            self._connection.send(msgspec.msgpack.encode(Ask(0, Notify(state))))
+            self._connection.send(msgspec.msgpack.encode(Request(0, Notify(state))))
 
     def close(self) -> None:
-        """Ask nothing any more."""
+        """Close the socket."""
         self._connection.close()
 
-    async def _ask(self, request: Fork | Reap | StandBy) -> int:
+    async def _request(self, request: Fork | Reap | KeepSpare) -> int:
         loop = asyncio.get_running_loop()
         try:
-            async with self._turn, asyncio.timeout(_ANSWER_TIMEOUT_S):
-                self._asked += 1
-                ask = Ask(self._asked, request)
-                await loop.sock_sendall(self._connection, msgspec.msgpack.encode(ask))
+            async with self._turn, asyncio.timeout(_RESPONSE_TIMEOUT_S):
+                self._last_number += 1
+                sent = Request(self._last_number, request)
+                await loop.sock_sendall(self._connection, msgspec.msgpack.encode(sent))
                 while message := await loop.sock_recv(self._connection, _MESSAGE_BYTES_MAX):
-                    told = msgspec.msgpack.decode(message, type=Told)
-                    if told.number == ask.number:
-                        return told.value
+                    response = msgspec.msgpack.decode(message, type=Response)
+                    if response.number == sent.number:
+                        return response.value
         except TimeoutError as error:
             raise Unavailable("the process that starts others does not answer") from error
         except OSError as error:
@@ -159,15 +159,15 @@ class Zygote:
 def host(
     entries: Mapping[str, Entry], preparations: Mapping[str, Preparation], node: Callable[[Zygote], int]
 ) -> int:
-    """Be the zygote, and have a node process at work: ``node``, in a child; gives the exit code of the last one.
+    """Be the zygote, and run ``node`` in a child, again after crashes; returns the exit code of the last one.
 
-    To be called early: with a single thread and no event loop.  SIGTERM, SIGINT and SIGHUP are the node process's.
+    To be called early: with a single thread and no event loop.  Passes SIGTERM, SIGINT and SIGHUP to the node process.
 
     Args:
-        preparations: of the entries that can stand by.
+        preparations: of the entries that can have a spare process.
     """
     gc.collect()
-    gc.freeze()  # what was imported is never looked at again, so its pages stay shared
+    gc.freeze()  # what was imported is never scanned again, so its pages stay shared
     children = Children(entries, preparations)
     relay = _Relay()
     for number in _SIGNALS:
@@ -203,7 +203,7 @@ def _run_node(node: Callable[[Zygote], int], children: "Children", relay: _Relay
     sys.stdout.flush()
     sys.stderr.flush()
     zygote = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # none comes before it is known whose it is
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # none arrives before the pid is known
     if relay.is_stopping:
         return 0
     pid = os.fork()
@@ -234,7 +234,7 @@ def _be_node(node: Callable[[Zygote], int], connection: socket.socket, zygote: i
             os._exit(status)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it reads everything now
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the configuration is read now anyway
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         status = node(Zygote(connection))
     except BaseException:
@@ -248,46 +248,46 @@ def _be_node(node: Callable[[Zygote], int], connection: socket.socket, zygote: i
 
 
 def serve(connection: socket.socket, children: "Children", ended: int) -> None:
-    """Answer requests until the process of the descriptor ``ended`` has ended."""
+    """Serve requests until the process of the descriptor ``ended`` has ended."""
     looking = select.poll()
     looking.register(connection, select.POLLIN)
     looking.register(ended, select.POLLIN)
     while True:
         ready = {number for number, _ in looking.poll()}
         if connection.fileno() in ready:
-            if (ask := _received(connection)) is None:
+            if (request := _received(connection)) is None:
                 looking.unregister(connection)
                 continue
-            answer = _answer(ask.request, children)
-            if answer is not None:
+            value = _value(request.request, children)
+            if value is not None:
                 with suppress(OSError):  # it has ended
-                    connection.send(msgspec.msgpack.encode(Told(ask.number, answer)))
+                    connection.send(msgspec.msgpack.encode(Response(request.number, value)))
         elif ended in ready:
             return
 
 
-def _answer(request: Fork | Reap | StandBy | Notify, children: "Children") -> int | None:
+def _value(request: Fork | Reap | KeepSpare | Notify, children: "Children") -> int | None:
     match request:
         case Fork(entry, arguments):
             return children.fork(entry, arguments)
         case Reap(pid):
             return _status_of(pid)
-        case StandBy(entry, wanted):
-            children.stand_by(entry, wanted=wanted)
+        case KeepSpare(entry, wanted):
+            children.keep_spare(entry, wanted=wanted)
             return 0
         case Notify(state):
             notify(state)
             return None
 
 
-class _Standby(NamedTuple):
+class _Spare(NamedTuple):
     """A process that waits for its arguments at the other end of ``pipe``."""
 
     pid: int
     pipe: int
 
     def take(self, arguments: Sequence[str]) -> bool:
-        """Hand over what it waits for; False: it has ended."""
+        """Send it its arguments; False: it has ended."""
         try:
             has_ended = os.waitpid(self.pid, os.WNOHANG)[0] != 0
             if not has_ended:
@@ -300,25 +300,25 @@ class _Standby(NamedTuple):
         return not has_ended
 
     def dismiss(self) -> None:
-        """End it, whatever it is at."""
+        """Kill it."""
         os.close(self.pipe)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
 
 class Children:
-    """What a zygote forks, and has standing by."""
+    """The processes that a zygote forks, and its spare ones."""
 
     def __init__(self, entries: Mapping[str, Entry], preparations: Mapping[str, Preparation]) -> None:
         self._entries = entries
         self._preparations = preparations
-        self._standing_by: dict[str, _Standby] = {}
+        self._spares: dict[str, _Spare] = {}
 
     def fork(self, name: str, arguments: Sequence[str]) -> int:
-        """A process that runs ``name``: the one that stands by for it, or a new one; its pid."""
-        standby = self._standing_by.pop(name, None)
-        if standby is not None and standby.take(arguments):
-            return standby.pid
+        """A process that runs ``name``: its spare one, or a new one; returns the pid."""
+        spare = self._spares.pop(name, None)
+        if spare is not None and spare.take(arguments):
+            return spare.pid
         entry = self._entries[name]
         pid = os.fork()
         if pid == 0:
@@ -326,42 +326,42 @@ class Children:
         return pid
 
     def forget(self) -> None:
-        """In a node process: what stands by waits for the zygote's word, and for its end."""
-        for standby in self._standing_by.values():
-            os.close(standby.pipe)
-        self._standing_by.clear()
+        """In a node process: close the pipes, so that spare processes see the end of the zygote."""
+        for spare in self._spares.values():
+            os.close(spare.pipe)
+        self._spares.clear()
 
-    def stand_by(self, name: str, *, wanted: bool) -> None:
-        """Have one process for ``name`` waiting, or none."""
-        if wanted and name not in self._standing_by:
+    def keep_spare(self, name: str, *, wanted: bool) -> None:
+        """Have one spare process for ``name``, or none."""
+        if wanted and name not in self._spares:
             waits, hands_over = os.pipe()
             pid = os.fork()
             if pid == 0:
                 _become(partial(_wait, self._entries[name], self._preparations[name]), waits)
             os.close(waits)
-            self._standing_by[name] = _Standby(pid, hands_over)
-        elif not wanted and (standby := self._standing_by.pop(name, None)) is not None:
-            standby.dismiss()
+            self._spares[name] = _Spare(pid, hands_over)
+        elif not wanted and (spare := self._spares.pop(name, None)) is not None:
+            spare.dismiss()
 
 
 def _wait(entry: Entry, prepare: Preparation) -> None:
-    """Stand by for ``entry``: without a word from the zygote it ends with it."""
+    """Be a spare process for ``entry``, until arguments come or the zygote ends."""
     set_title("skep-standby")
     prepare()
     gc.collect()
     gc.freeze()
-    said = os.read(_KEPT, _MESSAGE_BYTES_MAX)
+    arguments = os.read(_KEPT, _MESSAGE_BYTES_MAX)
     os.close(_KEPT)
-    if said:
-        entry(msgspec.msgpack.decode(said, type=tuple[str, ...]))
+    if arguments:
+        entry(msgspec.msgpack.decode(arguments, type=tuple[str, ...]))
 
 
-def _received(connection: socket.socket) -> Ask | None:
+def _received(connection: socket.socket) -> Request | None:
     try:
         message = connection.recv(_MESSAGE_BYTES_MAX)
     except ConnectionError:
         return None
-    return msgspec.msgpack.decode(message, type=Ask) if message else None
+    return msgspec.msgpack.decode(message, type=Request) if message else None
 
 
 def _how(status: int) -> str:

@@ -71,8 +71,8 @@ async def test_a_zygote_that_has_ended_is_told_apart_from_one_that_cannot_start_
 
 
 async def test_what_stands_by_is_given_its_arguments(started: StartedZygote, tmp_path: Path) -> None:
-    await started.stand_by("write", wanted=True)
-    await started.stand_by("write", wanted=True)
+    await started.keep_spare("write", wanted=True)
+    await started.keep_spare("write", wanted=True)
     (standing_by,) = _children(started)
     written = tmp_path / "written"
     assert await started.fork("write", (str(written), "x" * 3000)) == standing_by
@@ -87,14 +87,14 @@ async def test_what_stands_by_is_given_its_arguments(started: StartedZygote, tmp
 
 
 async def test_what_stands_by_and_is_not_wanted_any_more_ends(started: StartedZygote) -> None:
-    await started.stand_by("stay", wanted=False)
-    await started.stand_by("stay", wanted=True)
-    await started.stand_by("stay", wanted=False)
+    await started.keep_spare("stay", wanted=False)
+    await started.keep_spare("stay", wanted=True)
+    await started.keep_spare("stay", wanted=False)
     assert _children(started) == []
 
 
 async def test_one_that_died_standing_by_is_replaced(started: StartedZygote, tmp_path: Path) -> None:
-    await started.stand_by("write", wanted=True)
+    await started.keep_spare("write", wanted=True)
     (standing_by,) = _children(started)
     os.kill(standing_by, signal.SIGKILL)
     await _wait_ended(standing_by)
@@ -107,7 +107,7 @@ async def test_one_that_died_standing_by_is_replaced(started: StartedZygote, tmp
 
 
 async def test_what_stands_by_ends_with_the_zygote(started: StartedZygote) -> None:
-    await started.stand_by("stay", wanted=True)
+    await started.keep_spare("stay", wanted=True)
     (standing_by,) = _children(started)
     os.kill(started.pid, signal.SIGKILL)
     await _wait_ended(standing_by)

@@ -9,7 +9,7 @@ from skep.manager.events import messages_of
 from skep.manager.routes.shown import Trouble, shown_node
 from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_messages
 from skep.model.node import EngineDescription, NodeDescription, NodeState, NodeStatus
-from skep.node.conditions import TOLD_SECONDS_MIN, Conditions
+from skep.node.conditions import LABEL_SECONDS_MIN, Conditions
 from skep.store.interface import Updated
 from tests.support.builders import a_node
 
@@ -51,12 +51,12 @@ def test_the_managers_hear_of_the_end_later_so_that_flapping_is_one_condition(
     conditions.raise_("disk", "full")
     conditions.clear("disk")
     assert conditions.labels() == {"skep.condition.disk": "full"}
-    clock.now += TOLD_SECONDS_MIN / 2
+    clock.now += LABEL_SECONDS_MIN / 2
     conditions.raise_("disk", "full")
     conditions.clear("disk")
-    clock.now += TOLD_SECONDS_MIN / 2
+    clock.now += LABEL_SECONDS_MIN / 2
     assert conditions.labels() == {"skep.condition.disk": "full"}
-    clock.now += TOLD_SECONDS_MIN / 2
+    clock.now += LABEL_SECONDS_MIN / 2
     assert conditions.labels() == {}
 
 

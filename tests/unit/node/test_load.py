@@ -84,7 +84,7 @@ def test_what_is_told_lies_between_what_was_measured(steps: list[tuple[float, fl
         parts.append(max(processors, memory))
         assert state.load is not None
         assert min(parts) - 1e-6 <= state.load <= max(parts) + 1e-6
-        assert (state.told(now) is None) == (now < TIME_CONSTANT_S)
+        assert (state.reported(now) is None) == (now < TIME_CONSTANT_S)
 
 
 class HandClock(SystemClock):

@@ -8,7 +8,7 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.api.filters import Filters
-from skep.node.events import Message, NodeEvents, Wish, fits, message_of, without_tag
+from skep.node.events import EventRequest, Message, NodeEvents, fits, message_of, without_tag
 
 ATTRIBUTES = {"name": "web.1.abc", "image": "busybox:1", "zone": "a"}
 STARTED = message_of("container", "start", "c0ffee", ATTRIBUTES, 1_500_000_000)
@@ -97,7 +97,7 @@ async def seen(events: NodeEvents, *sources: Source) -> list[str]:
     async def send(message: Message) -> None:
         messages.append(message)
 
-    wish = Wish(since_ns=0, until_ns=SystemClock().now_ns(), filters=Filters({}), query={})
+    wish = EventRequest(since_ns=0, until_ns=SystemClock().now_ns(), filters=Filters({}), query={})
     await events.stream(wish, sources, send)
     return [message["Action"] for message in messages]
 

@@ -1,9 +1,12 @@
-"""Memory: keeps out of every process of this node what nobody in it uses.  To be imported before anything else.
+"""Keeps unused modules out of memory.  To be imported before structlog and pyroute2.
 
-* structlog imports ``rich`` where that is installed, to draw tracebacks on terminals: 3.7 MB.
-* ``pyroute2`` imports on sight its database, sqlite, unittest and multiprocessing: 5 MB.  Only its netlink sockets
-  are used here, so its package gets no ``__init__`` and one name.
-* glibc gives every thread a heap of its own; the few threads here wait for the kernel and can share one.
+* structlog imports ``rich`` where that is installed, to format tracebacks on terminals: 3.7 MB.  structlog has no
+  setting against it (its ``dev`` module imports it at the top level).
+* ``pyroute2`` imports in its ``__init__`` its database, sqlite, unittest and multiprocessing: 5 MB.  Only its netlink
+  sockets are used here, so its package gets no ``__init__`` and one name.  pyroute2 has no smaller package that
+  contains ``AsyncIPRoute``.
+* glibc gives every thread a heap of its own.  The few threads here wait for the kernel and can share one; the limit can
+  otherwise be set in the environment only, before the interpreter starts.
 """
 
 import ctypes

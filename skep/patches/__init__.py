@@ -1,0 +1,1 @@
+"""Changes to other projects' modules at import.  Each names what upstream would have to offer instead."""
