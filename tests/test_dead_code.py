@@ -30,7 +30,6 @@ OBSERVED_BY_TESTS = {
     "held_bytes": "a test holds a server to its bound",
     "in_flight": "a test waits until questions are on their way",
     "node_from_pb": "the other direction of a conversion, for its round trip",
-    "remove_parent": "tests remove the cgroup that they made",
     "routes_of": "one node's routes, of which the allocator needs all nodes'",
     "wait_in_force": "tests wait for a table",
     "write_archive": "tests write images",

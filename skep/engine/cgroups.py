@@ -114,11 +114,6 @@ class Cgroups:
         left = [root for root in self._all_roots() if not _remove_tree(root / path)]
         return not left
 
-    def remove_parent(self) -> None:
-        """Remove the node's own groups, when no container and no monitor is left in them."""
-        for root in self._all_roots():
-            _remove_tree(root / self.parent)
-
     def _all_roots(self) -> Iterable[Path]:
         """Every hierarchy; beside v1 there may be one of v2 without controllers, where runc makes groups, too."""
         unified = self._mount_point / "unified"

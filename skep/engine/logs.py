@@ -1,11 +1,11 @@
 """A container's output, as conmon writes it (``k8s-file``) and as docker reads it.
 
-conmon writes lines of ``TIME STREAM P|F TEXT``: F ends a line of output, P is a piece of one that goes on.
+conmon writes lines of ``TIME STREAM P|F TEXT``: F ends a line of output, P is a piece of a line that continues.
 Pieces are joined up to 16 KiB, as Docker's own json-file does, so an endless line costs no memory.
 
 Rotation renames ``current`` to ``current.1`` (and that to ``.2``, ...) and then has conmon open
 ``current`` anew; until it does it writes to the renamed file, so nothing is lost.  A reader therefore stays
-with the file it has open until there is a newer one, reads it to its end, and goes on with the next newer
+with the file it has open until there is a newer one, reads it to its end, and continues with the next newer
 one.
 """
 

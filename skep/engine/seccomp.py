@@ -70,7 +70,7 @@ def default(capabilities: frozenset[str], *, has_x32: bool = True) -> msgspec.Ra
 
 
 def custom(profile: bytes, capabilities: Collection[str], *, has_x32: bool = True) -> msgspec.Raw:
-    """``linux.seccomp`` from a profile in Docker's JSON; all of it, unless ``has_x32`` says otherwise.
+    """``linux.seccomp`` from a profile in Docker's JSON; without x32's part unless ``has_x32``.
 
     Raises: InvalidArgument: it is none.
     """

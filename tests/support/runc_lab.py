@@ -16,7 +16,7 @@ from skep.agent.executor.oci import OciExecutor
 from skep.aio.clock import SystemClock
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import OwnReservations
-from skep.engine.cgroups import Cgroups
+from skep.engine import cgroups
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image, ImageConfig
 from skep.engine.overlay import unmount_if_mounted
@@ -157,7 +157,7 @@ class Lab:
             unmount_if_mounted(self.paths.secrets)
             await _destroy_pins(self.paths.probes)
             await _destroy_pins(self.paths.overlays)  # the next process would
-            Cgroups(self.cgroup_parent).remove_parent()
+            remove_cgroups(self.cgroup_parent)
             await self._homes.destroy("node")
             self._homes.close()
 
@@ -189,6 +189,12 @@ class Lab:
         )
         output, _ = await process.communicate()
         return output.decode(errors="replace")
+
+
+def remove_cgroups(parent: str) -> None:
+    """Remove a node's own cgroups, once no container and no monitor is left in them."""
+    for root in cgroups.Cgroups(parent)._all_roots():
+        cgroups._remove_tree(root / parent)
 
 
 def with_defaults(images: TreeImages, defaults: ContainerDefaults) -> None:

@@ -1,7 +1,7 @@
 """Taking a connection over from HTTP: ``attach`` and ``exec start`` talk raw bytes in both directions.
 
 The client sends ``Upgrade: tcp`` and gets 101 (old clients do not, and get a 200 that never ends).  From
-then on each direction closes by itself: the end of the client's input is a half-close, and output goes on after it.
+then on each direction closes by itself: the end of the client's input is a half-close, after which output continues.
 aiohttp cannot half-close, so the transport gets another protocol.
 
 Source: moby 20.10, api/server/httputils/httputils_write_json.go, api/server/router/container/exec.go.

@@ -276,7 +276,7 @@ class LocalImages:
     # --- inside ----------------------------------------------------------------------------------------------------
 
     def _set_aside(self) -> None:
-        """What earlier processes did not finish may be large: it is removed once everything else goes on."""
+        """What earlier processes did not finish may be large: it is removed once everything else runs."""
         try:
             if self.scratch.exists():
                 self.scratch.rename(self._root / f"{_ASIDE}{secrets.token_hex(8)}")

@@ -135,7 +135,7 @@ class Header(tarfile.TarInfo):
             raise Malformed("archive/tar: invalid tar header" if is_invalid else "unexpected EOF") from error
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
-        """The standard reader takes whatever length a header says into memory."""
+        """The standard reader reads a header's length into memory, however large."""
         if self.type in _LONG_HEADERS and self.size > _HEADER_BYTES_MAX:
             raise Malformed("archive/tar: header field too long")
         found: tarfile.TarInfo | None = super()._proc_member(archive)  # type: ignore[misc]
@@ -299,7 +299,7 @@ def _set_xattrs(path: str, member: tarfile.TarInfo) -> None:
         try:
             os.setxattr(path, name, value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
         except OSError as error:
-            # The file system does not know this kind: Docker goes on without it, too.
+            # The file system does not support this kind: Docker ignores it, too.
             if error.errno not in (errno.ENOTSUP, errno.EPERM):
                 raise
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from skep.engine.cgroups import Cgroups
 from skep.playground.busybox import busybox_archive
 from tests.integration.cluster import CLIS
 from tests.integration.daemon.rig import INIT, DaemonRig, children_named, daemon_rig, is_running, wait_until
+from tests.support.runc_lab import remove_cgroups
 
 # --- starting -------------------------------------------------------------------------------------------------------
 
@@ -325,7 +325,7 @@ async def test_containers_start_below_directories_that_are_symbolic_links(tmp_pa
     """As below ``/var/run``; runc refuses a root file system whose path is not what the kernel calls it."""
     cgroup = f"skep-test-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="skep-", dir="/dev/shm") as real, ExitStack() as stack:
-        stack.callback(Cgroups(cgroup).remove_parent)
+        stack.callback(remove_cgroups, cgroup)
         link = tmp_path / "link"
         link.symlink_to(real)
         with daemon_rig(link) as rig:

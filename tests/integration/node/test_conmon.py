@@ -1,4 +1,4 @@
-"""A conmon that ends before it was told to go on."""
+"""A conmon that ends before it may start the runtime."""
 
 import secrets
 from pathlib import Path
@@ -7,11 +7,12 @@ import pytest
 
 from skep.engine.cgroups import Cgroups
 from skep.engine.conmon import Conmons, StartError, read_pid
+from tests.support.runc_lab import remove_cgroups
 
 
 async def test_a_conmon_that_ends_at_once_is_a_failed_start_and_no_broken_pipe(tmp_path: Path) -> None:
-    cgroups = Cgroups(f"skep-test-{secrets.token_hex(4)}")
-    conmons = Conmons(cgroups)
+    parent = f"skep-test-{secrets.token_hex(4)}"
+    conmons = Conmons(Cgroups(parent))
     try:
         async with conmons.started(["false"], tmp_path, attach=False) as pipes:
             assert await pipes.responses.read() == b"", "it has ended, and no process reads the start pipe"
@@ -20,4 +21,4 @@ async def test_a_conmon_that_ends_at_once_is_a_failed_start_and_no_broken_pipe(t
                 await read_pid(pipes.responses)
     finally:
         conmons.close()
-        cgroups.remove_parent()
+        remove_cgroups(parent)

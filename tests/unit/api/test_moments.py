@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.api.moments import parse_moment
-from skep.engine.api.ages import age
+from skep.engine.api.container_responses import age
 from skep.errors import InvalidArgument
 
 NOW = 1_800_000_000_000_000_000

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from skep.engine import records
-from skep.engine.container import Container, ContainerConfig
+from skep.engine.container import Container, ContainerConfig, PlainOptions, RestartPolicy
 from skep.errors import Unavailable
-from skep.model.ids import ContainerId
+from skep.model.ids import ContainerId, NetworkId, TaskId
+from skep.model.sandbox import Endpoint, EndpointConfig, PublishedPort, Sandbox
+from skep.model.tables import NetworkHead
 
 
 def a_container(**fields: object) -> Container:
@@ -62,3 +65,25 @@ def test_a_disk_that_does_not_give_a_record_makes_no_container_unknown(
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(Unavailable, match="cannot be read"):
         records.read(tmp_path / "record")
+
+
+def test_records_are_read_by_the_versions_before() -> None:
+    """A node process of another version adopts the containers: serialized names do not follow the attributes'."""
+    head = NetworkHead(id=NetworkId("n1"), name="web")
+    config = EndpointConfig(head=head, addresses=("10.0.1.5/24",), attachment=TaskId("t1"))
+    endpoint = Endpoint(config=config, interface="eth0", port="p1", mac_address="02:42:0a:00:01:05")
+    sandbox = Sandbox(
+        netns="/ns", endpoints=(endpoint,), ports=(PublishedPort(target_port=80, host_ip="127.0.0.1"),)
+    )
+    container = a_container(
+        sandbox=sandbox,
+        plain=PlainOptions(restart=RestartPolicy(name="always"), is_stopped=True),
+        config=ContainerConfig(path="sh", endpoints=(config,)),
+    )
+    record = msgspec.json.decode(msgspec.json.encode(container))
+    assert record["config"]["places"][0]["addresses"] == ["10.0.1.5/24"]
+    assert record["endpoint"]["netns"] == "/ns"
+    assert record["endpoint"]["places"][0]["place"]["head"]["id"] == "n1"
+    assert record["endpoint"]["places"][0]["place"]["attachment"] == "t1"
+    assert record["plain"]["restart"]["name"] == "always"
+    assert msgspec.convert(record, Container, strict=False) == container
