@@ -338,7 +338,7 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         Limit("execs that start at one moment", "skep.engine.execs:STARTS_MAX", "wait"),
         Limit("results of health checks kept", "skep.engine.health:LOG_MAX", "forgotten, the oldest first"),
         Limit("output kept of a health check", "skep.engine.health:OUTPUT_BYTES_MAX", "cut", "bytes"),
-        Limit("bridge networks of a node", "skep.dataplane.local.keeper:_BRIDGES_MAX", "refused"),
+        Limit("bridge networks of a node", "skep.dataplane.local.networks:_BRIDGES_MAX", "refused"),
     ),
     "Images": (
         Limit("layers of an image", "skep.engine.images.image:LAYERS_MAX", "refused"),

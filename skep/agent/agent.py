@@ -17,7 +17,7 @@ import structlog
 
 from skep.agent.managers import ManagerList, Peer, response_timeout
 from skep.agent.renewal import ChooseManager
-from skep.agent.revisions import Revision, SeenRevision
+from skep.agent.revisions import SeenRevision
 from skep.agent.session import NodeServices, Session
 from skep.agent.session_state import SessionState
 from skep.aio.backoff import Backoff
@@ -29,6 +29,7 @@ from skep.errors import RetryLater, SkepError, Unavailable
 from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
+from skep.model.revisions import Revision
 from skep.model.sandbox import EndpointRequest
 from skep.security.identity import Identity
 from skep.wire import methods

@@ -7,7 +7,7 @@ from typing import Protocol
 import structlog
 
 from skep.aio.failures import describe_error, log_error
-from skep.dataplane.dns.truth import NameChecks
+from skep.dataplane.dns.checks import NameChecks
 from skep.dataplane.probe.interface import PathProbes
 from skep.errors import SkepError, Unavailable, Unimplemented
 from skep.model.ids import NodeId

@@ -12,31 +12,11 @@ import structlog
 
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.failures import retry
-from skep.errors import FailedPrecondition
 from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import ClusterId
+from skep.model.revisions import Revision, advanced
 
 log = structlog.get_logger(__name__)
-
-
-class Revision(msgspec.Struct, frozen=True, order=True):
-    """A point in the cluster's history; of two the larger is the newer."""
-
-    incarnation: int = 0
-    number: int = 0
-
-
-def advanced(seen: Revision, offered: Revision) -> Revision:
-    """What was seen after taking ``offered``.
-
-    Raises: FailedPrecondition: it lies before what was seen.
-    """
-    if offered < seen:
-        raise FailedPrecondition(
-            f"the manager is behind: it shows revision {offered.incarnation}.{offered.number}, "
-            f"this node has seen {seen.incarnation}.{seen.number}"
-        )
-    return offered
 
 
 class _File(msgspec.Struct, frozen=True):

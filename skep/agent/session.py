@@ -18,7 +18,7 @@ from skep.agent.assignments import AssignmentSink, LogSource
 from skep.agent.probe_stream import ProbeSource, ProbeStream
 from skep.agent.publishing import LogPublisher
 from skep.agent.reports import Reports
-from skep.agent.revisions import Revision, SeenRevision
+from skep.agent.revisions import SeenRevision
 from skep.agent.session_state import SessionState
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
@@ -28,6 +28,7 @@ from skep.aio.race import Preempted, run_unless, wait_first
 from skep.dataplane.tables.stream import TableSink, TableStream
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.node import NodeDescription
+from skep.model.revisions import Revision
 from skep.model.times import SECOND_NS
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep

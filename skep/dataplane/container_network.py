@@ -14,11 +14,11 @@ from pyroute2.netlink.exceptions import NetlinkError
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.groups import errors_as_they_are
+from skep.dataplane.endpoint_allocation import EndpointAllocation
 from skep.dataplane.gateway import Gateway
 from skep.dataplane.ingress.mesh import Mesh
-from skep.dataplane.joining import Joining
-from skep.dataplane.local.keeper import LocalNetworks
-from skep.dataplane.naming import Naming
+from skep.dataplane.local.networks import LocalNetworks
+from skep.dataplane.name_registration import NameRegistration
 from skep.dataplane.netns.conntrack import SYSCTLS as TRACKING_SYSCTLS
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
@@ -62,10 +62,10 @@ class ContainerNetwork:
         healing: Healer,
         settling: DeferredChanges,
         prober: PathProber,
-        joining: Joining,
+        joining: EndpointAllocation,
         clock: Clock,
         rng: Callable[[], float],
-        naming: Naming | None = None,
+        naming: NameRegistration | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """
@@ -219,7 +219,7 @@ class ContainerNetwork:
             if is_needed(id):
                 continue
             held = self.gateway.sandbox_of(id) or Sandbox(netns=str(self.namespaces.path(id)))
-            connected = self.overlays.connected(id)
+            connected = self.overlays.endpoints_of(id)
             log.warning(
                 "network of a container that is gone removed",
                 container=id,

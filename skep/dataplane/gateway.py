@@ -30,9 +30,9 @@ from skep.dataplane.netns.state import Address, Link, Peer, State
 from skep.dataplane.netns.write import apply_operations
 from skep.dataplane.plan.gateway import HostPort, between_table, gateway_table, gateway_table_ipv6
 from skep.dataplane.plan.overlay import USUAL_MTU
-from skep.dataplane.plan.packet_filter import Owner, spoofing
+from skep.dataplane.plan.packet_filter import Owner, spoofing_filter
 from skep.dataplane.ports import PortReservations
-from skep.dataplane.remembered import Network, kept_subnet, remember
+from skep.dataplane.remembered import Network, remember, stored_subnet
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.model.sandbox import PublishedPort, Sandbox
@@ -231,7 +231,7 @@ class Gateway:
         ]
         host_ports = [port for one in sandboxes for port in _host_ports(one.address, one.ports)]
         between = between_table((one.port, one.is_open) for one in sandboxes if one.port)
-        rules = [gateway_table(self._bridge, subnet, host_ports), spoofing(owners), between]
+        rules = [gateway_table(self._bridge, subnet, host_ports), spoofing_filter(owners), between]
         if subnet6 is not None:
             rules.append(gateway_table_ipv6(self._bridge, subnet6))
         self._home.set_part(_PART, state, *rules)
@@ -268,11 +268,11 @@ class Gateway:
         async with self._namespaces.netlink(at_home) as home:
             index = await _index(home, self._bridge)
             taken = await _networks_except(home, index, IPv4Network)
-            subnet = kept_subnet(self._state, taken, IPv4Network, lambda: free_subnet(taken))
+            subnet = stored_subnet(self._state, taken, IPv4Network, lambda: free_subnet(taken))
             if refusal:
                 return subnet, None
             taken6 = await _networks_except(home, index, IPv6Network)
-            return subnet, kept_subnet(self._state6, taken6, IPv6Network, _fresh_unique_local)
+            return subnet, stored_subnet(self._state6, taken6, IPv6Network, _fresh_unique_local)
 
     def _opened(self) -> Addresses:
         if self._addresses is None:

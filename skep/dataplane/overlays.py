@@ -14,7 +14,8 @@ from typing import Any
 import structlog
 
 from skep.aio.failures import isolate
-from skep.dataplane.endpoints import connected_place
+from skep.dataplane.addresses import mac_for
+from skep.dataplane.gateway import BRIDGE, new_port_name
 from skep.dataplane.netns import pinned
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
@@ -26,7 +27,7 @@ from skep.dataplane.netns.write import KernelRefused
 from skep.dataplane.plan.overlay import (
     INGRESS_BRIDGE,
     INGRESS_VXLAN,
-    LocalPlace,
+    LocalEndpoint,
     Underlay,
     container_state,
     just_made,
@@ -34,7 +35,7 @@ from skep.dataplane.plan.overlay import (
     network_state,
     remote_entries,
 )
-from skep.dataplane.plan.packet_filter import owner, spoofing, strangers
+from skep.dataplane.plan.packet_filter import owner, spoofing_filter, vxlan_filter
 from skep.dataplane.underlays import Measurements, Underlays, find
 from skep.dataplane.wireguard.tunnels import Tunnels
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
@@ -46,7 +47,7 @@ log = structlog.get_logger()
 
 _AT_ONCE = 8
 """Networks that are changed at the same time: the kernel makes each wait, above all when devices go."""
-_STRANGERS_PART = "strangers"
+_STRANGERS_PART = "vxlan_filter"
 
 
 def node_reconciler(namespaces: Namespaces, repairs: Repairs) -> NetnsReconciler:
@@ -66,8 +67,8 @@ def _is_of_ingress(link: Link) -> bool:
 class Overlays:
     """All overlay networks of this node, and the insides of its containers' namespaces.
 
-    ``pins``: where networks' namespaces are pinned.  ``home``: the node's own namespace.  ``bridges``: those in it that
-    packets of containers come from.  ``tunnels``: carry encrypted networks between nodes.
+    ``pins``: where networks' namespaces are pinned.  ``home``: the node's own namespace.  ``tunnels``: carry encrypted
+    networks between nodes.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Overlays:
         healing: Healer,
         settling: DeferredChanges,
         tunnels: Tunnels,
-        bridges: Iterable[str] = (),
+        measurements: Measurements,
     ) -> None:
         self._namespaces = namespaces
         self._pins = pins
@@ -88,7 +89,6 @@ class Overlays:
         self._healing = healing
         self._settling = settling
         self._tunnels = tunnels
-        self._bridges = tuple(bridges)
         self._node_id = NodeId("")
         self._tables: Mapping[NetworkId, Table] = {}
         self._knows_tables = False
@@ -97,16 +97,12 @@ class Overlays:
         self._identified = asyncio.Event()
         self._applying = asyncio.Lock()
         self._heads: dict[NetworkId, NetworkHead] = {}
-        self._places: dict[NetworkId, dict[ContainerId, LocalPlace]] = {}
+        self._endpoints: dict[NetworkId, dict[ContainerId, LocalEndpoint]] = {}
         self._reconcilers: dict[NetworkId, NetnsReconciler] = {}
         self._containers: dict[ContainerId, tuple[NetnsReconciler, Sandbox]] = {}
-        self._underlays = Underlays()
+        self._underlays = Underlays(measurements)
         self._locks: dict[NetworkId, asyncio.Lock] = {}
         self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
-
-    def measure_with(self, measurements: Measurements) -> None:
-        """Who knows what the ways to other nodes carry; until then that is what the devices say."""
-        self._underlays.measurements = measurements
 
     def identify(self, node_id: NodeId) -> None:
         """Who this node is in the tables."""
@@ -155,7 +151,7 @@ class Overlays:
         await self._tried(self._find_underlays(), refused)
         await self._tried(self._apply_tunnels(), refused)
         await self._tried(self._settle_home(), refused)
-        concerned = changed | (tables.keys() | self._places.keys() if is_first else frozenset())
+        concerned = changed | (tables.keys() | self._endpoints.keys() if is_first else frozenset())
         await self._settle_all(concerned, refused)
         if is_first:
             await self._tried(self._clear_pins(), refused)
@@ -197,7 +193,7 @@ class Overlays:
     async def _settle_home(self) -> None:
         """Who may send VXLAN here, before any device takes it."""
         if self._tables:
-            table = strangers(self._tables, self._node_id, self._bridges)
+            table = vxlan_filter(self._tables, self._node_id, (BRIDGE,))
             self._home.set_part(_STRANGERS_PART, State(), table)
         else:
             self._home.remove_part(_STRANGERS_PART)
@@ -214,8 +210,8 @@ class Overlays:
     def restore(self, live: Mapping[ContainerId, Sandbox]) -> None:
         """Containers of earlier processes that go on; nothing of them is touched."""
         for id, sandbox in live.items():
-            for connected in sandbox.endpoints:
-                self._enter(id, sandbox.netns, connected)
+            for endpoint in sandbox.endpoints:
+                self._enter(id, sandbox.netns, endpoint)
 
     async def begin(self, live: Mapping[ContainerId, Sandbox]) -> None:
         """The node's own network is there: keep the insides of the ``live`` containers, and take tables."""
@@ -228,25 +224,30 @@ class Overlays:
         self._restored.set()
 
     async def connect(
-        self, container_id: ContainerId, netns: Path, places: Sequence[EndpointConfig], *, first: str = "eth0"
+        self,
+        container_id: ContainerId,
+        netns: Path,
+        configs: Sequence[EndpointConfig],
+        *,
+        first: str = "eth0",
     ) -> tuple[Endpoint, ...]:
         """A port on the bridge of each network, with ``first`` and so on in the container's namespace as far ends.
 
         Addresses come with ``settle_container``.  Raises: SkepError.
         """
-        for place in places:
-            if reason := self._tunnels.refusal(place.head):
+        for config in configs:
+            if reason := self._tunnels.refusal(config.head):
                 raise FailedPrecondition(reason)
-        numbered = enumerate(places, int(first.removeprefix("eth")))
-        connected = tuple(connected_place(place, f"eth{number}") for number, place in numbered)
+        numbered = enumerate(configs, int(first.removeprefix("eth")))
+        endpoints = tuple(_endpoint(config, f"eth{number}") for number, config in numbered)
         try:
-            for one in connected:
+            for one in endpoints:
                 self._enter(container_id, str(netns), one)
                 await self._settle(one.network_id)
         except BaseException:
-            self.disconnect(container_id, connected)
+            self.disconnect(container_id, endpoints)
             raise
-        return connected
+        return endpoints
 
     async def settle_container(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
@@ -259,21 +260,21 @@ class Overlays:
         if (before := self._containers.pop(id, None)) is not None:
             self._healing.forget(before[0])
         for one in gone:
-            if self._places.get(one.network_id, {}).pop(id, None) is not None:
+            if self._endpoints.get(one.network_id, {}).pop(id, None) is not None:
                 await self._settle(one.network_id)
         await (await self._watch_container(id, sandbox)).apply()
 
-    def disconnect(self, container_id: ContainerId, connected: Sequence[Endpoint]) -> None:
-        """Its ports go with its namespace; networks that nobody needs any more are removed in a moment.
+    def disconnect(self, container_id: ContainerId, endpoints: Sequence[Endpoint]) -> None:
+        """Its ports go with its namespace; networks that are not needed any more are removed in a moment.
 
         Harmless when all of that is gone.
         """
         found = self._containers.pop(container_id, None)
         if found is not None:
             self._healing.forget(found[0])
-        for one in connected:
+        for one in endpoints:
             id = one.network_id
-            if self._places.get(id, {}).pop(container_id, None) is None:
+            if self._endpoints.get(id, {}).pop(container_id, None) is None:
                 continue
             reconciler = self._home if self._head_of(id).is_ingress else self._reconcilers.get(id)
             if reconciler is not None:
@@ -285,24 +286,22 @@ class Overlays:
         return self._containers[container_id][0]
 
     def holders(self) -> frozenset[ContainerId]:
-        """Containers that have a place on a network of this node."""
-        return frozenset(self._containers).union(*self._places.values())
+        """Containers that have an endpoint on a network of this node."""
+        return frozenset(self._containers).union(*self._endpoints.values())
 
-    def connected(self, container_id: ContainerId) -> tuple[Endpoint, ...]:
-        """The places of one container."""
-        return tuple(
-            places[container_id].connected for places in self._places.values() if container_id in places
-        )
+    def endpoints_of(self, container_id: ContainerId) -> tuple[Endpoint, ...]:
+        """The endpoints of one container."""
+        return tuple(one[container_id].endpoint for one in self._endpoints.values() if container_id in one)
 
     async def sweep(self) -> None:
         """Remove namespaces of networks that this node has no part in any more.  Raises: OSError."""
         if self._is_cleared:
             await self._clear_pins()
 
-    def _enter(self, container_id: ContainerId, netns: str, connected: Endpoint) -> None:
-        self._heads.setdefault(connected.network_id, connected.config.head)
-        places = self._places.setdefault(connected.network_id, {})
-        places[container_id] = LocalPlace(netns, connected)
+    def _enter(self, container_id: ContainerId, netns: str, endpoint: Endpoint) -> None:
+        self._heads.setdefault(endpoint.network_id, endpoint.config.head)
+        endpoints = self._endpoints.setdefault(endpoint.network_id, {})
+        endpoints[container_id] = LocalEndpoint(netns, endpoint)
 
     async def _watch_container(self, container_id: ContainerId, sandbox: Sandbox) -> NetnsReconciler:
         reconciler = self._container_reconciler(container_id, sandbox)
@@ -336,7 +335,7 @@ class Overlays:
 
     async def _settle_containers(self, id: NetworkId) -> None:
         """The MTU may be another one now."""
-        for container_id in tuple(self._places.get(id, {})):
+        for container_id in tuple(self._endpoints.get(id, {})):
             if container_id in self._containers:
                 reconciler, sandbox = self._containers[container_id]
                 state = container_state(sandbox, self._networks_of(sandbox))
@@ -356,8 +355,8 @@ class Overlays:
     async def _settle(self, id: NetworkId) -> None:
         """Bring about what is known of one network by now.  Raises: SkepError; OSError."""
         async with self._locks.setdefault(id, asyncio.Lock()):
-            places = tuple(self._places.get(id, {}).values())
-            if id not in self._tables and not places:
+            endpoints = tuple(self._endpoints.get(id, {}).values())
+            if id not in self._tables and not endpoints:
                 await self._remove(id)
                 return
             table, underlay = self._carried(id)
@@ -365,13 +364,13 @@ class Overlays:
             state = network_state(
                 head,
                 table,
-                places,
+                endpoints,
                 node_id=self._node_id,
                 underlay=underlay,
                 remote=self._remote_entries(table, underlay) if table is not None else frozenset(),
             )
             reconciler = await self._reconciler(id, head)
-            reconciler.set_part(id, state, spoofing(owner(place.connected) for place in places))
+            reconciler.set_part(id, state, spoofing_filter(owner(one.endpoint) for one in endpoints))
             await reconciler.apply()
 
     def _carried(self, id: NetworkId) -> tuple[Table | None, Underlay | None]:
@@ -413,7 +412,7 @@ class Overlays:
     async def _remove(self, id: NetworkId) -> None:
         self._heads.pop(id, None)
         self._remote.pop(id, None)
-        self._places.pop(id, None)
+        self._endpoints.pop(id, None)
         reconciler = self._reconcilers.pop(id, None)
         if reconciler is not None:
             self._healing.forget(reconciler)
@@ -439,3 +438,9 @@ class Overlays:
         if id not in self._heads:
             raise KernelRefused(f"nothing is known of network {id} any more")
         return self._heads[id]
+
+
+def _endpoint(config: EndpointConfig, interface: str) -> Endpoint:
+    """With ``interface`` in the container, and a bridge port that no earlier start of it had."""
+    mac = mac_for(one.partition("/")[0] for one in config.addresses)
+    return Endpoint(config=config, interface=interface, port=new_port_name(), mac_address=mac)

@@ -14,7 +14,7 @@ log = structlog.get_logger()
 Network = TypeVar("Network", IPv4Network, IPv6Network)
 
 
-def kept_subnet(
+def stored_subnet(
     file: Path, taken: Iterable[Network], version: type[Network], fresh: Callable[[], Network]
 ) -> Network:
     """The subnet that ``file`` remembers, unless one of ``taken`` collides with it by now: then a ``fresh`` one.

@@ -17,25 +17,18 @@ _MTU, _ADDRESS, _LOCAL = 4, 1, 2
 
 
 class Measurements(Protocol):
-    """Who knows what the underlay carries between nodes (``paths.prober.PathProber``)."""
+    """What the underlay carries between nodes (``probe.data_path.DataPath``)."""
 
-    def measured(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
+    def between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
         """``underlay``, found at this ``node``'s device, as it is between ``nodes``."""
-
-
-class NoMeasurements:
-    """Of who measures nothing."""
-
-    def measured(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
-        return underlay
 
 
 class Underlays:
     """What a node's VXLANs leave from.  ``found``: its own addresses, as ``find`` gives them."""
 
-    def __init__(self) -> None:
+    def __init__(self, measurements: Measurements) -> None:
         self.found: Mapping[str, Underlay] = {}
-        self.measurements: Measurements = NoMeasurements()
+        self._measurements = measurements
 
     def addresses(self, own: NodeId, tables: Iterable[Table]) -> frozenset[str]:
         """Those that node ``own`` has in its ``tables``."""
@@ -56,7 +49,7 @@ class Underlays:
         return self.found.get(address, Underlay(address))
 
     def _between(self, own: NodeId, nodes: Collection[NodeId], address: str) -> Underlay:
-        return self.measurements.measured(own, nodes, self.found.get(address, Underlay(address)))
+        return self._measurements.between(own, nodes, self.found.get(address, Underlay(address)))
 
 
 def find(addresses: Collection[str]) -> dict[str, Underlay]:

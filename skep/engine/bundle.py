@@ -37,6 +37,7 @@ from skep.engine.container import Container, ContainerConfig, ExecConfig, MountP
 from skep.engine.hosts import hosts_file, resolver_file
 from skep.engine.users import identity
 from skep.errors import Unavailable
+from skep.linux import syscalls
 from skep.linux.trees import walk
 from skep.model.ids import ContainerId
 
@@ -172,7 +173,7 @@ class Bundles:
 
     def release(self, id: ContainerId) -> None:
         """Unmount the root file system of a container that has ended; its changes and its output stay."""
-        overlay.unmount_if_mounted(self.rootfs(id))
+        syscalls.unmount_if_mounted(self.rootfs(id))
 
     async def discard(self, id: ContainerId) -> None:
         """Remove the directories with everything in them.

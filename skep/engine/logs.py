@@ -23,8 +23,8 @@ from skep.aio.failures import log_error
 from skep.aio.race import wait_first
 from skep.engine.bundle import Bundles
 from skep.engine.container import Container, LogConfig, LogEntry, LogFilter, Stream
-from skep.engine.filewatch import FileWatch
 from skep.errors import InvalidArgument
+from skep.linux.filewatch import FileWatch
 from skep.model.ids import ContainerId
 from skep.model.times import unix_ns
 

@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from skep.engine.syscalls import mount, mount_new, unmount
 from skep.errors import FailedPrecondition
+from skep.linux.syscalls import mount, mount_new
 
 _OPTIONS_BYTES_MAX = 4000  # a page, less what the kernel adds
 _REFUSED_BY_OLDER_KERNELS = (errno.ENOSYS, errno.EINVAL, errno.EPERM)
@@ -35,17 +35,6 @@ def mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path) 
         if error.errno not in _REFUSED_BY_OLDER_KERNELS:
             raise
         _mount_relative(layers, upper, work, target)
-
-
-def unmount_if_mounted(target: Path) -> None:
-    """Unmount ``target``; nothing happens when nothing is mounted there."""
-    while os.path.ismount(target):
-        try:
-            unmount(target)
-        except OSError as error:
-            if error.errno in (errno.EINVAL, errno.ENOENT):
-                return
-            raise
 
 
 def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:

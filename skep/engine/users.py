@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from skep.engine.syscalls import open_in_root
 from skep.errors import InvalidArgument
+from skep.linux.syscalls import open_in_root
 
 _FILE_BYTES_MAX = 4 << 20
 _ID_MAX = (1 << 31) - 1

@@ -12,10 +12,10 @@ import msgspec
 from skep.aio.failures import describe_error, log_error
 from skep.aio.trees import remove_tree
 from skep.engine.container import MountPoint
-from skep.engine.syscalls import open_in_root
 from skep.errors import InvalidArgument, Unavailable
 from skep.linux.commands import communicate
 from skep.linux.files import replace_file
+from skep.linux.syscalls import open_in_root
 from skep.model.container import Mount, TmpfsOptions
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")

@@ -74,7 +74,7 @@ class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     is_serving: bool = False
     """It gets new connections: it runs, is healthy, and is not to stop."""
     is_left_out: bool = False
-    """It serves, but its node does not respond and no manager is reachable (``dataplane/tables/silence.py``)."""
+    """It serves, but its node does not respond and no manager is reachable (``dataplane/tables/unreachable.py``)."""
 
 
 class TablePort(msgspec.Struct, frozen=True, kw_only=True, order=True):

@@ -17,8 +17,8 @@ from skep.agent.worker import PayloadSink
 from skep.configuration.configuration import Configuration
 from skep.dataplane.client import NetClient
 from skep.dataplane.ingress.mesh import Mesh
-from skep.dataplane.local.keeper import GatewayBridge, LocalNetworks
-from skep.dataplane.naming import Naming
+from skep.dataplane.local.networks import GatewayBridge, LocalNetworks
+from skep.dataplane.name_registration import NameRegistration
 from skep.dataplane.overlays import Overlays
 from skep.dataplane.probe.prober import PathProber
 from skep.dataplane.wireguard.methods import choose
@@ -51,7 +51,7 @@ class ContainerEngine(msgspec.Struct, frozen=True, kw_only=True):
     images: ImageStore | None = None
     gateway: GatewayBridge | None = None
     overlays: Overlays | None = None
-    naming: Naming | None = None
+    naming: NameRegistration | None = None
     mesh: Mesh | None = None
     probes: PathProber | None = None
     attachments: ClusterAttachments | None = None

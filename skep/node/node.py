@@ -30,16 +30,17 @@ from skep.api.client import Client
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
-from skep.dataplane.dns.truth import NameChecks
-from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.dns.checks import NameChecks
+from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.netns.neighbours import NeighbourTables
-from skep.dataplane.tables import silence
+from skep.dataplane.tables import unreachable
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.keeper import TableKeeper
 from skep.engine import apparmor
 from skep.engine.api.containers import create_routes
 from skep.engine.cgroups import Cgroups
 from skep.linux.processes import boot_id
+from skep.model.conditions import NEIGHBOURS
 from skep.model.ids import NodeId, new_container_id, new_id
 from skep.model.node import NodeRole
 from skep.node import info
@@ -194,7 +195,9 @@ class Node:
             engine.probes.wish(None)
         run(tables.run, "network tables")
         if engine.probes is not None:
-            watch = partial(silence.watch, self._session, engine.probes.latest, tables.leave_out, self._clock)
+            watch = partial(
+                unreachable.watch, self._session, engine.probes.latest, tables.leave_out, self._clock
+            )
             run(watch, "silent peers")
 
     # --- the agent --------------------------------------------------------------------------------------------
@@ -395,7 +398,7 @@ class Node:
             run(partial(self._engine.images.settle, conditions.say("images")), "images")
         run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
         if self._engine.overlays is not None:
-            run(NeighbourTables(conditions, clock).run, "neighbour tables")
+            run(NeighbourTables(conditions.say(NEIGHBOURS), clock).run, "neighbour tables")
         if self._docker is not None:
             run(partial(self._docker.follow, clock, self._random), "docker engine")
 

@@ -14,7 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from skep.aio.clock import SystemClock
 from skep.api.client import Client
 from skep.api.server import application
-from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.local.networks import LocalNetworks
 from skep.engine.container import Container
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.routes import ManagerApi

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.local.networks import LocalNetworks
 from skep.engine.container import Container, ContainerConfig, ContainerState
 from skep.manager.allocator.subnets import NetworkAllocations, allocated
 from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId, new_container_id

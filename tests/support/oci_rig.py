@@ -20,6 +20,7 @@ from skep.engine.networking import Images
 from skep.engine.runtime import Ended, Runtime, Started
 from skep.engine.volumes import Volumes
 from skep.errors import NotFound
+from skep.linux import syscalls
 from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.sandbox import EndpointRequest, Sandbox
@@ -142,7 +143,7 @@ class MemoryNetwork:
 def memory_engine(directory: Path, machine: Machine, patch: pytest.MonkeyPatch) -> Engine:
     """Containers whose files lie below ``directory``; nothing is mounted, and signals end processes of ``machine``."""
     patch.setattr(overlay, "mount_layers", lambda *_: None)
-    patch.setattr(overlay, "unmount_if_mounted", lambda *_: None)
+    patch.setattr(syscalls, "unmount_if_mounted", lambda *_: None)
     patch.setattr(lifecycle, "send_signal", machine.signal)
     cgroups = Cgroups("none")
     bundles = Bundles(

@@ -19,8 +19,8 @@ from skep.dataplane.ports import OwnReservations
 from skep.engine import cgroups
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image, ImageConfig
-from skep.engine.overlay import unmount_if_mounted
 from skep.errors import NotFound, Unavailable
+from skep.linux.syscalls import unmount_if_mounted
 from skep.model.ids import NodeId
 from skep.paths import Paths
 

@@ -12,13 +12,13 @@ from skep.agent.executor.payloads import Payloads
 from skep.agent.executor.pulling import Images
 from skep.aio.clock import Clock
 from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.endpoint_allocation import EndpointAllocation
 from skep.dataplane.gateway import BRIDGE, Gateway
 from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.ingress.reply_routing import ReplyRouting
-from skep.dataplane.joining import Joining
-from skep.dataplane.local.keeper import LocalNetworks
-from skep.dataplane.local.places import LocalPlaces
-from skep.dataplane.naming import NameService, Naming
+from skep.dataplane.local.endpoints import LocalEndpoints
+from skep.dataplane.local.networks import LocalNetworks
+from skep.dataplane.name_registration import NameRegistration, NameRegistry
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
@@ -26,9 +26,8 @@ from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.overlays import Overlays, node_reconciler
 from skep.dataplane.ports import OwnReservations, PortReservations
 from skep.dataplane.probe.data_path import DataPath
-from skep.dataplane.probe.knocking import Knocking
-from skep.dataplane.probe.place import ProbePlace
-from skep.dataplane.probe.port_checks import PortChecks
+from skep.dataplane.probe.namespace import ProbeNamespace
+from skep.dataplane.probe.port_probe import PortChecks, PortProbe
 from skep.dataplane.probe.prober import PathProber
 from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION, Options, Tunnels
 from skep.engine.bundle import Bundles
@@ -52,7 +51,7 @@ def oci_executor(
     hostname: str,
     cgroup_parent: str = "skep",
     ports: PortReservations | None = None,
-    names: NameService | None = None,
+    names: NameRegistry | None = None,
     mesh_ports: PortReservations | None = None,
     namespaces: Namespaces | None = None,
     log_default: Driver | None = None,
@@ -74,7 +73,7 @@ def oci_executor(
         encryption: how networks are encrypted; None: this node does not.
     """
     namespaces = namespaces or Namespaces(paths.netns)
-    naming = Naming(names, resolver) if names is not None else None
+    naming = NameRegistration(names, resolver) if names is not None else None
     attachments = ClusterAttachments()
     network = container_network(
         paths,
@@ -136,8 +135,8 @@ def container_network(
     mesh_ports: PortReservations | None = None,
     clock: Clock,
     rng: Callable[[], float],
-    naming: Naming | None = None,
-    names: NameService | None = None,
+    naming: NameRegistration | None = None,
+    names: NameRegistry | None = None,
     attachments: ClusterAttachments | None = None,
     conditions: Conditions | None = None,
     encryption: Options | None = None,
@@ -158,6 +157,14 @@ def container_network(
         clock,
         conditions.say("encrypted-networks") if conditions is not None else lambda _: None,
     )
+    probe_namespace = ProbeNamespace(
+        pins=Namespaces(paths.probes, namespaces.home),
+        home=home,
+        repairs=repairs,
+        healing=healing,
+        bridges=(BRIDGE,),
+    )
+    data_path = DataPath(probe_namespace, namespaces, clock, _random_number)
     overlays = Overlays(
         namespaces=namespaces,
         pins=Namespaces(paths.overlays, namespaces.home),
@@ -165,7 +172,7 @@ def container_network(
         healing=healing,
         settling=settling,
         tunnels=tunnels,
-        bridges=(BRIDGE,),
+        measurements=data_path,
     )
     gateway = Gateway(
         namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.networks / "gateway"
@@ -181,25 +188,17 @@ def container_network(
         clock=clock,
         rng=rng,
     )
-    place = ProbePlace(
-        pins=Namespaces(paths.probes, namespaces.home),
-        home=home,
-        repairs=repairs,
-        healing=healing,
-        bridges=(BRIDGE,),
-    )
     prober = PathProber(
-        DataPath(place, namespaces, clock, _random_number),
-        PortChecks(Knocking(namespaces, clock, _random_number), tunnels),
+        data_path,
+        PortChecks(PortProbe(namespaces, clock, _random_number), tunnels),
         paths.measured_paths,
         overlays.remeasured,
         clock,
         rng,
     )
-    overlays.measure_with(prober)
     return ContainerNetwork(
         local=local,
-        joining=Joining(LocalPlaces(local, paths.tables, names), attachments),
+        joining=EndpointAllocation(LocalEndpoints(local, paths.tables, names), attachments),
         namespaces=namespaces,
         home=home,
         gateway=gateway,

@@ -13,9 +13,9 @@ from pathlib import Path
 from skep.agent.assignments import ConfigFile, SecretFile
 from skep.aio.trees import discard_tree_now
 from skep.engine.container import MountPoint
-from skep.engine.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount
 from skep.errors import InvalidArgument, NotFound
 from skep.linux.files import replace_file
+from skep.linux.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount
 from skep.model.container import ConfigReference, SecretReference
 from skep.model.ids import ConfigId, SecretId
 

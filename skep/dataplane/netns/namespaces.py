@@ -18,8 +18,7 @@ from typing import ParamSpec, TypeVar
 
 from pyroute2 import AsyncIPRoute
 
-from skep.engine.overlay import unmount_if_mounted
-from skep.engine.syscalls import CLONE_NEWNET, MS_BIND, mount, setns, unshare
+from skep.linux.syscalls import CLONE_NEWNET, MS_BIND, mount, setns, unmount_if_mounted, unshare
 
 T = TypeVar("T")
 P = ParamSpec("P")

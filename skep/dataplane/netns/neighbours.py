@@ -19,8 +19,6 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.dataplane.netns.namespaces import inside
-from skep.model.conditions import NEIGHBOURS
-from skep.node.conditions import Conditions
 
 log = structlog.get_logger()
 
@@ -42,14 +40,17 @@ class NeighbourTables:
 
     def __init__(
         self,
-        conditions: Conditions,
+        say: Callable[[str], None],
         clock: Clock,
         *,
         raise_limits: Callable[[], str] | None = None,
         count: Callable[[], int] | None = None,
     ) -> None:
-        """``raise_limits``, ``count``: blocking; those of this machine if nothing else is said."""
-        self._conditions = conditions
+        """``say``: sets the node's condition, an empty text clears it.
+
+        ``raise_limits``, ``count``: blocking; those of this machine by default.
+        """
+        self._say = say
         self._clock = clock
         self._raise_limits = raise_limits or (lambda: at_machine(raised))
         self._count = count or (lambda: at_machine(overflows))
@@ -74,9 +75,9 @@ class NeighbourTables:
             counted = await asyncio.to_thread(self._count)
             if counted > known:
                 overflowed_at = self._clock.monotonic()
-                self._conditions.raise_(NEIGHBOURS, message_of(refusal))
+                self._say(message_of(refusal))
             elif self._clock.monotonic() - overflowed_at >= CALM_SECONDS:
-                self._conditions.clear(NEIGHBOURS)
+                self._say("")
             known = counted
 
 

@@ -51,11 +51,11 @@ INGRESS_SYSCTLS = {
 """Of the node's own namespace."""
 
 
-class LocalPlace(msgspec.Struct, frozen=True):
+class LocalEndpoint(msgspec.Struct, frozen=True):
     """A container of this node on a network: its namespace and its connection."""
 
     netns: str
-    connected: Endpoint
+    endpoint: Endpoint
 
 
 class Underlay(msgspec.Struct, frozen=True):
@@ -91,7 +91,7 @@ def mtu_of(head: NetworkHead, underlay: Underlay | None) -> int:
 def network_state(
     head: NetworkHead,
     table: Table | None,
-    places: Sequence[LocalPlace],
+    endpoints: Sequence[LocalEndpoint],
     *,
     node_id: NodeId,
     underlay: Underlay | None,
@@ -108,19 +108,17 @@ def network_state(
     links = {bridge: Link(name=bridge, kind="bridge", mtu=mtu, mac=mac_for(one.split("/")[0] for one in own))}
     links |= devices
     links |= {
-        place.connected.port: Link(
-            name=place.connected.port,
+        one.endpoint.port: Link(
+            name=one.endpoint.port,
             kind="veth",
             mtu=mtu,
             master=bridge,
             is_closed_port=True,
-            peer=Peer(
-                netns=place.netns, interface=place.connected.interface, mac=place.connected.mac_address
-            ),
+            peer=Peer(netns=one.netns, interface=one.endpoint.interface, mac=one.endpoint.mac_address),
         )
-        for place in places
+        for one in endpoints
     }
-    entries = _one_place_each(remote if devices else frozenset(), places, table, node_id)
+    entries = _one_device_each(remote if devices else frozenset(), endpoints, table, node_id)
     return State(
         links=links,
         addresses=frozenset(Address(bridge, one) for one in own),
@@ -167,8 +165,10 @@ def remote_entries(table: Table, node_id: NodeId, underlay: Underlay | None) -> 
 def check_sandbox(sandbox: Sandbox) -> None:
     """Whether networks can be made of what a record says.  Raises: ValueError, or any other error: they cannot."""
     for one in sandbox.endpoints:
-        place = LocalPlace(sandbox.netns, one)
-        network_state(one.config.head, None, (place,), node_id=NodeId(""), underlay=None, remote=frozenset())
+        endpoint = LocalEndpoint(sandbox.netns, one)
+        network_state(
+            one.config.head, None, (endpoint,), node_id=NodeId(""), underlay=None, remote=frozenset()
+        )
     container_state(sandbox, {one.network_id: (one.config.head, USUAL_MTU) for one in sandbox.endpoints})
     if sandbox.address:
         IPv4Address(sandbox.address)
@@ -183,10 +183,10 @@ def container_state(sandbox: Sandbox, networks: Mapping[NetworkId, tuple[Network
     addresses = {Address(LOOPBACK, "127.0.0.1/8")}
     routes: set[Route] = set()
     sysctls = dict(sandbox.sysctls)
-    for place in sandbox.endpoints:
-        name, (head, mtu) = place.interface, networks[place.network_id]
-        links[name] = Link(name=name, kind="veth", mtu=mtu, mac=place.mac_address)
-        held = [ip_interface(one) for one in place.config.addresses]
+    for endpoint in sandbox.endpoints:
+        name, (head, mtu) = endpoint.interface, networks[endpoint.network_id]
+        links[name] = Link(name=name, kind="veth", mtu=mtu, mac=endpoint.mac_address)
+        held = [ip_interface(one) for one in endpoint.config.addresses]
         addresses |= {Address(name, str(one)) for one in held}
         if any(one.version == 6 for one in held):
             sysctls |= _ipv6_sysctls(name)
@@ -289,10 +289,10 @@ def _entries(head: NetworkHead, addresses: Sequence[str], underlay: str) -> Iter
         yield Entry(EntryKind.NEIGHBOUR, device, mac, plain_address(address))
 
 
-def _one_place_each(
-    remote: frozenset[Entry], places: Sequence[LocalPlace], table: Table | None, node_id: NodeId
+def _one_device_each(
+    remote: frozenset[Entry], attached: Sequence[LocalEndpoint], table: Table | None, node_id: NodeId
 ) -> frozenset[Entry]:
-    """All entries, with one place for each MAC.
+    """All entries, with one device for each MAC.
 
     What the table gives to another node is there: a container that has not heard yet that it is to end may still hold
     the address here.  Of two containers here the later one has it.
@@ -300,7 +300,7 @@ def _one_place_each(
     endpoints = table.endpoints.values() if table is not None else ()
     local = {mac_for(one.addresses) for one in endpoints if one.node_id == node_id}
     elsewhere = {one.mac for one in remote} - local
-    ports = {place.connected.mac_address: place.connected.port for place in places}
+    ports = {one.endpoint.mac_address: one.endpoint.port for one in attached}
     here = {Entry(EntryKind.PORT, port, mac) for mac, port in ports.items() if mac not in elsewhere}
     return frozenset(one for one in remote if one.mac not in local) | here if local else remote | here
 

@@ -40,7 +40,7 @@ def owner(connected: Endpoint) -> Owner:
     return Owner(connected.port, connected.mac_address, tuple(addresses))
 
 
-def spoofing(owners: Iterable[Owner]) -> NftTable:
+def spoofing_filter(owners: Iterable[Owner]) -> NftTable:
     """Of the namespace that the containers' ports are in.  What comes by any other port passes."""
     elements: set[Element] = set()
     for port, mac, addresses in owners:
@@ -89,7 +89,7 @@ def spoofing(owners: Iterable[Owner]) -> NftTable:
     )
 
 
-def strangers(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Iterable[str]) -> NftTable:
+def vxlan_filter(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Iterable[str]) -> NftTable:
     """Of the node's own namespace.  ``bridges``: what containers' packets come from.
 
     Frames of an encrypted network are taken from no node here: they arrive in the tunnels' namespace.
@@ -104,17 +104,17 @@ def strangers(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Itera
                 if node.id != node_id and not table.head.is_encrypted:
                     name = "peers6" if ":" in node.underlay else "peers4"
                     elements.add((name, f"{plain_address(node.underlay)} . {segment.vni}"))
-    return _vxlan_of(ports, bridges, elements)
+    return _vxlan_filter(ports, bridges, elements)
 
 
-def probing(wish: ProbeTargets, bridges: Iterable[str]) -> NftTable:
+def probe_filter(wish: ProbeTargets, bridges: Iterable[str]) -> NftTable:
     """The same of the probes' VXLAN: it is taken from the peers of ``wish`` only."""
     elements: set[Element] = {("vnis", str(PROBE_VNI))}
     for peer in wish.peers:
         if peer.data_path:
             name = "peers6" if ":" in peer.data_path else "peers4"
             elements.add((name, f"{plain_address(peer.data_path)} . {PROBE_VNI}"))
-    return _vxlan_of({wish.node.vxlan_port}, bridges, elements)
+    return _vxlan_filter({wish.node.vxlan_port}, bridges, elements)
 
 
 def tunnel_sources(sources: Iterable[tuple[str, int]], port: int) -> NftTable:
@@ -122,10 +122,10 @@ def tunnel_sources(sources: Iterable[tuple[str, int]], port: int) -> NftTable:
     elements: set[Element] = set()
     for address, vni in sources:
         elements |= {("vnis", str(vni)), ("peers6", f"{plain_address(address)} . {vni}")}
-    return _vxlan_of({port}, (), elements)
+    return _vxlan_filter({port}, (), elements)
 
 
-def _vxlan_of(ports: Iterable[int], bridges: Iterable[str], elements: set[Element]) -> NftTable:
+def _vxlan_filter(ports: Iterable[int], bridges: Iterable[str], elements: set[Element]) -> NftTable:
     elements |= {("ports", str(port)) for port in ports}
     elements |= {("bridges", f'"{bridge}"') for bridge in bridges}
     return NftTable(

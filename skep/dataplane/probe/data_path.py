@@ -8,20 +8,20 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
+import msgspec
 import structlog
 
 from skep.aio.clock import Clock
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.plan.overlay import Underlay
+from skep.dataplane.plan.probe import IP_UDP_BYTES, PORT, address_of, number_of, overhead, reached
 from skep.dataplane.probe.bulk import BYTES_MAX, Carried, Sink, carry, connecting
-from skep.dataplane.probe.echoes import Echoes, Sockets
 from skep.dataplane.probe.findings import checksum_finding, large_finding, overlay_finding
-from skep.dataplane.probe.mtu import Measured, after, again, first_range, sizes
+from skep.dataplane.probe.mtu import Measured, after, again, first_range, path_mtu, sizes
+from skep.dataplane.probe.namespace import ProbeNamespace
 from skep.dataplane.probe.offload import TRIALS, Offload, after_success, after_trials, is_suspect
-from skep.dataplane.probe.outcomes import Outcome
-from skep.dataplane.probe.packets import Said
-from skep.dataplane.probe.place import ProbePlace
-from skep.dataplane.probe.places import IP_UDP_BYTES, PORT, address_of, number_of, overhead, reached
+from skep.dataplane.probe.packets import Outcome, Said
+from skep.dataplane.probe.probe_socket import ProbeSocket, Sockets
 from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.paths import PathFinding, PathPeer, ProbeTargets
@@ -41,11 +41,11 @@ class DataPath:
     """The data path of one node.  ``numbers``: random, of 64 bits."""
 
     def __init__(
-        self, place: ProbePlace, namespaces: Namespaces, clock: Clock, numbers: Callable[[], int]
+        self, place: ProbeNamespace, namespaces: Namespaces, clock: Clock, numbers: Callable[[], int]
     ) -> None:
         self._place = place
         self._namespaces = namespaces
-        self._echoes = Echoes(clock, self.said, numbers)
+        self._echoes = ProbeSocket(clock, self.said, numbers)
         self._clock = clock
         self._wish: ProbeTargets | None = None
         self._underlay: Underlay | None = None
@@ -68,6 +68,11 @@ class DataPath:
         mtu = self._underlay.mtu if self._underlay is not None else 0
         own = self.measured.own
         return Said(mtu, {number_of(id): found for id, found in own.items() if 0 < found < mtu})
+
+    def between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
+        """``underlay`` as it is between ``nodes``, ``node`` (this one) among them."""
+        mtu = path_mtu(self.measured, nodes, node, underlay.mtu)
+        return msgspec.structs.replace(underlay, mtu=mtu, offloads=False if self.offload.is_off else None)
 
     # --- place ------------------------------------------------------------------------------------------------
 

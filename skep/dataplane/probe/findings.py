@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
-from skep.dataplane.probe.outcomes import Outcome
+from skep.dataplane.probe.packets import Outcome
 from skep.model.paths import (
     DETAIL_CHARACTERS_MAX,
     MTU_MIN,

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 
 import msgspec
 
+from skep.dataplane.plan.probe import number_of
 from skep.dataplane.probe.packets import Said
-from skep.dataplane.probe.places import number_of
 from skep.model.ids import NodeId
 from skep.model.paths import MTU_MIN
 

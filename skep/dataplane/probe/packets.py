@@ -76,3 +76,18 @@ def answered(datagram: bytes) -> tuple[int, Said] | None:
         return None
     (mtu,) = _MTU.unpack_from(datagram, _HEADER.size)
     return nonce, Said(mtu, dict(_PAIR.iter_unpack(datagram[_HEADER.size + _MTU.size :])))
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """``round_trip_s``: the shortest; ``error``: what the kernel said of what failed; ``said``: the last answer."""
+
+    sent: int
+    answered: int
+    round_trip_s: float | None = None
+    error: str = ""
+    said: Said | None = None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether anything did."""
+        return self.answered > 0

@@ -6,7 +6,7 @@ whether they leave checksums to the network card).
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,18 +17,31 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.aio.race import is_set_within
-from skep.dataplane.plan.overlay import Underlay
+from skep.dataplane.plan.probe import PEERS_MAX, sound
 from skep.dataplane.probe.data_path import DataPath
 from skep.dataplane.probe.findings import is_news, reported
-from skep.dataplane.probe.kept import Kept, load, save
-from skep.dataplane.probe.mtu import Measured, path_mtu
+from skep.dataplane.probe.mtu import Measured
 from skep.dataplane.probe.offload import Offload
-from skep.dataplane.probe.pace import PERIOD_S, pause_s
-from skep.dataplane.probe.port_checks import PortChecks
-from skep.dataplane.probe.wishes import PEERS_MAX, sound
+from skep.dataplane.probe.port_probe import PortChecks
+from skep.dataplane.probe.state_file import Kept, load, save
 from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.paths import PathPeer, PathReport, ProbeTargets
+
+PERIOD_S = 10.0
+RECHECK_S = 4.0
+"""After a verdict that may be chance."""
+PEERS_AT_FULL_PACE = 64
+
+
+def pause_s(peers: int, random: float, *, is_settled: bool) -> float:
+    """Seconds until the next round with one of so many ``peers``, spread by a quarter to each side.
+
+    ``random``: from 0 to 1.
+    """
+    period = PERIOD_S if is_settled else RECHECK_S
+    return period * max(1.0, peers / PEERS_AT_FULL_PACE) * (0.75 + 0.5 * random)
+
 
 log = structlog.get_logger()
 
@@ -40,12 +53,12 @@ _RETRY_S_MAX = 5.0
 
 
 class PathProber:
-    """``interface.PathProbes``, and what overlays ask for (``overlays.Measurements``).
+    """``interface.PathProbes``.
 
     Args:
         kept: file for the next process of this node, on tmpfs.
         remeasured: has all overlays follow what is known now; may raise SkepError, and is called again then.
-        chance: from 0 to 1, spreads rounds.
+        rng: from 0 to 1, spreads rounds.
     """
 
     def __init__(
@@ -134,14 +147,6 @@ class PathProber:
         return (
             "the network card computes wrong checksums inside VXLAN: checksum offload is switched off on overlays",
         )
-
-    # --- asked by the overlays --------------------------------------------------------------------------------
-
-    def measured(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
-        """``underlay`` as it is between ``nodes``, ``node`` (this one) among them."""
-        mtu = path_mtu(self._data_path.measured, nodes, node, underlay.mtu)
-        offloads = False if self._data_path.offload.is_off else None
-        return msgspec.structs.replace(underlay, mtu=mtu, offloads=offloads)
 
     # --- keeping ----------------------------------------------------------------------------------------------
 

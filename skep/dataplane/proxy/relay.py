@@ -18,8 +18,8 @@ from skep.aio.failures import describe_error
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
 from skep.dataplane.proxy.udp import UdpRelay
-from skep.engine.filewatch import FileWatch
 from skep.linux.descriptors import set_aside
+from skep.linux.filewatch import FileWatch
 
 log = structlog.get_logger()
 

@@ -2,7 +2,7 @@
 
 A file is replaced in one step, and named after its network.  What cannot be decoded is told and dropped: the managers
 say it again.  What cannot be read now stays, and is read again soon.  On tmpfs the tables of the node's own bridge
-networks lie beside them (``dataplane/local/places.py``), which are none of the managers'.
+networks lie beside them (``dataplane/local/endpoints.py``), which are none of the managers'.
 """
 
 import asyncio
@@ -14,14 +14,14 @@ from typing import TypeVar
 import msgspec
 import structlog
 
-from skep.agent.revisions import Revision
 from skep.aio.clock import Clock
 from skep.aio.failures import log_error, retry
 from skep.aio.trees import discard_tree_now
 from skep.dataplane.local.objects import is_local
-from skep.dataplane.tables.silence import whole
+from skep.dataplane.tables.unreachable import whole
 from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import NetworkId
+from skep.model.revisions import Revision
 from skep.model.tables import Table
 
 T = TypeVar("T")

@@ -12,18 +12,17 @@ from typing import Protocol
 
 import structlog
 
-from skep.agent.revisions import Revision, advanced
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import SharedTables, StoredTables
-from skep.dataplane.tables.merging import merged
-from skep.dataplane.tables.silence import NOBODY, Silence, without
-from skep.dataplane.tables.sound import sound_set, sound_table
-from skep.errors import SkepError
+from skep.dataplane.tables.unreachable import NONE_UNREACHABLE, Unreachable, without
+from skep.dataplane.tables.validation import valid_set, valid_table
+from skep.errors import InvalidArgument, SkepError
 from skep.model.ids import NetworkId, NodeId
-from skep.model.tables import Table, TableSet
+from skep.model.revisions import Revision, advanced
+from skep.model.tables import Table, TableSet, changed, difference, keeping_unread
 
 log = structlog.get_logger(__name__)
 
@@ -60,7 +59,7 @@ class TableKeeper:
         self._clock = clock
         self._rng = rng
         self._tables: Mapping[NetworkId, Table] = NOTHING
-        self._silence = NOBODY
+        self._silence = NONE_UNREACHABLE
         self._reduced: dict[NetworkId, tuple[Table, frozenset[NodeId], Table]] = {}
         self._seen = Revision()
         self._applied: Mapping[NetworkId, Revision] = {}
@@ -98,7 +97,7 @@ class TableKeeper:
         kept, seen = self._stored.load()
         newest = max((table.revision for table in in_force.values()), default=0)
         self._seen = max(seen, Revision(seen.incarnation, newest))
-        self._tables = {id: sound_table(one, _left_out) for id, one in {**kept, **in_force}.items()}
+        self._tables = {id: valid_table(one, _left_out) for id, one in {**kept, **in_force}.items()}
         for id, table in in_force.items():
             if kept.get(id) != table:
                 self._stored.note(id, table, self._seen.incarnation)
@@ -111,13 +110,13 @@ class TableKeeper:
         what was said before.
         """
         seen = advanced(self._seen, Revision(incarnation, news.revision))
-        tables, changed = merged(self._tables, sound_set(news, _left_out))
+        tables, changed = merged(self._tables, valid_set(news, _left_out))
         self._seen, self._tables = seen, tables
         for id in changed:
             self._stored.note(id, tables.get(id), incarnation)
         self._note(changed)
 
-    def leave_out(self, silence: Silence) -> None:
+    def leave_out(self, silence: Unreachable) -> None:
         """Have nothing served by these peers from now on, where others serve it; asked again it changes nothing."""
         if silence == self._silence:
             return
@@ -250,3 +249,37 @@ class _Part:
     @property
     def is_behind(self) -> bool:
         return bool(self.changed or self.waiting)
+
+
+def merged(
+    tables: Mapping[NetworkId, Table], news: TableSet
+) -> tuple[Mapping[NetworkId, Table], frozenset[NetworkId]]:
+    """The tables after ``news``, and which of them are not what they were (or are no more).
+
+    A table that is told again and says the same has changed in nothing but its revision.
+    Raises: InvalidArgument: a difference to a table that is not here.
+    """
+    after = dict(tables)
+    for change in news.changes:
+        id = change.head.id
+        before = after.get(id)
+        if before is None and not change.is_whole:
+            raise InvalidArgument(f"a change of network {id}, whose table this node does not have")
+        after[id] = changed(before, change)
+    gone = set(news.removed)
+    if news.is_complete:
+        gone |= after.keys() - {change.head.id for change in news.changes}
+    for id in gone:
+        after.pop(id, None)
+    for id in {change.head.id for change in news.changes} & after.keys():
+        after[id] = keeping_unread(tables.get(id), after[id])
+    differing = {
+        id for id in {change.head.id for change in news.changes} if _differ(tables.get(id), after.get(id))
+    }
+    return after, frozenset(differing | (gone & tables.keys()))
+
+
+def _differ(before: Table | None, after: Table | None) -> bool:
+    if before is None or after is None:
+        return before is not after
+    return difference(before, after) is not None

@@ -6,9 +6,9 @@ from typing import Protocol
 
 import structlog
 
-from skep.agent.revisions import Revision
 from skep.errors import InvalidArgument, Unavailable, Unimplemented
 from skep.model.ids import NetworkId
+from skep.model.revisions import Revision
 from skep.model.tables import TableSet
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep

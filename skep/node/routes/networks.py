@@ -33,7 +33,7 @@ from skep.api.networks import (
     fits,
 )
 from skep.api.server import Filters, Routes, json_answer, read_body
-from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
 from skep.engine.api.pruning import is_prunable
 from skep.engine.container import Container

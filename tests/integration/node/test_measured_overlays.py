@@ -9,7 +9,7 @@ import pytest
 
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.netns.checksums import offloads, set_offloads
-from skep.dataplane.probe.places import address_of
+from skep.dataplane.plan.probe import address_of
 from skep.model.paths import PathCheck, ProbeTargets
 from skep.model.sandbox import Sandbox
 from tests.integration.node.overlay_lab import WEB, LabNode, OverlayLab, carried, place, reaches, shell

@@ -16,8 +16,8 @@ from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
 from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.netns.state import Address, Link, State
-from skep.dataplane.plan.packet_filter import strangers
-from skep.dataplane.tables.sound import sound_table
+from skep.dataplane.plan.packet_filter import vxlan_filter
+from skep.dataplane.tables.validation import valid_table
 from skep.model.ids import NodeId
 from skep.model.sandbox import Sandbox
 from skep.model.tables import TableNode
@@ -245,8 +245,8 @@ async def test_whatever_a_node_says_of_its_address_nft_takes_the_rules(scene: Sc
     said = {NodeId(f"w{n}"): TableNode(id=NodeId(f"w{n}"), underlay=word) for n, word in enumerate(words)}
     table = scene.lab.tables[DUAL.id]
     said_table = msgspec.structs.replace(table, nodes={**table.nodes, **said})
-    table = sound_table(said_table, lambda _: None)
+    table = valid_table(said_table, lambda _: None)
     assert {"n1", "n2", "w7"} <= table.nodes.keys() < said_table.nodes.keys()
-    text = nft_table.whole(strangers({DUAL.id: table}, NodeId("n1"), ["br0"]))
+    text = nft_table.whole(vxlan_filter({DUAL.id: table}, NodeId("n1"), ["br0"]))
     namespaces = scene.lab.nodes[0].namespaces
     await namespaces.run(scene.home, nft.run, text.replace("skep_overlay", "skep_checked"))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from skep.dataplane.addresses import mac_of
+from skep.dataplane.plan.probe import PORT, address_of
 from skep.dataplane.probe.packets import QUESTION_BYTES_MIN, Said, answer, answered, question
-from skep.dataplane.probe.places import PORT, address_of
 from skep.model.paths import PROBE_VNI, PathCheck, PathReport, ProbeTargets
 from tests.integration.node.overlay_lab import OverlayLab, shell, tried
 from tests.integration.node.paths_lab import a_peer, failing, report_until, served_ports, wish_all

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.agent.renewal import renewal_time
-from skep.agent.revisions import Revision, advanced
 from skep.errors import FailedPrecondition
+from skep.model.revisions import Revision, advanced
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

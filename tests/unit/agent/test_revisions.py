@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from skep.agent.revisions import Revision, SeenRevision
+from skep.agent.revisions import SeenRevision
 from skep.errors import FailedPrecondition
 from skep.model.ids import ClusterId
+from skep.model.revisions import Revision
 
 HERE, ELSEWHERE = ClusterId("here"), ClusterId("elsewhere")
 

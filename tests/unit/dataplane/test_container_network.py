@@ -40,7 +40,7 @@ class Mesh:
         pass
 
 
-class Naming:
+class NameRegistration:
     """Notes for whom names are served again."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ async def test_a_part_that_fails_is_begun_again_and_ends_no_other() -> None:
 
 @pytest.mark.parametrize("odd", ["10.0.0.2", "10.0.0.300/24", "", "fd00::/129"])
 async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_restored(odd: str) -> None:
-    mesh, naming, said, destroyed = Mesh(), Naming(), list[str](), list[str]()
+    mesh, naming, said, destroyed = Mesh(), NameRegistration(), list[str](), list[str]()
     bad, good = on_the_ingress_network(1), on_the_ingress_network(2)
     assert bad.sandbox is not None
     (place,) = bad.sandbox.endpoints
@@ -129,7 +129,7 @@ async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_r
 
 
 async def test_a_container_that_made_its_namespace_unusable_keeps_no_other_from_its_network() -> None:
-    mesh, naming = Mesh(), Naming()
+    mesh, naming = Mesh(), NameRegistration()
     part = SimpleNamespace(
         path=Path("/home"), restore=nothing, begin=nothing, watch=nothing, repairs=None, pinned=list
     )

@@ -12,7 +12,7 @@ from skep.dataplane.gateway import gateway_state
 from skep.dataplane.netns.forwarding import forward_ipv6
 from skep.dataplane.netns.nft_table import changes, whole
 from skep.dataplane.plan.gateway import HostPort, gateway_table, gateway_table_ipv6
-from skep.dataplane.remembered import kept_subnet
+from skep.dataplane.remembered import stored_subnet
 from skep.errors import ResourceExhausted
 
 
@@ -112,12 +112,12 @@ def test_a_node_without_ipv6_users_keeps_its_settings() -> None:
 def test_a_remembered_subnet_is_kept_until_a_route_collides_with_it(tmp_path: Path) -> None:
     file, fresh = tmp_path / "networks" / "gateway6", iter([OURS, unique_local(1)])
     everywhere = [IPv6Network("::/0")]
-    assert kept_subnet(file, everywhere, IPv6Network, lambda: next(fresh)) == OURS
-    assert kept_subnet(file, everywhere, IPv6Network, lambda: next(fresh)) == OURS
+    assert stored_subnet(file, everywhere, IPv6Network, lambda: next(fresh)) == OURS
+    assert stored_subnet(file, everywhere, IPv6Network, lambda: next(fresh)) == OURS
     colliding = [IPv6Network("fd12:3456::/32")]
-    assert kept_subnet(file, colliding, IPv6Network, lambda: next(fresh)) == unique_local(1)
+    assert stored_subnet(file, colliding, IPv6Network, lambda: next(fresh)) == unique_local(1)
     file.write_text("nonsense")
-    assert kept_subnet(file, [], IPv6Network, lambda: OURS) == OURS
+    assert stored_subnet(file, [], IPv6Network, lambda: OURS) == OURS
 
 
 def test_a_router_goes_on_taking_routes_and_a_device_that_goes_does_no_harm(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is under each network, as who measures it says."""
+"""The underlay of each network, as it was measured."""
 
 from collections.abc import Collection
 
@@ -15,7 +15,7 @@ ME, NEAR, FAR = NodeId("me"), NodeId("near"), NodeId("far")
 class FarIsNarrow:
     """``FAR`` is behind a router that carries 1400."""
 
-    def measured(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
+    def between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
         assert node == ME
         return msgspec.structs.replace(underlay, mtu=1400) if FAR in nodes else underlay
 
@@ -28,9 +28,8 @@ def a_table(name: str, *nodes: NodeId, is_encrypted: bool = False) -> Table:
 
 
 def narrow() -> Underlays:
-    underlays = Underlays()
+    underlays = Underlays(FarIsNarrow())
     underlays.found = {"192.0.2.1": Underlay("192.0.2.1", 1500)}
-    underlays.measurements = FarIsNarrow()
     return underlays
 
 
@@ -40,7 +39,7 @@ def test_each_network_has_the_mtu_between_its_own_nodes() -> None:
     assert underlays.of(ME, a_table("b", ME, FAR)) == Underlay("192.0.2.1", 1400)
 
 
-def test_who_has_no_address_on_it_has_nothing_under_it() -> None:
+def test_a_node_without_an_address_on_a_network_has_no_underlay_there() -> None:
     assert narrow().of(ME, None) is None
     assert narrow().of(ME, a_table("a", NEAR)) is None
     assert narrow().of(ME, Table(head=NetworkHead(id=NetworkId("a"), name="a"))) is None

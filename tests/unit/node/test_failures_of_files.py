@@ -18,10 +18,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from skep.agent.managers import Peer
-from skep.agent.revisions import Revision, SeenRevision
+from skep.agent.revisions import SeenRevision
 from skep.api.networks import NetworkBody
 from skep.bootstrap import STARVED, ManagerConfig, Recovery, encode, load, load_recovery, save_recovery
-from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.keeper import TableKeeper
 from skep.engine.images import layers, pulling
@@ -38,6 +38,7 @@ from skep.manager.process import refusal_in
 from skep.manager.process import run as run_manager
 from skep.model.ids import ClusterId, NodeId, new_container_id
 from skep.model.node import NodeRole
+from skep.model.revisions import Revision
 from skep.node.local import LocalNode, read_local_node, write_local_node
 from skep.node.membership import Membership
 from skep.paths import Paths

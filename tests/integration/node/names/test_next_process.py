@@ -9,7 +9,7 @@ from typing import Any
 from dnslib import DNSRecord
 from msgspec.structs import replace
 
-from skep.dataplane.naming import Naming, named_of
+from skep.dataplane.name_registration import NameRegistration, named_of
 from skep.dataplane.protocol import NameServer
 from skep.engine.container import Container, ContainerConfig
 from skep.model.ids import ContainerId
@@ -134,7 +134,7 @@ async def test_the_next_node_process_has_just_its_containers_served(lab: NamesLa
     resolver = tmp_path / "resolv.conf"
     resolver.write_text("nameserver 127.0.0.53\noptions ndots:3\n")
     lab.write(FRONT)
-    naming = Naming(lab.client, resolver)
+    naming = NameRegistration(lab.client, resolver)
     for id in ("c1", "c2"):
         await naming.attach(a_container(id, await lab.container(id)))
     own = {"nameservers": ("192.0.2.9",), "dns_options": ("ndots:0",)}

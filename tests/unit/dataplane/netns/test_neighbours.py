@@ -98,7 +98,9 @@ async def watched(*numbers: int, refusal: str = "") -> Conditions:
     conditions = Conditions(clock)
     each = counts(*numbers)
     with pytest.raises((Ended, RuntimeError)):
-        await NeighbourTables(conditions, clock, raise_limits=lambda: refusal, count=lambda: next(each)).run()
+        await NeighbourTables(
+            conditions.say(NEIGHBOURS), clock, raise_limits=lambda: refusal, count=lambda: next(each)
+        ).run()
     return conditions
 
 

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from skep.dataplane.addresses import mac_for
 from skep.dataplane.netns.state import Address, Entry, EntryKind, Route, State
 from skep.dataplane.plan.overlay import (
-    LocalPlace,
+    LocalEndpoint,
     Underlay,
     container_state,
     mtu_of,
     network_state,
     remote_entries,
 )
-from skep.dataplane.plan.packet_filter import link_local, owner, spoofing, strangers
+from skep.dataplane.plan.packet_filter import link_local, owner, spoofing_filter, vxlan_filter
 from skep.dataplane.plan.wireguard import tunnelled
 from skep.model.ids import NetworkId, NodeId, TaskId
 from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
@@ -46,13 +46,13 @@ def a_table(*endpoints: tuple[NodeId, str], head: NetworkHead = HEAD) -> Table:
     )
 
 
-def a_place(*addresses: str, port: str = "vs1", head: NetworkHead = HEAD) -> LocalPlace:
+def a_place(*addresses: str, port: str = "vs1", head: NetworkHead = HEAD) -> LocalEndpoint:
     mac = mac_for(one.partition("/")[0] for one in addresses)
     place = EndpointConfig(head=head, addresses=addresses)
-    return LocalPlace("/netns", Endpoint(config=place, interface="eth0", port=port, mac_address=mac))
+    return LocalEndpoint("/netns", Endpoint(config=place, interface="eth0", port=port, mac_address=mac))
 
 
-def state(table: Table | None, *places: LocalPlace, underlay: Underlay | None = MINE) -> State:
+def state(table: Table | None, *places: LocalEndpoint, underlay: Underlay | None = MINE) -> State:
     head = table.head if table is not None else HEAD
     remote = remote_entries(table, ME, underlay) if table is not None else frozenset()
     return network_state(head, table, places, node_id=ME, underlay=underlay, remote=remote)
@@ -156,7 +156,7 @@ def test_the_mtu_leaves_room_for_vxlan(wished: int, underlay: Underlay | None, m
 
 
 def test_a_container_has_the_other_subnets_on_its_link_and_the_gateway_last() -> None:
-    connected = a_place("10.0.1.5/24").connected
+    connected = a_place("10.0.1.5/24").endpoint
     endpoint = Sandbox(
         netns="/netns",
         address="172.18.0.2",
@@ -192,7 +192,7 @@ def test_a_way_out_by_ipv6_is_an_address_and_a_default_route_of_the_gateways_int
 
 
 def test_a_container_may_send_as_itself_only() -> None:
-    table = spoofing([owner(a_place("10.0.1.5/24", "fd01::5/64").connected)])
+    table = spoofing_filter([owner(a_place("10.0.1.5/24", "fd01::5/64").endpoint)])
     assert {
         ("macs", '"vs1" . 02:42:0a:00:01:05'),
         ("addresses4", '"vs1" . 10.0.1.5'),
@@ -204,7 +204,7 @@ def test_a_container_may_send_as_itself_only() -> None:
 
 
 def test_vxlan_is_taken_from_the_other_nodes_of_the_same_network_only() -> None:
-    found = strangers({HEAD.id: a_table()}, ME, ["skep-gw"]).elements
+    found = vxlan_filter({HEAD.id: a_table()}, ME, ["skep-gw"]).elements
     assert {element for name, element in found if name == "peers4"} == {
         f"192.0.2.{node} . {vni}" for node in (2, 3) for vni in (4097, 4098)
     }

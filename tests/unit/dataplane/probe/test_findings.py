@@ -11,7 +11,7 @@ from skep.dataplane.probe.findings import (
     port_finding,
     reported,
 )
-from skep.dataplane.probe.outcomes import Outcome
+from skep.dataplane.probe.packets import Outcome
 from skep.model.ids import NodeId
 from skep.model.paths import DETAIL_CHARACTERS_MAX, PathCheck, PathPeer, PathReport
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.dataplane.plan.probe import number_of
 from skep.dataplane.probe.mtu import Measured, Range, after, again, first_range, path_mtu, sizes
 from skep.dataplane.probe.packets import Said
-from skep.dataplane.probe.places import number_of
 from skep.model.ids import NodeId
 from skep.model.paths import MTU_MIN
 

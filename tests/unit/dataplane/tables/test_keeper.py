@@ -9,12 +9,12 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from skep.agent.revisions import Revision
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import Kept, SharedTables, StoredTables
 from skep.dataplane.tables.keeper import TableKeeper, TableListener
 from skep.errors import FailedPrecondition, Unavailable
 from skep.model.ids import NetworkId, NodeId
+from skep.model.revisions import Revision
 from skep.model.tables import NetworkHead, Table, TableNode, TableSet, difference, whole
 
 A, B = NetworkId("a"), NetworkId("b")

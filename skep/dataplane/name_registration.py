@@ -17,7 +17,7 @@ from skep.model.tables import Table
 log = structlog.get_logger()
 
 
-class NameService(Protocol):
+class NameRegistry(Protocol):
     """The net process (``netprocess.client``)."""
 
     async def serve(self, named: Named) -> None: ...
@@ -29,10 +29,10 @@ class NameService(Protocol):
     async def listing(self) -> Listing: ...
 
 
-class Naming:
+class NameRegistration:
     """Has each container on networks served.  ``resolver``: the node's /etc/resolv.conf."""
 
-    def __init__(self, service: NameService, resolver: Path) -> None:
+    def __init__(self, service: NameRegistry, resolver: Path) -> None:
         self._service = service
         self._resolver = resolver
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.dataplane.plan.overlay import Underlay, remote_entries
-from skep.dataplane.plan.packet_filter import strangers
-from skep.dataplane.tables.sound import sound_set, sound_table
+from skep.dataplane.plan.packet_filter import vxlan_filter
+from skep.dataplane.tables.validation import valid_set, valid_table
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.publishing import PublishOptions
 from skep.model.tables import (
@@ -61,8 +61,8 @@ def test_whatever_is_said_rules_are_made_of_addresses_and_numbers_only(
         endpoints={**TABLE.endpoints, endpoint.task_id: endpoint},
         services={**TABLE.services, service.id: service},
     )
-    table = sound_table(said, lambda _: None)
-    rules = strangers({NET: table}, NodeId("n1"), ["br0"])
+    table = valid_table(said, lambda _: None)
+    rules = vxlan_filter({NET: table}, NodeId("n1"), ["br0"])
     assert all(ELEMENT.fullmatch(element) for _, element in rules.elements)
     assert ("peers4", "192.168.0.2 . 4096") in rules.elements
     remote_entries(table, NodeId("n1"), Underlay("192.168.0.1"))  # and routes and neighbours can be made
@@ -78,7 +78,7 @@ def test_a_node_at_no_address_of_a_machine_is_left_out_alone_and_said(underlay: 
     notes: list[str] = []
     bad = TableNode(id=NodeId("bad"), underlay=underlay)
     news = TableSet(revision=1, changes=(whole(replace(TABLE, nodes={bad.id: bad, GOOD.id: GOOD})),))
-    (change,) = sound_set(news, notes.append).changes
+    (change,) = valid_set(news, notes.append).changes
     assert changed(None, change).nodes == {GOOD.id: GOOD}
     assert len(notes) == 1
 
@@ -88,7 +88,7 @@ def test_an_entry_that_is_not_sound_any_more_goes() -> None:
     bad = replace(GOOD, underlay="fe80::1%x")
     moved = replace(WEB, addresses=("10.0.1.9%x",))
     change = TableChange(head=HEAD, revision=2, nodes=(bad,), endpoints=(moved,))
-    (sound,) = sound_set(TableSet(revision=2, changes=(change,)), lambda _: None).changes
+    (sound,) = valid_set(TableSet(revision=2, changes=(change,)), lambda _: None).changes
     after = changed(TABLE, sound)
     assert (dict(after.nodes), dict(after.endpoints), dict(after.services)) == ({}, {}, {VIP.id: VIP})
 
@@ -101,11 +101,11 @@ def test_a_subnet_or_a_published_port_that_is_none_is_left_out_alone() -> None:
         head=replace(HEAD, segments=segments),
         services={VIP.id: VIP, ServiceId("b"): replace(VIP, id=ServiceId("b"), ports=(scoped,))},
     )
-    table = sound_table(said, lambda _: None)
+    table = valid_table(said, lambda _: None)
     assert table.head.segments == HEAD.segments
     assert set(table.services) == {VIP.id}
 
 
 def test_addresses_are_spelled_in_one_way() -> None:
     node = replace(GOOD, underlay="FD00:0::1")
-    assert sound_table(replace(TABLE, nodes={node.id: node}), print).nodes[node.id].underlay == "fd00::1"
+    assert valid_table(replace(TABLE, nodes={node.id: node}), print).nodes[node.id].underlay == "fd00::1"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine import filewatch
-from skep.engine.filewatch import FileWatch
+from skep.linux import filewatch
+from skep.linux.filewatch import FileWatch
 
 
 async def test_a_change_is_seen(tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ in ten thousand.  A peer whose address another one has (the one whose id comes f
 
 from collections.abc import Mapping
 from hashlib import sha256
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_address
+
+import msgspec
 
 from skep.dataplane.addresses import mac_of
 from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, State, Vxlan
 from skep.dataplane.plan.overlay import OVERHEAD_V4, OVERHEAD_V6, OVERLAY_SYSCTLS, Underlay, plain_address
 from skep.model.ids import NodeId
 from skep.model.paths import PROBE_VNI, PathPeer, ProbeTargets
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 
 DEVICE = "probe"
 PORT = 4787
@@ -77,3 +80,52 @@ def probe_state(wish: ProbeTargets, underlay: Underlay, *, offloads: bool | None
         entries=frozenset(entries),
         sysctls=OVERLAY_SYSCTLS,
     )
+
+
+PEERS_MAX = 512
+"""A node asks no more, whatever it is told."""
+_PORT_MAX = (1 << 16) - 1
+
+
+def sound(wish: ProbeTargets) -> ProbeTargets:
+    """``wish`` without addresses that are none, without the node itself, each peer once, no more than ``PEERS_MAX``."""
+    peers = {peer.node_id: _sound(peer) for peer in wish.peers if peer.node_id != wish.node.node_id}
+    return ProbeTargets(node=_sound(wish.node), peers=tuple(peers.values())[:PEERS_MAX])
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """Of ``192.0.2.1:2377`` or ``[fd09::1]:2377``.  Raises: ValueError: it is neither."""
+    host, _, port = text.rpartition(":")
+    number = int(port)
+    if not 0 < number <= _PORT_MAX:
+        raise ValueError(f"invalid port {port!r}")
+    return str(ip_address(host.removeprefix("[").removesuffix("]"))), number
+
+
+def _sound(peer: PathPeer) -> PathPeer:
+    # The forwarder's port is ten above, and WireGuard's next to it.
+    has_port = 0 < peer.vxlan_port <= _PORT_MAX - 16
+    return msgspec.structs.replace(
+        peer,
+        data_path=peer.data_path if has_port and _is_address(peer.data_path) else "",
+        vxlan_port=peer.vxlan_port if has_port else DEFAULT_DATA_PATH_PORT,
+        control=peer.control if _is_host_and_port(peer.control) else "",
+        etcd=peer.etcd if _is_host_and_port(peer.etcd) else "",
+        gossip=peer.gossip if _is_host_and_port(peer.gossip) else "",
+    )
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text
+
+
+def _is_host_and_port(text: str) -> bool:
+    try:
+        host_and_port(text)
+    except ValueError:
+        return False
+    return True

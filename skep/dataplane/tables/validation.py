@@ -41,12 +41,12 @@ Note = Callable[[str], object]
 """Told of each thing that is left out."""
 
 
-def sound_set(news: TableSet, note: Note) -> TableSet:
+def valid_set(news: TableSet, note: Note) -> TableSet:
     """``news`` without what cannot be acted on."""
     return replace(news, changes=tuple(_sound_change(one, note) for one in news.changes))
 
 
-def sound_table(table: Table, note: Note) -> Table:
+def valid_table(table: Table, note: Note) -> Table:
     """A whole table, as an earlier process kept it."""
     return replace(
         table,

@@ -10,11 +10,11 @@ answer was to serve is left out of this node's tables meanwhile: published ports
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import msgspec
 import structlog
 
-from skep.agent.session_state import SessionState
 from skep.aio.clock import Clock
 from skep.aio.race import Preempted, run_unless
 from skep.model.ids import NodeId, ServiceId
@@ -30,7 +30,20 @@ FRESH_SECONDS = 6.0
 LOOK_SECONDS = 1.0
 
 
-class Silence(msgspec.Struct, frozen=True):
+class Session(Protocol):
+    """The node's session with a manager (``agent.session_state``)."""
+
+    @property
+    def has_session(self) -> bool: ...
+
+    def silence_s(self) -> float: ...
+
+    async def wait_session(self) -> None: ...
+
+    async def wait_no_session(self) -> None: ...
+
+
+class Unreachable(msgspec.Struct, frozen=True):
     """Peers that do not answer: on plain networks, on encrypted ones."""
 
     plain: frozenset[NodeId] = frozenset()
@@ -41,12 +54,12 @@ class Silence(msgspec.Struct, frozen=True):
         return self.encrypted if table.head.is_encrypted else self.plain
 
 
-NOBODY = Silence()
+NONE_UNREACHABLE = Unreachable()
 
 
-def silent(reports: Mapping[NodeId, PathReport]) -> Silence:
+def silent(reports: Mapping[NodeId, PathReport]) -> Unreachable:
     """Who does not answer, as the latest ``reports`` say; a verdict that is not settled is none."""
-    return Silence(_silent(reports, PathCheck.OVERLAY), _silent(reports, PathCheck.ENCRYPTED))
+    return Unreachable(_silent(reports, PathCheck.OVERLAY), _silent(reports, PathCheck.ENCRYPTED))
 
 
 def _silent(reports: Mapping[NodeId, PathReport], check: PathCheck) -> frozenset[NodeId]:
@@ -88,41 +101,41 @@ def _is_left_out(one: TableEndpoint, silent: frozenset[NodeId], kept: Iterable[S
 
 
 async def watch(
-    session_state: SessionState,
+    session: Session,
     reports: Callable[[], Mapping[NodeId, PathReport]],
-    leave_out: Callable[[Silence], None],
+    leave_out: Callable[[Unreachable], None],
     clock: Clock,
 ) -> None:
     """Have silent peers left out whenever no manager's word is fresh, until cancelled."""
     while True:
-        await session_state.wait_no_session()
+        await session.wait_no_session()
         try:
-            await _while_without_manager(session_state, reports, leave_out, clock)
+            await _while_without_manager(session, reports, leave_out, clock)
         finally:
-            leave_out(NOBODY)
+            leave_out(NONE_UNREACHABLE)
 
 
 async def _while_without_manager(
-    session_state: SessionState,
+    session: Session,
     reports: Callable[[], Mapping[NodeId, PathReport]],
-    leave_out: Callable[[Silence], None],
+    leave_out: Callable[[Unreachable], None],
     clock: Clock,
 ) -> None:
     gained_at: float | None = None
-    before = NOBODY
+    before = NONE_UNREACHABLE
     while gained_at is None or clock.monotonic() - gained_at < FRESH_SECONDS:
-        is_lost = not session_state.has_session
+        is_lost = not session.has_session
         if is_lost or gained_at is None:
             gained_at = None if is_lost else clock.monotonic()
-        if session_state.silence_s() >= LOST_SECONDS or before != NOBODY:
+        if session.silence_s() >= LOST_SECONDS or before != NONE_UNREACHABLE:
             found = silent(reports())
             if found != before:
                 log.warning("peers that do not answer serve nothing here", peers=sorted(found.plain))
             leave_out(found)
             before = found
         try:
-            changed = session_state.wait_session() if is_lost else session_state.wait_no_session()
+            changed = session.wait_session() if is_lost else session.wait_no_session()
             await run_unless(clock.sleep(LOOK_SECONDS), changed)
         except Preempted:
-            if before == NOBODY and is_lost:
+            if before == NONE_UNREACHABLE and is_lost:
                 return  # nothing was left out

@@ -5,15 +5,15 @@ from typing import Protocol
 
 import msgspec
 
+from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.objects import is_local
-from skep.dataplane.local.places import LocalPlaces
 from skep.engine.container import Container
 from skep.errors import FailedPrecondition
 from skep.model.ids import ContainerId, TaskId
 from skep.model.sandbox import EndpointConfig, EndpointRequest
 
 
-class ClusterPlaces(Protocol):
+class ClusterEndpoints(Protocol):
     """Places on the cluster's networks (``executor.attaching.ClusterAttachments``)."""
 
     def restore(self, held: Iterable[tuple[TaskId, ContainerId]]) -> None: ...
@@ -23,10 +23,10 @@ class ClusterPlaces(Protocol):
     async def give_back(self, id: TaskId) -> None: ...
 
 
-class Joining:
+class EndpointAllocation:
     """Takes places for plain containers and gives them back."""
 
-    def __init__(self, local: LocalPlaces, cluster: ClusterPlaces) -> None:
+    def __init__(self, local: LocalEndpoints, cluster: ClusterEndpoints) -> None:
         self._local = local
         self._cluster = cluster
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.dns.truth import NameChecks
+from skep.dataplane.dns.checks import NameChecks
 from skep.engine.container import Container, ContainerConfig, ContainerState
 from skep.model.ids import ContainerId
 from skep.model.paths import NetworkNames, PathCheck

@@ -12,16 +12,16 @@ from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
 from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.netns.state import State
 from skep.dataplane.plan.overlay import Underlay
-from skep.dataplane.plan.packet_filter import probing
-from skep.dataplane.probe.echoes import Sockets
-from skep.dataplane.probe.places import DEVICE, probe_state
+from skep.dataplane.plan.packet_filter import probe_filter
+from skep.dataplane.plan.probe import DEVICE, probe_state
+from skep.dataplane.probe.probe_socket import Sockets
 from skep.model.paths import ProbeTargets
 
 _NAME = "probe"
 _PART = "probes"
 
 
-class ProbePlace:
+class ProbeNamespace:
     """A pinned namespace with a VXLAN device, and the rules at home that let its peers' packets in.
 
     ``pins``: where it is pinned; ``home``: the node's own namespace; ``bridges``: those that containers' packets come
@@ -56,7 +56,7 @@ class ProbePlace:
         own = wish.node.data_path
         found = await self._pins.run(self._pins.home, underlays.find, {own})
         underlay = found.get(own, Underlay(own))
-        self._home.set_part(_PART, State(), probing(wish, self._bridges))
+        self._home.set_part(_PART, State(), probe_filter(wish, self._bridges))
         await self._home.apply()
         await pinned.make_where_missing(self._pins, _NAME, self._reconciler, self._healing)
         self._reconciler.set_part(_PART, probe_state(wish, underlay, offloads=left_to_card))

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from skep.dataplane.netns.diff import difference
 from skep.dataplane.netns.state import EntryKind, State
 from skep.dataplane.plan.overlay import Underlay
-from skep.dataplane.plan.packet_filter import probing
-from skep.dataplane.probe.places import DEVICE, address_of, probe_state, reached
+from skep.dataplane.plan.packet_filter import probe_filter
+from skep.dataplane.plan.probe import DEVICE, address_of, probe_state, reached
 from skep.model.ids import NodeId
 from skep.model.paths import PROBE_VNI, PathPeer, ProbeTargets
 
@@ -63,7 +63,7 @@ def test_every_address_has_one_peer(ids: list[NodeId]) -> None:
 
 
 def test_only_peers_are_let_in() -> None:
-    elements = probing(WISH, ("skep-gw",)).elements
+    elements = probe_filter(WISH, ("skep-gw",)).elements
     assert {value for name, value in elements if name == "peers4"} == {f"192.0.2.2 . {PROBE_VNI}"}
     assert {value for name, value in elements if name == "peers6"} == {f"fd09::6 . {PROBE_VNI}"}
     assert ("vnis", str(PROBE_VNI)) in elements

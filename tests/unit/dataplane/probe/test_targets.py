@@ -5,9 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.dataplane.plan.overlay import Underlay
-from skep.dataplane.plan.packet_filter import probing
-from skep.dataplane.probe.places import probe_state
-from skep.dataplane.probe.wishes import PEERS_MAX, host_and_port, sound
+from skep.dataplane.plan.packet_filter import probe_filter
+from skep.dataplane.plan.probe import PEERS_MAX, host_and_port, probe_state, sound
 from skep.model.ids import NodeId
 from skep.model.paths import PathPeer, ProbeTargets
 
@@ -36,7 +35,7 @@ def test_whatever_is_said_something_sound_is_done(wish: ProbeTargets) -> None:
     for peer in (found.node, *found.peers):
         for one in (peer.control, peer.gossip):
             assert not one or host_and_port(one)
-    probing(found, ())
+    probe_filter(found, ())
     probe_state(found, Underlay(found.node.data_path or "192.0.2.1"), offloads=None)
 
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from skep.dataplane.probe.kept import Kept, load, save
 from skep.dataplane.probe.mtu import Measured
 from skep.dataplane.probe.packets import Said
+from skep.dataplane.probe.state_file import Kept, load, save
 from skep.model.ids import NodeId
 from skep.model.paths import PathPeer, ProbeTargets
 

@@ -9,8 +9,8 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.probe.knocking import TRIES, Knocking
-from skep.dataplane.probe.outcomes import Outcome
+from skep.dataplane.probe.packets import Outcome
+from skep.dataplane.probe.port_probe import TRIES, PortProbe
 
 
 class Answering(asyncio.Protocol):
@@ -32,9 +32,9 @@ class Closing(Answering):
 
 
 @pytest.fixture
-async def knocking(tmp_path: Path) -> AsyncIterator[Knocking]:
+async def knocking(tmp_path: Path) -> AsyncIterator[PortProbe]:
     namespaces = Namespaces(tmp_path)
-    yield Knocking(namespaces, SystemClock(), lambda: 7)
+    yield PortProbe(namespaces, SystemClock(), lambda: 7)
     namespaces.close()
 
 
@@ -47,7 +47,7 @@ def refused(error: str) -> Outcome:
     [(Answering, "it does not speak TLS"), (Closing, "the connection is closed without an answer")],
 )
 async def test_who_speaks_no_tls_is_no_manager(
-    knocking: Knocking, server: type[asyncio.Protocol], error: str
+    knocking: PortProbe, server: type[asyncio.Protocol], error: str
 ) -> None:
     async with await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0) as listening:
         port = listening.sockets[0].getsockname()[1]
@@ -55,7 +55,7 @@ async def test_who_speaks_no_tls_is_no_manager(
         assert (await knocking.connect("127.0.0.1", port)).arrived
 
 
-async def test_who_says_nothing_has_a_deadline_and_who_is_not_there_refuses(knocking: Knocking) -> None:
+async def test_who_says_nothing_has_a_deadline_and_who_is_not_there_refuses(knocking: PortProbe) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and nobody reads
         assert await knocking.hello("127.0.0.1", silent.getsockname()[1]) == refused("no answer")
     port = silent_port()
@@ -63,7 +63,7 @@ async def test_who_says_nothing_has_a_deadline_and_who_is_not_there_refuses(knoc
     assert await knocking.connect("127.0.0.1", port) == refused("connection refused")
 
 
-async def test_a_tunnels_end_answers_and_one_that_is_not_there_does_not(knocking: Knocking) -> None:
+async def test_a_tunnels_end_answers_and_one_that_is_not_there_does_not(knocking: PortProbe) -> None:
     here = Path("/proc/self/ns/net")
     assert (await knocking.tunnel(here, "::1")).answered == 1
     assert (await knocking.tunnel(here, "fd73:6b65:7065:6e63::1")).answered == 0

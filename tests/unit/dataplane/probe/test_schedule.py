@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.dataplane.probe.pace import PEERS_AT_FULL_PACE, PERIOD_S, pause_s
+from skep.dataplane.probe.prober import PEERS_AT_FULL_PACE, PERIOD_S, pause_s
 
 CHANCES = st.floats(0, 1)
 

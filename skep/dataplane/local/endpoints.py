@@ -13,7 +13,7 @@ import msgspec
 import structlog
 
 from skep.dataplane.addresses import Addresses
-from skep.dataplane.local.keeper import LocalNetworks
+from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, find, gateway_of, head_of, is_local, subnet_of
 from skep.engine.container import Container
 from skep.errors import InvalidArgument, SkepError
@@ -33,7 +33,7 @@ class Readers(Protocol):
     async def refresh(self, networks: Iterable[NetworkId] = ()) -> None: ...
 
 
-class LocalPlaces:
+class LocalEndpoints:
     """Addresses and names on bridge networks.
 
     Args:

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 from skep.agent.session_state import SessionState
 from skep.aio.clock import SystemClock
-from skep.dataplane.tables.silence import (
+from skep.dataplane.tables.unreachable import (
     FRESH_SECONDS,
     LOST_SECONDS,
-    NOBODY,
-    Silence,
+    NONE_UNREACHABLE,
+    Unreachable,
     silent,
     watch,
     whole,
@@ -55,12 +55,12 @@ def serves(table: Table) -> set[str]:
 
 def test_who_fails_and_is_settled_is_silent() -> None:
     found = reports(m2=True, m3=True, w1=False) | {NodeId("w2"): a_report(fails=True, rounds=1)}
-    assert silent(found) == Silence(plain=nodes("m2", "m3"))
+    assert silent(found) == Unreachable(plain=nodes("m2", "m3"))
 
 
 def test_a_node_whom_nobody_answers_has_lost_its_own_cable() -> None:
-    assert silent(reports(m2=True, m3=True)) == NOBODY
-    assert silent({}) == NOBODY
+    assert silent(reports(m2=True, m3=True)) == NONE_UNREACHABLE
+    assert silent({}) == NONE_UNREACHABLE
 
 
 def test_encrypted_networks_go_by_the_forwarders_answers() -> None:
@@ -68,7 +68,7 @@ def test_encrypted_networks_go_by_the_forwarders_answers() -> None:
         NodeId("m2"): a_report(fails=True, check=PathCheck.ENCRYPTED),
         NodeId("m3"): a_report(fails=False, check=PathCheck.ENCRYPTED),
     }
-    assert silent(found) == Silence(encrypted=nodes("m2"))
+    assert silent(found) == Unreachable(encrypted=nodes("m2"))
     assert silent(found).of(a_table(is_encrypted=True)) == nodes("m2")
     assert silent(found).of(a_table()) == nodes()
 
@@ -104,14 +104,14 @@ async def test_the_keeper_hands_on_what_is_left_and_then_all_again() -> None:
     keeper.take(told(table), 1)
     async with running(keeper):
         await part.wait(lambda: part.tables)
-        keeper.leave_out(Silence(plain=nodes("m2")))
+        keeper.leave_out(Unreachable(plain=nodes("m2")))
         await part.wait(lambda: serves(part.tables[NetworkId("net")]) == {"t1"})
         assert keeper.tables[NetworkId("net")] == table, "what the managers said is kept"
-        keeper.leave_out(NOBODY)
+        keeper.leave_out(NONE_UNREACHABLE)
         await part.wait(lambda: part.tables[NetworkId("net")] == table)
         asked = len(part.asked)
-        keeper.leave_out(NOBODY)
-        keeper.leave_out(Silence(plain=nodes("elsewhere")))
+        keeper.leave_out(NONE_UNREACHABLE)
+        keeper.leave_out(Unreachable(plain=nodes("elsewhere")))
         await asyncio.sleep(0)
         assert len(part.asked) == asked, "nothing that concerns a network has changed"
 
@@ -131,16 +131,16 @@ class HandClock(SystemClock):
             await asyncio.sleep(0)
 
 
-async def watched(until_s: float, **happens: float) -> list[tuple[float, Silence]]:
+async def watched(until_s: float, **happens: float) -> list[tuple[float, Unreachable]]:
     """What is left out, and when.  ``gained``, ``lost``: when there is a session; ``answers``: m2 from then on."""
     clock = HandClock()
     session_state = SessionState(clock)
-    said: list[tuple[float, Silence]] = []
+    said: list[tuple[float, Unreachable]] = []
 
     def latest() -> Mapping[NodeId, PathReport]:
         return reports(m2=clock.now < happens.get("answers", 1e9), w1=False)
 
-    def leave_out(silence: Silence) -> None:
+    def leave_out(silence: Unreachable) -> None:
         if not said or said[-1][1] != silence:
             said.append((clock.now, silence))
 
@@ -160,19 +160,22 @@ async def watched(until_s: float, **happens: float) -> list[tuple[float, Silence
 
 async def test_probes_count_only_when_no_manager_has_been_heard_for_a_while() -> None:
     (first, *rest) = await watched(30)
-    assert first == (LOST_SECONDS, Silence(plain=nodes("m2")))
+    assert first == (LOST_SECONDS, Unreachable(plain=nodes("m2")))
     assert not rest
 
 
 async def test_the_first_answer_brings_a_peer_back() -> None:
-    assert await watched(30, answers=20) == [(LOST_SECONDS, Silence(plain=nodes("m2"))), (20, NOBODY)]
+    assert await watched(30, answers=20) == [
+        (LOST_SECONDS, Unreachable(plain=nodes("m2"))),
+        (20, NONE_UNREACHABLE),
+    ]
 
 
 async def test_a_managers_tables_win_when_they_are_fresh() -> None:
     (_, (at, last)) = await watched(60, gained=20)
-    assert last == NOBODY
+    assert last == NONE_UNREACHABLE
     assert FRESH_SECONDS <= at - 20 <= FRESH_SECONDS + 2
 
 
 async def test_a_session_that_only_moves_leaves_nobody_out() -> None:
-    assert not [one for _, one in await watched(40, gained=2) if one != NOBODY]
+    assert not [one for _, one in await watched(40, gained=2) if one != NONE_UNREACHABLE]

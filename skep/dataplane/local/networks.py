@@ -15,8 +15,8 @@ from skep.aio.failures import describe_error, log_error
 from skep.aio.trees import discard_tree_now
 from skep.api.errors import Forbidden
 from skep.api.networks import NetworkBody, SubnetBody
+from skep.dataplane.local.bridge_request import bridge_of
 from skep.dataplane.local.objects import GATEWAY, LocalNetwork, find, subnet_of
-from skep.dataplane.local.wishes import bridge_of
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented
 from skep.linux.files import is_no_file, replace_file
 from skep.model.times import Timestamp, timestamp

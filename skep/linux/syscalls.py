@@ -4,6 +4,7 @@ Every function raises OSError with the kernel's error number.
 """
 
 import ctypes
+import errno
 import os
 import platform
 from pathlib import Path
@@ -107,3 +108,14 @@ def _syscall(number: int, *arguments: object) -> int:
         raise Unimplemented(f"system calls of {platform.machine()} are not known here")
     converted = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     return _checked(_libc.syscall(ctypes.c_long(number), *converted), f"system call {number}")
+
+
+def unmount_if_mounted(target: Path) -> None:
+    """Unmount ``target``; nothing happens when nothing is mounted there."""
+    while os.path.ismount(target):
+        try:
+            unmount(target)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT):
+                return
+            raise

@@ -8,8 +8,8 @@ import pytest
 from skep.api.errors import Forbidden
 from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
 from skep.dataplane.addresses import Addresses
+from skep.dataplane.local.bridge_request import bridge_of
 from skep.dataplane.local.objects import LocalNetwork, head_of
-from skep.dataplane.local.wishes import bridge_of
 from skep.dataplane.plan.gateway import between_table
 from skep.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, SkepError, Unimplemented
 from skep.model.times import ZERO_TIME

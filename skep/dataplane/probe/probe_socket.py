@@ -13,9 +13,8 @@ from collections.abc import Callable, Collection
 from skep.aio.clock import Clock
 from skep.aio.race import is_set_within
 from skep.aio.token_bucket import TokenBucket
-from skep.dataplane.probe.outcomes import Outcome
-from skep.dataplane.probe.packets import Said, answer, answered, asked, question
-from skep.dataplane.probe.places import PORT
+from skep.dataplane.plan.probe import PORT
+from skep.dataplane.probe.packets import Outcome, Said, answer, answered, asked, question
 
 PAUSE_S = 0.1
 """Between two questions of a row: what loses one packet often loses its neighbours."""
@@ -82,7 +81,7 @@ class _Row:
             self.is_enough.set()
 
 
-class Echoes:
+class ProbeSocket:
     """Asks, and answers who may ask.
 
     Args:
