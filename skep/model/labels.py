@@ -319,9 +319,9 @@ LABELS = (
     Label(
         LabelTarget.ENGINE,
         "skep.encryption",
-        "a method",
+        "`kernel` or `wireguard-go`",
         "",
-        "how the node encrypts overlays; absent: not at all",
+        "what encrypts overlay networks on the node, WireGuard both; absent: it refuses tasks on encrypted networks",
     ),
     Label(
         LabelTarget.ENGINE,

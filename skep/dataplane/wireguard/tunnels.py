@@ -137,6 +137,8 @@ class Tunnels:
         self._opening = asyncio.Lock()
         self._changed = asyncio.Event()
         self._node = NodeId("")
+        self._vxlan_port = DEFAULT_DATA_PATH_PORT
+        """Of the cluster, as far as it is known."""
         self._tables: tuple[Table, ...] | None = None
         self._underlay = Underlay("")
         self._pairs: tuple[KeyPair, ...] = ()
@@ -166,7 +168,7 @@ class Tunnels:
         if isinstance(method, Refusal):
             return {}
         published = (
-            PublicKey(pair.public, own_port(pair.slot, self._vxlan_port(), self._options.port))
+            PublicKey(pair.public, own_port(pair.slot, self._vxlan_port, self._options.port))
             for pair in self._own_keys()
         )
         return {ENCRYPTION_LABEL: method.value, PUBLIC_KEYS_LABEL: public_keys_label(published)}
@@ -185,7 +187,9 @@ class Tunnels:
         ``underlay``: of this node, as its device is.  When this returns, their VXLANs can be made.  Raises: OSError.
         """
         self._node, self._underlay = node, underlay
-        self._tables = tuple(table for table in tables if table.head.is_encrypted)
+        every = tuple(tables)
+        self._vxlan_port = next((table.head.port for table in every), self._vxlan_port)
+        self._tables = tuple(table for table in every if table.head.is_encrypted)
         carried = {table.head.id for table in self._tables}
         self._tunnelled = {id: one for id, one in self._tunnelled.items() if id in carried}
         if self._tables and not isinstance(self._options.method, Refusal):
@@ -226,20 +230,29 @@ class Tunnels:
         """
         if isinstance(self._options.method, Refusal):
             await self._refuse()
-        async with asyncio.TaskGroup() as group:
-            while True:
-                self._changed.clear()
-                if self._tables is not None:
-                    try:
-                        await self._step(group)
-                        if (addresses := self._choice.addresses) != self._followed:
-                            await moved()
-                            self._followed = addresses
-                        self._note("")
-                    except (SkepError, OSError, NetlinkError) as error:
-                        self._note(str(error))
-                is_complete = self._placed.keys() == self._plan.devices.keys()
-                await is_set_within(self._changed, PERIOD_S if is_complete else HURRY_S)
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    self._changed.clear()
+                    if self._tables is not None:
+                        await self._try_step(group, moved)
+                    if self._plan.devices or self._last_error:
+                        is_complete = self._placed.keys() == self._plan.devices.keys()
+                        await is_set_within(self._changed, PERIOD_S if is_complete else HURRY_S)
+                    else:
+                        await self._changed.wait()
+        finally:
+            self._processes.clear()
+
+    async def _try_step(self, group: asyncio.TaskGroup, moved: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await self._step(group)
+            if (addresses := self._choice.addresses) != self._followed:
+                await moved()
+                self._followed = addresses
+            self._note("")
+        except (SkepError, OSError, NetlinkError) as error:
+            self._note(str(error))
 
     async def _refuse(self) -> None:
         """Keep the node's condition up to date; nothing is carried."""
@@ -302,9 +315,6 @@ class Tunnels:
             log.info("wireguard key rotated", keys=len(pairs))
         self._pairs = pairs
 
-    def _vxlan_port(self) -> int:
-        return self._tables[0].head.port if self._tables else DEFAULT_DATA_PATH_PORT
-
     # --- the namespace ----------------------------------------------------------------------------------------
 
     async def _open(self) -> None:
@@ -360,7 +370,7 @@ class Tunnels:
             ),
             sysctls=SYSCTLS,
         )
-        port = self._vxlan_port() + INNER_PORT_OFFSET
+        port = self._vxlan_port + INNER_PORT_OFFSET
         self._reconciler.set_part(NAMESPACE, state, tunnel_sources(self._plan.sources, port))
         await self._reconciler.apply()
         if self._clock.monotonic() - self._healed_at >= HEAL_S:
