@@ -1,7 +1,7 @@
-"""Locks what lies on this manager's disk, as the cluster wishes it now.
+"""Encrypts (locks) the keys on this manager's disk as the cluster's unlock key requires.
 
-Each manager does this for itself, whenever it meets another unlock key than the one its disk is locked with: one that
-was away during a rotation does so when it is back.
+Each manager does this for itself, whenever the unlock key differs from the one its disk is locked with: one that was
+away during a rotation does so when it is back.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 
 class Autolock:
-    """Keeps one node's lock as the cluster wishes."""
+    """Keeps one node's lock in the state that the cluster requires."""
 
     def __init__(self, store: Store, lock: KeyLock, clock: Clock, random: Random) -> None:
         self._store = store
@@ -34,10 +34,10 @@ class Autolock:
     async def run(self) -> None:
         """Follow the cluster's unlock key until cancelled."""
         await run_informer(
-            self._store, (Payload,), on_snapshot=self._look, on_commit=self._on_commit, work=self._work
+            self._store, (Payload,), on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
         )
 
-    def _look(self, _view: View) -> None:
+    def _on_snapshot(self, _view: View) -> None:
         self._changed.set()
 
     def _on_commit(self, commit: Commit) -> None:
@@ -55,9 +55,9 @@ class Autolock:
             key = unlock_key_of(self._store.view())
             try:
                 if await asyncio.to_thread(self._lock.turn, key):
-                    log.info("keys on disk", locked=key is not None)
+                    log.info("lock of the keys on disk changed", locked=key is not None)
                 backoff.reset()
             except (SkepError, OSError) as error:
-                log.error("keys on disk not locked as wished", error=str(error))
+                log.error("keys on disk not locked or unlocked, will retry", reason=str(error))
                 self._changed.set()
                 await backoff.sleep(self._clock)

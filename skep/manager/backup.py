@@ -1,4 +1,4 @@
-"""A backup while the manager serves: what it knows of the cluster, and a snapshot of the store, in one stream."""
+"""A backup while the manager serves: a manifest of the cluster, and a snapshot of the store, in one stream."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -43,11 +43,11 @@ class Backups:
         self._clock = clock
 
     def begin(self, request: BackupRequest) -> Sealer:
-        """What writes the file.  Raises: InvalidArgument."""
+        """The writer of the file.  Raises: InvalidArgument."""
         return Sealer(request.header, request.key)
 
     async def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:
-        """The file.  Raises: Unavailable, FailedPrecondition: it is not whole, and its end is missing."""
+        """The file.  Raises: Unavailable, FailedPrecondition: it is incomplete, and its end is missing."""
         manifest = self._manifest()
         yield sealer.manifest(manifest)
         verified = Verified()
@@ -57,8 +57,8 @@ class Backups:
                 yield sealer.add(piece)
         verified.check()
         if not set(split_keys(self._wrapping_key())) <= set(split_keys(manifest.wrapping_key)):
-            # What was read may be under a key that came after the manifest, and open for nobody.
-            raise Unavailable("the key of the cluster's store is being replaced: make the backup once more")
+            # Some values may be encrypted with a key newer than the manifest, so the backup could not be read.
+            raise Unavailable("the key of the cluster's store is being replaced: repeat the backup")
         yield sealer.end()
 
     def _manifest(self) -> Manifest:

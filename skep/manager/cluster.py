@@ -1,4 +1,4 @@
-"""The cluster that a store is of."""
+"""The cluster object of a store."""
 
 from skep.errors import FailedPrecondition, Unavailable
 from skep.model.swarm import Swarm

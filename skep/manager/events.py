@@ -1,7 +1,7 @@
-"""What happens to the cluster's objects, as the Engine API tells it: events derived from commits.
+"""Events of the cluster's objects in the Engine API, derived from commits.
 
-Every manager derives them for itself.  The last ones are kept for clients that ask for the past (``since``).
-A client that does not read loses its stream: it is told nothing rather than something with holes.
+Every manager derives them for itself.  The last ones are kept for clients that request the past (``since``).  The
+stream of a client that does not read ends: an incomplete stream would be worse.
 
 Source: moby 20.10, daemon/events.go (generateClusterEvent), daemon/events/{events,filter}.go.
 """
@@ -31,7 +31,7 @@ from skep.store.interface import Created, Deleted, Event, Store, Updated, WatchL
 from skep.store.kinds import Payload
 
 KEPT = 1024
-"""Past events that can be asked for (the engine keeps 256)."""
+"""Past events that are kept (the engine keeps 256)."""
 BEHIND_MAX = 1024
 """Events a client may be behind before its stream ends."""
 
@@ -39,14 +39,14 @@ Action = Literal["create", "update", "remove", "freeze", "resume", "drain"]
 
 
 class Actor(ApiObject):
-    """What an event is about."""
+    """The object of an event."""
 
     id: str = always("")
     attributes: Mapping[str, str] = always({})
 
 
 class Message(ApiObject):
-    """One event as ``GET /events`` writes it."""
+    """One event as in ``GET /events``."""
 
     type: str = msgspec.field(name="Type")
     action: str = msgspec.field(name="Action")
@@ -57,7 +57,7 @@ class Message(ApiObject):
 
 
 class ClusterEvents:
-    """The events of the cluster, past and coming.  ``run`` must be running for new ones to come."""
+    """The events of the cluster, past and future.  ``run`` must be running for new ones."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
@@ -76,7 +76,7 @@ class ClusterEvents:
             try:
                 await self._follow()
             except WatchLagged:
-                # What was missed is lost to everybody, so nobody's stream may go on as if nothing was.
+                # Missed events cannot be delivered, so all streams end.
                 for reader in self._readers:
                     _end(reader)
 
@@ -90,7 +90,7 @@ class ClusterEvents:
                             self._publish(message)
 
     def expires(self, kind: str, id: str, name: str, not_after: Timestamp) -> None:
-        """Tell that a certificate expires soon: no commit does."""
+        """Publish that a certificate expires soon, which no commit shows."""
         now_ns = self._clock.now_ns()
         attributes = {"name": name, "notafter": not_after}
         self._publish(
@@ -114,9 +114,9 @@ class ClusterEvents:
     async def subscribe(
         self, since_ns: int | None, until_ns: int | None, fits: Callable[[Message], bool]
     ) -> AsyncGenerator[Message, None]:
-        """Events that ``fits`` takes: past ones after ``since_ns`` (None: none), then new ones until ``until_ns``.
+        """Events accepted by ``fits``: past ones after ``since_ns`` (None: none), then new ones until ``until_ns``.
 
-        Ends when that time comes, or when the reader falls behind.
+        Ends at that time, or when the reader falls behind.
         """
         reader: asyncio.Queue[Message | None] = asyncio.Queue(BEHIND_MAX)
         past = tuple(self._past) if since_ns is not None else ()
@@ -147,7 +147,7 @@ class ClusterEvents:
 
 
 def _end(reader: asyncio.Queue[Message | None]) -> None:
-    """Let a reader that is behind see the end next."""
+    """Drop a slow reader's queue, so that it gets the end next."""
     while not reader.empty():
         reader.get_nowait()
     reader.put_nowait(None)
@@ -160,22 +160,22 @@ def _is_between(message: Message, since_ns: int | None, until_ns: int | None) ->
 
 
 def messages_of(event: Event, now_ns: int) -> Iterator[Message]:
-    """What the API tells of one object's change: usually one message, none for what users do not see."""
+    """The API's messages about one object's change: usually one, none for internal objects."""
     match event:
         case Created(Payload() as payload) | Updated(_, Payload() as payload):
-            if payload.id == EVICTION_ID:  # the other payloads are nobody's to hear of
+            if payload.id == EVICTION_ID:  # the other payloads are internal
                 yield _eviction(decoded_eviction(payload), now_ns)
         case Deleted(Payload()):
             return
         case Created(Swarm()) | Deleted(Swarm()) | Created(Task()) | Deleted(Task()):
             return
         case Updated(Task() as old, Task() as new):
-            if begins_to_drain(old, new):  # not in Docker: proxies take it out before it stops
+            if begins_to_drain(old, new):  # not in Docker: for proxies, which remove the task before it stops
                 yield _drain(new, now_ns)
         case Created(object):
             yield _message("create", object, {}, unix_ns(object.created_at))  # type: ignore[attr-defined]
         case Deleted(Service()):
-            return  # users saw it go when they removed it
+            return  # the event came when the user removed it
         case Deleted(object):
             yield _message("remove", object, {}, now_ns)
         case Updated(Service() as old, Service() as new):
@@ -198,7 +198,7 @@ def messages_of(event: Event, now_ns: int) -> Iterator[Message]:
 
 
 def _eviction(eviction: Eviction, at_ns: int) -> Message:
-    """Not in Docker: a node is being evicted; who asked, and how far it is."""
+    """Not in Docker: a node is being evicted; with the requesting user and the progress."""
     step = eviction.next_step
     attributes = {
         "name": eviction.hostname,
@@ -212,7 +212,7 @@ def _eviction(eviction: Eviction, at_ns: int) -> Message:
 
 
 def _drain(task: Task, at_ns: int) -> Message:
-    """Under the names that containers' labels have for the same."""
+    """With the names of the corresponding container labels."""
     attributes = {
         "com.docker.swarm.task.id": task.id,
         "com.docker.swarm.service.id": task.service_id,
@@ -280,7 +280,7 @@ def _node_changes(old: Node, new: Node) -> dict[str, str]:
 
 
 def _words(troubles: Iterable[FailingPath | CutOff]) -> str:
-    """Not in Docker: it does not find out which node does not reach which."""
+    """Not in Docker, which does not probe the paths between nodes."""
     return "; ".join(one.summary for one in troubles)
 
 

@@ -1,6 +1,6 @@
-"""What keeps a task or a service from being as wanted, in one sentence and in figures.
+"""Why a task or a service is not in its desired state, in one sentence and in figures.
 
-Everything here is read off the objects; nothing is remembered for it.
+Everything is read from the objects; nothing is stored for it.
 """
 
 import signal
@@ -23,15 +23,15 @@ REASONS_MAX = 10
 """Different reasons that the explanation of a service lists, the most frequent first."""
 
 _LOOP_FROM = 2
-"""Failures in a row that are called a loop."""
+"""So many failures in a row are called a crash loop."""
 _SIGNALED = 128
-"""A shell's and Docker's way to say which signal ended a process: 128 + its number."""
+"""Shells and Docker report the signal that ended a process as 128 + its number."""
 
 
 class TaskExplanation(ApiObject):
-    """Answer of ``GET /skep/tasks/{id}/explain``.
+    """Response of ``GET /skep/tasks/{id}/explain``.
 
-    ``nodes`` is filled for a task that waits for a node; ``exit_code`` and ``signal`` for one whose process ended.
+    ``nodes`` is set for a task that waits for a node; ``exit_code`` and ``signal`` for one whose process ended.
     """
 
     task_id: TaskId
@@ -57,18 +57,18 @@ class Reason(ApiObject):
 
 
 class ServiceExplanation(ApiObject):
-    """Answer of ``GET /skep/services/{id}/explain``."""
+    """Response of ``GET /skep/services/{id}/explain``."""
 
     service_id: ServiceId
     summary: str = always("")
     is_as_wanted: bool = always(False)
-    """Everything runs that should, or the job has completed."""
+    """All wanted tasks run, or the job has completed."""
     running: int = always(0)
     wanted: int = always(0)
     ended_at: Timestamp = Timestamp("")
     """Of a job that has completed."""
     reasons: tuple[Reason, ...] = always(())
-    """Of tasks that are wanted and do not run, the most frequent first."""
+    """Of wanted tasks that do not run, the most frequent first."""
     failures: tuple[Reason, ...] = always(())
     """Of tasks that ended by themselves and are kept as history."""
     update_status: UpdateStatus | None = None
@@ -77,7 +77,7 @@ class ServiceExplanation(ApiObject):
 
 
 def explain_task(task: Task, node: Node | None, verdicts: Sequence[NodeVerdict] = ()) -> TaskExplanation:
-    """What is to be said of ``task``.  ``verdicts``: of all nodes, for a task that waits for one."""
+    """The explanation of ``task``.  ``verdicts``: of all nodes, for a task that waits for one."""
     code = _exit_code(task)
     return TaskExplanation(
         task_id=task.id,
@@ -103,9 +103,9 @@ def explain_service(
     nodes: dict[NodeId, Node],
     is_new: Callable[[Task], bool] = lambda _: True,
 ) -> ServiceExplanation:
-    """Why ``service`` is not at its ``wanted`` number of running tasks, or what became of a job.
+    """Why ``service`` has fewer running tasks than ``wanted``, or the result of a job.
 
-    ``is_new``: whether a task is what the service asks for now.
+    ``is_new``: whether a task matches the present spec.
     """
     is_job = service.job_status is not None
     if is_job:
@@ -170,7 +170,7 @@ def summary(task: Task, node: Node | None) -> str:
 
 
 def next_attempt(task: Task, now_ns: int) -> str:
-    """When a prepared task that follows failed ones starts: ``next attempt in 6 s (crash loop, 5th)``; else empty."""
+    """When the next task after failed ones starts: ``next attempt in 6 s (crash loop, 5th)``; else empty."""
     restart = task.restart
     is_held = task.desired_state is TaskState.READY and not task.status.state.is_terminal
     if restart is None or not restart.delay or not is_held:
@@ -180,7 +180,7 @@ def next_attempt(task: Task, now_ns: int) -> str:
 
 
 def loop_words(restart: Restart) -> str:
-    """Whether tasks of its slot fail again and again."""
+    """The crash loop's part of the sentence, if tasks of the slot fail repeatedly."""
     return f" (crash loop, {_ordinal(restart.failures)})" if restart.failures >= _LOOP_FROM else ""
 
 
@@ -224,7 +224,7 @@ def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
 def _of_service(
     running: int, wanted: int, reasons: Sequence[Reason], failures: Sequence[Reason]
 ) -> tuple[str, bool]:
-    """What is said of it, and whether it is as wanted."""
+    """The summary, and whether the service is in its desired state."""
     if running >= wanted and not reasons:
         return f"{running} of {wanted} tasks run: as wanted", True
     text = f"{running} of {wanted} tasks run"
@@ -242,7 +242,7 @@ def _of_job(
     reasons: Sequence[Reason],
     nodes: Mapping[NodeId, Node],
 ) -> tuple[str, bool]:
-    """The same of a job: that it completed, that it failed and with what, or how far it is.
+    """The same of a job: completed, failed with the cause, or its progress.
 
     ``tasks``: of its present iteration.
     """
@@ -285,7 +285,7 @@ def _counted(tasks: Iterable[tuple[Task, str]]) -> tuple[Reason, ...]:
 
 
 def _exit_code(task: Task) -> int | None:
-    """Of a process that ended; a task that never had one has no code."""
+    """Exit code of a process that ended; None for a task without one."""
     container = task.status.container_status
     has_ended = task.status.state in (TaskState.COMPLETE, TaskState.FAILED, TaskState.SHUTDOWN)
     return container.exit_code if has_ended and container is not None and container.container_id else None

@@ -1,4 +1,4 @@
-"""The first transaction of a cluster: everything it begins with, or nothing."""
+"""The first transaction of a cluster: its initial objects, all or nothing."""
 
 from cryptography import x509
 
@@ -43,19 +43,19 @@ def found_cluster(
         certificate: the first node's own.
 
     Raises:
-        FailedPrecondition: the manager was not told what cluster to found.
+        FailedPrecondition: the manager has no settings for a new cluster.
     """
     wish = config.bootstrap
     if wish is None:
         raise FailedPrecondition(
-            "this manager has no cluster and was not told to found one: init or join again"
+            "this manager has no cluster and no settings for a new one: init or join again"
         )
     first = Node(
         id=config.node_id,
         spec=NodeSpec(role=NodeRole.MANAGER, availability=wish.availability),
         description=NodeDescription(
             hostname=config.hostname,
-            # Known before the first networks are allocated: they avoid what this machine has.
+            # Set before the first networks are allocated, which avoid this machine's routes.
             engine=EngineDescription(
                 labels={ROUTES_LABEL: routes_label(MachineRoute(*one) for one in read_routes())}
             ),

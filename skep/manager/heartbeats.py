@@ -1,4 +1,4 @@
-"""How often the nodes of a cluster are to be heard, and for how long a silent one is still believed alive."""
+"""The period of heartbeats, and the grace period of nodes without them."""
 
 from skep.model.labels import heartbeat_grace_s
 from skep.model.swarm import Swarm
@@ -6,14 +6,14 @@ from skep.model.times import SECOND_NS
 from skep.store.interface import View
 
 DEFAULT_PERIOD_S = 5.0
-"""Between heartbeats, where the cluster says nothing."""
+"""Between heartbeats, if the cluster does not set it."""
 GRACE_PERIODS = 3
 GRACE_PERIODS_MIN = 2
-"""Less than this a grace cannot be set to: one lost heartbeat takes no node down."""
+"""Minimal grace in periods: one lost heartbeat never marks a node down."""
 
 
 def configured_heartbeats(view: View) -> tuple[float, float | None]:
-    """Seconds between heartbeats and of grace, as the cluster says; None: nothing of the grace."""
+    """Seconds between heartbeats, and of grace, as the cluster sets them; None: the grace is not set."""
     for swarm in view.find(Swarm):
         period_ns = swarm.spec.dispatcher.heartbeat_period
         period_s = period_ns / SECOND_NS if period_ns > 0 else DEFAULT_PERIOD_S
@@ -22,12 +22,12 @@ def configured_heartbeats(view: View) -> tuple[float, float | None]:
 
 
 def grace_period(period_s: float, *, configured_s: float | None = None) -> float:
-    """Seconds for which a silent node is still believed alive.
+    """Seconds for which a node without heartbeats is considered alive.
 
-    Three heartbeats, so that a lost one never takes a node down; or as wished, but never less than two.
+    Three periods, so that one lost heartbeat never marks a node down; or as configured, but at least two.
 
     Args:
-        period_s: positive; the period last told to the node, jitter included.
+        period_s: positive; the period last sent to the node, jitter included.
 
     Source: swarmkit, manager/dispatcher/nodes.go (gracePeriodMultiplier).
     """

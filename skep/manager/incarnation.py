@@ -1,8 +1,8 @@
-"""Never two clusters with one identity: a manager of an earlier life of its cluster stops when it meets a later one.
+"""Prevents two clusters with one identity: a manager of an earlier incarnation stops when it meets a later one.
 
-Managers tell each other in every sign of life which incarnation they serve.  One without a quorum serves nobody and
-has no link; it asks the others it knows by itself.  What it heard is kept, so that it stays stopped when the others
-cannot be reached at its next start.
+Managers send their incarnation in every ping.  A manager without a quorum serves nothing and has no link, so it polls
+the other managers itself.  A later incarnation is stored, so that the manager stays stopped if it cannot reach the
+others at its next start.
 """
 
 import asyncio
@@ -30,23 +30,23 @@ from skep.wire.client import connected
 
 log = structlog.get_logger(__name__)
 
-ANSWER_S = 1.0
-ASK_EVERY_S = 5.0
+RESPONSE_S = 1.0
+POLL_EVERY_S = 5.0
 
 
 class Superseded(FailedPrecondition):
-    """The cluster lives on in a later incarnation, without this manager."""
+    """The cluster continues in a later incarnation, without this manager."""
 
 
 class Incarnations(msgspec.Struct, frozen=True, kw_only=True):
-    """What this manager served last, and the latest that it heard of; 0: not known."""
+    """The incarnation that this manager served last, and the latest one it has seen; 0: not known."""
 
     served: int = 0
     later: int = 0
 
 
 def superseded(served: int, later: int) -> Superseded:
-    """What a manager says that stops."""
+    """The error of a manager that stops."""
     return Superseded(
         f"this manager belongs to incarnation {served} of the cluster, and the others go on with incarnation {later}, "
         "which was restored or forced without it: docker swarm leave --force here, docker node demote and docker "
@@ -55,7 +55,7 @@ def superseded(served: int, later: int) -> Superseded:
 
 
 def read_incarnations(paths: Paths) -> Incarnations:
-    """What is known; nothing if the file is missing or damaged.  Raises: OSError: it cannot be read now."""
+    """The stored incarnations; none if the file is missing or damaged.  Raises: OSError: it cannot be read now."""
     try:
         return msgspec.json.decode(paths.incarnation.read_bytes(), type=Incarnations)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -65,7 +65,7 @@ def read_incarnations(paths: Paths) -> Incarnations:
 
 
 def check_incarnations(paths: Paths) -> Incarnations:
-    """What is known.  Raises: Superseded: that is enough to stop."""
+    """The stored incarnations.  Raises: Superseded: there is a later one."""
     lives = read_incarnations(paths)
     if 0 < lives.served < lives.later:
         raise superseded(lives.served, lives.later)
@@ -73,38 +73,43 @@ def check_incarnations(paths: Paths) -> Incarnations:
 
 
 class Incarnation:
-    """The life that this manager serves."""
+    """The incarnation that this manager serves."""
 
     def __init__(self, paths: Paths, served: int) -> None:
         self._paths = paths
         self.served = served
         self._later = 0
-        self._met = asyncio.Event()
+        self._superseded = asyncio.Event()
 
-    def met(self, manager: NodeId, incarnation: int) -> bool:
-        """Another manager serves ``incarnation``; whether that is the one served here."""
+    def observe(self, manager: NodeId, incarnation: int) -> bool:
+        """Another manager serves ``incarnation``; gives whether it is the one served here."""
         if incarnation > max(self.served, self._later):
-            log.error("a later incarnation of the cluster", manager=manager, own=self.served, met=incarnation)
+            log.error(
+                "another manager serves a later incarnation of the cluster",
+                manager=manager,
+                own=self.served,
+                observed=incarnation,
+            )
             self._later = incarnation
-            self._met.set()
+            self._superseded.set()
         return incarnation == self.served
 
     async def run(self) -> None:
-        """Wait until a later life is met.  Raises: Superseded."""
+        """Wait until a later incarnation is observed.  Raises: Superseded."""
         if not self._later:
             write_incarnations(self._paths, Incarnations(served=self.served))
-        await self._met.wait()
+        await self._superseded.wait()
         _stop(self._paths, self.served, self._later)
 
 
 def write_incarnations(paths: Paths, lives: Incarnations) -> None:
-    """Keep what is known."""
+    """Store the incarnations."""
     if read_incarnations(paths) != lives:
         replace_file(paths.incarnation, msgspec.json.encode(lives) + b"\n")
 
 
 def _stop(paths: Paths, served: int, later: int) -> NoReturn:
-    """Keep that there is a later life, if the disk lets it: the others will say it again.  Raises: Superseded."""
+    """Store the later incarnation, if the disk permits: the others will send it again.  Raises: Superseded."""
     try:
         write_incarnations(paths, Incarnations(served=served, later=later))
     except OSError as error:
@@ -112,33 +117,33 @@ def _stop(paths: Paths, served: int, later: int) -> NoReturn:
     raise superseded(served, later)
 
 
-async def ask_others(
+async def poll_other_managers(
     paths: Paths, served: int, peers: Iterable[Peer], context: ssl.SSLContext, own: NodeId, clock: Clock
 ) -> None:
-    """Ask the other managers again and again, until cancelled: while this one has no quorum, nobody else will tell.
+    """Poll the incarnation of the other managers until cancelled; used while this manager has no quorum.
 
     Raises: Superseded.
     """
     others = [addr for peer in peers if peer.name != own and (addr := peer.manager_addr)]
-    backoff = Backoff(ASK_EVERY_S / 2, ASK_EVERY_S)
+    backoff = Backoff(POLL_EVERY_S / 2, POLL_EVERY_S)
     while others and served:
         asking = (_incarnation_at(addr, context, own) for addr in others)
-        answers = await asyncio.gather(*asking, return_exceptions=True)
-        later = max(answer if isinstance(answer, int) else 0 for answer in answers)
+        responses = await asyncio.gather(*asking, return_exceptions=True)
+        later = max(answer if isinstance(answer, int) else 0 for answer in responses)
         if later > served:
             _stop(paths, served, later)
         await backoff.sleep(clock)
 
 
 async def _incarnation_at(addr: str, context: ssl.SSLContext, own: NodeId) -> int:
-    """What the manager at ``addr`` serves; 0: it does not say."""
+    """The incarnation of the manager at ``addr``; 0: no response."""
     with suppress(SkepError, TimeoutError, OSError):
         async with (
-            asyncio.timeout(ANSWER_S),
+            asyncio.timeout(RESPONSE_S),
             connected(addr, context, ROLE_NAMES[NodeRole.MANAGER]) as channel,
             channel.stream(methods.PINGS) as call,
         ):
-            await call.send(skep.Ping(incarnation=0, node_id=own))  # 0: a question, no sign of life
+            await call.send(skep.Ping(incarnation=0, node_id=own))  # 0: a query, not counted as a ping
             answer = await call.receive()
             return int(answer.incarnation) if answer is not None else 0
     return 0

@@ -1,7 +1,7 @@
-"""The key that opens the store's data keys, where this manager keeps it.
+"""The wrapping key of the store's data keys, on this manager's disk.
 
-One file, of one key; while the key is replaced (``manager.eviction``) those that it may be replaced by stand behind it.
-A manager that has said to have a key has it safely on its disk: which one the store is under is found out by trying.
+One file with one key; while the key is replaced (``manager.eviction``), candidates for its replacement follow it.  A
+manager that has confirmed a key has it safely on its disk; which key the store uses is found by trying.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 
 
 def load_wrapping_keys(paths: Paths) -> bytes:
-    """The wrapping keys, one behind the other.  Raises: FailedPrecondition: missing or damaged; Locked."""
+    """The wrapping keys, concatenated.  Raises: FailedPrecondition: missing or damaged; Locked."""
     path = paths.wrapping_key
     try:
         keys = KeyLock(paths).read(path)
@@ -33,13 +33,13 @@ def load_wrapping_keys(paths: Paths) -> bytes:
 
 
 def save_wrapping_keys(paths: Paths, keys: bytes) -> None:
-    """Keep ``keys``, readable for root only, safely on disk.  Raises: Locked."""
+    """Write ``keys``, readable for root only, durably.  Raises: Locked."""
     paths.manager_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
     KeyLock(paths).write(paths.wrapping_key, keys)
 
 
 def founding_wrapping_key(paths: Paths) -> bytes:
-    """The wrapping key; made at the first start of the first manager.
+    """The wrapping key; created at the first start of the first manager.
 
     Raises: FailedPrecondition: it is lost or damaged; Locked.
     """
@@ -49,7 +49,7 @@ def founding_wrapping_key(paths: Paths) -> bytes:
 
 
 class WrappingKeys:
-    """Those of one manager on its disk.  A thread that writes goes on when whoever waits for it is cancelled."""
+    """Wrapping keys on one manager's disk.  Writing runs in a thread that continues if the caller is cancelled."""
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
@@ -63,13 +63,13 @@ class WrappingKeys:
         return load_wrapping_keys(self._paths)
 
     async def add(self, key: bytes) -> None:
-        """Keep one more; on disk when this returns.  Raises: InvalidArgument; FailedPrecondition; Locked."""
+        """Add a key; on disk when this returns.  Raises: InvalidArgument; FailedPrecondition; Locked."""
         if len(key) != KEY_BYTES:
             raise InvalidArgument(f"a wrapping key has {KEY_BYTES} bytes, not {len(key)}")
         await asyncio.to_thread(self._add, key)
 
     async def settle(self, key: bytes) -> None:
-        """The store is under ``key``: forget those before it.  Raises: FailedPrecondition; Locked."""
+        """The store uses ``key``: remove the earlier ones.  Raises: FailedPrecondition; Locked."""
         await asyncio.to_thread(self._settle, key)
 
     def _add(self, key: bytes) -> None:

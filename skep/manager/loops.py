@@ -1,4 +1,4 @@
-"""The control loops that one leader runs: they meet in the store and nowhere else."""
+"""The control loops of one leader; they communicate through the store only."""
 
 from random import Random
 from typing import Protocol
@@ -10,13 +10,13 @@ from skep.manager.gossip.rotation import KeyRotation
 from skep.manager.informer import LoopStore
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
-from skep.manager.paths.loop import PathJudge
+from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.scheduler.loop import Scheduler
 from skep.model.ids import IdSource
 
 
 class Loop(Protocol):
-    """Works until cancelled.  Raises ``NotLeader`` (in an ExceptionGroup) once its term is over."""
+    """Runs until cancelled.  Raises ``NotLeader`` (in an ExceptionGroup) once its term is over."""
 
     async def run(self) -> None: ...
 
@@ -35,5 +35,5 @@ def loops(
     kinds = (Orchestrator, Allocator, Scheduler, Reaper, KeyRotation, CertificateAuthority)
     return [
         *(kind(term, clock, new_id, random) for kind in kinds),
-        PathJudge(term, clock, random),
+        OverlayAvoidance(term, clock, random),
     ]

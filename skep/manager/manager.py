@@ -1,16 +1,16 @@
 """One manager: what always runs, and what runs while it leads.
 
 Every manager serves the API and the agents from its own replica of the store; none forwards to the leader.  Only the
-control loops are the leader's, and each of their writes is fenced by its term.
+control loops run on the leader alone, and each of their writes is fenced by its term.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from aiohttp import web
@@ -27,10 +27,10 @@ from skep.manager.attachment_service import AttachmentService
 from skep.manager.autolock import Autolock
 from skep.manager.backup import Backups
 from skep.manager.ca.admission import stamp
+from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
-from skep.manager.ca.standing import Standing
-from skep.manager.ca.upkeep import Upkeep
+from skep.manager.ca.updater import CertificateUpdater
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
@@ -38,7 +38,7 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.dispatcher.sessions import LiveSession
 from skep.manager.events import ClusterEvents
-from skep.manager.eviction.loop import Evictions, KeyedStore, keep_settled, shut_out
+from skep.manager.eviction.loop import Evictions, KeyedStore, end_connections, prune_wrapping_keys
 from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.relay import Relay
 from skep.manager.incarnation import Incarnation
@@ -48,14 +48,14 @@ from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import loops
 from skep.manager.manager_status import ManagerStatusWriter
-from skep.manager.membership.addresses import AddressBook, keep_book
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.loop import Managers
+from skep.manager.membership.peer_addresses import PeerAddresses, sync_peer_addresses
+from skep.manager.membership.peer_search import PeerSearch
 from skep.manager.membership.service import MembersService
-from skep.manager.membership.whereabouts import Whereabouts
 from skep.manager.overload import Overload
-from skep.manager.paths.examination import Examinations
-from skep.manager.paths.streams import PathStreams
+from skep.manager.probes.diagnostics import Diagnostics
+from skep.manager.probes.streams import ProbeStreams
 from skep.manager.quorum import Quorum, quorum
 from skep.manager.routes import ManagerApi, application
 from skep.manager.store_space import StoreSpace
@@ -70,8 +70,22 @@ from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.interface import NotLeader, Term
 from skep.wire.client import Channel, connected
 from skep.wire.server import Bound, serve
+from skep.wire.service import Handler
 
 log = structlog.get_logger(__name__)
+
+
+class ConsensusMember(NamedTuple):
+    """This manager's member of the consensus (its etcd), and the addresses of the others."""
+
+    consensus: Consensus
+    peer_addresses: PeerAddresses
+    peer_search: PeerSearch
+    restart: Callable[[], Awaitable[None]]
+    cut_peers: Callable[[], None]
+    """Ends the connections that other members have made to this one."""
+    error: Callable[[], str]
+    """What the member lacks, such as disk space, as a sentence; empty: nothing."""
 
 
 class Manager:
@@ -82,30 +96,23 @@ class Manager:
         config: ManagerConfig,
         store: KeyedStore,
         pair: KeyPair,
-        *,
-        consensus: Consensus,
-        book: AddressBook,
-        whereabouts: Whereabouts,
-        restart_member: Callable[[], Awaitable[None]],
-        cut_peers: Callable[[], None],
-        trouble: Callable[[], str],
-        socket: Path,
+        member: ConsensusMember,
         clock: Clock,
         new_id: IdSource,
         random: Random,
     ) -> None:
         self._config = config
         self._store = store
-        self._socket = socket
+        self._member = member
         self._clock = clock
         self._new_id = new_id
         self._random = random
         self._tls = ServerTls(pair)
+        self._keys = WrappingKeys(config.paths)
         self._certificates = CertificateService(store, new_id)
-        own = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr)
         self._discovery = Discovery(store, self._session, clock)
         self._draining = Draining(store, config.node_id, self._discovery, self._channel_to, clock, random)
-        overload = Overload()
+        own, overload = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr), Overload()
         self._dispatcher = Dispatcher(
             store, own, clock, new_id, random, wait_unused=self._draining.wait_unused, overload=overload
         )
@@ -117,28 +124,21 @@ class Manager:
             clock,
             random,
             incarnation=store.incarnation,
-            met=self._incarnation.met,
+            observe_incarnation=self._incarnation.observe,
             overload=overload,
         )
-        self._paths = PathStreams(store, config.node_id, self._session, self._discovery, clock)
-        self._examinations = Examinations(store, config.node_id, self._paths, self._channel_to)
+        self._probes = ProbeStreams(store, config.node_id, self._session, self._discovery, clock)
+        self._diagnostics = Diagnostics(store, config.node_id, self._probes, self._channel_to)
         self._logs = LogBroker(store, new_id, clock, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
-        self._book = book
-        self._whereabouts = whereabouts
-        self._restart_member = restart_member
-        self._cut_peers = cut_peers
-        self._trouble = trouble
-        self._consensus = consensus
-        self._presence = ManagerStatusWriter(
+        self._status = ManagerStatusWriter(
             store, config.node_id, config.advertise_addr, config.peer_advertised, clock, random
         )
-        self._space = StoreSpace(store, config.node_id, consensus, self._channel_to, clock)
-        self._keys = WrappingKeys(config.paths)
+        self._space = StoreSpace(store, config.node_id, member.consensus, self._channel_to, clock)
         self._members = MembersService(
             store,
-            consensus,
-            book,
+            member.consensus,
+            member.peer_addresses,
             self._keys.load,
             self._keep_wrapping_key,
             config.cluster_id,
@@ -146,9 +146,31 @@ class Manager:
         )
 
     async def run(self) -> None:
-        """Run until cancelled.  Any part that fails takes the manager down; its supervisor starts it again."""
+        """Run until cancelled.  Any part that fails ends the manager; its supervisor restarts it."""
         events = ClusterEvents(self._store, self._clock)
-        api = ManagerApi(
+        api = self._api(events)
+        host, port = parted(self._config.listen_addr)
+        check = CallerCheck(self._store.view, self._dispatcher.is_current, self._clock.monotonic)
+        async with (
+            serve(
+                self._handlers(),
+                host=host,
+                port=int(port),
+                tls=self._tls.front,
+                cluster_id=self._config.cluster_id,
+                standing=check.require,
+            ) as bound,
+            asyncio.TaskGroup() as group,
+        ):
+            self._start(group, bound, events, host)
+            group.create_task(api.lag.run(self._clock), name="loop lag")
+            socket = self._config.paths.manager_socket
+            async with serving(application(api), socket, self._config.paths.handover_socket):
+                log.info("manager serves", socket=str(socket), listen_addr=self._config.listen_addr)
+                await asyncio.Event().wait()
+
+    def _api(self, events: ClusterEvents) -> ManagerApi:
+        return ManagerApi(
             store=self._store,
             logs=self._logs,
             backups=Backups(self._config, self._store, self._keys.load, self._clock),
@@ -156,79 +178,72 @@ class Manager:
             clock=self._clock,
             new_id=self._new_id,
             new_name=names_from(self._random),
-            examinations=self._examinations,
+            diagnostics=self._diagnostics,
             quorum=self._quorum,
             lag=LoopLag(),
             own=self._config.node_id,
-            trouble=self._trouble,
+            trouble=self._member.error,
         )
-        host, port = parted(self._config.listen_addr)
-        handlers = (
+
+    def _handlers(self) -> Sequence[Handler]:
+        """All gRPC methods of this manager."""
+        return (
             *self._certificates.services(),
             *self._dispatcher.services(),
             *self._discovery.services(),
             *self._draining.services(),
-            *self._paths.services(),
-            *self._examinations.services(),
+            *self._probes.services(),
+            *self._diagnostics.services(),
             *self._logs.services(),
             *self._attachments.services(),
             *self._link.services(),
             *self._members.services(),
-            *self._whereabouts.services(),
+            *self._member.peer_search.services(),
             *self._space.services(),
         )
-        async with (
-            serve(
-                handlers,
-                host=host,
-                port=int(port),
-                tls=self._tls.front,
-                cluster_id=self._config.cluster_id,
-                standing=Standing(
-                    self._store.view, self._dispatcher.is_current, self._clock.monotonic
-                ).require,
-            ) as bound,
-            asyncio.TaskGroup() as group,
-        ):
-            group.create_task(api.lag.run(self._clock), name="loop lag")
-            group.create_task(self._dispatcher.run(), name="dispatcher")
-            group.create_task(self._discovery.run(), name="discovery")
-            group.create_task(self._paths.run(), name="paths between nodes")
-            group.create_task(self._logs.run(), name="log broker")
-            group.create_task(self._link.run(), name="link")
-            write = partial(_keep_writing, group, self._clock, self._random)
-            write(self._incarnation.run, "incarnation")
-            group.create_task(events.run(), name="events")
-            relay = Relay(self._store, host, self._clock, self._random)
-            group.create_task(relay.run(), name="gossip relay")
-            book = partial(keep_book, self._book, self._store, self._consensus, self._clock, self._random)
-            write(book, "address book")
-            group.create_task(self._presence.run(), name="presence")
-            lock = KeyLock(self._config.paths)
-            group.create_task(self._upkeep(lock, bound, events).run(), name="certificates")
-            autolock = Autolock(self._store, lock, self._clock, self._random)
-            group.create_task(autolock.run(), name="autolock")
-            settling = keep_settled(self._store, self._keys, self._clock)
-            group.create_task(settling, name="wrapping keys")
-            group.create_task(self._lead_when_elected(), name="election")
-            async with serving(application(api), self._socket, self._config.paths.handover_socket):
-                log.info("manager serves", socket=str(self._socket), listen_addr=self._config.listen_addr)
-                await asyncio.Event().wait()
 
-    def _upkeep(self, lock: KeyLock, bound: Bound, events: ClusterEvents) -> Upkeep:
-        return Upkeep(
+    def _start(self, group: asyncio.TaskGroup, bound: Bound, events: ClusterEvents, host: str) -> None:
+        """Start the tasks that run whether this manager leads or not."""
+        store, clock, random = self._store, self._clock, self._random
+        lock = KeyLock(self._config.paths)
+        addresses = partial(
+            sync_peer_addresses, self._member.peer_addresses, store, self._member.consensus, clock, random
+        )
+        for name, work in (
+            ("dispatcher", self._dispatcher.run()),
+            ("discovery", self._discovery.run()),
+            ("probes", self._probes.run()),
+            ("log broker", self._logs.run()),
+            ("link", self._link.run()),
+            ("incarnation", _retrying(self._incarnation.run, "incarnation", clock, random)),
+            ("events", events.run()),
+            ("gossip relay", Relay(store, host, clock, random).run()),
+            ("peer addresses", _retrying(addresses, "peer addresses", clock, random)),
+            ("manager status", self._status.run()),
+            ("certificates", self._certificate_updater(lock, bound, events).run()),
+            ("autolock", Autolock(store, lock, clock, random).run()),
+            ("wrapping keys", prune_wrapping_keys(store, self._keys, clock)),
+            ("election", self._lead_when_elected()),
+        ):
+            group.create_task(work, name=name)
+
+    def _certificate_updater(self, lock: KeyLock, bound: Bound, events: ClusterEvents) -> CertificateUpdater:
+        return CertificateUpdater(
             self._store,
             self._config.node_id,
             self._tls,
             KeyPairFiles(self._config.paths.certificates, lock),
             self._clock,
             disconnect=bound.disconnect,
-            root_gone=partial(shut_out, self._store, bound),
+            root_gone=partial(end_connections, self._store, bound),
             peers=PeerFiles(
-                self._config.paths.tls, self._config.paths.manager, self._restart_member, self._cut_peers
+                self._config.paths.tls,
+                self._config.paths.manager,
+                self._member.restart,
+                self._member.cut_peers,
             ),
             is_evicting=is_evicting_manager,
-            tell=lambda it: events.expires(it.kind, it.id, it.name, stamp(it.not_after)),
+            on_expiry=lambda it: events.expires(it.kind, it.id, it.name, stamp(it.not_after)),
         )
 
     def _quorum(self) -> Quorum:
@@ -238,7 +253,7 @@ class Manager:
         return quorum(self._store.view(), self._config.node_id, silent, lost_at)
 
     async def _keep_wrapping_key(self, key: bytes) -> None:
-        """Have a key that the store's data keys may soon be wrapped with; it is on the disk when this returns."""
+        """Store a key that the store's data keys may be wrapped with soon; it is on disk when this returns."""
         await self._keys.add(key)
         self._store.learn_wrapping_key(key)
 
@@ -249,28 +264,28 @@ class Manager:
         return self._link.channel(manager)
 
     def _connected(self, addr: str) -> AbstractAsyncContextManager[Channel]:
-        """A connection to another manager, as this one."""
+        """A connection to another manager, with this one's certificate."""
         return connected(addr, client_context(self._tls.pair), MANAGER_NAME)
 
     async def _lead_when_elected(self) -> None:
         terms = self._store.terms(self._config.node_id, self._config.advertise_addr)
         async for term in terms:
-            log.info("leading", term=term.number)
-            self._presence.lead(term)
+            log.info("leadership gained", term=term.number)
+            self._status.lead(term)
             async with asyncio.TaskGroup() as group:
                 leading = group.create_task(self._lead(term), name=f"lead-{term.number}")
                 await term.wait_lost()
                 leading.cancel()
-            self._presence.lead(None)
-            # The old term has ended before a new one begins.
-            log.info("no longer leading", term=term.number)
+            self._status.lead(None)
+            # The old term has ended before a new one starts.
+            log.info("leadership lost", term=term.number)
 
     async def _lead(self, term: Term) -> None:
-        """Run the control loops for one term; returns early when a write found the term to be over."""
+        """Run the control loops for one term; returns early if a write showed that the term is over."""
         try:
             async with asyncio.TaskGroup() as group:
                 managers = Managers(
-                    term, self._config.node_id, self._consensus, self._link, self._clock, self._random
+                    term, self._config.node_id, self._member.consensus, self._link, self._clock, self._random
                 )
                 group.create_task(managers.run(), name="managers")
                 evictions = Evictions(
@@ -298,23 +313,19 @@ class Manager:
                 ):
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:
-            log.info("a write met a newer leader", term=term.number)
+            log.info("write refused: there is a newer leader", term=term.number)
 
 
-def _keep_writing(
-    group: asyncio.TaskGroup,
-    clock: Clock,
-    random: Random,
-    work: Callable[[], Coroutine[Any, Any, None]],
-    name: str,
-) -> None:
-    """Have a part run that writes files: what the disk refuses is tried again, while the manager goes on."""
+def _retrying(
+    work: Callable[[], Coroutine[Any, Any, None]], name: str, clock: Clock, random: Random
+) -> Coroutine[Any, Any, None]:
+    """``work`` that writes files: errors of the disk are retried, while the manager continues."""
 
     async def run() -> None:
         with first_alone(OSError):
             await work()
 
-    kept = retry(
+    return retry(
         run,
         "part of the manager failed",
         clock=clock,
@@ -323,12 +334,11 @@ def _keep_writing(
         kinds=(OSError,),
         part=name,
     )
-    group.create_task(kept, name=name)
 
 
 @asynccontextmanager
 async def serving(app: web.Application, socket: Path, handover: Path) -> AsyncIterator[None]:
-    """Answer HTTP on a unix socket that only root may open, and on connections passed at ``handover``.
+    """Serve HTTP on a unix socket that only root may open, and on connections passed at ``handover``.
 
     Raises: Unavailable: one of them cannot be bound.
     """

@@ -1,7 +1,7 @@
 """Writes ``ManagerStatus`` of this manager's own node object.
 
 Each manager writes its addresses and whether it leads.  The leader writes which of the others are unreachable, and
-clears ``leader`` of the previous one (``membership.roll_call``).
+clears ``leader`` of the previous one (``membership.member_sync``).
 """
 
 import asyncio

@@ -1,16 +1,18 @@
 """The manager process: its etcd, its store, and the manager on top, until SIGTERM.
 
-Started by the node process, which it outlives.  The order is that of trust: what the disk says, the member, a cluster
-(founded if the node was told to), then everything that serves it.
+Started by the node process, which it may outlive.  The order of the start: checks of the disk, the etcd member, the
+store (founded first if this node is to found a cluster), then everything that serves it.
 """
 
 import asyncio
 import errno
 import signal
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from random import Random, SystemRandom
+from typing import Any
 
 import msgspec
 import structlog
@@ -27,19 +29,18 @@ from skep.bootstrap import FUTILE, REMOVED, STARVED, ManagerConfig, encode, load
 from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
-from skep.manager.ca.own import renewed_by_itself, wait_renewed
+from skep.manager.ca.own_expiry import self_renewed, wait_renewed
 from skep.manager.ca.peer_files import place_revoked
 from skep.manager.founding import found_cluster
-from skep.manager.incarnation import Superseded, ask_others, check_incarnations, read_incarnations
+from skep.manager.incarnation import Superseded, check_incarnations, poll_other_managers, read_incarnations
 from skep.manager.keys import founding_wrapping_key, save_wrapping_keys
-from skep.manager.manager import Manager
-from skep.manager.membership.addresses import AddressBook
-from skep.manager.membership.joining import Applicant, NotLetIn
-from skep.manager.membership.ways import closed_ways
-from skep.manager.membership.whereabouts import Whereabouts
+from skep.manager.manager import ConsensusMember, Manager
+from skep.manager.membership.joining import JoiningManager, JoinRefused
+from skep.manager.membership.peer_addresses import PeerAddresses
+from skep.manager.membership.peer_ports import unreachable_peers
+from skep.manager.membership.peer_search import PeerSearch
 from skep.manager.recovery import finish_recovery, raise_if_restored, restore_if_wanted
 from skep.manager.routes import compile_routes
-from skep.manager.waiting import wait_for_others
 from skep.manager.watchdog import watching
 from skep.model.addresses import parted
 from skep.model.ids import new_id
@@ -67,6 +68,8 @@ from skep.wire.server import Bound, serve
 
 log = structlog.get_logger(__name__)
 
+USUAL_START_S = 1.0
+"""A start with a quorum takes less."""
 _REFUSALS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
@@ -74,9 +77,9 @@ _REFUSALS = {
 
 
 def run(paths: Paths) -> None:
-    """Run the manager of the node in ``paths`` until SIGTERM.  Raises: SystemExit: it cannot go on.
+    """Run the manager of the node in ``paths`` until SIGTERM.  Raises: SystemExit: it cannot continue.
 
-    Its settings may have been written elsewhere: a data directory can be copied, and then must not lead back.
+    The paths in its settings are replaced: the data directory may be a copy, which must not use the original's paths.
     """
     try:
         config = msgspec.structs.replace(
@@ -90,34 +93,36 @@ def run(paths: Paths) -> None:
         refusal = refusal_in(error)
         if refusal is None:
             raise
-        log.error("manager cannot go on", reason=describe_error(refusal), exc_info=error)
-        _say_last(paths, describe_error(refusal))
+        log.error(
+            "manager failed: the machine refused a resource", reason=describe_error(refusal), exc_info=error
+        )
+        _write_last_words(paths, describe_error(refusal))
         raise SystemExit(STARVED) from error
 
 
 def refusal_in(error: BaseException) -> OSError | None:
-    """What the machine refused, if that is what ``error`` comes from: it may be there the next time."""
+    """The resource that the machine refused, if ``error`` comes from that: it may be available the next time."""
     if isinstance(error, BaseExceptionGroup):
         return next(filter(None, map(refusal_in, error.exceptions)), None)
     return error if isinstance(error, OSError) and error.errno in _REFUSALS else None
 
 
-def _tell(mark: Path, words: str) -> None:
-    """Leave ``words`` for the node process, which shows them; empty: what was there holds no more."""
-    with suppress(OSError):  # the disk may be what they are about
+def _write_mark(mark: Path, words: str) -> None:
+    """Leave ``words`` for the node process, which shows them; empty: remove the earlier ones."""
+    with suppress(OSError):  # a full disk may be the problem to report
         if words:
             replace_file(mark, words.encode(), is_durable=False)
         else:
             mark.unlink(missing_ok=True)
 
 
-def _say_last(paths: Paths, words: str) -> None:
-    """Why this manager ends."""
-    _tell(paths.last_words("manager"), words)
+def _write_last_words(paths: Paths, words: str) -> None:
+    """Leave the reason why this manager ends."""
+    _write_mark(paths.last_words("manager"), words)
 
 
 def prepare() -> None:
-    """What is the same for every cluster, and takes time: for a process that stands by, ahead of ``run``.
+    """Prepare what is the same for every cluster and takes time, in a standby process before ``run``.
 
     The first signature and the first TLS context of a process take far longer than the next ones.
     """
@@ -130,149 +135,173 @@ async def _until_stopped(config: ManagerConfig) -> None:
     loop = asyncio.get_running_loop()
     try:
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            living = group.create_task(_live(config, SystemClock()), name="manager")
+            living = group.create_task(_serve_until_removed(config, SystemClock()), name="manager")
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, living.cancel)
-    except (MemberRemoved, NotLetIn) as error:
-        log.warning("manager ends", reason=str(error))
-        _say_last(config.paths, str(error))
+    except (MemberRemoved, JoinRefused) as error:
+        log.warning("manager removed from the cluster", reason=str(error))
+        _write_last_words(config.paths, str(error))
         raise SystemExit(REMOVED) from error
     except SkepError as error:
-        log.error("manager cannot go on", reason=str(error))
-        _say_last(config.paths, str(error))
+        log.error("manager failed", reason=str(error))
+        _write_last_words(config.paths, str(error))
         raise SystemExit(FUTILE if isinstance(error, Damaged | Superseded) else 1) from error
     log.info("manager stopped")
 
 
-async def _live(config: ManagerConfig, clock: Clock) -> None:
+async def _serve_until_removed(config: ManagerConfig, clock: Clock) -> None:
     while True:
         try:
-            return await _take_part(config, clock)
+            return await _serve(config, clock)
         except MemberRemoved:
             if not config.paths.joining_mark.exists():
                 raise
-            log.warning("removed before the vote: coming in again")
+            log.warning("removed before it had a vote: joining again")
             await remove_tree(config.paths.etcd)
         except Damaged as error:
             if not config.paths.joining_mark.exists():
                 raise
-            # Nothing of it was ever promised: etcd ended while it was still asking the others who they are.
-            raise NotLetIn(f"the store did not come up among the other managers: {error}") from error
+            # It never was a voter: etcd ended while it was still contacting the others.
+            raise JoinRefused(f"the store did not come up among the other managers: {error}") from error
 
 
-async def _take_part(config: ManagerConfig, clock: Clock) -> None:
-    """Come in if this manager is new, then run it.  Raises: MemberRemoved."""
+async def _serve(config: ManagerConfig, clock: Clock) -> None:
+    """Join the other managers if this one is new, then run it.  Raises: MemberRemoved."""
     paths, random = config.paths, SystemRandom()
     pair = await asyncio.to_thread(keypair.load, paths.certificates, KeyLock(paths))
     files = KeyPairFiles(paths.certificates, KeyLock(paths))
     if len(load_peers(paths.etcd)) > 1:
         pair = await wait_renewed(files, pair, clock)
-    applicant = Applicant(config.managers, pair, clock, random.random)
+    joining = JoiningManager(config.managers, pair, clock, random.random)
     configured = Path(config.etcd_binary) if config.etcd_binary else None
     binary = await asyncio.to_thread(find_binary, configured, paths.etcd_version)
     settings = _member_settings(config, paths, _write_peer_files(paths, pair))
-    lives = read_incarnations(paths) if load_recovery(paths) is not None else check_incarnations(paths)
+    known = read_incarnations(paths) if load_recovery(paths) is not None else check_incarnations(paths)
     if await restore_if_wanted(paths, settings, binary, clock):
         settings = _member_settings(config, paths, settings.peer_files)
     if config.managers and not (settings.data / "member").exists():
-        config, settings = await _come_in(config, settings, applicant)
+        config, settings = await _join(config, settings, joining)
     is_empty = not config.managers and not (settings.data / "member").exists()
-    book = AddressBook(load_peers(paths.etcd), partial(save_peers, paths.etcd))
-    whereabouts = Whereabouts(
-        config.node_id, config.advertise_addr, book, config.look_at, partial(client_context, pair), clock
+    peer_addresses = PeerAddresses(load_peers(paths.etcd), partial(save_peers, paths.etcd))
+    tls = partial(client_context, pair)
+    peer_search = PeerSearch(
+        config.node_id, config.advertise_addr, peer_addresses, config.look_at, tls, clock
     )
     async with AsyncExitStack() as stack:
         backoff = Backoff(longest_s=30.0, rng=random.random)
-        member = Member(settings, binary, clock, backoff, partial(_tell, paths.store_full))
-        async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            asking = ask_others(
-                paths, lives.served, load_peers(paths.etcd), client_context(pair), config.node_id, clock
+        member = Member(settings, binary, clock, backoff, partial(_write_mark, paths.store_full))
+        if paths.joining_mark.exists():
+            waiting = joining.vote(load_peers(paths.etcd), partial(_write_delay, paths.joining_mark))
+        else:
+            listening = _listening(config, pair, peer_search)
+            waiting = _wait_for_others(
+                paths.manager_waiting, peer_search, listening, clock, lambda: member.error
             )
-            if paths.joining_mark.exists():
-                waiting = applicant.vote(load_peers(paths.etcd), partial(_note_hindrance, paths.joining_mark))
-            else:
-                listening = _listening(config, pair, whereabouts)
-                waiting = wait_for_others(
-                    paths.manager_waiting, whereabouts, listening, clock, lambda: member.error
-                )
-            meanwhile = (
-                group.create_task(asking, name="ask others"),
-                group.create_task(waiting, name="wait for a vote, or for others"),
-            )
-            await stack.enter_async_context(member.running())
-            for task in meanwhile:
-                task.cancel()
+        poll = poll_other_managers(
+            paths, known.served, load_peers(paths.etcd), client_context(pair), config.node_id, clock
+        )
+        await _start_member(member, stack, poll, waiting)
         paths.joining_mark.unlink(missing_ok=True)
         await raise_if_restored(paths, paths.etcd_socket, clock)
         store = await _open(config, paths, pair, clock, random, stack, is_empty=is_empty)
         await finish_recovery(paths, store, config.node_id, config.advertise_addr)
-        pair = await renewed_by_itself(store, pair, files, clock)
+        pair = await self_renewed(store, pair, files, clock)
         client = await stack.enter_async_context(Client(paths.etcd_socket))
-        consensus = RaftMembers(client, member)
-        gc_settings.configure_gc()  # the loaded replica is looked at by no collection; it halves the time of one
-        manager = Manager(
-            config,
-            store,
-            pair,
-            consensus=consensus,
-            book=book,
-            whereabouts=whereabouts,
-            restart_member=lambda: member.restart(member.settings),
+        gc_settings.configure_gc()  # excludes the loaded replica from collections, which halves their time
+        own_member = ConsensusMember(
+            consensus=RaftMembers(client, member),
+            peer_addresses=peer_addresses,
+            peer_search=peer_search,
+            restart=lambda: member.restart(member.settings),
             cut_peers=lambda: end_peer_connections(member.pid, member.settings.peer_port),
-            trouble=lambda: member.error,
-            socket=paths.manager_socket,
-            clock=clock,
-            new_id=new_id,
-            random=random,
+            error=lambda: member.error,
         )
-        with watching(partial(hand_over, paths.etcd_socket), partial(_say_last, paths), clock):
+        manager = Manager(config, store, pair, own_member, clock, new_id, random)
+        with watching(partial(hand_over, paths.etcd_socket), partial(_write_last_words, paths), clock):
             await manager.run()
 
 
+async def _start_member(
+    member: Member, stack: AsyncExitStack, *meanwhile: Coroutine[Any, Any, object]
+) -> None:
+    """Start etcd and wait until it serves; ``meanwhile`` runs until then."""
+    async with errors_as_they_are(), asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one, name="while etcd starts") for one in meanwhile]
+        await stack.enter_async_context(member.running())
+        for task in tasks:
+            task.cancel()
+
+
+async def _wait_for_others(
+    mark: Path,
+    peer_search: PeerSearch,
+    listening: AbstractAsyncContextManager[object],
+    clock: Clock,
+    error: Callable[[], str],
+) -> None:
+    """Announce this manager's address while it waits for a quorum, until cancelled.
+
+    The others may have come back under other addresses than this manager has stored.
+
+    Args:
+        mark: file that tells the node process that the manager waits; it exists meanwhile.
+        error: what the member itself lacks, as a sentence; written into the mark.
+    """
+    mark.unlink(missing_ok=True)
+    await clock.sleep(USUAL_START_S)
+    log.warning("no quorum yet: searching for the other managers")
+    mark.write_text(error())
+    try:
+        async with listening:
+            await peer_search.search()
+    finally:
+        mark.unlink(missing_ok=True)
+
+
 def _listening(
-    config: ManagerConfig, pair: KeyPair, whereabouts: Whereabouts
+    config: ManagerConfig, pair: KeyPair, peer_search: PeerSearch
 ) -> AbstractAsyncContextManager[Bound]:
-    """The manager's port while there is nothing yet to serve but where it is."""
+    """The manager's port before there is a store: only serves the search for other managers."""
     host, port = parted(config.listen_addr)
     return serve(
-        whereabouts.services(),
+        peer_search.services(),
         host=host,
         port=int(port),
         tls=ServerTls(pair).front,
         cluster_id=config.cluster_id,
-        standing=whereabouts.require_known,
+        standing=peer_search.require_known,
     )
 
 
-async def _come_in(
-    config: ManagerConfig, settings: MemberSettings, applicant: Applicant
+async def _join(
+    config: ManagerConfig, settings: MemberSettings, joining: JoiningManager
 ) -> tuple[ManagerConfig, MemberSettings]:
-    """Be let in among the managers; what it was told is kept.  Raises: SkepError: it will never be."""
+    """Join the other managers, and store the result.  Raises: SkepError: it was refused for good."""
     paths = config.paths
     _, listen_port = parted(config.listen_addr)
     addr = config.advertise_addr or f":{listen_port}"
-    admission = await applicant.admission(addr, settings.peer_port)
+    admission = await joining.admission(addr, settings.peer_port)
     config = msgspec.structs.replace(config, advertise_addr=admission.addr)
     settings = msgspec.structs.replace(
         settings, joins=admission.peers, is_solo=False, cluster_token=admission.cluster_token
     )
     paths.etcd.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Where it reaches none, etcd ends before anybody asks why there is no vote.
-    hindrance = await closed_ways(admission.peers, config.node_id)
+    # Written first: if it reaches no peer, etcd ends before the reason is requested.
+    delay = await unreachable_peers(admission.peers, config.node_id)
     kept = (
         partial(save_wrapping_keys, paths, admission.wrapping_key),
         partial(save_peers, paths.etcd, admission.peers),
         partial(replace_file, paths.manager_config, encode(config), mode=0o600),
-        partial(replace_file, paths.joining_mark, hindrance.encode()),
+        partial(replace_file, paths.joining_mark, delay.encode()),
     )
-    # The disk is waited for once.  Without a store all of it is written anew, so no order matters.
+    # One wait for all files.  Without a store all of them are written again, so their order does not matter.
     await asyncio.gather(*(asyncio.to_thread(keep) for keep in kept))
-    log.info("let in among the managers", addr=admission.addr, members=len(admission.peers))
+    log.info("admitted by the managers", addr=admission.addr, members=len(admission.peers))
     return config, settings
 
 
-def _note_hindrance(mark: Path, reason: str) -> None:
-    """Have the node process read why this manager has no vote yet."""
+def _write_delay(mark: Path, reason: str) -> None:
+    """Write why this manager has no vote yet, for the node process."""
     content = reason.encode()
     if mark.exists() and mark.read_bytes() != content:
         replace_file(mark, content, is_durable=False)
@@ -289,12 +318,12 @@ def _member_settings(config: ManagerConfig, paths: Paths, files: PeerFiles) -> M
         is_solo=len(load_peers(paths.etcd)) <= 1,
         has_hosts=True,
         quota_bytes=config.store_quota,
-        is_debug=LogSettings.read(paths.log_settings).debug,  # until etcd's next start
+        is_debug=LogSettings.read(paths.log_settings).debug,  # fixed until etcd's next start
     )
 
 
 def _write_peer_files(paths: Paths, pair: KeyPair) -> PeerFiles:
-    """The node's key pair where etcd reads it: on tmpfs, gone with the next reboot."""
+    """The node's key pair where etcd reads it: on tmpfs, so it is gone after a reboot."""
     keypair.save(pair, paths.tls)
     return PeerFiles(
         certificate=paths.tls / keypair.CERTIFICATE_FILE,
@@ -314,12 +343,12 @@ async def _open(
     *,
     is_empty: bool,
 ) -> EtcdStore:
-    """The cluster's store; founded first if there is none and this node was told to.
+    """The cluster's store; founded first if there is none and this node is to found one.
 
     Args:
         is_empty: nothing was ever written to it.
 
-    Raises: FailedPrecondition: there is no cluster, and this manager was not told to found one.
+    Raises: FailedPrecondition: there is no cluster, and this manager has no settings for a new one.
     """
     wrapping_key = await asyncio.to_thread(founding_wrapping_key, paths)
     if is_empty:
@@ -335,7 +364,7 @@ async def _open(
     except Unfinished:
         await _found(config, paths, pair, clock, wrapping_key)
         store = await stack.enter_async_context(opening())
-    # From here on the root's key lies encrypted in the store, and nowhere else.
+    # From here on the root's key is in the store only, encrypted.
     paths.root_ca_key.unlink(missing_ok=True)
     return store
 

@@ -1,4 +1,4 @@
-"""Whether this manager has a leader above it, and which other managers answer: what it knows without asking anybody."""
+"""Whether this manager has a leader, and which other managers respond, from local knowledge only."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from skep.store.interface import View
 
 
 class PeerManager(ApiObject):
-    """A manager as this one hears it.  ``silent_seconds``: 0 while it answers."""
+    """A manager as seen from this one.  ``silent_seconds``: 0 while it responds."""
 
     id: NodeId
     hostname: str = always("")
@@ -20,10 +20,10 @@ class PeerManager(ApiObject):
 
 
 class Quorum(ApiObject):
-    """Answer of ``GET /skep/quorum``; it never waits.
+    """Response of ``GET /skep/quorum``; it never waits.
 
-    ``has_leader``: whether reads and writes went through a moment ago; ``since``: when they did last, if not.
-    ``trouble``: what this manager lacks itself, such as disk space, in a sentence; the others may be well.
+    ``has_leader``: whether reads and writes succeeded a moment ago; ``since``: when they last did, if not.
+    ``trouble``: what this manager itself lacks, such as disk space, as a sentence (a name of the API).
     """
 
     has_leader: bool = always(True)
@@ -33,12 +33,12 @@ class Quorum(ApiObject):
 
 
 def quorum(view: View, own: NodeId, silent: Mapping[NodeId, float], lost_at: Timestamp) -> Quorum:
-    """What this manager knows.
+    """The local knowledge.
 
     Args:
-        own: this manager, which answers itself.
-        silent: managers that do not answer, with the seconds for which they have not.
-        lost_at: when contact with a quorum ended; empty: it has not.
+        own: this manager, which counts as responding.
+        silent: managers that do not respond, with the seconds since their last ping.
+        lost_at: when contact with a quorum was lost; empty: it was not.
     """
     managers = [
         PeerManager(

@@ -1,15 +1,16 @@
-"""A new life of the cluster on this manager alone: after its others were lost, or from a backup.
+"""Recovery of the cluster with this manager alone: after the loss of the others, or from a backup.
 
-The node process leaves a wish (``recovery.json``); the manager process fulfils it at its next start, before anything
-else, and each step may be interrupted and done again:
+The node process leaves a request (``recovery.json``); the manager process carries it out at its next start, before
+anything else, and each step may be interrupted and repeated:
 
-1. *wanted*: a snapshot is taken of what this manager has (or lies there already, from a backup), and made into a
-   store with new ids and no other members.
-2. *restored*: the store's incarnation is raised before anybody is served, the other managers are shown as
-   unreachable, and the wish is removed.
+1. *wanted*: a snapshot is taken of this manager's store (or is there already, from a backup), and made into a store
+   with new ids and no other members.
+2. *restored*: the store's incarnation is raised before any client is served, the other managers are shown as
+   unreachable, and the request is removed.
 
-The incarnation is the time, in seconds, or one more than the last: two restores of one backup are two lives, and the
-later one counts.  Whoever belongs to an earlier life and meets a later one, stops (``manager.incarnation``).
+The incarnation is the time, in seconds, or one more than the last: two restores of one backup have different ones,
+and the later one counts.  A manager of an earlier incarnation stops when it meets a later one
+(``manager.incarnation``).
 """
 
 import os
@@ -35,11 +36,11 @@ from skep.store.interface import Store, Transaction
 log = structlog.get_logger(__name__)
 
 UNHEARD = 'Node moved to "unknown" state due to leadership change in cluster'
-"""SwarmKit's word."""
+"""SwarmKit's text."""
 
 
 async def restore_if_wanted(paths: Paths, settings: MemberSettings, binary: Binary, clock: Clock) -> bool:
-    """Have a store of its own for this manager, if that is wanted and not done yet; whether it was.
+    """Create the single-member store, if that is requested and not done yet; gives whether it was created.
 
     Raises: FailedPrecondition: nothing is left to recover, or etcdutl is missing.
     """
@@ -60,19 +61,19 @@ async def restore_if_wanted(paths: Paths, settings: MemberSettings, binary: Bina
     for leftover in (paths.etcd / MEMBERS_FILE, paths.joining_mark):
         leftover.unlink(missing_ok=True)
     save_recovery(paths, msgspec.structs.replace(recovery, stage="restored"))
-    log.warning("the store was restored and is this manager's alone")
+    log.warning("store restored with this manager as its only member")
     return True
 
 
 async def raise_if_restored(paths: Paths, socket: Path, clock: Clock) -> None:
-    """Begin the new life in the store, if it was restored.  Raises: Unavailable."""
+    """Raise the incarnation in the store, if it was restored.  Raises: Unavailable."""
     if load_recovery(paths) is not None:
         incarnation = await raise_incarnation(socket, clock.now_ns() // SECOND_NS)
-        log.warning("a new incarnation of the cluster begins", incarnation=incarnation)
+        log.warning("incarnation of the cluster raised", incarnation=incarnation)
 
 
 async def finish_recovery(paths: Paths, store: Store, node_id: NodeId, addr: str) -> None:
-    """Show what is left of the cluster, and forget the wish.  Raises: Unavailable."""
+    """Write the new status of the nodes, and remove the request.  Raises: Unavailable."""
     if load_recovery(paths) is None:
         return
     await store.update(show_survivor, node_id, addr)
@@ -82,9 +83,9 @@ async def finish_recovery(paths: Paths, store: Store, node_id: NodeId, addr: str
 
 
 def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:
-    """Show ``node_id`` as the only manager that can be reached; the others wait to be demoted and removed.
+    """Show ``node_id`` as the only reachable manager; the others can be demoted and removed.
 
-    Nothing is known of their nodes until they are heard: they get their grace like all others, and are shown as
+    Nothing is known of their nodes until they connect: they get their grace like all others, and are shown as
     SwarmKit shows nodes after a change of leader (manager/dispatcher/dispatcher.go, markNodesUnknown).
     """
     for node in tx.find(Node):

@@ -1,7 +1,7 @@
-"""What tasks keep for themselves on a node: processor, memory, and generic resources.
+"""Reservations of tasks on a node: processor, memory, and generic resources.
 
-A generic resource is one that a user counts (``gpu=2``) or names (``gpu=uuid1,uuid2``).  A task always asks for a
-number; it gets that many names where the node names them.
+A generic resource is counted (``gpu=2``) or named (``gpu=uuid1,uuid2``).  A task always requests a number; it gets
+that many names if the node has named ones.
 
 Source: swarmkit, api/genericresource/resource_management.go.
 """
@@ -12,7 +12,7 @@ from skep.model.service import DiscreteResource, GenericResource, NamedResource,
 
 
 class GenericStock:
-    """What is free of the generic resources of one node."""
+    """The free generic resources of one node."""
 
     def __init__(self, resources: Iterable[GenericResource] = ()) -> None:
         self._counts: dict[str, int] = {}
@@ -25,14 +25,14 @@ class GenericStock:
         return max(self._counts.get(kind, 0), len(self._names.get(kind, ()))) >= amount
 
     def holds(self, given: GenericResource) -> bool:
-        """Whether the very resource that a task was given is there and free."""
+        """Whether the resource that was assigned to a task exists and is free."""
         if (named := given.named_resource_spec) is not None:
             return named.value in self._names.get(named.kind, {})
         kind, amount = kind_and_amount(given)
         return self._counts.get(kind, 0) >= amount
 
     def chosen(self, wanted: Iterable[GenericResource]) -> tuple[GenericResource, ...]:
-        """The very resources a task would get; names in the node's order.  They stay free until ``take``."""
+        """The resources a task would get; names in the node's order.  They stay free until ``take``."""
         chosen: list[GenericResource] = []
         for resource in wanted:
             kind, amount = kind_and_amount(resource)
@@ -48,16 +48,16 @@ class GenericStock:
         return tuple(chosen)
 
     def take(self, resources: Iterable[GenericResource]) -> None:
-        """Resources that a task has.  What the node no longer has is ignored."""
+        """Reserve the resources of a task.  Resources that the node no longer has are ignored."""
         for resource in resources:
             if (named := resource.named_resource_spec) is not None:
                 self._names.get(named.kind, {}).pop(named.value, None)
             elif (discrete := resource.discrete_resource_spec) is not None:
-                # May go below zero when the node shrank under its tasks: then nothing is free.
+                # May become negative when the node shrank under its tasks: then nothing is free.
                 self._counts[discrete.kind] = self._counts.get(discrete.kind, 0) - discrete.value
 
     def give_back(self, resources: Iterable[GenericResource]) -> None:
-        """Resources become free."""
+        """Release resources."""
         for resource in resources:
             if (named := resource.named_resource_spec) is not None:
                 self._names.setdefault(named.kind, {})[named.value] = None
@@ -66,13 +66,13 @@ class GenericStock:
 
 
 def reservations_of(spec: TaskSpec) -> Resources:
-    """What a task with this spec keeps for itself on its node."""
+    """The reservations of a task with this spec."""
     resources = spec.resources
     return (resources.reservations if resources else None) or Resources()
 
 
 def kind_and_amount(resource: GenericResource) -> tuple[str, int]:
-    """What is asked for, and how much of it."""
+    """The kind of the resource, and the amount."""
     if (discrete := resource.discrete_resource_spec) is not None:
         return discrete.kind, discrete.value
     if (named := resource.named_resource_spec) is not None:

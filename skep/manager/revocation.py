@@ -1,7 +1,8 @@
-"""Certificates that count for nothing, or for less, before they expire: those of removed nodes and demoted managers.
+"""Certificates that are revoked, wholly or for managers' rights, before they expire: of removed nodes and demoted
+managers.
 
-A record of each is written in the transaction that removes or demotes, and every manager follows these records
-(``manager.ca.standing``).  A record lives as long as the certificates it is about could.
+The record is written in the transaction that removes or demotes, and every manager follows these records
+(``manager.ca.caller_check``).  A record is kept as long as the certificates it is about could be valid.
 
 Source: swarmkit, manager/controlapi/node.go (RemoveNode: BlacklistedCertificates).
 """
@@ -17,11 +18,11 @@ from skep.store.interface import Transaction
 from skep.store.kinds import Revocation
 
 UNKNOWN_LIFETIME_NS = 20 * 365 * 24 * 3600 * 10**9
-"""How long a record is kept when nothing says how long the certificates live: as long as a root."""
+"""How long a record is kept if the lifetime of the certificates is not known: as long as a root."""
 
 
 def revoke(tx: Transaction, node: Node, now_ns: int, *, is_removed: bool) -> None:
-    """Take back the certificates of ``node``: all of them, or (``is_removed`` False) those it has as a manager."""
+    """Revoke the certificates of ``node``: all of them, or (``is_removed`` False) its certificates as a manager."""
     before = tx.lookup(Revocation, node.id)
     certificate = node.certificate
     serials = {serial.serial: serial for serial in before.serials} if before is not None else {}
@@ -43,14 +44,14 @@ def revoke(tx: Transaction, node: Node, now_ns: int, *, is_removed: bool) -> Non
     )
 
 
-def take_back_others(tx: Transaction, node_id: NodeId, own_serial: str, window_ns: int) -> None:
-    """Take back every certificate in a manager's name but its own, as it says.
+def revoke_others(tx: Transaction, node_id: NodeId, own_serial: str, window_ns: int) -> None:
+    """Revoke every certificate in a manager's name but its own.
 
-    While two roots are trusted, who has the old one's key can speak for the manager, and have a certificate of the new
-    root issued in its name.  All of those are known, and no others can be made.
+    While two roots are trusted, the owner of the old one's key can act as the manager, and have a certificate of the
+    new root issued in its name.  All of those are recorded, and no others can be made.
 
     Args:
-        window_ns: for how long after its expiry a certificate may still be renewed.
+        window_ns: how long after its expiry a certificate may still be renewed.
     """
     node = tx.rely_on(Node, node_id, "certificate")
     if node is None or node.certificate is None:
@@ -58,7 +59,7 @@ def take_back_others(tx: Transaction, node_id: NodeId, own_serial: str, window_n
     before = tx.lookup(Revocation, node_id) or Revocation(id=node_id, until=Timestamp(""))
     known = {one.serial: one for one in (*before.foreign, *node.certificate.serials)}
     if own_serial not in known:
-        return  # which of them is its own cannot be told
+        return  # its own one cannot be determined
     foreign = tuple(known[serial] for serial in sorted(known) if serial != own_serial)
     if foreign == before.foreign:
         return
@@ -71,26 +72,26 @@ def is_foreign(revocation: Revocation | None, serial: str) -> bool:
     return revocation is not None and any(one.serial == serial for one in revocation.foreign)
 
 
-def is_taken_back(revocation: Revocation | None, issued_s: int) -> bool:
-    """Whether a manager's certificate of this age counts for nothing.  ``issued_s``: unix seconds; 0: not known."""
+def is_revoked(revocation: Revocation | None, issued_s: int) -> bool:
+    """Whether a manager's certificate of this age is revoked.  ``issued_s``: unix seconds; 0: not known."""
     if revocation is None or not revocation.before or not issued_s:
         return False
     return issued_s <= unix_ns(revocation.before) // SECOND_NS
 
 
 def issue_not_before_s(revocation: Revocation | None) -> int:
-    """The earliest time of issue that is not taken back, though the issuer's clock may be behind; unix seconds."""
+    """The earliest time of issue that is not revoked, even if the issuer's clock is behind; unix seconds."""
     if revocation is None or not revocation.before:
         return 0
     return unix_ns(revocation.before) // SECOND_NS + 1
 
 
 def expired(revocations: Iterable[Revocation], now_ns: int) -> list[Revocation]:
-    """Records that no certificate needs any more."""
+    """Records that are not needed any more."""
     return [revocation for revocation in revocations if unix_ns(revocation.until) < now_ns]
 
 
 def forget(tx: Transaction, revocation: Revocation) -> None:
-    """Remove a record, unless it was renewed meanwhile."""
+    """Delete a record, unless it was renewed meanwhile."""
     if tx.lookup(Revocation, revocation.id) == revocation:
         tx.delete(Revocation, revocation.id)

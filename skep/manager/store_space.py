@@ -1,6 +1,7 @@
-"""The leader sees to it that every manager's store has room (``store.space``), one step at a time.
+"""The leader keeps room in every manager's store (``store.space``), one step at a time.
 
-Another manager's store is asked, and defragmented, by a call; one that does not know the call is left out.
+The space of another manager's store is read, and defragmented, by a call; a manager of a version without the call is
+skipped.
 """
 
 import asyncio
@@ -27,19 +28,19 @@ from skep.wire.service import Handler, unary
 log = structlog.get_logger(__name__)
 
 CHECK_S, CHECK_S_MAX = 5.0, 60.0
-"""Between two looks; longer each time while something fails: a defragmentation that fails for want of disk space has
-kept its store standing still all the same."""
-ANSWER_S = 5.0
+"""Time between two checks; grows while something fails: a defragmentation that fails for lack of disk space has stopped
+its store for a while all the same."""
+RESPONSE_S = 5.0
 DEFRAGMENT_S = 150.0
 SETTLE_S = 1.0
 """After a compaction, until etcd has freed its pages."""
 COMPACT_AGAIN_S = 30.0
-"""Before history is cut once more where that was not enough: a replica that is loaded anew reads one revision of the
-store for so long, and what else is to be done comes in between however much is written."""
+"""Before history is compacted again if that was not enough: a replica that is loaded again reads one revision of the
+store for so long, and other steps come in between however much is written."""
 
 
 class StoreSpace:
-    """Answers the leader; ``keep`` is its work."""
+    """Serves the leader's calls; ``keep`` runs on the leader."""
 
     def __init__(
         self,
@@ -56,27 +57,27 @@ class StoreSpace:
         self._channel = channel
         self._clock = clock
         self._cut: tuple[float, int] = (-inf, 0)
-        """When history was cut last, and to how many revisions, if that was not enough."""
+        """Time and kept revisions of the last compaction, if that was not enough."""
         self._defragmenting = asyncio.Lock()
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """The handlers for ``wire.server.serve``."""
         return (unary(methods.STORE_SPACE, self._answer),)
 
     async def keep(self) -> None:
-        """Look every ``CHECK_S`` until cancelled, as the leader."""
+        """Check every ``CHECK_S`` until cancelled, as the leader."""
         backoff = Backoff(CHECK_S, CHECK_S_MAX)
         while True:
             await self._clock.sleep(CHECK_S)
             try:
-                await self._look()
+                await self._check()
                 backoff.reset()
             except SkepError as error:
-                log.warning("store's space not looked after", reason=str(error))
+                log.warning("store space not checked, will retry", reason=str(error))
                 await backoff.sleep(self._clock)
 
-    async def _look(self) -> None:
-        """Everything there is to do now, each step after another look.  Raises: SkepError: not now."""
+    async def _check(self) -> None:
+        """All steps that are due, each after another check.  Raises: SkepError: not now."""
         can_compact = True
         while (space := await self._store.space()) is not None:
             if space.share < COMPACT_AT:
@@ -93,7 +94,7 @@ class StoreSpace:
             await self._take(step, members, spaces)
 
     def _may_compact(self, kept_revisions: int) -> bool:
-        """Whether history may be cut again by now: further than the last time at once."""
+        """Whether history may be compacted again now; immediately if fewer revisions are kept than last time."""
         cut_at, kept = self._cut
         return kept_revisions < kept or self._clock.monotonic() - cut_at >= COMPACT_AGAIN_S
 
@@ -104,16 +105,18 @@ class StoreSpace:
             case Compact(kept_revisions):
                 if await self._store.compact(kept_revisions):
                     self._cut = self._clock.monotonic(), kept_revisions
-                    log.info("history of the store cut", space=spaces[self._own].summary)
+                    log.info("store compacted", space=spaces[self._own].summary)
                     await self._clock.sleep(SETTLE_S)
             case Defragment(node_id):
                 log.warning(
-                    "a store stands still to be defragmented", node=node_id, file_bytes=spaces[node_id].size
+                    "defragmenting a store: it does not serve meanwhile",
+                    node=node_id,
+                    file_bytes=spaces[node_id].size,
                 )
                 await self._defragment(node_id)
                 log.info("store defragmented", node=node_id)
             case HandOver(to):
-                log.info("leadership is handed over, to defragment this store", to=to)
+                log.info("leadership transferred, to defragment this store", to=to)
                 await self._consensus.move_leader(members[to])
                 await self._clock.sleep(
                     CHECK_S
@@ -123,25 +126,25 @@ class StoreSpace:
                 log.info("store has room again", space=spaces[self._own].summary)
 
     async def _others(self, names: Sequence[str]) -> Mapping[NodeId, Space]:
-        """The space of the other managers that answer."""
+        """The space of the other managers that respond."""
         found: dict[NodeId, Space] = {}
         for name in names:
             if name != self._own:
-                with suppress(SkepError):  # it is away, or older than the call
-                    found[NodeId(name)] = await self._asked(NodeId(name), defragment=False)
+                with suppress(SkepError):  # it is away, or of an older version
+                    found[NodeId(name)] = await self._call(NodeId(name), defragment=False)
         return found
 
     async def _defragment(self, node_id: NodeId) -> None:
         if node_id == self._own:
             await self._store.defragment()
         else:
-            await self._asked(node_id, defragment=True)
+            await self._call(node_id, defragment=True)
 
-    async def _asked(self, node_id: NodeId, *, defragment: bool) -> Space:
+    async def _call(self, node_id: NodeId, *, defragment: bool) -> Space:
         reply = await self._channel(node_id).call(
             methods.STORE_SPACE,
             skep.StoreSpaceRequest(defragment=defragment),
-            timeout_s=DEFRAGMENT_S if defragment else ANSWER_S,
+            timeout_s=DEFRAGMENT_S if defragment else RESPONSE_S,
         )
         return Space(size=reply.size, in_use=reply.in_use, quota=reply.quota, has_alarm=reply.has_alarm)
 
@@ -150,7 +153,9 @@ class StoreSpace:
             if self._defragmenting.locked():
                 raise Unavailable("this manager's store is being defragmented already")
             async with self._defragmenting:
-                log.warning("this manager's store stands still to be defragmented", asked_by=caller.node_id)
+                log.warning(
+                    "defragmenting this manager's store: it does not serve meanwhile", asked_by=caller.node_id
+                )
                 await self._store.defragment()
         space = await self._store.space()
         if space is None:

@@ -1,7 +1,7 @@
-"""Where an update stands that is under way: its step, what it waits for, and until when.
+"""The progress of an update: its step, what it waits for, and the deadline.
 
-Everything is read off the objects.  The deadline is that of the decision (``orchestrator.update``) on the clock that
-wrote the task; a new leader may give it up to its full length once more.
+Everything is read from the objects.  The deadline is that of the decision (``orchestrator.update``) on the clock that
+wrote the task; a new leader may extend it once by its full length.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,7 @@ class UpdateExplanation(ApiObject):
     """Of an update, or a rollback, that is under way."""
 
     deadline: Timestamp | None = None
-    """When it ends if what it waits for has got nowhere until then; None: it waits for time to pass."""
+    """When the update fails without progress; None: it waits for time to pass."""
     step: str = always("")
     waiting_for: str = always("")
 
@@ -32,10 +32,10 @@ def explain_update(
     nodes: Mapping[NodeId, Node],
     summary: Callable[[Task, Node | None], str],
 ) -> UpdateExplanation | None:
-    """Where the update of ``service`` stands; None: there is none under way.
+    """The progress of the update of ``service``; None: there is none.
 
     Args:
-        is_new: whether a task is what the service asks for now.
+        is_new: whether a task matches the present spec.
         summary: one sentence about a task.
     """
     if service.update_status is None or service.update_status.state not in UNDER_WAY:

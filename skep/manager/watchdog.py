@@ -1,9 +1,9 @@
-"""A thread that watches over the manager's event loop, so that a manager which hangs does not lead for ever.
+"""Watchdog of the manager's event loop: a thread that keeps a hung manager from leading for ever.
 
-Its etcd would go on as raft's leader whatever the manager beside it does.  When the loop takes no callback for some
-seconds (it computes without end, or waits for a disk), the thread has another manager lead; when it does not for
-longer, it writes down where every thread stands and ends the process, which is started again.  A process that is
-stopped as a whole stops this thread, too: that is the supervisor's to find (``node.supervision.answers``).
+Its etcd would continue as raft's leader whatever the manager does.  When the loop runs no callback for some seconds
+(an endless computation, or a blocking disk), the thread transfers leadership to another manager; when it does not for
+longer, it dumps the stacks of all threads and ends the process, which is restarted.  A process that is stopped as a
+whole stops this thread, too: the supervisor detects that (``node.supervision.answers``).
 """
 
 import asyncio
@@ -32,7 +32,8 @@ HandOver = Callable[[], Coroutine[Any, Any, object]]
 
 @contextmanager
 def watching(hand_over: HandOver, last_words: Callable[[str], None], clock: Clock) -> Iterator[None]:
-    """Watch the running loop.  ``hand_over`` runs on a loop of its own; ``last_words``: told before the end."""
+    """Watch the running loop.  ``hand_over`` runs on a loop of its own; ``last_words``: called with the reason before
+    the end."""
     watch = Watchdog(asyncio.get_running_loop(), hand_over, lambda why: _end(last_words, why), clock)
     watch.start()
     try:
@@ -42,7 +43,7 @@ def watching(hand_over: HandOver, last_words: Callable[[str], None], clock: Cloc
 
 
 class Watchdog:
-    """Watches one loop from a thread of its own."""
+    """Watches one loop from a separate thread."""
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class Watchdog:
         end: Callable[[str], None],
         clock: Clock,
     ) -> None:
-        """``end``: ends the process, told why."""
+        """``end``: ends the process; called with the reason."""
         self._loop = loop
         self._hand_over = hand_over
         self._end = end
@@ -61,12 +62,12 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="loop watch", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._answered.set()
         self._thread.start()
 
     def stop(self) -> None:
-        """End; the loop is about to close.  A hand-over under way is not waited for."""
+        """Stop; the loop is about to close.  A hand-over in progress is not waited for."""
         self._stopped.set()
 
     def _run(self) -> None:
@@ -77,14 +78,14 @@ class Watchdog:
                 return
             match patience.record(self._clock.monotonic(), has_response=has_response):
                 case Action.HAND_OVER:
-                    log.error("the event loop hangs: another manager is to lead", silent_s=patience.silent_s)
+                    log.error("event loop blocked: transferring leadership", silent_s=patience.silent_s)
                     self._have_another_lead()
                 case Action.END:
                     self._end(f"its event loop did not answer for {patience.silent_s:.0f} s")
                     return
 
     def _ask(self) -> bool:
-        """Have the loop answer when it gets to it; gives whether there still is one."""
+        """Schedule a callback in the loop; gives whether the loop still exists."""
         self._answered.clear()
         try:
             self._loop.call_soon_threadsafe(self._answered.set)
@@ -96,13 +97,13 @@ class Watchdog:
         try:
             asyncio.run(self._hand_over())
         except (SkepError, OSError) as error:
-            log.warning("leadership not handed over", reason=str(error))
+            log.warning("leadership not transferred", reason=str(error))
 
 
 def _end(last_words: Callable[[str], None], why: str) -> None:
-    log.error("the manager ends itself", reason=why)
+    log.error("event loop blocked: ending the manager", reason=why)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
     try:
         last_words(why)
     finally:
-        os._exit(EXIT_CODE)  # the loop would never get to anything gentler
+        os._exit(EXIT_CODE)  # the loop would never run anything gentler

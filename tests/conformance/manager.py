@@ -64,7 +64,7 @@ async def a_manager_api(
         store=store,
         logs=logs or CannedLogs(),
         backups=cast("Any", None),  # ours, not Docker's
-        examinations=cast("Any", None),  # likewise
+        diagnostics=cast("Any", None),  # likewise
         events=ClusterEvents(store, clock),
         clock=clock,
         new_id=new_id,

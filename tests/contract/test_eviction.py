@@ -105,7 +105,6 @@ def a_manager(id: NodeId) -> Node:
 @pytest.fixture
 async def store(monkeypatch: pytest.MonkeyPatch) -> KeyedStore:
     monkeypatch.setattr(loop, "CHECK_S", 0.01)
-    monkeypatch.setattr(loop, "OVERLAP_S", 0.0)
     store, authority = KeyedStore(), Authority.create()
 
     def found(tx: Transaction) -> None:

@@ -126,10 +126,10 @@ async def test_who_is_no_manager_of_the_cluster_is_told_the_incarnation_and_not_
     cluster: Cluster,
 ) -> None:
     """A later incarnation ends a manager for good; whoever has the root's key could say so."""
-    met: list[NodeId] = []
+    observe_incarnation: list[NodeId] = []
     minted = cluster.pair(new_id(), NodeRole.MANAGER)
     async with Manager(cluster, 1).serving() as one:
-        one.link._met = lambda manager, _: bool(met.append(manager))
+        one.link._observe_incarnation = lambda manager, _: bool(observe_incarnation.append(manager))
         async with (
             connected(one.address, client_context(minted), MANAGER_NAME) as channel,
             channel.stream(methods.PINGS) as pings,
@@ -138,10 +138,10 @@ async def test_who_is_no_manager_of_the_cluster_is_told_the_incarnation_and_not_
             answer = await pings.receive()
             assert answer is not None
             assert answer.node_id == one.id
-        assert met == []
+        assert observe_incarnation == []
         two = Manager(cluster, 2)
         async with two.serving():
-            await until(lambda: two.id in met)
+            await until(lambda: two.id in observe_incarnation)
 
 
 async def test_the_session_of_a_manager_that_went_is_adopted_under_another_id(

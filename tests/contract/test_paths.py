@@ -12,9 +12,9 @@ from msgspec.structs import replace
 from skep.agent.agent import Agent
 from skep.aio.clock import SystemClock
 from skep.errors import InvalidArgument, SkepError, Unavailable
-from skep.manager.paths.examination import Examinations
-from skep.manager.paths.loop import PathJudge
-from skep.manager.paths.streams import REPORTS_MAX
+from skep.manager.probes.diagnostics import Diagnostics
+from skep.manager.probes.loop import OverlayAvoidance
+from skep.manager.probes.streams import REPORTS_MAX
 from skep.model.ids import NodeId
 from skep.model.node import FailingPath, Node, NodeRole, NodeState, NodeStatus
 from skep.model.paths import DiagnosticsResult, PathCheck
@@ -53,7 +53,7 @@ async def probing(
 
 @asynccontextmanager
 async def judging(cluster: Cluster) -> AsyncIterator[None]:
-    running = asyncio.create_task(PathJudge(cluster.store, SystemClock(), Random(1)).run())
+    running = asyncio.create_task(OverlayAvoidance(cluster.store, SystemClock(), Random(1)).run())
     try:
         yield
     finally:
@@ -115,8 +115,8 @@ async def test_what_is_well_writes_nothing(cluster: Cluster, tmp_path: Path) -> 
         of_other.say(a_report(one.node_id, a_finding(PathCheck.CONTROL, "2377/tcp", fails=True)))
         # What follows on the stream has been heard after it.
         async with asyncio.timeout(10):
-            await cluster.paths.examine(one.node_id, throughput=False)
-            await cluster.paths.examine(other.node_id, throughput=False)
+            await cluster.paths.run_diagnostics(one.node_id, throughput=False)
+            await cluster.paths.run_diagnostics(other.node_id, throughput=False)
         await until(lambda: not any(stream.is_dirty for stream in cluster.paths._streams.values()))
         assert cluster.view.revision == before
 
@@ -185,14 +185,14 @@ async def test_managers_ask_docker_nodes_for_gossip(cluster: Cluster, tmp_path: 
 # -- examinations ---------------------------------------------------------------------------------------------------
 
 
-async def examined(examinations: Examinations, within_s: float = 5.0) -> dict[str, DiagnosticsResult]:
+async def examined(diagnostics: Diagnostics, within_s: float = 5.0) -> dict[str, DiagnosticsResult]:
     found: dict[str, DiagnosticsResult] = {}
 
     async def tell(one: DiagnosticsResult) -> None:
         assert one.node_id not in found
         found[one.node_id] = one
 
-    await examinations.examine_all(tell, within_s=within_s)
+    await diagnostics.run_all(tell, within_s=within_s)
     return found
 
 
@@ -204,7 +204,7 @@ async def test_all_nodes_are_examined_and_who_does_not_answer_is_named(
         of_one.answers = (a_report(other.node_id, a_finding(fails=True)),)
         of_other.answers = (a_report(one.node_id), a_report(third.node_id))
         of_third.may_answer.clear()
-        found = await examined(cluster.examinations, within_s=1.0)
+        found = await examined(cluster.diagnostics, within_s=1.0)
         assert found[one.node_id].reports == of_one.answers
         assert found[other.node_id].reports == of_other.answers
         assert found[third.node_id].error == "no answer within 1 s"
@@ -212,7 +212,7 @@ async def test_all_nodes_are_examined_and_who_does_not_answer_is_named(
         assert {peer.node_id for peer in of_one.examined[0].peers} == {other.node_id, third.node_id}
         # The next one finds nothing of the earlier one in its way.
         of_third.may_answer.set()
-        assert (await examined(cluster.examinations))[third.node_id].error == ""
+        assert (await examined(cluster.diagnostics))[third.node_id].error == ""
 
 
 async def test_another_manager_asks_over_the_link(cluster: Cluster, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ async def test_another_manager_asks_over_the_link(cluster: Cluster, tmp_path: Pa
             asked.append(manager)
             return channel
 
-        without_nodes = Examinations(cluster.store, NodeId("m2"), _NoStreams(), link)  # type: ignore[arg-type]
+        without_nodes = Diagnostics(cluster.store, NodeId("m2"), _NoStreams(), link)  # type: ignore[arg-type]
         found = await examined(without_nodes)
         assert asked == [MANAGER_ID]
         assert found[nodes[0][0].node_id].reports == nodes[0][1].answers
@@ -239,7 +239,7 @@ async def test_a_manager_that_cannot_be_asked_is_the_reason_for_its_nodes(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     async with probing(cluster, tmp_path, 1) as nodes:
-        without_link = Examinations(cluster.store, NodeId("m2"), _NoStreams(), cluster.channel)  # type: ignore[arg-type]
+        without_link = Diagnostics(cluster.store, NodeId("m2"), _NoStreams(), cluster.channel)  # type: ignore[arg-type]
         found = await examined(without_link)
         why = f"its manager cannot be asked: manager {MANAGER_ID} cannot be reached"
         assert found[nodes[0][0].node_id].error == why

@@ -11,10 +11,10 @@ from skep.agent.certificates import renew
 from skep.errors import PermissionDenied
 from skep.manager.ca.admission import issued_certificate
 from skep.manager.ca.peer_files import REVOKED_FILE, PeerFiles, place_revoked
-from skep.manager.ca.rotation import Renewal, ask_to_renew
+from skep.manager.ca.rotation import Renewal, request_renewal
 from skep.manager.control.nodes import remove_node
 from skep.manager.eviction.steps import EVICTION_ID, Eviction
-from skep.manager.revocation import take_back_others
+from skep.manager.revocation import revoke_others
 from skep.model.ids import NodeId, new_id
 from skep.model.node import ManagerStatus, Node, NodeCertificate, NodeRole, Reachability
 from skep.model.times import timestamp
@@ -65,7 +65,7 @@ def revoked(directory: Path) -> set[str]:
 
 async def test_a_renewed_certificate_is_there_for_the_next_handshake_without_a_restart(cluster, etcd):
     before = keypair.load(etcd.directory)
-    await cluster.store.update(ask_to_renew, Renewal(MANAGER_ID))
+    await cluster.store.update(request_renewal, Renewal(MANAGER_ID))
     await until(lambda: keypair.load(etcd.directory).certificate_pem != before.certificate_pem)
     assert etcd.found == []
 
@@ -164,7 +164,7 @@ async def test_what_was_had_in_a_managers_name_while_two_roots_were_trusted_is_t
 
 async def test_a_manager_that_was_just_renewing_takes_its_own_certificate_out_again(cluster, etcd):
     other = cluster.pair(MANAGER_ID, NodeRole.MANAGER)
-    await cluster.store.update(ask_to_renew, Renewal(MANAGER_ID))
+    await cluster.store.update(request_renewal, Renewal(MANAGER_ID))
     await cluster.until(lambda view: view.get(Node, MANAGER_ID).certificate.serials)
     certificate = issued_certificate(NodeRole.MANAGER, other.certificate, datetime.now(UTC))
 
@@ -172,7 +172,7 @@ async def test_a_manager_that_was_just_renewing_takes_its_own_certificate_out_ag
         node = tx.get(Node, MANAGER_ID)
         serials = (*node.certificate.serials, *certificate.serials)
         tx.put(replace(node, certificate=replace(node.certificate, serials=serials)))
-        take_back_others(tx, MANAGER_ID, certificate.serials[0].serial, 0)
+        revoke_others(tx, MANAGER_ID, certificate.serials[0].serial, 0)
 
     own = cluster.node(MANAGER_ID).certificate.serials[-1].serial
     await cluster.store.update(mistaken)

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.agent.agent import Agent
-from skep.manager.ca.rotation import Renewal, ask_to_renew
+from skep.manager.ca.rotation import Renewal, request_renewal
 from skep.model.node import Node, NodeRole
 from skep.model.times import SECOND_NS
 from skep.security import keypair
@@ -84,7 +84,7 @@ async def test_a_certificate_past_its_time_is_renewed_by_itself(cluster, tmp_pat
 async def test_a_manager_asks_for_a_renewal_and_the_session_stays(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     async with an_agent(cluster, pair, tmp_path) as (agent, _):
-        await cluster.store.update(ask_to_renew, Renewal(agent.node_id))
+        await cluster.store.update(request_renewal, Renewal(agent.node_id))
         assert state(cluster, agent) == "rotate"
         await renewed(cluster, agent, pair.certificate.serial_number)
         assert state(cluster, agent) == "issued"
@@ -122,7 +122,7 @@ async def test_the_next_certificate_lives_as_long_as_the_cluster_says(cluster, t
     config = replace(swarm.spec.ca_config, node_cert_expiry=2 * 3600 * SECOND_NS)
     await put(cluster, replace(swarm, spec=replace(swarm.spec, ca_config=config)))
     async with an_agent(cluster, pair, tmp_path) as (agent, _):
-        await cluster.store.update(ask_to_renew, Renewal(agent.node_id))
+        await cluster.store.update(request_renewal, Renewal(agent.node_id))
         await renewed(cluster, agent, pair.certificate.serial_number)
         left = pair_of(agent).not_after - datetime.now(UTC)
         assert timedelta(hours=1, minutes=59) < left <= timedelta(hours=2)
@@ -133,6 +133,6 @@ async def test_the_managers_server_shows_the_renewed_certificate_at_the_next_han
 ):
     async with cluster.own_agent(tmp_path) as (agent, _):
         before = serial(agent)
-        await cluster.store.update(ask_to_renew, Renewal(agent.node_id))
+        await cluster.store.update(request_renewal, Renewal(agent.node_id))
         await renewed(cluster, agent, before)
         await until(lambda: cluster.tls.pair.certificate.serial_number == serial(agent))

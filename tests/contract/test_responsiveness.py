@@ -67,7 +67,7 @@ async def test_with_100_000_tasks_nothing_holds_the_event_loop(tmp_path: Path) -
         store=store,
         logs=nothing,
         backups=nothing,
-        examinations=nothing,
+        diagnostics=nothing,
         events=nothing,
         clock=SystemClock(),
         new_id=nothing,

@@ -84,7 +84,7 @@ async def test_a_former_managers_certificate_is_refused_at_every_call_of_manager
 
 async def test_a_manager_that_was_minted_is_refused_at_every_call_of_managers(cluster, monkeypatch):
     """Who was a manager has the root's key, and makes certificates for nodes that nobody knows."""
-    monkeypatch.setattr("skep.manager.ca.standing.UNKNOWN_S", 0.05)
+    monkeypatch.setattr("skep.manager.ca.caller_check.UNKNOWN_S", 0.05)
     minted = cluster.pair(new_id(), NodeRole.MANAGER)
     async with connected(cluster.address, client_context(minted), "swarm-manager") as channel:
         assert isinstance(await call(channel, "GET_UNLOCK_KEY"), Unavailable)

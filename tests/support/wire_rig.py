@@ -21,22 +21,22 @@ from skep.aio.clock import SystemClock
 from skep.dataplane.tables.stream import TableSink
 from skep.errors import Unavailable, Unimplemented
 from skep.manager.attachment_service import AttachmentService
+from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.expiry import Expiry
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
-from skep.manager.ca.standing import Standing
-from skep.manager.ca.upkeep import Upkeep
+from skep.manager.ca.updater import CertificateUpdater
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
-from skep.manager.eviction.loop import shut_out
+from skep.manager.eviction.loop import end_connections
 from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.keys import first_keys
 from skep.manager.logbroker.broker import LogBroker
-from skep.manager.paths.examination import Examinations
-from skep.manager.paths.streams import PathStreams
+from skep.manager.probes.diagnostics import Diagnostics
+from skep.manager.probes.streams import ProbeStreams
 from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.node import (
     EngineDescription,
@@ -93,8 +93,8 @@ class Cluster:
         self.dispatcher: Dispatcher
         self.discovery: Discovery
         self.draining: Draining
-        self.paths: PathStreams
-        self.examinations: Examinations
+        self.paths: ProbeStreams
+        self.diagnostics: Diagnostics
         self.knows_paths = True
         self.tls: ServerTls
         self.bound: Bound
@@ -137,14 +137,14 @@ class Cluster:
             self.dispatcher = Dispatcher(
                 self.store, own, clock, new_id, Random(1), wait_unused=self.draining.wait_unused
             )
-            self.paths = PathStreams(
+            self.paths = ProbeStreams(
                 self.store,
                 MANAGER_ID,
                 lambda node, session: self.dispatcher.session(node, session),
                 self.discovery,
                 clock,
             )
-            self.examinations = Examinations(self.store, MANAGER_ID, self.paths, self.channel)
+            self.diagnostics = Diagnostics(self.store, MANAGER_ID, self.paths, self.channel)
             self.logs = LogBroker(self.store, new_id, clock)
             self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
             certificates = CertificateService(self.store, new_id)
@@ -155,7 +155,9 @@ class Cluster:
                     port=port,
                     tls=self.tls.front,
                     cluster_id=self.id,
-                    standing=Standing(self.store.view, self.dispatcher.is_current, clock.monotonic).require,
+                    standing=CallerCheck(
+                        self.store.view, self.dispatcher.is_current, clock.monotonic
+                    ).require,
                 )
             )
             self.bound = bound
@@ -178,9 +180,9 @@ class Cluster:
         return [handler for part in parts for handler in part.services()]
 
     @property
-    def path_parts(self) -> Sequence[PathStreams | Examinations]:
+    def path_parts(self) -> Sequence[ProbeStreams | Diagnostics]:
         """Of an older manager: none."""
-        return (self.paths, self.examinations) if self.knows_paths else ()
+        return (self.paths, self.diagnostics) if self.knows_paths else ()
 
     def make_discovery(self, clock: SystemClock) -> Discovery:
         return Discovery(self.store, lambda node, session: self.dispatcher.session(node, session), clock)
@@ -214,16 +216,16 @@ class Cluster:
         tell: Callable[[Expiry], None] = lambda _: None,
     ) -> AsyncIterator[None]:
         """The manager's care for certificates, with its own key pair in ``directory``."""
-        upkeep = Upkeep(
+        upkeep = CertificateUpdater(
             self.store,
             MANAGER_ID,
             self.tls,
             KeyPairFiles(directory),
             SystemClock(),
             disconnect=self.bound.disconnect,
-            root_gone=partial(shut_out, self.store, self.bound),
+            root_gone=partial(end_connections, self.store, self.bound),
             peers=peers,
-            tell=tell,
+            on_expiry=tell,
             is_evicting=is_evicting_manager,
         )
         running = asyncio.create_task(upkeep.run())

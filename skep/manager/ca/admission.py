@@ -1,4 +1,4 @@
-"""Who gets a certificate, and what is kept of it."""
+"""Which nodes get a certificate, and what is recorded of it."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -25,16 +25,16 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import Revocation
 
 RENEW_WINDOW = timedelta(days=30)
-"""A machine that is off over a long break comes back by itself: with the usual 90 days a certificate has 18 left at
-the least, so 48 days off always go well.  A disk that was thrown away stops being a key after at most 120."""
+"""A machine that is off for long comes back by itself: with the usual 90 days a certificate has at least 18 left, so 48
+days off are always fine.  The key on a discarded disk is useless after at most 120 days."""
 
 SERIALS_MAX = 256
-"""Certificates as a manager that one node may have before the first of them expires; one in good order has two.  All
-are remembered: what was forgotten could not be taken back at etcd's port."""
+"""Unexpired manager certificates of one node; a healthy one has two.  All of them are recorded: a forgotten one could
+not be revoked at etcd's port."""
 
 
 def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
-    """The identity that a node's next certificate has: its own, in the role it has in the cluster.
+    """The identity for a node's next certificate: its own, in its present role.
 
     Raises: PermissionDenied: the node was removed, or belongs to another cluster, or the certificate is not its own.
     """
@@ -50,7 +50,7 @@ def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
 
 
 def joining_identity(swarm: Swarm, token: str, new_id: str, *, is_engine: bool) -> Identity:
-    """The identity of a machine that shows ``token``.
+    """The identity of a machine that joins with ``token``.
 
     Raises:
         InvalidArgument: not one of the cluster's tokens (the docker command prints the text).
@@ -68,16 +68,16 @@ def joining_identity(swarm: Swarm, token: str, new_id: str, *, is_engine: bool) 
 
 
 def lifetime_of(swarm: Swarm) -> timedelta:
-    """How long certificates are valid by the user's wish, an hour at least."""
-    wished_ns = swarm.spec.ca_config.node_cert_expiry
-    lifetime = timedelta(seconds=wished_ns / SECOND_NS) if wished_ns else NODE_LIFETIME
+    """The configured lifetime of certificates, at least an hour."""
+    configured_ns = swarm.spec.ca_config.node_cert_expiry
+    lifetime = timedelta(seconds=configured_ns / SECOND_NS) if configured_ns else NODE_LIFETIME
     return max(lifetime, NODE_LIFETIME_MIN)
 
 
 def renew_window_of(spec: SwarmSpec) -> timedelta:
-    """For how long after its expiry a node's certificate may be renewed by whoever proves to have its key."""
-    wished_ns = duration_ns(spec.labels.get(RENEW_WINDOW_LABEL, ""))
-    return RENEW_WINDOW if wished_ns is None else timedelta(seconds=max(wished_ns, 0) / SECOND_NS)
+    """How long after its expiry a node's certificate may be renewed by the owner of its key."""
+    configured_ns = duration_ns(spec.labels.get(RENEW_WINDOW_LABEL, ""))
+    return RENEW_WINDOW if configured_ns is None else timedelta(seconds=max(configured_ns, 0) / SECOND_NS)
 
 
 class Issued(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,13 +87,13 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True):
     availability: Availability
     csr_pem: bytes
     certificate_pem: bytes
-    """The chain: while the root is rotated, the new root as the old one vouches for it comes second."""
+    """The chain: during a rotation the second one is the new root, cross-signed by the old one."""
     issuer: str
     """Digest of the key that signed it."""
     plane: str = ""
-    """Of a node that asked by itself: which kind of node asks so."""
+    """For a joining node: the plane of the kind of node it is."""
     shown: str = ""
-    """Serial number of the certificate that was shown for it."""
+    """Serial number of the certificate that the request was made with."""
 
     @property
     def certificate(self) -> x509.Certificate:
@@ -110,11 +110,11 @@ def issued_certificate(
     plane: str = "",
     before: NodeCertificate | None = None,
 ) -> NodeCertificate:
-    """What a node object says of the certificate that was issued to it at ``now``.
+    """The node object's record of the certificate issued at ``now``.
 
     Args:
-        plane: which kind of node asked for it; counts the first time.
-        before: what it said until now; certificates that have not expired stay known.
+        plane: the kind of node that requested it; only the first one counts.
+        before: the present record; unexpired certificates stay in it.
     """
     not_after = stamp(certificate.not_valid_after_utc)
     before = before or NodeCertificate()
@@ -133,17 +133,17 @@ def issued_certificate(
 
 
 def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: bool) -> None:
-    """Write the node object at its first certificate, afterwards only the certificate's part.
+    """Create the node object with its first certificate; later only update the certificate's part.
 
     Raises:
-        PermissionDenied: the node was removed, or its certificate taken back, while it was renewed.
+        PermissionDenied: the node was removed, or its certificate revoked, meanwhile.
         Unavailable: the root was rotated meanwhile.
         ResourceExhausted: it has too many certificates as a manager.
     """
     identity = issued.identity
     swarm = tx.rely_on(Swarm, identity.cluster_id, "ca")
     if swarm is None or issuer_digest(swarm.tls_info) != issued.issuer:
-        raise Unavailable("the cluster's root has just changed: ask again")
+        raise Unavailable("the cluster's root has just changed: try again")
     if is_foreign(tx.rely_on(Revocation, identity.node_id), issued.shown):
         raise PermissionDenied(
             f"Permission denied: this certificate of node {identity.node_id} is not the node's"
@@ -171,5 +171,5 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
 
 
 def stamp(moment: datetime) -> Timestamp:
-    """A point in time, to the second, as objects have it; later ones are greater as text too."""
+    """A timestamp in seconds; later ones are greater as text too."""
     return timestamp(int(moment.astimezone(UTC).timestamp()) * SECOND_NS)

@@ -1,4 +1,4 @@
-"""The cluster's certificate authority, as the store has it."""
+"""The cluster's certificate authority, from the store."""
 
 from skep.errors import FailedPrecondition
 from skep.manager.cluster import cluster_of
@@ -14,7 +14,7 @@ def root_bundle_of(swarm: Swarm) -> bytes:
 
 
 def authority_of(view: View) -> Authority:
-    """The authority that signs now: the new root's, from the moment a rotation begins.
+    """The present authority: that of the new root as soon as a rotation begins.
 
     Raises: FailedPrecondition: its key is missing or another root's.
     """

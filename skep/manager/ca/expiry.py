@@ -1,7 +1,7 @@
-"""What expires soon, for logs, events and ``docker info``.  Pure.
+"""Certificates that expire soon, for logs, events and ``docker info``.  Pure.
 
-A node renews by itself with at least a fifth of its certificate's life left, so one with less has failed to for a
-while.  The root does not renew by itself.
+A node renews with at least a fifth of its certificate's life left, so with less it has failed to for a while.  The
+root does not renew by itself.
 """
 
 from collections.abc import Iterator
@@ -20,23 +20,23 @@ from skep.store.interface import View
 
 WARN_BEFORE = timedelta(days=30)
 OVERDUE = 0.2
-"""Of a certificate's life: who has less left should have renewed.  Less than ``WARN_BEFORE`` for the usual 90 days;
-to warn earlier would be to warn of every healthy node."""
+"""Share of a certificate's life: with less left it should have been renewed.  Less than ``WARN_BEFORE`` for the usual
+90 days; an earlier warning would hit every healthy node."""
 
 
 class Expiry(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that expires soon."""
+    """A certificate that expires soon."""
 
     kind: Literal["swarm", "node"]
     id: str
     name: str
     not_after: datetime
     warning: str
-    """The sentence that users read."""
+    """The message for users."""
 
 
 def expiring(view: View, now: datetime) -> Iterator[Expiry]:
-    """Everything that expires within ``WARN_BEFORE``: the root first, then nodes in order of their ids."""
+    """All certificates that expire within ``WARN_BEFORE``: the root first, then nodes in order of their ids."""
     for swarm in view.find(Swarm):
         root = _root_expiry(swarm)
         if root is not None and swarm.rotation is None and root - now < WARN_BEFORE:
@@ -61,7 +61,7 @@ def expiring(view: View, now: datetime) -> Iterator[Expiry]:
 
 
 def _root_expiry(swarm: Swarm) -> datetime | None:
-    """When the root expires; None: it cannot be read, of which others will complain."""
+    """When the root expires; None: it cannot be read, which is reported elsewhere."""
     try:
         return x509.load_pem_x509_certificate(swarm.tls_info.trust_root.encode()).not_valid_after_utc
     except ValueError:
@@ -69,7 +69,7 @@ def _root_expiry(swarm: Swarm) -> datetime | None:
 
 
 def expiry_of(node: Node) -> datetime | None:
-    """When the node's certificate expires; None: that is not known."""
+    """When the node's certificate expires; None: not known."""
     if node.certificate is None or not node.certificate.not_after:
         return None
     return moment(unix_ns(node.certificate.not_after))

@@ -1,6 +1,7 @@
-"""What etcd reads of this manager's certificates: the key pair, the roots, and whose certificates count for nothing.
+"""What etcd reads of this manager's certificates: the key pair, the roots, and the revocation list.
 
-They lie on tmpfs and are replaced whole: etcd reads key pair and list at each handshake, the roots when it starts.
+The files are on tmpfs and are replaced atomically: etcd reads key pair and list at each handshake, the roots at its
+start.
 """
 
 from collections.abc import Awaitable, Callable, Iterable
@@ -13,12 +14,12 @@ REVOKED_FILE = "removed.crl"
 
 
 class PeerFiles:
-    """The files below one directory.
+    """The files in one directory.
 
     Args:
-        kept: directory that outlives a reboot, for the list: the first handshakes after one come before the store.
-        restart: restarts the member, which reads the roots once; returns when it serves again.
-        cut: ends the connections that other members have made to this one.
+        kept: directory that survives a reboot, for the list: the first handshakes after one come before the store.
+        restart: restarts the member, which reads the roots only at its start; returns when it serves again.
+        cut: ends the connections of other members to this one.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class PeerFiles:
         self._serials: frozenset[str] | None = None
 
     def refuse(self, serials: Iterable[str]) -> None:
-        """Have etcd refuse the certificates with these serial numbers, also on connections that are open."""
+        """Have etcd reject the certificates with these serial numbers, also on open connections."""
         revoked = frozenset(serials)
         if revoked == self._serials:
             return
@@ -52,7 +53,7 @@ class PeerFiles:
 
 
 def _read_serials(path: Path) -> frozenset[str]:
-    """Those that etcd has refused since its start."""
+    """The serial numbers that etcd has rejected since its start."""
     try:
         return listed_serials(path.read_bytes())
     except (OSError, ValueError):
@@ -60,7 +61,7 @@ def _read_serials(path: Path) -> frozenset[str]:
 
 
 def place_revoked(directory: Path, kept: Path) -> Path:
-    """Put the list in its place before etcd starts, as it was when this manager last ran; gives its path."""
+    """Write the list before etcd starts, as of this manager's last run; gives its path."""
     try:
         content = (kept / REVOKED_FILE).read_bytes()
     except FileNotFoundError:

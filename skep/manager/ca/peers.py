@@ -1,8 +1,8 @@
-"""Whose turn it is to restart its etcd after the roots have changed.  Pure.
+"""The order in which managers restart their etcds after the roots have changed.  Pure.
 
-etcd reads its peers' roots once.  Until it has restarted, a member trusts the old root, and with it the certificates
-of the new one, which the old one vouches for; so there is no hurry, and the members go one after another, the
-leader's last, each only while the others have a quorum without it.
+etcd reads its peers' roots at its start.  Until it has restarted, a member trusts the old root, and with it the
+certificates of the new one, which the old one cross-signs.  So there is no hurry: the members restart one after
+another, the leader's last, each only while the others have a quorum without it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from skep.model.ids import NodeId
 from skep.model.node import Node
 
 SETTLED_S = 3.0
-"""Between the restarts of two members: connections between them are there, and no election is under way."""
+"""Between the restarts of two members: time for connections between them, and for an election."""
 
 
 def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
@@ -24,7 +24,7 @@ def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
     order = sorted(managers, key=lambda node: (_leads(node), node.id))
     staying = sum(node.is_reachable_manager for node in order if node.id != own)
     if staying <= len(managers) // 2 and len(managers) > 2:
-        return False  # with two managers there is no way around a moment without a quorum
+        return False  # with two managers a moment without a quorum cannot be avoided
     for node in order:
         if node.id == own:
             return node.is_reachable_manager or len(managers) == 1
@@ -33,14 +33,14 @@ def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
     return False
 
 
-class Turn:
-    """A manager's wait for its turn: the member that was restarted last is to be among the others again."""
+class RestartTurn:
+    """Waits until the member that restarted last has had time to connect."""
 
     def __init__(self) -> None:
         self._since: float | None = None
 
     def has_come(self, own: NodeId, nodes: Sequence[Node], wanted: str, now: float) -> bool:
-        """Whether it has been the turn of ``own`` for long enough at ``now``; a single manager waits for nobody."""
+        """Whether ``own`` has been next for long enough at ``now``; a single manager does not wait."""
         if not is_my_turn(own, nodes, wanted):
             self._since = None
             return False

@@ -1,8 +1,8 @@
-"""What is to be done next while the cluster's root is rotated.  Pure.
+"""The next step of a root rotation.  Pure.
 
-Every node is asked to renew, a bounded number at a time; once every node has said that its certificate comes from the
-new root, the rotation is over.  A node that is away holds it up until it returns or is removed: announcing the new
-root without it would shut it out.
+Every node is told to renew, a bounded number at a time; once every node has reported a certificate of the new root,
+the rotation is over.  A node that is away delays it until it returns or is removed: announcing the new root without
+it would lock it out.
 
 Source: swarmkit, ca/reconciler.go.
 """
@@ -20,24 +20,24 @@ from skep.security.trust import is_issued_by, tls_info
 from skep.store.interface import Transaction
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 
-ASKED_MAX = 30
-"""Nodes that are asked to renew at the same time; SwarmKit's number."""
+REQUESTED_MAX = 30
+"""Nodes told to renew at the same time; SwarmKit's number."""
 
-PATIENCE_S = 30.0
-"""A node that was asked and has not renewed by then makes room for the next, and is asked again."""
+RENEWAL_S = 30.0
+"""A node that has not renewed by then makes room for the next one, and is told again."""
 
 ROTATE = "rotate"
-"""``NodeCertificate.state`` of a node that is asked to renew."""
+"""``NodeCertificate.state`` of a node that is told to renew."""
 
 
-class Ask(msgspec.Struct, frozen=True, kw_only=True):
-    """Ask these nodes to renew their certificates."""
+class RequestRenewals(msgspec.Struct, frozen=True, kw_only=True):
+    """Tell these nodes to renew their certificates."""
 
     node_ids: tuple[NodeId, ...]
 
 
 class Renewal(msgspec.Struct, frozen=True):
-    """One node that is asked to renew."""
+    """One node that is told to renew."""
 
     node_id: NodeId
 
@@ -49,12 +49,12 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def next_step(
-    swarm: Swarm, nodes: Iterable[Node], asked_at: Mapping[NodeId, float], now: float
-) -> Ask | Finish | None:
+    swarm: Swarm, nodes: Iterable[Node], requested_at: Mapping[NodeId, float], now: float
+) -> RequestRenewals | Finish | None:
     """The next step of a rotation; None: there is none, or it has to wait for nodes.
 
     Args:
-        asked_at: when each node was asked last, on the leader's monotonic clock, whose present is ``now``.
+        requested_at: when each node was last told to renew, in the leader's monotonic seconds, as ``now``.
     """
     rotation = swarm.rotation
     if rotation is None:
@@ -63,27 +63,27 @@ def next_step(
     if not waiting:
         return Finish(root=rotation.root)
     ready = [node for node in waiting if node.status.state is NodeState.READY]
-    busy = {node.id for node in ready if now - asked_at.get(node.id, now - PATIENCE_S) < PATIENCE_S}
+    busy = {node.id for node in ready if now - requested_at.get(node.id, now - RENEWAL_S) < RENEWAL_S}
     due = [node for node in ready if node.id not in busy]
-    away = [node for node in waiting if node.status.state is not NodeState.READY and not _is_asked(node)]
-    chosen = (*due[: max(0, ASKED_MAX - len(busy))], *away[:ASKED_MAX])
-    return Ask(node_ids=tuple(sorted(node.id for node in chosen))) if chosen else None
+    away = [node for node in waiting if node.status.state is not NodeState.READY and not _is_requested(node)]
+    chosen = (*due[: max(0, REQUESTED_MAX - len(busy))], *away[:REQUESTED_MAX])
+    return RequestRenewals(node_ids=tuple(sorted(node.id for node in chosen))) if chosen else None
 
 
-def _is_asked(node: Node) -> bool:
+def _is_requested(node: Node) -> bool:
     return node.certificate is not None and node.certificate.state == ROTATE
 
 
-def ask_to_renew(tx: Transaction, renewal: Renewal) -> None:
-    """Have the node renew: its session's owner tells it, now or when it returns."""
+def request_renewal(tx: Transaction, renewal: Renewal) -> None:
+    """Have the node renew: the owner of its session tells it, now or when it returns."""
     node = tx.lookup(Node, renewal.node_id)
-    if node is not None and node.certificate is not None and not _is_asked(node):
+    if node is not None and node.certificate is not None and not _is_requested(node):
         certificate = msgspec.structs.replace(node.certificate, state=ROTATE)
         tx.put(msgspec.structs.replace(node, certificate=certificate))
 
 
 def finish(tx: Transaction, root: str, new_id: IdSource) -> bool:
-    """Announce the new root: whom to trust, who signs, tokens that name it.  False: another rotation began."""
+    """Announce the new root: the trusted root, the signing key, and new tokens.  False: another rotation has begun."""
     swarm = tx.get(Swarm, cluster_of(tx).id)
     if swarm.rotation is None or swarm.rotation.root != root:
         return False

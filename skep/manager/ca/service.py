@@ -1,4 +1,4 @@
-"""CA and NodeCA: gives out the root, and certificates to machines with a token and nodes that renew.
+"""CA and NodeCA: serves the root, and issues certificates to joining machines and renewing nodes.
 
 Source: swarmkit, ca/server.go.
 """
@@ -45,14 +45,14 @@ log = structlog.get_logger(__name__)
 _CLOCK = SystemClock()
 
 ISSUED_MAX = 1000
-"""Certificates kept for being fetched; a node fetches its own at once."""
+"""Issued certificates kept until they are fetched; a node fetches its own at once."""
 
 
 class CertificateService:
     """Certificates are signed at once, by any manager: there is no queue and no pending state.
 
-    A signed certificate is kept in memory until it is fetched from this manager; a node that asks another one, or
-    after a restart, is told NOT_FOUND and asks for a new certificate.
+    A signed certificate is kept in memory until it is fetched from this manager; at another manager, or after a
+    restart, a node gets NOT_FOUND and requests a new certificate.
     """
 
     def __init__(self, store: Store, new_id: IdSource, clock: Clock = _CLOCK) -> None:
@@ -62,7 +62,7 @@ class CertificateService:
         self._issued: OrderedDict[NodeId, Issued] = OrderedDict()
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """The handlers for ``wire.server.serve``."""
         return (
             unary(methods.GET_ROOT_CA_CERTIFICATE, self._root_certificate),
             unary(methods.ISSUE_NODE_CERTIFICATE, partial(self._issue, is_engine=True)),
@@ -98,7 +98,7 @@ class CertificateService:
     async def _renew_expired(
         self, request: skep.RenewExpiredRequest, caller: Caller
     ) -> skep.RenewExpiredResponse:
-        """A node that was off for too long, and has its key still, gets a certificate in the role it has now."""
+        """Issue a certificate to a node whose certificate has expired, if it has its key."""
         view = self._store.view()
         swarm = cluster_of(view)
         proven = proven_identity(
@@ -126,7 +126,7 @@ class CertificateService:
         is_renewal: bool,
         shown: str,
     ) -> Issued:
-        """Sign what was asked for, write that, and keep it for being fetched.  ``shown``: see ``Issued``."""
+        """Sign the request, record it, and keep the certificate until it is fetched.  ``shown``: see ``Issued``."""
         key = requested_key(csr_pem)
         view = self._store.view()
         authority = authority_of(view)

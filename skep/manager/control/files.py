@@ -1,4 +1,4 @@
-"""Operations on secrets and configs, which differ in little but in who may read them.
+"""Operations on secrets and configs, which differ mainly in which clients may read them.
 
 Source: swarmkit, manager/controlapi/{secret,config}.go.
 """

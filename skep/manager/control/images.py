@@ -1,4 +1,4 @@
-"""Which words are image references.
+"""Recognises image references.
 
 Source: distribution/reference, normalize.go and regexp.go.
 """

@@ -1,4 +1,4 @@
-"""Names of objects: what they may be.
+"""Validation of objects' names.
 
 Source: swarmkit, manager/controlapi/common.go (validateAnnotations, validateConfigOrSecretAnnotations).
 """

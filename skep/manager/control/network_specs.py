@@ -1,8 +1,8 @@
-"""Which wishes for a network can be fulfilled.
+"""Validation of a network's spec.
 
-Docker's managers look at subnets and options only when they allocate, and a network that cannot be allocated stays
-without addresses and says nothing.  Here what can be known at once is refused at once, in the words that Docker's
-allocator, its drivers or its command have for it.
+Docker's managers check subnets and options only when they allocate, and a network that cannot be allocated stays
+without addresses and without an error.  Here whatever can be checked is refused at once, with the texts of Docker's
+allocator, its drivers or its command.
 
 Source: swarmkit, manager/controlapi/network.go; moby, libnetwork/drivers/overlay (mtu), ovmanager (vxlan ids),
 cli/command/network/create.go (auxiliary addresses, overlaps within a network).
@@ -30,7 +30,7 @@ _MTU_MIN_6 = 1280
 
 
 def check_network_spec(spec: NetworkSpec) -> None:
-    """Refuse what can never work.  Raises: InvalidArgument, PermissionDenied, Unimplemented."""
+    """Refuse specs that can never work.  Raises: InvalidArgument, PermissionDenied, Unimplemented."""
     driver = spec.driver_configuration
     if spec.ingress and driver is not None and driver.name != "overlay":
         raise Unimplemented("only overlay driver is currently supported for ingress network")

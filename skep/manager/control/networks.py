@@ -63,13 +63,13 @@ def add_subnets(tx: Transaction, id: NetworkId, configs: Sequence[IPAMConfig]) -
     options = network.spec.ipam_options or IPAMOptions(driver=Driver(name="default"))
     present = options.configs
     if not any(config.subnet and ":" not in config.subnet for config in present):
-        # What was chosen for it is no longer all it has: say that it is wished for.
+        # The allocated subnets become part of the spec, as they are no longer all of them.
         present = present if any(not config.subnet for config in present) else (IPAMConfig(), *present)
     given = network.ipam_options.configs if network.ipam_options is not None else ()
     new = tuple(config for config in configs if config.subnet)
     check_subnets(new)
     if any(":" in config.subnet for config in new) and not network.spec.ipv6_enabled:
-        raise InvalidArgument(f"network {network.spec.name} was made without IPv6")
+        raise InvalidArgument(f"network {network.spec.name} was created without IPv6")
     if any(not config.subnet and config != IPAMConfig() for config in configs):
         raise InvalidArgument("every ip-range or gateway must have a corresponding subnet")
     if len(present) + len(configs) > SUBNETS_MAX:
@@ -106,7 +106,7 @@ def remove_network(tx: Transaction, id: NetworkId) -> None:
 
 
 def first_networks(*, new_id: IdSource, now: Timestamp) -> tuple[Network, ...]:
-    """The networks that a new cluster begins with: ingress, and the nodes' own bridge and host."""
+    """The networks of a new cluster: ingress, and the nodes' own bridge and host."""
     ingress = NetworkSpec(
         name="ingress",
         driver_configuration=Driver(name="overlay"),
@@ -126,7 +126,7 @@ def ingress_network(view: View) -> Network | None:
 
 
 def known_ingress_network(view: View) -> Network | None:
-    """The same, for whoever decides by it.  Raises: Unavailable: a network that cannot be read may be it."""
+    """The ingress network, for decisions.  Raises: Unavailable: a network that cannot be read may be it."""
     network = ingress_network(view)
     if network is None and (unreadable := view.unreadable(Network)):
         raise Unavailable(f"network {min(unreadable)} cannot be read: it may be the ingress network")
@@ -180,7 +180,7 @@ def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]
 
 
 def subnets_of(network: Network) -> list[Subnet]:
-    """What the network has, and what it will get."""
+    """The network's present and requested subnets."""
     both = (network.ipam_options, network.spec.ipam_options)
     configs = [config for options in both if options is not None for config in options.configs]
     found = dict.fromkeys(subnet_of(config) for config in configs if config.subnet)
@@ -188,11 +188,11 @@ def subnets_of(network: Network) -> list[Subnet]:
 
 
 _NAMED_MAX = 5
-"""As many users of a network are named where it cannot be removed."""
+"""Number of users that are named if a network cannot be removed."""
 
 
 def _names(tx: Transaction, error: InUse) -> str:
-    """Names of those who use something, in parentheses; what has none is not named."""
+    """Names of the users, in parentheses; those without a name are left out."""
     names = []
     for kind, id in error.users:
         if kind == "service" and (service := tx.lookup(Service, id)) is not None:

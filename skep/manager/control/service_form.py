@@ -1,7 +1,7 @@
-"""The form in which a service's spec is kept, whatever the client left out.
+"""The normalized form in which a service's spec is stored.
 
-Docker converts every spec to SwarmKit's form and back, which fills in some fields, lower-cases words and refuses
-what it cannot convert; ``settled`` has the same outcome.  ``with_defaults`` is ``insertDefaults=true``.
+Docker converts every spec to SwarmKit's form and back, which fills in some fields, lower-cases words and refuses what
+it cannot convert; ``settled`` has the same result.  ``with_defaults`` is ``insertDefaults=true``.
 
 Source: moby 20.10 and 27, daemon/cluster/convert/{service,container}.go; swarmkit, api/defaults/service.go.
 """
@@ -48,7 +48,7 @@ UNRECOGNIZED: Unrecognized = {
     UpdateOrder: lambda word: InvalidArgument(f"unrecognized update order {word}"),
     PublishMode: lambda word: PublishMode.HOST if word.lower() == "host" else PublishMode.INGRESS,
 }
-"""The engine's words for what is in no enumeration of a service's spec; a strange publish mode means ingress."""
+"""The engine's errors for unknown values of a service's spec; an unknown publish mode means ingress."""
 
 _PROTOCOLS = frozenset({"tcp", "udp", "sctp"})
 _MOUNT_TYPES = frozenset({"bind", "volume", "tmpfs", "npipe", "cluster", "image"})
@@ -167,7 +167,7 @@ def _settled_bind_options(options: BindOptions | None) -> BindOptions | None:
 
 
 def _settled_placement(placement: Placement | None) -> Placement | None:
-    """A preference for nothing is none."""
+    """An empty preference is dropped."""
     if placement is None:
         return None
     return replace(
@@ -202,7 +202,7 @@ def _settled_endpoint(endpoint: EndpointSpec | None) -> EndpointSpec | None:
 
 
 def _settled_ports(ports: Iterable[PortConfig]) -> tuple[PortConfig, ...]:
-    """A strange protocol is tcp, as the engine has it."""
+    """An unknown protocol is tcp, as in the engine."""
     return tuple(
         replace(port, protocol=port.protocol.lower() if port.protocol.lower() in _PROTOCOLS else "tcp")
         for port in ports

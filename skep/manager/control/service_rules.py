@@ -1,4 +1,4 @@
-"""What a service's spec must fulfil.  All in SwarmKit's words and order.
+"""Validation of a service's spec, with SwarmKit's texts and order.
 
 Source: swarmkit, manager/controlapi/service.go (validateServiceSpec and what it calls).
 """
@@ -40,11 +40,11 @@ _NANO_CPUS_MIN = 1_000_000
 _MEMORY_BYTES_MIN = 4 * 1024 * 1024
 _PORT_MAX = 65535
 _SIGN_BIT = 2**63 - 1
-"""Decoding cuts larger numbers to this; SwarmKit sees them as negative."""
+"""Decoding limits larger numbers to this; SwarmKit reads them as negative."""
 
 
 def check_service_spec(spec: ServiceSpec) -> None:
-    """Refuse what can never work.  Raises: InvalidArgument; Untranslated for unreadable constraints."""
+    """Refuse specs that can never work.  Raises: InvalidArgument; Untranslated for unreadable constraints."""
     check_dns_name(spec.name)
     check_service_labels(spec.labels)
     check_publishing(spec)

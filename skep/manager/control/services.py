@@ -1,7 +1,7 @@
 """Operations on services.
 
-Creating, updating and removing a service write its wish; the leader's loops do the rest.  The specs that come in
-are ``settled`` (see ``service_form``) and name networks by id.
+Creating, updating and removing a service write its spec; the leader's loops do the rest.  The specs passed in are
+``settled`` (see ``service_form``) and name networks by id.
 
 Source: swarmkit, manager/controlapi/service.go; moby 20.10, daemon/cluster/services.go.
 """
@@ -35,7 +35,7 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_id
 
 AuthSource = Literal["spec", "previous-spec"]
-"""Whose registry credentials an update goes on with when it brings none."""
+"""Source of the registry credentials of an update that has none."""
 
 
 def create_service(
@@ -176,13 +176,13 @@ def _resolved(
             for attachment in attachments
         )
     except NotFound as error:
-        raise Untranslated(str(error)) from error  # the engine gives this one no class
+        raise Untranslated(str(error)) from error  # the engine has no class for this error
 
 
 def _free_name(tx: Transaction, new_name: NameSource) -> str:
     name = free_name(new_name, lambda name: bool(tx.find(Service, name=name)), attempts=1_000)
     if name is None:
-        raise InvalidArgument("no readable name is free: give the service one")
+        raise InvalidArgument("no generated name is free: name the service")
     return name
 
 

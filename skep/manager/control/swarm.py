@@ -42,11 +42,11 @@ from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Paylo
 
 CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
 FROZEN = "replacement of tasks is frozen"
-"""How the reason begins; ``/info`` of the nodes knows it by this."""
+"""First words of the reason; ``/info`` of the nodes recognises it by them."""
 
 
 class Rotations(msgspec.Struct, frozen=True, kw_only=True):
-    """Which secrets an update of the cluster replaces."""
+    """Secrets that an update of the cluster replaces."""
 
     worker_token: bool = False
     manager_token: bool = False
@@ -74,7 +74,7 @@ def found_swarm(
         InvalidArgument, Unimplemented: ``spec`` can never work.
     """
     if tx.find(Swarm):
-        raise FailedPrecondition("the store holds a cluster already")
+        raise FailedPrecondition("the store already has a cluster")
     check_swarm_spec(spec)
     swarm = Swarm(
         id=id,
@@ -127,7 +127,7 @@ def update_swarm(
 
 
 def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority] = Authority.create) -> None:
-    """Begin a rotation to a fresh root, as ``docker swarm ca --rotate`` does."""
+    """Begin a rotation to a new root, as ``docker swarm ca --rotate`` does."""
     swarm = tx.get(Swarm, cluster_of(tx).id)
     present = swarm.spec.ca_config
     wish = replace(present, force_rotate=present.force_rotate + 1)
@@ -136,20 +136,20 @@ def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority
 
 
 def rotate_join_tokens(tx: Transaction, new_id: IdSource) -> None:
-    """Make both tokens anew."""
+    """Replace both tokens."""
     swarm = tx.get(Swarm, cluster_of(tx).id)
     rotations = Rotations(worker_token=True, manager_token=True)
     tx.put(replace(swarm, join_tokens=_rotated(swarm, rotations, new_id)))
 
 
 def rotate_unlock_key(tx: Transaction, new_key: Callable[[], bytes] = new_unlock_key) -> None:
-    """Make another unlock key, if managers are locked."""
+    """Replace the unlock key, if managers are locked."""
     is_locked = tx.get(Swarm, cluster_of(tx).id).spec.encryption_config.auto_lock_managers
     _keep_unlock_key(tx, is_wanted=is_locked, is_rotated=True, new_key=new_key)
 
 
 def resume_replacement(tx: Transaction) -> None:
-    """Let tasks of nodes that are down be replaced again.  Raises: FailedPrecondition: nothing is frozen."""
+    """End the freeze of replacement.  Raises: FailedPrecondition: nothing is frozen."""
     swarm = tx.get(Swarm, cluster_of(tx).id)
     if swarm.freeze is None:
         raise FailedPrecondition("replacement is not frozen")
@@ -157,10 +157,10 @@ def resume_replacement(tx: Transaction) -> None:
 
 
 def frozen_message(freeze: Freeze) -> str:
-    """What to tell whoever wonders why nothing is replaced."""
+    """Why no tasks are replaced, for users."""
     return (
         f"{FROZEN} since {freeze.since}: {len(freeze.nodes)} of {freeze.ready_before} nodes went down at once; "
-        "it goes on when half of them are back, after 10 minutes, or with: skep cluster resume"
+        "it resumes when half of them are back, after 10 minutes, or with: skep cluster resume"
     )
 
 
@@ -170,13 +170,13 @@ def check_swarm_spec(spec: SwarmSpec) -> None:
         raise InvalidArgument("minimum certificate expiry time is: 1h0m0s")
     window = spec.labels.get(RENEW_WINDOW_LABEL)
     if window is not None and (duration_ns(window) is None or window.startswith("-")):
-        raise InvalidArgument(f"{RENEW_WINDOW_LABEL} is no duration: {window!r}: write it like 720h, or 0")
+        raise InvalidArgument(f"{RENEW_WINDOW_LABEL} is not a duration: {window!r}: write it like 720h, or 0")
     if spec.dispatcher.heartbeat_period < 0:
         raise InvalidArgument("heartbeat time period cannot be a negative duration")
     check_swarm_labels(spec.labels)
     if spec.ca_config.external_cas:
         raise Unimplemented(
-            "external certificate authorities are not supported: let the cluster sign by itself, or bring a root "
+            "external certificate authorities are not supported: let the cluster sign itself, or provide a root "
             "with docker swarm ca --rotate --ca-cert FILE --ca-key FILE"
         )
 
@@ -190,7 +190,7 @@ def unlock_key_of(view: View) -> bytes | None:
 def _keep_unlock_key(
     tx: Transaction, *, is_wanted: bool, is_rotated: bool = False, new_key: Callable[[], bytes]
 ) -> None:
-    """Have an unlock key exactly if it is wanted; an old one never comes back, as in SwarmKit."""
+    """Have an unlock key exactly if autolock is on; an old one is never restored, as in SwarmKit."""
     is_there = tx.lookup(Payload, UNLOCK_KEY_ID) is not None
     if is_wanted and (is_rotated or not is_there):
         tx.put(Payload(id=UNLOCK_KEY_ID, data=new_key()))

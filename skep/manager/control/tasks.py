@@ -1,4 +1,4 @@
-"""What the API says about tasks; nobody but the leader's loops and the nodes writes them.
+"""Tasks as the API shows them; only the leader's loops and the nodes write them.
 
 Source: swarmkit, manager/controlapi/task.go, manager/orchestrator/task.go (IsTaskDirty).
 """
@@ -33,7 +33,7 @@ def known_status(view: View, task: Task) -> TaskStatus:
 
 
 def is_up_to_date(view: View, task: Task) -> bool:
-    """Whether ``task`` is what its service asks for now; clients show the progress of an update by it."""
+    """Whether ``task`` matches its service's present spec; clients show the progress of an update by it."""
     service = view.lookup(Service, task.service_id)
     if service is None:
         return False

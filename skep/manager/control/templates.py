@@ -1,7 +1,7 @@
-"""Placeholders of a service that no node could fill in: refused where the service is created.
+"""Placeholders of a service that no node could expand: refused when the service is created.
 
-Known are field paths (``{{.Node.Hostname}}``) and ``{{index .Service.Labels "x"}}``, as nodes fill in; the
-sentences are Go's as far as they can be.
+Supported are field paths (``{{.Node.Hostname}}``) and ``{{index .Service.Labels "x"}}``, as on nodes; the error texts
+follow Go's as far as possible.
 
 Source: swarmkit, template/{context,expand}.go; Go 1.19, text/template.
 """

@@ -1,4 +1,4 @@
-"""The leader's loop over an eviction: one step after the other, until nothing that the node knew is of any use."""
+"""The leader's loop over an eviction: one step after the other, until nothing that the node had is valid any more."""
 
 import asyncio
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from skep.manager.eviction.steps import (
     Step,
     eviction_of,
     has_new_root,
-    is_on_its_way,
+    is_rotating_root,
     names,
     note_damaged,
     note_done,
@@ -44,13 +44,13 @@ from skep.wire.server import Bound
 log = structlog.get_logger(__name__)
 
 CHECK_S = 0.5
-"""Between two looks while a step waits for something that causes no commit."""
+"""Time between two attempts while a step waits for something that causes no commit."""
 
 KEEP_S = 10.0
-"""For a manager to have a key safely on its disk."""
+"""Time limit for a manager to store a key on its disk."""
 
 DAMAGED_MAX = 100
-"""Values that are named."""
+"""Damaged values that are listed."""
 
 
 class KeyedStore(Store, Protocol):
@@ -73,7 +73,7 @@ class KeyedStore(Store, Protocol):
 
 
 class Evictions:
-    """Takes the eviction that is under way to its end.  Runs on the leader only.
+    """Completes the present eviction.  Runs on the leader only.
 
     Args:
         channel: the connection to another manager.  Raises: Unavailable.
@@ -101,9 +101,9 @@ class Evictions:
         self._random = random
         self._changed = asyncio.Event()
         self._offered: tuple[NodeId, bytes] | None = None
-        """The wrapping key that managers are given, and in whose eviction; the same while one of them is waited for."""
+        """The wrapping key that managers are given, with the node it is for; the same while a manager is waited for."""
         self._early: NodeId | None = None
-        """In whose eviction docker nodes' keys were replaced before the root."""
+        """The node for whose eviction docker nodes' keys were replaced before the root."""
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -128,41 +128,41 @@ class Evictions:
             self._changed.clear()
             while (eviction := self._present()) and (step := eviction.next_step):
                 try:
-                    await self._take(eviction, step)
+                    await self._run_step(eviction, step)
                     backoff.reset()
                 except NotLeader:
                     raise
                 except (SkepError, OSError) as error:
-                    log.warning("eviction waits", node=eviction.node_id, step=step, reason=str(error))
-                    await self._wait(eviction, str(error))
+                    log.warning("eviction step waits", node=eviction.node_id, step=step, reason=str(error))
+                    await self._write_waiting(eviction, str(error))
                     await backoff.sleep(self._clock)
 
     def _present(self) -> Eviction | None:
         try:
             return eviction_of(self._term.view())
         except FailedPrecondition as error:
-            log.error("eviction left alone", error=str(error))
+            log.error("eviction cannot be read", reason=str(error))
             return None
 
-    async def _take(self, eviction: Eviction, step: Step) -> None:
-        """Do as much of a step as can be done now.  Raises: SkepError: the reason stands in it."""
+    async def _run_step(self, eviction: Eviction, step: Step) -> None:
+        """Do as much of a step as is possible now.  Raises: SkepError: with the reason."""
         if waits_for := await self._try(eviction, step):
-            await self._wait(eviction, waits_for)
+            await self._write_waiting(eviction, waits_for)
             await self._clock.sleep(CHECK_S)
             return
         await self._term.update(note_done, eviction.node_id, step)
-        log.warning("eviction", node=eviction.node_id, name=eviction.hostname, done=TEXTS[step])
+        log.warning("eviction step done", node=eviction.node_id, name=eviction.hostname, done=TEXTS[step])
 
-    async def _wait(self, eviction: Eviction, reason: str) -> None:
+    async def _write_waiting(self, eviction: Eviction, reason: str) -> None:
         present = eviction_of(self._term.view())
         if present is not None and present.waits_for != reason:
             try:
                 await self._term.update(note_waiting, eviction.node_id, reason)
             except Unavailable as error:
-                log.warning("what the eviction waits for is not shown", error=str(error))
+                log.warning("eviction status not written, will retry", reason=str(error))
 
     async def _try(self, eviction: Eviction, step: Step) -> str:
-        """What the step waits for; empty: it is done."""
+        """Run a step; gives what it waits for; empty: it is done."""
         match step:
             case "remove":
                 return await self._term.update(remove_evicted, eviction.nodes, self._clock.now_ns())
@@ -187,39 +187,40 @@ class Evictions:
     # -- keys of the store -----------------------------------------------------------------------------------------
 
     async def _replace_keys(self, eviction: Eviction) -> str:
-        """Have every manager keep a new wrapping key, then put the store's keys under it in one fenced write.
+        """Have every manager store a new wrapping key, then rewrap the store's keys with it in one fenced write.
 
-        A manager that comes in meanwhile is handed all keys that its host has: if it was let in before the last of the
-        others had the new one, it is among those that are asked.  A key that was offered before the node was to go may
-        be known to it.
+        A manager that joins meanwhile gets all keys of the manager it joins through: if it was admitted before the
+        last of the others had the new key, it is among those that get it here.  A key that was offered before the
+        node was to be evicted may be known to it.
         """
         if self._offered is None or self._offered[0] != eviction.node_id:
             self._offered = eviction.node_id, new_wrapping_key()
         key = self._offered[1]
         await self._keys.add(key)
         self._store.learn_wrapping_key(key)
-        asked: set[NodeId] = {self._own}
-        while others := [node for node in self._managers() if node.id not in asked]:
+        stored_on: set[NodeId] = {self._own}
+        while others := [node for node in self._managers() if node.id not in stored_on]:
             for node in others:
                 try:
-                    await self._hand_over(node, key)
+                    await self._send_key(node, key)
                 except Unavailable:
                     return f"manager {names([node])} is to have the new key and cannot be reached: start or remove it"
-                asked.add(node.id)
+                stored_on.add(node.id)
             await self._store.barrier()
         await self._store.replace_wrapping_key(self._term, key)
         self._offered = None
         return ""
 
     async def _wait_encrypted(self, eviction: Eviction) -> str:
-        """What nothing opens is left as it is and named: it opens with no key that the node had, either."""
+        """Values that cannot be decrypted are left as they are and listed: no key that the node had decrypts them
+        either."""
         damaged = self._store.unreadable_values
         if self._store.is_rotating and not damaged:
             return "values are encrypted anew"
         await self._term.update(note_damaged, eviction.node_id, damaged[:DAMAGED_MAX])
         return ""
 
-    async def _hand_over(self, node: Node, key: bytes) -> None:
+    async def _send_key(self, node: Node, key: bytes) -> None:
         request = pb.KeepWrappingKeyRequest(key=key)
         try:
             await self._channel(node.id).call(methods.KEEP_WRAPPING_KEY, request, timeout_s=KEEP_S)
@@ -238,7 +239,7 @@ class Evictions:
         swarm = cluster_of(view)
         if has_new_root(eviction, swarm):
             return ""
-        if not is_on_its_way(eviction, swarm):
+        if not is_rotating_root(eviction, swarm):
             await self._term.update(rotate_root, moment(self._clock.now_ns()))
             return "nodes renew their certificates"
         waiting = _not_renewed(view)
@@ -246,7 +247,7 @@ class Evictions:
             return "the root changes"
         if all(node.status.state is not NodeState.READY for node in waiting):
             if self._early != eviction.node_id:
-                # These may be away for days, and the rest of it comes after the root: a first time.
+                # These may be away for days, and the overlay step comes after the root: so replace the keys now, too.
                 await self._replace_gossip_keys()
                 self._early = eviction.node_id
             return f"nodes that are away renew their certificates when they are back, or are removed: {names(waiting)}"
@@ -270,31 +271,29 @@ def _not_renewed(view: View) -> list[Node]:
     return [node for node in view.find(Node) if not is_issued_by(node.description.tls_info, wanted)]
 
 
-def shut_out(store: Store, bound: Bound) -> None:
+def end_connections(store: Store, bound: Bound) -> None:
     """End every connection if the root has changed because of an eviction.
 
-    Connections outlive a rotation, as they do in Docker; but who has the old root's key may have made some in the
-    name of nodes that stay.
+    Connections survive a rotation, as they do in Docker; but with the old root's key some may have been made in the
+    names of other nodes.
     """
     eviction = eviction_of(store.view())
     if eviction is not None and eviction.next_step is not None:
-        log.warning(
-            "every connection is ended: the root is another one, and a node is evicted", node=eviction.node_id
-        )
-        # A manager's word may end the others, and there are few of them.
+        log.warning("root replaced by an eviction: all connections are closed", node=eviction.node_id)
+        # Connections of managers have more rights, and there are few of them: they are closed at once.
         bound.disconnect_all(
             lambda caller: caller.role is NodeRole.MANAGER or caller.node_id in eviction.nodes
         )
 
 
-async def keep_settled(store: KeyedStore, keys: WrappingKeys, clock: Clock) -> None:
-    """Keep one wrapping key on this manager's disk, the one that the store is under, until cancelled."""
+async def prune_wrapping_keys(store: KeyedStore, keys: WrappingKeys, clock: Clock) -> None:
+    """Keep only the present wrapping key on this manager's disk, until cancelled."""
     key, backoff = store.wrapping_key, Backoff(longest_s=10.0)
     while True:
         try:
             await keys.settle(key)
         except (SkepError, OSError) as error:
-            log.error("wrapping keys not settled on the disk", error=str(error))
+            log.error("old wrapping keys not removed from disk, will retry", reason=str(error))
             await backoff.sleep(clock)
             continue
         backoff.reset()

@@ -1,10 +1,10 @@
-"""An eviction, as the store keeps it, and its steps.  Pure but for the transaction functions.
+"""An eviction as stored, and its steps.  Pure but for the transaction functions.
 
-The order is the point.  A manager has had the wrapping key, and every data key; whatever is encrypted under one of them
-is readable to who has a later image of a disk.  So after the node is gone the data keys come first, and only what is
-written under the new ones (the root's key, tokens, the unlock key, docker nodes' keys) is new to it.
+The order matters.  A manager has had the wrapping key, and every data key; whatever is encrypted with one of them can
+be read with a later image of a disk.  So after the node is removed the data keys are replaced first, and only what is
+written with the new ones (the root's key, tokens, the unlock key, docker nodes' keys) is unknown to it.
 
-Each step may be interrupted and done again.
+Each step may be interrupted and repeated.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, NotFound
-from skep.manager.ca.standing import is_manager
+from skep.manager.ca.caller_check import is_manager
 from skep.manager.cluster import cluster_of
 from skep.manager.control.nodes import check_demotion, remove_node
 from skep.manager.gossip.keys import rotated
@@ -28,7 +28,7 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import GOSSIP_KEYS_ID, Payload, Revocation
 
 EVICTION_ID = "eviction"
-"""Id of the payload that keeps the last eviction."""
+"""Id of the payload with the last eviction."""
 
 Step = Literal["remove", "keys", "data", "root", "restarts", "tokens", "unlock", "overlays"]
 
@@ -44,9 +44,9 @@ TEXTS: Mapping[Step, str] = {
 }
 OF_A_MANAGER: tuple[Step, ...] = ("remove", "keys", "data", "root", "restarts", "unlock", "overlays")
 OF_A_WORKER: tuple[Step, ...] = ("remove", "tokens", "overlays")
-"""It never had a key of the managers."""
+"""A worker never had a key of the managers."""
 OF_SEVERAL: tuple[Step, ...] = (*OF_A_MANAGER[:5], "tokens", *OF_A_MANAGER[5:])
-"""The root may have been another one, and tokens with it, before the last of them was evicted."""
+"""The root, and with it the tokens, may have been replaced before the last of them was evicted."""
 
 
 class Eviction(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,33 +56,33 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str
     was_manager: bool
     asked_by: str
-    """Who asked, as the client says."""
+    """The user who requested it, as given by the client."""
     asked_through: NodeId
     asked_at: Timestamp
     roots: tuple[str, ...] = ()
     done: tuple[Step, ...] = ()
     waits_for: str = ""
-    """What the present step waits for, in a sentence; empty: it is under way."""
+    """What the present step waits for, as a sentence; empty: it is running."""
     others: tuple[NodeId, ...] = ()
-    """Nodes whose evictions were not complete when this one began, and are part of it now."""
+    """Nodes whose incomplete evictions became part of this one."""
     damaged: tuple[str, ...] = ()
-    """Keys of values in the store that no data key opens: they are left as they are."""
+    """Keys of values that no data key decrypts: they are left as they are."""
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
-        """All that are evicted."""
+        """All nodes that are evicted."""
         return (self.node_id, *self.others)
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """All of them, in order."""
+        """All steps, in order."""
         if not self.was_manager:
             return OF_A_WORKER
         return OF_SEVERAL if self.others else OF_A_MANAGER
 
     @property
     def next_step(self) -> Step | None:
-        """The first that is not done; None: it is complete."""
+        """The first step that is not done; None: the eviction is complete."""
         return next((step for step in self.steps if step not in self.done), None)
 
     def encode(self) -> bytes:
@@ -90,13 +90,13 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def eviction_of(view: View) -> Eviction | None:
-    """The last one, complete or not."""
+    """The last eviction, complete or not."""
     payload = view.lookup(Payload, EVICTION_ID)
     return decoded_eviction(payload) if payload is not None else None
 
 
 def is_evicting_manager(view: View) -> bool:
-    """Whether the eviction of a manager is under way; one that cannot be read is none."""
+    """Whether a manager is being evicted; False if the eviction cannot be read."""
     try:
         eviction = eviction_of(view)
     except FailedPrecondition:
@@ -105,26 +105,26 @@ def is_evicting_manager(view: View) -> bool:
 
 
 def decoded_eviction(payload: Payload) -> Eviction:
-    """Raises: FailedPrecondition: it is damaged, or has steps that this version does not know."""
+    """Raises: FailedPrecondition: it is damaged, or has steps of another version."""
     try:
         return msgspec.json.decode(payload.data, type=Eviction)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise FailedPrecondition(f"this version of Skep cannot read the eviction: {error}") from error
 
 
-def begin(tx: Transaction, word: str, by: str, own: NodeId, now: Timestamp) -> Eviction:
-    """Begin to evict the node that ``word`` names, or go on; a node that was removed already is named by its id.
+def begin(tx: Transaction, name: str, by: str, own: NodeId, now: Timestamp) -> Eviction:
+    """Begin to evict the node with this ``name`` (or id), or continue; a removed node is named by its id.
 
-    One that is under way, perhaps waiting for a node that is switched off, becomes part of this one.
+    An eviction under way, which may wait for a node that is off, becomes part of this one.
 
-    Raises: NotFound; FailedPrecondition: it is the node that was asked.
+    Raises: NotFound; FailedPrecondition: it is this manager's own node.
     """
     present = _stored(tx)
     swarm = cluster_of(tx)
     under_way = present if present is not None and present.next_step is not None else None
-    if under_way is not None and word == under_way.hostname and not tx.find(Node, name=word.lower()):
+    if under_way is not None and name == under_way.hostname and not tx.find(Node, name=name.lower()):
         return under_way
-    target = _target(tx, word)
+    target = _target(tx, name)
     if under_way is not None and target.id in under_way.nodes:
         return under_way
     if target.id == own:
@@ -143,16 +143,16 @@ def begin(tx: Transaction, word: str, by: str, own: NodeId, now: Timestamp) -> E
         roots=tuple(root_digest(root.encode()) for root in roots),
     )
     if under_way is not None:
-        eviction = joined(under_way, eviction)
+        eviction = merged(under_way, eviction)
     tx.put(Payload(id=EVICTION_ID, data=eviction.encode()))
     return eviction
 
 
-def joined(earlier: Eviction, later: Eviction) -> Eviction:
-    """``later``, and with it what is left of ``earlier``.
+def merged(earlier: Eviction, later: Eviction) -> Eviction:
+    """``later``, including what is left of ``earlier``.
 
-    A manager had all keys, those that were made meanwhile too: everything is done again.  After a worker nothing is but
-    what its own eviction takes.
+    A manager had all keys, including those made meanwhile: everything is repeated.  For a worker only its own steps
+    are.
     """
     if later.was_manager:
         done: tuple[Step, ...] = ()
@@ -168,26 +168,26 @@ def joined(earlier: Eviction, later: Eviction) -> Eviction:
     )
 
 
-def _target(tx: Transaction, word: str) -> Node:
-    """The node; one that is gone has nothing but its id."""
+def _target(tx: Transaction, name: str) -> Node:
+    """The node; for a removed one only its id."""
     nodes = list(tx.find(Node))
     for matches in (
-        [node for node in nodes if node.id == word],
-        [node for node in nodes if node.description.hostname == word],
-        [node for node in nodes if node.id.startswith(word)],
+        [node for node in nodes if node.id == name],
+        [node for node in nodes if node.description.hostname == name],
+        [node for node in nodes if node.id.startswith(name)],
     ):
         if len(matches) > 1:
-            raise FailedPrecondition(f"node {word} is ambiguous ({len(matches)} matches found)")
+            raise FailedPrecondition(f"node {name} is ambiguous ({len(matches)} matches found)")
         if matches:
             return matches[0]
-    revocation = tx.lookup(Revocation, word)
+    revocation = tx.lookup(Revocation, name)
     if revocation is None or not revocation.is_removed:
-        raise NotFound(f"node {word} not found")
-    return Node(id=NodeId(word))
+        raise NotFound(f"node {name} not found")
+    return Node(id=NodeId(name))
 
 
 def _was_manager(tx: Transaction, node: Node) -> bool:
-    """Whether the node may have keys of the managers: it is one, or was one until its certificates expire."""
+    """Whether the node may have keys of the managers: it is one, or was one and its certificates have not expired."""
     revocation = tx.lookup(Revocation, node.id)
     has_been = revocation is not None and bool(revocation.serials)
     issued = node.certificate is not None and bool(node.certificate.serials)
@@ -200,7 +200,7 @@ def _stored(tx: Transaction) -> Eviction | None:
 
 
 def note_done(tx: Transaction, node_id: NodeId, step: Step) -> None:
-    """A step is done."""
+    """Record that a step is done."""
     present = _stored(tx)
     if present is not None and present.node_id == node_id and step not in present.done:
         changed = replace(present, done=(*present.done, step), waits_for="")
@@ -208,21 +208,21 @@ def note_done(tx: Transaction, node_id: NodeId, step: Step) -> None:
 
 
 def note_damaged(tx: Transaction, node_id: NodeId, keys: tuple[str, ...]) -> None:
-    """Which values stay as they are because nothing opens them."""
+    """Record the values that cannot be decrypted."""
     present = _stored(tx)
     if present is not None and present.node_id == node_id and present.damaged != keys:
         tx.put(Payload(id=EVICTION_ID, data=replace(present, damaged=keys).encode()))
 
 
 def note_waiting(tx: Transaction, node_id: NodeId, reason: str) -> None:
-    """What the present step waits for."""
+    """Record what the present step waits for."""
     present = _stored(tx)
     if present is not None and present.node_id == node_id and present.waits_for != reason:
         tx.put(Payload(id=EVICTION_ID, data=replace(present, waits_for=reason).encode()))
 
 
 def remove_evicted(tx: Transaction, node_ids: Iterable[NodeId], now_ns: int) -> str:
-    """Demote the nodes, then remove them; gives what that waits for, nothing when they are gone."""
+    """Demote the nodes, then remove them; gives what that waits for; empty: they are removed."""
     return "".join(dict.fromkeys([_remove(tx, id, now_ns) for id in node_ids]))
 
 
@@ -234,18 +234,18 @@ def _remove(tx: Transaction, node_id: NodeId, now_ns: int) -> str:
         check_demotion(tx, node)
         tx.put(replace(node, spec=replace(node.spec, role=NodeRole.WORKER)))
     if node.spec.role is NodeRole.MANAGER or is_manager(node) or node.manager_status is not None:
-        return "the managers take its vote back"
+        return "the managers remove its vote"
     remove_node(tx, node_id, force=True, now_ns=now_ns)
     return ""
 
 
 def has_new_root(eviction: Eviction, swarm: Swarm) -> bool:
-    """Whether the cluster trusts roots only whose keys the node never had."""
+    """Whether the cluster only trusts roots whose keys the node never had."""
     return swarm.rotation is None and root_digest(swarm.tls_info.trust_root.encode()) not in eviction.roots
 
 
-def is_on_its_way(eviction: Eviction, swarm: Swarm) -> bool:
-    """Whether the rotation under way leads to such a root."""
+def is_rotating_root(eviction: Eviction, swarm: Swarm) -> bool:
+    """Whether a rotation to such a root is under way."""
     return swarm.rotation is not None and root_digest(swarm.rotation.root.encode()) not in eviction.roots
 
 

@@ -1,10 +1,10 @@
-"""Port 7946 of a manager: how docker nodes find each other.
+"""Port 7946 of a manager: relays the first gossip contact of docker nodes.
 
-An engine looks for gossip members at the managers' addresses and nowhere else.  With Docker, a manager is an engine
-and answers there; ours is none.  So while docker nodes exist, every manager passes connections at this port on to a
-docker node other than the caller: plain bytes, sealed with keys that the relay does not look at.  Engines that met once
-gossip directly.  They go on asking every 60 s, because no member has the manager's address, and that
-heals a split gossip.  UDP is not needed for that.
+An engine looks for gossip members at the managers' addresses only.  With Docker, a manager is an engine and responds
+there; a skep manager is not one.  So while docker nodes exist, every manager relays connections at this port to a
+docker node other than the caller: opaque bytes, encrypted with keys that the relay does not use.  After the first
+contact engines gossip directly.  They continue to contact the managers' addresses every 60 s, because no member has
+them, and that heals a partitioned gossip.  UDP is not needed for that.
 
 Only addresses of docker nodes are served, few at a time, each for a bounded time and number of bytes.
 
@@ -33,14 +33,14 @@ CONNECTIONS_MAX = 64
 CONNECTIONS_PER_NODE_MAX = 4
 CONNECT_S_MAX = 5.0
 RELAY_S_MAX = 30.0
-"""An exchange of all that two engines know takes a fraction of a second."""
+"""A complete exchange between two engines takes a fraction of a second."""
 RELAY_BYTES_MAX = 16 * 1024 * 1024
-"""In each direction; a thousand nodes with ten thousand tasks have a tenth of it to say."""
+"""In each direction; a thousand nodes with ten thousand tasks have a tenth of it."""
 _PIECE = 16 * 1024
 
 
 class Relay:
-    """Passes gossip on between docker nodes.  Runs on every manager."""
+    """Relays gossip between docker nodes.  Runs on every manager."""
 
     def __init__(self, store: Store, host: str, clock: Clock, random: Random, port: int = PORT) -> None:
         """``host``: where the manager listens."""
@@ -79,13 +79,17 @@ class Relay:
             try:
                 server = await asyncio.start_server(self._relay, self._host, self._port, limit=_PIECE)
             except OSError as error:
-                # Perhaps an engine of this machine is there itself: then it answers instead.
-                log.warning("gossip is not relayed", port=self._port, reason=error.strerror or str(error))
+                # An engine on this machine may use the port itself, and respond instead.
+                log.warning(
+                    "gossip port not available, will retry",
+                    port=self._port,
+                    reason=error.strerror or str(error),
+                )
                 await backoff.sleep(self._clock)
                 continue
             backoff.reset()
-            log.info("gossip relayed", port=self._port)
-            with closing(server):  # only that: what is being passed on ends by itself
+            log.info("relaying gossip", port=self._port)
+            with closing(server):  # relayed connections continue until they end
                 await self._wait(has_docker_nodes=False)
 
     async def _wait(self, *, has_docker_nodes: bool) -> None:
@@ -94,7 +98,7 @@ class Relay:
             await self._changed.wait()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection: from the docker node that made it to another one."""
+        """One connection, from the docker node that made it to another one."""
         caller = str(writer.get_extra_info("peername")[0])
         is_refused = self._open.total() >= CONNECTIONS_MAX or self._open[caller] >= CONNECTIONS_PER_NODE_MAX
         targets = peers_of(caller, self._nodes.values())
@@ -104,7 +108,7 @@ class Relay:
                 await self._join(reader, writer, self._random.choice(targets))
         finally:
             self._open[caller] -= 1
-            self._open += Counter()  # without those at zero
+            self._open += Counter()  # drops the counts of zero
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
@@ -114,14 +118,14 @@ class Relay:
             async with asyncio.timeout(CONNECT_S_MAX):
                 there, back = await asyncio.open_connection(target, self._port, limit=_PIECE)
         except (OSError, TimeoutError) as error:
-            log.info("gossip not relayed", target=target, reason=str(error))
+            log.info("gossip target not reached", target=target, reason=str(error))
             return
         try:
             async with asyncio.timeout(RELAY_S_MAX), asyncio.TaskGroup() as group:
                 group.create_task(_pump(reader, back), name="gossip there")
                 group.create_task(_pump(there, writer), name="gossip back")
         except TimeoutError:
-            log.info("gossip connection ended: too long", target=target)
+            log.info("gossip connection closed: time limit", target=target)
         finally:
             back.close()
             with suppress(OSError):
@@ -129,7 +133,7 @@ class Relay:
 
 
 def peers_of(caller: str, nodes: Iterable[Node]) -> list[str]:
-    """Addresses of live docker nodes to which ``caller`` is passed on, sorted; none if it is no docker node."""
+    """Addresses of ready docker nodes that ``caller`` may be relayed to, sorted; empty if it is no docker node."""
     nodes = list(nodes)
     if caller not in {node.status.addr for node in nodes}:
         return []
@@ -138,7 +142,7 @@ def peers_of(caller: str, nodes: Iterable[Node]) -> list[str]:
 
 
 async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    """Pass bytes on until the end, at most ``RELAY_BYTES_MAX``; a lost peer ends it like an end."""
+    """Copy bytes until the end, at most ``RELAY_BYTES_MAX``; a lost peer counts as the end."""
     passed = 0
     with suppress(OSError):
         while passed < RELAY_BYTES_MAX and (data := await source.read(_PIECE)):

@@ -1,4 +1,4 @@
-"""The loop that makes the gossip keys and rotates them every twelve hours.  Runs on the leader only."""
+"""Creates the gossip keys and rotates them every twelve hours.  Runs on the leader only."""
 
 from collections.abc import Callable
 from random import Random
@@ -19,22 +19,22 @@ from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
-"""Until the next attempt when the store did not take the keys (jittered)."""
+"""Delay of the next attempt if the store did not take the keys (jittered)."""
 
 
 class KeyRotation:
-    """Keeps the cluster's gossip keys young.  Dispatchers spread what is in the store."""
+    """Rotates the cluster's gossip keys in the store; dispatchers send them to the nodes."""
 
     def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
-        """``random``: keys are made of it, so in production it has to be the system's."""
+        """``random``: source of the keys, so in production it has to be the system's."""
         self._term = term
         self._clock = clock
         self._random = random
 
     async def run(self) -> None:
-        """Make keys where there are none, and rotate, until cancelled.
+        """Create missing keys, and rotate them, until cancelled.
 
-        The wait is measured on this leader's monotonic clock; only the first one counts from another's stamp.
+        The wait is measured on this leader's monotonic clock; only the first one is derived from another's timestamp.
         """
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
@@ -45,13 +45,13 @@ class KeyRotation:
             except NotLeader:
                 raise
             except SkepError as error:
-                log.warning("gossip keys not written, trying again", reason=str(error))
+                log.warning("gossip keys not written, will retry", reason=str(error))
                 wait_s = backoff.next_delay_s()
             await self._clock.sleep(wait_s)
 
 
 def step(tx: Transaction, now: Timestamp, random_bytes: Callable[[int], bytes]) -> float:
-    """Make or rotate the keys if that is due; gives seconds until the next look."""
+    """Create or rotate the keys if that is due; gives seconds until the next step."""
     stored = tx.rely_on(Payload, GOSSIP_KEYS_ID)
     keys = decoded_keys(stored.data) if stored is not None else None
     if keys is not None and (wait_s := seconds_to_rotation(keys, now)) > 0:

@@ -1,7 +1,7 @@
-"""The link to every other manager: signs of life both ways, and the connection that relays go over.
+"""Links to all other managers: pings in both directions, and the connections that relays use.
 
-Each manager calls each other one, so between two of them there is a connection in either direction.  A word in
-either counts: what was sent arrives.
+Each manager connects to each other one, so between two of them there is a connection in either direction.  A ping in
+either counts, since it was sent and received.
 """
 
 import asyncio
@@ -15,9 +15,9 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.hang_detection import RunningTime
 from skep.errors import PermissionDenied, SkepError, Unavailable
-from skep.manager.ca.standing import require_standing
+from skep.manager.ca.caller_check import check_caller
 from skep.manager.informer import run_informer
-from skep.manager.link.silence import LastHeard
+from skep.manager.link.last_seen import LastSeen
 from skep.manager.manager_list import affects_managers
 from skep.manager.overload import Overload
 from skep.model.ids import NodeId
@@ -38,7 +38,7 @@ RESPONSE_SECONDS_MAX = 1.5
 CONNECT_SECONDS_MAX = 2.0
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 1.0
-"""Short: a manager that is back is to be heard within the time that makes it silent."""
+"""Short: a manager that is back must be seen before it counts as silent."""
 
 
 class ManagerLink:
@@ -53,13 +53,14 @@ class ManagerLink:
         random: Random,
         *,
         incarnation: int = 1,
-        met: Callable[[NodeId, int], bool] | None = None,
+        observe_incarnation: Callable[[NodeId, int], bool] | None = None,
         overload: Overload | None = None,
     ) -> None:
         """``connect``: a connection to the manager at an address, as a manager.
 
-        ``met``: hears of each manager's incarnation, and says whether it is ours; others are not heard of.
-        ``overload``: what this manager tells the others, and hears of them.
+        ``observe_incarnation``: called with each manager's incarnation; gives whether it is ours; other managers are
+        ignored.
+        ``overload``: overload of all managers, sent and received with the pings.
         """
         self._store = store
         self._own = own
@@ -67,28 +68,28 @@ class ManagerLink:
         self._clock = clock
         self._random = random
         self._incarnation = incarnation
-        self._met = met or (lambda _, theirs: theirs == incarnation)
+        self._observe_incarnation = observe_incarnation or (lambda _, theirs: theirs == incarnation)
         self._overload = overload or Overload()
-        self._heard = LastHeard()
+        self._last_seen = LastSeen()
         self._time = RunningTime(seen_at=clock.monotonic())
         self._peers: dict[NodeId, str] = {}
         self._channels: dict[NodeId, Channel] = {}
         self._changed = asyncio.Event()
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """The handlers for ``wire.server.serve``."""
         return (both_stream(methods.PINGS, self._pings),)
 
     def silent(self, now: float) -> Mapping[NodeId, float]:
-        """Managers that are silent at ``now`` (clock's monotonic time), and for how many seconds."""
-        return self._heard.silent(self._time.after(now, TICK_S).seconds)
+        """Managers that are silent at ``now`` (monotonic seconds), with the seconds since their last ping."""
+        return self._last_seen.silent(self._time.after(now, TICK_S).seconds)
 
-    def heard(self, now: float) -> Set[NodeId]:
-        """Managers that have spoken and are not silent at ``now``."""
-        return self._heard.heard(self._time.after(now, TICK_S).seconds)
+    def reachable(self, now: float) -> Set[NodeId]:
+        """Managers that have sent pings and are not silent at ``now``."""
+        return self._last_seen.reachable(self._time.after(now, TICK_S).seconds)
 
     def channel(self, manager: NodeId) -> Channel:
-        """The open connection to a manager.  Raises: Unavailable: there is none at present."""
+        """The open connection to a manager.  Raises: Unavailable: there is none."""
         channel = self._channels.get(manager)
         if channel is None:
             raise Unavailable(f"manager {manager} cannot be reached")
@@ -100,7 +101,7 @@ class ManagerLink:
             self._store, (Node,), on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
         )
 
-    # -- who the others are ---------------------------------------------------------------------------------------
+    # -- the other managers ---------------------------------------------------------------------------------------
 
     def _on_snapshot(self, view: View) -> None:
         self._peers = {
@@ -108,7 +109,7 @@ class ManagerLink:
             for node in view.find(Node)
             if node.id != self._own and node.manager_status is not None and node.manager_status.addr
         }
-        self._heard.expect(self._peers, self._time.seconds)
+        self._last_seen.expect(self._peers, self._time.seconds)
         self._changed.set()
 
     def _on_commit(self, commit: Commit) -> None:
@@ -118,15 +119,15 @@ class ManagerLink:
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._live(), name="own time")
-            await self._keep_all(group)
+            await self._connect_all(group)
 
     async def _live(self) -> None:
         while True:
             await self._clock.sleep(TICK_S)
             self._time = self._time.after(self._clock.monotonic(), TICK_S)
 
-    async def _keep_all(self, group: asyncio.TaskGroup) -> None:
-        """One task per manager; a manager that goes, or has another address, takes its task with it."""
+    async def _connect_all(self, group: asyncio.TaskGroup) -> None:
+        """One task per manager; it is cancelled if the manager is removed or changes its address."""
         kept: dict[tuple[NodeId, str], asyncio.Task[None]] = {}
         while True:
             self._changed.clear()
@@ -135,15 +136,15 @@ class ManagerLink:
                 kept.pop(peer).cancel()
             for peer in wanted:
                 if peer not in kept:
-                    kept[peer] = group.create_task(self._keep(*peer), name=f"link to {peer[0]}")
+                    kept[peer] = group.create_task(self._connect_peer(*peer), name=f"link to {peer[0]}")
             await self._changed.wait()
 
-    # -- one of them ----------------------------------------------------------------------------------------------
+    # -- one manager ------------------------------------------------------------------------------------------------
 
-    async def _keep(self, manager: NodeId, addr: str) -> None:
+    async def _connect_peer(self, manager: NodeId, addr: str) -> None:
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while True:
-            # A task of its own: a broken connection cancels whoever uses it, and that must not be this loop.
+            # In a task of its own: a broken connection cancels the task that uses it, which must not be this loop.
             async with asyncio.TaskGroup() as group:
                 attempt = group.create_task(self._attempt(manager, addr), name="link attempt")
             if attempt.result():
@@ -160,10 +161,10 @@ class ManagerLink:
                     if self._channels.pop(manager, None) is not None:
                         log.info("link lost", manager=manager)
         except (SkepError, TimeoutError) as error:
-            log.debug("no link", manager=manager, address=addr, error=str(error))
-        return self._is_heard(manager)
+            log.debug("link not established, will retry", manager=manager, address=addr, reason=str(error))
+        return self._is_reachable(manager)
 
-    def _is_heard(self, manager: NodeId) -> bool:
+    def _is_reachable(self, manager: NodeId) -> bool:
         return manager not in self.silent(self._clock.monotonic())
 
     async def _ping(self, channel: Channel, manager: NodeId) -> None:
@@ -171,38 +172,38 @@ class ManagerLink:
             while True:
                 async with asyncio.timeout(RESPONSE_SECONDS_MAX):
                     await call.send(self._own_ping())
-                    answer = await call.receive()
-                if answer is None:
+                    reply = await call.receive()
+                if reply is None:
                     raise Unavailable(f"{channel.address} ended the link")
-                if answer.node_id != manager:
-                    raise Unavailable(f"{channel.address} is manager {answer.node_id}, not {manager}")
-                if not self._met(manager, answer.incarnation):
-                    raise Unavailable(f"{channel.address} serves incarnation {answer.incarnation}")
+                if reply.node_id != manager:
+                    raise Unavailable(f"{channel.address} is manager {reply.node_id}, not {manager}")
+                if not self._observe_incarnation(manager, reply.incarnation):
+                    raise Unavailable(f"{channel.address} serves incarnation {reply.incarnation}")
                 if self._channels.get(manager) is not channel:
                     self._channels[manager] = channel
-                    log.info("linked", manager=manager, address=channel.address)
-                self._heard.note(manager, self._time.seconds)
-                self._overload.record(manager, answer.crowded, self._clock.monotonic())
+                    log.info("link established", manager=manager, address=channel.address)
+                self._last_seen.note(manager, self._time.seconds)
+                self._overload.record(manager, reply.crowded, self._clock.monotonic())
                 await self._clock.sleep(PING_S)
 
     async def _pings(self, pings: AsyncIterator[skep.Ping], caller: Caller) -> AsyncIterator[skep.Ping]:
         async for ping in pings:
-            if self._is_believed(caller) and self._met(caller.node_id, ping.incarnation):
-                self._heard.note(caller.node_id, self._time.seconds)
+            if self._is_manager(caller) and self._observe_incarnation(caller.node_id, ping.incarnation):
+                self._last_seen.note(caller.node_id, self._time.seconds)
                 self._overload.record(caller.node_id, ping.crowded, self._clock.monotonic())
             yield self._own_ping()
 
     def _own_ping(self) -> skep.Ping:
         return skep.Ping(incarnation=self._incarnation, node_id=self._own, crowded=self._overload.is_here)
 
-    def _is_believed(self, caller: Caller) -> bool:
-        """Whether it is one of the managers.  Who is not known here is told which incarnation this is, no more.
+    def _is_manager(self, caller: Caller) -> bool:
+        """Whether the caller is one of the managers.  Unknown callers only get a ping with the incarnation in return.
 
-        What it says could end this manager for good.
+        A later incarnation in their pings would stop this manager for good.
         """
         if caller.identity is None:
             return False
         try:
-            return require_standing(self._store.view(), caller.identity, Access.MANAGER)
+            return check_caller(self._store.view(), caller.identity, Access.MANAGER)
         except PermissionDenied:
             return False

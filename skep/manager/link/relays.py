@@ -1,4 +1,4 @@
-"""Streams of data that another manager relays, over the link's connection to it."""
+"""Streams that another manager relays, over the link's connection to it."""
 
 from collections.abc import AsyncGenerator, Sequence
 
@@ -19,7 +19,7 @@ class LinkRelays:
     async def relay_logs(
         self, manager: NodeId, query: LogQuery, nodes: Sequence[NodeId]
     ) -> AsyncGenerator[skep.RelayedLogs, None]:
-        """What ``manager`` relays of the logs of ``nodes``; ends when all of them have.
+        """The logs of ``nodes`` as relayed by ``manager``; ends when all of them have ended.
 
         A manager that falls silent loses the link, and with it this stream.  Raises: Unavailable.
         """

@@ -1,10 +1,10 @@
-"""The log broker: asks nodes for the logs of their tasks and brings the lines to whoever reads them.
+"""The log broker: requests logs from the nodes of tasks and passes the lines to readers.
 
-A node is asked by the manager that owns its session.  The others are asked through that manager (``Relays``): one
-stream to each for all its nodes at the start, further ones for nodes that come later.
+A node gets requests from the manager that owns its session.  Nodes of other managers are requested through those
+(``Relays``): at the start one stream to each for all its nodes, later ones for nodes that are added.
 
-A follower's nodes come and go: ``Subscription.sources`` says through whom each one was asked, and whenever that is
-no longer where the node is (it listens again, its session moved, a relay broke), it is asked there for the rest.
+A follower's nodes change: ``Subscription.sources`` records through which manager each one was requested.  When the
+node is no longer there (it listens again, its session moved, a relay broke), the rest is requested at its new place.
 
 Source: swarmkit, manager/logbroker/broker.go.
 """
@@ -21,7 +21,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
 from skep.manager.informer import run_informer
-from skep.manager.logbroker.selection import means, selected, shortfall
+from skep.manager.logbroker.selection import matches, selected, shortfall
 from skep.manager.logbroker.subscription import Subscription
 from skep.model.ids import IdSource, NodeId
 from skep.model.logs import LogLine, LogQuery
@@ -38,25 +38,25 @@ from skep.wire.service import Handler, client_stream, server_stream
 log = structlog.get_logger(__name__)
 
 RESPONSE_SECONDS_MAX = 10.0
-"""A node that sends nothing for so long, while everything it sent was read, is named as missing."""
-NOBODY = NodeId("")
+"""A node that sends nothing for so long, while everything it sent was read, is reported as missing."""
+NO_MANAGER = NodeId("")
 RELAYED_LINES = 100
 """Lines in one message to another manager."""
 SUBSCRIPTIONS_MAX = 1000
-"""Readers at one time on this manager."""
+"""Concurrent readers on this manager."""
 
 
 class Relays(Protocol):
-    """Ways to the other managers (``manager.link``)."""
+    """Access to the other managers (``manager.link``)."""
 
     def relay_logs(
         self, manager: NodeId, query: LogQuery, nodes: Sequence[NodeId]
     ) -> AsyncGenerator[skep.RelayedLogs, None]:
-        """What a manager relays of the logs of ``nodes``.  Raises: Unavailable: it cannot be reached (any more)."""
+        """The logs of ``nodes`` as relayed by a manager.  Raises: Unavailable: it cannot be reached (any more)."""
 
 
 class IncompleteLogs(SkepError):
-    """All lines that could be had were given; the text names what is missing."""
+    """Some logs could not be retrieved; the text says which."""
 
 
 class LogBroker:
@@ -67,10 +67,10 @@ class LogBroker:
         store: Store,
         new_id: IdSource,
         clock: Clock,
-        own: NodeId = NOBODY,
+        own: NodeId = NO_MANAGER,
         relays: Relays | None = None,
     ) -> None:
-        """``own``: this manager; ``relays``: None where there are no others."""
+        """``own``: this manager; ``relays``: None without other managers."""
         self._store = store
         self._new_id = new_id
         self._clock = clock
@@ -82,7 +82,7 @@ class LogBroker:
         self._listeners: dict[NodeId, _Listener] = {}
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """The handlers for ``wire.server.serve``."""
         return (
             server_stream(methods.LISTEN_SUBSCRIPTIONS, self._listen),
             client_stream(methods.PUBLISH_LOGS, self._publish),
@@ -90,23 +90,23 @@ class LogBroker:
         )
 
     async def subscribe(self, query: LogQuery) -> AsyncIterator[LogLine]:
-        """Lines of all tasks that ``query`` means, each node's in the order it sent them.
+        """Lines of all tasks that ``query`` matches, each node's in the order it sent them.
 
         Ends when every node has sent everything; with ``follow`` only when the iterator is closed.
 
         Raises:
-            IncompleteLogs: at the end, naming nodes that did not answer and tasks without a node.
-            Unavailable: too many readers at one time.
+            IncompleteLogs: at the end, naming nodes that did not respond and tasks without a node.
+            Unavailable: too many concurrent readers.
         """
         subscription = self._open(query)
         try:
-            self._ask(subscription, sorted(selected(self._store.view(), query).nodes))
+            self._request(subscription, sorted(selected(self._store.view(), query).nodes))
             while True:
                 while (line := subscription.take()) is not None:
                     yield line
                 if subscription.is_complete:
                     break
-                await self._wait_news(subscription)
+                await self._wait_update(subscription)
             missing = shortfall(selected(self._store.view(), query), subscription.reasons)
             if missing:
                 raise IncompleteLogs(missing)
@@ -114,7 +114,7 @@ class LogBroker:
             self._close(subscription)
 
     async def run(self) -> None:
-        """Ask nodes that get a task of a followed query later, or another manager, until cancelled."""
+        """Request logs of nodes that get a task of a followed query later, or another manager, until cancelled."""
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:
@@ -137,14 +137,14 @@ class LogBroker:
 
     # -- readers --------------------------------------------------------------------------------------------------
 
-    async def _wait_news(self, subscription: Subscription) -> None:
-        """Wait for lines or ends; give up nodes from which nothing comes, unless the reader follows."""
+    async def _wait_update(self, subscription: Subscription) -> None:
+        """Wait for lines or ends; give up on nodes that send nothing, unless the reader follows."""
         if subscription.query.follow:
-            await subscription.wait_news()
+            await subscription.wait_update()
             return
         try:
             async with asyncio.timeout(RESPONSE_SECONDS_MAX):
-                await subscription.wait_news()
+                await subscription.wait_update()
         except TimeoutError:
             for node_id in sorted(subscription.pending):
                 subscription.finish(node_id, f"node {node_id} did not answer in time")
@@ -153,48 +153,49 @@ class LogBroker:
         for subscription in self._subscriptions.values():
             if subscription.query.follow:
                 nodes = selected(view, subscription.query).nodes
-                self._ask(subscription, sorted(nodes | subscription.sources.keys()))
+                self._request(subscription, sorted(nodes | subscription.sources.keys()))
 
     def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
                 case Created(Task() as task) | Updated(_, Task() as task) if task.node_id:
                     for subscription in self._subscriptions.values():
-                        if subscription.query.follow and means(subscription.query, task):
-                            self._ask(subscription, [task.node_id])
+                        if subscription.query.follow and matches(subscription.query, task):
+                            self._request(subscription, [task.node_id])
                 case Updated(_, Node() as node):
                     self._forget_moved(node.id)
-                    self._ask_again(node.id)
+                    self._request_again(node.id)
 
     def _forget_moved(self, node_id: NodeId) -> None:
-        """A node whose session moved to another manager listens here no more, whatever its old connection shows."""
-        if self._relays is not None and self._owner(node_id) not in (NOBODY, self._own):
+        """A node whose session moved to another manager does not listen here any more, even if its old connection is
+        open."""
+        if self._relays is not None and self._owner(node_id) not in (NO_MANAGER, self._own):
             moved = self._listeners.pop(node_id, None)
             if moved is not None:
                 moved.end()
 
-    def _ask_again(self, node_id: NodeId) -> None:
-        """Followers that read from this node ask it where it is now."""
+    def _request_again(self, node_id: NodeId) -> None:
+        """Request the logs of this node's followers at its present manager."""
         for subscription in self._subscriptions.values():
             if subscription.query.follow and node_id in subscription.sources:
-                self._ask(subscription, [node_id])
+                self._request(subscription, [node_id])
 
-    def _ask(self, subscription: Subscription, node_ids: Iterable[NodeId]) -> None:
-        """Ask nodes that were not asked yet, and those of a follower that are no longer where they were asked."""
+    def _request(self, subscription: Subscription, node_ids: Iterable[NodeId]) -> None:
+        """Request logs of nodes that were not requested yet, and of followed nodes that have moved."""
         elsewhere: defaultdict[tuple[NodeId, bool], list[NodeId]] = defaultdict(list)
         for node_id in node_ids:
-            place = self._place(subscription, node_id)
-            if not _is_for(subscription, node_id) or _is_asked(subscription, node_id, place):
+            location = self._location(subscription, node_id)
+            if not _is_for(subscription, node_id) or _is_requested(subscription, node_id, location):
                 continue
             left = subscription.sources.pop(node_id, None)
             if isinstance(left, _Relay):
                 left.drop(node_id)
-            match place:
+            match location:
                 case _Listener():
                     message = _message(subscription, node_id)
-                    subscription.sources[node_id] = place
-                    subscription.told(node_id)
-                    place.tell(message)
+                    subscription.sources[node_id] = location
+                    subscription.start_source(node_id)
+                    location.send(message)
                 case None:
                     subscription.sources[node_id] = None
                     subscription.finish(node_id, f"node {node_id} is not available")
@@ -203,12 +204,12 @@ class LogBroker:
         for (manager, _), nodes in elsewhere.items():
             self._relay(subscription, manager, nodes)
 
-    def _place(self, subscription: Subscription, node_id: NodeId) -> "_Listener | NodeId | None":
-        """Where a node can be asked: here, through another manager, or nowhere."""
+    def _location(self, subscription: Subscription, node_id: NodeId) -> "_Listener | NodeId | None":
+        """Where a node can be reached: its listener here, another manager, or None."""
         if (listener := self._listeners.get(node_id)) is not None:
             return listener
         owner = self._owner(node_id)
-        if subscription.only is not None or self._relays is None or owner in (NOBODY, self._own):
+        if subscription.only is not None or self._relays is None or owner in (NO_MANAGER, self._own):
             return None
         return owner
 
@@ -216,29 +217,29 @@ class LogBroker:
         return _manager_of(self._store.view().lookup(Node, node_id))
 
     def _close(self, subscription: Subscription) -> None:
-        """Tell the nodes, and the managers that relay, that nobody reads any more."""
+        """Cancel the requests at the nodes and the relaying managers."""
         for relaying in tuple(self._relaying.pop(subscription.id, ())):
             relaying.cancel()
         del self._subscriptions[subscription.id]
         subscription.close()
         for node_id, source in sorted(subscription.sources.items()):
             if isinstance(source, _Listener) and node_id in subscription.pending:
-                source.tell(pb.SubscriptionMessage(id=subscription.id, close=True))
+                source.send(pb.SubscriptionMessage(id=subscription.id, close=True))
 
     # -- other managers -------------------------------------------------------------------------------------------
 
     def _relay(self, subscription: Subscription, manager: NodeId, nodes: Sequence[NodeId]) -> None:
-        """Have another manager ask its nodes."""
+        """Request logs through another manager."""
         if self._group is None:
             for node_id in nodes:
                 subscription.sources[node_id] = None
                 subscription.finish(node_id, f"node {node_id} is not available")
             return
-        query = subscription.rest(nodes)
+        query = subscription.remaining(nodes)
         relay = _Relay(manager, nodes)
         for node_id in nodes:
             subscription.sources[node_id] = relay
-            subscription.told(node_id)
+            subscription.start_source(node_id)
         task = self._group.create_task(self._read_relay(subscription, relay, query), name="log relay")
         relay.task = task
         relaying = self._relaying.setdefault(subscription.id, set())
@@ -246,7 +247,7 @@ class LogBroker:
         task.add_done_callback(relaying.discard)
 
     async def _read_relay(self, subscription: Subscription, relay: "_Relay", query: LogQuery) -> None:
-        assert self._relays is not None, "asked before"
+        assert self._relays is not None, "only called with relays"
         is_followed = subscription.query.follow
         reason = f"manager {relay.manager} disconnected unexpectedly"
         try:
@@ -261,7 +262,7 @@ class LogBroker:
                         if checked is not None and not await subscription.put(checked):
                             return
                     ended = NodeId(message.ended_node_id)
-                    # A node that a follower reads from may not be there yet: that manager asks it when it is.
+                    # A followed node may not be connected yet: that manager requests its logs when it is.
                     if ended in relay.nodes and not is_followed:
                         relay.nodes.discard(ended)
                         subscription.finish(ended, message.reason)
@@ -274,23 +275,23 @@ class LogBroker:
             await self._replace_relay(subscription, relay)
 
     async def _replace_relay(self, subscription: Subscription, relay: "_Relay") -> None:
-        """A follower's relay broke: ask its nodes again, where they are then."""
+        """A follower's relay broke: request its nodes' logs again, where they are then."""
         await subscription.backoff.sleep(self._clock)
-        relay.task = None  # asking replaces the relay, which this is
+        relay.task = None  # the request replaces this relay
         left = sorted(relay.nodes)
         for node_id in left:
             subscription.sources[node_id] = None
-        self._ask(subscription, left)
+        self._request(subscription, left)
 
     async def _relay_to_manager(
         self, request: skep.LogRelay, _caller: Caller
     ) -> AsyncIterator[skep.RelayedLogs]:
-        """Lines of nodes whose sessions are here, for a reader at another manager."""
+        """Lines of this manager's nodes, for a reader at another manager."""
         query = query_from_pb(pb.SubscriptionMessage(selector=request.selector, options=request.options))
         only = frozenset(NodeId(id) for id in request.node_ids)
         subscription = self._open(query, only)
         try:
-            self._ask(subscription, sorted(only))
+            self._request(subscription, sorted(only))
             while True:
                 while lines := subscription.take_many(RELAYED_LINES):
                     yield skep.RelayedLogs(messages=[line_to_pb(line) for line in lines])
@@ -299,7 +300,7 @@ class LogBroker:
                     yield skep.RelayedLogs(ended_node_id=node_id, reason=reason)
                 if subscription.is_complete:
                     break
-                await self._wait_news(subscription)
+                await self._wait_update(subscription)
         finally:
             self._close(subscription)
 
@@ -316,7 +317,7 @@ class LogBroker:
         self._listeners[node_id] = listener
         if earlier is not None:
             earlier.end()
-        self._ask_again(node_id)
+        self._request_again(node_id)
         try:
             while (message := await listener.next()) is not None:
                 yield message
@@ -330,7 +331,7 @@ class LogBroker:
     async def _publish(
         self, messages: AsyncIterator[pb.PublishLogsMessage], caller: Caller
     ) -> pb.PublishLogsResponse:
-        """One node's lines for one subscription; the first message says which."""
+        """One node's lines for one subscription, which the first message names."""
         node_id = caller.node_id
         subscription: Subscription | None = None
         source: object = None
@@ -341,7 +342,7 @@ class LogBroker:
                     subscription = self._require(message.subscription_id, node_id)
                     source = subscription.sources[node_id]
                 elif subscription.sources[node_id] is not source:
-                    return pb.PublishLogsResponse()  # asked elsewhere since: the rest comes from there
+                    return pb.PublishLogsResponse()  # requested elsewhere since: the rest comes from there
                 for entry in message.messages:
                     line = self._checked(line_from_pb(entry), node_id)
                     if line is not None and not await subscription.put(line):
@@ -354,7 +355,9 @@ class LogBroker:
                 if not subscription.query.follow:
                     subscription.finish(node_id, reason)
                 else:
-                    subscription.sources[node_id] = None  # whatever happens to it next has it asked again
+                    subscription.sources[node_id] = (
+                        None  # the next change of the node requests its logs again
+                    )
         return pb.PublishLogsResponse()
 
     def _require(self, subscription_id: str, node_id: NodeId) -> Subscription:
@@ -364,7 +367,7 @@ class LogBroker:
         return subscription
 
     def _checked(self, line: LogLine, node_id: NodeId) -> LogLine | None:
-        """A line as the node may send it: of a task of its own."""
+        """The line, if it is of a task of the node."""
         if line.node_id not in ("", node_id):
             raise PermissionDenied("a node may only send its own logs")
         task = self._store.view().lookup(Task, line.task_id)
@@ -374,19 +377,19 @@ class LogBroker:
 
 
 async def _nothing() -> None:
-    """The watch is all there is to do here."""
+    """The commit handler does all the work."""
     await asyncio.get_running_loop().create_future()
 
 
 class _Listener:
-    """A node that waits for subscriptions.  One that does not read them is disconnected."""
+    """A node that listens for subscriptions.  One that does not read them is disconnected."""
 
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
-        # A reader puts a question and its end.
+        # Each reader adds a request and its end.
         self._messages: asyncio.Queue[pb.SubscriptionMessage | None] = asyncio.Queue(2 * SUBSCRIPTIONS_MAX)
 
-    def tell(self, message: pb.SubscriptionMessage) -> None:
+    def send(self, message: pb.SubscriptionMessage) -> None:
         try:
             self._messages.put_nowait(message)
         except asyncio.QueueFull:
@@ -394,7 +397,7 @@ class _Listener:
             self._caller.disconnect()
 
     async def next(self) -> pb.SubscriptionMessage | None:
-        """The next message, or None when the node listens on another stream now."""
+        """The next message; None: the node listens on another stream now."""
         return await self._messages.get()
 
     def end(self) -> None:
@@ -404,7 +407,7 @@ class _Listener:
 
 
 class _Relay:
-    """A stream from another manager, for those of its nodes that were not asked elsewhere since."""
+    """A stream from another manager, for those of its nodes that were not requested elsewhere since."""
 
     def __init__(self, manager: NodeId, nodes: Iterable[NodeId]) -> None:
         self.manager = manager
@@ -418,22 +421,22 @@ class _Relay:
 
 
 def _message(subscription: Subscription, node_id: NodeId) -> pb.SubscriptionMessage:
-    selector, options = query_to_pb(subscription.rest([node_id]))
+    selector, options = query_to_pb(subscription.remaining([node_id]))
     return pb.SubscriptionMessage(id=subscription.id, selector=selector, options=options)
 
 
-def _is_asked(subscription: Subscription, node_id: NodeId, place: _Listener | NodeId | None) -> bool:
-    """Whether the node was asked, and for a follower: at the place where it is now."""
+def _is_requested(subscription: Subscription, node_id: NodeId, location: _Listener | NodeId | None) -> bool:
+    """Whether the node's logs were requested, and for a follower: at its present location."""
     if node_id not in subscription.sources:
         return False
     source = subscription.sources[node_id]
     here = source.manager if isinstance(source, _Relay) else source
-    return not subscription.query.follow or here == place
+    return not subscription.query.follow or here == location
 
 
 def _manager_of(node: Node | None) -> NodeId:
-    """Who owns the node's session; empty: nobody."""
-    return node.session.manager_id if node is not None and node.session is not None else NOBODY
+    """The owner of the node's session; empty: none."""
+    return node.session.manager_id if node is not None and node.session is not None else NO_MANAGER
 
 
 def _is_for(subscription: Subscription, node_id: NodeId) -> bool:

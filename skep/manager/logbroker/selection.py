@@ -1,4 +1,4 @@
-"""Whose logs a query means.
+"""Which nodes and tasks a log query matches.
 
 Source: swarmkit, manager/logbroker/subscription.go (match).
 """
@@ -12,14 +12,14 @@ from skep.store.interface import View
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
-    """Nodes that have a task the query means, and tasks that have no node yet."""
+    """Nodes with a matching task, and matching tasks without a node."""
 
     nodes: frozenset[NodeId] = frozenset()
     unscheduled: frozenset[TaskId] = frozenset()
 
 
 def selected(view: View, query: LogQuery) -> Selection:
-    """Where the logs of ``query`` are at present."""
+    """The present nodes and tasks of ``query``."""
     tasks: dict[TaskId, Task] = {}
     for service_id in query.services:
         tasks.update((task.id, task) for task in view.find(Task, service_id=service_id))
@@ -35,8 +35,8 @@ def selected(view: View, query: LogQuery) -> Selection:
     )
 
 
-def means(query: LogQuery, task: Task) -> bool:
-    """Whether ``query`` means this task."""
+def matches(query: LogQuery, task: Task) -> bool:
+    """Whether ``query`` matches this task."""
     return task.service_id in query.services or task.id in query.tasks or task.node_id in query.nodes
 
 

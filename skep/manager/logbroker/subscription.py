@@ -1,7 +1,7 @@
 """One reader of logs: the nodes it waits for, and a bounded buffer between them and the reader.
 
-A node that sends faster than the reader reads waits (its stream is not read, HTTP/2 does the rest), so a slow
-reader costs a buffer and nothing else.
+A node that sends faster than the reader reads has to wait (its stream is not read, so HTTP/2's flow control stops
+it): a slow reader costs only a buffer.
 """
 
 import asyncio
@@ -17,16 +17,16 @@ from skep.model.times import SECOND_NS
 
 LINES_MAX = 1000
 BEHIND_NS_MAX = 600 * SECOND_NS
-"""How far one task's lines may be behind another's of the same node for both to go on where they broke off."""
+"""How far one task's lines may be behind another's of the same node so that both can be resumed."""
 
 
 class Subscription:
-    """A query under way.  ``id``: what nodes know it by."""
+    """A running query.  ``id``: its name at the nodes."""
 
     def __init__(
         self, id: str, query: LogQuery, only: frozenset[NodeId] | None = None, *, opened_ns: int = 0
     ) -> None:
-        """``only``: the nodes to ask, for a reader at another manager that asks the others elsewhere.
+        """``only``: the nodes to request, for a reader at another manager that requests the others elsewhere.
 
         ``opened_ns``: when the reader began, Unix time.
         """
@@ -34,26 +34,26 @@ class Subscription:
         self.query = query
         self.only = only
         self.sources: dict[NodeId, object | None] = {}
-        """Through whom each node was asked; None: it could not be, or its stream broke."""
+        """Source of each node's logs; None: there was none, or its stream broke."""
         self.backoff = Backoff(0.5, 30.0)
-        """Before relays are asked again."""
+        """Before relays are requested again."""
         self.pending: set[NodeId] = set()
         """Nodes that still have lines to send."""
         self.reasons: list[str] = []
         """Why lines are missing."""
         self.ended: deque[tuple[NodeId, str]] = deque()
-        """Nodes that have sent everything or will not, each with the reason; bounded by the nodes asked."""
+        """Nodes that have sent everything or will not, with the reason; bounded by the number of nodes."""
         self._opened_ns = opened_ns
-        self._told: set[NodeId] = set()
+        self._started: set[NodeId] = set()
         self._seen_ns: dict[NodeId, dict[TaskId, int]] = {}
         self._floors_ns: dict[NodeId, dict[TaskId, int]] = {}
         self.is_closed = False
         self._lines: deque[LogLine] = deque()
-        self._news = asyncio.Event()
+        self._updated = asyncio.Event()
         self._room = asyncio.Event()
 
     async def put(self, line: LogLine) -> bool:
-        """Add a line, waiting for room; one that a node repeats is left out.  False: the reader has gone."""
+        """Add a line, waiting for room; repeated lines are dropped.  False: the reader has gone."""
         if line.timestamp_ns <= self._floors_ns.get(line.node_id, {}).get(line.task_id, -1):
             return not self.is_closed
         while len(self._lines) >= LINES_MAX and not self.is_closed:
@@ -63,31 +63,31 @@ class Subscription:
             return False
         self._lines.append(line)
         self._see(line)
-        self._news.set()
+        self._updated.set()
         return True
 
     def finish(self, node_id: NodeId, reason: str = "") -> None:
-        """A node has sent everything, or (``reason``) will not.  Followers wait on."""
+        """A node has sent everything, or (``reason``) will not.  Followers continue to wait."""
         self.pending.discard(node_id)
         if self.query.follow:
-            return  # nothing is over: the node is asked again when it is back
+            return  # the node is requested again when it is back
         if self.only is not None:
             self.ended.append((node_id, reason))
         if reason:
             self.reasons.append(reason)
-        self._news.set()
+        self._updated.set()
 
-    def told(self, node_id: NodeId) -> None:
-        """The node is asked for ``rest``: what it sends of a task comes after what came already."""
-        self._told.add(node_id)
+    def start_source(self, node_id: NodeId) -> None:
+        """The node is sent the ``remaining`` query: earlier lines that it repeats are dropped."""
+        self._started.add(node_id)
         self.pending.add(node_id)
         self._floors_ns[node_id] = dict(self._seen_ns.get(node_id, {}))
 
     def is_resumed(self, node_id: NodeId) -> bool:
-        """Whether the node is asked for the rest only."""
-        return node_id in self._told and (node_id in self._seen_ns or self.query.tail == 0)
+        """Whether only the rest is requested of the node."""
+        return node_id in self._started and (node_id in self._seen_ns or self.query.tail == 0)
 
-    def rest(self, nodes: Iterable[NodeId]) -> LogQuery:
+    def remaining(self, nodes: Iterable[NodeId]) -> LogQuery:
         """The query without what these nodes have sent already; all of them are resumed, or none is."""
         since = [self._resume_ns(node_id) for node_id in nodes if self.is_resumed(node_id)]
         if not since:
@@ -113,13 +113,13 @@ class Subscription:
         self._room.set()
         return line
 
-    async def wait_news(self) -> None:
+    async def wait_update(self) -> None:
         """Wait for a line, or for a node to finish."""
-        await self._news.wait()
-        self._news.clear()
+        await self._updated.wait()
+        self._updated.clear()
 
     def take_many(self, most: int) -> list[LogLine]:
-        """The next lines, as many as there are, up to ``most``."""
+        """The next lines, at most ``most``."""
         lines: list[LogLine] = []
         while len(lines) < most and (line := self.take()) is not None:
             lines.append(line)
@@ -133,9 +133,7 @@ class Subscription:
 
     def _see(self, line: LogLine) -> None:
         seen = self._seen_ns.setdefault(line.node_id, {})
-        if (
-            line.task_id not in seen
-        ):  # a long reader sees many tasks: those that are silent for long are left out
+        if line.task_id not in seen:  # a long-running reader sees many tasks: drop those without recent lines
             old_ns = line.timestamp_ns - BEHIND_NS_MAX
             for task_id in [id for id, stamp_ns in seen.items() if stamp_ns < old_ns]:
                 del seen[task_id]

@@ -1,4 +1,4 @@
-"""What the managers' membership needs of the consensus below it.  ``store.etcd.membership`` is the real one."""
+"""What the managers' membership needs of the consensus; ``store.etcd.membership`` implements it."""
 
 from typing import Protocol
 
@@ -6,19 +6,20 @@ from skep.store.etcd.membership import RaftMember
 
 
 class Consensus(Protocol):
-    """The members of the consensus, seen and changed from this manager."""
+    """The members of the consensus, as this manager sees and changes them."""
 
     async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
-        """All members as this one knows them; with ``is_current`` as a quorum does.  Raises: Unavailable."""
+        """All members known to this member, or with ``is_current`` to a quorum.  Raises: Unavailable."""
 
     async def add(self, name: str, url: str) -> tuple[RaftMember, ...]:
-        """Take a member in that learns; gives all.  Raises: Unavailable: not now, for instance another one learns."""
+        """Add a member as a learner; gives all members.  Raises: Unavailable: not now, for instance because there is a
+        learner already."""
 
     async def promote(self, name: str) -> None:
-        """Give a learner its vote.  Raises: Unavailable: it has not caught up; NoMember: it is none any more."""
+        """Make a learner a voter.  Raises: Unavailable: it has not caught up; NoMember: it was removed."""
 
     async def remove(self, member: RaftMember) -> None:
-        """Put this very member out, if it is in.  Raises: Unavailable."""
+        """Remove this member, if it exists.  Raises: Unavailable."""
 
     async def move_leader(self, to: RaftMember) -> None:
-        """Hand leadership over; for the leader's own manager only.  Raises: Unavailable."""
+        """Transfer leadership; only for the leader's own manager.  Raises: Unavailable."""

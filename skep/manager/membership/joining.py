@@ -1,7 +1,7 @@
-"""Coming in as a further manager: asked at each start of a manager whose store is still empty.
+"""Joining as a further manager: requested at each start of a manager whose store is still empty.
 
-It is let in as a member that learns, starts its etcd among the others, and asks for its vote until it gets it.  What
-an interrupted attempt left among the others is removed by the next one, or by the leader after a minute.
+It is added as a learner, starts its etcd, and requests its vote until it is a voter.  The member that an interrupted
+attempt leaves is removed by the next attempt, or by the leader after a minute.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable, Unimplemented
-from skep.manager.membership.ways import closed_ways
+from skep.manager.membership.peer_ports import unreachable_peers
 from skep.model.ids import NodeId
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, client_context
@@ -27,7 +27,7 @@ from skep.wire.methods import Unary
 log = structlog.get_logger(__name__)
 
 ADD_S = 15.0
-"""For being let in."""
+"""Time limit of the call that adds the member."""
 
 VOTE_S = 5.0
 
@@ -35,12 +35,12 @@ Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
 
-class NotLetIn(SkepError):
-    """The managers do not take this node in: it is not to be one.  The message says why."""
+class JoinRefused(SkepError):
+    """The managers refuse this node as a manager.  The message says why."""
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
-    """What a new manager is told.  ``addr``: ``ip:port`` under which the others know it."""
+    """The response to a new manager.  ``addr``: ``ip:port`` under which the others know it."""
 
     peers: tuple[Peer, ...]
     wrapping_key: bytes
@@ -49,8 +49,8 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
     addr: str
 
 
-class Applicant:
-    """A manager to be, with the addresses of managers that it may ask."""
+class JoiningManager:
+    """A manager that joins, with the addresses of managers to call."""
 
     def __init__(
         self, managers: Sequence[str], pair: KeyPair, clock: Clock, rng: Callable[[], float]
@@ -61,69 +61,73 @@ class Applicant:
         self._rng = rng
 
     async def admission(self, addr: str, peer_port: int) -> Admission:
-        """Ask to be let in until one of the managers does it.
+        """Request admission until one of the managers grants it.
 
         Args:
-            addr: ``ip:port`` of this manager; ``:port``: the manager asked sees the rest.
+            addr: ``ip:port`` of this manager; ``:port``: the called manager takes the IP address from the connection.
 
-        Raises: NotLetIn: this node is not to be a manager.
+        Raises: JoinRefused: this node is not to be a manager.
         """
         request = pb.AddMemberRequest(addr=addr, peer_port=peer_port)
-        reply = await self._ask(methods.ADD_MEMBER, request, ADD_S, Backoff(0.1, 2.0, rng=self._rng))
+        reply = await self._call(methods.ADD_MEMBER, request, ADD_S, Backoff(0.1, 2.0, rng=self._rng))
         return admission_of(reply, self._pair.identity.node_id)
 
-    async def vote(self, peers: Sequence[Peer], hindered: Callable[[str], None]) -> None:
-        """Ask for this manager's vote until it has one: that takes as long as it has to catch up.
+    async def vote(self, peers: Sequence[Peer], on_delay: Callable[[str], None]) -> None:
+        """Request this manager's vote until it is a voter, which takes as long as it needs to catch up.
 
         Args:
-            peers: all members, as it was told when it was let in.
-            hindered: is told, each time anew, why it has none yet: which way to or from another's etcd is closed.
+            peers: all members, from the admission.
+            on_delay: called after each failure with the reason: a connection to or from another's etcd that fails.
 
-        Raises: NotLetIn: it was removed meanwhile.
+        Raises: JoinRefused: it was removed meanwhile.
         """
-        # Somebody waits for the join.  The manager that is asked looks by itself, for as long as it usually takes.
+        # A user waits for the join.  The called manager itself waits for as long as catching up usually takes.
         backoff = Backoff(0.03, 0.15, rng=self._rng)
         own = self._pair.identity.node_id
 
-        async def hinders(reason: str) -> None:
-            hindered(
-                await closed_ways(peers, own) or reason
-            )  # what is closed to it keeps its own etcd from serving
+        async def delayed(reason: str) -> None:
+            on_delay(
+                await unreachable_peers(peers, own) or reason
+            )  # a peer it cannot reach keeps its own etcd from serving
 
-        await self._ask(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff, hinders)
+        await self._call(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff, delayed)
 
-    async def _ask(
+    async def _call(
         self,
         method: Unary[Q, A],
         request: Q,
         timeout_s: float,
         backoff: Backoff,
-        hindered: Callable[[str], Awaitable[None]] | None = None,
+        on_delay: Callable[[str], Awaitable[None]] | None = None,
     ) -> A:
-        """The first answer that any of the managers gives."""
+        """The first response of any of the managers."""
         while True:
             for manager in self._managers:
                 try:
                     async with connected(manager, client_context(self._pair), MANAGER_NAME) as channel:
                         return await channel.call(method, request, timeout_s=timeout_s)
                 except Unavailable as error:
-                    log.debug("not yet", asked=method.path, manager=manager, reason=str(error))
-                    if hindered is not None:
-                        await hindered(str(error))
+                    log.debug(
+                        "call failed, will retry", method=method.path, manager=manager, reason=str(error)
+                    )
+                    if on_delay is not None:
+                        await on_delay(str(error))
                 except Unimplemented as error:
-                    raise NotLetIn(
-                        f"{manager} is no manager of Skep: join its cluster with the worker token instead"
+                    raise JoinRefused(
+                        f"{manager} is not a Skep manager: join its cluster with the worker token instead"
                     ) from error
                 except (PermissionDenied, FailedPrecondition) as error:
-                    raise NotLetIn(str(error)) from error
+                    raise JoinRefused(str(error)) from error
             await backoff.sleep(self._clock)
 
 
 def admission_of(reply: pb.AddMemberResponse, node_id: NodeId) -> Admission:
-    """What ``reply`` says.  Raises: NotLetIn: it is of no use."""
+    """The admission in ``reply``.  Raises: JoinRefused: it is incomplete."""
     peers = tuple(Peer(name=member.name, url=member.peer_url, ip=member.ip) for member in reply.members)
     if node_id not in {peer.name for peer in peers} or not all(peer.url for peer in peers):
-        raise NotLetIn("the manager's answer names no place for this one: are they of one version?")
+        raise JoinRefused(
+            "the manager's response does not list this one as a member: are they of the same version?"
+        )
     return Admission(
         peers=peers,
         wrapping_key=reply.wrapping_key,

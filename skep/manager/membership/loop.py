@@ -1,4 +1,4 @@
-"""The leader's loop over the managers: who answers, and roles as they are wished."""
+"""The leader's loop over the managers: their reachability, and their roles as in the specs."""
 
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
@@ -16,17 +16,17 @@ from skep.errors import SkepError
 from skep.manager.informer import run_informer
 from skep.manager.manager_list import on_manager_change
 from skep.manager.membership.consensus import Consensus
+from skep.manager.membership.member_sync import reachability_changes, write_reachability
 from skep.manager.membership.roles import (
     Demote,
     HandOver,
-    Hold,
+    Keep,
     Learners,
     Promote,
     Step,
     Withdraw,
     next_steps,
 )
-from skep.manager.membership.roll_call import roll_call, write_mark
 from skep.manager.revocation import revoke
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
@@ -38,26 +38,26 @@ log = structlog.get_logger(__name__)
 
 CHECK_S = 0.5
 LONGEST_RETRY_S = 5.0
-"""Silence and learners announce nothing."""
+"""Lost managers and learners cause no commits, so they are polled."""
 
 
-class Hearing(Protocol):
-    """What this manager hears of the others (``ManagerLink``); ``now``: the clock's monotonic time."""
+class LinkState(Protocol):
+    """The state of the links to the other managers (``ManagerLink``); ``now``: monotonic seconds."""
 
     def silent(self, now: float) -> Mapping[NodeId, float]: ...
 
-    def heard(self, now: float) -> Set[NodeId]: ...
+    def reachable(self, now: float) -> Set[NodeId]: ...
 
 
 class Managers:
-    """Keeps members, certificates and statuses of the managers as wished and as they are.  Leader only."""
+    """Reconciles members, certificates and statuses of the managers with the specs.  Leader only."""
 
     def __init__(
         self,
         term: Term,
         own: NodeId,
         consensus: Consensus,
-        hearing: Hearing,
+        link: LinkState,
         clock: Clock,
         random: Random,
     ) -> None:
@@ -65,13 +65,13 @@ class Managers:
         self._term = term
         self._own = own
         self._consensus = consensus
-        self._hearing = hearing
+        self._link = link
         self._clock = clock
         self._learners = Learners()
-        self._held = ""
+        self._kept = ""
 
     async def run(self) -> None:
-        """Look at every change of a manager, and twice a second, until cancelled."""
+        """Reconcile at every change of a manager, and twice a second, until cancelled."""
         changed = asyncio.Event()
 
         await run_informer(
@@ -90,81 +90,83 @@ class Managers:
                     await changed.wait()
             changed.clear()
             try:
-                await self._look()
+                await self._check()
                 backoff.reset()
             except NotLeader:
                 raise
             except SkepError as error:
-                log.warning("managers not looked after", reason=str(error))
+                log.warning("managers not reconciled, will retry", reason=str(error))
                 await backoff.sleep(self._clock)
 
-    async def _look(self) -> None:
+    async def _check(self) -> None:
         now = self._clock.monotonic()
-        silent, heard = self._hearing.silent(now), self._hearing.heard(now)
+        silent, reachable = self._link.silent(now), self._link.reachable(now)
         view = self._term.view()
         nodes = view.find(Node)
-        for mark in roll_call(nodes, silent, heard, self._own):
-            log.info("manager", node=mark.node_id, reachability=mark.reachability.value)
-            await self._term.update(write_mark, mark)
+        for change in reachability_changes(nodes, silent, reachable, self._own):
+            log.info(
+                "manager reachability changed", node=change.node_id, reachability=change.reachability.value
+            )
+            await self._term.update(write_reachability, change)
         level = lowest_level(nodes)
         if level > view.level and not view.unreadable(Node):
             await self._term.update(write_level)
-            log.info("level of the data raised", data_level=level)
-        overdue, steps = self._judged(await self._consensus.all(), heard, now)
+            log.info("data level raised", data_level=level)
+        overdue, steps = self._decide(await self._consensus.all(), reachable, now)
         if overdue or any(isinstance(step, Withdraw) for step in steps):
-            # No fence covers a removal, and what this manager knows by itself may be old: it is judged again by what
-            # a quorum says now, and by what the store shows that still knows this term.
+            # Removing a member is not fenced, and this manager's knowledge may be old: decide again with the members
+            # that a quorum knows, and a store that still accepts this term.
             await self._term.confirm()
-            overdue, steps = self._judged(await self._consensus.all(is_current=True), heard, now)
+            overdue, steps = self._decide(await self._consensus.all(is_current=True), reachable, now)
         for learner in overdue:
-            log.warning("a manager that never caught up is removed", node=learner.name)
+            log.warning("learner did not catch up and is removed", node=learner.name)
             await self._withdraw(learner)
-        self._tell_held(steps)
+        self._log_kept(steps)
         for step in steps:
-            await self._take(step)
+            await self._apply(step)
 
-    def _judged(
-        self, members: Sequence[RaftMember], heard: Set[NodeId], now: float
+    def _decide(
+        self, members: Sequence[RaftMember], reachable: Set[NodeId], now: float
     ) -> tuple[list[RaftMember], list[Step]]:
-        """Members that learn for too long, and what brings members and certificates nearer to the wished roles."""
+        """Learners that take too long, and the steps that bring members and certificates nearer to the specs."""
         view = self._term.view()
-        reachable = {member.name for member in members if member.name == self._own or member.name in heard}
-        steps = next_steps(view.find(Node), members, reachable, self._own, view.unreadable(Node))
+        names = {member.name for member in members if member.name == self._own or member.name in reachable}
+        steps = next_steps(view.find(Node), members, names, self._own, view.unreadable(Node))
         return self._learners.overdue(members, now), steps
 
-    async def _take(self, step: Step) -> None:
+    async def _apply(self, step: Step) -> None:
         match step:
             case Promote(node_id):
-                await self._term.update(give_role, node_id, NodeRole.MANAGER, self._clock.now_ns())
+                await self._term.update(set_certificate_role, node_id, NodeRole.MANAGER, self._clock.now_ns())
                 log.info("node promoted", node=node_id)
             case Demote(node_id):
-                await self._term.update(give_role, node_id, NodeRole.WORKER, self._clock.now_ns())
+                await self._term.update(set_certificate_role, node_id, NodeRole.WORKER, self._clock.now_ns())
                 log.info("node demoted", node=node_id)
             case HandOver(to):
-                log.info("leadership is handed over", to=to.name)
+                log.info("leadership transferred: this node is being demoted", to=to.name)
                 await self._consensus.move_leader(to)
             case Withdraw(member):
                 await self._withdraw(member)
-            case Hold():
+            case Keep():
                 pass
             case _:
                 assert_never(step)
 
     async def _withdraw(self, member: RaftMember) -> None:
-        await self._term.update(forget_presence, NodeId(member.name))
+        await self._term.update(clear_manager_status, NodeId(member.name))
         await self._consensus.remove(member)
 
-    def _tell_held(self, steps: Collection[Step]) -> None:
-        held = ", ".join(step.member.name for step in steps if isinstance(step, Hold))
-        if held and held != self._held:
-            log.warning("a manager stays: without it there would be no quorum", node=held)
-        self._held = held
+    def _log_kept(self, steps: Collection[Step]) -> None:
+        held = ", ".join(step.member.name for step in steps if isinstance(step, Keep))
+        if held and held != self._kept:
+            log.warning("manager not removed: the others would have no quorum", node=held)
+        self._kept = held
 
 
-def give_role(tx: Transaction, node_id: NodeId, role: NodeRole, now_ns: int) -> None:
-    """Have the node renew its certificate in ``role``, unless the wish has changed meanwhile.
+def set_certificate_role(tx: Transaction, node_id: NodeId, role: NodeRole, now_ns: int) -> None:
+    """Have the node renew its certificate in ``role``, unless its spec has changed meanwhile.
 
-    What a former manager's certificates were good for is taken back at once.
+    A demoted manager's certificates are revoked at once.
     """
     node = tx.lookup(Node, node_id)
     if node is None or node.certificate is None or node.spec.role is not role:
@@ -179,18 +181,18 @@ def give_role(tx: Transaction, node_id: NodeId, role: NodeRole, now_ns: int) -> 
 
 
 def lowest_level(nodes: Iterable[Node]) -> int:
-    """The newest level that every manager knows."""
+    """The newest level that every manager supports."""
     levels = (max(node.manager_status.level, LOWEST) for node in nodes if node.manager_status is not None)
     return min(levels, default=LOWEST)
 
 
 def write_level(tx: Transaction) -> None:
-    """Raise the level of the stored data as far as every manager knows it."""
+    """Raise the level of the stored data to what every manager supports."""
     tx.raise_level(lowest_level(tx.find(Node)))
 
 
-def forget_presence(tx: Transaction, node_id: NodeId) -> None:
-    """Show the node as no manager."""
+def clear_manager_status(tx: Transaction, node_id: NodeId) -> None:
+    """Remove the node's manager status."""
     node = tx.lookup(Node, node_id)
     if node is not None and node.manager_status is not None:
         tx.put(replace(node, manager_status=None))

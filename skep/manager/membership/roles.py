@@ -1,9 +1,9 @@
-"""From wished roles to members of the consensus and certificates.  Pure.
+"""From the roles in the specs to members of the consensus and certificates.  Pure.
 
-A promotion begins with the certificate: the node is asked to renew it, gets one of a manager, starts its manager
-process, and that asks to be let in (``joining``).  A demotion begins with the consensus: leadership moves away, the
+A promotion starts with the certificate: the node is told to renew it, gets one of a manager, and starts its manager
+process, which requests admission (``joining``).  A demotion starts with the consensus: leadership is transferred, the
 member is removed if the rest keeps a quorum, and only then the node gets a worker's certificate.  One member at a
-time: the next step is judged by what has become of the last one.
+time: the next step is decided after the last one has taken effect.
 
 Source: swarmkit, manager/role_manager.go (reconcileRole).
 """
@@ -26,7 +26,7 @@ class Promote(msgspec.Struct, frozen=True):
 
 
 class HandOver(msgspec.Struct, frozen=True):
-    """This leader is to go: another member takes over first."""
+    """This leader is to be removed: another member takes over first."""
 
     to: RaftMember
 
@@ -37,8 +37,8 @@ class Withdraw(msgspec.Struct, frozen=True):
     member: RaftMember
 
 
-class Hold(msgspec.Struct, frozen=True):
-    """A member is to go, but those that stay would have no quorum: it stays until they do."""
+class Keep(msgspec.Struct, frozen=True):
+    """A member is to be removed, but the rest would have no quorum: it is kept until the rest has."""
 
     member: RaftMember
 
@@ -49,7 +49,7 @@ class Demote(msgspec.Struct, frozen=True):
     node_id: NodeId
 
 
-Step: TypeAlias = Promote | HandOver | Withdraw | Hold | Demote
+Step: TypeAlias = Promote | HandOver | Withdraw | Keep | Demote
 
 
 def next_steps(
@@ -59,12 +59,12 @@ def next_steps(
     own: NodeId,
     unreadable: Collection[str] = (),
 ) -> list[Step]:
-    """What brings members and certificates nearer to the wished roles; ``[]``: they agree.
+    """The steps that bring members and certificates nearer to the specs; ``[]``: they match.
 
     Args:
-        members: learners too; they are removed like others, and their going costs no quorum.
-        reachable: names of members that were heard just now, the own one too.
-        unreadable: ids of nodes whose wished role is not known, as it cannot be read: they stay what they are.
+        members: including learners, which are removed like others; that costs no quorum.
+        reachable: names of members with a working link, including this one.
+        unreadable: ids of nodes whose role cannot be read: they are left as they are.
     """
     nodes, members = tuple(node for node in nodes if node.id not in unreadable), tuple(members)
     wanted = {str(node.id) for node in nodes if node.spec.role is NodeRole.MANAGER}
@@ -92,24 +92,24 @@ def _next_withdrawal(
     reachable: Collection[str],
     own: NodeId,
 ) -> list[Step]:
-    """The others first: the leader sees them off and goes last."""
+    """The leader itself is removed last."""
     voters = {member.name for member in members if not member.is_learner}
     held: list[Step] = []
     for member in sorted(leaving, key=lambda one: (one.name == own, one)):
         if not keeps_quorum(voters, reachable, member.name):
-            held.append(Hold(member))
+            held.append(Keep(member))
         elif member.name != own:
             return [Withdraw(member)]
         else:
-            heir = _heir(members, wanted, reachable, own)
-            return [HandOver(heir)] if heir is not None else [Hold(member)]
+            successor = _successor(members, wanted, reachable, own)
+            return [HandOver(successor)] if successor is not None else [Keep(member)]
     return held[:1]
 
 
-def _heir(
+def _successor(
     members: Iterable[RaftMember], wanted: Collection[str], reachable: Collection[str], own: NodeId
 ) -> RaftMember | None:
-    """Who leads next: a voter that was heard, best one that stays."""
+    """The next leader: a reachable voter, preferably one that stays."""
     able = [
         member
         for member in members
@@ -119,17 +119,17 @@ def _heir(
 
 
 LEARNING_S = 60.0
-"""A learner that has not caught up by then is removed: as long as it is there nobody else can come in."""
+"""A learner that has not caught up by then is removed: while there is one, no other manager can be added."""
 
 
 class Learners:
-    """How long each learner has been seen learning, on the leader's own clock."""
+    """How long each learner has been observed, on the leader's own clock."""
 
     def __init__(self) -> None:
         self._since: dict[int, float] = {}
 
     def overdue(self, members: Iterable[RaftMember], now: float) -> list[RaftMember]:
-        """Learners seen for ``LEARNING_S`` at ``now`` (monotonic seconds)."""
+        """Learners observed for ``LEARNING_S`` at ``now`` (monotonic seconds)."""
         learners = [member for member in members if member.is_learner]
         self._since = {member.id: self._since.get(member.id, now) for member in learners}
         return [member for member in learners if now - self._since[member.id] >= LEARNING_S]

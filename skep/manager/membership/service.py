@@ -1,4 +1,4 @@
-"""``skep.v1.Managers``: takes further managers in.  Any manager answers; a caller speaks for itself only."""
+"""``skep.v1.Managers``: adds further managers.  Served by every manager; a caller can only act for itself."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -9,9 +9,9 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 from skep.manager.control.nodes import check_demotion
-from skep.manager.membership.addresses import AddressBook, full_address
 from skep.manager.membership.consensus import Consensus
-from skep.manager.membership.ways import connect_error
+from skep.manager.membership.peer_addresses import PeerAddresses, full_address
+from skep.manager.membership.peer_ports import connect_error
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
 from skep.store.etcd.errors import NoMember, StillLearning
@@ -28,28 +28,28 @@ log = structlog.get_logger(__name__)
 RESIGN_S = 5.0
 
 CATCH_UP_S = 2.0
-"""How long a manager that asks for its vote is kept waiting for it; then it has to ask again.
+"""How long a manager's request for its vote waits for it to catch up; then it has to repeat the request.
 
-With ``ways.CONNECT_S`` below its deadline.
+Plus ``peer_ports.CONNECT_S``, less than its deadline.
 """
 
 CHECK_S = 0.02
-"""How often it is looked whether it has caught up meanwhile."""
+"""Time between two attempts meanwhile."""
 
 
 class MembersService:
-    """Takes managers in at their request.
+    """Adds managers at their request.
 
     Args:
-        wrapping_key: what opens the cluster's data keys, at this moment and soon.
-        keep_key: has one more of them; returns when it is safely on the disk.
+        wrapping_key: the present wrapping keys of the data keys.
+        keep_key: stores another one; returns when it is on disk.
     """
 
     def __init__(
         self,
         store: Store,
         consensus: Consensus,
-        book: AddressBook,
+        peer_addresses: PeerAddresses,
         wrapping_key: Callable[[], bytes],
         keep_key: Callable[[bytes], Awaitable[None]],
         cluster_id: ClusterId,
@@ -57,14 +57,14 @@ class MembersService:
     ) -> None:
         self._store = store
         self._consensus = consensus
-        self._book = book
+        self._peer_addresses = peer_addresses
         self._wrapping_key = wrapping_key
         self._keep_key = keep_key
         self._cluster_id = cluster_id
         self._clock = clock
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """The handlers for ``wire.server.serve``."""
         return (
             unary(methods.ADD_MEMBER, self._add),
             unary(methods.PROMOTE_MEMBER, self._promote),
@@ -74,40 +74,40 @@ class MembersService:
 
     async def _add(self, request: pb.AddMemberRequest, caller: Caller) -> pb.AddMemberResponse:
         if not 0 < request.peer_port < 65536:
-            raise InvalidArgument(f"{request.peer_port} is no port for a manager's peers")
+            raise InvalidArgument(f"{request.peer_port} is not a valid port for etcd's peers")
         addr = full_address(request.addr, caller.address)
         await self._store.update(announce_manager, caller.node_id, addr)
-        # Everybody finds the new one by the time its etcd calls: the others follow the node objects.
-        self._note(await self._consensus.all())
+        # The others learn the new address from the node object before its etcd calls them.
+        self._update_addresses(await self._consensus.all())
         members = await self._consensus.add(caller.node_id, peer_url(caller.node_id, request.peer_port))
-        self._note(members)
-        log.info("manager comes in", node=caller.node_id, addr=addr)
+        self._update_addresses(members)
+        log.info("manager joins", node=caller.node_id, addr=addr)
         return pb.AddMemberResponse(
-            members=self._shown(members),
+            members=self._members_of(members),
             wrapping_key=self._wrapping_key(),
             cluster_token=self._cluster_id,
             incarnation=self._store.incarnation,
             addr=addr,
         )
 
-    def _note(self, members: Sequence[RaftMember]) -> None:
-        self._book.note(self._store.view().find(Node), members)
+    def _update_addresses(self, members: Sequence[RaftMember]) -> None:
+        self._peer_addresses.note(self._store.view().find(Node), members)
 
-    def _shown(self, members: Sequence[RaftMember]) -> list[pb.Member]:
-        ips = {peer.name: peer.ip for peer in self._book.peers}
+    def _members_of(self, members: Sequence[RaftMember]) -> list[pb.Member]:
+        ips = {peer.name: peer.ip for peer in self._peer_addresses.peers}
         return [
             pb.Member(name=member.name, peer_url=member.url, ip=ips.get(member.name, ""))
             for member in members
         ]
 
     async def _promote(self, _request: pb.PromoteMemberRequest, caller: Caller) -> pb.PromoteMemberResponse:
-        """Give the caller its vote; waits for a while for it to catch up."""
+        """Make the caller a voter; waits a while for it to catch up."""
         until = self._clock.monotonic() + CATCH_UP_S
         while True:
             try:
                 await self._consensus.promote(caller.node_id)
             except NoMember as error:
-                raise FailedPrecondition("this manager was removed while it was coming in") from error
+                raise FailedPrecondition("this manager was removed while it was joining") from error
             except StillLearning:
                 if self._clock.monotonic() >= until:
                     await self._require_reached(caller.node_id)
@@ -117,19 +117,17 @@ class MembersService:
                 return pb.PromoteMemberResponse()
 
     async def _require_reached(self, name: str) -> None:
-        """Raises: Unavailable: this manager does not reach the etcd of the one that comes in, with what to do."""
-        addr = next((peer.peer_addr for peer in self._book.peers if peer.name == name), "")
+        """Raises: Unavailable: this manager cannot connect to the etcd of the joining one, with what to do."""
+        addr = next((peer.peer_addr for peer in self._peer_addresses.peers if peer.name == name), "")
         if addr and (error := await connect_error(addr)):
-            log.warning(
-                "the etcd of a manager that comes in is not reached", node=name, addr=addr, reason=error
-            )
+            log.warning("cannot connect to the etcd of a joining manager", node=name, addr=addr, reason=error)
             raise Unavailable(
                 f"the managers cannot reach {addr} (etcd's peers): {error}: open it, or choose another port with "
                 "--peer-addr"
             )
 
     async def _resign(self, _request: pb.ResignRequest, caller: Caller) -> pb.ResignResponse:
-        """Demote the caller, which leaves; returns when it has no vote any more."""
+        """Demote the caller; returns when it has no vote any more."""
         await self._store.update(resign, caller.node_id)
         async with asyncio.timeout(RESIGN_S):
             while caller.node_id in {member.name for member in await self._consensus.all()}:
@@ -139,22 +137,22 @@ class MembersService:
 
     async def _keep(self, request: pb.KeepWrappingKeyRequest, caller: Caller) -> pb.KeepWrappingKeyResponse:
         await self._keep_key(request.key)
-        log.info("one more wrapping key kept", manager=caller.node_id)
+        log.info("wrapping key stored", manager=caller.node_id)
         return pb.KeepWrappingKeyResponse()
 
 
 def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:
-    """Write where the manager to be is found.
+    """Write the address of a joining manager.
 
-    Raises: PermissionDenied: the node was removed; FailedPrecondition: it is to be no manager.
+    Raises: PermissionDenied: the node was removed; FailedPrecondition: it is not to be a manager.
     """
     node = tx.lookup(Node, node_id)
     if node is None:
         raise PermissionDenied(f"Permission denied: node {node_id} is not part of this swarm")
     if node.spec.role is not NodeRole.MANAGER:
-        raise FailedPrecondition(f"node {node_id} is not to be a manager: promote it first")
+        raise FailedPrecondition(f"node {node_id} is not a manager: promote it first")
     for other in tx.find(Node):
-        if other.id != node_id and _answers_at(other, addr):
+        if other.id != node_id and _uses_address(other, addr):
             raise Unavailable(
                 f"another manager ({other.id}) is at {addr} already: give this one another --advertise-addr"
             )
@@ -164,13 +162,13 @@ def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:
 
 
 def resign(tx: Transaction, node_id: NodeId) -> None:
-    """Wish that the node be a worker.  Raises: FailedPrecondition: those that stay would have no quorum."""
+    """Set the node's role to worker.  Raises: FailedPrecondition: the others would have no quorum."""
     node = tx.lookup(Node, node_id)
     if node is not None and node.spec.role is NodeRole.MANAGER:
         check_demotion(tx, node)
         tx.put(msgspec.structs.replace(node, spec=msgspec.structs.replace(node.spec, role=NodeRole.WORKER)))
 
 
-def _answers_at(node: Node, addr: str) -> bool:
+def _uses_address(node: Node, addr: str) -> bool:
     status = node.manager_status
     return status is not None and status.addr == addr and status.reachability is not Reachability.UNREACHABLE

@@ -33,7 +33,7 @@ from skep.manager.routes.access import MANAGER, ManagerApi
 __all__ = ["ManagerApi", "application", "compile_routes"]
 
 _TABLES = (
-    # those asked for most stand first: the router tries one after another
+    # most frequent first: the router tries one after another
     services.routes,
     tasks.routes,
     nodes.routes,

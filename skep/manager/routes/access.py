@@ -1,4 +1,4 @@
-"""What the handlers work with: the store, and the few things that must not come from thin air."""
+"""What the request handlers work with: the store, the clock, and the manager's parts."""
 
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -30,7 +30,7 @@ P = ParamSpec("P")
 
 
 class Logs(Protocol):
-    """Where the output of tasks comes from (``manager.logbroker``)."""
+    """The output of tasks (``manager.logbroker``)."""
 
     def subscribe(self, query: LogQuery) -> AsyncIterator[LogLine]:
         """Lines of all tasks that ``query`` means, as they come.  Ends by itself unless ``query.follow``.
@@ -43,19 +43,19 @@ class Logs(Protocol):
 
 
 class Backing(Protocol):
-    """Who makes backups (``manager.backup``)."""
+    """Makes backups (``manager.backup``)."""
 
     def begin(self, request: BackupRequest) -> Sealer:
-        """What writes the file.  Raises: InvalidArgument."""
+        """The writer of the file.  Raises: InvalidArgument."""
 
     def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:
-        """The file.  Raises: SkepError: it is not whole."""
+        """The file.  Raises: SkepError: it is incomplete."""
 
 
 class Examiner(Protocol):
     """Who has nodes look at the paths between them (``manager.paths``)."""
 
-    async def examine_all(
+    async def run_all(
         self, tell: Callable[[DiagnosticsResult], Awaitable[None]], *, throughput: bool = False
     ) -> None:
         """Tell what each node finds, as it answers, within 25 s; why of those that do not answer."""
@@ -71,16 +71,16 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     new_id: IdSource
     new_name: NameSource
     backups: Backing
-    examinations: Examiner
+    diagnostics: Examiner
     quorum: Callable[[], Quorum] = Quorum
-    """Whether there is a leader, as this manager knows it."""
+    """Whether there is a leader, from local knowledge."""
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
     nodes: KnownJson = msgspec.field(default_factory=KnownJson)
     services: KnownJson = msgspec.field(default_factory=KnownJson)
     own: NodeId = NodeId("")
     """This manager's node."""
     trouble: Callable[[], str] = str
-    """Why this manager's own part of the store is not there, in a sentence; empty: it is, or nobody knows."""
+    """What this manager itself lacks, such as disk space, as a sentence; empty: nothing, or not known."""
 
     def now(self) -> Timestamp:
         """The present, as it is written into objects."""
@@ -118,7 +118,7 @@ MANAGER = web.AppKey("manager", ManagerApi)
 
 
 def manager_of(request: web.Request) -> ManagerApi:
-    """The manager that answers ``request``."""
+    """The manager that serves ``request``."""
     return request.app[MANAGER]
 
 

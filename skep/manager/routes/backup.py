@@ -1,4 +1,4 @@
-"""``/skep/backup``, ``/skep/cluster/rotate-keys``: the care of the store.  Ours, not Docker's."""
+"""``/skep/backup``, ``/skep/cluster/rotate-keys``: maintenance of the store.  Ours, not Docker's."""
 
 from aiohttp import web
 
@@ -11,7 +11,7 @@ routes = Routes()
 
 @routes.post("/skep/backup")
 async def backup(request: web.Request) -> web.StreamResponse:
-    """The file of a backup.  One that breaks off lacks its last piece, and nobody takes it for whole."""
+    """The file of a backup.  If it breaks off, its last piece is missing, which marks it as incomplete."""
     backups = manager_of(request).backups
     sealer = backups.begin(await read_json(request, BackupRequest))
     response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})

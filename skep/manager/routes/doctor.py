@@ -1,4 +1,4 @@
-"""``/skep/doctor/network``: every node looks at its ways to the others now, and says what it found."""
+"""``/skep/doctor/network``: runs every node's probes now, and returns the results."""
 
 import msgspec
 from aiohttp import web
@@ -82,7 +82,7 @@ async def examine_network(request: web.Request) -> web.StreamResponse:
             await lines.send(answer_of(view, examined))
 
         try:
-            await manager_of(request).examinations.examine_all(tell, throughput=throughput)
+            await manager_of(request).diagnostics.run_all(tell, throughput=throughput)
         except* ConnectionResetError:
             pass  # the user has seen enough
     return lines.response

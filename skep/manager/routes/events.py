@@ -1,4 +1,4 @@
-"""``/events``: those of the cluster.  The front adds a node's own.
+"""``/events``: those of the cluster.  The front adds the node's own.
 
 Source: moby 20.10, api/server/router/system/system_routes.go, daemon/events/filter.go.
 """

@@ -1,4 +1,4 @@
-"""``/skep/cluster/evict``: takes back what a node knows that is not trusted any more.  Ours, not Docker's."""
+"""``/skep/cluster/evict``: removes a node and revokes every secret it has had.  Ours, not Docker's."""
 
 import structlog
 from aiohttp import web
@@ -55,7 +55,7 @@ async def evict(request: web.Request) -> web.StreamResponse:
     by = "".join(filter(str.isprintable, wish.by))[:BY_CHARACTERS_MAX] or "a client of the API"
     eviction = await manager.update(begin, wish.node, by, manager.own, manager.now())
     log.warning(
-        "eviction asked for",
+        "eviction requested",
         node=eviction.node_id,
         name=eviction.hostname,
         by=by,

@@ -1,4 +1,4 @@
-"""``/skep/tasks/{id}/explain``, ``/skep/services/{id}/explain``: why something is not as wanted."""
+"""``/skep/tasks/{id}/explain``, ``/skep/services/{id}/explain``: why an object is not in its desired state."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ from skep.store.updates import batched
 routes = Routes()
 
 _PIECE = 1_000
-"""Objects booked before others get their turn."""
+"""Objects counted before the event loop gets control."""
 
 
 @routes.get("/skep/tasks/{id}/explain")

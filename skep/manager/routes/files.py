@@ -1,4 +1,4 @@
-"""``/secrets`` and ``/configs``: files of the cluster.  What is in a secret is never shown.
+"""``/secrets`` and ``/configs``: files of the cluster.  The data of a secret is never shown.
 
 Source: moby 20.10, daemon/cluster/{secrets,configs}.go; swarmkit, manager/controlapi/{secret,config}.go.
 """
@@ -30,12 +30,12 @@ class _SecretBody(SecretSpec):
 
     @property
     def spec(self) -> SecretSpec:
-        """What is kept where it can be seen."""
+        """The spec without the data."""
         return SecretSpec(name=self.name, labels=self.labels, driver=self.driver, templating=self.templating)
 
 
 class Created(ApiObject):
-    """Answer to a creation."""
+    """Response to a creation."""
 
     id: str
 

@@ -1,4 +1,4 @@
-"""``/_skep/lag``: how late this manager's event loop was since its start.  Ours, on the manager's own socket only."""
+"""``/_skep/lag``: the delays of this manager's event loop since its start.  Ours, on the manager's own socket only."""
 
 from aiohttp import web
 

@@ -91,7 +91,7 @@ async def _stream(request: web.Request, query: LogQuery, *, tty: bool) -> web.St
                 line = _line(entry, details=details, timestamps=timestamps)
                 await frames.send(_FRAMES[entry.stream], line)
         except SkepError as error:
-            # The answer has begun, so this is the only place left to say it; clients print it and fail.
+            # The response has begun, so the error can only be sent here; clients print it and fail.
             await frames.send(OutputStream.SYSTEM, f"Error grabbing logs: {error}\n".encode())
     return frames.response
 

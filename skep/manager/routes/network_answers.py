@@ -30,12 +30,12 @@ _WARNED_OF_MAX = 10
 
 
 def is_predefined(network: Network) -> bool:
-    """Whether it stands for a network that every node has for itself, and shows for itself."""
+    """Whether it represents a network that every node has, and shows, for itself."""
     return network.spec.labels.get(PREDEFINED_LABEL) == "true"
 
 
 def facts_of(network: Network, used: frozenset[str]) -> Facts:
-    """What filters ask for.  ``used``: ids of the networks that somebody uses."""
+    """The inputs of filters.  ``used``: ids of networks in use."""
     return Facts(
         id=network.id,
         name=network.spec.name,

@@ -1,4 +1,4 @@
-"""Whether a network has addresses for all that its services wish for: said when a service is made or changed.
+"""Whether a network has addresses for all replicas of its services: checked when a service is created or changed.
 
 Replicas of specs are counted, not tasks, so that the warning comes before the first task waits.
 """
@@ -14,7 +14,7 @@ from skep.model.service import Service
 from skep.store.interface import View
 
 _SERVICES_MAX = 2_000
-"""With more than that nothing is counted: a create must not hold the loop."""
+"""With more services nothing is counted, because a create must not block the event loop."""
 
 
 def room_warnings(view: View, service: Service) -> list[str]:

@@ -84,7 +84,7 @@ async def prune_networks(request: web.Request) -> web.StreamResponse:
             continue
         try:
             await manager.update(control.remove_network, network.id)
-        except (FailedPrecondition, NotFound) as error:  # in use, or somebody else was faster
+        except (FailedPrecondition, NotFound) as error:  # in use, or removed meanwhile
             log.debug("network not pruned", network=network.spec.name, reason=str(error))
             continue
         removed.append(network.spec.name)

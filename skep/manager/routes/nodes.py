@@ -23,7 +23,7 @@ routes = Routes()
 
 
 class _Membership(Enum):
-    """Nodes that are here have been accepted; nobody has to approve them."""
+    """All nodes have been accepted; there is no manual approval."""
 
     ACCEPTED = "accepted"
     PENDING = "pending"

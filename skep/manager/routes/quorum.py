@@ -1,4 +1,4 @@
-"""``/skep/quorum``: whether there is a leader, as this manager knows it.  Answers at once, also when there is none."""
+"""``/skep/quorum``: whether there is a leader, from local knowledge.  Responds at once, also without a leader."""
 
 from aiohttp import web
 from msgspec.structs import replace
@@ -11,6 +11,6 @@ routes = Routes()
 
 @routes.get("/skep/quorum")
 async def show_quorum(request: web.Request) -> web.Response:
-    """What ``docker info`` and ``skep status`` ask before anything that would wait for a leader."""
+    """For ``docker info`` and ``skep status``, before any request that would wait for a leader."""
     manager = manager_of(request)
     return json_answer(replace(manager.quorum(), trouble=manager.trouble()))

@@ -1,4 +1,4 @@
-"""``/services``: the wish for tasks.
+"""``/services``: services and their specs.
 
 Source: moby 20.10, api/server/router/swarm/cluster_routes.go and daemon/cluster/services.go.
 """
@@ -79,7 +79,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
     """Create a service; it answers with the id before any task exists."""
     manager = manager_of(request)
     spec = await _read_spec(request)
-    if control.names_networks(spec):  # else nothing is looked up that the transaction does not look up
+    if control.names_networks(spec):  # otherwise only the transaction reads anything
         spec = control.with_network_ids(await current_view(request), spec)
     await manager.require_room(creates=True)
     service = await manager.update(

@@ -1,4 +1,4 @@
-"""Objects as the API shows them: without what is only ours."""
+"""Objects as the API shows them: without internal fields."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ from skep.store.interface import View
 
 _PATHS_SHOWN = 4
 _PIECE = 5_000
-"""Objects counted before others get their turn."""
+"""Objects counted before the event loop gets control."""
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ def shown_service(
 
 
 def shown_node(trouble: Trouble, node: Node) -> Node:
-    """``node`` for an answer; one that is down says it, too, when no task is replaced for its sake."""
+    """``node`` for a response; for a node that is down also whether replacement is frozen."""
     status = node.status
     if trouble.freeze is not None and status.state is NodeState.DOWN:
         status = replace(status, message=f"{status.message}; {frozen_message(trouble.freeze)}")
@@ -98,7 +98,7 @@ def shown_node(trouble: Trouble, node: Node) -> Node:
 
 
 def path_message(node: Node) -> str:
-    """What a ready node's status tells of its ways to others; empty: nothing fails."""
+    """A ready node's failing paths, for its status message; empty: none fails."""
     told: list[str] = []
     if not ignores_paths(node.spec.labels):
         told += [f"takes no tasks on {one.networks}: {one.summary}" for one in node.cut_off]
@@ -135,7 +135,7 @@ def shown_task(view: View, now_ns: int, task: Task) -> Task:
 
 
 def with_damage(view: View, task: Task) -> Task:
-    """``task`` with what of it cannot be read as its error."""
+    """``task`` with an error that names its unreadable parts."""
     damage = damage_of(view, Task, task.id)
     if not damage:
         return task

@@ -21,7 +21,7 @@ class StoreAnswer(ApiObject):
 
 @routes.get("/skep/cluster/store")
 async def store_space(request: web.Request) -> web.Response:
-    """Answered without a leader, too."""
+    """Works without a leader, too."""
     space = await manager_of(request).store.space()
     if space is None:
         raise Unavailable("this manager's store has no file")

@@ -1,4 +1,4 @@
-"""``/swarm``: the cluster as a whole.  Joining and leaving are the node's own business.
+"""``/swarm``: the cluster as a whole.  Joining and leaving are served by the node.
 
 Source: moby 20.10, api/server/router/swarm/cluster_routes.go.
 """
@@ -56,7 +56,7 @@ def _rotation(request: web.Request, name: str) -> bool:
 
 @routes.post("/skep/cluster/resume")
 async def resume_replacement(request: web.Request) -> web.StreamResponse:
-    """Let tasks of nodes that are down be replaced again."""
+    """Resume the replacement of tasks of down nodes."""
     await manager_of(request).update(control.resume_replacement)
     return web.Response()
 
@@ -70,6 +70,6 @@ async def show_unlock_key(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/swarm/unlock")
 async def unlock_swarm(request: web.Request) -> web.StreamResponse:
-    """A manager that answers is not locked."""
+    """A manager that serves requests is not locked."""
     await read_json(request, UnlockRequest)
     raise AlreadyExists("swarm is not locked")

@@ -1,4 +1,4 @@
-"""``/tasks``: what became of services.
+"""``/tasks``: the tasks of services.
 
 Source: moby 20.10, daemon/cluster/{tasks,filters}.go; swarmkit, manager/controlapi/task.go.
 """
@@ -27,7 +27,7 @@ routes = Routes()
 Condition: TypeAlias = Callable[[View, Task], bool]
 
 _PIECE = 2_000
-"""Tasks looked at before others get their turn."""
+"""Tasks filtered before the event loop gets control."""
 
 
 @routes.get("/tasks")
@@ -42,7 +42,7 @@ async def list_tasks(request: web.Request) -> web.StreamResponse:
     tasks: list[Task] = []
     for piece in pieces:
         tasks += [task for task in piece if all(holds(view, task) for holds in conditions)]
-        await asyncio.sleep(0)  # others' turn
+        await asyncio.sleep(0)  # give the event loop control
         view = manager_of(request).store.view()
     return json_list_answer(tasks, partial(shown_task, view, manager_of(request).clock.now_ns()))
 

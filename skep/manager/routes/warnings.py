@@ -1,4 +1,4 @@
-"""``/_skep/warnings``: what ``docker info`` is to warn of.  Ours, on the manager's own socket only."""
+"""``/_skep/warnings``: the warnings of ``docker info``.  Ours, on the manager's own socket only."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ _DAMAGED_SHOWN = 10
 
 @routes.get("/_skep/warnings")
 async def warnings(request: web.Request) -> web.Response:
-    """Sentences, the most urgent first; from this manager's own state, so a cluster without a leader has them too."""
+    """Sentences, the most urgent first; from local state, so they work without a leader."""
     manager = manager_of(request)
     now = moment(manager.clock.now_ns())
     view = manager.store.view()

@@ -104,7 +104,7 @@ def told(cluster: TestCluster) -> list[dict[str, Any]]:
         {**line, "from": name}
         for name in MANAGERS
         for line in _lines(cluster.directory / name / "skep.log")
-        if line.get("event") in (STANDS_STILL, "store defragmented")
+        if line.get("event") in (DEFRAGMENTING, "store defragmented")
     )
     return sorted(lines, key=lambda line: str(line["timestamp"]))
 
@@ -119,7 +119,7 @@ def _lines(log: Path) -> Iterator[dict[str, Any]]:
             yield said
 
 
-STANDS_STILL = "a store stands still to be defragmented"
+DEFRAGMENTING = "defragmenting a store: it does not serve meanwhile"
 
 
 def ids(seen_by: TestNode) -> Mapping[str, str]:
@@ -133,10 +133,10 @@ def assert_one_at_a_time_and_never_the_leaders_own(
     """What each leader wrote: a store stands still, then it is done, then the next one."""
     leaders = set()
     for before, line in pairwise(({"event": "", "from": ""}, *said)):
-        if line["event"] == STANDS_STILL:
+        if line["event"] == DEFRAGMENTING:
             leaders.add(line["from"])
             assert names[line["node"]] != line["from"], f"the leader's own, while it leads: {line}"
-            assert before["event"] != STANDS_STILL or before["from"] != line["from"], (before, line)
+            assert before["event"] != DEFRAGMENTING or before["from"] != line["from"], (before, line)
     assert len(leaders) > 1, "the leader's own store was one of those, so another one led"
 
 

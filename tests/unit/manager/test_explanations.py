@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from skep.manager.explanations import explain_service, explain_task, next_attempt, signal_of, summary
 from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.explain import NodeVerdict, book, verdict
+from skep.manager.scheduler.explain import NodeVerdict, reserve_for, verdict
 from skep.manager.scheduler.requirements import requirements_of
 from skep.model.container import ContainerSpec
 from skep.model.meta import Version
@@ -21,7 +21,7 @@ def verdicts(task: Task, *nodes: Node, others: tuple[Task, ...] = ()) -> list[No
     for node in nodes:
         books.set_node(node)
     for other in others:
-        book(books, other, None)
+        reserve_for(books, other, None)
     wish = requirements_of(task, None)
     return [
         verdict(wish, account, books.copies(task.service_id)[id]) for id, account in books.accounts.items()

@@ -37,8 +37,8 @@ async def test_a_later_life_stops_a_manager_and_keeps_it_stopped(paths: Paths) -
     incarnation = Incarnation(paths, 1)
     running = asyncio.create_task(incarnation.run())
     await asyncio.sleep(0)
-    assert incarnation.met(M2, 1)
-    assert not incarnation.met(M2, 7)
+    assert incarnation.observe(M2, 1)
+    assert not incarnation.observe(M2, 7)
     with pytest.raises(Superseded, match="incarnation 7"):
         await asyncio.wait_for(running, 5)
     with pytest.raises(Superseded, match="docker swarm leave --force"):
@@ -49,8 +49,8 @@ async def test_an_earlier_life_is_not_ours_and_stops_nobody(paths: Paths) -> Non
     incarnation = Incarnation(paths, 7)
     running = asyncio.create_task(incarnation.run())
     await asyncio.sleep(0)
-    assert not incarnation.met(M2, 1)
-    assert not incarnation.met(M2, 0)
+    assert not incarnation.observe(M2, 1)
+    assert not incarnation.observe(M2, 0)
     await asyncio.sleep(0)
     assert not running.done()
     running.cancel()

@@ -3,57 +3,57 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.manager.link.silence import SILENT_S, LastHeard
+from skep.manager.link.last_seen import SILENT_S, LastSeen
 from skep.model.ids import NodeId
 
 A, B = NodeId("a"), NodeId("b")
 
 
 def test_a_manager_not_heard_for_two_seconds_is_silent_for_as_long() -> None:
-    heard = LastHeard()
-    heard.expect([A, B], 10.0)
-    heard.note(A, 11.0)
-    assert heard.silent(11.9) == {}
-    assert heard.silent(12.5) == {B: 2.5}
-    heard.note(B, 12.6)
-    assert heard.silent(13.0) == {A: 2.0}
+    reachable = LastSeen()
+    reachable.expect([A, B], 10.0)
+    reachable.note(A, 11.0)
+    assert reachable.silent(11.9) == {}
+    assert reachable.silent(12.5) == {B: 2.5}
+    reachable.note(B, 12.6)
+    assert reachable.silent(13.0) == {A: 2.0}
 
 
 def test_who_was_named_and_never_spoke_is_neither_silent_nor_heard() -> None:
-    heard = LastHeard()
-    heard.expect([A, B], 10.0)
-    heard.note(A, 10.5)
-    assert heard.heard(11.0) == {A}
-    assert heard.silent(11.0) == {}
-    assert heard.heard(13.0) == set()
-    heard.note(B, 13.0)
-    heard.expect([A], 13.0)
-    heard.expect([A, B], 13.0)
-    assert heard.heard(13.0) == set()
+    reachable = LastSeen()
+    reachable.expect([A, B], 10.0)
+    reachable.note(A, 10.5)
+    assert reachable.reachable(11.0) == {A}
+    assert reachable.silent(11.0) == {}
+    assert reachable.reachable(13.0) == set()
+    reachable.note(B, 13.0)
+    reachable.expect([A], 13.0)
+    reachable.expect([A, B], 13.0)
+    assert reachable.reachable(13.0) == set()
 
 
 def test_only_known_managers_count() -> None:
-    heard = LastHeard()
-    heard.expect([A], 0.0)
-    heard.note(B, 0.0)
-    heard.expect([], 0.0)
-    assert heard.silent(100.0) == {}
+    reachable = LastSeen()
+    reachable.expect([A], 0.0)
+    reachable.note(B, 0.0)
+    reachable.expect([], 0.0)
+    assert reachable.silent(100.0) == {}
 
 
 def test_being_named_again_is_no_sign_of_life() -> None:
-    heard = LastHeard()
-    heard.expect([A], 0.0)
-    heard.expect([A, B], 1.9)
-    assert heard.silent(2.0) == {A: 2.0}
+    reachable = LastSeen()
+    reachable.expect([A], 0.0)
+    reachable.expect([A, B], 1.9)
+    assert reachable.silent(2.0) == {A: 2.0}
 
 
 @given(st.lists(st.tuples(st.sampled_from([A, B]), st.floats(0, 1)), max_size=30))
 def test_who_was_heard_within_the_time_is_never_silent(words: list[tuple[NodeId, float]]) -> None:
-    now, heard = 0.0, LastHeard()
+    now, reachable = 0.0, LastSeen()
     last = {A: 0.0, B: 0.0}
-    heard.expect([A, B], now)
+    reachable.expect([A, B], now)
     for id, gap_s in words:
         now += gap_s
         last[id] = now
-        heard.note(id, now)
-        assert set(heard.silent(now)) == {id for id, at in last.items() if now - at >= SILENT_S}
+        reachable.note(id, now)
+        assert set(reachable.silent(now)) == {id for id, at in last.items() if now - at >= SILENT_S}

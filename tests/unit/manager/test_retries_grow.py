@@ -14,9 +14,9 @@ from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.gossip.rotation import KeyRotation
 from skep.manager.manager_status import ManagerStatusWriter
-from skep.manager.membership.addresses import AddressBook, keep_book
 from skep.manager.membership.loop import Managers
-from skep.manager.paths.loop import PathJudge
+from skep.manager.membership.peer_addresses import PeerAddresses, sync_peer_addresses
+from skep.manager.probes.loop import OverlayAvoidance
 from skep.model.ids import ClusterId, NodeId, SessionId, new_id
 from skep.model.node import CutOff, ManagerStatus, Node, NodeRole, NodeSession, NodeSpec
 from skep.model.swarm import RootRotation, Swarm, SwarmSpec
@@ -58,7 +58,7 @@ class Hearing:
     def silent(self, now: float) -> dict[NodeId, float]:
         return {NodeId("m2"): 9.0}
 
-    def heard(self, now: float) -> set[NodeId]:
+    def reachable(self, now: float) -> set[NodeId]:
         return set()
 
 
@@ -69,15 +69,15 @@ LOOPS: dict[str, Loop] = {
     ).run(),
     "certificates": lambda store, clock, random: CertificateAuthority(store, clock, new_id, random).run(),
     "gossip": lambda store, clock, random: KeyRotation(store, clock, new_id, random).run(),
-    "paths": lambda store, clock, random: PathJudge(store, clock, random).run(),
+    "paths": lambda store, clock, random: OverlayAvoidance(store, clock, random).run(),
     "adoption": lambda store, clock, random: Adoption(
         store, OWN, Hearing().silent, clock, new_id, random
     ).run(),
     "managers": lambda store, clock, random: Managers(
         store, OWN, cast("Any", store), Hearing(), clock, random
     ).run(),
-    "addresses": lambda store, clock, random: keep_book(
-        AddressBook((), lambda _: None), store, cast("Any", store), clock, random
+    "addresses": lambda store, clock, random: sync_peer_addresses(
+        PeerAddresses((), lambda _: None), store, cast("Any", store), clock, random
     ),
 }
 

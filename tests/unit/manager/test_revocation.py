@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.errors import PermissionDenied, ResourceExhausted, Unavailable
 from skep.manager.ca.admission import SERIALS_MAX, Issued, issued_certificate, record_issue, stamp
-from skep.manager.ca.standing import UNKNOWN_MAX, UNKNOWN_S, Standing, require_standing
+from skep.manager.ca.caller_check import UNKNOWN_MAX, UNKNOWN_S, CallerCheck, check_caller
 from skep.manager.revocation import expired, forget, issue_not_before_s, revoke
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Availability, Node, NodeRole
@@ -101,10 +101,10 @@ async def test_a_certificate_counts_for_the_role_that_the_cluster_says(store, ro
     certificate = issued_certificate(role, a_certificate(NodeRole.MANAGER), NOW)
     await store.update(lambda tx: tx.put(Node(id=NodeId("m1"), certificate=certificate)))
     if passes:
-        require_standing(store.view(), MANAGER, access)
+        check_caller(store.view(), MANAGER, access)
     else:
         with pytest.raises(PermissionDenied, match="is not a manager"):
-            require_standing(store.view(), MANAGER, access)
+            check_caller(store.view(), MANAGER, access)
 
 
 class Times:
@@ -120,8 +120,8 @@ def times() -> Times:
 
 
 @pytest.fixture
-def standing(store, times) -> Standing:
-    return Standing(store.view, lambda: times.is_current, lambda: times.now)
+def standing(store, times) -> CallerCheck:
+    return CallerCheck(store.view, lambda: times.is_current, lambda: times.now)
 
 
 def test_a_manager_that_is_not_known_does_nothing_that_only_managers_may(standing, times):
@@ -168,10 +168,10 @@ async def test_certificates_from_before_a_demotion_count_for_nothing_after_the_n
     await store.update(lambda tx: revoke(tx, node, NOW_NS, is_removed=False))
     await store.update(lambda tx: tx.put(node))  # it is a manager again
     for issued_s in (demoted_s - 3600, demoted_s):
-        with pytest.raises(PermissionDenied, match="taken back"):
-            require_standing(store.view(), replace(MANAGER, issued_s=issued_s), Access.MANAGER)
+        with pytest.raises(PermissionDenied, match="revoked"):
+            check_caller(store.view(), replace(MANAGER, issued_s=issued_s), Access.MANAGER)
     earliest_s = issue_not_before_s(store.view().lookup(Revocation, "m1"))
-    assert require_standing(store.view(), replace(MANAGER, issued_s=earliest_s), Access.MANAGER)
+    assert check_caller(store.view(), replace(MANAGER, issued_s=earliest_s), Access.MANAGER)
 
 
 def test_an_issuer_whose_clock_is_behind_issues_nothing_that_is_taken_back_already():
@@ -215,8 +215,8 @@ async def test_a_removal_that_cannot_be_read_counts(store):
     await store.update(lambda tx: tx.put(Node(id=NodeId("m2"))))
     view = store.view()
     with pytest.raises(PermissionDenied):
-        require_standing(view, MANAGER, Access.NODE)
-    require_standing(view, replace(MANAGER, node_id=NodeId("m2")), Access.NODE)
+        check_caller(view, MANAGER, Access.NODE)
+    check_caller(view, replace(MANAGER, node_id=NodeId("m2")), Access.NODE)
 
 
 def test_the_list_for_etcd_holds_the_serial_numbers():

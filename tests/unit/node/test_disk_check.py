@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.manager.process import _tell
+from skep.manager.process import _write_mark
 from skep.node import disk_check
 from skep.node.conditions import Conditions
 from skep.node.disk_check import DiskCheck
@@ -42,13 +42,13 @@ async def test_what_a_managers_store_lacks_is_a_condition_until_there_is_room(tm
     check = DiskCheck((tmp_path,), conditions, SlowlessClock(), mark)
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         running = group.create_task(check.run())
-        _tell(mark, "/x: 80 MB of disk space are missing. Make room: it goes on by itself.")
+        _write_mark(mark, "/x: 80 MB of disk space are missing. Make room: it goes on by itself.")
         while not conditions.present():  # noqa: ASYNC110  # a condition announces nothing
             await asyncio.sleep(0.001)
         said = "/x: 80 MB of disk space are missing. Make room: it goes on by itself"
         assert conditions.present() == {"disk-full": said}
-        _tell(mark, "")
-        _tell(mark, "")
+        _write_mark(mark, "")
+        _write_mark(mark, "")
         while conditions.present():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         running.cancel()

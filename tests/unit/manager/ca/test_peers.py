@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.manager.ca.peers import SETTLED_S, Turn, is_my_turn
+from skep.manager.ca.peers import SETTLED_S, RestartTurn, is_my_turn
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, Reachability
 
@@ -55,7 +55,7 @@ def test_workers_do_not_count():
 
 def test_the_one_before_has_to_be_back_for_a_while():
     m1, m2, done = a_manager("m1", leads=True), a_manager("m2"), a_manager("m2", has_new=True)
-    turn = Turn()
+    turn = RestartTurn()
     assert not turn.has_come(m1.id, [m1, m2], "new", 0.0)
     assert not turn.has_come(m1.id, [m1, done], "new", 100.0)
     assert not turn.has_come(m1.id, [m1, done], "new", 100.0 + SETTLED_S / 2)
@@ -64,11 +64,11 @@ def test_the_one_before_has_to_be_back_for_a_while():
 
 def test_the_wait_begins_anew_when_another_one_goes_meanwhile():
     m1, m2, done = a_manager("m1", leads=True), a_manager("m2"), a_manager("m2", has_new=True)
-    turn = Turn()
+    turn = RestartTurn()
     assert not turn.has_come(m1.id, [m1, done], "new", 0.0)
     assert not turn.has_come(m1.id, [m1, m2], "new", SETTLED_S)
     assert not turn.has_come(m1.id, [m1, done], "new", SETTLED_S + 0.1)
 
 
 def test_a_single_manager_waits_for_nobody():
-    assert Turn().has_come(NodeId("m1"), [a_manager("m1", leads=True)], "new", 0.0)
+    assert RestartTurn().has_come(NodeId("m1"), [a_manager("m1", leads=True)], "new", 0.0)

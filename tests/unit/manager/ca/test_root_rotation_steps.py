@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from skep.manager.ca.rotation import ASKED_MAX, PATIENCE_S, Ask, Finish, next_step
+from skep.manager.ca.rotation import RENEWAL_S, REQUESTED_MAX, Finish, RequestRenewals, next_step
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Node, NodeCertificate, NodeDescription, NodeState, NodeStatus
 from skep.model.swarm import RootRotation, Swarm
@@ -35,31 +35,31 @@ def test_without_a_rotation_nothing_is_to_be_done():
 
 def test_nodes_that_are_left_are_asked_in_order():
     nodes = [a_node("n2"), a_node("n1"), a_node("n3", has_new=True)]
-    assert next_step(ROTATING, nodes, {}, 0.0) == Ask(node_ids=(NodeId("n1"), NodeId("n2")))
+    assert next_step(ROTATING, nodes, {}, 0.0) == RequestRenewals(node_ids=(NodeId("n1"), NodeId("n2")))
 
 
 def test_no_more_are_asked_at_a_time_than_the_bound():
     nodes = [a_node(f"n{number:03}") for number in range(100)]
     step = next_step(ROTATING, nodes, {}, 0.0)
-    assert isinstance(step, Ask)
-    assert len(step.node_ids) == ASKED_MAX
+    assert isinstance(step, RequestRenewals)
+    assert len(step.node_ids) == REQUESTED_MAX
     asked = dict.fromkeys(step.node_ids, 0.0)
     assert next_step(ROTATING, nodes, asked, 1.0) is None
     done = [a_node(node.id, has_new=node.id == "n000") for node in nodes]
-    assert next_step(ROTATING, done, asked, 1.0) == Ask(node_ids=(NodeId("n030"),))
+    assert next_step(ROTATING, done, asked, 1.0) == RequestRenewals(node_ids=(NodeId("n030"),))
 
 
 def test_a_node_that_does_not_renew_makes_room_and_is_asked_again():
     nodes = [a_node("n1", asked=True)]
     asked = {NodeId("n1"): 0.0}
-    assert next_step(ROTATING, nodes, asked, PATIENCE_S - 1) is None
-    assert next_step(ROTATING, nodes, asked, PATIENCE_S) == Ask(node_ids=(NodeId("n1"),))
+    assert next_step(ROTATING, nodes, asked, RENEWAL_S - 1) is None
+    assert next_step(ROTATING, nodes, asked, RENEWAL_S) == RequestRenewals(node_ids=(NodeId("n1"),))
 
 
 def test_a_node_that_is_away_is_asked_once_and_takes_nobodys_place():
     away = [a_node(f"down{number:02}", state=NodeState.DOWN) for number in range(40)]
     step = next_step(ROTATING, [*away, a_node("up")], {}, 0.0)
-    assert isinstance(step, Ask)
+    assert isinstance(step, RequestRenewals)
     assert "up" in step.node_ids
     told = [a_node(node.id, state=NodeState.DOWN, asked=True) for node in away]
     assert next_step(ROTATING, told, {}, 100.0) is None

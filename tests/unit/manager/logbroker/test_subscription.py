@@ -3,7 +3,7 @@
 import asyncio
 
 from skep.aio.clock import SystemClock
-from skep.manager.logbroker.selection import Selection, means, selected, shortfall
+from skep.manager.logbroker.selection import Selection, matches, selected, shortfall
 from skep.manager.logbroker.subscription import LINES_MAX, Subscription
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.logs import LogLine, LogQuery
@@ -30,7 +30,7 @@ async def test_a_query_means_tasks_by_service_by_id_and_by_node():
     )
     assert selected(view, LogQuery(tasks=(TaskId("t3"), TaskId("gone")))).nodes == {"n2"}
     assert selected(view, LogQuery(nodes=(NodeId("n3"),), tasks=(TaskId("t1"),))).nodes == {"n1", "n3"}
-    assert means(LogQuery(services=(ServiceId("db"),)), view.find(type(tasks[0]), node_id="n2")[0])
+    assert matches(LogQuery(services=(ServiceId("db"),)), view.find(type(tasks[0]), node_id="n2")[0])
 
 
 def test_what_is_missing_is_said_in_swarmkits_words():
@@ -70,6 +70,6 @@ async def test_a_subscription_is_complete_when_every_node_has_finished_and_never
     subscription.pending = {N1}
     assert not subscription.is_complete
     subscription.finish(N1)
-    await subscription.wait_news()
+    await subscription.wait_update()
     assert subscription.is_complete
     assert not Subscription("s", LogQuery(follow=True)).is_complete

@@ -10,7 +10,7 @@ from skep.manager.membership.roles import (
     LEARNING_S,
     Demote,
     HandOver,
-    Hold,
+    Keep,
     Learners,
     Promote,
     Withdraw,
@@ -69,13 +69,13 @@ def test_a_demotion_begins_with_the_consensus() -> None:
 def test_a_demotion_that_would_cost_the_quorum_waits() -> None:
     nodes = [*managers("ab"), a_node("c", WORKER, MANAGER, is_shown=True)]
     abc = members("abc")
-    assert next_steps(nodes, abc, {"a", "c"}, OWN) == [Hold(abc[2])]
+    assert next_steps(nodes, abc, {"a", "c"}, OWN) == [Keep(abc[2])]
 
 
 def test_the_leader_hands_over_before_it_goes() -> None:
     nodes = [a_node("a", WORKER, MANAGER, is_shown=True), *managers("bc")]
     abc = members("abc")
-    assert next_steps(nodes, abc, {"a", "c"}, OWN) == [Hold(abc[0])]
+    assert next_steps(nodes, abc, {"a", "c"}, OWN) == [Keep(abc[0])]
     assert next_steps(nodes, abc, set("abc"), OWN) == [HandOver(abc[1])]
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, Unavailable
-from skep.manager.membership.addresses import AddressBook
+from skep.manager.membership.peer_addresses import PeerAddresses
+from skep.manager.membership.peer_ports import unreachable_peers
 from skep.manager.membership.service import CATCH_UP_S, MembersService
-from skep.manager.membership.ways import closed_ways
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 from skep.security.identity import Identity
@@ -73,7 +73,9 @@ class Learning:
 def asked(clock: HandClock, consensus: Learning, port: int = 0) -> MembersService:
     store = MemoryStore(clock)
     known = (Peer(name=M2, url=f"https://m2:{port}", ip="127.0.0.1"),) if port else ()
-    return MembersService(store, consensus, AddressBook(known, _forget), bytes, _keep, ClusterId("c"), clock)
+    return MembersService(
+        store, consensus, PeerAddresses(known, _forget), bytes, _keep, ClusterId("c"), clock
+    )
 
 
 async def _keep(_: bytes) -> None:
@@ -103,7 +105,7 @@ async def test_one_that_takes_longer_has_to_ask_again():
 
 async def test_one_that_was_removed_while_it_learned_hears_of_it():
     clock = HandClock()
-    with pytest.raises(FailedPrecondition, match="removed while it was coming in"):
+    with pytest.raises(FailedPrecondition, match="removed while it was joining"):
         await asked(clock, Learning(clock, 0.5, is_out=True))._promote(pb.PromoteMemberRequest(), CALLER)
 
 
@@ -133,8 +135,8 @@ async def test_a_manager_names_the_ways_that_are_closed_from_it() -> None:
         peers = [
             Peer(name=name, url=f"https://{name}:{port}", ip="127.0.0.1") for name, port in ports.items()
         ]
-        assert await closed_ways(peers, M2) == (
+        assert await unreachable_peers(peers, M2) == (
             f"this manager cannot reach 127.0.0.1:{ports['m3']} (etcd's peers): connection refused: "
             "open the way there"
         )
-        assert await closed_ways(peers[:1], M2) == ""
+        assert await unreachable_peers(peers[:1], M2) == ""

@@ -52,7 +52,7 @@ class Hearing:
     def silent(self, now: float) -> Mapping[NodeId, float]:
         return {}
 
-    def heard(self, now: float) -> Set[NodeId]:
+    def reachable(self, now: float) -> Set[NodeId]:
         return {OTHER, THIRD}
 
 
@@ -83,7 +83,7 @@ async def test_a_member_that_is_to_go_is_removed():
     rig = Rig()
     consensus = Consensus(VOTERS, VOTERS)
     managers = await rig.managers(consensus, OWN, THIRD)
-    await managers._look()
+    await managers._check()
     assert consensus.removed == [2]
 
 
@@ -91,7 +91,7 @@ async def test_a_later_member_of_the_same_name_is_judged_anew_and_an_old_one_tha
     rig = Rig()
     consensus = Consensus(VOTERS, (a_member(OWN, 1), a_member(THIRD, 3)))
     managers = await rig.managers(consensus, OWN, THIRD)
-    await managers._look()
+    await managers._check()
     assert consensus.removed == []
 
 
@@ -103,7 +103,7 @@ async def test_who_leads_no_more_removes_nobody():
     rig.cluster.stand(other, OTHER)
     rig.cluster.elect(OTHER, quietly=True)
     with pytest.raises(NotLeader):
-        await managers._look()
+        await managers._check()
     assert consensus.removed == []
 
 
@@ -112,7 +112,7 @@ async def test_a_quorum_is_judged_by_what_a_quorum_says_of_the_members():
     rig = Rig()
     consensus = Consensus(VOTERS, (a_member(OWN, 1), a_member(OTHER, 2), a_member(FOURTH, 4)))
     managers = await rig.managers(consensus, OWN, THIRD, FOURTH)
-    await managers._look()
+    await managers._check()
     assert consensus.removed == []
 
 
@@ -121,13 +121,13 @@ async def test_a_learner_that_has_just_got_its_vote_is_not_overdue():
     learning = (a_member(OWN, 1), a_member(OTHER, 2), a_member(THIRD, 3, is_learner=True))
     consensus = Consensus(learning, learning)
     managers = await rig.managers(consensus, OWN, OTHER, THIRD)
-    await managers._look()
+    await managers._check()
     rig.clock.time += LEARNING_S
     consensus.current = VOTERS
-    await managers._look()
+    await managers._check()
     assert consensus.removed == []
     consensus.current = consensus.local
-    await managers._look()
+    await managers._check()
     rig.clock.time += LEARNING_S
-    await managers._look()
+    await managers._check()
     assert consensus.removed == [3]

@@ -1,7 +1,7 @@
-"""All nodes look at their paths now, because somebody asks: the doctor.
+"""Runs the probes of all nodes on demand, for ``skep doctor network``.
 
-Each manager asks the nodes that have their sessions with it, and the others over the link, so any manager answers.
-Answers are passed on as they come; whoever has not answered in time is named.
+Each manager sends the request to the nodes that have their sessions with it, and to the other managers over the link,
+so any manager can serve it.  Results are passed on as they come; nodes without a result in time are named.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import structlog
 
 from skep.errors import InvalidArgument, SkepError, Unavailable
-from skep.manager.paths.streams import PathStreams
+from skep.manager.probes.streams import ProbeStreams
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
 from skep.model.paths import DiagnosticsResult
@@ -28,21 +28,21 @@ log = structlog.get_logger(__name__)
 
 RESPONSE_SECONDS_MAX = 25.0
 AT_ONCE = 64
-"""Nodes of one manager that are under way together; each probes some tens of others."""
+"""Nodes of one manager that run at the same time; each probes some tens of others."""
 
 
-Tell = Callable[[DiagnosticsResult], Awaitable[None]]
+SendResult = Callable[[DiagnosticsResult], Awaitable[None]]
 Send = Callable[[skep.RelayedExamination], Awaitable[None]]
 
 
-class Examinations:
-    """Asked by a user of this manager, or by another manager for the nodes here."""
+class Diagnostics:
+    """Serves users of this manager, and other managers for the nodes of this one."""
 
     def __init__(
         self,
         store: Store,
         own: NodeId,
-        streams: PathStreams,
+        streams: ProbeStreams,
         channel: Callable[[NodeId], Channel],
     ) -> None:
         """``channel``: the link's connection to another manager; raises Unavailable."""
@@ -52,54 +52,55 @@ class Examinations:
         self._channel = channel
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """The handlers for ``wire.server.serve``."""
         return (duplex(methods.RELAY_EXAMINATIONS, self._relay),)
 
-    async def examine_all(
-        self, tell: Tell, *, throughput: bool = False, within_s: float = RESPONSE_SECONDS_MAX
+    async def run_all(
+        self, send: SendResult, *, throughput: bool = False, within_s: float = RESPONSE_SECONDS_MAX
     ) -> None:
-        """Tell of every node of ours once, as it answers; of those that have not within ``within_s`` at the end, why.
+        """Send the result of every skep node once, as it comes; at the end, an error for each without a result in
+        ``within_s``.
 
-        What ``tell`` raises is raised in a group.
+        Exceptions of ``send`` are raised in a group.
         """
         nodes = {node.id: node for node in self._store.view().find(Node) if not is_docker_node(node)}
-        waiting = {node.id: node for node in nodes.values() if _takes_part(node)}
-        troubles: dict[NodeId, str] = {}
+        waiting = {node.id: node for node in nodes.values() if _is_probing(node)}
+        errors: dict[NodeId, str] = {}
 
-        async def take(answer: DiagnosticsResult) -> None:
-            if waiting.pop(answer.node_id, None) is not None:
-                await tell(answer)
+        async def receive(result: DiagnosticsResult) -> None:
+            if waiting.pop(result.node_id, None) is not None:
+                await send(result)
 
         try:
             async with asyncio.timeout(within_s), asyncio.TaskGroup() as group:
-                group.create_task(self._ask_own(take, throughput=throughput))
+                group.create_task(self._run_own(receive, throughput=throughput))
                 for node in nodes.values():
                     if node.manager_status is not None and node.id != self._own:
-                        group.create_task(self._ask_manager(node.id, take, troubles, throughput=throughput))
+                        group.create_task(self._run_remote(node.id, receive, errors, throughput=throughput))
         except TimeoutError:
-            log.info("examination incomplete", silent=len(waiting))
+            log.info("diagnostics incomplete", silent=len(waiting))
         for id in sorted(nodes):
             if id in waiting:
-                await tell(DiagnosticsResult(node_id=id, error=_why_silent(waiting[id], troubles, within_s)))
-            elif not _takes_part(nodes[id]):
-                await tell(DiagnosticsResult(node_id=id, error=_why_not_asked(nodes[id])))
+                await send(DiagnosticsResult(node_id=id, error=_why_silent(waiting[id], errors, within_s)))
+            elif not _is_probing(nodes[id]):
+                await send(DiagnosticsResult(node_id=id, error=_why_not_probing(nodes[id])))
 
-    async def _ask_manager(
-        self, manager: NodeId, tell: Tell, troubles: dict[NodeId, str], *, throughput: bool
+    async def _run_remote(
+        self, manager: NodeId, send: SendResult, errors: dict[NodeId, str], *, throughput: bool
     ) -> None:
-        """``troubles``: is told of a manager that cannot be asked."""
+        """``errors``: gets the error of a manager that cannot be reached."""
         try:
             async with self._channel(manager).stream(methods.RELAY_EXAMINATIONS) as call:
                 await call.send(skep.ExaminationRelay(throughput=throughput), end=True)
                 async for message in call:
                     reports = reports_from_pb(message.reports)
-                    await tell(
+                    await send(
                         DiagnosticsResult(
                             node_id=NodeId(message.node_id), reports=reports, error=message.error
                         )
                     )
         except SkepError as error:
-            troubles[manager] = str(error)
+            errors[manager] = str(error)
 
     # -- the nodes here -------------------------------------------------------------------------------------------
 
@@ -110,48 +111,48 @@ class Examinations:
         if request is None:
             raise InvalidArgument("the request is missing")
 
-        async def tell(one: DiagnosticsResult) -> None:
+        async def send_result(one: DiagnosticsResult) -> None:
             reports = reports_to_pb(one.reports)
             await send(skep.RelayedExamination(node_id=one.node_id, reports=reports, error=one.error))
 
         try:
             async with asyncio.timeout(RESPONSE_SECONDS_MAX):
-                await self._ask_own(tell, throughput=request.throughput)
+                await self._run_own(send_result, throughput=request.throughput)
         except* (TimeoutError, *LOST_PEER):
-            log.info("examination for another manager incomplete")
+            log.info("diagnostics for another manager incomplete")
 
-    async def _ask_own(self, tell: Tell, *, throughput: bool) -> None:
-        """Tell what the nodes with a stream here find, each as soon as it is there."""
+    async def _run_own(self, send: SendResult, *, throughput: bool) -> None:
+        """Send the results of the nodes with a stream to this manager, each as soon as it is there."""
         at_once = asyncio.Semaphore(AT_ONCE)
         one_at_a_time = asyncio.Lock()
 
-        async def ask(id: NodeId) -> None:
+        async def run_one(id: NodeId) -> None:
             async with at_once:
                 try:
-                    reports, error = await self._streams.examine(id, throughput=throughput)
-                    answer = DiagnosticsResult(node_id=id, reports=reports, error=error)
-                except Unavailable as trouble:
-                    answer = DiagnosticsResult(node_id=id, error=str(trouble))
+                    reports, error = await self._streams.run_diagnostics(id, throughput=throughput)
+                    result = DiagnosticsResult(node_id=id, reports=reports, error=error)
+                except Unavailable as failure:
+                    result = DiagnosticsResult(node_id=id, error=str(failure))
                 async with one_at_a_time:
-                    await tell(answer)
+                    await send(result)
 
         async with asyncio.TaskGroup() as group:
             for id in self._streams.nodes():
-                group.create_task(ask(id))
+                group.create_task(run_one(id))
 
 
-def _takes_part(node: Node) -> bool:
+def _is_probing(node: Node) -> bool:
     return node.status.state is NodeState.READY and probes_paths(node)
 
 
-def _why_not_asked(node: Node) -> str:
+def _why_not_probing(node: Node) -> str:
     if node.status.state is not NodeState.READY:
         return f"it is {node.status.state.value}"
     return "its version of Skep does not probe paths"
 
 
-def _why_silent(node: Node, troubles: dict[NodeId, str], within_s: float) -> str:
+def _why_silent(node: Node, errors: dict[NodeId, str], within_s: float) -> str:
     manager = node.session.manager_id if node.session is not None else NodeId("")
-    if manager in troubles:
-        return f"its manager cannot be asked: {troubles[manager]}"
+    if manager in errors:
+        return f"its manager cannot be asked: {errors[manager]}"
     return f"no answer within {within_s:g} s"

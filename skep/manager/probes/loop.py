@@ -1,7 +1,7 @@
-"""The leader's loop over ways between nodes: whenever what nodes say of them changed, who is avoided is judged anew.
+"""The leader's loop over reachability: decides which nodes to avoid when reported failures change.
 
-Nodes meet in the store: what fails is written by the owners of their sessions, on change only, so a quiet cluster
-costs this loop nothing.
+Failures are written to the store by the owners of the nodes' sessions, on change only, so a quiet cluster costs this
+loop nothing.
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.informer import LoopStore, run_informer
-from skep.manager.paths.judgement import judgements
-from skep.manager.paths.records import Judgement, record_judgement
+from skep.manager.probes.avoidance import avoidances
+from skep.manager.probes.records import Avoidance, record_avoidance
 from skep.model.node import Node
 from skep.store.interface import Commit, Created, Deleted, NotLeader, Updated, View
 from skep.store.updates import batched
@@ -22,16 +22,16 @@ from skep.store.updates import batched
 log = structlog.get_logger(__name__)
 
 PAUSE_S = 1.0
-"""After news: a link that breaks is told by both its ends, a switch by everybody behind it."""
+"""Pause after a change: a broken link is reported by both its ends, a broken switch by all nodes behind it."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 10.0
 AT_ONCE = 100
-"""Nodes written at once."""
+"""Nodes written together."""
 AT_ONCE_PATHS = 2_000
-"""Failing paths that are judged between two turns of the event loop."""
+"""Failing paths that are evaluated in the event loop; more are evaluated in a thread."""
 
 
-class PathJudge:
-    """Says of which nodes tasks on overlay networks keep away.  Leader only."""
+class OverlayAvoidance:
+    """Marks the nodes that tasks on overlay networks avoid.  Leader only."""
 
     def __init__(self, term: LoopStore, clock: Clock, random: Random) -> None:
         self._term = term
@@ -40,7 +40,7 @@ class PathJudge:
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
-        """Judge until cancelled."""
+        """Update the marks until cancelled."""
         await run_informer(
             self._term, (Node,), on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
         )
@@ -52,12 +52,12 @@ class PathJudge:
         for event in commit.events:
             match event:
                 case Updated(Node() as old, Node() as new):
-                    is_news = _matters(old) != _matters(new)
+                    is_relevant = _relevant_fields(old) != _relevant_fields(new)
                 case Created(Node() as node) | Deleted(Node() as node):
-                    is_news = bool(node.failing_paths)
+                    is_relevant = bool(node.failing_paths)
                 case _:
                     continue
-            if is_news:
+            if is_relevant:
                 self._changed.set()
 
     async def _work(self) -> None:
@@ -65,43 +65,45 @@ class PathJudge:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            if await self._judge():
+            if await self._update():
                 backoff.reset()
             else:
                 self._changed.set()
                 await backoff.sleep(self._clock)
             await self._clock.sleep(PAUSE_S)
 
-    async def _judge(self) -> bool:
-        """Write what is new; gives whether all of it is written."""
+    async def _update(self) -> bool:
+        """Write what has changed; gives whether all of it was written."""
         nodes = self._term.view().find(Node)
         if not any(node.failing_paths or node.cut_off for node in nodes):
             return True
         if sum(len(node.failing_paths) for node in nodes) <= AT_ONCE_PATHS:
-            judged = judgements(nodes)
-        else:  # plain computing: 0.2 s for a cluster of 5,000 nodes that has fallen in two
-            judged = await asyncio.to_thread(judgements, nodes)
-        news = [
-            Judgement(node_id=node.id, cut_off=judged.get(node.id, ()))
+            avoided = avoidances(nodes)
+        else:  # pure computation: 0.2 s for a cluster of 5,000 nodes that is partitioned
+            avoided = await asyncio.to_thread(avoidances, nodes)
+        updates = [
+            Avoidance(node_id=node.id, cut_off=avoided.get(node.id, ()))
             for node in nodes
-            if node.cut_off != judged.get(node.id, ())
+            if node.cut_off != avoided.get(node.id, ())
         ]
         is_written = True
-        for some in batched(news, AT_ONCE):
-            for one, result in zip(some, await self._term.update_each(record_judgement, some), strict=True):
+        for some in batched(updates, AT_ONCE):
+            for one, result in zip(some, await self._term.update_each(record_avoidance, some), strict=True):
                 if isinstance(result, NotLeader):
                     raise result
                 if isinstance(result, SkepError):
                     is_written = False
-                    log.warning("judgement not written yet", node=one.node_id, error=str(result))
+                    log.warning(
+                        "overlay avoidance not written, will retry", node=one.node_id, reason=str(result)
+                    )
                 elif one.cut_off:
                     words = "; ".join(cut_off.summary for cut_off in one.cut_off)
-                    log.warning("node takes no tasks on overlay networks", node=one.node_id, reason=words)
+                    log.warning("node avoided by tasks on overlay networks", node=one.node_id, reason=words)
                 else:
-                    log.info("node takes tasks on overlay networks again", node=one.node_id)
+                    log.info("node no longer avoided by tasks on overlay networks", node=one.node_id)
         return is_written
 
 
-def _matters(node: Node) -> tuple[object, ...]:
-    """What of a node is looked at, as far as a change of it may change a judgement."""
+def _relevant_fields(node: Node) -> tuple[object, ...]:
+    """The fields of a node that the decision depends on."""
     return node.failing_paths, node.cut_off, node.status.state, node.spec.availability

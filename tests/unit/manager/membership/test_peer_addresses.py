@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.manager.membership.addresses import AddressBook, full_address, peers_of, said_by
+from skep.manager.membership.peer_addresses import PeerAddresses, addresses_in, full_address, peers_of
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node
 from skep.store.etcd.membership import RaftMember
@@ -22,7 +22,7 @@ def a_member(name: str) -> RaftMember:
 
 def test_the_book_has_members_and_those_about_to_become_one() -> None:
     nodes = [a_manager("a", "10.0.0.1:2377"), a_manager("b", "[fd00::2]:2377"), Node(id=NodeId("w"))]
-    assert peers_of(said_by(nodes), [a_member("a")], []) == (
+    assert peers_of(addresses_in(nodes), [a_member("a")], []) == (
         Peer(name="a", url="https://a:2378", ip="10.0.0.1", manager_port=2377),
         Peer(name="b", url="", ip="fd00::2", manager_port=2377),
     )
@@ -30,7 +30,7 @@ def test_the_book_has_members_and_those_about_to_become_one() -> None:
 
 def test_the_manager_beside_a_member_is_where_its_node_says_whatever_the_members_port() -> None:
     nodes = [a_manager("a", "10.0.0.1:2377")]
-    (peer,) = peers_of(said_by(nodes), [RaftMember(name="a", url="https://a:2380", id=1)], [])
+    (peer,) = peers_of(addresses_in(nodes), [RaftMember(name="a", url="https://a:2380", id=1)], [])
     assert (peer.manager_addr, peer.peer_addr) == ("10.0.0.1:2377", "10.0.0.1:2380")
     # As a manager of before wrote it.
     assert Peer(name="b", url="https://b:2378", ip="fd00::2").manager_addr == "[fd00::2]:2377"
@@ -89,37 +89,37 @@ class Saved:
         return {peer.name: peer.ip for peer in self.peers}
 
 
-def a_book() -> tuple[AddressBook, Saved]:
+def a_book() -> tuple[PeerAddresses, Saved]:
     saved = Saved()
-    book = AddressBook([], saved)
-    book.note(
+    peer_addresses = PeerAddresses([], saved)
+    peer_addresses.note(
         [a_manager("a", "10.0.0.1:2377"), a_manager("b", "10.0.0.2:2377")], [a_member("a"), a_member("b")]
     )
-    return book, saved
+    return peer_addresses, saved
 
 
 def test_a_manager_that_announces_itself_elsewhere_is_there() -> None:
-    book, saved = a_book()
-    book.learn("b", "10.9.0.2")
+    peer_addresses, saved = a_book()
+    peer_addresses.record_move("b", "10.9.0.2")
     assert saved.ips == {"a": "10.0.0.1", "b": "10.9.0.2"}
-    assert [peer.name for peer in book.moved] == ["b"]
+    assert [peer.name for peer in peer_addresses.moved] == ["b"]
 
 
 def test_what_was_announced_outlives_news_of_others_and_ends_with_what_its_object_says() -> None:
-    book, saved = a_book()
+    peer_addresses, saved = a_book()
     members = [a_member("a"), a_member("b")]
-    book.learn("b", "10.9.0.2")
-    book.note([a_manager("a", "10.0.0.7:2377"), a_manager("b", "10.0.0.2:2377")], members)
+    peer_addresses.record_move("b", "10.9.0.2")
+    peer_addresses.note([a_manager("a", "10.0.0.7:2377"), a_manager("b", "10.0.0.2:2377")], members)
     assert saved.ips == {"a": "10.0.0.7", "b": "10.9.0.2"}
-    book.note([a_manager("a", "10.0.0.7:2377"), a_manager("b", "10.9.0.2:2377")], members)
-    assert book.moved == []
-    book.note([a_manager("a", "10.0.0.7:2377"), a_manager("b", "10.0.0.2:2377")], members)
+    peer_addresses.note([a_manager("a", "10.0.0.7:2377"), a_manager("b", "10.9.0.2:2377")], members)
+    assert peer_addresses.moved == []
+    peer_addresses.note([a_manager("a", "10.0.0.7:2377"), a_manager("b", "10.0.0.2:2377")], members)
     assert saved.ips["b"] == "10.0.0.2", "it has moved back, and that is written down"
 
 
 def test_a_stranger_that_announces_itself_is_not_taken_note_of() -> None:
-    book, saved = a_book()
-    book.learn("x", "10.9.0.9")
+    peer_addresses, saved = a_book()
+    peer_addresses.record_move("x", "10.9.0.9")
     assert "x" not in saved.ips
 
 

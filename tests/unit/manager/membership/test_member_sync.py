@@ -1,7 +1,7 @@
 """Which managers answer, and who leads, as node objects say it."""
 
 from skep.manager.manager_status import write_manager_status
-from skep.manager.membership.roll_call import Mark, roll_call
+from skep.manager.membership.member_sync import ReachabilityChange, reachability_changes
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, Reachability
 from skep.store.state import State
@@ -30,23 +30,23 @@ def test_silence_and_its_end_are_marked_once() -> None:
         a_manager(B, Reachability.REACHABLE),
         a_manager(C, Reachability.UNREACHABLE),
     ]
-    assert roll_call(nodes, {B}, {C}, A) == [
-        Mark(B, Reachability.UNREACHABLE),
-        Mark(C, Reachability.REACHABLE),
+    assert reachability_changes(nodes, {B}, {C}, A) == [
+        ReachabilityChange(B, Reachability.UNREACHABLE),
+        ReachabilityChange(C, Reachability.REACHABLE),
     ]
-    assert roll_call(nodes[:2], set(), {B}, A) == []
-    assert roll_call([nodes[0], nodes[2]], {C}, set(), A) == []
+    assert reachability_changes(nodes[:2], set(), {B}, A) == []
+    assert reachability_changes([nodes[0], nodes[2]], {C}, set(), A) == []
 
 
 def test_a_leader_that_has_just_started_takes_nobody_for_back_whom_it_did_not_hear() -> None:
     nodes = [a_manager(A, Reachability.REACHABLE, leads=True), a_manager(B, Reachability.UNREACHABLE)]
-    assert roll_call(nodes, set(), set(), A) == []
+    assert reachability_changes(nodes, set(), set(), A) == []
 
 
 def test_a_manager_that_is_coming_in_says_itself_when_it_is_there() -> None:
     nodes = [a_manager(A, Reachability.REACHABLE), a_manager(B, Reachability.UNKNOWN)]
-    assert roll_call(nodes, {B}, set(), A) == []
-    assert roll_call(nodes, set(), {B}, A) == []
+    assert reachability_changes(nodes, {B}, set(), A) == []
+    assert reachability_changes(nodes, set(), {B}, A) == []
     status = shown(*nodes, by=B, leads=False)[B]
     assert status is not None
     assert status.reachability is Reachability.REACHABLE

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.paths.judgement import avoided, judgements
+from skep.manager.probes.avoidance import avoidances, avoided
 from skep.model.ids import NodeId
 from skep.model.node import Availability, CutOff, EngineDescription, FailingPath, Node, NodeState, NodeStatus
 from skep.model.planes import NODE_LABEL, PATHS_LABEL
@@ -62,26 +62,26 @@ def a_probing_node(
 
 def test_a_pair_fails_when_both_say_so() -> None:
     one, other = a_probing_node("n1", "n2", joined=1), a_probing_node("n2", "n1", joined=2)
-    assert judgements([one, other]) == {"n2": (CutOff(check="overlay", port="4789/udp", peers=("n1",)),)}
-    assert judgements([one, a_probing_node("n2")]) == {}
+    assert avoidances([one, other]) == {"n2": (CutOff(check="overlay", port="4789/udp", peers=("n1",)),)}
+    assert avoidances([one, a_probing_node("n2")]) == {}
 
 
 def test_a_node_that_takes_tasks_is_kept_rather_than_one_that_does_not() -> None:
     one, other = a_probing_node("n1", "n2", joined=1), a_probing_node("n2", "n1", joined=2)
     drained = replace(one, spec=replace(one.spec, availability=Availability.DRAIN))
-    assert list(judgements([drained, other])) == ["n1"]
+    assert list(avoidances([drained, other])) == ["n1"]
 
 
 def test_with_a_node_that_is_down_nothing_is_wrong_on_the_way() -> None:
     one, other = a_probing_node("n1", "n2"), a_probing_node("n2", "n1")
-    assert judgements([one, replace(other, status=NodeStatus(state=NodeState.DOWN))]) == {}
-    assert judgements([one, replace(a_docker_node("n2"), failing_paths=other.failing_paths)]) == {}
+    assert avoidances([one, replace(other, status=NodeStatus(state=NodeState.DOWN))]) == {}
+    assert avoidances([one, replace(a_docker_node("n2"), failing_paths=other.failing_paths)]) == {}
 
 
 def test_a_control_port_that_is_closed_keeps_no_task_away() -> None:
     one = a_probing_node("n1", "n2", check="control", port="2377/tcp")
     other = a_probing_node("n2", "n1", check="control", port="2377/tcp")
-    assert judgements([one, other]) == {}
+    assert avoidances([one, other]) == {}
 
 
 def test_ways_are_judged_one_by_one() -> None:
@@ -90,13 +90,13 @@ def test_ways_are_judged_one_by_one() -> None:
         secret = a_probing_node(id, peer, check="encrypted", port="4799/udp").failing_paths
         return replace(node, failing_paths=(*node.failing_paths, *secret))
 
-    judged = judgements([both("n1", "n2", 1), both("n2", "n1", 2)])
+    judged = avoidances([both("n1", "n2", 1), both("n2", "n1", 2)])
     assert [one.check for one in judged[NodeId("n2")]] == ["encrypted", "overlay"]
 
 
 def test_only_some_of_those_that_are_not_reached_are_named() -> None:
     others = [f"n{number}" for number in range(2, 8)]
     nodes = [a_probing_node("n1", *others), *(a_probing_node(id, "n1") for id in others)]
-    (judged,) = judgements(nodes)[NodeId("n1")]
+    (judged,) = avoidances(nodes)[NodeId("n1")]
     assert judged.summary == "4789/udp fails between this node and n2, n3, n4 and 3 others"
-    assert list(judgements(nodes)) == ["n1"]
+    assert list(avoidances(nodes)) == ["n1"]

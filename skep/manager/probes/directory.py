@@ -1,11 +1,11 @@
-"""The nodes as those who probe them see them, from what the store shows.  Pure."""
+"""The nodes as their probers need them, from the store.  Pure."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 from msgspec.structs import replace
 
-from skep.manager.paths.plan import Plan
+from skep.manager.probes.plan import Plan
 from skep.model.addresses import joined
 from skep.model.ids import NetworkId, NodeId
 from skep.model.node import Node, NodeState
@@ -14,20 +14,21 @@ from skep.model.planes import is_docker_node, probes_paths, underlay_of
 
 GOSSIP_PORT = 7946
 GOSSIP_PEERS_MAX = 24
-"""Docker nodes that one manager asks; of more, each manager asks its share."""
+"""Docker nodes that one manager probes; of more, each manager probes its share."""
 
 
 class Directory(msgspec.Struct, frozen=True, kw_only=True):
-    """All nodes that are up.  ``gossiping``: docker nodes, in order of their ids; ``managers``: of ours."""
+    """All nodes that are up.  ``gossiping``: docker nodes, in order of their ids; ``managers``: skep nodes that are
+    managers."""
 
     peers: Mapping[NodeId, PathPeer]
-    """Nodes that probe and answer."""
+    """Nodes that take part in probing."""
     gossiping: tuple[PathPeer, ...] = ()
     managers: tuple[NodeId, ...] = ()
 
 
 def directory_of(nodes: Iterable[Node], vxlan_port: int) -> Directory:
-    """What the store says of them."""
+    """The directory of the present nodes."""
     up = [node for node in nodes if node.status.state is NodeState.READY]
     ours = [node for node in up if probes_paths(node) and underlay_of(node)]
     return Directory(
@@ -45,14 +46,14 @@ def directory_of(nodes: Iterable[Node], vxlan_port: int) -> Directory:
     )
 
 
-def is_seen_otherwise(old: Node, new: Node) -> bool:
-    """Whether a directory takes something of a node that has changed.  Asked for each commit of each node."""
+def changes_directory(old: Node, new: Node) -> bool:
+    """Whether a changed node changes the directory.  Called for each commit of each node."""
     if old.status is new.status and old.description is new.description:
         return _manager_ports(old) != _manager_ports(new)
-    return _seen(old) != _seen(new)
+    return _relevant_fields(old) != _relevant_fields(new)
 
 
-def _seen(node: Node) -> tuple[object, ...]:
+def _relevant_fields(node: Node) -> tuple[object, ...]:
     return (
         node.status,
         node.description.hostname,
@@ -63,13 +64,13 @@ def _seen(node: Node) -> tuple[object, ...]:
     )
 
 
-def wish_for(
+def targets_for(
     id: NodeId,
     directory: Directory,
     plan: Plan,
     encrypted: Callable[[NodeId], Sequence[NetworkId]],
 ) -> ProbeTargets | None:
-    """Whom the node is to probe; None: it takes no part.
+    """The probe targets of a node; None: it does not probe.
 
     ``encrypted``: the encrypted networks of a node.
     """
@@ -83,20 +84,20 @@ def wish_for(
         peer = directory.peers.get(peer_id)
         if peer is not None:
             is_encrypted = bool(theirs) and not theirs.isdisjoint(encrypted(peer_id))
-            peers.append(_as_told(replace(peer, encrypted=True) if is_encrypted else peer, own))
+            peers.append(_without_etcd(replace(peer, encrypted=True) if is_encrypted else peer, own))
             known.add(peer_id)
-    managers = controlled(id, directory) if own.control else ()
+    managers = managers_for(id, directory) if own.control else ()
     others = (manager for manager in managers if manager.node_id not in known)
     return ProbeTargets(node=own, peers=(*peers, *others, *_gossiping(id, directory)))
 
 
-def _as_told(peer: PathPeer, own: PathPeer) -> PathPeer:
-    """Workers may be kept away from etcd's port, and have no use for it."""
+def _without_etcd(peer: PathPeer, own: PathPeer) -> PathPeer:
+    """Workers do not probe etcd's port, which may be closed to them."""
     return peer if own.control or not peer.etcd else replace(peer, etcd="")
 
 
 def _gossiping(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
-    """Managers pass gossip on to docker nodes; who else does not reach those is no trouble to anybody."""
+    """Docker nodes to probe: managers relay gossip to them; for other nodes it does not matter."""
     if id not in directory.managers:
         return ()
     if len(directory.gossiping) <= GOSSIP_PEERS_MAX:
@@ -105,8 +106,8 @@ def _gossiping(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
     return directory.gossiping[share :: len(directory.managers)][:GOSSIP_PEERS_MAX]
 
 
-def controlled(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
-    """All managers but the node itself, to be asked for their ports as managers alone."""
+def managers_for(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
+    """All other managers, to probe their manager ports only."""
     own = directory.peers.get(id)
     managers = (directory.peers[manager] for manager in directory.managers if manager != id)
     return tuple(

@@ -1,8 +1,8 @@
-"""Managers that have moved tell the others where they are, though there may be no quorum to write it down.
+"""Managers announce a changed address to the others, also while there is no quorum to write it.
 
-Usually an address is in the node object, and everybody follows that.  When several managers come back under new
-addresses, none of their stores has a quorum before they have found each other: so each one says to every other that
-it can think of who it is and where, at the manager's port, over mTLS.  A manager speaks for its own name only.
+Usually the address is in the node object, which all managers watch.  When several managers come back under new
+addresses, none of their stores has a quorum before they have found each other.  So each one announces its node id and
+address to every address it knows, at the manager's port, over mTLS.  A manager can only announce itself.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import PermissionDenied, SkepError
-from skep.manager.membership.addresses import AddressBook, full_address
+from skep.manager.membership.peer_addresses import PeerAddresses, full_address
 from skep.model.addresses import host_of, joined, parted
 from skep.model.ids import NodeId
 from skep.security.identity import Identity
@@ -32,77 +32,80 @@ ANNOUNCE_S = 2.0
 FIRST_AGAIN_S, LONGEST_AGAIN_S = 1.0, 4.0
 
 
-class Whereabouts:
-    """This manager's part in it.
+class PeerSearch:
+    """This manager's announcements, and those it receives.
 
     Args:
         addr: ``ip:port`` of this manager.
-        look_at: further addresses where managers may be, as the configuration of this node says.
-        tls: of calls to managers, as they are at this moment.
+        look_at: further addresses where managers may be, from this node's configuration.
+        tls: the present TLS context for calls to managers.
     """
 
     def __init__(
         self,
         own: NodeId,
         addr: str,
-        book: AddressBook,
+        peer_addresses: PeerAddresses,
         look_at: Iterable[str],
         tls: Callable[[], ssl.SSLContext],
         clock: Clock,
     ) -> None:
         self._own = own
         self._addr = addr
-        self._book = book
+        self._peer_addresses = peer_addresses
         self._look_at = tuple(look_at)
         self._tls = tls
         self._clock = clock
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
-        return (unary(methods.ANNOUNCE, self._hear),)
+        """The handlers for ``wire.server.serve``."""
+        return (unary(methods.ANNOUNCE, self._on_announce),)
 
     async def search(self) -> None:
-        """Say to everybody where this manager is, again and again until cancelled."""
+        """Announce this manager's address to all known addresses, repeatedly until cancelled."""
         backoff = Backoff(FIRST_AGAIN_S, LONGEST_AGAIN_S)
         while True:
             async with asyncio.TaskGroup() as group:
                 for addr in self._candidates():
-                    group.create_task(self._tell(addr), name=f"announce to {addr}")
+                    group.create_task(self._announce(addr), name=f"announce to {addr}")
             await backoff.sleep(self._clock)
 
     def require_known(self, identity: Identity, _access: Access) -> None:
-        """Who is heard while there is no store to ask: managers that were some when there was one.
+        """Accept calls of known managers while there is no store to check them with.
 
-        Those that came in since have a quorum with others, and are found by them.  Raises: PermissionDenied.
+        A manager that joined since then has a quorum with others, and finds this one through them.  Raises:
+        PermissionDenied.
         """
-        if identity.node_id not in {peer.name for peer in self._book.peers}:
+        if identity.node_id not in {peer.name for peer in self._peer_addresses.peers}:
             raise PermissionDenied(
                 f"Permission denied: node {identity.node_id} is not known here as a manager of the swarm"
             )
 
     def _candidates(self) -> list[str]:
         _, port = parted(self._addr)
-        known = [joined(peer.ip, port) for peer in self._book.peers if peer.name != self._own and peer.ip]
+        known = [
+            joined(peer.ip, port) for peer in self._peer_addresses.peers if peer.name != self._own and peer.ip
+        ]
         return sorted({*known, *self._look_at} - {self._addr})
 
-    async def _tell(self, addr: str) -> None:
+    async def _announce(self, addr: str) -> None:
         try:
             async with connected(addr, self._tls(), MANAGER_NAME) as channel:
                 reply = await channel.call(
                     methods.ANNOUNCE, pb.AnnounceRequest(addr=self._addr), timeout_s=ANNOUNCE_S
                 )
         except SkepError as error:
-            log.debug("not announced", manager=addr, reason=str(error))
+            log.debug("announcement failed, will retry", manager=addr, reason=str(error))
             return
-        self._book.learn(reply.node_id, host_of(addr))
+        self._peer_addresses.record_move(reply.node_id, host_of(addr))
         for other in reply.moved:
             if other.name != self._own:
-                self._book.learn(other.name, other.ip)
+                self._peer_addresses.record_move(other.name, other.ip)
 
-    async def _hear(self, request: pb.AnnounceRequest, caller: Caller) -> pb.AnnounceResponse:
-        self._book.learn(caller.node_id, host_of(full_address(request.addr, caller.address)))
+    async def _on_announce(self, request: pb.AnnounceRequest, caller: Caller) -> pb.AnnounceResponse:
+        self._peer_addresses.record_move(caller.node_id, host_of(full_address(request.addr, caller.address)))
         return pb.AnnounceResponse(
             node_id=self._own,
             addr=self._addr,
-            moved=[pb.Member(name=peer.name, ip=peer.ip) for peer in self._book.moved],
+            moved=[pb.Member(name=peer.name, ip=peer.ip) for peer in self._peer_addresses.moved],
         )

@@ -1,11 +1,11 @@
-"""What a verified certificate still counts for at this manager: asked at every call.
+"""Checks at every call whether the caller's verified certificate is still accepted.
 
-A certificate is valid until it expires, though its node may have been removed or demoted an hour ago; the store
-knows.  A manager that has lost contact with the others cannot know, so it answers no node at all.
+A certificate is valid until it expires, though its node may have been removed or demoted since; that is in the store.
+A manager without contact to the others has no current store, so it rejects all nodes.
 
-A node that the store does not know was let in by another manager a moment ago, or has a certificate that no manager
-gave: who was a manager once has the root's key.  So what only managers may do waits until the store knows the caller,
-and after a few seconds of being current this manager refuses it everything.
+A node that is not in the store was admitted by another manager a moment ago, or has a certificate that no manager
+issued: every former manager has had the root's key.  So calls for managers only are refused until the caller is in
+the store, and after a few seconds with a current store, all calls are.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import structlog
 
 from skep.errors import PermissionDenied, Unavailable
-from skep.manager.revocation import is_foreign, is_taken_back
+from skep.manager.revocation import is_foreign, is_revoked
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
 from skep.security.identity import Identity
@@ -24,18 +24,18 @@ from skep.wire.methods import Access
 log = structlog.get_logger(__name__)
 
 UNKNOWN_S = 5.0
-"""For how long a node may be unknown to a manager that is current; the store shows it within milliseconds."""
+"""How long a node may be unknown to a manager with a current store; usually it is there within milliseconds."""
 
 UNKNOWN_MAX = 1024
 """Unknown nodes that are remembered."""
 
 
-class Standing:
-    """The predicate that ``wire.server.serve`` asks for every call that is not open to anybody.
+class CallerCheck:
+    """The predicate that ``wire.server.serve`` calls for every method that requires a certificate.
 
     Args:
         view: the present state of this manager's replica.
-        is_current: whether the replica is; a manager cut off does not hear of removals.
+        is_current: whether the replica is; a manager that is cut off does not see removals.
         now: monotonic seconds.
     """
 
@@ -46,17 +46,18 @@ class Standing:
         self._is_current = is_current
         self._now = now
         self._unknown: dict[NodeId, float] = {}
-        """Those that called, first one first, and since when."""
+        """Unknown callers in order of their first calls, with the times of these."""
 
     def require(self, identity: Identity, access: Access) -> None:
-        """Raises: PermissionDenied: removed, unknown, or no manager any more; Unavailable: not known here, or yet."""
+        """Raises: PermissionDenied: removed, unknown, or not a manager any more; Unavailable: not known here, or not
+        yet."""
         if not self._is_current():
             self._unknown.clear()
             raise Unavailable("this manager has lost contact with the others")
-        if not require_standing(self._view(), identity, access):
-            self._require_patience(identity, access)
+        if not check_caller(self._view(), identity, access):
+            self._check_unknown(identity, access)
 
-    def _require_patience(self, identity: Identity, access: Access) -> None:
+    def _check_unknown(self, identity: Identity, access: Access) -> None:
         now = self._now()
         if identity.node_id not in self._unknown:
             while len(self._unknown) >= UNKNOWN_MAX:
@@ -64,20 +65,20 @@ class Standing:
             self._unknown[identity.node_id] = now
         if now - self._unknown[identity.node_id] > UNKNOWN_S:
             log.warning(
-                "certificate of a node that the swarm does not know",
+                "call with a certificate of an unknown node",
                 node=identity.node_id,
                 role=identity.role.value,
             )
             raise PermissionDenied(f"Permission denied: node {identity.node_id} is not part of the swarm")
         if access is Access.MANAGER:
-            raise Unavailable(f"node {identity.node_id} is not known here yet: ask again")
+            raise Unavailable(f"node {identity.node_id} is not known here yet: try again")
 
 
-def require_standing(view: View, identity: Identity, access: Access) -> bool:
+def check_caller(view: View, identity: Identity, access: Access) -> bool:
     """Whether the node is known here.
 
-    Raises: PermissionDenied: it was removed, or is to act as a manager and is none, or shows a certificate from before
-    it was demoted.
+    Raises: PermissionDenied: it was removed, or calls as a manager and is none, or uses a certificate from before its
+    demotion.
     """
     revocation = view.lookup(Revocation, identity.node_id)
     if revocation is not None and revocation.is_removed:
@@ -88,19 +89,21 @@ def require_standing(view: View, identity: Identity, access: Access) -> bool:
         )
     node = view.lookup(Node, identity.node_id)
     if node is None and identity.node_id in view.unreadable(Revocation):
-        raise PermissionDenied(f"Permission denied: what node {identity.node_id} may not do cannot be read")
+        raise PermissionDenied(
+            f"Permission denied: the revocations of node {identity.node_id} cannot be read"
+        )
     if access is Access.NODE or node is None:
         return node is not None or identity.node_id in view.unreadable(Node)
     if not is_manager(node):
         raise PermissionDenied(f"Permission denied: node {identity.node_id} is not a manager of the swarm")
-    if is_taken_back(revocation, identity.issued_s):
+    if is_revoked(revocation, identity.issued_s):
         raise PermissionDenied(
-            f"Permission denied: this certificate of node {identity.node_id} was taken back when it was demoted"
+            f"Permission denied: this certificate of node {identity.node_id} was revoked when it was demoted"
         )
     return True
 
 
 def is_manager(node: Node) -> bool:
-    """Whether the cluster has this node in the role of a manager now, whatever is wished."""
+    """Whether the node has the role of a manager now, whatever its spec says."""
     role = node.certificate.role if node.certificate is not None else node.spec.role
     return role is NodeRole.MANAGER

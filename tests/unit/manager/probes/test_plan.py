@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.manager.paths.plan import ALL_PAIRS_MAX, NEIGHBOURS, PEERS_MAX, Plan
+from skep.manager.probes.plan import ALL_PAIRS_MAX, NEIGHBOURS, PEERS_MAX, Plan
 from skep.model.ids import NetworkId, NodeId
 
 

@@ -1,6 +1,6 @@
-"""Whether the etcds of two managers reach each other: each of a new one and one that is there opens connections.
+"""Whether the etcds of two managers can connect to each other, in both directions.
 
-A firewall that lets the manager's port pass and not the peer port leaves a manager that comes in without its vote.
+A firewall that allows the manager's port but not etcd's peer port leaves a joining manager without its vote.
 """
 
 import asyncio
@@ -11,11 +11,11 @@ from skep.model.addresses import parted
 from skep.store.etcd.peers import Peer
 
 CONNECT_S = 1.5
-"""For a connection; a manager looks before the one that it answers gives up waiting."""
+"""For a connection; shorter than the deadline of the caller that waits for the result."""
 
 
 async def connect_error(addr: str) -> str:
-    """Why ``ip:port`` takes no connection; empty: it does."""
+    """Why a connection to ``ip:port`` fails; empty: it does not."""
     host, port = parted(addr)
     try:
         async with asyncio.timeout(CONNECT_S):
@@ -28,8 +28,8 @@ async def connect_error(addr: str) -> str:
     return ""
 
 
-async def closed_ways(peers: Sequence[Peer], own: str) -> str:
-    """Which of ``peers`` the machine of ``own``, a member's name, does not reach, and why; empty: it reaches all."""
+async def unreachable_peers(peers: Sequence[Peer], own: str) -> str:
+    """Which ``peers`` cannot be reached from this machine, and why; empty: none.  ``own``: its member's name."""
     addrs = [peer.peer_addr for peer in peers if peer.name != own and peer.peer_addr]
     errors = await asyncio.gather(*map(connect_error, addrs))
     closed = [f"{addr} (etcd's peers): {error}" for addr, error in zip(addrs, errors, strict=True) if error]

@@ -1,8 +1,8 @@
-"""What the reports of one node amount to: the paths that fail, once a verdict has settled."""
+"""The settled failures in the probe reports of one node."""
 
 from collections.abc import Collection, Iterable, Mapping
 
-from skep.manager.paths.records import WRITTEN_MAX
+from skep.manager.probes.records import WRITTEN_MAX
 from skep.model.ids import NodeId
 from skep.model.node import FailingPath
 from skep.model.paths import PathCheck, PathPeer, PathReport
@@ -13,13 +13,13 @@ _RANK: dict[str, int] = {
     PathCheck.CONTROL: 2,
     PathCheck.ETCD: 3,
 }
-"""What is written first where not all of it is."""
+"""Order of writing, if there are too many."""
 
 
-class Verdicts:
-    """Of one node, in one session.
+class ProbeResults:
+    """The results of one node, in one session.
 
-    ``stored``: what was written of the node; that counts until it says something else.
+    ``stored``: the failing paths written before; they count until the node reports something else.
     """
 
     def __init__(self, stored: Iterable[FailingPath]) -> None:
@@ -27,8 +27,8 @@ class Verdicts:
         for path in stored:
             self._failing[path.peer] = (*self._failing.get(path.peer, ()), path)
 
-    def take(self, reports: Iterable[PathReport], peers: Mapping[NodeId, PathPeer]) -> None:
-        """The node has found this.  Reports of others than ``peers``, or of a first round, change nothing."""
+    def record(self, reports: Iterable[PathReport], peers: Mapping[NodeId, PathPeer]) -> None:
+        """Record reports.  Those about others than ``peers``, or of a first round, are ignored."""
         for report in reports:
             peer = peers.get(report.peer)
             if peer is None or not report.is_settled:
@@ -40,12 +40,12 @@ class Verdicts:
                 for finding in report.failing
             )
 
-    def keep(self, peers: Collection[NodeId]) -> None:
-        """Nobody else is probed any more: nothing is known of others."""
+    def retain(self, peers: Collection[NodeId]) -> None:
+        """Forget all nodes but ``peers``, which are no longer probed."""
         self._failing = {id: paths for id, paths in self._failing.items() if id in peers}
 
     def failing(self) -> tuple[FailingPath, ...]:
-        """What is to be written: at most ``WRITTEN_MAX``, those that carry containers' packets first."""
+        """The failing paths to write: at most ``WRITTEN_MAX``, those of containers' traffic first."""
         paths = [path for paths in self._failing.values() for path in paths]
         paths.sort(key=lambda path: (_RANK.get(path.check, len(_RANK)), path.peer, path.check))
         return tuple(paths[:WRITTEN_MAX])

@@ -1,18 +1,18 @@
-"""Who probes whom.
+"""Which nodes probe each other.
 
-A node answers the probes of those it knows only, so pairs are told to both ends, and whether two nodes are a pair is
-the same whichever of them is asked about: each manager works it out for the nodes that it has sessions with.
+A node only responds to probes of known peers, so a pair is sent to both ends, and the plan is symmetric: each manager
+derives it for the nodes that it has sessions with.
 
-Up to ``ALL_PAIRS_MAX`` nodes, all are pairs.  In a larger cluster a node has at most ``PEERS_MAX`` peers, whatever the
-size of the cluster:
+Up to ``ALL_PAIRS_MAX`` nodes, all are pairs.  In a larger cluster a node has at most ``PEERS_MAX`` peers, whatever
+the size of the cluster:
 
-* its neighbours on a ring of all nodes.  So each node is probed by some others, and whoever cannot be reached is
-  noticed; and since places on the ring have nothing to do with racks, so is a rack that is cut off.
-* its neighbours on a ring of the nodes on a network, whose containers talk to each other, for each of a few networks of
-  the two that both count among their first few.
+* its neighbours on a ring of all nodes.  So each node is probed by some others, and an unreachable one is noticed;
+  and since positions on the ring are unrelated to racks, so is a rack that is cut off.
+* its neighbours on a ring of the nodes on a network, whose containers talk to each other, for each of a few networks
+  that are among the first few of both.
 
-A place on a ring is a digest of the node's id: managers agree on it without asking each other, and a node that comes
-or goes changes the peers of its neighbours and of nobody else.
+The position on a ring is a digest of the node's id: managers agree on it without communication, and a node that joins
+or leaves only changes the peers of its neighbours.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,18 +27,18 @@ NETWORKS_MAX = 6
 NEIGHBOURS_ON_NETWORK = 2
 PEERS_MAX = 2 * (NEIGHBOURS + NETWORKS_MAX * NEIGHBOURS_ON_NETWORK)
 
-_PLACE_BYTES = 8
+_DIGEST_BYTES = 8
 
 
 class Ring:
-    """Nodes in the order of their places; the first follows the last."""
+    """Nodes in the order of their positions; the first follows the last."""
 
     def __init__(self, nodes: Iterable[NodeId]) -> None:
-        self._order = sorted(nodes, key=_place)
+        self._order = sorted(nodes, key=_digest)
         self._position = {id: position for position, id in enumerate(self._order)}
 
     def beside(self, node: NodeId, distance: int) -> Iterable[NodeId]:
-        """Those up to ``distance`` before and behind a node; the node itself, too, where the ring is short."""
+        """The nodes up to ``distance`` before and after a node; including itself where the ring is short."""
         position = self._position.get(node)
         if position is None:
             return ()
@@ -51,7 +51,7 @@ class Plan:
 
     Args:
         nodes: that take part.
-        networks: of each node; asked in a large cluster only.
+        networks: of each node; used in a large cluster only.
     """
 
     def __init__(self, nodes: Iterable[NodeId], networks: Mapping[NodeId, Iterable[NetworkId]]) -> None:
@@ -69,7 +69,7 @@ class Plan:
         self._rings = {network: Ring(members) for network, members in on.items() if len(members) > 1}
 
     def peers(self, node: NodeId) -> tuple[NodeId, ...]:
-        """Whom ``node`` probes and is probed by, in order of their ids; nobody, if it takes no part."""
+        """The nodes that ``node`` probes and is probed by, in order of their ids; empty if it does not take part."""
         if node not in self._nodes:
             return ()
         if len(self._nodes) <= ALL_PAIRS_MAX:
@@ -81,5 +81,5 @@ class Plan:
         return tuple(sorted(peers - {node}))
 
 
-def _place(id: NodeId) -> tuple[bytes, NodeId]:
-    return blake2b(id.encode(), digest_size=_PLACE_BYTES).digest(), id
+def _digest(id: NodeId) -> tuple[bytes, NodeId]:
+    return blake2b(id.encode(), digest_size=_DIGEST_BYTES).digest(), id

@@ -1,7 +1,7 @@
-"""Every manager's care for certificates: what it serves with, whom it trusts, whose connections it ends.
+"""Keeps a manager's certificates up to date: its own key pair, the trusted roots, and revocations.
 
-The key pair comes from the node's agent (files), the roots and the revocations from the store; what follows from them
-is handed to the server, written where etcd reads it, and told to whoever asks for warnings.
+The key pair comes from the node's agent (files), the roots and the revocations from the store; the updater passes
+them to the server, writes them for etcd, and reports what expires soon.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.ca.admission import renew_window_of
+from skep.manager.ca.caller_check import is_manager
 from skep.manager.ca.expiry import Expiry, expiring
 from skep.manager.ca.peer_files import PeerFiles
-from skep.manager.ca.peers import Turn
-from skep.manager.ca.standing import is_manager
+from skep.manager.ca.peers import RestartTurn
 from skep.manager.informer import run_informer
-from skep.manager.revocation import is_foreign, is_taken_back, take_back_others
+from skep.manager.revocation import is_foreign, is_revoked, revoke_others
 from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.swarm import Swarm
@@ -36,22 +36,22 @@ from skep.store.kinds import Revocation
 
 log = structlog.get_logger(__name__)
 
-LOOK_EVERY_S = 1.0
-"""How often the node's files are looked at; most changes come with a commit, and then at once."""
+CHECK_EVERY_S = 1.0
+"""How often the node's files are checked; most changes come with a commit, and are handled at once."""
 
 WARN_EVERY_S = 24 * 3600.0
 
 
-class Upkeep:
+class CertificateUpdater:
     """Follows files and store, until cancelled.
 
     Args:
         own: this manager's node.
-        disconnect: ends the connections of callers for whom it is true.
-        root_gone: called when certificates of a root are not taken any more; connections that were made with them stay.
-        peers: None where no etcd is (tests).
-        tell: called once a day with everything that expires soon.
-        is_evicting: whether a manager is evicted at present.
+        disconnect: ends the connections of callers for which the predicate is true.
+        root_gone: called when a root is not trusted any more; existing connections with its certificates stay.
+        peers: None without etcd (tests).
+        on_expiry: called once a day for everything that expires soon.
+        is_evicting: whether a manager is being evicted.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Upkeep:
         disconnect: Callable[[Callable[[Identity], bool]], None],
         root_gone: Callable[[], None] = lambda: None,
         peers: PeerFiles | None = None,
-        tell: Callable[[Expiry], None] = lambda _: None,
+        on_expiry: Callable[[Expiry], None] = lambda _: None,
         is_evicting: Callable[[View], bool] = lambda _: False,
     ) -> None:
         self._is_evicting = is_evicting
         self._store = store
-        self._tell = tell
+        self._on_expiry = on_expiry
         self._own = own
         self._tls = tls
         self._files = files
@@ -82,8 +82,8 @@ class Upkeep:
         self._served: KeyPair | None = None
         self._written: KeyPair | None = None
         self._peer_roots = b""
-        self._turn = Turn()
-        self._news = asyncio.Event()
+        self._turn = RestartTurn()
+        self._changed = asyncio.Event()
 
     async def run(self) -> None:
         await run_informer(
@@ -96,22 +96,22 @@ class Upkeep:
 
     def _on_snapshot(self, view: View) -> None:
         for revocation in view.find(Revocation):
-            self._cut(view, revocation)
-        self._news.set()
+            self._disconnect_revoked(view, revocation)
+        self._changed.set()
 
     def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
                 case Created(Revocation() as revocation) | Updated(_, Revocation() as revocation):
-                    self._cut(self._store.view(), revocation)
+                    self._disconnect_revoked(self._store.view(), revocation)
                 case Created(Node() as node) | Updated(_, Node() as node) if (
                     node.id != self._own and node.manager_status is None
                 ):
-                    continue  # most commits: some worker's heartbeat or tasks
-            self._news.set()
+                    continue  # most commits: heartbeats or tasks of workers
+            self._changed.set()
 
-    def _cut(self, view: View, revocation: Revocation) -> None:
-        """End the connections that ``wire`` would not take any more."""
+    def _disconnect_revoked(self, view: View, revocation: Revocation) -> None:
+        """End the connections that would not be accepted any more."""
         node = view.lookup(Node, revocation.id)
         if revocation.is_removed:
             self._disconnect(lambda peer: peer.node_id == revocation.id)
@@ -124,29 +124,29 @@ class Upkeep:
                 lambda peer: (
                     peer.node_id == revocation.id
                     and _acts_as_manager(peer)
-                    and (is_none or is_taken_back(revocation, peer.issued_s))
+                    and (is_none or is_revoked(revocation, peer.issued_s))
                 )
             )
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._look_now_and_then(), name="look at the key pair")
-            group.create_task(self._warn(), name="warn of expiry")
+            group.create_task(self._poll_files(), name="poll the key pair")
+            group.create_task(self._warn(), name="warn about expiry")
             while True:
-                await self._news.wait()
-                self._news.clear()
+                await self._changed.wait()
+                self._changed.clear()
                 try:
-                    await self._keep_up()
+                    await self._update()
                 except (SkepError, OSError) as error:
-                    log.warning("certificate not taken over yet", error=str(error))
+                    log.warning("certificate not updated, will retry", reason=str(error))
 
-    async def _look_now_and_then(self) -> None:
+    async def _poll_files(self) -> None:
         while True:
-            await self._clock.sleep(LOOK_EVERY_S)
-            self._news.set()
+            await self._clock.sleep(CHECK_EVERY_S)
+            self._changed.set()
 
-    async def _keep_up(self) -> None:
-        """Take over what has changed.  Raises: SkepError, OSError: not yet; the next look tries again."""
+    async def _update(self) -> None:
+        """Apply what has changed.  Raises: SkepError, OSError: not now; the next attempt follows."""
         self._pair = await asyncio.to_thread(self._files.changed) or self._pair
         view = self._store.view()
         swarms = view.find(Swarm)
@@ -155,27 +155,27 @@ class Upkeep:
         trusted = trusted_roots(swarms[0])
         serial = _serial_of(self._pair)
         if is_foreign(view.lookup(Revocation, self._own), serial):
-            # It was being renewed in the moment in which the others were taken back.
-            await self._store.update(take_back_others, self._own, serial, _window_ns(swarms[0]))
+            # It was being renewed at the moment in which the others were revoked.
+            await self._store.update(revoke_others, self._own, serial, _window_ns(swarms[0]))
         serving = self._pair.with_root(trusted)
         if not _is_same(serving, self._served):
             self._tls.replace(serving)
             if self._served is not None and self._served.root_pem != trusted and swarms[0].rotation is None:
                 self._root_gone()
             self._served = serving
-            log.info("certificate taken over", until=serving.not_after.isoformat())
+            log.info("serving with new certificate", until=serving.not_after.isoformat())
         if self._peers is not None:
             serials = (one.serial for kept in view.find(Revocation) for one in (*kept.serials, *kept.foreign))
             await asyncio.to_thread(self._peers.refuse, frozenset(serials))
-            await self._keep_peers_up(self._peers, self._pair, swarms[0])
+            await self._update_peers(self._peers, self._pair, swarms[0])
 
-    async def _keep_peers_up(self, peers: PeerFiles, pair: KeyPair, swarm: Swarm) -> None:
-        """Write what etcd reads; have it restarted for other roots, when it is this manager's turn."""
+    async def _update_peers(self, peers: PeerFiles, pair: KeyPair, swarm: Swarm) -> None:
+        """Write what etcd reads; restart it for changed roots, when it is this manager's turn."""
         roots = swarm.tls_info.trust_root.encode()
         wanted = pair.with_root(roots)
         if self._written is None:
             self._written = await asyncio.to_thread(keypair.load, peers.directory)
-            self._peer_roots = self._written.root_pem  # as the member found them at its start
+            self._peer_roots = self._written.root_pem  # as of the member's start
         if not _is_same(wanted, self._written):
             await asyncio.to_thread(keypair.save, wanted, peers.directory)
             self._written = wanted
@@ -184,26 +184,26 @@ class Upkeep:
             nodes = self._store.view().find(Node)
             if not self._turn.has_come(self._own, nodes, root_digest(roots), self._clock.monotonic()):
                 return
-            log.info("restarting etcd: the roots of its peers have changed")
+            log.info("restarting etcd: its peers' roots have changed")
             await peers.restart()
             self._peer_roots = roots
-            self._turn = Turn()
+            self._turn = RestartTurn()
         if node is not None and node.peer_roots != root_digest(roots):
             show = partial(show_peer_roots, is_evicting=self._is_evicting, window_ns=_window_ns(swarm))
             await self._store.update(show, self._own, root_digest(roots), _serial_of(pair))
 
     async def _warn(self) -> None:
-        """Say once a day what expires soon."""
+        """Log once a day what expires soon."""
         while True:
             now = moment(self._clock.now_ns())
             for expiry in expiring(self._store.view(), now):
                 log.warning("certificate expires soon", warning=expiry.warning)
-                self._tell(expiry)
+                self._on_expiry(expiry)
             await self._clock.sleep(WARN_EVERY_S)
 
 
 def trusted_roots(swarm: Swarm) -> bytes:
-    """Whose certificates callers may show (PEM): the root's, and the next one's while the cluster rotates to it."""
+    """Roots that callers' certificates may have (PEM): the present one, and the next one during a rotation."""
     return (swarm.tls_info.trust_root + (swarm.rotation.root if swarm.rotation else "")).encode()
 
 
@@ -216,15 +216,15 @@ def show_peer_roots(
     is_evicting: Callable[[View], bool],
     window_ns: int,
 ) -> None:
-    """Say which roots this manager's etcd trusts.
+    """Write which roots this manager's etcd trusts.
 
-    After an eviction its certificates but the one of ``serial`` are taken back.
+    After an eviction its certificates except the one with ``serial`` are revoked.
     """
     node = tx.lookup(Node, own)
     if node is not None and node.manager_status is not None:
         tx.put(replace(node, peer_roots=digest))
         if is_evicting(tx):
-            take_back_others(tx, own, serial, window_ns)
+            revoke_others(tx, own, serial, window_ns)
 
 
 def _serial_of(pair: KeyPair) -> str:

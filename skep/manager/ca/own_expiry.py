@@ -1,7 +1,8 @@
-"""A manager whose own certificate expired while it was off.
+"""Recovery of a manager whose own certificate expired while it was off.
 
-Alone it has the cluster's key in its store and signs for itself.  Among others it cannot reach its store without
-them, and they do not talk to it: its node's agent asks one of them, and the manager waits for that.
+A single manager has the cluster's key in its store and signs for itself.  One of several cannot reach its store
+without the others, which reject its certificate: its node's agent requests a new one from them, and the manager waits
+for that.
 """
 
 import asyncio
@@ -26,35 +27,35 @@ from skep.store.kinds import Revocation
 
 log = structlog.get_logger(__name__)
 
-LOOK_EVERY_S = 0.5
-TELL_EVERY_S = 60.0
+CHECK_EVERY_S = 0.5
+WARN_EVERY_S = 60.0
 AHEAD = timedelta(minutes=5)
-"""A certificate that is about to expire is no better."""
+"""A certificate that is about to expire counts as expired."""
 
 
 async def wait_renewed(files: KeyPairFiles, pair: KeyPair, clock: Clock) -> KeyPair:
-    """The key pair once it is valid: at once, or when the agent of this node was given another one."""
-    told_at = -TELL_EVERY_S
+    """The key pair once it is valid: at once, or when this node's agent has a new one."""
+    warned_at = -WARN_EVERY_S
     while is_expired(pair, clock):
-        if clock.monotonic() - told_at >= TELL_EVERY_S:
-            told_at = clock.monotonic()
+        if clock.monotonic() - warned_at >= WARN_EVERY_S:
+            warned_at = clock.monotonic()
             log.warning(
                 "this manager's certificate has expired: waiting for another manager to renew it; if all of them "
                 "have expired, run docker swarm init --force-new-cluster on one",
                 expired=pair.not_after.isoformat(),
             )
-        await clock.sleep(LOOK_EVERY_S)
+        await clock.sleep(CHECK_EVERY_S)
         try:
             changed = await asyncio.to_thread(files.changed)
         except SkepError as error:
-            log.warning("certificate not read yet", error=str(error))
+            log.warning("certificate not read, will retry", reason=str(error))
         else:
             pair = changed or pair
     return pair
 
 
-async def renewed_by_itself(store: Store, pair: KeyPair, files: KeyPairFiles, clock: Clock) -> KeyPair:
-    """The key pair, replaced by one that the cluster's key in ``store`` signs if it has expired.
+async def self_renewed(store: Store, pair: KeyPair, files: KeyPairFiles, clock: Clock) -> KeyPair:
+    """The key pair, replaced by one signed with the cluster's key in ``store`` if it has expired.
 
     Raises: PermissionDenied: the node was removed; FailedPrecondition: the cluster's key is not in the store.
     """
@@ -87,5 +88,5 @@ async def renewed_by_itself(store: Store, pair: KeyPair, files: KeyPairFiles, cl
 
 
 def is_expired(pair: KeyPair, clock: Clock) -> bool:
-    """Whether nobody takes it any more, or will in a moment."""
+    """Whether it has expired, or will within ``AHEAD``."""
     return moment(clock.now_ns()) >= pair.not_after - AHEAD

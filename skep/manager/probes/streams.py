@@ -1,7 +1,7 @@
-"""Streams to the nodes: whom to probe goes there, what they found comes back.  Active on every manager.
+"""Streams of probes: targets to the nodes, results back.  Active on every manager.
 
-What a node says stays in the memory of the manager that has its session; only what fails, and has settled, is written,
-and only when that changes.  So a cluster whose paths are well writes nothing, whatever its size.
+The results stay in the memory of the manager that has the node's session; only settled failures are written, and only
+when they change.  So a cluster without failures writes nothing, whatever its size.
 """
 
 import asyncio
@@ -16,10 +16,16 @@ from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.informer import run_informer
 from skep.manager.node_session import NodeSession, StreamSignal
 from skep.manager.node_streams import NodeStream, NodeStreams, run_stream, session_named
-from skep.manager.paths.directory import Directory, controlled, directory_of, is_seen_otherwise, wish_for
-from skep.manager.paths.plan import ALL_PAIRS_MAX, Plan
-from skep.manager.paths.records import PathRecord, record_paths
-from skep.manager.paths.verdicts import Verdicts
+from skep.manager.probes.directory import (
+    Directory,
+    changes_directory,
+    directory_of,
+    managers_for,
+    targets_for,
+)
+from skep.manager.probes.plan import ALL_PAIRS_MAX, Plan
+from skep.manager.probes.records import PathRecord, record_paths
+from skep.manager.probes.results import ProbeResults
 from skep.model.ids import NetworkId, NodeId
 from skep.model.node import Node
 from skep.model.paths import DiagnosticsRequest, NetworkNames, PathPeer, PathReport, ProbeTargets
@@ -34,23 +40,24 @@ from skep.wire.service import Handler, duplex
 
 log = structlog.get_logger(__name__)
 
-LOOK_S = 0.5
-"""How often is looked for what is to be planned or written."""
+CHECK_S = 0.5
+"""Time between two checks for something to plan or write."""
 PLAN_PAUSE_S = 5.0
-"""Least time between two plans of a large cluster: thousands of nodes that join are a few plans."""
+"""Minimal time between two plans of a large cluster: thousands of nodes that join cause few plans."""
 PLAN_AGAIN_S = 30.0
 PLAN_AGAIN_SMALL_S = 5.0
-"""Networks come and go with tasks, and nobody says so here: how often is looked anew, in large and small clusters."""
+"""Time between two plans without a change of nodes, in large and small clusters: the networks of nodes change with
+their tasks."""
 AT_ONCE = 200
-"""Nodes written at one look; the others wait for the next."""
+"""Nodes written per check; the others wait for the next."""
 REPORTS_MAX = 256
-"""Of one message: more peers no node has."""
+"""Reports in one message: more than any node has peers."""
 
 Send = Callable[[skep.PathOrder], Awaitable[None]]
 
 
 class Networks(Protocol):
-    """What is known of networks (``discovery.loop.Discovery``)."""
+    """The networks of nodes (``discovery.loop.Discovery``)."""
 
     def networks_of(self, node_id: NodeId) -> Sequence[NetworkId]: ...
 
@@ -59,8 +66,8 @@ class Networks(Protocol):
     def names_for(self, node_id: NodeId) -> tuple[NetworkNames, ...]: ...
 
 
-class PathStreams:
-    """What the nodes here are told of paths, and what they say."""
+class ProbeStreams:
+    """The probe streams of this manager's nodes."""
 
     def __init__(
         self,
@@ -70,7 +77,7 @@ class PathStreams:
         networks: Networks,
         clock: Clock,
     ) -> None:
-        """``session``: a node's session here, by its id; raises SkepError if there is no such one."""
+        """``session``: a node's session here, by its id; raises SkepError if there is none."""
         self._store = store
         self._own = own
         self._session = session
@@ -83,27 +90,31 @@ class PathStreams:
         self._planned_at = float("-inf")
 
     def services(self) -> Sequence[Handler]:
-        """What to hand to ``wire.server.serve``."""
+        """The handlers for ``wire.server.serve``."""
         return (duplex(methods.PATHS, self._paths),)
 
     def nodes(self) -> tuple[NodeId, ...]:
-        """Those whose streams are open here."""
+        """The nodes with an open stream."""
         return tuple(sorted(self._streams))
 
-    async def examine(self, node_id: NodeId, *, throughput: bool) -> tuple[tuple[PathReport, ...], str]:
-        """What the node finds now, and why that is not all, if so.  How long to wait is the caller's to say.
+    async def run_diagnostics(
+        self, node_id: NodeId, *, throughput: bool
+    ) -> tuple[tuple[PathReport, ...], str]:
+        """Run a node's probes now; gives the reports, and why they are incomplete, if so.  Time-outs are the caller's.
 
         Raises: Unavailable: the node has no stream here, or loses it meanwhile.
         """
         stream = self._streams.get(node_id)
         if stream is None:
             raise Unavailable(f"node {node_id} is not connected to this manager")
-        wished = stream.wish.peers if stream.wish is not None else ()
-        known = {peer.node_id for peer in wished}
-        managers = (peer for peer in controlled(node_id, self._directory) if peer.node_id not in known)
-        peers = (*wished, *managers)
+        targets = stream.targets.peers if stream.targets is not None else ()
+        known = {peer.node_id for peer in targets}
+        managers = (peer for peer in managers_for(node_id, self._directory) if peer.node_id not in known)
+        peers = (*targets, *managers)
         names = self._networks.names_for(node_id)
-        return await stream.examine(DiagnosticsRequest(peers=peers, throughput=throughput, names=names))
+        return await stream.run_diagnostics(
+            DiagnosticsRequest(peers=peers, throughput=throughput, names=names)
+        )
 
     async def run(self) -> None:
         """Plan and write until cancelled."""
@@ -124,7 +135,7 @@ class PathStreams:
         for event in commit.events:
             match event:
                 case Updated(Node() as old, Node() as new):
-                    self._is_stale |= is_seen_otherwise(old, new)
+                    self._is_stale |= changes_directory(old, new)
                 case Created() | Deleted() | Updated(Swarm(), Swarm()):
                     self._is_stale = True
 
@@ -137,11 +148,11 @@ class PathStreams:
             if now - self._planned_at >= (pause_s if self._is_stale else again_s):
                 self._is_stale = False
                 self._planned_at = now
-                await self._make_plan()
+                await self._update_plan()
             await self._write()
-            await self._clock.sleep(LOOK_S)
+            await self._clock.sleep(CHECK_S)
 
-    async def _make_plan(self) -> None:
+    async def _update_plan(self) -> None:
         view = self._store.view()
         nodes, swarms = view.find(Node), view.find(Swarm)
         slices = TimeSlices(self._clock)
@@ -152,20 +163,20 @@ class PathStreams:
             for node in nodes:
                 networks[node.id] = self._networks.networks_of(node.id)
                 await slices.yield_if_due()
-            # Plain computing: 0.2 s for 5,000 nodes.
+            # Pure computation: 0.2 s for 5,000 nodes.
             self._directory, self._plan = await asyncio.to_thread(_planned, nodes, swarms, networks)
         for stream in tuple(self._streams.values()):
-            self._wish(stream)
+            self._update_targets(stream)
             await slices.yield_if_due()
-        silenced = [node for node in nodes if node.failing_paths and not probes_paths(node)]
-        for node in silenced:
-            await self._forget(node)
+        without_probes = [node for node in nodes if node.failing_paths and not probes_paths(node)]
+        for node in without_probes:
+            await self._clear_failing(node)
 
-    def _wish(self, stream: "_Stream") -> None:
-        """Have the stream tell what is to be probed now."""
-        wish = wish_for(stream.node_id, self._directory, self._plan, self._encrypted)
-        if wish != stream.wish:
-            stream.set_wish(wish)
+    def _update_targets(self, stream: "_Stream") -> None:
+        """Send the stream's present targets, if they changed."""
+        targets = targets_for(stream.node_id, self._directory, self._plan, self._encrypted)
+        if targets != stream.targets:
+            stream.set_targets(targets)
 
     def _encrypted(self, node_id: NodeId) -> Sequence[NetworkId]:
         networks = self._networks.networks_of(node_id)
@@ -180,7 +191,7 @@ class PathStreams:
             if not stream.is_dirty:
                 continue
             node = view.lookup(Node, stream.node_id)
-            failing = stream.verdicts.failing()
+            failing = stream.results.failing()
             if node is None or node.failing_paths == failing:
                 stream.is_dirty = False
             elif len(due) < AT_ONCE:
@@ -197,7 +208,7 @@ class PathStreams:
             elif result:
                 log.info("node reaches all others", node=record.node_id)
 
-    async def _forget(self, node: Node) -> None:
+    async def _clear_failing(self, node: Node) -> None:
         """An older version runs there now: it will never say that a path is well."""
         if node.session is None or node.session.manager_id != self._own:
             return
@@ -213,13 +224,13 @@ class PathStreams:
     async def _paths(self, requests: AsyncIterator[skep.PathNews], send: Send, caller: Caller) -> None:
         session = self._session(caller.node_id, await session_named(requests))
         node = self._store.view().lookup(Node, caller.node_id)
-        verdicts = Verdicts(node.failing_paths if node is not None else ())
+        results = ProbeResults(node.failing_paths if node is not None else ())
         with (
             session.signal() as signal,
-            self._streams.open(_Stream(caller.node_id, session, signal, verdicts)) as stream,
+            self._streams.open(_Stream(caller.node_id, session, signal, results)) as stream,
         ):
-            self._wish(stream)
-            await run_stream(stream, requests, stream.take, stream.tell(send))
+            self._update_targets(stream)
+            await run_stream(stream, requests, stream.receive, stream.send_orders(send))
 
 
 def _planned(
@@ -230,74 +241,74 @@ def _planned(
 
 
 class _Stream(NodeStream):
-    """One node's."""
+    """One node's stream."""
 
     def __init__(
-        self, node_id: NodeId, session: NodeSession, signal: StreamSignal, verdicts: Verdicts
+        self, node_id: NodeId, session: NodeSession, signal: StreamSignal, results: ProbeResults
     ) -> None:
         super().__init__(node_id, session, signal)
-        self.verdicts = verdicts
-        self.wish: ProbeTargets | None = None
+        self.results = results
+        self.targets: ProbeTargets | None = None
         self.is_dirty = False
-        """Whether what is written may be out of date."""
-        self._told: ProbeTargets | None = None
+        """Whether the written failures may be out of date."""
+        self._sent: ProbeTargets | None = None
         self._peers: Mapping[NodeId, PathPeer] = {}
         self._one_at_a_time = asyncio.Lock()
-        self._examination: tuple[int, DiagnosticsRequest] | None = None
-        """That is to be told."""
+        self._diagnostics: tuple[int, DiagnosticsRequest] | None = None
+        """A request that is not sent yet."""
         self._numbers = 0
-        self._answer: asyncio.Future[tuple[tuple[PathReport, ...], str]] | None = None
+        self._result: asyncio.Future[tuple[tuple[PathReport, ...], str]] | None = None
 
-    def set_wish(self, wish: ProbeTargets | None) -> None:
-        """The node is to probe others than before."""
-        self.wish = wish
-        self._peers = {peer.node_id: peer for peer in wish.peers} if wish is not None else {}
-        self.verdicts.keep(self._peers)
+    def set_targets(self, targets: ProbeTargets | None) -> None:
+        """The node's probe targets have changed."""
+        self.targets = targets
+        self._peers = {peer.node_id: peer for peer in targets.peers} if targets is not None else {}
+        self.results.retain(self._peers)
         self.is_dirty = True
         self.signal.wake()
 
-    def take(self, news: skep.PathNews) -> None:
-        """What the node says.  Raises: InvalidArgument: more than any node has to say."""
-        if len(news.reports) > REPORTS_MAX:
+    def receive(self, message: skep.PathNews) -> None:
+        """A node's message.  Raises: InvalidArgument: more reports than any node has."""
+        if len(message.reports) > REPORTS_MAX:
             raise InvalidArgument(f"more than {REPORTS_MAX} reports of paths at once")
-        reports = reports_from_pb(news.reports)
-        if not news.examination:
-            self.verdicts.take(reports, self._peers)
+        reports = reports_from_pb(message.reports)
+        if not message.examination:
+            self.results.record(reports, self._peers)
             self.is_dirty = True
-        elif news.examination == self._numbers and self._answer is not None and not self._answer.done():
-            self._answer.set_result((reports, news.error))
+        elif message.examination == self._numbers and self._result is not None and not self._result.done():
+            self._result.set_result((reports, message.error))
 
-    async def examine(self, examination: DiagnosticsRequest) -> tuple[tuple[PathReport, ...], str]:
-        """One at a time.  Raises: why the stream is over."""
+    async def run_diagnostics(self, diagnostics: DiagnosticsRequest) -> tuple[tuple[PathReport, ...], str]:
+        """One at a time.  Raises: the error that ended the stream."""
         async with self._one_at_a_time:
             self.require_open()
             self._numbers += 1
-            self._answer = asyncio.get_running_loop().create_future()
-            self._examination = (self._numbers, examination)
+            self._result = asyncio.get_running_loop().create_future()
+            self._diagnostics = (self._numbers, diagnostics)
             self.signal.wake()
             try:
-                return await self._answer
+                return await self._result
             finally:
-                self._answer = self._examination = None
+                self._result = self._diagnostics = None
 
-    async def tell(self, send: Send) -> None:
-        """What is to be probed, whenever that changes, and what is to be examined.  Raises: why it is over."""
+    async def send_orders(self, send: Send) -> None:
+        """Send targets whenever they change, and requests for diagnostics.  Raises: the error that ended the stream."""
         while True:
             self.require_open()
             order = skep.PathOrder()
-            if self.wish is not None and self.wish != self._told:
-                order.wish.CopyFrom(wish_to_pb(self.wish))
-                self._told = self.wish
-            if self._examination is not None:
-                order.examination.CopyFrom(examination_to_pb(*self._examination))
-                self._examination = None
+            if self.targets is not None and self.targets != self._sent:
+                order.wish.CopyFrom(wish_to_pb(self.targets))
+                self._sent = self.targets
+            if self._diagnostics is not None:
+                order.examination.CopyFrom(examination_to_pb(*self._diagnostics))
+                self._diagnostics = None
             if order.ByteSize():
                 await send(order)
             del order
             await self.signal.wait()
 
     def end(self, error: Exception) -> None:
-        """Who waits for an examination hears of it."""
+        """Also ends pending diagnostics."""
         super().end(error)
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(Unavailable(str(self.error)))
+        if self._result is not None and not self._result.done():
+            self._result.set_exception(Unavailable(str(self.error)))

@@ -1,7 +1,7 @@
-"""Where managers find each other: every manager keeps the address book of its own member up to date.
+"""Addresses of the other managers, which every manager keeps up to date for its own etcd member.
 
-The addresses are those that the node objects say; a member whose object says nothing keeps the one it had.  One that
-has announced itself elsewhere (``whereabouts``) is there, until its object says something new.
+The addresses come from the node objects; a member without one there keeps its last address.  One that has announced
+another address (``peer_search``) is expected there, until its node object changes.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ log = structlog.get_logger(__name__)
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 10.0
 
 
-def full_address(said: str, seen: str) -> str:
-    """Where others reach a manager that calls itself ``said`` and whose calls come from ``seen``.
+def full_address(written: str, seen: str) -> str:
+    """Where others reach a manager with address ``written`` whose calls come from ``seen``.
 
     Raises: InvalidArgument: it is no address.
     """
-    host, port = parted(said)
+    host, port = parted(written)
     addr = joined(host or seen, port)
     split_address(addr)
     if not is_address(host or seen):
@@ -42,8 +42,8 @@ def full_address(said: str, seen: str) -> str:
     return addr
 
 
-def said_by(nodes: Iterable[Node]) -> dict[str, tuple[str, int]]:
-    """Name of each manager -> its address and port, as the node objects say."""
+def addresses_in(nodes: Iterable[Node]) -> dict[str, tuple[str, int]]:
+    """Name of each manager -> its address and port in the node objects."""
     return {
         str(node.id): _ip_and_port(node.manager_status.addr)
         for node in nodes
@@ -57,59 +57,62 @@ def _ip_and_port(addr: str) -> tuple[str, int]:
 
 
 def peers_of(
-    said: Mapping[str, tuple[str, int]], members: Iterable[RaftMember], known: Iterable[Peer]
+    written: Mapping[str, tuple[str, int]], members: Iterable[RaftMember], known: Iterable[Peer]
 ) -> tuple[Peer, ...]:
     """All managers with their addresses: members, and those about to become one."""
     found = {peer.name: (peer.ip, peer.manager_port) for peer in known}
     urls = {member.name: member.url for member in members}
     peers = []
-    for name in sorted(urls.keys() | said.keys()):
-        ip, port = said.get(name) or found.get(name, ("", 0))
+    for name in sorted(urls.keys() | written.keys()):
+        ip, port = written.get(name) or found.get(name, ("", 0))
         peers.append(Peer(name=name, url=urls.get(name, ""), ip=ip, manager_port=port))
     return tuple(peers)
 
 
 class _Moved(msgspec.Struct, frozen=True):
-    """Where a manager says it is, and what its node object said then."""
+    """An announced address, and the address in the node object at that time."""
 
     ip: str
-    instead_of: str
+    replaced: str
 
 
-class AddressBook:
-    """All managers and where they are; ``save`` is told of every change (short, and harmless when nothing changed)."""
+class PeerAddresses:
+    """All managers with their addresses; ``save`` is called after every update (it is short, and harmless without a
+    change)."""
 
     def __init__(self, known: Iterable[Peer], save: Callable[[tuple[Peer, ...]], None]) -> None:
-        """``known``: as the last run left it."""
+        """``known``: as saved by the last run."""
         self.peers = tuple(known)
         self._save = save
-        self._said: dict[str, str] = {}
+        self._written: dict[str, str] = {}
         self._moved: dict[str, _Moved] = {}
 
     @property
     def moved(self) -> list[Peer]:
-        """Those that have announced themselves at other addresses than were written down."""
+        """Managers that have announced other addresses than those in the node objects."""
         return [peer for peer in self.peers if peer.name in self._moved]
 
     def note(self, nodes: Iterable[Node], members: Iterable[RaftMember]) -> None:
-        """Take over what nodes and members are now."""
-        said = said_by(nodes)
-        self._said = {name: ip for name, (ip, _) in said.items()}
+        """Update from the present nodes and members."""
+        written = addresses_in(nodes)
+        self._written = {name: ip for name, (ip, _) in written.items()}
         self._moved = {
             name: moved
             for name, moved in self._moved.items()
-            if self._said.get(name, "") in {"", moved.instead_of} and moved.ip != self._said.get(name)
+            if self._written.get(name, "") in {"", moved.replaced} and moved.ip != self._written.get(name)
         }
-        present = {name: (moved.ip, said[name][1]) for name, moved in self._moved.items() if name in said}
-        self._write(peers_of(said | present, members, self.peers))
+        present = {
+            name: (moved.ip, written[name][1]) for name, moved in self._moved.items() if name in written
+        }
+        self._write(peers_of(written | present, members, self.peers))
 
-    def learn(self, name: str, ip: str) -> None:
-        """A manager says where it is.  Strangers are not taken note of: only members and those let in are known."""
+    def record_move(self, name: str, ip: str) -> None:
+        """A manager announced its address.  Ignored unless it is a member or has been admitted."""
         before = next((peer for peer in self.peers if peer.name == name), None)
         if before is None or before.ip == ip:
             return
-        log.info("a manager has moved", node=name, before=before.ip, now=ip)
-        self._moved[name] = _Moved(ip, self._said.get(name, ""))
+        log.info("manager address changed", node=name, before=before.ip, now=ip)
+        self._moved[name] = _Moved(ip, self._written.get(name, ""))
         self._write(
             tuple(msgspec.structs.replace(peer, ip=ip) if peer.name == name else peer for peer in self.peers)
         )
@@ -119,10 +122,10 @@ class AddressBook:
         self._save(peers)
 
 
-async def keep_book(
-    book: AddressBook, store: LoopStore, consensus: Consensus, clock: Clock, random: Random
+async def sync_peer_addresses(
+    peer_addresses: PeerAddresses, store: LoopStore, consensus: Consensus, clock: Clock, random: Random
 ) -> None:
-    """Follow the managers until cancelled."""
+    """Keep the addresses up to date until cancelled."""
     changed = asyncio.Event()
     backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=random.random)
 
@@ -131,9 +134,9 @@ async def keep_book(
             await changed.wait()
             changed.clear()
             try:
-                book.note(store.view().find(Node), await consensus.all())
+                peer_addresses.note(store.view().find(Node), await consensus.all())
             except Unavailable as error:
-                log.debug("members not known", reason=str(error))
+                log.debug("members not available, will retry", reason=str(error))
                 await wait_first(backoff.sleep(clock), changed.wait())
                 changed.set()
             else:

@@ -2,8 +2,8 @@
 
 from msgspec.structs import replace
 
-from skep.manager.paths.directory import controlled, directory_of, is_seen_otherwise, wish_for
-from skep.manager.paths.plan import ALL_PAIRS_MAX, Plan
+from skep.manager.probes.directory import changes_directory, directory_of, managers_for, targets_for
+from skep.manager.probes.plan import ALL_PAIRS_MAX, Plan
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState, NodeStatus
 from skep.model.paths import PathPeer
@@ -29,7 +29,7 @@ def a_manager(name: str, number: int, peer_port: int | None = 2378) -> Node:
 def etcds(*nodes: Node, told: str) -> dict[str, str]:
     """Where the others' etcd is, as the node is told."""
     directory = directory_of(nodes, 4789)
-    wish = wish_for(NodeId(told), directory, Plan(directory.peers, {}), lambda _: ())
+    wish = targets_for(NodeId(told), directory, Plan(directory.peers, {}), lambda _: ())
     assert wish is not None
     return {peer.node_id: peer.etcd for peer in wish.peers}
 
@@ -50,11 +50,11 @@ def test_managers_ask_each_other_in_a_cluster_of_any_size() -> None:
 def test_whoever_is_asked_to_look_now_is_told_the_same() -> None:
     directory = directory_of((a_manager("m1", 1), a_manager("m2", 2), a_node("w1", 3)), 4789)
     asked = PathPeer(node_id=NodeId("m2"), hostname="m2", control="10.0.0.2:2377")
-    assert controlled(NodeId("m1"), directory) == (replace(asked, etcd="10.0.0.2:2378"),)
-    assert asked in controlled(NodeId("w1"), directory)
+    assert managers_for(NodeId("m1"), directory) == (replace(asked, etcd="10.0.0.2:2378"),)
+    assert asked in managers_for(NodeId("w1"), directory)
 
 
 def test_another_peer_port_is_seen() -> None:
     before = a_manager("m1", 1)
-    assert is_seen_otherwise(before, replace(before, manager_status=a_manager("m1", 1, 2380).manager_status))
-    assert not is_seen_otherwise(before, replace(before, peer_roots="x"))
+    assert changes_directory(before, replace(before, manager_status=a_manager("m1", 1, 2380).manager_status))
+    assert not changes_directory(before, replace(before, peer_roots="x"))

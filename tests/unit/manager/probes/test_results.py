@@ -1,7 +1,7 @@
 """What is written of a node's reports."""
 
-from skep.manager.paths.records import WRITTEN_MAX
-from skep.manager.paths.verdicts import Verdicts
+from skep.manager.probes.records import WRITTEN_MAX
+from skep.manager.probes.results import ProbeResults
 from skep.model.ids import NodeId
 from skep.model.node import FailingPath
 from skep.model.paths import PathCheck, PathFinding, PathPeer, PathReport
@@ -22,41 +22,41 @@ def failing(peer: str, check: PathCheck = PathCheck.OVERLAY) -> FailingPath:
 
 
 def test_a_path_fails_from_the_second_round_on_and_is_well_after_the_second() -> None:
-    verdicts = Verdicts(())
-    verdicts.take([report("n2", finding(lost=3), rounds=1)], PEERS)
+    verdicts = ProbeResults(())
+    verdicts.record([report("n2", finding(lost=3), rounds=1)], PEERS)
     assert verdicts.failing() == ()
-    verdicts.take([report("n2", finding(lost=3))], PEERS)
+    verdicts.record([report("n2", finding(lost=3))], PEERS)
     assert verdicts.failing() == (failing("n2"),)
-    verdicts.take([report("n2", finding(), rounds=1)], PEERS)
+    verdicts.record([report("n2", finding(), rounds=1)], PEERS)
     assert verdicts.failing() == (failing("n2"),)
-    verdicts.take([report("n2", finding())], PEERS)
+    verdicts.record([report("n2", finding())], PEERS)
     assert verdicts.failing() == ()
 
 
 def test_what_was_written_counts_until_the_node_says_something_else() -> None:
-    verdicts = Verdicts([failing("n2"), failing("n2", PathCheck.CONTROL), failing("n3")])
+    verdicts = ProbeResults([failing("n2"), failing("n2", PathCheck.CONTROL), failing("n3")])
     assert len(verdicts.failing()) == 3
-    verdicts.take([report("n2", finding(lost=3))], PEERS)
+    verdicts.record([report("n2", finding(lost=3))], PEERS)
     assert verdicts.failing() == (failing("n2"), failing("n3"))
 
 
 def test_of_who_is_not_probed_any_more_nothing_is_known() -> None:
-    verdicts = Verdicts([failing("n2"), failing("n3")])
-    verdicts.keep({NodeId("n3")})
+    verdicts = ProbeResults([failing("n2"), failing("n3")])
+    verdicts.retain({NodeId("n3")})
     assert verdicts.failing() == (failing("n3"),)
 
 
 def test_a_node_cannot_report_of_whom_it_was_not_told() -> None:
-    verdicts = Verdicts(())
-    verdicts.take([report("stranger", finding(lost=3))], PEERS)
+    verdicts = ProbeResults(())
+    verdicts.record([report("stranger", finding(lost=3))], PEERS)
     assert verdicts.failing() == ()
 
 
 def test_what_is_written_is_bounded_and_what_carries_containers_packets_comes_first() -> None:
     ids = [NodeId(f"n{number:03}") for number in range(100)]
     peers = {id: PathPeer(node_id=id, hostname=id) for id in ids}
-    verdicts = Verdicts(())
-    verdicts.take([report(id, finding(PathCheck.GOSSIP, lost=3), finding(lost=3)) for id in ids], peers)
+    verdicts = ProbeResults(())
+    verdicts.record([report(id, finding(PathCheck.GOSSIP, lost=3), finding(lost=3)) for id in ids], peers)
     written = verdicts.failing()
     assert len(written) == WRITTEN_MAX
     assert {path.check for path in written} == {"overlay"}

@@ -1,0 +1,44 @@
+"""Reachability of the managers, written by the leader from the state of its links.  Pure."""
+
+from collections.abc import Collection, Iterable
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.model.ids import NodeId
+from skep.model.node import Node, Reachability
+from skep.store.interface import Transaction
+
+
+class ReachabilityChange(msgspec.Struct, frozen=True):
+    """A change of one manager's reachability."""
+
+    node_id: NodeId
+    reachability: Reachability
+
+
+def reachability_changes(
+    nodes: Iterable[Node], silent: Collection[NodeId], heard: Collection[NodeId], own: NodeId
+) -> list[ReachabilityChange]:
+    """Managers whose reachability changed since it was written.
+
+    A joining manager writes its own status; one that a new leader has no link to yet is left as it was.
+    """
+    changes = []
+    for node in nodes:
+        status = node.manager_status
+        if status is None or node.id == own:
+            continue
+        if node.id in silent and status.reachability is Reachability.REACHABLE:
+            changes.append(ReachabilityChange(node.id, Reachability.UNREACHABLE))
+        elif node.id in heard and status.reachability is Reachability.UNREACHABLE:
+            changes.append(ReachabilityChange(node.id, Reachability.REACHABLE))
+    return changes
+
+
+def write_reachability(tx: Transaction, change: ReachabilityChange) -> None:
+    """Write the reachability of a manager; not if it has been demoted."""
+    node = tx.lookup(Node, change.node_id)
+    if node is not None and node.manager_status is not None:
+        status = replace(node.manager_status, reachability=change.reachability)
+        tx.put(replace(node, manager_status=status))
