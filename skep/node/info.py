@@ -85,10 +85,6 @@ def info(
 ) -> dict[str, Any]:
     """The response to ``GET /info``."""
     machine, features, configuration = node.machine, node.features, node.configuration
-    controllers = features.controllers
-    has_cpu, has_memory = "cpu" in controllers, "memory" in controllers
-    runc = {"ID": node.versions.get("runc", ""), "Expected": node.versions.get("runc", "")}
-    nothing = {"ID": "", "Expected": ""}
     return {
         "ID": node.id,
         "Containers": counts.running + counts.paused + counts.stopped,
@@ -104,21 +100,13 @@ def info(
             "Authorization": None,
             "Log": ["json-file"],
         },
-        "MemoryLimit": has_memory,
-        "SwapLimit": has_memory,
-        "KernelMemory": False,
-        "KernelMemoryTCP": False,
-        "CpuCfsPeriod": has_cpu,
-        "CpuCfsQuota": has_cpu,
-        "CPUShares": has_cpu,
-        "CPUSet": "cpuset" in controllers,
-        "PidsLimit": "pids" in controllers,
+        **_limits(features),
         "IPv4Forwarding": True,
         "BridgeNfIptables": False,
         "BridgeNfIp6tables": False,
         "Debug": configuration.debug,
         "NFd": 0,
-        "OomKillDisable": has_memory and features.cgroup_version == 1,
+        "OomKillDisable": "memory" in features.controllers and features.cgroup_version == 1,
         "NGoroutines": 0,
         "SystemTime": now,
         "LoggingDriver": "json-file",
@@ -141,6 +129,34 @@ def info(
         "NoProxy": "",
         "Name": machine.hostname,
         "Labels": [f"{key}={value}" for key, value in sorted(_labels(configuration, features).items())],
+        **_runtime(node, swarm),
+        "Warnings": list(warnings) or None,
+    }
+
+
+def _limits(features: Features) -> dict[str, bool]:
+    """Which resources the cgroup controllers of this machine can limit."""
+    controllers = features.controllers
+    has_cpu, has_memory = "cpu" in controllers, "memory" in controllers
+    return {
+        "MemoryLimit": has_memory,
+        "SwapLimit": has_memory,
+        "KernelMemory": False,
+        "KernelMemoryTCP": False,
+        "CpuCfsPeriod": has_cpu,
+        "CpuCfsQuota": has_cpu,
+        "CPUShares": has_cpu,
+        "CPUSet": "cpuset" in controllers,
+        "PidsLimit": "pids" in controllers,
+    }
+
+
+def _runtime(node: Node, swarm: Mapping[str, Any]) -> dict[str, Any]:
+    """The runtime of containers, with the cluster's section where Docker has it."""
+    features, configuration = node.features, node.configuration
+    runc = {"ID": node.versions.get("runc", ""), "Expected": node.versions.get("runc", "")}
+    nothing = {"ID": "", "Expected": ""}
+    return {
         "ExperimentalBuild": False,
         "ServerVersion": __version__,
         "Runtimes": {"runc": {"path": configuration.runc}},
@@ -156,7 +172,6 @@ def info(
             *(["name=apparmor"] if apparmor.is_supported() else []),
             *(["name=seccomp,profile=default"] if features.has("seccomp") else []),
         ],
-        "Warnings": list(warnings) or None,
     }
 
 
