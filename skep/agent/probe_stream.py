@@ -52,7 +52,7 @@ class NodeProbes:
         return self._probes.reports
 
     def set_targets(self, targets: ProbeTargets | None) -> None:
-        self._probes.wish(targets)
+        self._probes.set_targets(targets)
 
     async def next_reports(self) -> tuple[PathReport, ...]:
         return await self._probes.next_reports()

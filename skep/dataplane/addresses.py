@@ -32,12 +32,12 @@ UNIQUE_LOCAL_BITS = 40
 
 
 def unique_local(rng: int) -> IPv6Network:
-    """The first /64 of a unique local network: ``fd``, then ``rng``, 40 bits that nobody else has (RFC 4193)."""
+    """The first /64 of a unique local network: ``fd``, then ``rng``, 40 random bits (RFC 4193)."""
     return IPv6Network((0xFD << 120 | rng << 80, 64))
 
 
 def beside(address: IPv4Address, subnet: IPv6Network) -> IPv6Address:
-    """The IPv6 address of who has ``address``: nobody else has it, so it need not be given out."""
+    """The IPv6 address beside ``address``: as unique as that, so it need not be allocated."""
     return subnet[int(address)]
 
 
@@ -56,7 +56,7 @@ class Addresses:
         pool: IPv4Network | None = None,
         reserved: Iterable[IPv4Address] = (),
     ) -> None:
-        """``pool``: the part of the subnet that is given away unasked; ``reserved``: what is never given."""
+        """``pool``: the part of the subnet that is given away unasked; ``reserved``: never given."""
         self.subnet = subnet
         self.gateway = gateway or subnet[1]
         self._reserved = frozenset({self.gateway, *reserved})
@@ -77,7 +77,7 @@ class Addresses:
                 return address
         raise ResourceExhausted(f"no address is left in {self.subnet}")
 
-    def take_wished(self, address: IPv4Address, owner: str) -> IPv4Address:
+    def take_requested(self, address: IPv4Address, owner: str) -> IPv4Address:
         """Exactly ``address``.  Raises: InvalidArgument: not of this subnet; FailedPrecondition: it is taken."""
         if not int(self.subnet[1]) <= int(address) <= int(self.subnet[-2]):
             raise InvalidArgument(f"invalid address {address}: it is no host address of {self.subnet}")
@@ -93,7 +93,7 @@ class Addresses:
             self._last = max(self._last, int(address))
 
     def owners(self) -> tuple[str, ...]:
-        """Who has an address."""
+        """Owners of addresses."""
         return tuple(self._used.values())
 
     def release(self, address: IPv4Address, owner: str) -> None:

@@ -44,7 +44,8 @@ class NetClient:
     async def reserve(self, protocol: str, port: int, address: str = "") -> int:
         """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
 
-        Raises: AlreadyExists: somebody has it; AddressNotHere; FailedPrecondition: it cannot be had here; Unavailable.
+        Raises: AlreadyExists: another program has it; AddressNotHere; FailedPrecondition: it cannot be had here;
+        Unavailable.
         """
         token = f"{self._owner}:{secrets.token_hex(8)}"
         match await self._ask(Reserve(protocol, port, token, address)):
@@ -119,7 +120,7 @@ class NetClient:
 
 
 def _owner(token: str) -> str:
-    """Who had a port held; the tokens of former versions name nobody."""
+    """The owner of a port; the tokens of former versions name none."""
     return token.rpartition(":")[0]
 
 

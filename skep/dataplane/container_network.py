@@ -59,10 +59,10 @@ class ContainerNetwork:
         tunnels: Tunnels,
         mesh: Mesh,
         local: LocalNetworks,
-        healing: Healer,
-        settling: DeferredChanges,
+        healer: Healer,
+        deferred: DeferredChanges,
         prober: PathProber,
-        joining: EndpointAllocation,
+        allocation: EndpointAllocation,
         clock: Clock,
         rng: Callable[[], float],
         naming: NameRegistration | None = None,
@@ -70,9 +70,9 @@ class ContainerNetwork:
     ) -> None:
         """
         Args:
-            joining: takes plain containers' places.
-            naming: None where nobody answers for names.
-            say: told whose networks are not kept; an empty text when it is nobody's.
+            allocation: takes plain containers' places.
+            naming: None where names are not served.
+            say: gets the containers whose networks are not kept; an empty text: none.
         """
         self.namespaces = namespaces
         self._home = home
@@ -82,15 +82,15 @@ class ContainerNetwork:
         self.mesh = mesh
         self.prober = prober
         self.local = local
-        self._healing = healing
+        self._healer = healer
         self.naming = naming
-        self._settling = settling
-        self._joining = joining
+        self._deferred = deferred
+        self._allocation = allocation
         self._clock = clock
         self._rng = rng
         self._say = say
         self._left_out: dict[ContainerId, str] = {}
-        self.repairs = healing.repairs
+        self.repairs = healer.repairs
 
     @property
     def home(self) -> Path:
@@ -110,8 +110,8 @@ class ContainerNetwork:
         A part that fails is begun again, later and later; the others go on.
         """
         parts: dict[str, Callable[[], Awaitable[None]]] = {
-            "healing of networks": self._healing.run,
-            "clearing of networks": self._settling.run,
+            "healing of networks": self._healer.run,
+            "clearing of networks": self._deferred.run,
             "published ports": self.mesh.run,
             "probes of other nodes": self.prober.run,
             "encrypted networks": partial(self.tunnels.run, self.overlays.remeasured),
@@ -137,10 +137,10 @@ class ContainerNetwork:
         theirs = {one.id for one in live if one.sandbox is not None}
         live = [one for one in live if self._is_sound(one)]
         sandboxes = {one.id: one.sandbox for one in live if one.sandbox is not None}
-        await self._joining.restore(live)
+        await self._allocation.restore(live)
         self.overlays.restore(sandboxes)
         await self.gateway.restore(sandboxes)
-        await self._healing.watch(self._home)
+        await self._healer.watch(self._home)
         await self.prober.restore()
         await self.overlays.begin(sandboxes)
         for id, sandbox in sandboxes.items():  # a container may have made its namespace unusable for it
@@ -172,15 +172,15 @@ class ContainerNetwork:
     async def attach(self, container: Container) -> Sandbox:
         """A namespace with ``eth0`` and so on: its places in their order, then the gateway bridge; and names in it.
 
-        Who is on internal networks only has no way out, and no ports of the node.  Raises: AlreadyExists: a port is
-        taken; SkepError.
+        A container on internal networks only has no default route, and no ports of the node.  Raises: AlreadyExists:
+        a port is taken; SkepError.
         """
         if _mode_of(container) is NetworkMode.HOST:
             return Sandbox(netns="")
         container_id, places = container.id, container.config.endpoints
         sandbox = Sandbox(netns=str(self.namespaces.path(container_id)), sysctls=_sysctls_of(container))
         if container.plain is not None:
-            places = await self._joining.join(container)
+            places = await self._allocation.join(container)
         try:
             netns = await self.namespaces.create(container_id, sandbox.sysctls)
             connected = await self.overlays.connect(container_id, netns, places)
@@ -236,14 +236,14 @@ class ContainerNetwork:
 
     # --- while it runs ------------------------------------------------------------------------------------------
 
-    async def connect(self, container: Container, wish: EndpointRequest) -> Sandbox:
+    async def connect(self, container: Container, request: EndpointRequest) -> Sandbox:
         """One more network for a running plain container.
 
         Raises: FailedPrecondition: it is on that network; NotFound: no such network; SkepError.
         """
         sandbox = container.sandbox
         assert sandbox is not None, "a running container has one"
-        place = await self._joining.join_one(container, wish, [one.config for one in sandbox.endpoints])
+        place = await self._allocation.join_one(container, request, [one.config for one in sandbox.endpoints])
         joined, netns = sandbox, Path(sandbox.netns)
         try:
             (connected,) = await self.overlays.connect(
@@ -274,7 +274,7 @@ class ContainerNetwork:
 
     async def rename(self, container: Container) -> None:
         """Others find it by ``container.name`` from now on.  Raises: FailedPrecondition; SkepError."""
-        await self._joining.rename(container)
+        await self._allocation.rename(container)
 
     async def _cut(
         self, container: Container, before: Sandbox, left: Sandbox, gone: Iterable[EndpointConfig]
@@ -293,7 +293,7 @@ class ContainerNetwork:
                 else:
                     await self.naming.detach(container.id)
         finally:
-            await self._joining.leave(container.id, gone)
+            await self._allocation.leave(container.id, gone)
 
     async def _way_out(self, container: Container, sandbox: Sandbox) -> Sandbox:
         """``sandbox`` with a place on the gateway bridge.  Raises: SkepError."""
@@ -333,7 +333,7 @@ class ContainerNetwork:
                 await self.gateway.disconnect(container_id, sandbox)
             finally:
                 await self.namespaces.destroy(container_id)
-                await self._joining.leave(container_id, places)
+                await self._allocation.leave(container_id, places)
 
 
 def needs_way_out(container: Container, places: Sequence[EndpointConfig]) -> bool:

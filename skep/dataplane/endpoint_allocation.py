@@ -18,7 +18,7 @@ class ClusterEndpoints(Protocol):
 
     def restore(self, held: Iterable[tuple[TaskId, ContainerId]]) -> None: ...
 
-    async def take(self, container_id: ContainerId, wish: EndpointRequest) -> EndpointConfig: ...
+    async def take(self, container_id: ContainerId, request: EndpointRequest) -> EndpointConfig: ...
 
     async def give_back(self, id: TaskId) -> None: ...
 
@@ -48,24 +48,24 @@ class EndpointAllocation:
         """
         taken: list[EndpointConfig] = []
         try:
-            for wish in container.plain.networks if container.plain is not None else ():
-                taken.append(await self.join_one(container, wish, taken))
+            for request in container.plain.networks if container.plain is not None else ():
+                taken.append(await self.join_one(container, request, taken))
         except BaseException:
             await self.leave(container.id, taken)
             raise
         return tuple(taken)
 
     async def join_one(
-        self, container: Container, wish: EndpointRequest, others: Collection[EndpointConfig]
+        self, container: Container, request: EndpointRequest, others: Collection[EndpointConfig]
     ) -> EndpointConfig:
         """One more place beside ``others``.  Raises: FailedPrecondition: it is on that network; as ``join``."""
         ids = {other.head.id for other in others}
-        network = self._local.find(wish.network)
+        network = self._local.find(request.network)
         if network is not None:
             if network.id in ids:
                 raise _is_there(container, network.name)
-            return await self._local.take(container, network, wish)
-        named = msgspec.structs.replace(wish, aliases=(container.name, *wish.aliases))
+            return await self._local.take(container, network, request)
+        named = msgspec.structs.replace(request, aliases=(container.name, *request.aliases))
         place = await self._cluster.take(container.id, named)
         if place.head.id in ids:
             await self._cluster.give_back(place.attachment)

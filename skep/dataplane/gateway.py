@@ -1,7 +1,7 @@
 """The gateway bridge: every container's way out, and the way in by host-mode ports.
 
 One bridge per node with a subnet that collides with no route of the machine.  Each container gets an address on it,
-and an interface with the default route.  What of it is in the kernel is a part of the wish for the node's own
+and an interface with the default route.  What of it is in the kernel is a part of the wanted state of the node's own
 namespace (``NetnsReconciler``), so that it is healed as everything else.
 
 A container on a network with IPv6 gets out by IPv6 too, where the machine has it: from a unique local /64 that the node
@@ -60,14 +60,14 @@ class Gateway:
         *,
         namespaces: Namespaces,
         home: NetnsReconciler,
-        settling: DeferredChanges,
+        deferred: DeferredChanges,
         ports: PortReservations,
         state: Path,
         bridge: str = BRIDGE,
     ) -> None:
         self._namespaces = namespaces
         self._home = home
-        self._settling = settling
+        self._deferred = deferred
         self._reservations = ports
         self._state = state
         self._state6 = state.with_name(f"{state.name}6")
@@ -187,7 +187,7 @@ class Gateway:
                     )
         if self.users():
             raise FailedPrecondition("containers are on the node's gateway bridge")
-        self._addresses = None  # nobody gets an address of the old subnet any more
+        self._addresses = None  # no container gets an address of the old subnet any more
         # With all addresses it has: the node's own namespace may hold more than is known here.
         await self._home.remove(self._bridge)
         if subnet is None:
@@ -200,14 +200,14 @@ class Gateway:
         sandbox = self._sandboxes.pop(container_id, None)
         if sandbox is not None:
             self._home.expect_removal(sandbox.port)
-            self._wish()
+            self._set_part()
         if any(port.publish_mode is PublishMode.HOST for port in ports):
             try:
-                await self._home.apply()  # before somebody else gets the port
+                await self._home.apply()  # before another container gets the port
             except SkepError as error:  # the next comparison removes it
                 log.warning("the gateway was not cleared", container=container_id, error=str(error))
         else:
-            self._settling.soon(_PART, self._home.apply)
+            self._deferred.soon(_PART, self._home.apply)
         for port in ports:
             if port.publish_mode is PublishMode.HOST:
                 await self._reservations.release(port.protocol, port.published_port, port.host_ip)
@@ -215,13 +215,13 @@ class Gateway:
 
     async def _settle(self) -> None:
         """Bring bridge, ports and rules about.  Raises: SkepError."""
-        self._wish()
+        self._set_part()
         if self._used_subnet6() is not None and not self._forwards_ipv6:
             await self._namespaces.run(self._namespaces.home, forward_ipv6)
             self._forwards_ipv6 = True
         await self._home.apply()
 
-    def _wish(self) -> None:
+    def _set_part(self) -> None:
         subnet, subnet6, sandboxes = self._opened().subnet, self._used_subnet6(), self._sandboxes.values()
         state = gateway_state(self._bridge, subnet, sandboxes, subnet6)
         owners = [
@@ -237,7 +237,7 @@ class Gateway:
         self._home.set_part(_PART, state, *rules)
 
     def _used_subnet6(self) -> IPv6Network | None:
-        """None: nobody gets out by IPv6 at present."""
+        """None: no container has IPv6 egress at present."""
         return self._subnet6 if any(one.address6 for one in self._sandboxes.values()) else None
 
     # --- ports ------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ class Gateway:
 def gateway_state(
     bridge: str, subnet: IPv4Network, sandboxes: Iterable[Sandbox], subnet6: IPv6Network | None = None
 ) -> State:
-    """What the node's own namespace has to hold of the gateway network.  ``subnet6``: None while nobody uses IPv6.
+    """What the node's own namespace has to hold of the gateway network.  ``subnet6``: None: IPv6 is unused.
 
     The bridge has a MAC address of its own: without one it takes its lowest port's, and changes it with the ports.
     """

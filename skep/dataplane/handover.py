@@ -46,7 +46,7 @@ def give(connection: socket.socket, sockets: tuple[socket.socket, ...]) -> None:
 
 
 def take(path: Path) -> Taken | None:
-    """Everything that the process serving ``path`` holds; None: nobody serves it.  Blocks for up to 5 s."""
+    """Everything that the process serving ``path`` holds; None: no process serves it.  Blocks for up to 5 s."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(_TIMEOUT_S)

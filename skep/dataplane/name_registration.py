@@ -37,7 +37,7 @@ class NameRegistration:
         self._resolver = resolver
 
     async def restore(self, live: Collection[Container]) -> None:
-        """Serve exactly the ``live`` ones.  What cannot be had is told: these containers run already."""
+        """Serve exactly the ``live`` ones.  Failures are logged: these containers run already."""
         wanted = {one.id: named for one in live if (named := self._named(one)) is not None}
         served = {one.id: one for one in (await self._service.listing()).served}
         for id in served.keys() - wanted.keys():

@@ -2,7 +2,7 @@
 
 A network's namespace is made by whichever comes first, its table or a container on it, and removed with the last of
 them.  Pins lie in a folder beside the containers'.  What earlier processes of this node left is used as it is; it is
-cleared up when the first tables have come, because before that nobody knows what belongs to whom.
+cleared up when the first tables have come, because before that their owners are not known.
 """
 
 import asyncio
@@ -77,17 +77,17 @@ class Overlays:
         namespaces: Namespaces,
         pins: Namespaces,
         home: NetnsReconciler,
-        healing: Healer,
-        settling: DeferredChanges,
+        healer: Healer,
+        deferred: DeferredChanges,
         tunnels: Tunnels,
         measurements: Measurements,
     ) -> None:
         self._namespaces = namespaces
         self._pins = pins
         self._home = home
-        self.repairs = healing.repairs
-        self._healing = healing
-        self._settling = settling
+        self.repairs = healer.repairs
+        self._healer = healer
+        self._deferred = deferred
         self._tunnels = tunnels
         self._node_id = NodeId("")
         self._tables: Mapping[NetworkId, Table] = {}
@@ -105,7 +105,7 @@ class Overlays:
         self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
 
     def identify(self, node_id: NodeId) -> None:
-        """Who this node is in the tables."""
+        """The node's id in its present swarm."""
         self._node_id = node_id
         if node_id:
             self._identified.set()
@@ -118,7 +118,7 @@ class Overlays:
         Every network is tried.  Raises: SkepError: one was refused by the kernel; it is tried again by itself, too.
         """
         async with self._applying:
-            # Who is here already has to be known first: their ports would be taken for nobody's.
+            # Containers that run already have to be known first: their ports would be removed.
             await self._restored.wait()
             if tables:
                 await self._identified.wait()
@@ -191,7 +191,7 @@ class Overlays:
             refused.append(InvalidArgument(f"the table of a network is invalid: {error}"))
 
     async def _settle_home(self) -> None:
-        """Who may send VXLAN here, before any device takes it."""
+        """The filter of VXLAN packets, before any device takes them."""
         if self._tables:
             table = vxlan_filter(self._tables, self._node_id, (BRIDGE,))
             self._home.set_part(_STRANGERS_PART, State(), table)
@@ -218,9 +218,9 @@ class Overlays:
         for id, sandbox in live.items():
             reconciler = self._container_reconciler(id, sandbox)
             reconciler.adopt()
-            watching = self._healing.watch(reconciler)
-            await isolate(watching, "changes in a container's namespace are not heard of", container=id)
-            self._healing.expect(reconciler)
+            watching = self._healer.watch(reconciler)
+            await isolate(watching, "changes in a container's namespace are not reported", container=id)
+            self._healer.expect(reconciler)
         self._restored.set()
 
     async def connect(
@@ -258,7 +258,7 @@ class Overlays:
     async def change(self, id: ContainerId, gone: Iterable[Endpoint], sandbox: Sandbox) -> None:
         """Take a container that runs on from networks; it has ``sandbox`` now.  Raises: SkepError; OSError."""
         if (before := self._containers.pop(id, None)) is not None:
-            self._healing.forget(before[0])
+            self._healer.forget(before[0])
         for one in gone:
             if self._endpoints.get(one.network_id, {}).pop(id, None) is not None:
                 await self._settle(one.network_id)
@@ -271,7 +271,7 @@ class Overlays:
         """
         found = self._containers.pop(container_id, None)
         if found is not None:
-            self._healing.forget(found[0])
+            self._healer.forget(found[0])
         for one in endpoints:
             id = one.network_id
             if self._endpoints.get(id, {}).pop(container_id, None) is None:
@@ -279,7 +279,7 @@ class Overlays:
             reconciler = self._home if self._head_of(id).is_ingress else self._reconcilers.get(id)
             if reconciler is not None:
                 reconciler.expect_removal(one.port)
-            self._settling.soon(id, partial(self._settle, id))
+            self._deferred.soon(id, partial(self._settle, id))
 
     def reconciler_of(self, container_id: ContainerId) -> NetnsReconciler:
         """Of a container that has its addresses."""
@@ -305,7 +305,7 @@ class Overlays:
 
     async def _watch_container(self, container_id: ContainerId, sandbox: Sandbox) -> NetnsReconciler:
         reconciler = self._container_reconciler(container_id, sandbox)
-        await self._healing.watch(reconciler)
+        await self._healer.watch(reconciler)
         return reconciler
 
     def _container_reconciler(self, container_id: ContainerId, sandbox: Sandbox) -> NetnsReconciler:
@@ -404,9 +404,9 @@ class Overlays:
             reconciler = self._reconcilers[id] = NetnsReconciler(
                 f"network {head.name}", self._pins.path(id), self._pins, self.repairs, EXCLUSIVE
             )
-        await pinned.make_where_missing(self._pins, id, reconciler, self._healing)
+        await pinned.make_where_missing(self._pins, id, reconciler, self._healer)
         reconciler.is_exclusive = self._knows_tables
-        await self._healing.watch(reconciler)
+        await self._healer.watch(reconciler)
         return reconciler
 
     async def _remove(self, id: NetworkId) -> None:
@@ -415,7 +415,7 @@ class Overlays:
         self._endpoints.pop(id, None)
         reconciler = self._reconcilers.pop(id, None)
         if reconciler is not None:
-            self._healing.forget(reconciler)
+            self._healer.forget(reconciler)
             await pinned.remove(self._pins, id)
         elif self._home.has_part(id):
             self._home.remove_part(id)

@@ -1,8 +1,8 @@
-"""Ports of the node itself: nobody else may listen where a container is published.
+"""Ports of the node itself: no other program may listen where a container is published.
 
 A reserved port is a bound socket; the packets go to the container by nftables before they would reach it.  A daemon
-that wants the port meets EADDRINUSE, and so do we when somebody has it.  The socket does not listen: who asks before
-the rules are there is refused, and not taken by a socket that never answers.
+that wants the port meets EADDRINUSE, and so does Skep when another program has it.  The socket does not listen: a
+client that connects before the rules are there is refused, and not accepted by a socket that never answers.
 """
 
 import errno
@@ -21,7 +21,7 @@ class PortReservations(Protocol):
     async def reserve(self, protocol: str, port: int, address: str = "") -> int:
         """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
 
-        Raises: AlreadyExists: somebody has it; AddressNotHere.
+        Raises: AlreadyExists: another program has it; AddressNotHere.
         """
 
     async def release(self, protocol: str, port: int, address: str = "") -> None:
@@ -84,7 +84,7 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
         if protocol != "udp":  # connections of a server that has ended do not count, one that listens does
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind((address, port))
-        if protocol != "udp":  # from now on nobody may share it, whatever he sets
+        if protocol != "udp":  # from now on no other socket may share it, whatever its options
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         opened.close()

@@ -96,7 +96,7 @@ async def _run(paths: Paths, reservations: Reservations, taken: Taken) -> None:
 
 
 async def _kept_apart(work: Awaitable[None]) -> None:
-    """One container's trouble is not the others': a mistake of ours costs an answer, not the process."""
+    """A failure of one container's work ends no other's, nor the process."""
     try:
         await work
     except Exception:
@@ -108,7 +108,7 @@ async def _serve(paths: Paths, reservations: Reservations, serving: ServedContai
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
     open_now: set[asyncio.StreamWriter] = set()
     all_closed = asyncio.Event()
-    is_leaving = False  # what is asked from now on, the next process answers: who asks tries again
+    is_leaving = False  # later requests go to the next process: clients try again
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal is_leaving

@@ -51,7 +51,7 @@ class Named(msgspec.Struct, frozen=True, kw_only=True):
     networks: tuple[Place, ...]
     """In the order in which names are looked for."""
     servers: tuple[NameServer, ...] = ()
-    """Who is asked for other names, from the node's namespace, or from the container's if they are on a network of
+    """Servers for other names, from the node's namespace, or from the container's if they are on a network of
     its own."""
     forwards: bool = True
     """False: the container has no way out, so nothing is asked from the node's namespace for it."""
@@ -82,7 +82,7 @@ class List(msgspec.Struct, frozen=True, tag=True):
 
 class Serve(msgspec.Struct, frozen=True, tag=True):
     """Have names and virtual addresses in a container's namespace, instead of what it had; answered with ``Done`` when
-    questions are heard, or with ``Refused``."""
+    queries are answered, or with ``Refused``."""
 
     named: Named
 
@@ -111,7 +111,7 @@ class Reserved(msgspec.Struct, frozen=True, tag=True):
 class Refused(msgspec.Struct, frozen=True, tag=True):
     """``message`` is a sentence for the task's status.
 
-    ``is_taken``: because somebody else has the port; ``is_elsewhere``: because the node has no such address.
+    ``is_taken``: because another program has the port; ``is_elsewhere``: because the node has no such address.
     """
 
     message: str
@@ -124,7 +124,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Listing(msgspec.Struct, frozen=True, tag=True):
-    """``repairs``: how often rules in a container's namespace that somebody else had changed were put right."""
+    """``repairs``: how often tables in a container's namespace were repaired that another program had changed."""
 
     reservations: tuple[Reservation, ...]
     served: tuple[Named, ...] = ()

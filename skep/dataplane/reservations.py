@@ -36,7 +36,7 @@ class Reservations:
     def reserve(self, protocol: str, port: int, token: str, address: str = "") -> int:
         """Hold ``port`` (0: any free one); the same answer again for the same ``token``.
 
-        Raises: AlreadyExists: somebody has it; InvalidArgument, AddressNotHere, Unavailable: it cannot be had at
+        Raises: AlreadyExists: another program has it; InvalidArgument, AddressNotHere, Unavailable: it cannot be had at
         all.
         """
         for held in self._held:
@@ -60,7 +60,7 @@ class Reservations:
 
 
 def reopened(state: Path) -> Held:
-    """What an earlier process wrote down, bound again; what somebody took meanwhile is left out.
+    """What an earlier process wrote down, bound again; what another program took meanwhile is left out.
 
     Raises: OSError: it cannot be read now.
     """

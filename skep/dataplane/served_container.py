@@ -97,16 +97,16 @@ class ServedContainer:
 
         Raises: SkepError, OSError: not now, or it was closed meanwhile.
         """
-        async with self._opening:  # whoever opens again closes what was opened before
+        async with self._opening:  # a second call closes what the first has opened
             await self._open()
 
     async def _open(self) -> None:
         path = Path(self.named.netns)
         self._subnets = self._own_subnets()
-        self._stop_listening()  # packets are told to one socket only
+        self._stop_listening()  # packets are logged to one socket only
         had = self.sockets
         sockets, notifications, packets = await self._environment.namespaces.run(path, self._opened)
-        if self._is_closed:  # meanwhile: nobody would ever close what is new
+        if self._is_closed:  # meanwhile: what is new would never be closed
             for one in (notifications, packets, sockets if sockets is not had else None):
                 if one is not None:
                     one.close()

@@ -28,9 +28,9 @@ log = structlog.get_logger()
 _REFRESH_S = 8.0
 """How long a caller waits until all namespaces are as the tables say; what takes longer goes on by itself."""
 _REPAIR_PAUSE_S = 1.0
-"""Between two repairs of one namespace, so that who fights for our rules does not have all our time."""
+"""Between two repairs of one namespace, so that another program that keeps changing them costs little."""
 _WAITING_MAX = 512
-"""Questions that are handed over; the others are asked again by those who wait."""
+"""Questions that are handed over; clients ask the others again."""
 
 
 class _Need(IntEnum):
@@ -143,7 +143,7 @@ class ServedContainers:
         return waiting[:_WAITING_MAX]
 
     def resume(self, waiting: Iterable[Waiting]) -> None:
-        """Nobody took it over: go on."""
+        """No process took it over: go on."""
         for served in self._served.values():
             served.resume()
         self._answer(waiting)

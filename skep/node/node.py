@@ -192,7 +192,7 @@ class Node:
         if engine.mesh is not None and not tables.tables:
             run(engine.mesh.apply_nothing, "ports of an earlier process")
         if engine.probes is not None and not self._paths.node_json.exists():
-            engine.probes.wish(None)
+            engine.probes.set_targets(None)
         run(tables.run, "network tables")
         if engine.probes is not None:
             watch = partial(

@@ -146,8 +146,8 @@ def container_network(
     ``attachments``: plain containers' endpoints on the cluster's networks; None: there are none.
     ``encryption``: None: the node does not encrypt.
     """
-    repairs, settling = Repairs(), DeferredChanges(clock)
-    healing = Healer(namespaces, clock, repairs, rng=rng)
+    repairs, deferred = Repairs(), DeferredChanges(clock)
+    healer = Healer(namespaces, clock, repairs, rng=rng)
     home = node_reconciler(namespaces, repairs)
     tunnels = Tunnels(
         paths,
@@ -161,7 +161,7 @@ def container_network(
         pins=Namespaces(paths.probes, namespaces.home),
         home=home,
         repairs=repairs,
-        healing=healing,
+        healer=healer,
         bridges=(BRIDGE,),
     )
     data_path = DataPath(probe_namespace, namespaces, clock, _random_number)
@@ -169,20 +169,20 @@ def container_network(
         namespaces=namespaces,
         pins=Namespaces(paths.overlays, namespaces.home),
         home=home,
-        healing=healing,
-        settling=settling,
+        healer=healer,
+        deferred=deferred,
         tunnels=tunnels,
         measurements=data_path,
     )
     gateway = Gateway(
-        namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.networks / "gateway"
+        namespaces=namespaces, home=home, deferred=deferred, ports=ports, state=paths.networks / "gateway"
     )
     local = LocalNetworks(paths.networks / "local", gateway, clock=clock, new_id=new_container_id)
     attachments = attachments or ClusterAttachments()
     mesh = Mesh(
         namespaces=namespaces,
         home=home,
-        reply_routing=ReplyRouting(healing),
+        reply_routing=ReplyRouting(healer),
         ports=mesh_ports or OwnReservations(namespaces),
         relays=paths.relays,
         clock=clock,
@@ -198,15 +198,15 @@ def container_network(
     )
     return ContainerNetwork(
         local=local,
-        joining=EndpointAllocation(LocalEndpoints(local, paths.tables, names), attachments),
+        allocation=EndpointAllocation(LocalEndpoints(local, paths.tables, names), attachments),
         namespaces=namespaces,
         home=home,
         gateway=gateway,
         overlays=overlays,
         tunnels=tunnels,
         mesh=mesh,
-        healing=healing,
-        settling=settling,
+        healer=healer,
+        deferred=deferred,
         prober=prober,
         naming=naming,
         clock=clock,

@@ -1,4 +1,4 @@
-"""Whether containers are told the names that the store says: asked as a container asks, in its namespace."""
+"""Whether containers resolve names as the store has them: queried as a container does, in its namespace."""
 
 import asyncio
 import os

@@ -145,7 +145,7 @@ def _runs(task: TableEndpoint) -> bool:
 def _known(addresses: Iterable[str], services: Iterable[ServiceId]) -> Known:
     packed: list[bytes] = []
     for one in dict.fromkeys(addresses):
-        with suppress(OSError):  # what is no address is nobody's
+        with suppress(OSError):  # it is no address
             packed.append(socket.inet_pton(socket.AF_INET6 if ":" in one else socket.AF_INET, one))
     return Known(
         tuple(one for one in packed if len(one) == _IPV4_BYTES),

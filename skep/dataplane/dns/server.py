@@ -146,7 +146,7 @@ class ContainerServer:
         loop.add_reader(self.sockets.tcp, self._accept)
 
     def stop(self) -> tuple[Waiting, ...]:
-        """Read nothing more; what waits is given back, for somebody else to answer.  The sockets stay open."""
+        """Read nothing more; what waits is given back, for another server to answer.  The sockets stay open."""
         if not self._is_running:
             return ()
         self._is_running = False

@@ -1,7 +1,7 @@
 """Questions that are not ours go to other name servers, each over a socket of its own.
 
-A socket of its own means a port that nobody can guess, beside an id that nobody can guess; and only the server it is
-connected to is heard.  Servers that said nothing lately are asked last.
+A socket of its own means a port that cannot be guessed, beside an id that cannot be guessed; and only the server it is
+connected to is read.  Servers that said nothing lately are asked last.
 
 Containers share what the node can ask at a time: when that is used up, one with fewer questions under way than another
 takes the place of the other's oldest.  A server that leaves one container's questions unanswered may be slow in one

@@ -94,7 +94,7 @@ class Mesh:
     async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
         """Publish what the ingress network's table says; without one nothing is published.
 
-        A port that somebody else has is tried again by itself.  Raises: SkepError: the rest is not as it should be.
+        A port that another program has is tried again by itself.  Raises: SkepError: the rest is not as it should be.
         """
         self._table = next((table for table in tables.values() if table.head.is_ingress), None)
         await self._follow()
@@ -156,7 +156,7 @@ class Mesh:
     # --- holding --------------------------------------------------------------------------------------------------
 
     async def _hold(self, wanted: Plan) -> Plan:
-        """Hold the ports; gives the plan without those that somebody else has."""
+        """Hold the ports; gives the plan without those that other programs have."""
         assert self._held is not None
         kept, conflicts = [], {}
         for port in wanted.ports:
@@ -171,7 +171,7 @@ class Mesh:
                 except AddressNotHere:
                     pass  # no packet comes to this address
                 except SkepError as error:
-                    if port.protocol != "sctp":  # a kernel without it has nobody who could take the port
+                    if port.protocol != "sctp":  # a kernel without it has no program that could take the port
                         raise
                     log.debug("port not held", port=key, reason=str(error))
             kept.append(port)

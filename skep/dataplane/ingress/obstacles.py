@@ -1,7 +1,7 @@
 """Firewalls of the machine that stop what is led to containers.  Pure.
 
 A packet passes nftables only if every base chain lets it pass: an accept in our table overrides no drop in another's,
-and others' tables are theirs.  So who forbids forwarding has to be told to make an exception, which Docker's
+and others' tables are theirs.  So a firewall that forbids forwarding needs an exception, which Docker's
 iptables rules make by themselves (it writes into the chain that forbids).
 """
 

@@ -1,6 +1,6 @@
 """What a user's bridge network is to be: pure.
 
-Options that would change who reaches whom and that nothing here acts on are refused, so that nobody relies on them.
+Options that would change reachability and that are not implemented are refused, so that no user relies on them.
 
 Source: moby 20.10, libnetwork/network.go, libnetwork/ipam/allocator.go, drivers/bridge/bridge.go (the words).
 """

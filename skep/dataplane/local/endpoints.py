@@ -28,7 +28,7 @@ _SHORT_ID_CHARACTERS = 12
 
 
 class Readers(Protocol):
-    """Whoever reads the tables (``NetClient``)."""
+    """Reads the tables (``NetClient``)."""
 
     async def refresh(self, networks: Iterable[NetworkId] = ()) -> None: ...
 
@@ -39,7 +39,7 @@ class LocalEndpoints:
     Args:
         networks: which there are.
         tables: where the net process reads tables.
-        readers: None where nobody answers for names.
+        readers: None where names are not served.
     """
 
     def __init__(self, networks: LocalNetworks, tables: Path, readers: Readers | None) -> None:
@@ -54,7 +54,7 @@ class LocalEndpoints:
         return find(self._networks.bridges(), word)
 
     async def restore(self, live: Collection[Container]) -> None:
-        """Keep what ``live`` containers hold; tables of networks that nobody is on go."""
+        """Keep what ``live`` containers hold; tables of networks without containers go."""
         for container in live:
             for connected in container.sandbox.endpoints if container.sandbox is not None else ():
                 place = connected.config
@@ -69,21 +69,21 @@ class LocalEndpoints:
             await self._tell(id)
 
     async def take(
-        self, container: Container, network: LocalNetwork, wish: EndpointRequest
+        self, container: Container, network: LocalNetwork, request: EndpointRequest
     ) -> EndpointConfig:
         """An address on ``network``, and its names in force.
 
         Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: no such address; SkepError.
         """
         addresses = self._addresses_of(network)
-        if wish.address:
-            address = addresses.take_wished(_parsed(wish.address), container.id)
+        if request.address:
+            address = addresses.take_requested(_parsed(request.address), container.id)
         else:
             address = addresses.take(container.id)
         place = EndpointConfig(
             head=head_of(network),
             addresses=(f"{address}/{addresses.subnet.prefixlen}",),
-            aliases=wish.aliases,
+            aliases=request.aliases,
         )
         try:
             self._enter(container.id, container.name, place)

@@ -119,9 +119,9 @@ class LocalNetworks:
         return list(self._opened().configurations)
 
     def gateway(self) -> LocalNetwork | None:
-        """The gateway bridge; None: there is none, or the user removed it and nobody needed it since.
+        """The gateway bridge; None: there is none, or the user removed it and no container needed it since.
 
-        Who finds a container on a removed one notes that it is back.
+        With a container on a removed one it is noted as back.
         """
         kept = self._opened()
         if self._gateway is None or self._gateway.subnet is None:
@@ -201,7 +201,7 @@ class LocalNetworks:
         return network
 
     def remove_bridge(self, id: str) -> None:
-        """Forget a bridge network that nobody uses.  Raises: NotFound."""
+        """Forget a bridge network without containers.  Raises: NotFound."""
         kept = self._opened()
         rest = tuple(one for one in kept.bridges if one.id != id)
         if len(rest) == len(kept.bridges):

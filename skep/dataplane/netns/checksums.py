@@ -31,7 +31,7 @@ def set_offloads(device: str, wanted: bool) -> None:
     try:
         _asked(device, _SET, int(wanted))
     except OSError as error:
-        if not wanted or error.errno != errno.EOPNOTSUPP:  # it knows nothing else
+        if not wanted or error.errno != errno.EOPNOTSUPP:  # it can do nothing else
             raise
 
 

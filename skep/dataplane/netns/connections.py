@@ -16,7 +16,7 @@ _LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FF
 
 
 def inbound(tables: Iterable[str]) -> int:
-    """Open TCP connections from elsewhere to ports that somebody listens on.
+    """Open TCP connections from elsewhere to listening ports.
 
     Args:
         tables: the texts of /proc/net/tcp and /proc/net/tcp6 of one namespace.

@@ -22,7 +22,7 @@ _RECEIVE_BYTES = 1 << 18
 _TIMEOUT_S = 5.0
 
 SYSCTLS = {
-    # An idle connection is forgotten by nobody before its ends forget it.
+    # An idle connection is tracked for as long as its ends keep it.
     "net/netfilter/nf_conntrack_tcp_timeout_established": "432000",
     # One end has closed, the other still works on its answer.  The kernel's own are 120 s and 60 s.
     "net/netfilter/nf_conntrack_tcp_timeout_fin_wait": "7200",

@@ -1,4 +1,4 @@
-"""Changes that nobody waits for, done a moment later and several at once.
+"""Changes without a waiting caller, done a moment later and several at once.
 
 A container's end need not wait for the kernel to take away its ports and rules: a deletion there waits until no
 processor looks at what is deleted any more, which takes tens of milliseconds.

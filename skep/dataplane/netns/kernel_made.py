@@ -1,4 +1,4 @@
-"""What the kernel makes by itself of addresses, as wanted state: who takes it away finds it back.  Pure.
+"""What the kernel makes by itself of addresses, as wanted state, so that it is repaired.  Pure.
 
 With an IPv4 address come a route to its network, one to itself and one to the network's broadcast address; with an IPv6
 one a route to its network and one to itself, on a router one to the address of all routers; with IPv6 on an interface
@@ -39,7 +39,7 @@ _ANYCAST_LENGTH_MAX = 126
 
 
 def completed(wanted: State, rules: frozenset[Rule] = frozenset()) -> State:
-    """``wanted`` with what the kernel makes of it; ``rules``: those of a namespace that is nobody else's."""
+    """``wanted`` with what the kernel makes of it; ``rules``: those of a namespace of Skep's own."""
     addresses = wanted.addresses | frozenset(_link_locals(wanted))
     is_router = wanted.sysctls.get("net/ipv6/conf/all/forwarding") == "1"
     routes = {route for address in addresses for route in _routes(address, is_router=is_router)}

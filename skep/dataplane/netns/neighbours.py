@@ -82,7 +82,7 @@ class NeighbourTables:
 
 
 def message_of(refusal: str) -> str:
-    """What an operator is told.  ``refusal``: why the limits could not be raised; empty: they were."""
+    """The condition's text.  ``refusal``: why the limits could not be raised; empty: they were."""
     why = f", which this node could not raise ({refusal})" if refusal else ""
     return (
         "the kernel's table of neighbours overflows, so connections between containers fail at random: "
@@ -121,7 +121,7 @@ def raised(settings: Path = _SETTINGS) -> str:
 
 
 def overflows(counters: Path = _COUNTERS) -> int:
-    """How often an entry found no place since boot.  Raises: OSError: nobody counts here."""
+    """How often an entry found no place since boot.  Raises: OSError: this kernel does not count them."""
     total = 0
     for table in _TABLES.values():
         path = counters / table

@@ -134,7 +134,7 @@ def opened(protocol: int, timeout_s: float) -> socket.socket:
 
 
 def listening(family: int, groups: Iterable[int]) -> socket.socket:
-    """A socket that gets what the kernel tells of the ``groups`` (numbers, not masks); does not block."""
+    """A socket with the kernel's notifications of the ``groups`` (numbers, not masks); does not block."""
     heard = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, family
     )

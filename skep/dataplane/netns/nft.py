@@ -41,7 +41,7 @@ _LOOKS_UP_INTERFACES = re.compile(r"\b[io]if\b|\blist (?!set\b)")
 
 
 class Turns:
-    """Many may share the turn, or one has it alone; who waits for that goes before new ones that would share."""
+    """Many may share the turn, or one has it alone; a call that waits for that goes before later sharing ones."""
 
     def __init__(self) -> None:
         self._changed = Condition()

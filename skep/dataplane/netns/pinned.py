@@ -10,14 +10,14 @@ from skep.dataplane.plan.overlay import OVERLAY_SYSCTLS
 
 
 async def make_where_missing(
-    pins: Namespaces, name: str, reconciler: NetnsReconciler, healing: Healer
+    pins: Namespaces, name: str, reconciler: NetnsReconciler, healer: Healer
 ) -> None:
     """Have the namespace of ``reconciler`` at ``name``; nothing is known of one made anew.  Raises: OSError."""
     if not os.path.ismount(pins.path(name)):
         await pins.destroy(name)
         await pins.create(name, OVERLAY_SYSCTLS)
         reconciler.reset()
-        healing.forget(reconciler)
+        healer.forget(reconciler)
 
 
 async def remove(pins: Namespaces, name: str) -> None:

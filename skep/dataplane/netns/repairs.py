@@ -1,4 +1,4 @@
-"""What was found changed by others and was put right, for metrics."""
+"""What other programs had changed and was repaired, for metrics."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ class Repairs:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self.comparisons = 0
-        """Of a namespace with its wish, whatever came of it."""
+        """Of a namespace with its wanted state, repaired or not."""
 
     @property
     def counts(self) -> Mapping[str, int]:

@@ -1,6 +1,6 @@
 """Carries operations out in one network namespace.
 
-What is there already is as good as added, and what is gone as good as removed: two who do the same do no harm.
+Adding what is there already and removing what is gone are no errors: two writers of the same do no harm.
 """
 
 import asyncio
@@ -179,11 +179,11 @@ class _Changes:
                     # Nothing is tolerated: a name that is taken on either side is another device.
                     await self._route.link("add", peer=far, **options)
             case _:
-                raise KernelRefused(f"nobody says where the other end of {link.name} is")
+                raise KernelRefused(f"the other end of {link.name} is not known")
         await self._set(link)
 
     async def _add_vxlan(self, link: Link, options: dict[str, Any]) -> None:
-        assert link.vxlan is not None, "a wish for a VXLAN says which"
+        assert link.vxlan is not None, "a wanted VXLAN has its parameters"
         local = "vxlan_local6" if ":" in link.vxlan.local else "vxlan_local"
         options |= {
             "vxlan_id": link.vxlan.vni,

@@ -49,7 +49,7 @@ class Backend(msgspec.Struct, frozen=True, order=True):
 
 
 class MeshPort(msgspec.Struct, frozen=True, kw_only=True):
-    """A published port and who serves it, by address family, in the order of task ids."""
+    """A published port and its backends, by address family, in the order of task ids."""
 
     protocol: str
     published: int

@@ -3,7 +3,7 @@
 An overlay network has one bridge on a node, whatever number of subnets it has, and one VXLAN device for each subnet's
 VXLAN id; those of an encrypted network send from the namespace of the WireGuard tunnels (``skep.dataplane.wireguard``).
 Everything is known beforehand: where a frame for an address goes (``FORWARD``, ``PORT``) and what a
-container that asks for an address is answered (``NEIGHBOUR``), so nothing is flooded and nothing learned; who is in no
+container that asks for an address is answered (``NEIGHBOUR``), so nothing is flooded and nothing learned; what is in no
 table cannot be reached.  An endpoint is on the device of the subnet that its first address is in.  All subnets of a
 network are on the link of each of its containers, so that frames between them need no router.
 """
@@ -43,7 +43,7 @@ OVERLAY_SYSCTLS = {
     "net/bridge/bridge-nf-call-ip6tables": "0",
     "net/bridge/bridge-nf-call-arptables": "0",
 }
-"""Of a network's namespace.  Bridged frames are nobody's routed traffic: no chain of the kernel's may see them."""
+"""Of a network's namespace.  Bridged frames are not routed traffic: no chain of the kernel's may see them."""
 INGRESS_SYSCTLS = {
     # A client on the node may use 127.0.0.1; nothing from outside gets there (chain ``raw`` of the mesh).
     f"net/ipv4/conf/{INGRESS_BRIDGE}/route_localnet": "1",
@@ -77,7 +77,7 @@ UNKNOWN_TUNNEL = Underlay("::", tunnel_mtu(USUAL_MTU, is_ipv6=False))
 
 
 def mtu_of(head: NetworkHead, underlay: Underlay | None) -> int:
-    """MTU of a network's interfaces: as wished, else what the underlay leaves.
+    """MTU of a network's interfaces: as configured, else what the underlay leaves.
 
     One with IPv6 has what IPv6 needs at least (RFC 8200, section 5): with less the kernel takes the addresses away.
     """
@@ -294,7 +294,7 @@ def _one_device_each(
 ) -> frozenset[Entry]:
     """All entries, with one device for each MAC.
 
-    What the table gives to another node is there: a container that has not heard yet that it is to end may still hold
+    What the table gives to another node is there: a container that is about to end may still hold
     the address here.  Of two containers here the later one has it.
     """
     endpoints = table.endpoints.values() if table is not None else ()

@@ -1,4 +1,4 @@
-"""Who may send what: rules against containers and machines that pretend to be others.  Data only.
+"""Filters against packets with others' addresses, from containers and from other machines.  Data only.
 
 A container may send from its own MAC address and its own addresses: what its port takes in is compared with what the
 control plane gave it, the answers to ARP and IPv6 neighbour questions included.  What comes over VXLAN was compared
@@ -78,7 +78,7 @@ def spoofing_filter(owners: Iterable[Owner]) -> NftTable:
                 "ether type arp iifname . arp saddr ether != @macs drop",
                 "ether type arp iifname . arp saddr ip != @addresses4 drop",
                 "ether type ip drop",
-                # Before it has an address, a host asks whether somebody else does.
+                # Before it has an address, a host asks whether another one does.
                 "ether type ip6 ip6 saddr :: icmpv6 type nd-neighbor-solicit accept",
                 "ether type ip6 iifname . ip6 saddr != @addresses6 drop",
                 "icmpv6 type { nd-router-advert, nd-redirect } drop",
@@ -107,14 +107,14 @@ def vxlan_filter(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: It
     return _vxlan_filter(ports, bridges, elements)
 
 
-def probe_filter(wish: ProbeTargets, bridges: Iterable[str]) -> NftTable:
-    """The same of the probes' VXLAN: it is taken from the peers of ``wish`` only."""
+def probe_filter(targets: ProbeTargets, bridges: Iterable[str]) -> NftTable:
+    """The same of the probes' VXLAN: it is taken from the peers of ``targets`` only."""
     elements: set[Element] = {("vnis", str(PROBE_VNI))}
-    for peer in wish.peers:
+    for peer in targets.peers:
         if peer.data_path:
             name = "peers6" if ":" in peer.data_path else "peers4"
             elements.add((name, f"{plain_address(peer.data_path)} . {PROBE_VNI}"))
-    return _vxlan_filter({wish.node.vxlan_port}, bridges, elements)
+    return _vxlan_filter({targets.node.vxlan_port}, bridges, elements)
 
 
 def tunnel_sources(sources: Iterable[tuple[str, int]], port: int) -> NftTable:

@@ -41,22 +41,22 @@ def overhead(underlay: str) -> int:
     return OVERHEAD_V6 if ":" in underlay else OVERHEAD_V4
 
 
-def reached(wish: ProbeTargets) -> Mapping[str, PathPeer]:
+def reached(targets: ProbeTargets) -> Mapping[str, PathPeer]:
     """Peers that are probed by VXLAN, by probe address: those on an underlay of the same kind, one at each address."""
-    own, is_v6 = address_of(wish.node.node_id), ":" in wish.node.data_path
+    own, is_v6 = address_of(targets.node.node_id), ":" in targets.node.data_path
     found: dict[str, PathPeer] = {}
-    for peer in sorted(wish.peers, key=lambda one: one.node_id):
+    for peer in sorted(targets.peers, key=lambda one: one.node_id):
         address = address_of(peer.node_id)
-        if wish.node.data_path and peer.data_path and (":" in peer.data_path) == is_v6 and address != own:
+        if targets.node.data_path and peer.data_path and (":" in peer.data_path) == is_v6 and address != own:
             found.setdefault(address, peer)
     return found
 
 
-def probe_state(wish: ProbeTargets, underlay: Underlay, *, offloads: bool | None) -> State:
+def probe_state(targets: ProbeTargets, underlay: Underlay, *, offloads: bool | None) -> State:
     """The namespace.  ``offloads``: of its device; None: as it is."""
-    own = address_of(wish.node.node_id)
+    own = address_of(targets.node.node_id)
     entries = set()
-    for address, peer in reached(wish).items():
+    for address, peer in reached(targets).items():
         mac = mac_of(IPv4Address(address))
         entries.add(Entry(EntryKind.FORWARD, DEVICE, mac, plain_address(peer.data_path)))
         entries.add(Entry(EntryKind.NEIGHBOUR, DEVICE, mac, address))
@@ -69,7 +69,7 @@ def probe_state(wish: ProbeTargets, underlay: Underlay, *, offloads: bool | None
                 mac=mac_of(IPv4Address(own)),
                 vxlan=Vxlan(
                     vni=PROBE_VNI,
-                    port=wish.node.vxlan_port,
+                    port=targets.node.vxlan_port,
                     local=plain_address(underlay.address),
                     is_whole=True,
                 ),
@@ -83,14 +83,14 @@ def probe_state(wish: ProbeTargets, underlay: Underlay, *, offloads: bool | None
 
 
 PEERS_MAX = 512
-"""A node asks no more, whatever it is told."""
+"""A node probes no more peers."""
 _PORT_MAX = (1 << 16) - 1
 
 
-def sound(wish: ProbeTargets) -> ProbeTargets:
-    """``wish`` without addresses that are none, without the node itself, each peer once, no more than ``PEERS_MAX``."""
-    peers = {peer.node_id: _sound(peer) for peer in wish.peers if peer.node_id != wish.node.node_id}
-    return ProbeTargets(node=_sound(wish.node), peers=tuple(peers.values())[:PEERS_MAX])
+def sound(targets: ProbeTargets) -> ProbeTargets:
+    """``targets`` without invalid addresses and the node itself, each peer once, no more than ``PEERS_MAX``."""
+    peers = {peer.node_id: _sound(peer) for peer in targets.peers if peer.node_id != targets.node.node_id}
+    return ProbeTargets(node=_sound(targets.node), peers=tuple(peers.values())[:PEERS_MAX])
 
 
 def host_and_port(text: str) -> tuple[str, int]:

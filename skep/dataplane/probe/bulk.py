@@ -58,7 +58,7 @@ class Sink(asyncio.Protocol):
             transport.abort()
             return
         self._connections.add(self)
-        # Who sends gives up first, and knows why.
+        # The sender gives up first, with the reason.
         deadline_s = 2 * (SECONDS_MAX + DEADLINE_S)
         self._deadline = asyncio.get_running_loop().call_later(deadline_s, transport.abort)
 

@@ -41,24 +41,24 @@ class DataPath:
     """The data path of one node.  ``numbers``: random, of 64 bits."""
 
     def __init__(
-        self, place: ProbeNamespace, namespaces: Namespaces, clock: Clock, numbers: Callable[[], int]
+        self, namespace: ProbeNamespace, namespaces: Namespaces, clock: Clock, numbers: Callable[[], int]
     ) -> None:
-        self._place = place
+        self._namespace = namespace
         self._namespaces = namespaces
-        self._echoes = ProbeSocket(clock, self.said, numbers)
+        self._probe_socket = ProbeSocket(clock, self.said, numbers)
         self._clock = clock
-        self._wish: ProbeTargets | None = None
+        self._targets: ProbeTargets | None = None
         self._underlay: Underlay | None = None
         self._reached: dict[NodeId, str] = {}
         self._sockets: Sockets | None = None
         self._sockets_of: tuple[str, int] | None = None
         self._server: asyncio.Server | None = None
         self._connections: set[Sink] = set()
-        self._placing = asyncio.Lock()
+        self._applying = asyncio.Lock()
         self._trying = asyncio.Lock()
         self._left_to_card: bool | None = None
         self._carries: set[NodeId] = set()
-        self.trouble = ""
+        self.failure = ""
         """Why nobody can be asked at present; empty: nothing is wrong."""
         self.measured = Measured()
         self.offload = Offload()
@@ -76,45 +76,45 @@ class DataPath:
 
     # --- place ------------------------------------------------------------------------------------------------
 
-    async def settle(self, wish: ProbeTargets | None) -> str:
-        """Be able to ask those of ``wish``, and answer them; what keeps this node from it, empty: nothing."""
-        async with self._placing:
-            self._wish = wish
+    async def settle(self, targets: ProbeTargets | None) -> str:
+        """Be able to ask those of ``targets``, and answer them; what keeps this node from it, empty: nothing."""
+        async with self._applying:
+            self._targets = targets
             self._forget_others()
             try:
-                if wish is None or not wish.node.data_path:
+                if targets is None or not targets.node.data_path:
                     self.close()
                     self._underlay = None
-                    await self._place.remove()
+                    await self._namespace.remove()
                 else:
-                    await self._settle(wish)
+                    await self._settle(targets)
             except (SkepError, OSError) as error:
-                self.trouble = str(error)
+                self.failure = str(error)
             else:
-                self.trouble = ""
-            return self.trouble
+                self.failure = ""
+            return self.failure
 
-    async def _settle(self, wish: ProbeTargets) -> None:
-        self._underlay = await self._place.settle(wish, left_to_card=self._left_to_card)
+    async def _settle(self, targets: ProbeTargets) -> None:
+        self._underlay = await self._namespace.settle(targets, left_to_card=self._left_to_card)
         if self._left_to_card is None:
             # What an earlier process found out is seen at the device; a new one leaves checksums to the card.
-            self._left_to_card = await self._place.is_left_to_card()
+            self._left_to_card = await self._namespace.is_left_to_card()
             self.offload = Offload(is_off=not self._left_to_card)
-        address = address_of(wish.node.node_id)
-        if self._sockets_of != (address, self._place.identity()):
+        address = address_of(targets.node.node_id)
+        if self._sockets_of != (address, self._namespace.identity()):
             self.close()
-            self._sockets = await self._place.sockets(address)
-            self._echoes.use(self._sockets)
+            self._sockets = await self._namespace.sockets(address)
+            self._probe_socket.use(self._sockets)
             self._server = await asyncio.get_running_loop().create_server(
-                lambda: Sink(self._echoes.knows, self._connections), sock=self._sockets.listening
+                lambda: Sink(self._probe_socket.knows, self._connections), sock=self._sockets.listening
             )
-            self._sockets_of = (address, self._place.identity())
-        found = reached(wish)
+            self._sockets_of = (address, self._namespace.identity())
+        found = reached(targets)
         self._reached = {peer.node_id: address for address, peer in found.items()}
-        self._echoes.know(found.keys())
+        self._probe_socket.know(found.keys())
 
     def _forget_others(self) -> None:
-        peers = {peer.node_id for peer in self._wish.peers} if self._wish is not None else set()
+        peers = {peer.node_id for peer in self._targets.peers} if self._targets is not None else set()
         self.measured = Measured(
             {id: mtu for id, mtu in self.measured.own.items() if id in peers},
             {id: said for id, said in self.measured.said.items() if id in peers},
@@ -124,7 +124,7 @@ class DataPath:
 
     def close(self) -> None:
         """Ask and answer no more; the device stays."""
-        self._echoes.rest()
+        self._probe_socket.rest()
         for one in tuple(self._connections):
             one.abort()
         if self._server is not None:
@@ -138,15 +138,15 @@ class DataPath:
     async def findings(self, peer: PathPeer, *, is_thorough: bool) -> Sequence[PathFinding]:
         """What arrives at ``peer``; empty: it is not reached by VXLAN, or not told of yet."""
         address, underlay = self._reached.get(peer.node_id), self._underlay
-        if self.trouble and peer.data_path:
-            nothing = Outcome(sent=1, answered=0, error=self.trouble)
+        if self.failure and peer.data_path:
+            nothing = Outcome(sent=1, answered=0, error=self.failure)
             return (overlay_finding(peer, nothing, is_heard=False),)
         if address is None or underlay is None:
             return ()
         tries = THOROUGH_TRIES if is_thorough else SMALL_TRIES
-        small = await self._echoes.ask(address, tries=tries, enough=tries)
+        small = await self._probe_socket.ask(address, tries=tries, enough=tries)
         found = [
-            overlay_finding(peer, small, is_heard=self._echoes.heard_within(address, HEARD_S)),
+            overlay_finding(peer, small, is_heard=self._probe_socket.heard_within(address, HEARD_S)),
         ]
         if not small.arrived:
             self._carries.discard(peer.node_id)
@@ -191,7 +191,8 @@ class DataPath:
         around = overhead(underlay.address) + IP_UDP_BYTES
         async with asyncio.TaskGroup() as group:
             asking = {
-                size: group.create_task(self._echoes.ask(address, size=size - around)) for size in wanted
+                size: group.create_task(self._probe_socket.ask(address, size=size - around))
+                for size in wanted
             }
         return {size for size, task in asking.items() if task.result().arrived}
 
@@ -210,7 +211,7 @@ class DataPath:
         return outcome
 
     async def _ask_checked(self, peer: PathPeer, address: str, tries: int) -> Outcome:
-        outcome = await self._echoes.ask(address, tries=tries, has_checksum=True)
+        outcome = await self._probe_socket.ask(address, tries=tries, has_checksum=True)
         if outcome.arrived and peer.node_id not in self._carries:
             carried = await self._carried(peer, address, CHECK_BYTES)
             if carried.is_lost:
@@ -220,14 +221,14 @@ class DataPath:
         return outcome
 
     async def _carried(self, peer: PathPeer, address: str, most: int) -> Carried:
-        wish, underlay = self._wish, self._underlay
+        targets, underlay = self._targets, self._underlay
         mtu = self.measured.own.get(peer.node_id, 0)
-        if wish is None or underlay is None or not mtu:
+        if targets is None or underlay is None or not mtu:
             return Carried()
-        own = address_of(wish.node.node_id)
+        own = address_of(targets.node.node_id)
         try:
             opened = await self._namespaces.run(
-                self._place.path, connecting, own, mtu - overhead(underlay.address)
+                self._namespace.path, connecting, own, mtu - overhead(underlay.address)
             )
         except OSError as error:
             log.warning("no connection inside VXLAN", peer=peer.node_id, reason=str(error))
@@ -260,7 +261,7 @@ class DataPath:
             )
 
     async def _leave_to_card(self, wanted: bool) -> None:
-        async with self._placing:
+        async with self._applying:
             self._left_to_card = wanted
-            if self._wish is not None and self._wish.node.data_path:
-                await self._settle(self._wish)
+            if self._targets is not None and self._targets.node.data_path:
+                await self._settle(self._targets)

@@ -10,23 +10,23 @@ from skep.model.paths import PathPeer, PathReport, ProbeTargets
 class PathProbes(Protocol):
     """Probes of one node (``paths.Paths``)."""
 
-    def wish(self, wish: ProbeTargets | None) -> None:
-        """Probe these from now on, new ones at once; the latest wish wins.  None: nobody, and leave nothing."""
+    def set_targets(self, targets: ProbeTargets | None) -> None:
+        """Probe these from now on, new ones at once; the latest targets wins.  None: none, and leave nothing."""
 
     @property
     def reports(self) -> Mapping[NodeId, PathReport]:
-        """The latest of each peer that was probed; for who begins to listen."""
+        """The latest of each peer that was probed; for a new listener."""
 
     async def next_reports(self) -> tuple[PathReport, ...]:
         """Wait until verdicts changed or settled, or an MTU is another; the latest of each peer concerned.
 
-        For one listener.  Who is slow misses what was overtaken, and nothing else.
+        For one listener.  A slow one misses what was replaced meanwhile, and nothing else.
         """
 
     async def examine(self, peers: Iterable[PathPeer], *, throughput: bool = False) -> tuple[PathReport, ...]:
-        """Probe these now, at most 15 s; for that time they are known, as if they were wished.
+        """Probe these now, at most 15 s; for that time they are known, as if they were targets.
 
-        Who took longer is not in the answer.  ``throughput``: measured, too, one peer after the other, each with at
+        Peers that took longer are left out.  ``throughput``: measured, too, one peer after the other, each with at
         most 32 MiB and 1 s.
         """
 

@@ -1,6 +1,6 @@
 """Which packets to try to find the largest that arrives in one piece, and what overlays make of it.  Pure.
 
-A router between two nodes may carry less than their devices say, and often tells nobody: packets of full size
+A router between two nodes may carry less than their devices say, and often sends no error: packets of full size
 vanish, and connections hang after their first small packets.  So it is tried.  Sizes are those of the underlay's
 packets, IP header included.
 """
@@ -66,10 +66,10 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 def path_mtu(measured: Measured, nodes: Collection[NodeId], node: NodeId, device_mtu: int) -> int:
-    """The largest packet that arrives between any two of ``nodes``, as far as ``node``, one of them, knows.
+    """The largest packet that arrives between any two of ``nodes``, as far as ``node``, one of them, can tell.
 
-    All of a network's nodes come to the same: each knows what it measured itself, and hears from the others what they
-    measured and who is behind less.  What nobody measured is taken to be as large as devices say.
+    All of a network's nodes come to the same: each has what it measured itself, and receives from the others what they
+    measured and which nodes are behind less.  What was not measured is taken to be as large as devices say.
     """
     numbers = {number_of(id) for id in nodes}
     found = [device_mtu]

@@ -34,12 +34,12 @@ class ProbeNamespace:
         pins: Namespaces,
         home: NetnsReconciler,
         repairs: Repairs,
-        healing: Healer,
+        healer: Healer,
         bridges: Iterable[str],
     ) -> None:
         self._pins = pins
         self._home = home
-        self._healing = healing
+        self._healer = healer
         self._bridges = tuple(bridges)
         self._reconciler = NetnsReconciler("probes", self.path, pins, repairs, EXCLUSIVE)
 
@@ -47,26 +47,26 @@ class ProbeNamespace:
     def path(self) -> Path:
         return self._pins.path(_NAME)
 
-    async def settle(self, wish: ProbeTargets, *, left_to_card: bool | None) -> Underlay:
-        """Bring ``wish`` about; what its probes leave from.
+    async def settle(self, targets: ProbeTargets, *, left_to_card: bool | None) -> Underlay:
+        """Bring ``targets`` about; what its probes leave from.
 
         ``left_to_card``: checksums of what the device sends; None: as it is.  Raises: KernelRefused, NftFailed,
         OSError.
         """
-        own = wish.node.data_path
+        own = targets.node.data_path
         found = await self._pins.run(self._pins.home, underlays.find, {own})
         underlay = found.get(own, Underlay(own))
-        self._home.set_part(_PART, State(), probe_filter(wish, self._bridges))
+        self._home.set_part(_PART, State(), probe_filter(targets, self._bridges))
         await self._home.apply()
-        await pinned.make_where_missing(self._pins, _NAME, self._reconciler, self._healing)
-        self._reconciler.set_part(_PART, probe_state(wish, underlay, offloads=left_to_card))
+        await pinned.make_where_missing(self._pins, _NAME, self._reconciler, self._healer)
+        self._reconciler.set_part(_PART, probe_state(targets, underlay, offloads=left_to_card))
         await self._reconciler.apply()
-        await self._healing.watch(self._reconciler)
+        await self._healer.watch(self._reconciler)
         return underlay
 
     async def remove(self) -> None:
         """Leave nothing; harmless when nothing is there.  Raises: KernelRefused, NftFailed, OSError."""
-        self._healing.forget(self._reconciler)
+        self._healer.forget(self._reconciler)
         if self._home.has_part(_PART):
             self._home.remove_part(_PART)
             await self._home.apply()

@@ -1,8 +1,8 @@
 """What nodes ask each other inside the probes' VXLAN, as bytes of UDP datagrams.  Pure.
 
-A question is as long as the packet whose way it tries; its answer is never longer than the shortest question, so nobody
-is flooded with answers that a third one asked for.  An answer says what its sender has measured itself: the MTU of
-its device, and to whom less than that arrives.
+A question is as long as the packet whose way it tries; its answer is never longer than the shortest question, so
+no node is flooded with answers that a third one asked for.  An answer has what its sender has measured itself: the
+MTU of its device, and the nodes at which less than that arrives.
 
 Layout, big-endian::
 

@@ -52,14 +52,14 @@ class PortProbe:
         """An ICMPv6 echo of the peer's address in the tunnels, whose namespace this is; its kernel answers."""
         return await self._tried(partial(self._echo, namespace, address))
 
-    async def _tried(self, knock: Callable[[], Awaitable[str]]) -> Outcome:
-        """Up to ``TRIES`` times until it succeeds; ``knock`` gives what is wrong, empty: nothing."""
+    async def _tried(self, probe: Callable[[], Awaitable[str]]) -> Outcome:
+        """Up to ``TRIES`` times until it succeeds; ``probe`` gives what is wrong, empty: nothing."""
         error = ""
         for attempt in range(TRIES):
             began = self._clock.monotonic()
             try:
                 async with asyncio.timeout(TRY_S):
-                    error = await knock()
+                    error = await probe()
             except TimeoutError:
                 error = "no answer"
             except OSError as refused:
@@ -113,7 +113,7 @@ class PortProbe:
 
 
 def client_hello() -> bytes:
-    """The first bytes of a TLS client that trusts anybody: nothing is told, and nothing believed."""
+    """The first bytes of a TLS client that verifies nothing: nothing is sent over the connection."""
     outgoing = ssl.MemoryBIO()
     connection = _context().wrap_bio(ssl.MemoryBIO(), outgoing)
     try:
@@ -148,32 +148,32 @@ class TunnelAddresses(Protocol):
 class PortChecks:
     """A manager's ports, a docker node's gossip, the tunnel of encrypted networks: those that the peer has."""
 
-    def __init__(self, knocking: PortProbe, tunnels: TunnelAddresses) -> None:
-        self._knocking = knocking
+    def __init__(self, port_probe: PortProbe, tunnels: TunnelAddresses) -> None:
+        self._port_probe = port_probe
         self._tunnels = tunnels
 
-    async def findings(self, wish: ProbeTargets | None, peer: PathPeer) -> Sequence[PathFinding]:
+    async def findings(self, targets: ProbeTargets | None, peer: PathPeer) -> Sequence[PathFinding]:
         """One after the other: most peers have one at most."""
         found = []
         if peer.control:
             address, port = host_and_port(peer.control)
-            outcome = await self._knocking.hello(address, port)
+            outcome = await self._port_probe.hello(address, port)
             found.append(port_finding(PathCheck.CONTROL, peer, address, port, outcome, protocol="tcp"))
         if peer.etcd:
             # No hello: what etcd says of a connection alone is left out of the log (``store.etcd.output``).
             address, port = host_and_port(peer.etcd)
-            outcome = await self._knocking.connect(address, port)
+            outcome = await self._port_probe.connect(address, port)
             found.append(port_finding(PathCheck.ETCD, peer, address, port, outcome, protocol="tcp"))
         if peer.gossip:
             address, port = host_and_port(peer.gossip)
-            outcome = await self._knocking.connect(address, port)
+            outcome = await self._port_probe.connect(address, port)
             found.append(port_finding(PathCheck.GOSSIP, peer, address, port, outcome, protocol="tcp"))
-        if peer.encrypted and peer.data_path and wish is not None and wish.node.data_path:
+        if peer.encrypted and peer.data_path and targets is not None and targets.node.data_path:
             address, port = (
                 peer.data_path,
                 self._tunnels.port_of(peer.node_id) or peer.vxlan_port + PORT_OFFSET,
             )
             inner = self._tunnels.address_of(peer.node_id)
-            outcome = await self._knocking.tunnel(self._tunnels.namespace, inner) if inner else NO_KEY
+            outcome = await self._port_probe.tunnel(self._tunnels.namespace, inner) if inner else NO_KEY
             found.append(port_finding(PathCheck.ENCRYPTED, peer, address, port, outcome, protocol="udp"))
         return found

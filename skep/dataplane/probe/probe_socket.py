@@ -82,7 +82,7 @@ class _Row:
 
 
 class ProbeSocket:
-    """Asks, and answers who may ask.
+    """Sends probes, and answers those of known peers.
 
     Args:
         says: what answers say.
@@ -115,7 +115,7 @@ class ProbeSocket:
             self._sockets = None
 
     def know(self, addresses: Collection[str]) -> None:
-        """Answer these, and nobody else."""
+        """Answer these, and no others."""
         now = self._clock.monotonic()
         self._known = {
             one: self._known.get(one) or TokenBucket(_ANSWERS_AT_ONCE, _ANSWERS_PER_S, now)
@@ -174,7 +174,7 @@ class ProbeSocket:
         for _ in range(_DATAGRAMS_PER_TURN):
             try:
                 datagram, (sender, _) = source.recvfrom(_DATAGRAM_BYTES_MAX)
-            except OSError:  # nothing waits, or the kernel tells of a question that was refused
+            except OSError:  # nothing waits, or a probe was refused
                 return
             found = answered(datagram)
             if found is None:
@@ -198,5 +198,5 @@ class ProbeSocket:
             self._heard_at[sender] = now
             try:
                 source.sendto(answer(number, self._says()), (sender, port))
-            except OSError:  # who does not get it asks again
+            except OSError:  # the peer probes again
                 continue

@@ -1,6 +1,6 @@
-"""The probes of one node: who is asked when, what is known of each way, and what follows from it.
+"""The probes of one node: when each peer is probed, what is known of the path to it, and what follows.
 
-Each peer has a task, which asks it every ten seconds, at once when it is new.  What was measured is told in three
+Each peer has a task, which asks it every ten seconds, at once when it is new.  What was measured goes in three
 directions: to the managers (reports), to the other nodes (in answers), and to this node's overlays (their MTU, and
 whether they leave checksums to the network card).
 """
@@ -78,8 +78,8 @@ class PathProber:
         self._remeasured = remeasured
         self._clock = clock
         self._rng = rng
-        self._wish: ProbeTargets | None = None
-        self._is_told = False
+        self._targets: ProbeTargets | None = None
+        self._has_targets = False
         self._changed = asyncio.Event()
         self._tasks: dict[NodeId, tuple[PathPeer, asyncio.Task[None]]] = {}
         self._guests: dict[NodeId, tuple[PathPeer, float]] = {}
@@ -92,9 +92,9 @@ class PathProber:
 
     # --- asked by the agent -----------------------------------------------------------------------------------
 
-    def wish(self, wish: ProbeTargets | None) -> None:
-        """Probe these from now on, new ones at once; the latest wish wins.  None: nobody, and leave nothing."""
-        self._wish, self._is_told = sound(wish) if wish is not None else None, True
+    def set_targets(self, targets: ProbeTargets | None) -> None:
+        """Probe these from now on, new ones at once; the latest targets wins.  None: nobody, and leave nothing."""
+        self._targets, self._has_targets = sound(targets) if targets is not None else None, True
         self._changed.set()
 
     @property
@@ -103,7 +103,7 @@ class PathProber:
         return dict(self._reports)
 
     def latest(self) -> Mapping[NodeId, PathReport]:
-        """``reports``, for who asks again and again."""
+        """``reports``, as a call."""
         return self.reports
 
     async def next_reports(self) -> tuple[PathReport, ...]:
@@ -115,9 +115,9 @@ class PathProber:
 
     async def examine(self, peers: Iterable[PathPeer], *, throughput: bool = False) -> tuple[PathReport, ...]:
         """Probe these now; those that took longer than ``EXAMINATION_S`` are not in the answer."""
-        if self._wish is None:
+        if self._targets is None:
             return ()
-        asked = ProbeTargets(node=self._wish.node, peers=tuple(peers))
+        asked = ProbeTargets(node=self._targets.node, peers=tuple(peers))
         chosen = {peer.node_id: peer for peer in sound(asked).peers}
         until = self._clock.monotonic() + _GUEST_S
         self._guests |= {id: (peer, until) for id, peer in chosen.items()}
@@ -151,11 +151,11 @@ class PathProber:
     # --- keeping ----------------------------------------------------------------------------------------------
 
     async def restore(self) -> None:
-        """Go on where an earlier process of this node ended, unless it was told otherwise already."""
+        """Go on where an earlier process of this node ended, unless it has targets already."""
         self._kept = await asyncio.to_thread(load, self._file)
-        if self._kept is not None and not self._is_told:
+        if self._kept is not None and not self._has_targets:
             self._data_path.measured = self._kept.measured
-            self.wish(self._kept.wish)
+            self.set_targets(self._kept.wish)
 
     async def run(self) -> None:
         """Probe until cancelled; what is in the kernel then stays for the next process."""
@@ -164,11 +164,11 @@ class PathProber:
                 keep = partial(retry, clock=self._clock, rng=self._rng)
                 keeping = keep(self._keep_overlays, "overlays do not follow what was measured")
                 group.create_task(keeping, name="measured overlays")
-                await keep(partial(self._keep_place, group), "probes have failed")
+                await keep(partial(self._keep_namespace, group), "probes have failed")
         finally:
             self._data_path.close()
 
-    async def _keep_place(self, group: asyncio.TaskGroup) -> None:
+    async def _keep_namespace(self, group: asyncio.TaskGroup) -> None:
         backoff = Backoff(0.2, _RETRY_S_MAX, rng=self._rng)
         while True:
             self._changed.clear()
@@ -185,36 +185,36 @@ class PathProber:
                 await backoff.sleep(self._clock)
 
     async def _keep(self) -> None:
-        if not self._is_told:
+        if not self._has_targets:
             return
         async with self._keeping:
-            kept = Kept(self._wish, self._data_path.measured) if self._wish is not None else None
+            kept = Kept(self._targets, self._data_path.measured) if self._targets is not None else None
             try:
                 if kept != self._kept or kept is None:
                     await asyncio.to_thread(save, self._file, kept)
                     self._kept = kept
             except OSError as error:
-                log.warning("what was measured of paths is not kept", reason=str(error))
+                log.warning("measurements not kept", reason=str(error))
 
     async def _settle(self) -> bool:
-        if not self._is_told:
+        if not self._has_targets:
             return True
-        wish = self._wish
-        if wish is not None:
-            known = {peer.node_id for peer in wish.peers} | {wish.node.node_id}
+        targets = self._targets
+        if targets is not None:
+            known = {peer.node_id for peer in targets.peers} | {targets.node.node_id}
             guests = [peer for id, (peer, _) in sorted(self._guests.items()) if id not in known]
-            wish = msgspec.structs.replace(wish, peers=(*wish.peers, *guests)[: 2 * PEERS_MAX])
-        before = self._data_path.trouble
-        trouble = await self._data_path.settle(wish)
-        if trouble and trouble != before:
-            log.warning("no way to probe the data path, trying again", reason=trouble)
-        if trouble:
+            targets = msgspec.structs.replace(targets, peers=(*targets.peers, *guests)[: 2 * PEERS_MAX])
+        before = self._data_path.failure
+        failure = await self._data_path.settle(targets)
+        if failure and failure != before:
+            log.warning("data path cannot be probed, trying again", reason=failure)
+        if failure:
             return False
         self._follow()
         return True
 
     def _keep_peers(self, group: asyncio.TaskGroup) -> None:
-        wanted = {peer.node_id: peer for peer in self._wish.peers} if self._wish is not None else {}
+        wanted = {peer.node_id: peer for peer in self._targets.peers} if self._targets is not None else {}
         for id, (peer, task) in tuple(self._tasks.items()):
             if wanted.get(id) != peer or task.done():
                 task.cancel()
@@ -250,7 +250,7 @@ class PathProber:
     async def _round(self, peer: PathPeer, before: PathReport | None, *, is_thorough: bool) -> PathReport:
         async with asyncio.TaskGroup() as group:
             inside = group.create_task(self._data_path.findings(peer, is_thorough=is_thorough))
-            outside = group.create_task(self._ports.findings(self._wish, peer))
+            outside = group.create_task(self._ports.findings(self._targets, peer))
         self._follow()
         mtu = self._data_path.measured.own.get(peer.node_id, 0)
         return reported(peer, (*outside.result(), *inside.result()), mtu, before)
@@ -281,6 +281,6 @@ class PathProber:
 
 
 def _say(peer: PathPeer, report: PathReport) -> None:
-    """To this node's log, once nobody can take it for chance."""
+    """To this node's log, once it is settled."""
     for one in report.failing if report.is_settled else ():
         log.warning("path fails", peer=peer.hostname, check=one.check.value, port=one.port, why=one.detail)

@@ -1,6 +1,6 @@
 """What the next process of this node begins with: on tmpfs, since a reboot may bring another network card.
 
-Without it a node that starts anew, perhaps while no manager answers, would answer nobody's probes, and give its
+Without it a node that starts anew, perhaps while no manager answers, would answer no probes, and give its
 overlays the MTU of its devices until all was measured again.
 """
 
@@ -17,14 +17,14 @@ log = structlog.get_logger()
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """The last wish, and what was measured of it."""
+    """The last targets, and what was measured of them.  ``wish``: as the file names them."""
 
     wish: ProbeTargets
     measured: Measured
 
 
 def load(file: Path) -> Kept | None:
-    """None: nothing is kept; what cannot be read is told and counts as nothing."""
+    """None: nothing is kept; what cannot be read is logged and counts as nothing."""
     try:
         return msgspec.msgpack.decode(file.read_bytes(), type=Kept)
     except FileNotFoundError:
@@ -34,7 +34,7 @@ def load(file: Path) -> Kept | None:
         msgspec.DecodeError,
         UnicodeDecodeError,
     ) as error:  # a value of another type is a DecodeError as well
-        log.warning("what was measured of paths cannot be read", file=str(file), reason=str(error))
+        log.warning("measurements cannot be read", file=str(file), reason=str(error))
         return None
 
 

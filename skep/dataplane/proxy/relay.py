@@ -1,6 +1,6 @@
 """Relays the published ports that the kernel cannot lead to tasks (``relays.py``), in the net process.
 
-What is to be served stands in a file; a change of it changes who gets new connections, and open ones go on.
+The wanted relays are in a file; a change of it changes the backends of new connections, and open ones go on.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ class Relays:
                     with closing(FileWatch(self._plan.parent)) as watch:
                         await self._follow_changes(watch, backoff)
                 except OSError as error:
-                    log.warning("changes of relays are not told", reason=str(error))
+                    log.warning("changes of relays not watched", reason=str(error))
                     await self._follow()
                     await backoff.sleep(self._clock)
         finally:
@@ -117,7 +117,7 @@ class Relays:
 
 
 def _bound(port: RelayPort) -> socket.socket:
-    """Raises: OSError: somebody has the port, or the address is not this node's."""
+    """Raises: OSError: another program has the port, or the address is not this node's."""
     family = socket.AF_INET6 if ":" in port.address else socket.AF_INET
     kind = socket.SOCK_DGRAM if port.protocol == "udp" else socket.SOCK_STREAM
     opened = socket.socket(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)

@@ -1,4 +1,4 @@
-"""Published ports that user space serves: which, and with whom behind them.  Pure.
+"""Published ports that user space serves, with their backends.  Pure.
 
 The kernel cannot lead ``[::1]`` to a container, nor IPv6 to tasks that have IPv4 addresses only, nor begin a connection
 with a PROXY header.  The net process serves these (``relay.py``), so that they go on without the node process, which

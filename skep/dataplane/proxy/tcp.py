@@ -1,4 +1,4 @@
-"""One relayed TCP port: connections from clients to serving tasks, with a PROXY header if wished."""
+"""One relayed TCP port: connections from clients to serving tasks, with a PROXY header if configured."""
 
 import asyncio
 import socket
@@ -14,7 +14,7 @@ from skep.linux.descriptors import Listener, set_aside
 log = structlog.get_logger()
 
 CONNECTIONS_MAX = 1024
-"""Of one port; who comes later is refused."""
+"""Of one port; later ones are refused."""
 HALF_CLOSED_S = 3600.0
 """How long the open direction of a connection may be silent when the other one has ended."""
 _CONNECT_S = 3.0
@@ -82,7 +82,7 @@ class TcpRelay:
     async def _connected(
         self, client: asyncio.StreamWriter
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
-        """A connection to a serving task, its header sent; None: nobody can be reached."""
+        """A connection to a serving task, its header sent; None: no backend can be reached."""
         peer, own = client.get_extra_info("peername"), client.get_extra_info("sockname")
         if peer is None:
             return None  # it is gone already

@@ -1,7 +1,7 @@
 """Tables as files: on the disk for the next start, on tmpfs for the net process.
 
-A file is replaced in one step, and named after its network.  What cannot be decoded is told and dropped: the managers
-say it again.  What cannot be read now stays, and is read again soon.  On tmpfs the tables of the node's own bridge
+A file is replaced in one step, and named after its network.  What cannot be decoded is logged and dropped: the managers
+send it again.  What cannot be read now stays, and is read again soon.  On tmpfs the tables of the node's own bridge
 networks lie beside them (``dataplane/local/endpoints.py``), which are none of the managers'.
 """
 

@@ -1,8 +1,8 @@
 """Keeps the tables of the networks that this node takes part in, and hands them to the parts that act on them.
 
 The parts (``TableListener``) are asked one after another, with all tables and the names of those that changed; what a
-node has told them all is what it acknowledges to its manager.  A part that fails is asked again, later and later; the
-others go on, and only the acknowledgement waits.
+node has applied with all of them is what it acknowledges to its manager.  A part that fails is asked again, later and
+later; the others go on, and only the acknowledgement waits.
 """
 
 import asyncio
@@ -256,7 +256,7 @@ def merged(
 ) -> tuple[Mapping[NetworkId, Table], frozenset[NetworkId]]:
     """The tables after ``news``, and which of them are not what they were (or are no more).
 
-    A table that is told again and says the same has changed in nothing but its revision.
+    A table that is sent again with the same content has changed in nothing but its revision.
     Raises: InvalidArgument: a difference to a table that is not here.
     """
     after = dict(tables)

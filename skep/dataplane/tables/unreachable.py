@@ -1,6 +1,6 @@
-"""Peers that do not answer, while no manager says who is there.
+"""Peers that do not answer probes, while the node has no session with a manager.
 
-With a manager, a node that is gone leaves the tables within seconds.  Without one nobody takes it out, and its share of
+With a manager, a node that is gone leaves the tables within seconds.  Without one it stays there, and its share of
 connections fails for as long as that lasts.  The nodes probe each other all the time, so what a peer that does not
 answer was to serve is left out of this node's tables meanwhile: published ports, virtual addresses, names.
 
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 LOST_SECONDS = 5.0
 """Without a manager's word, until the probes count: a session that moves takes less."""
 FRESH_SECONDS = 6.0
-"""Of a session, until its manager's tables count alone: it has to find out itself who has gone."""
+"""Of a session, until its manager's tables count alone: it has to find out itself which nodes are gone."""
 LOOK_SECONDS = 1.0
 
 
@@ -58,7 +58,7 @@ NONE_UNREACHABLE = Unreachable()
 
 
 def silent(reports: Mapping[NodeId, PathReport]) -> Unreachable:
-    """Who does not answer, as the latest ``reports`` say; a verdict that is not settled is none."""
+    """The peers that do not answer, as the latest ``reports`` say; a verdict that is not settled is none."""
     return Unreachable(_silent(reports, PathCheck.OVERLAY), _silent(reports, PathCheck.ENCRYPTED))
 
 
@@ -74,7 +74,7 @@ def _silent(reports: Mapping[NodeId, PathReport], check: PathCheck) -> frozenset
 
 
 def without(table: Table, silent: frozenset[NodeId]) -> Table:
-    """``table`` with nothing served by ``silent`` nodes, but for services that nobody else serves."""
+    """``table`` with nothing served by ``silent`` nodes, but for services that no other node serves."""
     kept = {
         one.service_id for one in table.endpoints.values() if one.is_serving and one.node_id not in silent
     }

@@ -28,11 +28,11 @@ def a_peer(node: LabNode, *, has_ports: bool = False) -> PathPeer:
     )
 
 
-def wish_all(lab: OverlayLab, networks: list[ContainerNetwork], *, has_ports: bool = False) -> None:
+def set_all_targets(lab: OverlayLab, networks: list[ContainerNetwork], *, has_ports: bool = False) -> None:
     """Everybody probes everybody."""
     peers = [a_peer(node, has_ports=has_ports) for node in lab.nodes]
     for node, network in zip(lab.nodes, networks, strict=True):
-        network.prober.wish(
+        network.prober.set_targets(
             ProbeTargets(node=a_peer(node), peers=tuple(peer for peer in peers if peer.node_id != node.id))
         )
 

@@ -13,7 +13,7 @@ from skep.dataplane.plan.probe import address_of
 from skep.model.paths import PathCheck, ProbeTargets
 from skep.model.sandbox import Sandbox
 from tests.integration.node.overlay_lab import WEB, LabNode, OverlayLab, carried, place, reaches, shell
-from tests.integration.node.paths_lab import a_peer, report_until, wish_all
+from tests.integration.node.paths_lab import a_peer, report_until, set_all_targets
 
 TEN_MEGABYTES = 10 << 20
 INNER_IP = 8 + 8 + 14
@@ -88,7 +88,7 @@ async def test_a_router_with_a_smaller_mtu_is_found_and_overlays_follow(lab: Ove
         assert [await mtu_of(end) for end in ends] == [1450] * 3, "nothing was measured yet"
         with pytest.raises(TimeoutError):
             await carried(lab.nodes[0].namespaces, ends[2], ends[0], "10.0.1.7", TEN_MEGABYTES)
-        wish_all(lab, networks)
+        set_all_targets(lab, networks)
         report = await report_until(networks[0], lab.nodes[2], lambda one: one.mtu > 0)
         assert report.mtu == 1400
         assert (await report_until(networks[0], lab.nodes[1], lambda one: one.mtu > 0)).mtu == 1500
@@ -115,14 +115,14 @@ async def test_the_next_process_begins_with_what_was_measured(lab: OverlayLab) -
     await a_router_between(lab, lab.nodes[2], "198.51.100.3", 1400)
     async with lab.networks() as networks:
         ends = await two_ends(lab, networks, 0, 2)
-        wish_all(lab, networks)
+        set_all_targets(lab, networks)
         await until_mtu(ends, 1350)
     async with lab.nodes[0].running() as network:
         await network.overlays.apply(lab.tables, frozenset())
         assert await mtu_of(ends[0]) == 1350
         report = await report_until(network, lab.nodes[2], lambda one: bool(one.failing))
         assert report.mtu == 1400
-        network.prober.wish(None)
+        network.prober.set_targets(None)
         async with asyncio.timeout(10):
             while lab.nodes[0].paths.measured_paths.exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
@@ -132,7 +132,7 @@ async def test_the_next_process_begins_with_what_was_measured(lab: OverlayLab) -
 async def test_a_network_without_the_node_behind_the_router_keeps_its_mtu(lab: OverlayLab) -> None:
     await a_router_between(lab, lab.nodes[2], "198.51.100.3", 1400)
     async with lab.networks() as networks:
-        wish_all(lab, networks)
+        set_all_targets(lab, networks)
         await report_until(networks[0], lab.nodes[2], lambda one: one.mtu == 1400)
         await report_until(networks[1], lab.nodes[2], lambda one: one.mtu == 1400)
         apart = lab.nodes.pop()
@@ -202,7 +202,7 @@ async def test_a_card_that_computes_wrong_checksums_is_found_and_asked_no_more(l
         assert await reaches(ends[0], "10.0.1.6"), "pings have checksums of their own"
         with pytest.raises(TimeoutError):
             await carried(namespaces, ends[1], ends[0], "10.0.1.6", TEN_MEGABYTES)
-        wish_all(lab, networks)
+        set_all_targets(lab, networks)
         report = await report_until(
             networks[0], second, lambda one: any("wrong checksums" in f.detail for f in one.findings)
         )
@@ -218,7 +218,7 @@ async def test_a_card_that_computes_wrong_checksums_is_found_and_asked_no_more(l
         assert await namespaces.run(second.paths.overlays / WEB.id, offloads, "vx4097")
     async with first.running() as network:
         await network.overlays.apply(lab.tables, frozenset())
-        network.prober.wish(ProbeTargets(node=a_peer(first), peers=(a_peer(second),)))
+        network.prober.set_targets(ProbeTargets(node=a_peer(first), peers=(a_peer(second),)))
         async with asyncio.timeout(10):
             while not network.prober.warnings():  # noqa: ASYNC110  # it is seen at the device, nothing is tried anew
                 await asyncio.sleep(0.05)

@@ -15,7 +15,7 @@ from skep.dataplane.plan.probe import PORT, address_of
 from skep.dataplane.probe.packets import QUESTION_BYTES_MIN, Said, answer, answered, question
 from skep.model.paths import PROBE_VNI, PathCheck, PathReport, ProbeTargets
 from tests.integration.node.overlay_lab import OverlayLab, shell, tried
-from tests.integration.node.paths_lab import a_peer, failing, report_until, served_ports, wish_all
+from tests.integration.node.paths_lab import a_peer, failing, report_until, served_ports, set_all_targets
 from tests.integration.node.secure_lab import SecureLab, encrypt
 
 INSIDE = {PathCheck.OVERLAY, PathCheck.LARGE_PACKETS, PathCheck.CHECKSUM_OFFLOAD}
@@ -45,7 +45,7 @@ def is_whole(report: PathReport) -> bool:
 )
 async def test_open_ways_are_found_open(tmp_path: Path, is_v6: bool) -> None:
     async with OverlayLab(tmp_path, is_v6=is_v6).running(2) as lab, lab.networks() as networks:
-        wish_all(lab, networks)
+        set_all_targets(lab, networks)
         for network, peer in zip(networks, reversed(lab.nodes), strict=True):
             # In the first round the other's device may not be there yet.
             report = await report_until(network, peer, lambda one: is_whole(one) and one.is_settled)
@@ -76,7 +76,7 @@ async def test_a_closed_port_between_two_nodes_is_named_and_nothing_else(
     )
     async with served_ports(lab, tmp_path / "certificates"), lab.networks() as networks:
         await encrypt(lab, networks)
-        wish_all(lab, networks, has_ports=True)
+        set_all_targets(lab, networks, has_ports=True)
         report = await report_until(networks[0], second, lambda one: bool(one.failing) and one.is_settled)
         assert failing(report) == {check: port}
         (finding,) = report.failing
@@ -96,7 +96,7 @@ async def test_a_listener_hears_what_changes_and_what_is_settled_and_nothing_els
     rules = "add table ip other; add chain ip other in { type filter hook input priority 0; };"
     await shell(second.home, f"nft '{rules} add rule ip other in udp dport 4789 drop'")
     async with lab.networks() as networks:
-        wish_all(lab, networks)
+        set_all_targets(lab, networks)
         heard: list[tuple[bool, int]] = []
         async with asyncio.timeout(60):
             while (False, 2) not in heard:
@@ -112,7 +112,7 @@ async def test_an_examination_answers_at_once_with_throughput(lab: OverlayLab) -
     """Of peers that nobody wished for before, too, if they are told the same."""
     first, second, third = lab.nodes
     async with lab.networks() as networks:
-        wish_all(lab, networks)
+        set_all_targets(lab, networks)
         await report_until(networks[0], third, is_whole)
         await shell(third.home, "ip link set under down")
         reports = await networks[0].prober.examine((a_peer(second), a_peer(third)), throughput=True)
@@ -144,7 +144,7 @@ async def test_what_strangers_send_does_not_arrive(lab: OverlayLab) -> None:
     target, forged = address_of(first.id), address_of(second.id)
     async with first.running() as one:
         await shell(second.home, "ip link set under down")
-        one.prober.wish(ProbeTargets(node=a_peer(first), peers=(a_peer(second),)))
+        one.prober.set_targets(ProbeTargets(node=a_peer(first), peers=(a_peer(second),)))
         await report_until(one, second, lambda report: bool(report.failing))
         await shell(
             stranger.home,
@@ -158,7 +158,7 @@ async def test_what_strangers_send_does_not_arrive(lab: OverlayLab) -> None:
         assert await stranger.namespaces.run(stranger.home, asked, forged, target, *questions) == []
         assert (await shell(inside, heard)).strip() == "0"
         known = (a_peer(second), a_peer(stranger))
-        one.prober.wish(ProbeTargets(node=a_peer(first), peers=known))
+        one.prober.set_targets(ProbeTargets(node=a_peer(first), peers=known))
         async with asyncio.timeout(10):
             while (await shell(inside, heard)).strip() == "0":
                 await stranger.namespaces.run(stranger.home, asked, forged, target, question(3, 0))
@@ -169,7 +169,7 @@ async def test_nonsense_of_a_peer_does_no_harm(lab: OverlayLab) -> None:
     first, second, third = lab.nodes
     target, source = address_of(first.id), address_of(second.id)
     async with first.running() as one, second.running() as other, third.running() as another:
-        wish_all(lab, [one, other, another])
+        set_all_targets(lab, [one, other, another])
         await report_until(one, second, is_whole)
         inside, ask = second.paths.probes / "probe", second.namespaces.run
         garbage = [os.urandom(size) for size in (1, 15, 16, 300, 1400)]
@@ -205,7 +205,7 @@ async def test_nothing_is_left_at_the_end_and_the_next_process_goes_on(lab: Over
     async with second.running() as other:
         async with first.running() as one:
             before = await shell(first.home, listing)
-            wish_all(lab, [one, other])
+            set_all_targets(lab, [one, other])
             await report_until(one, second, is_whole)
             assert "4789" in await shell(first.home, listing)
         inside = first.paths.probes / "probe"
@@ -213,11 +213,11 @@ async def test_nothing_is_left_at_the_end_and_the_next_process_goes_on(lab: Over
         code, _ = await tried(inside, "ss -uanlH | grep -q 4787")
         assert code != 0, "without a process nobody answers"
         async with first.running() as one:
-            wish_all(lab, [one, other])
+            set_all_targets(lab, [one, other])
             await report_until(one, second, is_whole)
             assert await shell(inside, "ip -o link show probe") == device
             assert one.repairs.total == 0
-            one.prober.wish(None)
+            one.prober.set_targets(None)
             async with asyncio.timeout(10):
                 while await shell(first.home, listing) != before or inside.exists():  # noqa: ASYNC110
                     await asyncio.sleep(0.05)

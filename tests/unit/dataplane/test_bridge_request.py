@@ -73,12 +73,12 @@ def test_addresses_are_the_wished_ones_or_from_the_pool() -> None:
     assert [str(addresses.take(name)) for name in "abc"] == ["10.1.0.8", "10.1.0.10", "10.1.0.11"]
     with pytest.raises(ResourceExhausted):
         addresses.take("d")
-    assert str(addresses.take_wished(IPv4Address("10.1.0.1"), "d")) == "10.1.0.1"
+    assert str(addresses.take_requested(IPv4Address("10.1.0.1"), "d")) == "10.1.0.1"
     for taken in ("10.1.0.1", "10.1.0.9", "10.1.0.254"):
         with pytest.raises(FailedPrecondition, match="Address already in use"):
-            addresses.take_wished(IPv4Address(taken), "e")
+            addresses.take_requested(IPv4Address(taken), "e")
     with pytest.raises(InvalidArgument):
-        addresses.take_wished(IPv4Address("10.2.0.1"), "e")
+        addresses.take_requested(IPv4Address("10.2.0.1"), "e")
 
 
 def test_by_the_gateway_only_open_containers_reach_each_other() -> None:

@@ -57,7 +57,7 @@ def on_the_ingress_network(number: int) -> Container:
     return replace(a_container(name=f"c{number}", sandbox=endpoint), id=ContainerId(f"{number}" * 64))
 
 
-PARTS = ("namespaces", "home", "gateway", "local", "healing", "settling", "prober", "joining", "tunnels")
+PARTS = ("namespaces", "home", "gateway", "local", "healer", "deferred", "prober", "allocation", "tunnels")
 
 
 def network_of(parts: dict[str, Any], **more: Any) -> ContainerNetwork:
@@ -66,7 +66,7 @@ def network_of(parts: dict[str, Any], **more: Any) -> ContainerNetwork:
 
 async def test_a_part_that_fails_is_begun_again_and_ends_no_other() -> None:
     begun: Counter[str] = Counter()
-    bugs = {name: [KeyError("bug"), OSError(24, "no descriptor")] for name in ("healing", "mesh")}
+    bugs = {name: [KeyError("bug"), OSError(24, "no descriptor")] for name in ("healer", "mesh")}
 
     def part(name: str) -> Any:
         async def run(*_: object) -> None:
@@ -80,7 +80,7 @@ async def test_a_part_that_fails_is_begun_again_and_ends_no_other() -> None:
     parts = {name: part(name) for name in PARTS}
     network = network_of(parts, overlays=SimpleNamespace(remeasured=nothing), mesh=part("mesh"))
     async with asyncio.timeout(30), network.running():
-        while begun != {"healing": 3, "mesh": 3, "settling": 1, "prober": 1, "tunnels": 1}:  # noqa: ASYNC110
+        while begun != {"healer": 3, "mesh": 3, "deferred": 1, "prober": 1, "tunnels": 1}:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
