@@ -35,8 +35,8 @@ async def test_nothing_readable_leaves(tmp_path: Path) -> None:
 
 
 async def test_keys_change_under_load_without_a_loss(tmp_path: Path) -> None:
-    async with by_process.a_pair(tmp_path, method=Method.KERNEL, rotation_s=15.0, overlap_s=3.0) as pair:
-        await by_process.rotate_under_load(pair, 50.0)
+    async with by_process.a_pair(tmp_path, method=Method.KERNEL, rotation_s=40.0, overlap_s=25.0) as pair:
+        await by_process.rotate_under_load(pair, 130.0)
 
 
 async def test_a_deleted_device_is_made_anew_and_nothing_leaves_meanwhile(tmp_path: Path) -> None:
