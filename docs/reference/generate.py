@@ -371,8 +371,8 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
     ),
     "Nodes and managers": (
         Limit("connections of one node to a manager", "skep.wire.server:NODE_CONNECTIONS_MAX", "closed"),
-        Limit("connections without a certificate", "skep.wire.server:STRANGERS_MAX", "closed"),
-        Limit("of these, from one address", "skep.wire.server:STRANGERS_PER_SOURCE_MAX", "closed"),
+        Limit("connections without a certificate", "skep.wire.server:ANONYMOUS_MAX", "closed"),
+        Limit("of these, from one address", "skep.wire.server:ANONYMOUS_PER_SOURCE_MAX", "closed"),
         Limit(
             "announced absence of a node",
             "skep.manager.dispatcher.liveness:AWAY_GRACE_S",

@@ -19,7 +19,7 @@ C = TypeVar("C")
 _PIECE = 128
 """List items encoded at once: about a millisecond of tasks."""
 _KNOWN_PIECE = 512
-"""The same where most of them are known: a quarter of a millisecond; 5 ms for the first who asks."""
+"""The same where most of them are known: a quarter of a millisecond; 5 ms for the first request."""
 
 RAW_STREAM = "application/vnd.docker.raw-stream"
 MULTIPLEXED_STREAM = "application/vnd.docker.multiplexed-stream"

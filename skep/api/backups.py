@@ -6,14 +6,14 @@
     {"Kdf": "scrypt" | "hkdf", "Salt": ..., "Prefix": ...}\\n       in clear: how the key is made
     [length, 4 bytes, big endian][ciphertext]...                  pieces of at most 256 KiB
 
-The pieces are AES-256-GCM, numbered in their nonces (prefix, number, whether it is the last: the STREAM construction),
-with the two lines above as associated data; so nothing can be cut, moved or put together from two files.  Their
-content is a manifest (length, JSON) and the snapshot of the store, which ends with its own SHA-256.
+The pieces are AES-256-GCM, numbered in their nonces (prefix, number, whether it is the last: the STREAM
+construction), with the two lines above as associated data; so nothing can be cut, moved or put together from two
+files.  Their content is a manifest (length, JSON) and the snapshot of the store, which ends with its own SHA-256.
 
-Whoever has the file and its passphrase has the cluster: all secrets, and the key of its root.
+The file and its passphrase give access to the whole cluster: all secrets, and the key of its root CA.
 
 The key is made on the caller's side: from a passphrase by scrypt, which is slow on purpose, or from a key file of at
-least 32 bytes of chance by HKDF.
+least 32 random bytes by HKDF.
 
 Source: Hoang, Reyhanitabar, Rogaway, Vizár: Online Authenticated-Encryption and its Nonce-Reuse Misuse-Resistance
 (STREAM); RFC 7914 (scrypt).

@@ -29,7 +29,7 @@ from skep.errors import InvalidArgument, SkepError
 T = TypeVar("T")
 
 Unrecognized = Mapping[type[Enum], Callable[[str], SkepError | Enum]]
-"""For each enumeration, the error for a word that is not in it, or what the engine takes it for."""
+"""For each enumeration, the error for a value that is not in it, or the value that the engine uses instead."""
 
 EMPTY_BODY = "got EOF while reading request body"
 
@@ -306,7 +306,7 @@ def _bare(shape: inspect.Type) -> inspect.Type:
 
 
 def _zero(shape: inspect.Type) -> Any:
-    """What Go has where JSON says null inside a list or map."""
+    """Go's zero value where JSON has null inside a list or map."""
     match _core(shape):
         case inspect.StructType() | inspect.DictType():
             return {}

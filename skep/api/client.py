@@ -1,9 +1,10 @@
-"""An async client of the Engine API: over a unix socket or TLS, errors back as our classes.
+"""An async client of the Engine API, over a unix socket, TLS or ssh.  Error responses are raised as this package's
+errors.
 
     async with Client.at("unix:///run/skep/skep.sock") as client:
         services = await client.get("/services", filters={"name": ["web"]})
 
-Requests carry the version that both ends speak, found out by ``/_ping`` before the first one.  Those of the node
+Requests carry the version that both ends speak, negotiated by ``/_ping`` before the first one.  Those of the node
 process to the manager process and to the machine's Docker Engine (``Client.local``) carry none.
 """
 
@@ -88,7 +89,7 @@ class Client:
         """A client of ``unix:///path``, ``tcp://host:port`` (with ``tls``) or ``ssh://[user@]machine[:port][/path]``.
 
         Args:
-            version: speak this API version instead of asking for one.
+            version: speak this API version instead of negotiating one.
 
         Raises:
             InvalidArgument: ``host`` is none of these.
@@ -128,7 +129,7 @@ class Client:
                 while not await self._listens():
                     await backoff.sleep(clock)
         except TimeoutError as error:
-            raise Unavailable(f"{self._place} does not answer") from error
+            raise Unavailable(f"{self._endpoint} does not answer") from error
 
     async def _listens(self) -> bool:
         assert self._socket is not None, "only a unix socket can be waited for"
@@ -176,7 +177,8 @@ class Client:
         timeout_s: float | None = None,
         **query: str,
     ) -> Any:
-        """The decoded answer to ``GET path``.  Raises: what the answer means; Unavailable: none came."""
+        """The decoded response to ``GET path``.  Raises: the error of the response's status; Unavailable: there is
+        none."""
         return await self.request(
             "GET", path, filters=filters, query=query, headers=headers, timeout_s=timeout_s
         )
@@ -190,15 +192,15 @@ class Client:
         timeout_s: float | None = None,
         **query: str,
     ) -> Any:
-        """The decoded answer to ``POST path`` with ``body`` as JSON.  Raises: as ``get``."""
+        """The decoded response to ``POST path`` with ``body`` as JSON.  Raises: as ``get``."""
         return await self.request("POST", path, body=body, query=query, headers=headers, timeout_s=timeout_s)
 
     async def delete(self, path: str, *, timeout_s: float | None = None, **query: str) -> Any:
-        """The decoded answer to ``DELETE path``.  Raises: as ``get``."""
+        """The decoded response to ``DELETE path``.  Raises: as ``get``."""
         return await self.request("DELETE", path, query=query, timeout_s=timeout_s)
 
     async def read(self, type_: type[T], path: str, *, filters: Filters | None = None, **query: str) -> T:
-        """The answer to ``GET path`` as ``type_``.  Raises: as ``get``."""
+        """The response to ``GET path`` as ``type_``.  Raises: as ``get``."""
         return _as(type_, await self.request("GET", path, filters=filters, query=query))
 
     async def request(
@@ -212,11 +214,11 @@ class Client:
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Any:
-        """One request and its whole answer: decoded JSON, None if it is empty.
+        """One request and its whole response: decoded JSON, None if it is empty.
 
         Raises:
-            SkepError: of the class that the status means, with the server's sentence.
-            Unavailable: no answer within ``timeout_s``.
+            SkepError: of the class that the status means, with the server's message.
+            Unavailable: no response within ``timeout_s``.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         try:
@@ -226,7 +228,7 @@ class Client:
             ):
                 content = await response.read()
         except TimeoutError:
-            raise Unavailable(f"no answer from {self._place} within {timeout_s:g} s") from None
+            raise Unavailable(f"no response from {self._endpoint} within {timeout_s:g} s") from None
         return _decoded(content)
 
     async def send(
@@ -248,7 +250,7 @@ class Client:
                 content_type = response.headers.get("Content-Type", "")
                 return Response(response.status, content_type, await response.read())
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(f"{self._place} does not answer: {reason_of(error)}") from error
+            raise Unavailable(f"{self._endpoint} does not answer: {reason_of(error)}") from error
 
     @asynccontextmanager
     async def lines(self, path: str, query: Mapping[str, str]) -> AsyncGenerator[AsyncIterator[bytes], None]:
@@ -266,7 +268,7 @@ class Client:
         timeout_s: float,
         **query: str,
     ) -> T:
-        """The answer, as ``type_``, to ``POST path`` with a body that is read while it is sent.  Raises: as
+        """The response, as ``type_``, to ``POST path`` with a body that is read while it is sent.  Raises: as
         ``get``."""
         answer = await self.request(
             "POST", path, body=content, query=query, headers=headers, timeout_s=timeout_s
@@ -284,7 +286,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         **query: str,
     ) -> AsyncGenerator["Stream", None]:
-        """An answer that is read while it comes.  Raises: as ``get``, before the first byte."""
+        """A response that is read while it arrives.  Raises: as ``get``, before the first byte."""
         async with self._exchange(method, path, body, query, filters, headers) as response:
             yield Stream(response)
 
@@ -317,21 +319,21 @@ class Client:
                     raise error_of(response.status, _message(await response.read(), response.reason))
                 yield response
         except (aiohttp.ClientError, OSError) as error:
-            raise Unavailable(f"{self._place} does not answer: {reason_of(error)}") from error
+            raise Unavailable(f"{self._endpoint} does not answer: {reason_of(error)}") from error
 
     async def _agreed_version(self) -> str:
-        """The highest version that both ends speak; asked for once."""
+        """The highest version that both ends speak; negotiated once."""
         async with self._negotiating:
             if self._version is None:
-                self._version = await self._ask_version()
+                self._version = await self._negotiate()
             return self._version
 
-    async def _ask_version(self) -> str:
+    async def _negotiate(self) -> str:
         try:
             async with asyncio.timeout(_CONNECT_S), self._open_session.get("/_ping") as response:
                 theirs = ApiVersion(response.headers.get("Api-Version", str(NEWEST)))
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(f"{self._place} does not answer: {reason_of(error)}") from error
+            raise Unavailable(f"{self._endpoint} does not answer: {reason_of(error)}") from error
         return str(min(theirs, NEWEST))
 
     @property
@@ -340,7 +342,7 @@ class Client:
         return self._session
 
     @property
-    def _place(self) -> str:
+    def _endpoint(self) -> str:
         if self._name:
             return self._name
         if self._tunnel is not None:
@@ -349,7 +351,7 @@ class Client:
 
 
 class Stream:
-    """An answer while it comes."""
+    """A response while it arrives."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
@@ -361,12 +363,12 @@ class Stream:
                 yield msgspec.json.decode(line)
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """The bytes as they come."""
+        """The bytes as they arrive."""
         async for piece in self._response.content.iter_any():
             yield piece
 
     async def frames(self) -> AsyncGenerator[tuple[OutputStream, bytes], None]:
-        """The messages of a multiplexed stream.  Raises: Unavailable: it broke off in the middle of one."""
+        """The messages of a multiplexed stream.  Raises: Unavailable: it ended in the middle of one."""
         content = self._response.content
         while True:
             try:
@@ -382,9 +384,9 @@ class Stream:
             yield OutputStream(head[0]), data
 
 
-def _as(type_: type[T], answer: Any) -> T:
-    """A decoded answer as ``type_``.  A server of another version may say more than is known here."""
-    return leniently(msgspec.json.encode(answer), type_)
+def _as(type_: type[T], response: Any) -> T:
+    """A decoded response as ``type_``.  Unknown fields of a server of another version are ignored."""
+    return leniently(msgspec.json.encode(response), type_)
 
 
 def _decoded(content: bytes) -> Any:
@@ -393,11 +395,11 @@ def _decoded(content: bytes) -> Any:
     try:
         return msgspec.json.decode(content)
     except msgspec.DecodeError as error:
-        raise SkepError(f"the answer is no JSON: {error}") from error
+        raise SkepError(f"the response is not JSON: {error}") from error
 
 
 def _message(content: bytes, reason: str | None) -> str:
-    """The sentence in an error's body, JSON or not."""
+    """The message in an error's body, JSON or not."""
     try:
         message = msgspec.json.decode(content, type=dict[str, Any])["message"]
     except (msgspec.DecodeError, KeyError):

@@ -36,7 +36,7 @@ class Forbidden(SkepError):
 
 
 class NotModified(SkepError):
-    """It is already as asked (304, no body): a container that is started twice."""
+    """It is already in that state (304, no body): a container that is started twice."""
 
 
 STATUSES: tuple[tuple[type[SkepError], int], ...] = (
@@ -118,7 +118,8 @@ def rpc_errors() -> Iterator[None]:
 
 @contextmanager
 def rpc_words(prefix: str) -> Iterator[None]:
-    """Word errors of a call to a manager as the engine's agent does: ``<prefix>: rpc error: code = ... desc = ...``."""
+    """Word errors of a call to a manager as the engine's agent does: ``<prefix>: rpc error: code = ... desc =
+    ...``."""
     try:
         yield
     except SkepError as error:

@@ -15,7 +15,7 @@ from skep.errors import InvalidArgument
 
 
 class Filters:
-    """What a list request asks for: for each key the wanted values, any of which may match."""
+    """The filters of a list request: for each key the wanted values, any of which may match."""
 
     def __init__(self, values: Mapping[str, Iterable[str]] | None = None) -> None:
         self._values = {key: tuple(sorted(set(wanted))) for key, wanted in (values or {}).items()}

@@ -1,6 +1,6 @@
-"""What Go's JSON scanner says of a text that is not JSON, word for word; and the words that Go takes for booleans.
+"""The error messages of Go's JSON scanner for a text that is not JSON; and the values that Go parses as booleans.
 
-Decoding itself is msgspec's; the scanner is asked only once a body has been refused.  It walks the text
+Decoding itself is msgspec's; the scanner runs only after a body has been refused.  It walks the text
 token by token with the states of Go's scanner and returns the sentence of the first error.
 
 Source: Go 1.19, src/encoding/json/scanner.go and stream.go.

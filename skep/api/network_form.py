@@ -13,24 +13,24 @@ from skep.model.planes import is_overlay
 
 
 def known_driver(network: Network) -> Driver:
-    """What was allocated; before that, what was wished for."""
+    """The allocated driver; before the allocation, the requested one."""
     if network.driver_state.name:
         return network.driver_state
     return network.spec.driver_configuration or Driver()
 
 
 def endpoint_id(user: str, network_id: str) -> str:
-    """The id of a task's or container's place on a network: the same wherever and whenever it is asked for."""
+    """The endpoint id of a task or container on a network: the same on every node and at any time."""
     return hashlib.sha256(f"{network_id}/{user}".encode()).hexdigest()
 
 
 def flat_form(network: Network) -> dict[str, Any]:
-    """The network as lists have it: without who is on it."""
+    """The network as in lists: without its containers."""
     spec, driver = network.spec, known_driver(network)
-    wished = (
+    requested = (
         spec.ipam_options if is_overlay(network) else None
-    )  # of others the cluster gives no addresses out
-    ipam = network.ipam_options or wished or IPAMOptions()
+    )  # the cluster allocates no addresses for others
+    ipam = network.ipam_options or requested or IPAMOptions()
     return {
         "Name": spec.name,
         "Id": network.id,

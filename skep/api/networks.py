@@ -1,7 +1,7 @@
 """What ``/networks`` takes and how it is filtered: the same for a cluster's networks and for a node's own.
 
-Source: moby 20.10, api/types/network, api/server/router/network/filter.go, daemon/network.go, daemon/network/filter.go,
-libnetwork/network.go (validateConfiguration), libnetwork/controller.go (NewNetwork).
+Source: moby 20.10, api/types/network, api/server/router/network/filter.go, daemon/network.go,
+daemon/network/filter.go, libnetwork/network.go (validateConfiguration), libnetwork/controller.go (NewNetwork).
 """
 
 import re
@@ -98,7 +98,7 @@ def check_name(name: str) -> None:
 
 
 def check_form(body: NetworkBody) -> None:
-    """Refuse what the engine refuses before it asks whether a network can be had, in its words and order.
+    """Refuse what the engine refuses before it looks for a free subnet, with its messages and in its order.
 
     Raises: Forbidden, NotFound; Untranslated: a subnet that is none.
     """
@@ -160,7 +160,7 @@ def check_list_filters(filters: Filters) -> None:
 
 
 def fits(facts: Facts, filters: Filters) -> bool:
-    """Whether the network is one of those asked for."""
+    """Whether the network matches the filters."""
     dangling = _dangling(filters)
     is_builtin = facts.scope == LOCAL and facts.name in BUILTIN
     is_dangling = not is_builtin and not facts.is_used

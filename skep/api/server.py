@@ -1,4 +1,4 @@
-"""An application that speaks the Engine API's dialect; whoever has routes builds one.
+"""An aiohttp application with the Engine API's conventions; each room with routes builds one.
 
     table = Routes()
 
@@ -75,7 +75,7 @@ _NEWEST: web.AppKey[Callable[[], ApiVersion]] = web.AppKey("newest")
 _SERVER = web.AppKey("server", str)
 _VERSION = web.RequestKey("api_version", ApiVersion)
 _HAS_BEGUN = web.RequestKey("has_begun", bool)
-"""Whether the head of an answer has gone out."""
+"""Whether the head of a response was sent."""
 
 Routes = web.RouteTableDef
 
@@ -88,11 +88,11 @@ def application(
     """An application with the routes of ``tables``, each under ``/v<version>`` and without it.
 
     Args:
-        newest: the highest API version that is spoken and announced (``Api-Version``); or who knows it now.
-        server: the ``Server`` header.
+        newest: the highest API version that is spoken and announced (``Api-Version``), or a function that gives the
+        present one. server: the ``Server`` header.
     """
     app = web.Application(
-        client_max_size=MAX_BODY_BYTES, middlewares=[_translate_errors, _settle_version, _cut_short]
+        client_max_size=MAX_BODY_BYTES, middlewares=[_translate_errors, _read_version, _close_on_late_error]
     )
     app[_NEWEST] = (lambda: newest) if isinstance(newest, ApiVersion) else newest
     app[_SERVER] = server
@@ -129,7 +129,7 @@ def api_version(request: web.Request) -> ApiVersion:
 async def read_json(request: web.Request, type_: type[T], *, unrecognized: Unrecognized | None = None) -> T:
     """The body of ``request`` as ``type_``, decoded by Go's rules (see ``bodies``).
 
-    ``unrecognized`` gives the engine's words for values outside of an enumeration.
+    ``unrecognized`` gives the engine's errors for values outside of an enumeration.
 
     Raises:
         InvalidArgument: it is not JSON of that type.
@@ -162,36 +162,37 @@ _FALSE = frozenset({"", "0", "no", "false", "none"})
 
 
 def flag(request: web.Request, name: str) -> bool:
-    """The query parameter ``name`` as the engine's loose truth: anything but 0, no, false, none, nothing."""
+    """The query parameter ``name`` as a boolean by the engine's rule: everything except 0, no, false, none and the
+    empty string is true."""
     return request.query.get(name, "").strip().lower() not in _FALSE
 
 
 @web.middleware
 async def _translate_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Errors become answers here and nowhere else."""
+    """Errors become responses here and nowhere else."""
     try:
         return await handler(request)
     except NotModified:
         return web.Response(status=304)
     except SkepError as error:
-        return _error_answer(request, status_of(error), str(error))
+        return _error_response(request, status_of(error), str(error))
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
-        return _error_answer(request, 404, "page not found")
+        return _error_response(request, 404, "page not found")
     except web.HTTPRequestEntityTooLarge:
         refusal = _too_large(request)
-        return _error_answer(request, status_of(refusal), str(refusal))
+        return _error_response(request, status_of(refusal), str(refusal))
     except web.HTTPException:
         raise
     except ConnectionResetError:
         raise  # the client went away in the middle of a stream
     except Exception:
         log.exception("request failed", method=request.method, path=request.path)
-        return _error_answer(request, 500, "internal error (the daemon's log has the details)")
+        return _error_response(request, 500, "internal error (the daemon's log has the details)")
 
 
 @web.middleware
-async def _cut_short(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """An answer that fails after its head has gone can become no other: its connection ends."""
+async def _close_on_late_error(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A response that fails after its head was sent cannot be replaced: its connection is closed."""
     try:
         return await handler(request)
     except ConnectionResetError:
@@ -200,15 +201,15 @@ async def _cut_short(request: web.Request, handler: Handler) -> web.StreamRespon
         if not request.get(_HAS_BEGUN):
             raise
         is_bug = not isinstance(error, SkepError)
-        log.warning("answer broken off", path=request.path, error=str(error), exc_info=is_bug)
+        log.warning("response aborted", path=request.path, error=str(error), exc_info=is_bug)
         if request.transport is not None:
             request.transport.close()
-        raise ConnectionResetError("the answer was broken off") from error
+        raise ConnectionResetError("the response was aborted") from error
 
 
 @web.middleware
-async def _settle_version(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Find out which version is asked for, and refuse those not spoken."""
+async def _read_version(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Read the requested version, and refuse those not supported."""
     if request.match_info.http_exception is None:
         request[_VERSION] = requested(request.match_info.get("version"), request.app[_NEWEST]())
     return await handler(request)
@@ -217,7 +218,7 @@ async def _settle_version(request: web.Request, handler: Handler) -> web.StreamR
 _LAST_WITH_PLAIN_ERRORS = ApiVersion("1.23")
 
 
-def _error_answer(request: web.Request, status: int, message: str) -> web.Response:
+def _error_response(request: web.Request, status: int, message: str) -> web.Response:
     prefix = request.match_info.get("version")
     if prefix is not None and ApiVersion(prefix) <= _LAST_WITH_PLAIN_ERRORS:
         return web.Response(text=message + "\n", status=status, headers={"X-Content-Type-Options": "nosniff"})
@@ -225,7 +226,7 @@ def _error_answer(request: web.Request, status: int, message: str) -> web.Respon
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """The headers that every answer of a known path carries."""
+    """The headers of every response for a known path."""
     request[_HAS_BEGUN] = True
     if request.match_info.http_exception is not None:
         response.headers.popall("Server", None)

@@ -20,7 +20,7 @@ from skep.errors import InvalidArgument, Unavailable
 _SOCKET = "/run/skep/skep.sock"
 _CONNECT_S = 10
 _READY_S = 60.0
-"""Somebody may have to type a passphrase."""
+"""A user may have to type a passphrase."""
 _END_S = 5.0
 _LOOK_S = 0.02
 
@@ -51,7 +51,7 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
         return f"ssh://{user}{self.machine}{f':{self.port}' if self.port else ''}{self.socket}"
 
     def command(self, local: Path) -> list[str]:
-        """Forward ``local`` until it is ended.  What the user's own ssh configuration says counts."""
+        """Forward ``local`` until it is ended, with the user's own ssh configuration."""
         options = ("ExitOnForwardFailure=yes", f"ConnectTimeout={_CONNECT_S}", "ControlPath=none")
         return [
             *("ssh", "-n", "-N", "-T"),
@@ -66,7 +66,7 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
 async def forwarded(destination: Destination) -> AsyncGenerator[str, None]:
     """A local socket that leads to ``destination``, in the block.
 
-    Raises: Unavailable: with the last line that ssh says.
+    Raises: Unavailable: with the last line of ssh's output.
     """
     with tempfile.TemporaryDirectory(prefix="skep-ssh-") as directory:
         local = Path(directory) / "api.sock"
@@ -89,8 +89,8 @@ async def _wait_forwarding(process: Process, local: Path, destination: Destinati
             while not local.exists():
                 if process.returncode is not None:
                     assert process.stderr is not None
-                    said = (await process.stderr.read()).decode(errors="replace").strip().splitlines()
-                    raise Unavailable(f"{destination}: {said[-1].strip() if said else 'ssh ended'}")
+                    output = (await process.stderr.read()).decode(errors="replace").strip().splitlines()
+                    raise Unavailable(f"{destination}: {output[-1].strip() if output else 'ssh ended'}")
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         raise Unavailable(f"{destination}: no connection within {_READY_S:g} s") from None

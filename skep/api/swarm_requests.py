@@ -94,7 +94,7 @@ class Joining(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def founding(request: InitRequest, interfaces: Interfaces) -> Founding:
-    """What ``request`` asks for, with everything left out filled in.  Raises: InvalidArgument, Untranslated."""
+    """``request`` with defaults for everything left out.  Raises: InvalidArgument, Untranslated."""
     listen_addr = _with_port("ListenAddr", request.listen_addr)
     check_swarm_name(request.spec)
     host, port = _listen(listen_addr, interfaces)
@@ -123,7 +123,7 @@ def founding(request: InitRequest, interfaces: Interfaces) -> Founding:
 
 
 def joining(request: JoinRequest, interfaces: Interfaces) -> Joining:
-    """What ``request`` asks for, with everything left out filled in.  Raises: InvalidArgument, Untranslated."""
+    """``request`` with defaults for everything left out.  Raises: InvalidArgument, Untranslated."""
     listen_addr = _with_port("ListenAddr", request.listen_addr)
     if not request.remote_addrs:
         raise InvalidArgument("at least 1 RemoteAddr is required to join")
@@ -150,7 +150,7 @@ def joining(request: JoinRequest, interfaces: Interfaces) -> Joining:
 
 
 def advertised(word: str, listen_addr: str, interfaces: Interfaces) -> str:
-    """``ip:port`` under which others reach a node whose configuration says ``word``: an address or an interface.
+    """``ip:port`` under which others reach a node, from ``word`` in its configuration: an address or an interface.
 
     Raises: InvalidArgument: it is neither.
     """
@@ -158,7 +158,7 @@ def advertised(word: str, listen_addr: str, interfaces: Interfaces) -> str:
 
 
 def availability(word: str) -> Availability:
-    """The availability a node asks for when it comes; none means active.  Raises: Untranslated."""
+    """The availability that a joining node requests; empty means active.  Raises: Untranslated."""
     if not word:
         return Availability.ACTIVE
     try:
@@ -173,18 +173,18 @@ def check_swarm_name(spec: SwarmSpec) -> None:
         raise InvalidArgument('swarm spec must be named "default"')
 
 
-def merged_spec(wish: SwarmSpec, base: SwarmSpec = DEFAULT_SWARM_SPEC) -> SwarmSpec:
-    """``base`` with everything that ``wish`` says; nothing, zero and "" say nothing.
+def merged_spec(requested: SwarmSpec, base: SwarmSpec = DEFAULT_SWARM_SPEC) -> SwarmSpec:
+    """``base`` with everything that ``requested`` sets; null, zero and "" set nothing.
 
     Source: moby 20.10, daemon/cluster/convert/swarm.go (MergeSwarmSpecToGRPC).
     """
-    raft, orchestration = wish.raft, wish.orchestration
+    raft, orchestration = requested.raft, requested.orchestration
     kept, history = raft.keep_old_snapshots, orchestration.task_history_retention_limit
-    ca = wish.ca_config
+    ca = requested.ca_config
     return replace(
         base,
-        name=wish.name or base.name,
-        labels=wish.labels or base.labels,
+        name=requested.name or base.name,
+        labels=requested.labels or base.labels,
         orchestration=replace(
             base.orchestration,
             task_history_retention_limit=(
@@ -203,7 +203,7 @@ def merged_spec(wish: SwarmSpec, base: SwarmSpec = DEFAULT_SWARM_SPEC) -> SwarmS
         ),
         dispatcher=replace(
             base.dispatcher,
-            heartbeat_period=wish.dispatcher.heartbeat_period or base.dispatcher.heartbeat_period,
+            heartbeat_period=requested.dispatcher.heartbeat_period or base.dispatcher.heartbeat_period,
         ),
         ca_config=replace(
             base.ca_config,
@@ -211,8 +211,8 @@ def merged_spec(wish: SwarmSpec, base: SwarmSpec = DEFAULT_SWARM_SPEC) -> SwarmS
             external_cas=ca.external_cas,
             force_rotate=ca.force_rotate,
         ),
-        task_defaults=wish.task_defaults,
-        encryption_config=wish.encryption_config,
+        task_defaults=requested.task_defaults,
+        encryption_config=requested.encryption_config,
     )
 
 

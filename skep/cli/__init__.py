@@ -1,1 +1,1 @@
-"""The ``skep`` command: one module per command, loaded only when it is asked for."""
+"""The ``skep`` command: one module per command, loaded only when it is used."""

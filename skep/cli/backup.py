@@ -20,8 +20,8 @@ from skep.api.backups import (
     new_header,
     parsed_opening,
 )
-from skep.cli.asking import errors_shown
 from skep.cli.endpoint import HostOptions
+from skep.cli.running import errors_shown
 from skep.errors import InvalidArgument
 from skep.linux.files import sync_directory, sync_file
 
@@ -188,7 +188,7 @@ def _secret(passphrase_file: Path | None, key_file: Path | None, *, confirm: boo
 
 
 def _for_the_workers(addr: str) -> Iterator[str]:
-    """What to do when no manager had this address before: nothing else can tell the workers of it."""
+    """What to do when no manager had this address before: workers have no other way to find it."""
     yield ""
     yield f"Workers ask the addresses that their managers had. If none of them had {addr}, then on each worker"
     yield "add this line to /etc/skep/skep.toml and restart skep (systemctl restart skep); containers run on:"

@@ -1,11 +1,11 @@
-"""``skep cluster``: what an operator tells the cluster that Docker has no command for."""
+"""``skep cluster``: operations on the cluster for which Docker has no command."""
 
 from typing import Any
 
 import click
 
-from skep.cli.asking import answer_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests
 from skep.model.labels import HEARTBEAT_GRACE
 
 _ANSWERS_WITHIN_S = 15.0
@@ -31,7 +31,7 @@ def resume(host: HostOptions) -> None:
     Examples:
       skep cluster resume
     """
-    answer_of(_resume(host))
+    run_requests(_resume(host))
     click.echo("Tasks of nodes that are down are replaced again.")
 
 
@@ -46,7 +46,7 @@ def grace(host: HostOptions, duration: str | None) -> None:
       skep cluster grace 10s
       skep cluster grace default
     """
-    click.echo(answer_of(_grace(host, duration)))
+    click.echo(run_requests(_grace(host, duration)))
 
 
 @cluster.command("rotate-keys")
@@ -60,7 +60,7 @@ def rotate_keys(host: HostOptions) -> None:
     Examples:
       skep cluster rotate-keys
     """
-    answer_of(_rotate_keys(host))
+    run_requests(_rotate_keys(host))
     click.echo("A new data key is in use; what was written before is re-encrypted in the background.")
 
 

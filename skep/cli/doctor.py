@@ -8,10 +8,10 @@ from typing import Any
 import click
 import msgspec
 
-from skep.cli.asking import answer_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import counted
 from skep.cli.quorum import headers_for
-from skep.cli.words import counted
+from skep.cli.running import run_requests
 from skep.errors import Unavailable
 
 _ANSWERS_WITHIN_S = 40.0
@@ -58,7 +58,7 @@ def network(host: HostOptions, throughput: bool, shows_all: bool, as_json: bool)
       skep doctor network --throughput
       skep doctor network --json | jq '.[].Paths[] | select(.Findings[].Failing)'
     """
-    answers = answer_of(_ask(host, throughput=throughput))
+    answers = run_requests(_ask(host, throughput=throughput))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(answers)).decode())
     else:
@@ -69,7 +69,7 @@ def network(host: HostOptions, throughput: bool, shows_all: bool, as_json: bool)
 
 
 async def _ask(host: HostOptions, *, throughput: bool) -> list[Answer]:
-    """Every node's answer, in order of host names.  Shows progress where somebody sees it."""
+    """Every node's result, in order of host names.  Shows progress on a terminal."""
     answers: list[Answer] = []
     try:
         async with asyncio.timeout(_ANSWERS_WITHIN_S):
@@ -143,7 +143,7 @@ def shown(answers: Sequence[Answer], *, shows_all: bool = False) -> Iterator[str
         line = "  ".join(cells).rstrip()
         yield click.style(line, fg="red") if 0 < number <= len(failing) else line
     if hidden:
-        yield f"{hidden} ways without trouble are not shown (--all)"
+        yield f"{hidden} paths without a problem are not shown (--all)"
     sections = (
         ("Why", _details(answers)),
         ("What nodes say of themselves", _conditions(answers)),
@@ -178,16 +178,16 @@ def verdict(answers: Sequence[Answer]) -> str:
         for what, places in sorted(failing.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
     if troubled := sum(bool(answer.get("Conditions")) for answer in answers):
-        words.append(f"{counted(troubled, 'node')} with trouble of its own")
+        words.append(f"{counted(troubled, 'node')} with a problem of its own")
     if silent:
         words.append(f"no answer from {counted(silent, 'node')}")
     if is_too_early(answers):
-        words.append("no node knows of another yet, ask again in a few seconds")
+        words.append("no node has its list of peers yet: try again in a few seconds")
     return f"{looked}: {'; '.join(words) or 'everything is well'}"
 
 
 def is_too_early(answers: Sequence[Answer]) -> bool:
-    """Nodes that came a moment ago have not been told whom to probe."""
+    """Nodes that have just joined have no list of peers to probe yet."""
     return len(answers) > 1 and not any(answer["Paths"] or answer.get("Error") for answer in answers)
 
 

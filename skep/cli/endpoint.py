@@ -68,7 +68,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What the command line says; resolved when a command asks, so that those that ask no node need none."""
+    """The options of the command line; resolved on first use, so that commands without requests need no endpoint."""
 
     host: str = ""
     context: str = ""

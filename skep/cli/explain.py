@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from skep.cli.asking import answer_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import duration
 from skep.cli.quorum import headers_for
-from skep.cli.words import duration
+from skep.cli.running import run_requests
 from skep.errors import NotFound
 from skep.model.times import SECOND_NS, unix_ns
 
@@ -28,7 +28,7 @@ def explain(host: HostOptions, name: str) -> None:
       skep explain web
       skep explain web.3.kq4d1pzqx0wjv7h2m1o9d8s3t
     """
-    lines = answer_of(_ask(host, name))
+    lines = run_requests(_ask(host, name))
     for line in lines:
         click.echo(line)
 

@@ -1,12 +1,12 @@
-"""``skep network``: docker's, and what docker has no word for: a network that grows."""
+"""``skep network``: docker's commands, and growing a network's subnets."""
 
 from collections.abc import Sequence
 
 import click
 
 from skep.cli import passthrough
-from skep.cli.asking import answer_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests
 
 AUTOMATIC = "auto"
 
@@ -52,7 +52,7 @@ def update(host: HostOptions, subnets: Sequence[str], name: str) -> None:
       skep network update --subnet-add 10.20.0.0/24 backend
       skep network update --subnet-add auto backend
     """
-    answer_of(_update(host, name, subnets))
+    run_requests(_update(host, name, subnets))
     click.echo(name)
 
 

@@ -1,4 +1,4 @@
-"""``skep node``: docker's, and what docker has no word for: taking back what a node knows."""
+"""``skep node``: docker's commands, and evict: revoking and replacing every secret that a node has had."""
 
 import asyncio
 import getpass
@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from skep.cli import passthrough
-from skep.cli.asking import answer_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests
 from skep.errors import SkepError, Unavailable
 
 _ANSWERS_WITHIN_S = 15.0
@@ -62,7 +62,7 @@ def evict(host: HostOptions, name: str, yes: bool) -> None:
             abort=True,
             err=True,
         )
-    if unlock_key := answer_of(_evict(host, name)):
+    if unlock_key := run_requests(_evict(host, name)):
         click.echo(
             "To unlock a swarm manager after it restarts, run the `docker swarm unlock`\n"
             f"command and provide the following key:\n\n    {unlock_key}\n\n"
@@ -109,7 +109,7 @@ class _Progress:
             click.echo(f"      could not be read, and are left as they are: {', '.join(damaged)}", err=True)
         if state["Complete"]:
             click.echo(
-                f"{state['Hostname'] or state['NodeID']} is evicted: what it knew opens nothing any more."
+                f"{state['Hostname'] or state['NodeID']} is evicted: every key that it had is revoked or replaced."
             )
             return True
         self.note(state["WaitsFor"])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from skep.cli.asking import errors_shown
 from skep.cli.endpoint import HostOptions
+from skep.cli.running import errors_shown
 
 _OBJECTS = (
     "builder compose config container context image manifest network node plugin secret service "
@@ -25,7 +25,7 @@ NOUNS = frozenset(f"{_OBJECTS} {_ACTIONS}".split())
 
 
 def command(*nouns: str) -> click.Command:
-    """A command that becomes docker, with every word behind ``nouns`` as it is, ``--help`` too."""
+    """A command that executes docker with every argument behind ``nouns`` unchanged, ``--help`` included."""
 
     @click.command(
         nouns[-1],

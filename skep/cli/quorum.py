@@ -1,4 +1,4 @@
-"""What a command does when the swarm has no leader: it shows what its manager knew, and says how to get out."""
+"""Commands while the swarm has no leader: they show the manager's last state, and print how to recover."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,12 +9,12 @@ from skep.api.client import Client
 from skep.errors import SkepError
 
 STALE = {"X-Skep-Stale": "1"}
-"""Answer from what this manager knows, without asking the others."""
+"""Read this manager's replica, without a barrier at the other managers."""
 _ANSWERS_WITHIN_S = 5.0
 
 
 async def headers_for(client: Client) -> Mapping[str, str]:
-    """The headers of a read: ``STALE``, with a warning on stderr, while there is no leader to ask."""
+    """The headers of a read: ``STALE``, with a warning on stderr, while there is no leader."""
     quorum = await quorum_of(client)
     if quorum is None or quorum["HasLeader"]:
         return {}
@@ -24,7 +24,7 @@ async def headers_for(client: Client) -> Mapping[str, str]:
 
 
 async def quorum_of(client: Client) -> Mapping[str, Any] | None:
-    """The manager's own knowledge; None: this node has none that could be asked."""
+    """The manager's own view; None: this node has no manager that answers."""
     try:
         answer: Mapping[str, Any] = await client.get("/skep/quorum", timeout_s=_ANSWERS_WITHIN_S)
     except SkepError:
@@ -33,7 +33,7 @@ async def quorum_of(client: Client) -> Mapping[str, Any] | None:
 
 
 def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
-    """Since when, who is missing, and the ways out."""
+    """Since when, which managers are missing, and how to recover."""
     managers = quorum["Managers"]
     silent = [manager["Hostname"] for manager in managers if not manager["Answers"]]
     answering, needed = len(managers) - len(silent), len(managers) // 2 + 1
@@ -41,13 +41,13 @@ def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
     missing = f" ({', '.join(silent)} {'does' if len(silent) == 1 else 'do'} not)" if silent else ""
     since = quorum["Since"].partition(".")[0].replace("T", " ").rstrip("Z")
     yield f"NO LEADER since {since} UTC: {answering} of {len(managers)} managers {verb}{missing}"
-    yield "what follows is what this manager knew then; containers run on, nothing can be changed"
+    yield "what follows is this manager's state of that time; containers go on running, nothing can be changed"
     if trouble := quorum.get("Trouble"):
         yield f"this manager itself: {trouble}"
     if answering < needed:
         count = needed - answering
         them = "it" if len(silent) == 1 else f"{count} of them"
-        yield f"way out 1: start {them} again, or mend the way there (port 2377 and the peer port)"
-        yield "way out 2: if they are lost for good: docker swarm init --force-new-cluster   (docs/guide/recovery.md)"
+        yield f"either start {them} again, or repair the network to {them} (port 2377 and the peer port)"
+        yield "or, if they are lost for good: docker swarm init --force-new-cluster   (docs/guide/recovery.md)"
     else:
         yield "the managers that answer are enough: see their logs, and `skep doctor network`, for why they elect none"

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from skep.cli.asking import answer_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests
 
 _ANSWERS_WITHIN_S = 20.0
 _HEAD = ("SLOT", "RUN", "STATE", "EXIT", "ENDED", "TASK")
@@ -24,7 +24,7 @@ def runs(host: HostOptions, service: str, tail: int) -> None:
       skep runs nightly
       skep runs nightly --tail 20
     """
-    answer = answer_of(_ask(host, service, tail))
+    answer = run_requests(_ask(host, service, tail))
     for line in shown(answer):
         click.echo(line)
 

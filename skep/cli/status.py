@@ -7,17 +7,17 @@ from typing import Any
 import click
 
 from skep.api.client import Client
-from skep.cli.asking import answer_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import counted
 from skep.cli.quorum import STALE, no_leader, quorum_of
-from skep.cli.words import counted
+from skep.cli.running import run_requests
 from skep.errors import SkepError
 
 _ANSWERS_WITHIN_S = 10.0
 _BUSIEST = 10
 """Nodes whose load is listed."""
 _EXPLAINED = 10
-"""Services whose reason is asked for."""
+"""Services whose explanation is requested."""
 
 Row = tuple[str, str]
 
@@ -33,14 +33,14 @@ def status(host: HostOptions) -> None:
       skep --host unix:///var/tmp/skep-demo/m1/skep.sock status
       skep --host ssh://root@manager1 status
     """
-    rows = answer_of(_ask(host))
+    rows = run_requests(_ask(host))
     width = max(len(title) for title, _ in rows)
     for title, text in rows:
         click.echo(f"{title.ljust(width)}  {text}")
 
 
 async def _ask(host: HostOptions) -> list[Row]:
-    """Every row.  What cannot be answered says so in its row: a node without a leader still has a status.
+    """Every row.  What is not available has the reason in its row: a node without a leader still has a status.
 
     Raises: Unavailable: the node itself does not answer.
     """
@@ -150,7 +150,8 @@ def about_cluster(nodes: Iterable[Mapping[str, Any]], *, is_led: bool = True) ->
 
 
 def about_services(services: Iterable[Mapping[str, Any]], wanting: Mapping[str, str]) -> Iterator[Row]:
-    """How many services have what they want; the others by name.  ``wanting``: their ids, with the reason if known."""
+    """How many services have what they want; the others by name.  ``wanting``: their ids, with the reason if
+    known."""
     known = sorted(services, key=lambda service: service["Spec"]["Name"])
     yield "services", f"{len(known)}, {len(known) - len(wanting)} of them as wanted"
     for service in known:
@@ -162,7 +163,7 @@ def about_services(services: Iterable[Mapping[str, Any]], wanting: Mapping[str, 
 def is_as_wanted(service: Mapping[str, Any]) -> bool:
     """Whether as many tasks run as the service wants; of a job, whether as many have completed.
 
-    A global job does not say how many runs it is to have: its explanation knows.
+    A global job's spec does not contain its number of runs: its explanation does.
     """
     mode = service["Spec"].get("Mode") or {}
     if (job := mode.get("ReplicatedJob")) is not None:

@@ -158,7 +158,7 @@ class Manager:
                 port=int(port),
                 tls=self._tls.front,
                 cluster_id=self._config.cluster_id,
-                standing=check.require,
+                check_certificate=check.require,
             ) as bound,
             asyncio.TaskGroup() as group,
         ):

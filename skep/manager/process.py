@@ -269,7 +269,7 @@ def _listening(
         port=int(port),
         tls=ServerTls(pair).front,
         cluster_id=config.cluster_id,
-        standing=peer_search.require_known,
+        check_certificate=peer_search.require_known,
     )
 
 

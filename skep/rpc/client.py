@@ -1,8 +1,8 @@
 """The client's end of an HTTP/2 connection to a gRPC server, and the calls on it.
 
-Headers and message of a call leave in one write; an answer wakes its caller once, whatever it came in.  The server is
-one whose certificate was verified, or runs on this machine; still, what it can make a client hold is bounded: the
-windows of what nobody has read, the longest message, and what ``core`` bounds.
+Headers and message of a call leave in one write; a response wakes its caller once, in however many pieces it
+arrives.  The server is one whose certificate was verified, or runs on this machine; still, what it can make a client
+hold is bounded: the windows of unread data, the longest message, and what ``core`` bounds.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from skep.rpc import frames, headers
 from skep.rpc.coalescing import CoalescingTransport
 from skep.rpc.core import MESSAGE_HEAD, Connection, Stream, framed
 from skep.rpc.frames import Code, Frame, Violation
-from skep.rpc.status import PUSHBACK, CallFailed, Lost, Status, decode_message, status_of, told_pushback
+from skep.rpc.status import PUSHBACK, CallFailed, Lost, Status, decode_message, parse_pushback, status_of
 
 ANSWERS_WHILE_PAUSED_MAX = 1000
 """To pings and settings of a server that does not read."""
@@ -26,7 +26,7 @@ class Bounds(msgspec.Struct, frozen=True):
     """What a client takes in, in bytes."""
 
     stream_window: int
-    """How far a stream may be ahead of its reader, who has not yet taken what is whole."""
+    """How far a stream may be ahead of its reader: bytes of messages that were not taken yet."""
     connection_window: int
     """More than the default of HTTP/2."""
     message: int
@@ -111,7 +111,7 @@ class ClientStream(Stream):
         return message
 
     async def only_message(self) -> bytes:
-        """The answer of a call that has one.  Raises: CallFailed, Lost; TimeoutError: ``expire``."""
+        """The response of a unary call.  Raises: CallFailed, Lost; TimeoutError: ``expire``."""
         while not self.has_ended:
             if self._is_expired:
                 raise TimeoutError
@@ -121,23 +121,24 @@ class ClientStream(Stream):
         if self._trailers is not None:
             _check_status(self._trailers)
         if len(self._messages) != 1:
-            raise Lost("not one message in answer")
+            raise Lost("the response has not exactly one message")
         return self._messages.popleft()
 
     def expire(self) -> None:
-        """Who waits for the only message does so no longer."""
+        """End the wait for the only message with TimeoutError."""
         self._is_expired = True
         self._wake()
 
     def offer_to(self, taker: Callable[[bytes], bool]) -> None:
-        """Messages that come while the reader waits are shown to ``taker`` first, and are done with if it says so.
+        """Messages that arrive while the reader waits are given to ``taker`` first; those for which it returns true
+        go no further.
 
         What it raises, the reader gets.
         """
         self._taker = taker
 
     async def drained(self) -> None:
-        """As ``Stream``'s.  Raises: CallFailed, Lost: what the peer has answered counts for more than that it did."""
+        """As ``Stream``'s.  Raises: CallFailed, Lost: the peer's status, if it has sent one, before the loss."""
         try:
             await super().drained()
         except Lost:
@@ -172,19 +173,19 @@ class ClientStream(Stream):
         else:
             self._give_back(window_bytes)  # a message may be longer than the window
 
-    def take_headers(self, said: Mapping[str, str], *, is_last: bool) -> None:
+    def take_headers(self, received: Mapping[str, str], *, is_last: bool) -> None:
         """Headers, or with ``is_last`` the trailers, which may come alone."""
-        if said.get(":status", "200") != "200":
-            self.end(Lost(f"HTTP status {said[':status']}"))
+        if received.get(":status", "200") != "200":
+            self.end(Lost(f"HTTP status {received[':status']}"))
         elif is_last:
-            self._trailers = said
+            self._trailers = received
             self._finish()
 
     def reset(self, code: int) -> None:
         self.end(Lost(f"the call was reset, code {code}"))
 
     def end(self, error: Lost) -> None:
-        """No answer will come, or no more of it; nothing that is still unsent matters."""
+        """End the stream: nothing more is received, and what is unsent is dropped."""
         if not self.has_ended:
             self._error = error
             self._finish()
@@ -194,7 +195,7 @@ class ClientStream(Stream):
     def _finish(self) -> None:
         self.drop_unsent()
         self._wake()
-        self._connection.wake()  # whoever waits for its windows
+        self._connection.wake()  # tasks that wait for its windows
 
     def _raise_end(self) -> None:
         """Raises: what ended the call."""
@@ -297,7 +298,7 @@ class ClientConnection(Connection[ClientStream]):
             self._transport.abort()
         self._lose(Lost("the connection was closed"))
 
-    # -- what the transport says --------------------------------------------------------------------------------------
+    # -- called by the transport --------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -321,7 +322,7 @@ class ClientConnection(Connection[ClientStream]):
         return self._streams.get(stream_id)
 
     def take_data(self, frame: Frame) -> None:
-        # The connection's window is given back at once, so that a slow reader holds up nobody but itself.
+        # The connection's window is given back at once, so that a slow reader holds up only its own stream.
         self._spent_bytes += len(frame.payload)
         if self._spent_bytes >= self.bounds.connection_window // 2:
             self.write(frames.window_update(0, self._spent_bytes))
@@ -330,12 +331,12 @@ class ClientConnection(Connection[ClientStream]):
             if not stream.has_ended:
                 stream.take_data(frames.content(frame), len(frame.payload))
             if frame.flags & frames.END_STREAM:
-                stream.end(Lost("the answer ended without a status"))
+                stream.end(Lost("the response ended without a status"))
 
     def take_block(self, stream_id: int, block: bytes, *, is_last: bool) -> None:
-        said = headers.answer_of(block)
+        received = headers.response_headers(block)
         if stream := self.known(stream_id):
-            stream.take_headers(said, is_last=is_last)
+            stream.take_headers(received, is_last=is_last)
 
     def take_goaway(self) -> None:
         if self._transport is not None:
@@ -351,7 +352,7 @@ class ClientConnection(Connection[ClientStream]):
         # Unlike a server, a client goes on reading while the peer does not: both would wait for ever.
         self._answers_owed += 1
         if self._answers_owed > ANSWERS_WHILE_PAUSED_MAX:
-            raise Violation("a server that asks and does not read", Code.ENHANCE_YOUR_CALM)
+            raise Violation("a server that sends pings and does not read", Code.ENHANCE_YOUR_CALM)
 
     def _lose(self, error: Lost) -> None:
         self.is_open = False
@@ -364,8 +365,8 @@ def _check_status(trailers: Mapping[str, str]) -> None:
     """Raises: CallFailed; Lost: there is no status."""
     number = trailers.get("grpc-status")
     if number is None:
-        raise Lost("the answer ended without a status")
+        raise Lost("the response ended without a status")
     status = status_of(number)
     if status is not Status.OK:
         message = decode_message(trailers.get("grpc-message", ""))
-        raise CallFailed(status, message, told_pushback(trailers.get(PUSHBACK)))
+        raise CallFailed(status, message, parse_pushback(trailers.get(PUSHBACK)))

@@ -1,6 +1,6 @@
 """One write for what is written in one turn of the event loop.
 
-Headers and message of an answer are two writes, its trailers a third: as many TLS records and system calls here, and
+Headers and message of a response are two writes, its trailers a third: as many TLS records and system calls here, and
 awakenings there.
 """
 

@@ -1,7 +1,8 @@
-"""What both ends of an HTTP/2 connection do alike (RFC 9113): take frames apart, and send within the peer's windows.
+"""What both ends of an HTTP/2 connection have in common (RFC 9113): parsing frames, and sending within the peer's
+windows.
 
-What a peer can make an end hold is bounded: one frame, one header block, and answers to its pings and settings while it
-does not read.  What else it holds is the business of each end (``server``, ``client``).
+The memory that a peer can occupy is bounded: one frame, one header block, and acknowledgements of its pings and
+settings while it does not read.  Each end bounds everything else (``server``, ``client``).
 """
 
 import asyncio
@@ -14,21 +15,21 @@ from skep.rpc.frames import Code, Frame, Violation
 from skep.rpc.status import Lost
 
 HEADER_BLOCK_BYTES_MAX = 32 * 1024
-"""Of one request or answer, as it comes, continuations included."""
+"""Of one request or response, encoded, continuations included."""
 
 MESSAGE_HEAD = Struct(">BI")
-"""Before each message of gRPC: whether it is compressed, and how long it is."""
+"""Before each gRPC message: whether it is compressed, and its length."""
 
 _NOTHING = memoryview(b"")
 
 
 def framed(message: bytes) -> bytes:
-    """A message as it is sent."""
+    """``message`` with its gRPC prefix."""
     return MESSAGE_HEAD.pack(0, len(message)) + message
 
 
 class Stream:
-    """One call, as far as both ends send alike: bytes that wait for the peer's windows."""
+    """The sending half of one call: bytes that wait for the peer's windows."""
 
     __slots__ = ("_connection", "ends_after_unsent", "id", "unsent", "window_out")
 
@@ -44,10 +45,10 @@ class Stream:
     @property
     @abstractmethod
     def is_gone(self) -> bool:
-        """Whether nothing that is sent can arrive any more."""
+        """Whether the stream has ended, so that nothing that is sent can arrive."""
 
     def reset(self, code: int) -> None:
-        """The peer has ended the call without a status."""
+        """RST_STREAM: the peer has ended the call without a status."""
 
     def send_data(self, head: bytes, data: bytes, *, ends: bool = False) -> None:
         """Send ``head`` (frames) now, and ``data`` as far as the windows let it; the rest when they grow."""
@@ -65,7 +66,7 @@ class Stream:
         raise Lost("the peer is gone")
 
     def drop_unsent(self) -> None:
-        """Nobody will read what was not sent yet."""
+        """Drop what was not sent yet: the peer reads no more of this stream."""
         self.unsent = _NOTHING
 
 
@@ -73,7 +74,7 @@ S = TypeVar("S", bound=Stream)
 
 
 class Connection(asyncio.Protocol, Generic[S]):
-    """Frames in and out, and whose they are."""
+    """Parses incoming frames and assigns them to streams; sends frames."""
 
     __slots__ = (
         "_begun",
@@ -103,7 +104,7 @@ class Connection(asyncio.Protocol, Generic[S]):
         """A header block that continues: stream, flags of its first frame, what has come of it."""
         self._waiting: dict[asyncio.Future[None], None] = {}
 
-    # -- what the two ends do differently ---------------------------------------------------------------------------
+    # -- implemented by each end ---------------------------------------------------------------------------
 
     @abstractmethod
     def known(self, stream_id: int) -> S | None:
@@ -119,16 +120,16 @@ class Connection(asyncio.Protocol, Generic[S]):
 
     @abstractmethod
     def take_goaway(self) -> None:
-        """The peer ends the connection."""
+        """GOAWAY: the peer ends the connection."""
 
     @abstractmethod
     def fail(self, fault: Violation) -> None:
-        """The peer does not speak as agreed: end the connection."""
+        """The peer has violated the protocol: end the connection."""
 
     def hold_answer(self) -> None:
-        """An answer to the peer has to wait, as it does not read.  Raises: Violation: there are too many."""
+        """An acknowledgement has to wait, as the peer does not read.  Raises: Violation: there are too many."""
 
-    # -- what the transport says --------------------------------------------------------------------------------------
+    # -- called by the transport --------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         if not self.is_open:
@@ -177,7 +178,7 @@ class Connection(asyncio.Protocol, Generic[S]):
             self._waiting.pop(waiter, None)
 
     def wake(self) -> None:
-        """Whoever waits for a change looks again."""
+        """Wake every task that waits for a change of state."""
         for waiter in self._waiting:
             if not waiter.done():
                 waiter.set_result(None)
@@ -216,7 +217,7 @@ class Connection(asyncio.Protocol, Generic[S]):
             if stream := self.known(frame.stream_id):
                 stream.reset(code)
         elif frame.stream_id and kind in (frames.SETTINGS, frames.PING, frames.GOAWAY):
-            raise Violation("a word on the connection, said on a stream")
+            raise Violation("a frame of the connection on a stream")
         elif kind == frames.SETTINGS:
             self._take_settings(frame)
         elif kind == frames.PING:
@@ -224,7 +225,7 @@ class Connection(asyncio.Protocol, Generic[S]):
         elif kind == frames.GOAWAY:
             self.take_goaway()
         elif kind == frames.PUSH_PROMISE:
-            raise Violation("a push, which nobody has allowed")
+            raise Violation("a push, which was not enabled")
 
     def _take_continuation(self, frame: Frame) -> None:
         if self._begun is None or self._begun[0] != frame.stream_id:

@@ -1,4 +1,5 @@
-"""HTTP/2 frames (RFC 9113, sections 4 and 6), as our ends of gRPC take and send them: etcd's client, nodes' server."""
+"""HTTP/2 frames (RFC 9113, sections 4 and 6), as our ends of gRPC take and send them: etcd's client, nodes'
+server."""
 
 import struct
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 1,
 MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = 5, 6
 
 WINDOW = 65_535
-"""Of a stream and of a connection, until the peer says more."""
+"""Of a stream and of a connection, until the peer announces another."""
 WINDOW_MAX = 2**31 - 1
 
 FRAME_BYTES = 16_384
@@ -119,14 +120,14 @@ def number(payload: bytes) -> int:
 
 
 def settings_of(payload: bytes) -> Mapping[int, int]:
-    """What a SETTINGS frame says.  Raises: Violation."""
+    """The values of a SETTINGS frame.  Raises: Violation."""
     if len(payload) % _SETTING.size:
         raise Violation(f"settings of {len(payload)} bytes", Code.FRAME_SIZE_ERROR)
     return dict(_SETTING.iter_unpack(payload))
 
 
 def settings(values: Mapping[int, int]) -> bytes:
-    """A SETTINGS frame that says ``values``."""
+    """A SETTINGS frame with ``values``."""
     return frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*item) for item in values.items()))
 
 

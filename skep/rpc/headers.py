@@ -1,9 +1,9 @@
 """Header blocks (HPACK, RFC 7541): what peers send is decoded once, what we send is made once.
 
 Decoding is a function of the block and of the table that the blocks before it have built.  Nodes send each other's
-blocks: the first of each connection is the same for all of a kind, and so is the table after it.  Therefore tables are
-values, shared by all connections that have come to the same one, and the function remembers its last results.  A client
-tells its server to keep no table, so that a block of an answer means the same wherever it comes.
+blocks: the first of each connection is the same for all of a kind, and so is the table after it.  Therefore tables
+are values, shared by all connections that have come to the same one, and the function remembers its last results.  A
+client announces a table of size 0, so that a block of a response can be decoded without state.
 
 Source: RFC 7541, gRPC's PROTOCOL-HTTP2.md.
 """
@@ -25,7 +25,7 @@ HEADER_LIST_BYTES_MAX = 64 * 1024
 REMEMBERED = 256
 """Blocks whose meaning, or whose bytes, are remembered among all connections."""
 REMEMBERED_BYTES_MAX = 1024
-"""A longer block is decoded each time, so that nobody can fill memory with them."""
+"""A longer block is decoded each time: the cache stays small whatever peers send."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -86,10 +86,10 @@ def _literal(name: bytes, value: bytes) -> bytes:
 
 
 NO_TABLE = b"\x20"
-"""Said once, before the first block we send: what follows builds no table, whatever the peer allows."""
+"""Sent once, before our first block: the following ones use no table, whatever the peer allows."""
 _OK = b"\x88"  # `:status: 200` stands in the static table
 ANSWER = _OK + _literal(b"content-type", b"application/grpc+proto")
-"""Headers of an answer of gRPC."""
+"""Headers of a gRPC response."""
 TRAILERS_OK = _literal(b"grpc-status", b"0")
 
 
@@ -132,8 +132,8 @@ def request_block(
     return bytes(Encoder().encode([NeverIndexedHeaderTuple(*header) for header in headers]))
 
 
-def answer_of(block: bytes) -> Mapping[str, str]:
-    """What a header block of a server says, which was told to keep no table.  Raises: Violation."""
+def response_headers(block: bytes) -> Mapping[str, str]:
+    """The headers in a block of a server whose table has size 0.  Raises: Violation."""
     return (_remembered_answer if len(block) <= REMEMBERED_BYTES_MAX else _answer)(block)
 
 

@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 
 class ServerStream(Stream):
-    """The server's end of a call.  One task reads and answers; the connection puts in what arrives."""
+    """The server's end of a call.  One task reads requests and writes responses; the connection adds what arrives."""
 
     __slots__ = (
         "_has_answered", "_has_ended", "_has_headers", "_held", "_is_gone", "_owed", "_reader", "_received",
@@ -40,11 +40,12 @@ class ServerStream(Stream):
         self._held = 0
         """Bytes, the last of those received, that the client may not send again on this stream yet."""
         self._taken = 0
-        """Bytes that the handler has: they count as the client's until it asks for more, or ends."""
+        """Bytes that the handler has taken: they count towards the client's bound until it takes the next message,
+        or ends."""
         self._unsaid = 0
         """Bytes taken for which the connection's window was not filled again yet."""
         self._owed = 0
-        """Bytes that it may send again, and was not told so yet."""
+        """Bytes that the client may send again; the window update is not sent yet."""
         self._reader: asyncio.Future[None] | None = None
         self._has_ended = False
         self._has_headers = False
@@ -59,7 +60,7 @@ class ServerStream(Stream):
         if self._window_in < 0:
             raise Violation("more than the stream's window", Code.FLOW_CONTROL_ERROR)
         if self._is_gone or self._has_answered:
-            self._server.allow(size)  # nobody will read it
+            self._server.allow(size)  # it will not be read
             return
         self._received += data
         self._held += len(data)
@@ -86,7 +87,7 @@ class ServerStream(Stream):
         self.give_up()
 
     def give_up(self) -> None:
-        """The client or the connection is gone: end whoever answers."""
+        """The client or the connection is gone: cancel the handler."""
         self._is_gone = True
         self.drop_unsent()
         self._server.wake()
@@ -95,7 +96,7 @@ class ServerStream(Stream):
             self.task.cancel()
 
     def forget(self) -> None:
-        """Nobody answers any more: what was not read is the connection's to fill again."""
+        """The handler has ended: give the window of what was not read back to the connection."""
         self._is_gone = True
         self._drop_received()
         self._let_go()
@@ -106,7 +107,8 @@ class ServerStream(Stream):
     # -- the handler's side ---------------------------------------------------------------------------------------
 
     async def recv_data(self, size: int, within_s: float | None = None) -> bytes:
-        """Exactly ``size`` bytes; none, when there are no more.  Raises: AssertionError: it ends between; TimeoutError.
+        """Exactly ``size`` bytes; none, when there are no more.  Raises: AssertionError: it ends between;
+        TimeoutError.
 
         A message may be larger than the stream's window, which goes on while it arrives.  The connection's does not:
         it is filled again with what was taken whole, so that half messages cannot hold more than it.
@@ -136,7 +138,7 @@ class ServerStream(Stream):
 
     async def _wait_received(self, size: int) -> None:
         while len(self._received) < size and not self._has_ended:
-            self._release(0)  # somebody waits for all of it
+            self._release(0)  # a handler waits for all of it
             self._reader = asyncio.get_running_loop().create_future()
             try:
                 await self._reader
@@ -159,7 +161,7 @@ class ServerStream(Stream):
         await self.drained()
 
     async def send_status(self, failure: CallFailed | None = None) -> None:
-        """The last word.  A client that was refused and has more to send is told not to."""
+        """Send the status.  A client that has more to send gets RST_STREAM (NO_ERROR)."""
         self.drop_unsent()  # of a message that was given up
         block = headers.TRAILERS_OK if failure is None else headers.trailers(failure)
         await self.drained()
@@ -168,7 +170,7 @@ class ServerStream(Stream):
             self._reset_unless_ended()
 
     async def refuse(self, http_status: int) -> None:
-        """The last word to something that is no client of gRPC."""
+        """Send an HTTP status to a client that does not speak gRPC."""
         await self.drained()
         self._end_with(headers.refusal(http_status))
         self._reset_unless_ended()
@@ -207,7 +209,7 @@ class ServerStream(Stream):
         if self._has_ended:
             return
         self._owed += size
-        # Not a word for every message: half a window is worth one.
+        # One window update for half a window, not one for each message.
         if self._owed >= self._server.limits.stream_window // 2:
             self._window_in += self._owed
             self._server.write(frames.window_update(self.id, self._owed))
@@ -240,20 +242,20 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class ServerConnection(Connection[ServerStream]):
-    """One connection.  Whoever accepts it calls ``begin`` when it is made."""
+    """One connection.  Its owner calls ``begin`` when it is made."""
 
     __slots__ = (
-        "_answer", "_has_greeted", "_has_sent_block", "_last_stream_id", "_owed", "_table", "_window_in", "held",
+        "_handle", "_has_greeted", "_has_sent_block", "_last_stream_id", "_owed", "_table", "_window_in", "held",
         "limits",
     )  # fmt: skip
     limits: Limits
 
-    def __init__(self, answer: Callable[[ServerStream], Coroutine[None, None, None]]) -> None:
-        """``answer``: is run as a task for each call, and cancelled when its client is gone."""
+    def __init__(self, handle: Callable[[ServerStream], Coroutine[None, None, None]]) -> None:
+        """``handle``: is run as a task for each call, and cancelled when its client is gone."""
         super().__init__()
         self.held = 0
         """Bytes of requests: not taken yet, or taken by a handler that is at work on them."""
-        self._answer = answer
+        self._handle = handle
         self._has_greeted = False
         self._table = headers.EMPTY
         self._last_stream_id = 0
@@ -268,10 +270,10 @@ class ServerConnection(Connection[ServerStream]):
         self.is_open = True
         self.write(limits.greeting())
 
-    # -- what the transport says ----------------------------------------------------------------------------------
+    # -- called by the transport ----------------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
-        """The peer does not read: take no more of its pings and settings, each of which has an answer to hold."""
+        """The peer does not read: accept no more pings and settings, whose acknowledgements would have to be held."""
         super().pause_writing()
         if self._transport is not None:
             self._transport.pause_reading()
@@ -284,13 +286,13 @@ class ServerConnection(Connection[ServerStream]):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._give_up()
         # No cycles: what TLS holds of a connection is freed at once, not when the collector comes by.
-        self._answer = _nobody
+        self._handle = _handle_none
         self._transport = None
 
-    # -- for whoever owns it --------------------------------------------------------------------------------------
+    # -- called by the owner --------------------------------------------------------------------------------------
 
     def close(self, code: Code = Code.NO_ERROR) -> None:
-        """End it with a last word, and all its calls."""
+        """Send GOAWAY and close the connection; all its calls end."""
         if self.is_open:
             self.write(frames.goaway(self._last_stream_id, code))
             self._give_up()
@@ -298,14 +300,14 @@ class ServerConnection(Connection[ServerStream]):
                 self._transport.close()
 
     def abort(self) -> None:
-        """End it without a word: for a peer that need not be told, or would not read it."""
+        """Close the connection without GOAWAY: for a peer that does not need it, or would not read it."""
         if self.is_open:
             self._give_up()
             if self._transport is not None:
                 self._transport.abort()
 
     async def wait_closed(self) -> None:
-        """Return when no call is being answered any more."""
+        """Return when no handler runs any more."""
         if tasks := [stream.task for stream in self._streams.values() if stream.task is not None]:
             await asyncio.wait(tasks)
 
@@ -320,7 +322,7 @@ class ServerConnection(Connection[ServerStream]):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is being answered."""
+        """Whether no handler runs."""
         return not self._streams
 
     @property
@@ -329,7 +331,7 @@ class ServerConnection(Connection[ServerStream]):
         return self._last_stream_id > 0
 
     def became_idle(self) -> None:
-        """The last call under way has ended; for whoever counts."""
+        """Called when the last handler has ended."""
 
     def hold(self, size: int) -> None:
         """So many bytes more (or less) are held for the peer.  Raises: Violation: more than it is granted."""
@@ -370,7 +372,7 @@ class ServerConnection(Connection[ServerStream]):
         if self._window_in < 0:
             raise Violation("more than the connection's window", Code.FLOW_CONTROL_ERROR)
         if stream is None:
-            self.allow(size)  # sent before it knew that the stream has ended
+            self.allow(size)  # sent before the end of the stream arrived there
             return
         if stream.has_ended:
             raise Violation("data after the end", Code.STREAM_CLOSED)
@@ -381,7 +383,7 @@ class ServerConnection(Connection[ServerStream]):
     def take_block(self, stream_id: int, block: bytes, *, is_last: bool) -> None:
         request, self._table = headers.decoded(self._table, block)
         if stream_id <= self._last_stream_id:
-            # Trailers.  Those of a stream that has ended were sent before its client knew.
+            # Trailers.  Those of a stream that has ended crossed our end of it.
             if stream := self.known(stream_id):
                 stream.end()
             return
@@ -398,7 +400,7 @@ class ServerConnection(Connection[ServerStream]):
             stream.end()
         self._streams[stream.id] = stream
         # Its parent is this connection, which ends it, and whose ``wait_closed`` waits for it.
-        task = stream.task = asyncio.get_running_loop().create_task(self._answer(stream))
+        task = stream.task = asyncio.get_running_loop().create_task(self._handle(stream))
         task.add_done_callback(lambda _: self._forget(stream))
 
     def _forget(self, stream: ServerStream) -> None:
@@ -424,5 +426,5 @@ class ServerConnection(Connection[ServerStream]):
         self.wake()
 
 
-async def _nobody(_stream: ServerStream) -> None:
-    """Who answers on a connection that is gone."""
+async def _handle_none(_stream: ServerStream) -> None:
+    """Stands for the handler on a connection that is gone."""

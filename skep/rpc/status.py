@@ -1,4 +1,4 @@
-"""How a call of gRPC ends.  Source: gRPC's doc/statuscodes.md and doc/PROTOCOL-HTTP2.md."""
+"""gRPC status codes and messages.  Source: gRPC's doc/statuscodes.md and doc/PROTOCOL-HTTP2.md."""
 
 from enum import IntEnum
 from urllib.parse import quote, unquote
@@ -32,7 +32,7 @@ _BY_NUMBER = {str(status.value): status for status in Status}
 class CallFailed(Exception):
     """A call ended with another status than OK; ``str``: its message.
 
-    ``retry_after_s``: when the same call works, if the server knows.
+    ``retry_after_s``: when the same call may be retried, if the server gave a delay.
     """
 
     def __init__(self, status: Status, message: str = "", retry_after_s: float | None = None) -> None:
@@ -47,23 +47,23 @@ class Lost(ConnectionError):
 
 
 def status_of(number: str) -> Status:
-    """A number that gRPC does not know counts as UNKNOWN, as its documents want it."""
+    """The status of ``number``; UNKNOWN for one that gRPC does not define, as its specification requires."""
     return _BY_NUMBER.get(number, Status.UNKNOWN)
 
 
 PUSHBACK = "grpc-retry-pushback-ms"
-"""Trailer of a call that works later, and when.  gRPC's own (proposal A6); who does not know it passes it over."""
+"""Trailer of a call that may be retried, with the delay in ms.  gRPC's own (proposal A6); other peers ignore it."""
 
 
-def told_pushback(value: str | None) -> float | None:
-    """Seconds until the call works, as a trailer says; None: it says nothing that can be understood."""
+def parse_pushback(value: str | None) -> float | None:
+    """Seconds until the call may be retried, from the trailer's value; None: absent or malformed."""
     if value is None or not (value.isascii() and value.isdigit()) or len(value) > 9:
         return None
     return int(value) / 1000
 
 
 def encode_message(text: str) -> bytes:
-    """A status message as a header's value: percent-encoded, but for what is printable in ASCII."""
+    """A status message as a header's value: percent-encoded except for printable ASCII."""
     return quote(text, safe=_PRINTABLE, errors="replace").encode("ascii")
 
 
@@ -71,5 +71,5 @@ _PRINTABLE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%"
 
 
 def decode_message(value: str) -> str:
-    """The text of a status message; what is no UTF-8 is replaced."""
+    """The text of a status message; invalid UTF-8 is replaced."""
     return unquote(value, errors="replace")

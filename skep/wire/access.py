@@ -1,4 +1,4 @@
-"""Who calls, and whether they may."""
+"""The caller of a method, and its authorization."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -16,7 +16,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """The other end of a connection."""
 
     identity: Identity | None
-    """Who its verified certificate says it is; None without a certificate."""
+    """From its verified certificate; None without a certificate."""
     address: str
     """IP address it connects from."""
     disconnect: Callable[[], None]
@@ -33,16 +33,17 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
         return self.identity.node_id
 
 
-Standing: TypeAlias = Callable[[Identity, Access], None]
-"""Raises for a caller whose certificate is valid and counts for nothing any more; asked at every call."""
+CertificateCheck: TypeAlias = Callable[[Identity, Access], None]
+"""Called for each call; raises for a caller whose certificate is valid but not accepted any more (revoked, removed
+node)."""
 
 
-def in_good_standing(_identity: Identity, _access: Access) -> None:
-    """Nobody is ever removed (tests, tools)."""
+def accept_all(_identity: Identity, _access: Access) -> None:
+    """Accepts every valid certificate (tests, tools)."""
 
 
 def authorize(
-    caller: Caller, access: Access, cluster_id: ClusterId, standing: Standing = in_good_standing
+    caller: Caller, access: Access, cluster_id: ClusterId, check_certificate: CertificateCheck = accept_all
 ) -> None:
     """Raises: PermissionDenied: ``caller`` may not make a call of this ``access`` in this cluster; Unavailable."""
     identity = caller.identity
@@ -59,7 +60,7 @@ def authorize(
             )
     if identity is None or not allowed:
         raise _denied()
-    standing(identity, access)
+    check_certificate(identity, access)
 
 
 def _denied() -> PermissionDenied:

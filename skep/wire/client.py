@@ -1,4 +1,4 @@
-"""Calls to a manager over one connection, with our errors instead of gRPC's.
+"""Calls to a manager over one connection, with this package's errors instead of gRPC's.
 
 The manager's certificate is verified for a name of its role, never for its address.
 """
@@ -52,8 +52,8 @@ class Call(Generic[Q, A]):
             await self._stream.drained()
 
     async def receive(self) -> A | None:
-        """The next message, or None after the last.  Raises what the peer answered instead of OK."""
-        assert self._stream is not None  # the first word is the caller's
+        """The next message, or None after the last.  Raises: the error of the peer's status, if that is not OK."""
+        assert self._stream is not None, "the caller sends first"
         with peer_errors(self._address):
             message = await self._stream.receive()
             return None if message is None else self._reply.FromString(message)
@@ -78,7 +78,7 @@ class Channel:
         self._name = name
 
     async def call(self, method: Unary[Q, A], request: Q, *, timeout_s: float = CALL_SECONDS_MAX) -> A:
-        """Raises: Unavailable: no answer in time; otherwise what the manager answered."""
+        """Raises: Unavailable: no response in time; otherwise the error of the manager's status."""
         with peer_errors(self.address):
             async with asyncio.timeout(timeout_s):
                 with self._connection.stream() as stream:
@@ -115,7 +115,7 @@ async def connected(
 
 
 async def _connect(host: str, port: int, tls: ssl.SSLContext, name: str) -> ClientConnection:
-    """Raises: Unavailable: nothing is reached there; otherwise as the handshake of TLS ends."""
+    """Raises: Unavailable: the address is not reachable; otherwise the error of the TLS handshake."""
     try:
         return await connect(
             lambda: ClientConnection(BOUNDS, coalesces=True), host, port, tls, server_name=name

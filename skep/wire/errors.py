@@ -23,7 +23,7 @@ STATUS_OF: tuple[tuple[type[SkepError], Status], ...] = (
     (errors.ResourceExhausted, Status.RESOURCE_EXHAUSTED),
     (errors.Unimplemented, Status.UNIMPLEMENTED),
 )
-"""First match wins.  What is not listed is a bug of ours: INTERNAL, with nothing of it told to the peer."""
+"""First match wins.  An error that is not listed is a bug: INTERNAL, without details for the peer."""
 
 _ERROR_OF: dict[Status, type[SkepError]] = {
     **{status: error for error, status in STATUS_OF if status is not Status.UNKNOWN},
@@ -40,7 +40,7 @@ _MESSAGE_CHARACTERS_MAX = 2048
 
 
 def to_status(error: SkepError) -> CallFailed:
-    """What a peer is told of ``error``."""
+    """The status that a peer gets for ``error``."""
     after_s = error.after_s if isinstance(error, errors.RetryLater) else None
     for kind, status in STATUS_OF:
         if isinstance(error, kind):
@@ -49,7 +49,7 @@ def to_status(error: SkepError) -> CallFailed:
 
 
 def from_status(error: CallFailed) -> SkepError:
-    """The error that a peer told us."""
+    """The error that a peer's status means."""
     if error.status is Status.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
         return errors.RetryLater(error.message or "come again later", error.retry_after_s)
     kind = _ERROR_OF.get(error.status, SkepError)

@@ -1,4 +1,4 @@
-"""Every call of the protocol: its path, its messages, and who may make it.
+"""Every call of the protocol: its path, its messages, and its authorization.
 
 Servers and clients use the same entries, so both sides are checked against the same types.
 """
@@ -24,7 +24,7 @@ MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 
 
 class Access(Enum):
-    """Who may make a call, judged by the certificate of the connection."""
+    """Which callers are authorized, by the certificate of the connection."""
 
     OPEN = auto()
     """Anybody, with or without a certificate: that is how a machine becomes a node."""
@@ -33,8 +33,8 @@ class Access(Enum):
     MANAGER = auto()
     """Managers of this cluster."""
     MANAGER_OR_UNKNOWN = auto()
-    """Managers, and for a few seconds whoever has a manager's certificate and is not known here: a manager that a
-    backup knows nothing of.  May be told, and is not to be believed."""
+    """Managers, and for a few seconds any caller with a manager's certificate that is not in the store: a manager
+    that a backup does not contain.  It may read; what it sends is not trusted."""
 
 
 @dataclass(frozen=True)

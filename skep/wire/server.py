@@ -1,14 +1,14 @@
 """The gRPC server of a manager: one port for nodes, managers and machines that want to become nodes.
 
-``rpc`` speaks the protocol; who is let in, what they are granted, and which handler answers, is here:
+``rpc`` implements the protocol; admission, limits and the choice of handlers are here:
 
-* Every connection that is ended gets a GOAWAY first: an engine that hears none heartbeats into the void for 40 s and
+* Every connection that is ended gets a GOAWAY first: an engine that gets none goes on sending heartbeats for 40 s and
   longer.
 * An unknown method is refused as gRPC refuses it (UNIMPLEMENTED, with a content type): an engine's fallbacks depend
   on it.
-* A stranger (a connection without a certificate) gets little: few connections, few streams, small windows,
-  small messages, little time.  When there are too many, those of the address that has most make room, not the new one:
-  otherwise connections that say nothing would keep every machine from joining.
+* An anonymous connection (without a certificate) has tight limits: few connections, few streams, small windows,
+  small messages, little time.  When there are too many, those of the address that has most make room, not the new
+  one: otherwise connections that say nothing would keep every machine from joining.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from skep.rpc.server import Limits, ServerConnection, ServerStream
 from skep.rpc.status import CallFailed, Status
 from skep.security.authority import issued_s
 from skep.security.identity import Identity, peer_identity
-from skep.wire.access import Caller, Standing, authorize, in_good_standing
+from skep.wire.access import Caller, CertificateCheck, accept_all, authorize
 from skep.wire.errors import LOST_PEER, to_status
 from skep.wire.service import Handler, run_handler
 from skep.wire.service import Stream as HandledStream
@@ -48,16 +48,16 @@ NODE_CONNECTIONS_MAX = 32
 """Of one node at one time; it needs two, one of them for a moment."""
 NODE_LIMITS = Limits(streams=100, stream_window=128 * 1024, connection_window=20 * 1024 * 1024)
 """All streams' windows and the largest message are together smaller than the connection's window: log streams that
-nobody reads never hold up heartbeats."""
+are not read never hold up heartbeats."""
 NODE_BYTES_MAX = 2 * NODE_LIMITS.connection_window
 """Of requests that are held for one node, on all its connections.  The connection that brings more is closed."""
 
-STRANGERS_MAX = 64
-STRANGERS_PER_SOURCE_MAX = 4
-STRANGER_SECONDS_MAX = 60.0
-STRANGER_SILENT_SECONDS_MAX = 5.0
+ANONYMOUS_MAX = 64
+ANONYMOUS_PER_SOURCE_MAX = 4
+ANONYMOUS_SECONDS_MAX = 60.0
+ANONYMOUS_SILENT_SECONDS_MAX = 5.0
 """Until its first call."""
-STRANGER_LIMITS = Limits(streams=8, stream_window=frames.WINDOW, connection_window=frames.WINDOW)
+ANONYMOUS_LIMITS = Limits(streams=8, stream_window=frames.WINDOW, connection_window=frames.WINDOW)
 
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])", re.ASCII)
 _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -86,14 +86,14 @@ class Bound:
 
     @property
     def held_bytes(self) -> int:
-        """Of requests that have arrived and are not answered."""
+        """Of requests that have arrived and have no response."""
         return sum(connection.held for connection in self._server.connections)
 
     def disconnect_all(self, first: Callable[[Identity], bool]) -> None:
-        """End every connection, and every handshake: whoever comes again is judged by what counts now.
+        """End every connection and every handshake: peers that connect again are checked by the present rules.
 
-        Those of strangers, and of callers for whose certificate ``first`` is true, at once; the others one after
-        another, so that not thousands come again at one moment.
+        Anonymous ones, and those of callers for whose certificate ``first`` is true, at once; the others one after
+        another, so that thousands do not connect again at one moment.
         """
         self._handshakes.give_up()
         loop, later = asyncio.get_running_loop(), []
@@ -105,10 +105,10 @@ class Bound:
         for connection, after_s in zip(later, closing_times(len(later)), strict=True):
             loop.call_later(after_s, connection.close)
 
-    def disconnect(self, who: Callable[[Identity], bool]) -> None:
-        """End the connections of callers for whose certificate ``who`` is true."""
+    def disconnect(self, matches: Callable[[Identity], bool]) -> None:
+        """End the connections of callers for whose certificate ``matches`` is true."""
         for connection in tuple(self._server.connections):
-            if connection.identity is not None and who(connection.identity):
+            if connection.identity is not None and matches(connection.identity):
                 connection.close()
 
 
@@ -126,19 +126,19 @@ async def serve(
     port: int,
     tls: ssl.SSLContext,
     cluster_id: ClusterId,
-    standing: Standing = in_good_standing,
+    check_certificate: CertificateCheck = accept_all,
 ) -> AsyncIterator[Bound]:
-    """Answer calls on ``host:port`` until the context is left; then every connection is closed.
+    """Serve calls on ``host:port`` until the context is left; then every connection is closed.
 
     Args:
         tls: a context that asks for client certificates (``security.tls.ServerTls.front``).
         cluster_id: what callers' certificates must name, except for open methods.
-        standing: whether a caller's certificate still counts; asked at every call that is not open to anybody.
+        check_certificate: whether a caller's certificate is still accepted; called for each call that needs one.
 
     Raises:
         Unavailable: the address cannot be bound.
     """
-    server = _Server(handlers, cluster_id, standing)
+    server = _Server(handlers, cluster_id, check_certificate)
     handshakes = Handshakes(server.new_protocol, tls)
     listener = _listen(host, port)
     try:
@@ -168,16 +168,18 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 class _Server:
-    """Makes a protocol per connection, knows all of them, and finds who answers a call."""
+    """Makes a protocol per connection, keeps all of them, and finds the handler of a call."""
 
-    def __init__(self, handlers: Iterable[Handler], cluster_id: ClusterId, standing: Standing) -> None:
+    def __init__(
+        self, handlers: Iterable[Handler], cluster_id: ClusterId, check_certificate: CertificateCheck
+    ) -> None:
         self._cluster_id = cluster_id
-        self._standing = standing
+        self._check_certificate = check_certificate
         self._handlers: Mapping[str, Handler] = {
-            handler.method.path: self._guarded(handler) for handler in handlers
+            handler.method.path: self._authorized(handler) for handler in handlers
         }
         self.connections: set[_Connection] = set()
-        self.strangers: set[_Connection] = set()
+        self.anonymous: set[_Connection] = set()
         self.of_node: Counter[NodeId] = Counter()
         self.bytes_of_node: Counter[NodeId] = Counter()
 
@@ -185,7 +187,7 @@ class _Server:
         return _Connection(self)
 
     def refusal(self, identity: Identity | None) -> str:
-        """Why a connection is not taken; empty: it is."""
+        """Why a connection is refused; empty: it is not."""
         if identity is None:
             return ""
         return "too many of one node" if self.of_node[identity.node_id] >= NODE_CONNECTIONS_MAX else ""
@@ -193,33 +195,33 @@ class _Server:
     def forget(self, connection: "_Connection") -> None:
         """It has ended."""
         self.connections.discard(connection)
-        self.strangers.discard(connection)
+        self.anonymous.discard(connection)
         if (identity := connection.identity) is not None:
             self.of_node[identity.node_id] -= 1
-            # What handlers have taken from it is nobody's any more when they end.
+            # What handlers have taken from it is not counted any more when they end.
             self.bytes_of_node[identity.node_id] -= connection.held
             if not self.of_node[identity.node_id]:
                 del self.of_node[identity.node_id]
                 del self.bytes_of_node[identity.node_id]
 
-    def admit_stranger(self, new: "_Connection", now: float) -> bool:
-        """Make room for a connection without a certificate; False: all others are being answered.
+    def admit_anonymous(self, new: "_Connection", now: float) -> bool:
+        """Make room for a connection without a certificate; False: all others have calls under way.
 
-        One that is idle, or is at it for long, makes room: of the new one's source if that has its share already, else
-        of the source with most of them.
+        One that is idle, or has been open for long, makes room: of the new one's source if that has its share
+        already, else of the source with most of them.
         """
-        shares = Counter(one.source for one in self.strangers)
+        shares = Counter(one.source for one in self.anonymous)
         spare = [
-            one for one in self.strangers if one.is_idle or now - one.since >= STRANGER_SILENT_SECONDS_MAX
+            one for one in self.anonymous if one.is_idle or now - one.since >= ANONYMOUS_SILENT_SECONDS_MAX
         ]
-        if shares[new.source] >= STRANGERS_PER_SOURCE_MAX:
+        if shares[new.source] >= ANONYMOUS_PER_SOURCE_MAX:
             spare = [one for one in spare if one.source == new.source]
-        elif len(self.strangers) < STRANGERS_MAX:
+        elif len(self.anonymous) < ANONYMOUS_MAX:
             return True
         if not spare:
             return False
         leaving = min(spare, key=lambda one: (-shares[one.source], one.since))
-        self.strangers.discard(leaving)
+        self.anonymous.discard(leaving)
         leaving.abort()
         return True
 
@@ -231,8 +233,8 @@ class _Server:
         for connection in tuple(self.connections):
             await connection.wait_closed()
 
-    async def answer(self, stream: ServerStream, caller: Caller) -> None:
-        """Answer one call, for as long as its client waits, and say how it ended."""
+    async def handle(self, stream: ServerStream, caller: Caller) -> None:
+        """Serve one call within the client's deadline, and send its status."""
         request = stream.request
         with suppress(*LOST_PEER):
             if request.method != "POST":
@@ -252,24 +254,24 @@ class _Server:
                 await stream.send_status()
 
     def _call(self, stream: ServerStream, caller: Caller) -> Coroutine[None, None, None]:
-        """Raises: CallFailed: nobody answers such calls."""
+        """Raises: CallFailed: there is no such method."""
         handler = self._handlers.get(stream.request.path)
         if handler is None:
             raise to_status(_unknown(stream.request.path))
         return run_handler(handler, stream, caller)
 
-    def _guarded(self, handler: Handler) -> Handler:
-        """``handler``, for those who may call it."""
+    def _authorized(self, handler: Handler) -> Handler:
+        """``handler``, with authorization before it."""
 
-        def answer(stream: HandledStream, caller: Caller) -> Awaitable[None]:
-            authorize(caller, handler.method.access, self._cluster_id, self._standing)
-            return handler.answer(stream, caller)
+        def serve(stream: HandledStream, caller: Caller) -> Awaitable[None]:
+            authorize(caller, handler.method.access, self._cluster_id, self._check_certificate)
+            return handler.serve(stream, caller)
 
-        return Handler(handler.method, answer)
+        return Handler(handler.method, serve)
 
 
 def _timeout_s(timeout: str) -> float | None:
-    """How long a client waits; one that says it in no words that gRPC knows is not listened to."""
+    """The client's deadline in seconds; None for a value that is not in gRPC's format."""
     match = _TIMEOUT.fullmatch(timeout)
     return int(match[1]) * _UNIT_S[match[2]] if match else None
 
@@ -284,16 +286,16 @@ def _unknown(path: str) -> SkepError:
 
 
 class _Connection(ServerConnection):
-    """One connection.  What it is granted depends on whether the peer showed a certificate."""
+    """One connection.  Its limits depend on whether the peer has a certificate."""
 
     __slots__ = ("_server", "_time_limits", "caller", "has_crashed", "since", "source")
 
     def __init__(self, server: _Server) -> None:
-        super().__init__(self._answer_as_caller)
+        super().__init__(self._handle_as_caller)
         self._server = server
         self.caller: Caller | None = None
         self.source = ""
-        """What a stranger shares its bounds with."""
+        """The source address by which anonymous connections are counted."""
         self.since = 0.0
         """The loop's time when it was made, or last became idle."""
         self.has_crashed = False
@@ -302,7 +304,7 @@ class _Connection(ServerConnection):
 
     @property
     def identity(self) -> Identity | None:
-        """The node at the other end; None: a stranger, or a connection that is not taken."""
+        """The node at the other end; None: an anonymous or refused connection."""
         return self.caller.identity if self.caller is not None else None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -313,7 +315,7 @@ class _Connection(ServerConnection):
             log.warning("connection refused", reason=refusal, peer=address)
             transport.abort()
             return
-        if identity is None and not self._begin_as_stranger():
+        if identity is None and not self._begin_anonymous():
             log.warning("connection refused", reason="too many without a certificate", peer=address)
             transport.abort()
             return
@@ -326,17 +328,17 @@ class _Connection(ServerConnection):
         self._server.connections.add(self)
         if identity is not None:
             self._server.of_node[identity.node_id] += 1
-        self.begin(transport, NODE_LIMITS if identity is not None else STRANGER_LIMITS)
+        self.begin(transport, NODE_LIMITS if identity is not None else ANONYMOUS_LIMITS)
 
-    def _begin_as_stranger(self) -> bool:
+    def _begin_anonymous(self) -> bool:
         loop = asyncio.get_running_loop()
         self.since = loop.time()
-        if not self._server.admit_stranger(self, self.since):
+        if not self._server.admit_anonymous(self, self.since):
             return False
-        self._server.strangers.add(self)
+        self._server.anonymous.add(self)
         self._time_limits = (
-            loop.call_later(STRANGER_SECONDS_MAX, self.close),
-            loop.call_later(STRANGER_SILENT_SECONDS_MAX, self._close_if_silent),
+            loop.call_later(ANONYMOUS_SECONDS_MAX, self.close),
+            loop.call_later(ANONYMOUS_SILENT_SECONDS_MAX, self._close_if_silent),
         )
         return True
 
@@ -345,37 +347,38 @@ class _Connection(ServerConnection):
             self.close()
 
     def became_idle(self) -> None:
-        if self.source and self in self._server.strangers:
+        if self.source and self in self._server.anonymous:
             self.since = asyncio.get_running_loop().time()
 
     def hold(self, size: int) -> None:
         super().hold(size)
         identity = self.identity
         if identity is None:
-            return  # a stranger's windows are small, and so is the number of strangers
+            return  # anonymous connections are few, and their windows are small
         held = self._server.bytes_of_node
         held[identity.node_id] += size
         if size > 0 and held[identity.node_id] > NODE_BYTES_MAX:
             raise Violation("too much at one time of one node", Code.ENHANCE_YOUR_CALM)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        # Any other error is of the way (ETIMEDOUT, EHOSTUNREACH) and says nothing of the machine at its end.
+        # Any other error is the network's (ETIMEDOUT, EHOSTUNREACH) and is no evidence about the machine.
         self.has_crashed = self.is_open and isinstance(exc, ConnectionResetError | None)
         super().connection_lost(exc)  # gives up what it holds
         if self in self._server.connections:
             self._server.forget(self)
-        self.caller = None  # it knows how to end this connection: a cycle
+        self.caller = None  # it refers to this connection: a cycle
         for limit in self._time_limits:
             limit.cancel()
         self._time_limits = ()
 
-    def _answer_as_caller(self, stream: ServerStream) -> Coroutine[None, None, None]:
+    def _handle_as_caller(self, stream: ServerStream) -> Coroutine[None, None, None]:
         assert self.caller is not None
-        return self._server.answer(stream, self.caller)
+        return self._server.handle(stream, self.caller)
 
 
 def _identity_of(transport: asyncio.Transport) -> Identity | None:
-    """The node behind a connection; None: it showed no certificate (OpenSSL has verified the one it showed)."""
+    """The node at the other end of a connection; None: it has no certificate (OpenSSL has verified one that it
+    has)."""
     certificate = transport.get_extra_info("peercert")
     if not certificate:
         return None

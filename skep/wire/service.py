@@ -1,7 +1,7 @@
 """Binding functions to methods: what a component hands to ``server.serve``.
 
 A handler sees messages and a ``Caller``; streams are async iterators.  It raises our errors, and ends a stream by
-returning: a handler that is cancelled leaves a peer without the last word (grpc-go then believes in a dead
+returning: a handler that is cancelled leaves a peer without a status (grpc-go then believes in a dead
 stream for ever).
 """
 
@@ -36,7 +36,7 @@ MESSAGE_SECONDS_MAX = 60.0
 
 
 class Stream(Protocol):
-    """What a handler's function has of a call: the bytes of the framed requests, and its answers."""
+    """The call as a handler's function sees it: framed requests, and its responses."""
 
     async def recv_data(self, size: int, within_s: float | None = None) -> bytes:
         """Exactly ``size`` bytes; none after the last message.
@@ -45,78 +45,79 @@ class Stream(Protocol):
         """
 
     async def send_initial_metadata(self) -> None:
-        """Say that there will be an answer."""
+        """Send the response's headers."""
 
     async def send_message(self, message: Message) -> None:
         """Waits while the peer reads slowly."""
 
 
 class Handler(msgspec.Struct, frozen=True):
-    """One method with the function that answers it."""
+    """One method with the function that serves it."""
 
     method: Method[Any, Any]
-    answer: Callable[[Stream, Caller], Awaitable[None]]
+    serve: Callable[[Stream, Caller], Awaitable[None]]
 
 
 def unary(method: Unary[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) -> Handler:
-    async def answer(stream: Stream, caller: Caller) -> None:
+    async def serve(stream: Stream, caller: Caller) -> None:
         async with asyncio.timeout(UNARY_SECONDS_MAX):
             request = await _only_request(stream, method, caller)
             reply = await function(request, caller)
         await stream.send_message(reply)
 
-    return Handler(method, answer)
+    return Handler(method, serve)
 
 
 def server_stream(method: ServerStream[Q, A], function: Callable[[Q, Caller], AsyncIterator[A]]) -> Handler:
-    async def answer(stream: Stream, caller: Caller) -> None:
+    async def serve(stream: Stream, caller: Caller) -> None:
         await _send_all(stream, function(await _only_request(stream, method, caller), caller))
 
-    return Handler(method, answer)
+    return Handler(method, serve)
 
 
 def client_stream(
     method: ClientStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], Awaitable[A]]
 ) -> Handler:
-    async def answer(stream: Stream, caller: Caller) -> None:
+    async def serve(stream: Stream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method, caller)) as requests:
             reply = await function(requests, caller)
         await stream.send_message(reply)
 
-    return Handler(method, answer)
+    return Handler(method, serve)
 
 
 def both_stream(
     method: BothStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], AsyncIterator[A]]
 ) -> Handler:
-    async def answer(stream: Stream, caller: Caller) -> None:
+    async def serve(stream: Stream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method, caller)) as requests:
             await _send_all(stream, function(requests, caller))
 
-    return Handler(method, answer)
+    return Handler(method, serve)
 
 
 def duplex(
     method: BothStream[Q, A],
     function: Callable[[AsyncIterator[Q], Callable[[A], Awaitable[None]], Caller], Awaitable[None]],
 ) -> Handler:
-    """Like ``both_stream`` for who listens and speaks at the same time: ``function`` gets the requests and how to send.
+    """Like ``both_stream`` for a function that receives and sends at the same time: it gets the requests and a
+    sending function.
 
     The stream ends when it returns.
     """
 
-    async def answer(stream: Stream, caller: Caller) -> None:
+    async def serve(stream: Stream, caller: Caller) -> None:
         await stream.send_initial_metadata()
         async with aclosing(_requests(stream, method, caller)) as requests:
             await function(requests, stream.send_message, caller)
 
-    return Handler(method, answer)
+    return Handler(method, serve)
 
 
 async def run_handler(handler: Handler, stream: Stream, caller: Caller) -> None:
-    """Answer one call; whatever goes wrong becomes a status.  Raises: CallFailed."""
+    """Serve one call; every error becomes a status.  Raises: CallFailed."""
     try:
-        await handler.answer(stream, caller)
+        await handler.serve(stream, caller)
     except SkepError as error:
         raise to_status(error) from error
     except CallFailed:
@@ -159,7 +160,7 @@ async def _requests(stream: Stream, method: Method[Q, Any], caller: Caller) -> A
 async def _receive(stream: Stream, method: Method[Q, Any], caller: Caller) -> Q | None:
     """The next request, or None after the last.
 
-    Its length comes first: nobody can have a manager hold more than the limit.
+    Its length comes first, so that no peer can make a manager hold more than the limit.
     """
     limit = method.request_bytes_max
     if caller.identity is None:

@@ -1,9 +1,9 @@
-"""The node's API sockets: which request goes where.
+"""The node's API sockets: the process that answers each request.
 
-Only the head of a request is parsed here.  What this node answers itself is handed to an aiohttp application
-together with its connection; what belongs to the cluster is relayed to the manager process over kept connections;
-everything else goes byte for byte to the machine's Docker Engine, if there is one.
+Only the head of a request is parsed here.  Requests that this node answers itself go to an aiohttp application
+together with their connection; the connection of a request to the cluster is passed to the manager process; every
+other request goes byte for byte to the machine's Docker Engine, if there is one.
 
-``routing`` decides, ``framing`` knows where a message ends, ``side`` is one end of a connection, ``relay`` and
-``splice`` connect two of them, ``server`` listens.
+``routing`` decides, ``connection`` is one end of a connection, ``handover`` passes connections to the manager
+process and takes them back, ``splice`` copies bytes between two, ``server`` listens.
 """

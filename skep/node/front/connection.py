@@ -177,7 +177,7 @@ class Connection(asyncio.Protocol):
     async def linger(self) -> None:
         """Close, but not while the other end still sends: its data is dropped until it has closed, or sent too much.
 
-        TLS closes with a handshake of its own, and has no half-close that would tell the other end to stop.
+        TLS closes with a handshake of its own, and has no half-close that would make the other end stop.
         """
         if self._lost or not self.transport.can_write_eof():
             self.close()

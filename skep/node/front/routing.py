@@ -44,7 +44,7 @@ class _Request(msgspec.Struct, frozen=True):
 
 
 class _Rule(msgspec.Struct, frozen=True):
-    """Requests whose path matches go where ``decide`` says; ``decide`` gets the pattern's group ``name``."""
+    """``decide`` gives the destination of requests whose path matches; it gets the pattern's group ``name``."""
 
     pattern: re.Pattern[str]
     decide: Callable[[_Request, str], Destination]
@@ -88,20 +88,20 @@ def _rule(pattern: str, decide: Callable[[_Request, str], Destination]) -> _Rule
 
 
 _RULES = (
-    # what a node says of itself
+    # the node's description of itself
     _rule(r"/(?:_ping|version|info|events)", _here),
     # the node's own membership works without a manager; everything else about the swarm is the manager's
     _rule(r"/swarm/(?:init|join|leave|unlock)", _here),
     # networks: the cluster's, the engine's and the node's own in one list
     _rule(r"/networks(?:/.*)?", _here),
-    # ours: what Docker has no word for
+    # Skep's own paths
     _rule(r"/skep/restore", _here),
-    # containers: those of tasks are ours; plain ones belong to the engine
-    _rule(r"/containers/(?:json|create)", _here),  # both ask the engine, too
+    # containers: the node's own, tasks' and plain ones; the others are the engine's
+    _rule(r"/containers/(?:json|create)", _here),  # both query the engine as well
     _rule(r"/containers/prune", _others),
     _rule(r"/containers/(?P<name>[^/]+)(?:/.*)?", _owner_of_container),
     _rule(r"/exec/(?P<name>[^/]+)(?:/.*)?", _owner_of_exec),
-    # images: services on this node run from our store, so that is what pull, load and ls mean
+    # images: services on this node run from the node's store, which pull, load and ls work on
     _rule(r"/images/(?:json|create|load|get|prune)", _here),
     _rule(r"/images/(?P<name>.+)/(?:json|history|tag|push|get)", _owner_of_image),
     _rule(r"/images/(?P<name>.+)", _owner_of_image),

@@ -1,4 +1,4 @@
-"""Assignments: what a node is told to run, with the secrets and configs for it."""
+"""Assignments: what a node is to run, with the secrets and configs for it."""
 
 from collections.abc import Iterable, Sequence
 

@@ -70,5 +70,5 @@ def _tail_to_pb(tail: int | None) -> int:
 
 
 def _tail_from_pb(tail: int) -> int | None:
-    # Positive numbers count lines from the start in SwarmKit's comments; nobody sends them.
+    # Positive numbers count lines from the start in SwarmKit's comments; no client sends them.
     return None if tail >= 0 else -tail - 1

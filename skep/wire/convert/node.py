@@ -54,7 +54,7 @@ def availability_from_pb(number: int) -> Availability:
 
 
 def node_to_pb(node: Node, data_path_port: int = 0) -> pb.Node:
-    """``data_path_port``: the cluster's UDP port for VXLAN; 0: not said.
+    """``data_path_port``: the cluster's UDP port for VXLAN; 0: not given.
 
     The session does not travel: it is between the managers.
     """
@@ -155,7 +155,7 @@ def description_to_pb(description: NodeDescription) -> pb.NodeDescription:
 
 
 def description_from_pb(message: pb.NodeDescription) -> NodeDescription:
-    """What a node says of itself.  Architecture names are kept as the node spells them."""
+    """A node's description of itself.  Architecture names are kept as the node spells them."""
     engine, tls = message.engine, message.tls_info
     return NodeDescription(
         hostname=message.hostname,

@@ -1,4 +1,4 @@
-"""Paths between nodes: what a node is told to probe, and what it found."""
+"""Paths between nodes: what a node is to probe, and its findings."""
 
 from collections.abc import Iterable
 

@@ -135,7 +135,7 @@ def status_to_pb(status: TaskStatus) -> pb.TaskStatus:
 
 
 def status_from_pb(message: pb.TaskStatus) -> TaskStatus:
-    """What a node says of a task; texts are cut to a length that a store can keep for every task.
+    """A task's status as its node reports it; texts are cut to a length that a store can keep for every task.
 
     Raises: InvalidArgument: numbers that mean nothing.
     """

@@ -22,13 +22,13 @@ _SECONDS_MAX = 253_402_300_799  # 9999-12-31
 
 
 class EnumTable(msgspec.Struct, frozen=True):
-    """Both directions of an enum: our word <-> its number on the wire."""
+    """Both directions of an enum: its value here <-> its number on the wire."""
 
     what: str
     numbers: Mapping[str, int]
 
     def number(self, word: str) -> int:
-        """Raises: InvalidArgument: no number for this word."""
+        """Raises: InvalidArgument: no number for this value."""
         try:
             return self.numbers[word]
         except KeyError:

@@ -45,7 +45,7 @@ def test_a_cluster_that_is_well_is_said_to_be() -> None:
 
 def test_a_cluster_whose_nodes_do_not_know_each_other_yet_is_not_said_to_be_well() -> None:
     early = [an_answer("m1"), an_answer("w1")]
-    assert verdict(early) == "2 nodes, 0 pairs: no node knows of another yet, ask again in a few seconds"
+    assert verdict(early) == "2 nodes, 0 pairs: no node has its list of peers yet: try again in a few seconds"
     assert is_too_early(early)
     assert not is_too_early([an_answer("m1")])
     assert not is_too_early(WELL)
@@ -70,7 +70,7 @@ def test_a_node_that_does_not_answer_is_named_with_why() -> None:
 def test_in_a_large_cluster_only_what_fails_is_listed() -> None:
     names = [f"w{number}" for number in range(10)]
     answers = [an_answer(name, *(a_path(peer) for peer in names if peer != name)) for name in names]
-    assert list(shown(answers))[2:] == ["90 ways without trouble are not shown (--all)"]
+    assert list(shown(answers))[2:] == ["90 paths without a problem are not shown (--all)"]
     assert len(list(shown([*BLOCKED, *answers]))) == 9
     assert len(list(shown(answers, shows_all=True))) == 3 + 90
 
@@ -109,6 +109,6 @@ def test_without_a_node_it_is_one_line() -> None:
 def test_what_a_node_says_of_its_network_is_trouble() -> None:
     answers = [WELL[0] | {"Conditions": ["the kernel's table of neighbours overflows"]}, WELL[1]]
     lines = list(shown(answers))
-    assert lines[0] == "2 nodes, 1 pair: 1 node with trouble of its own"
+    assert lines[0] == "2 nodes, 1 pair: 1 node with a problem of its own"
     assert lines[-2:] == ["What nodes say of themselves:", "  m1: the kernel's table of neighbours overflows"]
     assert [is_troubled(answer) for answer in answers] == [True, False]

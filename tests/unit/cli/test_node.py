@@ -26,7 +26,7 @@ def test_each_step_and_each_reason_is_told_once(capsys: pytest.CaptureFixture[st
     assert out.splitlines() == [
         "done: step 0",
         "done: step 1",
-        "m3 is evicted: what it knew opens nothing any more.",
+        "m3 is evicted: every key that it had is revoked or replaced.",
     ]
     assert err.split("\n") == ["      manager m2 cannot be reached", ""]
 

@@ -192,7 +192,7 @@ async def test_a_refusal_counts_for_more_than_the_reset_after_it(connection: Cli
         (lambda stream: block(stream, ("x", "y"), is_last=True), "without a status"),
         (lambda stream: frames.frame(frames.DATA, frames.END_STREAM, stream.id), "without a status"),
         (lambda stream: frames.goaway(0, Code.NO_ERROR), "goes away"),
-        (lambda stream: block(stream, ("grpc-status", "0"), is_last=True), "not one message"),
+        (lambda stream: block(stream, ("grpc-status", "0"), is_last=True), "not exactly one message"),
     ],
 )
 async def test_a_call_that_ends_without_its_answer_is_lost(connection: ClientConnection, said, why) -> None:

@@ -34,11 +34,11 @@ def test_a_block_of_a_peer_without_a_table_is_read_by_itself() -> None:
     again = encoder.encode([(":status", "200"), ("content-type", "application/grpc")])
     assert first != again  # the first one says that there is no table
     for block in (again, first, again):
-        assert headers.answer_of(block) == {":status": "200", "content-type": "application/grpc"}
+        assert headers.response_headers(block) == {":status": "200", "content-type": "application/grpc"}
 
 
 def test_a_block_that_refers_to_one_before_it_is_a_violation() -> None:
     encoder = Encoder()
     encoder.encode([("x-a", "b")])
     with pytest.raises(Violation):
-        headers.answer_of(encoder.encode([("x-a", "b")]))
+        headers.response_headers(encoder.encode([("x-a", "b")]))

@@ -27,13 +27,13 @@ async def never(_request: pb.HeartbeatRequest, _caller: Caller) -> pb.HeartbeatR
 
 
 async def answer_to(
-    standing=lambda *_: None, identity: Identity | None = WORKER, **headers: str
+    check_certificate=lambda *_: None, identity: Identity | None = WORKER, **headers: str
 ) -> dict[str, str]:
     """The headers that end a call of ``Heartbeat`` with an empty message, whose handler would wait for ever."""
-    server = _Server([unary(methods.HEARTBEAT, never)], CLUSTER, standing)
+    server = _Server([unary(methods.HEARTBEAT, never)], CLUSTER, check_certificate)
     rig = Rig()
     caller = Caller(identity=identity, address="10.0.0.1", disconnect=rig.connection.close)
-    rig.answer = lambda stream: server.answer(stream, caller)
+    rig.answer = lambda stream: server.handle(stream, caller)
     await rig.turn()
     stream_id = rig.open(**{"path": methods.HEARTBEAT.path} | headers)
     rig.client.send_data(stream_id, bytes(5), end_stream=False)
@@ -82,14 +82,14 @@ async def test_somebody_whose_certificate_counts_no_more_is_refused():
     def removed(_identity: Identity, _access: Access) -> None:
         raise PermissionDenied("removed")
 
-    assert (await answer_to(standing=removed))["grpc-message"] == "removed"
+    assert (await answer_to(check_certificate=removed))["grpc-message"] == "removed"
 
 
 async def test_a_mistake_of_ours_is_not_explained():
     def broken(_identity: Identity, _access: Access) -> None:
         raise ZeroDivisionError("secret")
 
-    answer = await answer_to(standing=broken)
+    answer = await answer_to(check_certificate=broken)
     assert (answer["grpc-status"], answer["grpc-message"]) == ("13", "internal error")
 
 

@@ -1,4 +1,4 @@
-"""How commands ask a node: errors become one line and exit status 1."""
+"""Running a command's requests: errors become one line and exit status 1."""
 
 import asyncio
 from collections.abc import Coroutine, Iterator
@@ -12,15 +12,15 @@ from skep.errors import SkepError
 T = TypeVar("T")
 
 
-def answer_of(work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` gives."""
+def run_requests(work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``."""
     with errors_shown():
         return asyncio.run(work)
 
 
 @contextmanager
 def errors_shown() -> Iterator[None]:
-    """Errors that a user can act on end the command with their sentence."""
+    """Errors that a user can act on end the command with their message."""
     try:
         yield
     except (SkepError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Times and numbers as people say them."""
+"""Times and numbers for people."""
 
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"))
 
