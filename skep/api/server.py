@@ -16,11 +16,15 @@ Source: moby 20.10, api/server/server.go and middleware/*.go.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+import re
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import msgspec
 import structlog
 from aiohttp import web
+from aiohttp.web_urldispatcher import AbstractResource
+from yarl import URL
 
 from skep.api.answers import (
     JsonLines,
@@ -97,13 +101,73 @@ def application(
     app[_NEWEST] = (lambda: newest) if isinstance(newest, ApiVersion) else newest
     app[_SERVER] = server
     app.on_response_prepare.append(_add_headers)
-    routes = [route for table in tables for route in table]
-    for prefix in ("", "/v{version:[0-9.]+}"):
-        for route in routes:
-            assert isinstance(route, web.RouteDef), "only plain routes can have a version before them"
+    versioned = web.UrlDispatcher()
+    for route in (route for table in tables for route in table):
+        assert isinstance(route, web.RouteDef), "only plain routes can have a version before them"
+        for router in (app.router, versioned):
             # not route.register(): it would answer HEAD wherever there is GET, which the engine does not
-            app.router.add_route(route.method, prefix + route.path, route.handler)
+            router.add_route(route.method, route.path, route.handler)
+    app.router.register_resource(_Versioned(versioned))
     return app
+
+
+class _Versioned(AbstractResource):
+    """All routes behind ``/v<version>``.
+
+    With the version in each route's pattern aiohttp could not index them: it would try the patterns one after another,
+    50 to 130 µs for each request.
+    """
+
+    def __init__(self, router: web.UrlDispatcher) -> None:
+        super().__init__()
+        self._router = router
+
+    @property
+    def canonical(self) -> str:
+        return "/v{version}"
+
+    async def resolve(self, request: web.Request) -> tuple[web.UrlMappingMatchInfo | None, set[str]]:
+        match = _VERSIONED_PATH.fullmatch(request.rel_url.path_safe)
+        if match is None:
+            return None, set()
+        rest = _Unversioned(request.method, _Url(match[2]))
+        found = await self._router.resolve(rest)  # type: ignore[arg-type]
+        if not isinstance(found, web.UrlMappingMatchInfo) or found.http_exception is not None:
+            return None, set()
+        found["version"] = match[1]
+        return found, {request.method}
+
+    def raw_match(self, path: str) -> bool:
+        return path == self.canonical
+
+    def url_for(self, **_kwargs: str) -> URL:
+        raise NotImplementedError("requests are resolved by it, no URLs are made")
+
+    def add_prefix(self, _prefix: str) -> None:
+        raise NotImplementedError("it is at the root")
+
+    def get_info(self) -> Any:
+        return {"path": self.canonical}
+
+    def __len__(self) -> int:
+        return 0
+
+    def __iter__(self) -> Iterator[web.AbstractRoute]:
+        return iter(())
+
+
+class _Url(msgspec.Struct, frozen=True):
+    path_safe: str
+
+
+class _Unversioned(msgspec.Struct, frozen=True):
+    """What a router reads of a request."""
+
+    method: str
+    rel_url: _Url
+
+
+_VERSIONED_PATH = re.compile(r"/v([0-9.]+)(/.*)")
 
 
 def runner(app: web.Application, **options: Any) -> web.AppRunner:

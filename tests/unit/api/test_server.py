@@ -150,3 +150,18 @@ async def test_a_body_over_the_bound_is_refused(client):
     answer = await client.post("/services/create", data=BytesIO(b'{"Name": "' + b"x" * 5_000_000 + b'"}'))
     assert answer.status == 500
     assert (await answer.json())["message"].endswith("received message larger than max (5000012 vs. 4194304)")
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/numbers/1", 200),
+        ("/v1.41/numbers/1", 200),
+        ("/v1.41/v1.41/numbers/1", 404),
+        ("/v1.41numbers/1", 404),
+        ("/v1.41/errors", 404),
+    ],
+)
+async def test_a_version_stands_once_before_a_path(client, path: str, status: int):
+    assert (await client.get(path)).status == status
+    assert (await client.delete(path)).status == 404
