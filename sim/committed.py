@@ -1,4 +1,4 @@
-"""What is committed, as it is committed: the state that every replica runs after, and who wrote it."""
+"""The committed state, to which every replica must converge, and the writer of each change."""
 
 from collections.abc import Callable
 
@@ -22,9 +22,9 @@ class Change(msgspec.Struct, frozen=True):
 
     time_s: float
     origin: NodeId
-    """The manager by which it came."""
+    """The manager that proposed it."""
     leader: NodeId | None
-    """Who was leader, by the leader key, before this entry."""
+    """The leader before this entry, by the leader key."""
     revision: int
     keys: tuple[KeyChange, ...]
     events: tuple[Event, ...]
@@ -71,7 +71,7 @@ class CommittedState:
             watcher(told, self._state)
 
     def restore(self, events: list[pb.Event]) -> None:
-        """Everything after ``events`` has not happened."""
+        """Return to the state after ``events``."""
         self._state, self.leader = self.past(events), None
 
     def past(self, events: list[pb.Event]) -> State:

@@ -1,4 +1,4 @@
-"""Faults that are not of machines: objects that make whoever decides raise, managers that show the past or hang."""
+"""Faults in software: decisions that raise, managers with stale state, hung managers."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ P = ParamSpec("P")
 
 
 class InjectedError(Exception):
-    """What nobody foresaw."""
+    """An unexpected error in a decision."""
 
 
 class FailingTerm:
@@ -93,7 +93,7 @@ class _FailingView:
 
 
 class StaleStore:
-    """A store whose view can be set back to an old state, as a manager shows that was restored from an old copy."""
+    """A store whose view can be set to an old state, as of a manager restored from an old copy."""
 
     def __init__(self, store: Store) -> None:
         self.past: View | None = None

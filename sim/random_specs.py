@@ -1,4 +1,4 @@
-"""What random users wish for: any service, and now and then something that Docker refuses.
+"""Random specs: any service, and sometimes one that Docker refuses.
 
 Names, labels, zones and ports are few, so that users get into each other's way.
 """

@@ -1,4 +1,4 @@
-"""Compares what users were answered, and what became of it, with what Docker acknowledgements (``reference``).
+"""Compares the responses to users, and their effects, with Docker's (``reference``).
 
 Requests run beside each other, so an answer is judged by the states between the request and its answer: a refusal is
 right if the reference refuses likewise in one of them, a change if the reference makes the same in the state in which
@@ -40,18 +40,18 @@ class Asked(msgspec.Struct, eq=False):
 
     request: Request
     since: int
-    """The first of the states that it may have met."""
+    """The first of the states in which it may take effect."""
     is_done: bool = False
     """It has taken effect, or one like it has."""
     is_told: bool = False
-    """Its user knows."""
+    """Its user has got the response."""
 
 
 class ResponseCheck:
     """A rule on commits; and users tell it what they ask and are answered."""
 
     def __init__(self, view: View) -> None:
-        """``view``: what is there before anybody asks anything."""
+        """``view``: the state before the first request."""
         self._states = [
             State(
                 nodes={node.id: (node.spec, node.version.index) for node in view.find(Node)},
@@ -143,7 +143,7 @@ class ResponseCheck:
                 yield f"service {new.id} changed its specs by itself"
 
     def _exchange(self, asked: Asked, others: list[Asked]) -> None:
-        """Of two requests that are alike nobody knows which one it was that took effect."""
+        """Of two equal requests it is unknown which one took effect."""
         for other in others:
             if other.request == asked.request:
                 mine, its = (self._done, self._open) if asked.is_done else (self._open, self._done)

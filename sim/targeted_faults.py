@@ -1,4 +1,4 @@
-"""Faults that are aimed: at what has to be there for them to matter, at the moment when it does."""
+"""Faults that are injected in the situation in which they matter."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ from skep.model.task import Task, TaskState
 CUT_OFF_S = 15.0
 """Longer than any delay of ``skep.on-disconnect`` that users ask for, and than a container takes to stop."""
 BACK_S = 10.0
-"""Until a node is back, and everything in its place."""
+"""Until a node is back and the cluster has converged."""
 LOOK_S = 0.02
 """Shorter than preparing takes."""
 WAITED_S = 4.0
@@ -27,7 +27,7 @@ SLOW_MANAGER_S = 1.6
 SLOW_NODE_S = 0.4
 """So that a call to the slow manager takes longer than to register with another one, which takes three ways."""
 PATIENCE_S = (0.6, 2.0)
-"""When a node gives up a manager that answers too late."""
+"""Timeout of a node for the response of a manager."""
 SHOWN_S = 1.0
 REVISIONS = (50, 150, 400)
 UNDECIDED_S = 3.0
@@ -35,7 +35,7 @@ UNDECIDED_S = 3.0
 
 
 def cut_off_for_long(cluster: SimulatedCluster) -> None:
-    """A node that is to stop its tasks by itself reaches nobody until it has; other tasks on it run on."""
+    """A node that has to stop its tasks is partitioned until it has; its other tasks continue."""
     stopping = {service.id for service in cluster.view.find(Service) if _is_to_stop(service)}
     nodes = _nodes_of(
         task
@@ -102,7 +102,7 @@ def take_an_update_back(cluster: SimulatedCluster, users: Users) -> None:
 
 
 def show_the_past(cluster: SimulatedCluster) -> None:
-    """A manager tells its nodes what was true when the newest containers were not there yet, until it starts again."""
+    """A manager serves its nodes the state from before the newest containers, until it restarts."""
     committed, kv = cluster.committed, cluster.raft.kv
     since = max(kv.revision - cluster.random.choice(REVISIONS), 2)
     past = committed.past(kv.events(2, since))

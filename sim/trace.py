@@ -1,4 +1,4 @@
-"""The last things that happened in a run, for whoever has to understand how it went wrong."""
+"""The last events of a run, for the analysis of a failure."""
 
 from collections import deque
 from collections.abc import Callable
@@ -22,11 +22,11 @@ class Trace:
         self._kept: deque[tuple[float, str | Change]] = deque(maxlen=LINES)
 
     def add(self, text: str) -> None:
-        """Something happened."""
+        """Record an event."""
         self._kept.append((self._now(), text))
 
     def commit(self, change: Change, view: View) -> None:
-        """Something was committed."""
+        """Record a commit."""
         self._kept.append((change.time_s, change))
 
     def lines(self) -> list[str]:

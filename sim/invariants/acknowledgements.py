@@ -1,4 +1,4 @@
-"""What users were told, and what they must find from then on.
+"""Acknowledged requests, and what reads must show from then on.
 
 An acknowledged write is there when its acknowledgement arrives and never undone by anybody but users (and by a
 rollback, which users asked for); a read begun after it shows it, whichever manager is asked; what was refused never
@@ -16,7 +16,7 @@ from skep.store.interface import Created, Deleted, Updated, View
 
 
 class ServiceRecord(msgspec.Struct):
-    """One service, as its users know it."""
+    """The requests about one service, and their responses."""
 
     id: ServiceId
     specs: list[ServiceSpec]

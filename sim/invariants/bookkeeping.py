@@ -1,4 +1,4 @@
-"""Rules on what loops remember: it is what they would find in the store now, and nothing of what is over.
+"""Invariants of the loops' caches: they equal what the store has now, and keep nothing of finished work.
 
 The allocator's, the scheduler's and the orchestrator's books are kept up to date commit by commit.  Whenever a leader
 writes nothing, they are the same as books made afresh from what its store shows.  And what a manager at rest still
@@ -167,7 +167,7 @@ def _differences(owner: str, has: Mapping[str, Any], should: Mapping[str, Any]) 
 def leftovers(
     store: EtcdStore, dispatcher: Dispatcher, logs: LogBroker, loops: Iterable[object]
 ) -> Iterable[str]:
-    """What a manager at rest still has of what is over."""
+    """What a manager at rest keeps of finished work."""
     yield from kept_of_writes(store)
     view, sessions = store.view(), dispatcher._sessions
     for id in (*sessions._live, *sessions._absent):
@@ -199,7 +199,7 @@ def leftovers(
 
 
 def kept_of_writes(store: EtcdStore) -> Iterable[str]:
-    """What a store at rest remembers of writes on their way: nothing."""
+    """What a store at rest keeps of finished writes."""
     batcher = store._batcher
     for name, kept in (
         ("waits", batcher._queue),

@@ -1,4 +1,4 @@
-"""Asks every rule at every commit."""
+"""Checks every invariant at every commit."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -36,7 +36,7 @@ Rule = Callable[[Change, View], Iterable[str]]
 
 
 class Observer:
-    """Collects what was ever wrong in a run."""
+    """Collects the violations of a run."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Observer:
         self.acknowledgements = Acknowledgements()
         """A rule as soon as there are users who keep it."""
         self.traced: list[str] = []
-        """What happened before the first violation."""
+        """The events before the first violation."""
         self._truth = committed
         self._calm_since = calm_since
         self._trace = trace
@@ -96,7 +96,7 @@ class Observer:
         committed.watchers.append(self._check)
 
     def note(self, time_s: float, violations: Iterable[str]) -> None:
-        """Something was wrong."""
+        """Record violations."""
         try:
             found = [f"{time_s:.3f} s: {violation}" for violation in violations]
         except (
@@ -108,7 +108,7 @@ class Observer:
         self.violations += found
 
     def look(self) -> None:
-        """Ask the rules on what lasts."""
+        """Check the invariants on durations."""
         now = self._truth.now()
         self.note(now, self.containers.lasting(now, self._calm_since(), self._truth.view))
         self.note(now, self.containers.outlasting(now, self._truth.view))

@@ -1,4 +1,4 @@
-"""Rules on a cluster at rest: what runs is what is to run, and every replica shows what is committed."""
+"""Invariants of a cluster at rest: exactly the desired tasks run, and every replica equals the committed state."""
 
 from collections.abc import Iterable
 

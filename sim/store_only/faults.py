@@ -1,4 +1,4 @@
-"""What breaks under stores, by chance, and its end."""
+"""Random faults below the stores, and their end."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ OVERDUE_S = 6.0
 
 
 class Faults:
-    """What breaks, by chance, and its end."""
+    """Injects random faults."""
 
     def __init__(self, run: "StoreRun") -> None:
         self._run = run
@@ -33,15 +33,15 @@ class Faults:
         )
 
     def inject(self) -> None:
-        """Something breaks."""
+        """Inject a random fault."""
         self._random.choice(self._faults)()
 
     def end_due(self) -> None:
-        """What is due ends."""
+        """End the faults whose time is over."""
         self._end(self._run.loop.time())
 
     def heal(self) -> None:
-        """Everything ends; disks that hang do in their own time."""
+        """End all faults; hanging disks when their time is over."""
         now = self._run.loop.time()
         hanging = [until for until, name, _ in self._lasting if name.startswith("hang")]
         self._run.run_for(max(hanging, default=now) - now)

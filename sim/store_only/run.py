@@ -191,7 +191,7 @@ class StoreRun:
     # -- users ---------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """Somebody begins a request."""
+        """Begin a random request."""
         deeds = (
             *(self._swap,) * 4,
             *(self._read,) * 3,
@@ -280,11 +280,11 @@ class StoreRun:
     # -- what must hold ------------------------------------------------------------------------------------------------
 
     def note(self, violations: Iterable[str]) -> None:
-        """Something was wrong."""
+        """Record a violation."""
         self.violations += [f"{self.loop.time():.3f} s: {violation}" for violation in violations]
 
     def tell(self, text: str) -> None:
-        """Something happened."""
+        """Record an event."""
         self.trace.append(f"{self.loop.time():9.3f}  {text}")
 
     def _committed(self, change: Change, view: View) -> None:
