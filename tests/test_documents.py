@@ -17,7 +17,7 @@ from tests.support.documents import (
     quoted,
     shell_blocks,
 )
-from tests.test_status import exists
+from tests.support.promises import exists
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

@@ -1,4 +1,4 @@
-"""At the end of a whole run (``--whole``) every test that docs/status.md names has to have passed in it.
+"""At the end of a whole run (``--whole``) every test that docs/promises.md names has to have passed in it.
 
 With several workers (pytest-xdist) each runs a part of the tests, so their controller compares.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.status import Outcomes, named_tests, not_shown
+from tests.support.promises import Outcomes, named_tests, not_shown
 
 _LEFT_OUT = "skep_left_out"
 
@@ -45,6 +45,6 @@ class WholeRun:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._missing:
-            terminalreporter.section("docs/status.md names tests that did not pass")
+            terminalreporter.section("docs/promises.md names tests that did not pass")
             for name in self._missing:
                 terminalreporter.line(name)

@@ -1,4 +1,4 @@
-"""docs/status.md is true: each test and file that it names exists.  Whether they ran is asked after a whole run."""
+"""docs/promises.md is true: each test and file that it names exists.  Whether they ran is asked after a whole run."""
 
 import subprocess
 import sys
@@ -6,21 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.status import ROOT, Outcomes, exists, not_shown, rows, shown_by
+from tests.support.promises import ROOT, Outcomes, exists, not_shown, rows, shown_by
 
 A, B = "tests/unit/test_a.py", "tests/unit/test_b.py"
 
 
-def test_every_row_has_a_known_state() -> None:
-    states = {row[3] for row in rows()}
-    assert states <= {"open", "partly", "shown"}
+def test_every_promise_is_shown_by_something() -> None:
+    assert [row[0] for row in rows() if not shown_by(row)] == []
 
 
-def test_a_point_is_shown_only_by_something() -> None:
-    assert [row[0] for row in rows() if row[3] == "shown" and not shown_by(row)] == []
-
-
-def test_whatever_the_status_names_exists() -> None:
+def test_whatever_the_promises_name_exists() -> None:
     names = [name for row in rows() for name in shown_by(row)]
     assert [name for name in names if not exists(name)] == []
 
@@ -65,6 +60,6 @@ def test_a_whole_run_fails_when_a_named_test_did_not_run(workers: str, tmp_path:
     command = [sys.executable, "-m", "pytest", *words, "tests/test_needs.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
-    _, _, named = done.stdout.partition("docs/status.md names tests that did not pass")
+    _, _, named = done.stdout.partition("docs/promises.md names tests that did not pass")
     assert "tests/contract/test_store.py" in named.split()
     assert "tests/test_needs.py" not in named.split()

@@ -1,4 +1,4 @@
-"""docs/status.md, read: its rows, what they name, and whether the named tests ran and passed."""
+"""docs/promises.md, read: its rows, what they name, and whether the named tests ran and passed."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-STATUS = ROOT / "docs" / "status.md"
+PROMISES = ROOT / "docs" / "promises.md"
 
 
 class Outcomes:
@@ -35,15 +35,15 @@ def bare(id: str) -> str:
 
 
 def rows() -> list[list[str]]:
-    """The cells of every row of the page's tables: point, what it asks, what shows it, state."""
-    lines = [line for line in STATUS.read_text().splitlines() if line.startswith("|")]
+    """The cells of every row of the page's tables: the promise, what shows it."""
+    lines = [line for line in PROMISES.read_text().splitlines() if line.startswith("|")]
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [cells for cells in table if cells[0] != "point" and not set(cells[0]) <= set("-: ")]
+    return [cells for cells in table if cells[0] != "promise" and not set(cells[0]) <= set("-: ")]
 
 
 def shown_by(row: list[str]) -> list[str]:
-    """What stands in backquotes in the row's third cell."""
-    return re.findall(r"`([^`]+)`", row[2])
+    """What stands in backquotes in the row's second cell."""
+    return re.findall(r"`([^`]+)`", row[1])
 
 
 def named_tests() -> list[str]:
