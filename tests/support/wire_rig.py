@@ -155,7 +155,7 @@ class Cluster:
                     port=port,
                     tls=self.tls.front,
                     cluster_id=self.id,
-                    standing=CallerCheck(
+                    check_certificate=CallerCheck(
                         self.store.view, self.dispatcher.is_current, clock.monotonic
                     ).require,
                 )
