@@ -62,7 +62,7 @@ async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> Non
 
         async def main():
             paths = Paths(Path({str(lab.paths.data)!r}), Path({str(lab.paths.run)!r}))
-            executor = oci_executor(paths, None, clock=SystemClock(), chance=random.random, hostname="lab",
+            executor = oci_executor(paths, None, clock=SystemClock(), rng=random.random, hostname="lab",
                 cgroup_parent={lab.cgroup_parent!r}, namespaces=Namespaces(paths.netns, Path({str(lab.home)!r})))
             async with executor.running():
                 config = ContainerConfig(path="sleep", args=("100",))
