@@ -7,6 +7,10 @@ from vulture.core import Vulture
 from tests.support.documents import ROOT
 
 USED_BY_OTHERS = {
+    "add_prefix": "called by aiohttp",
+    "get_info": "called by aiohttp",
+    "raw_match": "called by aiohttp",
+    "url_for": "called by aiohttp",
     "_ssl_buffer": "read by the base class (asyncio.sslproto)",
     "_ssl_buffer_view": "read by the base class (asyncio.sslproto)",
     "_write_backlog": "read by the base class (asyncio.sslproto)",
@@ -28,7 +32,6 @@ USED_BY_OTHERS = {
 OBSERVED_BY_TESTS = {
     "comparisons": "a test waits until a namespace was compared so many times",
     "held_bytes": "a test holds a server to its bound",
-    "in_flight": "a test waits until questions are on their way",
     "node_from_pb": "the other direction of a conversion, for its round trip",
     "routes_of": "one node's routes, of which the allocator needs all nodes'",
     "wait_in_force": "tests wait for a table",
