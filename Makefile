@@ -9,7 +9,7 @@ PYTEST := $(BIN)/pytest -q
 WORKERS ?= 2
 BESIDE_EACH_OTHER = -n $(WORKERS) --dist loadfile
 # What a busy machine did not do in time is tried once more, and shown at the end as RERUN (decision 29).
-IN_TIME_AT_LAST = --reruns 1 --only-rerun 'Timeout|not within|in time' -rR
+IN_TIME_AT_LAST = --reruns 1 --only-rerun 'Timeout|not within|in time' -rfER
 # Images are layered by overlay mounts, which cannot lie on an overlay themselves (inside a container).
 DEMO_DIR ?= $(if $(filter overlayfs,$(shell stat -f -c %T /var/tmp)),/dev/shm,/var/tmp)/skep-demo
 DEMO_NAME ?= demo

@@ -111,7 +111,7 @@ async def test_reading_and_telling_20_000_tasks_holds_nobody_up(store: MemorySto
     peers = {id: Peer() for id in sessions}
     async with frozen(), turns() as measured, asyncio.TaskGroup() as group:
         running = [group.create_task(discovery.run())]
-        running += [group.create_task(handler.answer(peer, caller(id))) for id, peer in peers.items()]
+        running += [group.create_task(handler.serve(peer, caller(id))) for id, peer in peers.items()]
         for peer in peers.values():
             await peer.is_complete.wait()
         assert {peer.endpoints for peer in peers.values()} == {TASKS}

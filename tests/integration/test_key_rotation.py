@@ -213,7 +213,7 @@ async def test_a_term_that_is_over_replaces_no_wrapping_key(settings: MemberSett
 async def test_a_data_key_that_has_encrypted_enough_is_replaced(
     settings: MemberSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rotation, "LOOK_S", 0.05)
+    monkeypatch.setattr(rotation, "CHECK_S", 0.05)
     monkeypatch.setattr(rotation, "REVISIONS_PER_KEY", 20)
     async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
         leading = group.create_task(lead(store))

@@ -114,7 +114,7 @@ def a_stop_that_is_withheld(manager: SimulatedManager) -> Callable[[], object]:
 def an_absence_of_a_node_that_is_gone(manager: SimulatedManager) -> Callable[[], object]:
     assert manager._dispatcher is not None
     sessions = manager._dispatcher._sessions
-    sessions.expect(NodeId("w9"), next(iter(sessions.all())).id, heard=0.0, grace_s=1e9)
+    sessions.expect(NodeId("w9"), next(iter(sessions.all())).id, last_seen=0.0, grace_s=1e9)
     return lambda: sessions._absent.pop(NodeId("w9"))
 
 

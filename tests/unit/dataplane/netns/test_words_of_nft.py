@@ -85,4 +85,4 @@ def test_no_name_is_a_word_of_nft(path: str) -> None:
 
 def test_the_names_are_found() -> None:
     assert {"from_peers", "arriving", "peers4"} <= SOURCES["dataplane/plan/packet_filter.py"]
-    assert {"backends", "services", "known"} <= SOURCES["dataplane/vip/rules.py"]
+    assert {"backends", "services", "known"} <= SOURCES["dataplane/plan/vip.py"]
