@@ -202,7 +202,7 @@ async def _client(store: MemoryStore) -> AsyncIterator[Callable[[str], Awaitable
         store=store,
         logs=nothing,
         backups=nothing,
-        examinations=nothing,
+        diagnostics=nothing,
         events=nothing,
         clock=SystemClock(),
         new_id=nothing,
