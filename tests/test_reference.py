@@ -12,6 +12,7 @@ from docs.reference import generate
 from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.sources import Arguments, combine
 from skep.model.labels import LABELS
+from tests.support.sources import parsed
 
 ROOT = Path(__file__).parents[1]
 _OUR_LABEL = re.compile(r"skep(\.[a-z][a-z-]*)+\.?")
@@ -60,7 +61,7 @@ def test_every_label_in_the_code_is_in_the_table() -> None:
     known = [re.sub(r"\[[^]]*\]*", "", label.name).replace("NAME", "") for label in LABELS]
     found = set()
     for path in (ROOT / "skep").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if (
                 isinstance(node, ast.Constant)
                 and isinstance(node.value, str)

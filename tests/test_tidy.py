@@ -2,7 +2,10 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+
+from tests.support.sources import parsed
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "skep"
@@ -39,11 +42,12 @@ PRINTS = {"cli", "playground"}
 VAGUE_NAMES = {"utils", "util", "common", "misc", "helpers", "base"}
 
 
-def modules() -> Iterator[tuple[Path, ast.Module]]:
+@cache
+def modules() -> tuple[tuple[Path, ast.Module], ...]:
     """Every module that people wrote."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if not path.name.endswith(GENERATED):
-            yield path, ast.parse(path.read_text(), str(path))
+    return tuple(
+        (path, parsed(path)) for path in sorted(PACKAGE.rglob("*.py")) if not path.name.endswith(GENERATED)
+    )
 
 
 def calls(tree: ast.Module) -> Iterator[tuple[ast.Call, str, str]]:

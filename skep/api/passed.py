@@ -30,6 +30,7 @@ from skep.api.framing import (
 )
 from skep.api.handover import NO_SLOT, SLOTS, Channel, Kind, Message, State, pack_slots
 from skep.errors import Unavailable
+from skep.linux.unix_sockets import private_socket
 
 log = structlog.get_logger(__name__)
 
@@ -99,9 +100,10 @@ class PassedConnections:
         """
         loop = asyncio.get_running_loop()
         try:
-            listener = listening_socket(path)
+            listener = private_socket(path, socket.SOCK_SEQPACKET, is_listening=True)
         except OSError as error:
             raise Unavailable(f"cannot listen on {path}: {error}") from error
+        listener.setblocking(False)
         async with asyncio.TaskGroup() as group:
             checking = group.create_task(self._check_limits(), name="limits of passed connections")
             loop.add_reader(listener, self._accept, listener, group)
@@ -258,9 +260,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._advance()
 
     def get_buffer(self, _sizehint: int) -> memoryview:
-        if (
-            self.state == State.IDLE
-        ):  # before anything is read: what a manager process that ends has read is lost
+        if self.state == State.IDLE:
+            # Before anything is read: what a manager process that ends has read is lost.
             self.state = State.REQUESTED
         return _read_buffer
 
@@ -359,9 +360,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._since = self._loop.time()
         if self._unread:
             self.state = State.REQUESTED
-        elif (
-            not self._transport.get_write_buffer_size()
-        ):  # otherwise the end of the response would be lost with us
+        elif not self._transport.get_write_buffer_size():
+            # Otherwise the end of the response would be lost with this process.
             self.state = State.IDLE
         if self._owner.is_stopping:
             self._pass_back()
@@ -406,24 +406,3 @@ class _Connection(asyncio.BufferedProtocol):
                 )
                 self._is_passed_back = True
         self._transport.abort()
-
-
-def listening_socket(path: Path) -> socket.socket:
-    """A SOCK_SEQPACKET socket at ``path``, in place of the one there, for processes of this user alone.
-
-    Raises: OSError.
-    """
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        mask = os.umask(0o177)  # of the whole process: nothing is awaited while it is another
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(mask)
-        listener.listen()
-        listener.setblocking(False)
-    except BaseException:
-        listener.close()
-        raise
-    return listener

@@ -5,14 +5,13 @@ fields of messages are only ever added.
 """
 
 import asyncio
-import os
-import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import Unavailable
+from skep.linux.unix_sockets import private_socket
 
 LENGTH_BYTES = 4
 DEADLINE_S = 10.0
@@ -40,18 +39,9 @@ async def read_frame(reader: asyncio.StreamReader, bytes_max: int) -> bytes | No
 
 
 async def serve(converse: Serve, path: Path) -> asyncio.Server:
-    """Listen at ``path``, in place of whoever did, for processes of this user alone.  Raises: OSError.
-
-    The mask of new files is the whole process's: nothing is awaited while it is another.
-    """
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    """Listen at ``path``, in place of the server there, for processes of this user alone.  Raises: OSError."""
+    listener = private_socket(path)
     try:
-        mask = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(mask)
         return await asyncio.start_unix_server(converse, sock=listener)
     except BaseException:
         listener.close()

@@ -5,6 +5,8 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from tests.support.sources import parsed
+
 ROOT = Path(__file__).parents[2]
 PROMISES = ROOT / "docs" / "promises.md"
 
@@ -70,7 +72,7 @@ def exists(name: str) -> bool:
     file = ROOT / path
     if not inside:
         return file.exists()
-    return file.is_file() and _defines(ast.parse(file.read_text()), inside)
+    return file.is_file() and _defines(parsed(file), inside)
 
 
 def _defines(tree: ast.Module | ast.ClassDef, names: list[str]) -> bool:

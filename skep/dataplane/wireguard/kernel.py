@@ -65,15 +65,14 @@ def decoded(messages: Iterable[bytes]) -> FoundDevice:
     peers: dict[bytes, FoundPeer] = {}
     for message in messages:
         for kind, value in attributes(message):
-            match kind:
-                case 3:  # _PRIVATE
-                    private = value
-                case 6:  # _PORT
-                    (port,) = struct.unpack("=H", value[:2])
-                case 8:  # _PEERS
-                    for _, body in attributes(value):
-                        found = dict(attributes(body))
-                        peers[found[_PUBLIC]] = _decoded_peer(found, peers.get(found[_PUBLIC], FoundPeer()))
+            if kind == _PRIVATE:
+                private = value
+            elif kind == _PORT:
+                (port,) = struct.unpack("=H", value[:2])
+            elif kind == _PEERS:
+                for _, body in attributes(value):
+                    found = dict(attributes(body))
+                    peers[found[_PUBLIC]] = _decoded_peer(found, peers.get(found[_PUBLIC], FoundPeer()))
     return FoundDevice(private=private, port=port, peers=peers)
 
 

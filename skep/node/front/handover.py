@@ -220,9 +220,8 @@ class _Manager:
         held = self._release(slot)
         if held is None:
             return
-        if (
-            self._states[slot] == State.REQUESTED
-        ):  # no response was sent, and the client may still wait for one
+        if self._states[slot] == State.REQUESTED:
+            # No response was sent, and the client may still wait for one.
             self._returned.put_nowait(Returned(held, refusal=ENDED))
         else:
             held.socket.close()

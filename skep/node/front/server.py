@@ -20,6 +20,7 @@ from skep.api.errors import status_of
 from skep.api.framing import Malformed, is_for_manager, parse_request, path_of, read_head
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.linux.unix_sockets import private_socket
 from skep.node.front.connection import Connection, Gone
 from skep.node.front.handover import Handover, Passed, Returned
 from skep.node.front.routing import Destination, Ownership, route
@@ -363,16 +364,7 @@ def _unix_listener(path: Path) -> socket.socket:
         raise FailedPrecondition(
             f"another process serves the API on unix://{path}: stop it, or choose another --host"
         )
-    path.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)  # no other user may connect before the group is set
-    try:
-        sock.bind(str(path))
-    except OSError:
-        sock.close()
-        raise
-    finally:
-        os.umask(mask)
+    sock = private_socket(path)  # no other user may connect before the group is set
     try:
         os.chown(path, 0, grp.getgrnam(_GROUP).gr_gid)
         path.chmod(0o660)

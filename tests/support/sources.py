@@ -1,0 +1,22 @@
+"""Python files of the project, parsed once for all tests that look at them."""
+
+import ast
+import gc
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file, which no test changes.
+
+    Garbage is collected after it: a finalizer that formats a traceback parses too, and within a parse that is an
+    error in Python 3.11 (gh-106905).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(path.read_text(), str(path))
+    finally:
+        if was_enabled:
+            gc.enable()
