@@ -4,10 +4,18 @@ The client sends ``Upgrade: tcp`` and gets 101 (old clients do not, and get a 20
 then on each direction closes by itself: the end of the client's input is a half-close, after which output continues.
 aiohttp cannot half-close, so the transport gets another protocol.
 
+docker-py reads the head through a buffer and the output from the socket beneath it: output that it receives together
+with the head is lost.  On a unix socket the kernel reports what the client has not read yet (SIOCOUTQ), so the first
+output waits until the client has read the head.  By TCP there is no such report.
+
 Source: moby 20.10, api/server/httputils/httputils_write_json.go, api/server/router/container/exec.go.
 """
 
 import asyncio
+import fcntl
+import socket
+import struct
+import termios
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -15,6 +23,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web_protocol import RequestHandler
 
+from skep.aio.backoff import Backoff
 from skep.api.server import ApiVersion, OutputStream, api_version, frame
 
 RAW = "application/vnd.docker.raw-stream"
@@ -24,6 +33,8 @@ _NAMES_ITS_FORM = ApiVersion("1.42")
 _BUFFER_BYTES = 64 << 10
 _DRAIN_S = 60.0
 """A client that takes nothing for this long has gone."""
+_HEAD_UNREAD_S = 5.0
+"""For the client to read the head.  After that the output is sent nevertheless: not every client loses it."""
 
 
 class Duplex:
@@ -33,6 +44,7 @@ class Duplex:
         self._reader = reader
         self._writer = writer
         self._tty = tty
+        self._is_head_read = False
 
     async def read(self) -> bytes:
         """The client's next input; empty after its end.  Raises: ConnectionError."""
@@ -40,12 +52,30 @@ class Duplex:
 
     async def send(self, stream: OutputStream, data: bytes) -> None:
         """Raises: ConnectionError: the client has gone, or takes nothing."""
+        if not self._is_head_read:
+            await self._wait_head_read()
         self._writer.write(data if self._tty else frame(stream, data))
         try:
             async with asyncio.timeout(_DRAIN_S):
                 await self._writer.drain()
         except TimeoutError as error:
             raise ConnectionResetError("the client takes no output") from error
+
+    async def _wait_head_read(self) -> None:
+        connection = self._writer.get_extra_info("socket")
+        if connection.family == socket.AF_UNIX:
+            backoff = Backoff(0.001, 0.05)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_HEAD_UNREAD_S):
+                    while not self._writer.is_closing() and _unread_bytes(connection.fileno()):  # noqa: ASYNC110 - the kernel reports no change
+                        await asyncio.sleep(backoff.next_delay_s())
+        self._is_head_read = True
+
+
+def _unread_bytes(descriptor: int) -> int:
+    """What the other end of a unix connection has not read yet, in the kernel's count of memory."""
+    (count,) = struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))
+    return int(count)
 
 
 @asynccontextmanager
