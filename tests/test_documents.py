@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,35 @@ def test_every_file_of_the_code_that_is_named_exists(page: Path) -> None:
         word for word in quoted(page) if re.fullmatch(r"[a-z_]+(/[a-z_0-9]+)+\.(py|sh|md|toml|txt)", word)
     ]
     assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
+
+
+@pages
+def test_every_file_that_is_named_without_its_folder_exists(page: Path) -> None:
+    """But for decision records, which say what was decided then."""
+    names = {path.name for path in project_files()}
+    named = {word for word in quoted(page) if re.fullmatch(r"[a-z_0-9]+\.(py|sh|proto)", word)}
+    assert "decisions" in page.parts or named - names == set()
+
+
+@pages
+def test_every_class_and_function_that_is_named_exists(page: Path) -> None:
+    """``CamelCase`` and ``snake_case`` words in backquotes; of dotted ones the last part; records as above."""
+    form = r"(?:\w+\.)*(_?(?:[A-Z][a-z]+\w*|[a-z]+(?:_[a-z0-9]+)+))"
+    named = {match[1] for word in quoted(page) if (match := re.fullmatch(form, word))}
+    assert "decisions" in page.parts or named - identifiers() == set()
+
+
+@cache
+def project_files() -> tuple[Path, ...]:
+    folders = ("skep", "sim", "tests", "bench", "docs", "setup")
+    return tuple(path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
+
+
+@cache
+def identifiers() -> frozenset[str]:
+    """All words of the project's sources."""
+    sources = (path for path in project_files() if path.suffix in (".py", ".proto"))
+    return frozenset(word for path in sources for word in re.findall(r"\w+", path.read_text()))
 
 
 def test_the_continuous_integration_runs_the_readmes_test_command() -> None:
