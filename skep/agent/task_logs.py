@@ -13,7 +13,7 @@ from skep.agent.assignments import LogLine, LogQuery, LogStream
 from skep.aio.groups import errors_as_they_are
 from skep.engine.container import Container, LogFilter, Stream
 from skep.engine.engine import Engine
-from skep.errors import SkepError
+from skep.errors import SkepError, Unimplemented
 from skep.model.ids import NodeId, ServiceId, TaskId
 
 log = structlog.get_logger(__name__)
@@ -101,6 +101,16 @@ class TaskLogs:
                         attrs=attributes,
                     )
                 )
+
+
+class NoLogs:
+    """``LogSource`` of the ``process`` executor: a task's output is a file on its node."""
+
+    def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
+        """Raises: Unimplemented."""
+        raise Unimplemented(
+            "tasks of the process executor have no logs: their output is a file on their node"
+        )
 
 
 def is_meant(container: Container, query: LogQuery) -> bool:

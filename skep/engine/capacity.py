@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,9 +27,14 @@ class Programs(msgspec.Struct, frozen=True, kw_only=True):
     init: str = ""
 
 
-def find_programs() -> Programs:
-    """What this machine has."""
-    return Programs(init=next((path for path in _INITS if os.access(path, os.X_OK)), ""))
+def find_programs(runc: str = "runc", conmon: str = "conmon") -> Programs:
+    """The programs of this machine.  ``runc``, ``conmon``: names or paths; one that is not found has its usual path."""
+    usual = Programs()
+    return Programs(
+        runc=Path(shutil.which(runc) or usual.runc),
+        conmon=Path(shutil.which(conmon) or usual.conmon),
+        init=next((path for path in _INITS if os.access(path, os.X_OK)), ""),
+    )
 
 
 def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:

@@ -281,6 +281,18 @@ class Top(NamedTuple):
     processes: tuple[tuple[str, ...], ...]
 
 
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """Containers by state, and images, as ``/info`` shows them."""
+
+    running: int = 0
+    paused: int = 0
+    stopped: int = 0
+    images: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
+
 class WaitCondition(Enum):
     """What ``docker wait`` waits for."""
 

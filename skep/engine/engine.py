@@ -35,6 +35,7 @@ from skep.engine.attachment import Attachment, attach
 from skep.engine.container import (
     Container,
     ContainerState,
+    Counts,
     LogEntry,
     LogFilter,
     NewContainer,
@@ -45,8 +46,9 @@ from skep.engine.container import (
 )
 from skep.engine.events import Events
 from skep.engine.images.image import Image
+from skep.engine.images.store import ImageStore
 from skep.engine.lifecycle import Lifecycle
-from skep.engine.networking import Images, Networking
+from skep.engine.networking import Networking
 from skep.engine.request import CreateRequest, TaskOptions
 from skep.engine.restart import RestartMonitor
 from skep.engine.runtime import Runtime
@@ -104,7 +106,7 @@ class Engine:
         self,
         *,
         runtime: Runtime,
-        images: Images,
+        images: ImageStore,
         volumes: Volumes,
         network: Networking,
         clock: Clock,
@@ -158,6 +160,25 @@ class Engine:
     def get(self, word: str) -> Container:
         """Raises: NotFound: ``No such container: <word>``, or the prefix fits several."""
         return self._store.get(word)
+
+    def has(self, word: str) -> bool:
+        """Whether ``get`` finds a container."""
+        try:
+            self._store.get(word)
+        except NotFound:
+            return False
+        return True
+
+    def counts(self) -> Counts:
+        """Containers by state, and images."""
+        states = [one.state for one in self.list()]
+        running, paused = states.count(ContainerState.RUNNING), states.count(ContainerState.PAUSED)
+        return Counts(
+            running=running,
+            paused=paused,
+            stopped=len(states) - running - paused,
+            images=len(self.images.images()),
+        )
 
     def find_by_label(self, label: str, value: str) -> Container | None:
         """The newest container with this label, or None."""

@@ -76,6 +76,10 @@ class Execs:
         except KeyError:
             raise NotFound(f"No such exec instance: {exec_id}") from None
 
+    def has(self, exec_id: str) -> bool:
+        """Whether there is such an exec."""
+        return exec_id in self._execs
+
     def of(self, container_id: ContainerId) -> tuple[Exec, ...]:
         """The execs of a container that run (``ExecIDs`` of inspect)."""
         return tuple(one for one in self._execs.values() if one.container_id == container_id and one.running)

@@ -1,13 +1,11 @@
-"""Dependencies of the engine: the network of containers, and their images."""
+"""The network of containers, as the engine uses it: a dependency that the data plane implements."""
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from typing import Protocol
 
 from skep.engine.container import Container, ContainerState
-from skep.engine.images.image import Image
 from skep.engine.processes import is_alive
 from skep.model.ids import ContainerId
 from skep.model.sandbox import EndpointRequest, Sandbox
@@ -46,18 +44,6 @@ class Networking(Protocol):
 
         ``is_needed`` is called for each at the moment it would be freed.  Raises: SkepError, OSError.
         """
-
-
-class Images(Protocol):
-    """The node's images (``images/store.py``)."""
-
-    def get(self, word: str) -> Image:
-        """Raises: NotFound."""
-
-    def layers(self, image: Image) -> Sequence[Path]: ...
-
-    def pinned(self, chain: Sequence[str]) -> AbstractAsyncContextManager[None]:
-        """Keep the layers of ``chain`` for the block."""
 
 
 def has_sandbox(container: Container) -> bool:

@@ -17,8 +17,8 @@ from skep.aio.clock import Clock
 from skep.api.client import Client
 from skep.api.server import json_answer
 from skep.api.versions import NEWEST, ApiVersion
+from skep.engine.container import Counts
 from skep.errors import NotFound, SkepError
-from skep.node.info import Counts
 
 log = structlog.get_logger()
 
@@ -131,8 +131,3 @@ def _merged(engine: DockerEngine, ours: Any) -> Handler:
         return json_answer(sorted(containers, key=lambda one: int(one.get("Created", 0)), reverse=True))
 
     return list_containers
-
-
-def added(ours: Counts, theirs: Counts) -> Counts:
-    """Containers and images of both."""
-    return Counts(**{name: getattr(ours, name) + getattr(theirs, name) for name in Counts.__struct_fields__})

@@ -14,6 +14,8 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.api.filters import Filters
+from skep.engine.events import Events
+from skep.engine.images.local import ImageEvent
 from skep.errors import ResourceExhausted, SkepError
 from skep.model.times import SECOND_NS
 
@@ -71,7 +73,7 @@ class Reader:
 
 
 class NodeEvents:
-    """The events of this node, past and message."""
+    """The events of this node: the last ``KEPT``, and the queues of clients that read on."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -86,6 +88,16 @@ class NodeEvents:
         self._past.append(message)
         for reader in self._readers:
             reader.offer(message)
+
+    def publish_image(self, event: ImageEvent) -> None:
+        """Publish an event of an image of the engine."""
+        self.publish("image", event.action, event.id, event.attributes, event.time_ns)
+
+    async def forward(self, containers: Events) -> None:
+        """Publish the events of the engine's containers until cancelled."""
+        with containers.subscribed() as subscription:
+            async for event in subscription:
+                self.publish("container", event.action, event.container_id, event.attributes, event.time_ns)
 
     @contextmanager
     def _reading(self) -> Iterator[Reader]:

@@ -15,6 +15,7 @@ from skep import __version__
 from skep.configuration.configuration import Configuration
 from skep.dataplane.wireguard.methods import choose
 from skep.engine import apparmor
+from skep.engine.container import Counts
 from skep.model.times import Timestamp
 from skep.model.wireguard import ENCRYPTION_LABEL, Method
 from skep.node.features import Features
@@ -22,15 +23,6 @@ from skep.node.machine import Machine
 
 API_VERSION_MIN = "1.24"
 _INDEX = "https://index.docker.io/v1/"
-
-
-class Counts(msgspec.Struct, frozen=True, kw_only=True):
-    """Containers by state, and images."""
-
-    running: int = 0
-    paused: int = 0
-    stopped: int = 0
-    images: int = 0
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """The composition root of a node: makes every part of it once, in layers, and runs them.
 
-Containers below (``container_engine``), then networks of the cluster, the agent, the membership of a cluster, and the
-Engine API.  A layer is given the layers below it when it is made.
+Containers and their networks first, then the tables of the cluster's networks, the agent, the membership of a cluster,
+and the Engine API.  A layer is given the layers below it when it is made.
 """
 
 import asyncio
@@ -15,6 +15,9 @@ import structlog
 from aiohttp import web
 
 from skep.agent.agent import Agent
+from skep.agent.executor.assembly import oci_executor
+from skep.agent.executor.oci import OciExecutor
+from skep.agent.executor.process import ProcessExecutor
 from skep.agent.last_seen import LastSeenFile
 from skep.agent.managers import ManagerList, Peer
 from skep.agent.probe_stream import NodeProbes
@@ -24,41 +27,44 @@ from skep.agent.revisions import SeenRevision
 from skep.agent.session import NodeServices
 from skep.agent.session_state import SessionState
 from skep.agent.task_files import TaskFiles
+from skep.agent.task_logs import NoLogs, TaskLogs
 from skep.agent.worker import Worker
 from skep.aio.failures import isolate
 from skep.api.client import Client
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
+from skep.dataplane.client import NetClient
 from skep.dataplane.dns.checks import NameChecks
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.netns.neighbours import NeighbourTables
 from skep.dataplane.tables import unreachable
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.keeper import TableKeeper
+from skep.dataplane.wireguard.methods import choose
+from skep.dataplane.wireguard.tunnels import Options
 from skep.engine import apparmor
 from skep.engine.api.containers import create_routes
+from skep.engine.api.routes import engine_routes
+from skep.engine.capacity import find_programs
 from skep.engine.cgroups import Cgroups
+from skep.engine.images.registry import Policy
+from skep.engine.images.store import ImageStore
 from skep.linux.processes import boot_id
 from skep.model.conditions import NEIGHBOURS
 from skep.model.ids import NodeId, new_container_id, new_id
+from skep.model.meta import Driver
 from skep.model.node import NodeRole
 from skep.node import info
 from skep.node.background import run_after, run_part, wait_briefly
 from skep.node.cluster_work import NodeWork
-from skep.node.container_engine import (
-    ContainerEngine,
-    forward_container_events,
-    oci_engine,
-    process_engine,
-    registry_policy,
-)
 from skep.node.description import NodeDescriber, has_overlays
 from skep.node.disk_check import DiskCheck
 from skep.node.docker_engine import DockerEngine, with_containers_of
 from skep.node.environment import Environment
 from skep.node.events import NodeEvents
 from skep.node.front.handover import Handover
+from skep.node.front.routing import LocalObjects
 from skep.node.front.server import Front, tls_context
 from skep.node.isolation import keep_profile
 from skep.node.load import LoadMeter, reader_of
@@ -97,7 +103,13 @@ class Node:
         self._manager_api = Client.local(self._paths.manager_socket, "the manager of this node")
         self._docker = _docker_engine(configuration)
         self._events = NodeEvents(self._clock)
-        self._engine = self._container_engine()
+        # Containers.  With the executor ``process`` there are none: tasks are plain commands.
+        self._executor = self._make_executor()
+        oci = self._executor if isinstance(self._executor, OciExecutor) else None
+        self._engine = oci.engine if oci is not None else None
+        self._network = oci.network if oci is not None else None
+        self._attachments = oci.attachments if oci is not None else None
+        self._payloads = oci.payloads if oci is not None else None
         # Networks of the cluster.
         self._shared_tables = SharedTables(self._paths.tables)
         self._tables = self._table_keeper()
@@ -116,7 +128,7 @@ class Node:
             environment.features,
             lambda: self._configuration,
             environment.conditions,
-            self._engine.encryption_labels,
+            self._network.tunnels.labels if self._network is not None else dict,
             has_probes=self._probes is not None,
         )
         # The cluster, and the API.
@@ -132,7 +144,7 @@ class Node:
             run = partial(run_part, group, self._clock)
             run(self._environment.processes.net.run, "net process")
             await self._open_apis(stack)
-            if self._engine.images is not None:
+            if self._engine is not None:
                 await self._engine.images.open()
             if self._paths.node_json.exists():
                 await self._tables.restore(self._shared_tables)
@@ -141,11 +153,11 @@ class Node:
             self._run_checks(run)
             group.create_task(self._worker.run(), name="worker")
             self._run_networks(run)
-            if self._engine.engine is not None:
-                run(partial(forward_container_events, self._engine.engine, self._events), "events")
+            if self._engine is not None:
+                run(partial(self._events.forward, self._engine.events), "events")
             group.create_task(self._membership.run(), name="membership")
-            if self._engine.engine is not None:
-                restarts = self._engine.engine.run_restart_policies
+            if self._engine is not None:
+                restarts = self._engine.run_restart_policies
                 run(partial(run_after, self._worker.wait_ready, restarts), "plain containers")
             await wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
             async with front.listening(self._configuration.api_hosts, _tls_of(self._configuration)):
@@ -164,19 +176,48 @@ class Node:
         self._environment.processes.net.reload()
         self._membership.reload()
         self._system.configure(configuration)
-        if self._engine.images is not None:
-            self._engine.images.policy = registry_policy(configuration)
+        if self._engine is not None:
+            self._engine.images.policy = _registry_policy(configuration)
 
     # --- containers and networks ------------------------------------------------------------------------------
 
-    def _container_engine(self) -> ContainerEngine:
-        if self._configuration.executor == "process":
-            return process_engine(self._configuration)
-        return oci_engine(self._configuration, self._environment, self._events)
+    def _make_executor(self) -> OciExecutor | ProcessExecutor:
+        configuration, environment = self._configuration, self._environment
+        if configuration.executor == "process":
+            return ProcessExecutor(self._paths.processes)
+        images = ImageStore(
+            self._paths.images,
+            policy=_registry_policy(configuration),
+            clock=self._clock,
+            on_event=self._events.publish_image,
+        )
+        # Connections to the net process: several, so that ports do not wait for the names of a thousand containers.
+        net = partial(NetClient, self._paths.net_socket, self._clock, self._random)
+        return oci_executor(
+            self._paths,
+            images,
+            clock=self._clock,
+            rng=self._random,
+            hostname=environment.machine.hostname,
+            cgroup_parent=configuration.cgroup_parent,
+            ports=net(""),
+            names=net(""),
+            mesh_ports=net("mesh"),
+            log_default=Driver(name="json-file", options=configuration.log_opts),
+            programs=find_programs(configuration.runc, configuration.conmon),
+            conditions=environment.conditions,
+            encryption=Options(
+                method=choose(environment.features, configuration.encryption),
+                since_boot=self._clock.since_boot,
+                process=environment.processes.new_wireguard,
+                port=configuration.wireguard_port,
+            ),
+        )
 
     def _table_keeper(self) -> TableKeeper:
+        network, tables = self._network, self._shared_tables
         # Routes come before the names that lead there.
-        users = (self._engine.overlays, self._engine.mesh, self._shared_tables, self._engine.naming)
+        users = (network.overlays, network.mesh, tables, network.naming) if network is not None else (tables,)
         return TableKeeper(
             StoredTables(self._paths.kept_tables, self._clock),
             [one for one in users if one is not None],
@@ -186,17 +227,16 @@ class Node:
 
     def _run_networks(self, run: Callable[..., None]) -> None:
         """Keep the networks of the cluster as their tables say."""
-        engine, tables = self._engine, self._tables
-        if engine.overlays is not None and not tables.tables:
-            run(engine.overlays.apply_nothing, "networks of an earlier process")
-        if engine.mesh is not None and not tables.tables:
-            run(engine.mesh.apply_nothing, "ports of an earlier process")
-        if engine.probes is not None and not self._paths.node_json.exists():
-            engine.probes.set_targets(None)
+        network, tables = self._network, self._tables
+        if network is not None and not tables.tables:
+            run(network.overlays.apply_nothing, "networks of an earlier process")
+            run(network.mesh.apply_nothing, "ports of an earlier process")
+        if network is not None and not self._paths.node_json.exists():
+            network.prober.set_targets(None)
         run(tables.run, "network tables")
-        if engine.probes is not None:
+        if network is not None:
             watch = partial(
-                unreachable.watch, self._session, engine.probes.latest, tables.leave_out, self._clock
+                unreachable.watch, self._session, network.prober.latest, tables.leave_out, self._clock
             )
             run(watch, "silent peers")
 
@@ -204,19 +244,19 @@ class Node:
 
     def _make_worker(self) -> Worker:
         return Worker(
-            executor=self._engine.executor,
+            executor=self._executor,
             files=TaskFiles(self._paths.tasks),
             reports=self._reports,
             clock=self._clock,
-            payloads=self._engine.payloads,
+            payloads=self._payloads,
             session_state=self._session,
         )
 
     def _node_probes(self) -> NodeProbes | None:
         """Probes of other nodes, where this one can have overlay networks."""
-        if self._engine.probes is None or not has_overlays(self._environment.features):
+        if self._engine is None or self._network is None or not has_overlays(self._environment.features):
             return None
-        return NodeProbes(self._engine.probes, NameChecks(self._engine.list_containers, self._clock))
+        return NodeProbes(self._network.prober, NameChecks(self._engine.list, self._clock))
 
     def _new_agent(
         self,
@@ -226,7 +266,7 @@ class Node:
     ) -> Agent:
         """An agent for ``node``, not yet running (``runner.NewAgent``)."""
         certificates = self._paths.certificates
-        self._engine.executor.identify(node.node_id)
+        self._executor.identify(node.node_id)
         credentials = KeyPairCredentials(
             certificates,
             self._clock,
@@ -237,7 +277,7 @@ class Node:
         services = NodeServices(
             sink=self._worker,
             reports=self._reports,
-            logs=self._engine.logs,
+            logs=TaskLogs(self._engine) if self._engine is not None else NoLogs(),
             load=self._load.load,
             tables=self._tables,
             probes=self._probes,
@@ -258,8 +298,8 @@ class Node:
             random=self._environment.random,
             session_state=self._session,
         )
-        if self._engine.attachments is not None:
-            self._engine.attachments.ask_through(agent)
+        if self._attachments is not None:
+            self._attachments.ask_through(agent)
         return agent
 
     def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:
@@ -281,11 +321,11 @@ class Node:
             new_agent=self._new_agent,
             work=NodeWork(
                 self._worker,
-                self._engine.executor,
+                self._executor,
                 self._tables,
                 self._clock,
                 conditions,
-                attachments=self._engine.attachments,
+                attachments=self._attachments,
                 probes=self._probes,
             ),
         )
@@ -312,14 +352,20 @@ class Node:
             membership=self._membership,
             manager_api=self._manager_api,
             events=self._events,
-            count=self._engine.counts,
+            engine=self._engine,
             docker=self._docker,
             warnings=lambda: (
                 *environment.warnings,
                 *environment.conditions.warnings(),
-                *self._engine.network_warnings(),
+                *self._network_warnings(),
             ),
         )
+
+    def _network_warnings(self) -> tuple[str, ...]:
+        """Of published ports and of connections to other nodes."""
+        if self._network is None:
+            return ()
+        return (*self._network.mesh.warnings(), *self._network.prober.warnings())
 
     async def _open_apis(self, stack: AsyncExitStack) -> None:
         """Connect to the manager's API, and to that of the machine's Docker Engine, if there is one."""
@@ -334,8 +380,12 @@ class Node:
     async def _application(self) -> web.Application:
         """What this node serves itself."""
         engine, docker = self._engine, self._docker
-        local = engine.local or LocalNetworks(
-            self._paths.networks / "local", engine.gateway, clock=self._clock, new_id=new_container_id
+        local = (
+            self._network.local
+            if self._network is not None
+            else LocalNetworks(
+                self._paths.networks / "local", None, clock=self._clock, new_id=new_container_id
+            )
         )
         await isolate(asyncio.to_thread(local.open), "networks of this node not read yet")
         cluster = ClusterNetworks(
@@ -343,17 +393,15 @@ class Node:
             manager=self._manager_api,
             tasks=self._worker,
             tables=self._tables,
-            containers=engine.list_containers,
+            containers=engine.list if engine is not None else tuple,
             clock=self._clock,
             rng=self._random,
         )
         networks = NetworkSources(
             cluster=cluster,
-            engine=docker.api if docker is not None else None,
             local=local,
-            containers=engine.list_containers,
-            container=engine.container,
-            own_engine=engine.engine,
+            engine=engine,
+            docker=docker.api if docker is not None else None,
         )
         app = application(
             system_routes.routes,
@@ -372,18 +420,18 @@ class Node:
     ) -> tuple[web.AbstractRouteDef, ...]:
         """Routes of networks, containers and images, merged with the Docker Engine's where there is one."""
         engine, docker = self._engine, self._docker
-        routes: tuple[web.AbstractRouteDef, ...] = (*networks, *engine.routes)
+        own = engine_routes(engine, self._clock) if engine is not None else ()
         if docker is not None:
-            beside = plain_container_routes(docker, engine.images, engine.engine, cluster.may_have)
-            return (*with_containers_of(docker, routes), *beside)
-        return (*routes, *create_routes(engine.engine)) if engine.engine is not None else routes
+            beside = plain_container_routes(docker, engine, cluster.may_have)
+            return (*networks, *with_containers_of(docker, own), *beside)
+        return (*networks, *own, *(create_routes(engine) if engine is not None else ()))
 
     def _front(self, here: web.Server) -> Front:
         waiting = partial(why_waiting, self._paths.manager_waiting)
         return Front(
             here,
             Handover(self._paths.handover_socket, self._clock, self._random, waiting),
-            ownership=Ownership(self._configuration, self._engine),
+            ownership=LocalObjects(self._engine, has_docker_engine=self._docker is not None),
             membership=self._membership,
             engine_socket=self._configuration.engine_socket,
         )
@@ -392,25 +440,22 @@ class Node:
         """Keep the conditions of this machine current, and what lies beside this node."""
         conditions, paths, clock = self._environment.conditions, self._paths, self._clock
         run(partial(reap_orphans, clock), "orphans")
-        if self._engine.images is not None:
+        if self._engine is not None:
             if apparmor.is_supported():
                 run(partial(keep_profile, conditions, clock), "apparmor profile")
             run(partial(self._engine.images.settle, conditions.say("images")), "images")
         run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
-        if self._engine.overlays is not None:
+        if self._network is not None:
             run(NeighbourTables(conditions.say(NEIGHBOURS), clock).run, "neighbour tables")
         if self._docker is not None:
             run(partial(self._docker.follow, clock, self._random), "docker engine")
 
 
-class Ownership:
-    """Which objects are this node's own, for the routing of requests."""
-
-    def __init__(self, configuration: Configuration, engine: ContainerEngine) -> None:
-        self.has_engine = configuration.engine_socket is not None
-        self.owns_container = engine.knows_container
-        self.owns_image = engine.knows_image
-        self.owns_exec = engine.knows_exec
+def _registry_policy(configuration: Configuration) -> Policy:
+    """Which registries are reached without TLS, and by which mirrors."""
+    return Policy(
+        insecure=frozenset(configuration.insecure_registries), mirrors=configuration.registry_mirrors
+    )
 
 
 def _docker_engine(configuration: Configuration) -> DockerEngine | None:

@@ -11,9 +11,11 @@ import msgspec
 from skep.api.client import Client
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
+from skep.engine.container import Counts
+from skep.engine.engine import Engine
 from skep.model.times import timestamp
 from skep.node import features, info
-from skep.node.docker_engine import DockerEngine, added
+from skep.node.docker_engine import DockerEngine
 from skep.node.events import EventRequest, Message, NodeEvents
 from skep.node.membership import Membership
 
@@ -22,7 +24,7 @@ class NodeSystem:
     """Implements ``routes.system``.
 
     Args:
-        count: counts containers and images of this node's engine.
+        engine: this node's containers; None: it runs none.
         docker: the machine's Docker Engine, if there is one.
         warnings: sentences about the configuration, conditions, published ports and connections to other nodes.
     """
@@ -34,15 +36,15 @@ class NodeSystem:
         membership: Membership,
         manager_api: Client,
         events: NodeEvents,
-        count: Callable[[], info.Counts],
-        docker: DockerEngine | None = None,
-        warnings: Callable[[], Sequence[str]] = tuple,
+        engine: Engine | None,
+        docker: DockerEngine | None,
+        warnings: Callable[[], Sequence[str]],
     ) -> None:
         self._node = node
         self._membership = membership
         self._manager_api = manager_api
         self._events = events
-        self._count = count
+        self._engine = engine
         self._docker = docker
         self._warnings = warnings
 
@@ -62,9 +64,9 @@ class NodeSystem:
 
     async def info(self) -> Mapping[str, Any]:
         swarm = await self._membership.info()
-        counts = self._count()
+        counts = self._engine.counts() if self._engine is not None else Counts()
         if self._docker is not None:
-            counts = added(counts, await self._docker.counts())
+            counts += await self._docker.counts()
         return info.info(
             self._node,
             counts=counts,

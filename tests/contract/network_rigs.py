@@ -52,7 +52,10 @@ class AWorkload(msgspec.Struct):
     def statuses(self) -> dict[TaskId, TaskStatus]:
         return self.states
 
-    def container(self, word: str) -> Container:
+    def list(self) -> tuple[Container, ...]:
+        return self.containers
+
+    def get(self, word: str) -> Container:
         for one in self.containers:
             if word in (one.id, one.name):
                 return one
@@ -104,7 +107,7 @@ class Rig(msgspec.Struct):
 
 
 @asynccontextmanager
-async def a_rig(folder: Path) -> AsyncIterator[Rig]:
+async def a_rig(folder: Path, *, has_engine: bool = True) -> AsyncIterator[Rig]:
     async with AsyncExitStack() as stack:
         manager = await stack.enter_async_context(a_manager_api())
         runner = web.AppRunner(manager_application(manager))
@@ -121,16 +124,15 @@ async def a_rig(folder: Path) -> AsyncIterator[Rig]:
             manager=api,
             tasks=work,
             tables=work,
-            containers=lambda: work.containers,
+            containers=work.list,
             clock=SystemClock(),
             rng=Random(1).random,
         )
         parts = NetworkSources(
             cluster=cluster,
-            engine=None,
             local=local,
-            containers=lambda: work.containers,
-            container=work.container,
+            engine=work if has_engine else None,
+            docker=None,
         )
         client = await stack.enter_async_context(TestClient(TestServer(application(network_routes(parts)))))
         yield Rig(client, manager, member, work, gateway, local)

@@ -140,11 +140,12 @@ async def test_a_worker_makes_and_removes_no_network_of_the_cluster(rig: Rig) ->
     assert (await rig.ask("POST", "/networks/prune"))[1] == {"NetworksDeleted": None}
 
 
-async def test_a_node_without_containers_says_why_it_has_no_bridge_networks(rig: Rig) -> None:
-    status, message = await rig.message("POST", "/networks/create", {"Name": "b1", "Driver": "bridge"})
-    assert status == 501
-    assert "--engine-socket" in message
-    assert await rig.names() == {*LOCAL, "ingress"}
+async def test_a_node_without_containers_says_why_it_has_no_bridge_networks(tmp_path: Path) -> None:
+    async with a_rig(tmp_path, has_engine=False) as rig:
+        status, message = await rig.message("POST", "/networks/create", {"Name": "b1", "Driver": "bridge"})
+        assert status == 501
+        assert "--engine-socket" in message
+        assert await rig.names() == {*LOCAL, "ingress"}
 
 
 async def test_names_are_free_once_over_the_node_and_the_cluster(rig: Rig) -> None:

@@ -14,7 +14,6 @@ from aiohttp import web
 from skep.agent.executor.oci import OciExecutor
 from skep.api.server import Routes, application, runner
 from skep.engine.api.containers import container_routes
-from skep.engine.images.store import ImageStore
 from tests.conftest import SEARCHED
 
 
@@ -82,15 +81,13 @@ class Raw:
 @asynccontextmanager
 async def serving(directory: Path, executor: OciExecutor) -> AsyncIterator[Api]:
     """The API of the executor's containers, at a socket in ``directory``."""
-    images = ImageStore(directory / "own-images")
-    await images.open()
     ping = Routes()
 
     @ping.head("/_ping")
     async def _(_: web.Request) -> web.StreamResponse:
         return web.Response()
 
-    server = runner(application(ping, container_routes(executor.engine, images)))
+    server = runner(application(ping, container_routes(executor.engine)))
     await server.setup()
     await web.UnixSite(server, directory / "api.sock").start()
     connector = aiohttp.UnixConnector(str(directory / "api.sock"))

@@ -16,7 +16,7 @@ from skep.engine.capacity import Programs, capacity_of
 from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, ContainerConfig, NewContainer, ProcessName
 from skep.engine.engine import Engine, EngineConfig
-from skep.engine.networking import Images
+from skep.engine.images.store import ImageStore
 from skep.engine.runtime import Ended, Runtime, Started
 from skep.engine.volumes import Volumes
 from skep.errors import NotFound
@@ -155,7 +155,7 @@ def memory_engine(directory: Path, machine: Machine, patch: pytest.MonkeyPatch) 
     )
     return Engine(
         runtime=cast("Runtime", MemoryRuntime(machine, bundles, cgroups)),
-        images=cast("Images", None),
+        images=cast("ImageStore", None),
         volumes=Volumes(directory / "volumes"),
         network=MemoryNetwork(machine),
         clock=QuickClock(),

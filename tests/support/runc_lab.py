@@ -19,6 +19,7 @@ from skep.dataplane.ports import OwnReservations
 from skep.engine import cgroups
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image, ImageConfig
+from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, Unavailable
 from skep.linux.syscalls import unmount_if_mounted
 from skep.model.ids import NodeId
@@ -78,10 +79,11 @@ def busybox_tree(directory: Path) -> Path:
     return directory
 
 
-class TreeImages:
+class TreeImages(ImageStore):
     """An image store with one image: an unpacked tree.  There is no registry."""
 
     def __init__(self, tree: Path, defaults: ContainerDefaults | None = None) -> None:
+        super().__init__(tree.parent / "images")
         self._tree = tree
         self.image = Image(id=IMAGE_ID, config=ImageConfig(config=defaults or ContainerDefaults(cmd=("sh",))))
         self.pulls = 0

@@ -9,7 +9,6 @@ from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.attaching import ClusterAttachments
 from skep.agent.executor.oci import OciExecutor
 from skep.agent.executor.payloads import Payloads
-from skep.agent.executor.pulling import Images
 from skep.aio.clock import Clock
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.endpoint_allocation import EndpointAllocation
@@ -34,6 +33,7 @@ from skep.engine.bundle import Bundles
 from skep.engine.capacity import Programs, capacity_of, find_programs
 from skep.engine.cgroups import Cgroups
 from skep.engine.engine import Engine, EngineConfig
+from skep.engine.images.store import ImageStore
 from skep.engine.runtime import Runtime
 from skep.engine.volumes import Volumes
 from skep.model.ids import NodeId, new_container_id
@@ -44,7 +44,7 @@ from skep.paths import Paths
 
 def oci_executor(
     paths: Paths,
-    images: Images,
+    images: ImageStore,
     *,
     clock: Clock,
     rng: Callable[[], float],

@@ -17,7 +17,7 @@ from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.attaching import AttachmentController, ClusterAttachments, is_attachment
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.agent.executor.payloads import Payloads
-from skep.agent.executor.pulling import ImagePuller, Images
+from skep.agent.executor.pulling import ImagePuller
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.dataplane.container_network import ContainerNetwork
@@ -25,6 +25,7 @@ from skep.dataplane.netns.connections import inbound_of
 from skep.engine.container import Container, NotRunning
 from skep.engine.engine import Engine
 from skep.engine.health import HealthStatus
+from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import LABEL_TASK_ID
@@ -49,7 +50,7 @@ class OciExecutor:
         self,
         *,
         engine: Engine,
-        images: Images,
+        images: ImageStore,
         payloads: Payloads,
         network: ContainerNetwork,
         attachments: ClusterAttachments,

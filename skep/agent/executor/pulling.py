@@ -7,14 +7,13 @@ time-out again and again.
 """
 
 import asyncio
-from typing import Protocol
 
 import structlog
 
 from skep.agent.executor.interface import Rejected
 from skep.aio.clock import Clock
 from skep.engine.images.image import Image
-from skep.engine.networking import Images as EngineImages
+from skep.engine.images.store import ImageStore
 from skep.errors import SkepError, Unavailable
 
 log = structlog.get_logger()
@@ -22,18 +21,10 @@ log = structlog.get_logger()
 RETRY_AFTER_S = 30.0
 
 
-class Images(EngineImages, Protocol):
-    """The node's images, as far as tasks need them (``engine/images/store.py``)."""
-
-    def resolve(self, word: str) -> Image | None: ...
-
-    async def pull(self, word: str, auth: str = "") -> Image: ...
-
-
 class ImagePuller:
     """Fetches images for tasks."""
 
-    def __init__(self, images: Images, clock: Clock) -> None:
+    def __init__(self, images: ImageStore, clock: Clock) -> None:
         self._images = images
         self._clock = clock
         self._fetches: dict[tuple[str, str], asyncio.Future[Image | SkepError | None]] = {}

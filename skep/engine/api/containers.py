@@ -37,7 +37,6 @@ from skep.engine.container import Container, ContainerState, NotRunning, WaitCon
 from skep.engine.create import MEMORY_BYTES_MIN
 from skep.engine.engine import Engine
 from skep.engine.images.removal import ImageUser
-from skep.engine.images.store import ImageStore
 from skep.engine.images.untar import tree_bytes
 from skep.engine.request import read_create
 from skep.engine.spec import nano_cpus_of
@@ -66,22 +65,19 @@ def image_users(engine: Engine) -> Collection[ImageUser]:
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What these routes serve.  ``images``: the store whose images the engine runs."""
+    """What these routes serve."""
 
     engine: Engine
-    images: ImageStore
     clock: Clock
 
 
 _table = Table[Served]()
 
 
-def container_routes(
-    engine: Engine, images: ImageStore, clock: Clock | None = None
-) -> Iterable[web.AbstractRouteDef]:
+def container_routes(engine: Engine, clock: Clock | None = None) -> Iterable[web.AbstractRouteDef]:
     """``/containers/...`` and ``/exec/...``, without ``/containers/create``."""
     clock = clock or SystemClock()
-    own = _table.bound(Served(engine, images, clock))
+    own = _table.bound(Served(engine, clock))
     return (*own, *exec_routes(engine), *output_routes(engine, clock=clock))
 
 
@@ -110,13 +106,13 @@ async def list_containers(node: Served, request: web.Request) -> web.StreamRespo
         filters=filters,
         all=flag(request, "all"),
         limit=_limit(request),
-        ancestors=ancestors(filters["ancestor"], node.images.lookup),
+        ancestors=ancestors(filters["ancestor"], node.engine.images.lookup),
     )
     found = select(node.engine.list(), selection)
     has_size, now_ns, lines = flag(request, "size"), node.clock.now_ns(), []
     for number, container in enumerate(found, 1):
         size = await _sizes(node, container) if has_size else {}
-        lines.append(container_responses.summary(container, node.images, now_ns) | size)
+        lines.append(container_responses.summary(container, node.engine.images, now_ns) | size)
         if number % _LINES_AT_ONCE == 0:
             await asyncio.sleep(0)  # lets other requests run
     return json_list_answer(lines)
@@ -133,7 +129,7 @@ async def inspect_container(node: Served, request: web.Request) -> web.StreamRes
 
 
 async def _sizes(node: Served, container: Container) -> dict[str, int]:
-    image = node.images.lookup(container.image_id)
+    image = node.engine.images.lookup(container.image_id)
     changed = await asyncio.to_thread(tree_bytes, str(node.engine.bundles.path(container.id) / "upper"))
     total = changed + (image.size_bytes if image is not None else 0)
     return {"SizeRw": changed, "SizeRootFs": total} if changed else {"SizeRootFs": total}
@@ -251,7 +247,7 @@ async def prune(node: Served, request: web.Request) -> web.StreamResponse:
             freed_bytes += (await _sizes(node, container)).get("SizeRw", 0)
             await node.engine.remove(container.id)
             removed.append(container.id)
-    await node.images.sweep({user.image_id for user in image_users(node.engine)})
+    await node.engine.images.sweep({user.image_id for user in image_users(node.engine)})
     return json_answer({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
 
 
@@ -259,7 +255,7 @@ async def prune(node: Served, request: web.Request) -> web.StreamResponse:
 async def remove(node: Served, request: web.Request) -> web.StreamResponse:
     container = node.engine.get(request.match_info["id"])
     await node.engine.remove(container.id, force=flag(request, "force"), with_volumes=flag(request, "v"))
-    await node.images.sweep({user.image_id for user in image_users(node.engine)})
+    await node.engine.images.sweep({user.image_id for user in image_users(node.engine)})
     return web.Response(status=204)
 
 

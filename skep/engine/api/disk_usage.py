@@ -16,73 +16,65 @@ from skep.engine.api import volumes as volume_routes
 from skep.engine.api.images import shared_bytes
 from skep.engine.engine import Engine
 from skep.engine.images.listing import ImageFilter, select
-from skep.engine.images.store import ImageStore
 from skep.engine.images.untar import tree_bytes
 
 _TYPES = ("container", "image", "volume", "build-cache")
 
 
-class DiskUsage:
-    """Counts at each request; nothing is cached."""
+def disk_usage_routes(engine: Engine, clock: Clock) -> Routes:
+    """``GET /system/df``.  Counts at each request; nothing is cached."""
+    table = Routes()
 
-    def __init__(self, engine: Engine, images: ImageStore, clock: Clock) -> None:
-        self._engine = engine
-        self._images = images
-        self._volumes = engine.volumes
-        self._clock = clock
+    @table.get("/system/df")
+    async def show(request: web.Request) -> web.StreamResponse:
+        wanted = request.query.getall("type", _TYPES)
+        for type in wanted:
+            if type not in _TYPES:
+                raise Untranslated(f"unknown object type: {type}")
+        response: dict[str, Any] = {"LayersSize": 0, "Images": None, "Containers": None, "Volumes": None}
+        if "image" in wanted:
+            response["LayersSize"] = engine.images.bytes_used()
+            response["Images"] = _image_lines(engine, request)
+        if "container" in wanted:
+            response["Containers"] = await _container_lines(engine, clock)
+        if "volume" in wanted:
+            response["Volumes"] = await _volume_lines(engine)
+        return json_answer({**response, "BuildCache": None, "BuilderSize": 0})
 
-    def routes(self) -> Routes:
-        table = Routes()
+    return table
 
-        @table.get("/system/df")
-        async def show(request: web.Request) -> web.StreamResponse:
-            wanted = request.query.getall("type", _TYPES)
-            for type in wanted:
-                if type not in _TYPES:
-                    raise Untranslated(f"unknown object type: {type}")
-            response: dict[str, Any] = {"LayersSize": 0, "Images": None, "Containers": None, "Volumes": None}
-            if "image" in wanted:
-                response["LayersSize"] = self._images.bytes_used()
-                response["Images"] = self._image_lines(request)
-            if "container" in wanted:
-                response["Containers"] = await self._container_lines()
-            if "volume" in wanted:
-                response["Volumes"] = await self._volume_lines()
-            return json_answer({**response, "BuildCache": None, "BuilderSize": 0})
 
-        return table
+def _image_lines(engine: Engine, request: web.Request) -> list[Any]:
+    listed = select(engine.images.images(), ImageFilter())
+    shared = shared_bytes(engine.images, listed)
+    users = [container.image_id for container in engine.list()]
+    return [
+        image_responses.summary(
+            one,
+            api_version(request),
+            shared_bytes=shared[one.image.id],
+            containers=users.count(one.image.id),
+        )
+        for one in listed
+    ]
 
-    def _image_lines(self, request: web.Request) -> list[Any]:
-        listed = select(self._images.images(), ImageFilter())
-        shared = shared_bytes(self._images, listed)
-        users = [container.image_id for container in self._engine.list()]
-        return [
-            image_responses.summary(
-                one,
-                api_version(request),
-                shared_bytes=shared[one.image.id],
-                containers=users.count(one.image.id),
-            )
-            for one in listed
-        ]
 
-    async def _container_lines(self) -> list[Any]:
-        lines = []
-        for container in self._engine.list():
-            changed = await asyncio.to_thread(
-                tree_bytes, str(self._engine.bundles.path(container.id) / "upper")
-            )
-            image = self._images.lookup(container.image_id)
-            sizes = {"SizeRw": changed, "SizeRootFs": changed + (image.size_bytes if image else 0)}
-            line = container_responses.summary(container, self._images, self._clock.now_ns())
-            lines.append(line | {name: size for name, size in sizes.items() if size})
-        return lines
+async def _container_lines(engine: Engine, clock: Clock) -> list[Any]:
+    lines = []
+    for container in engine.list():
+        changed = await asyncio.to_thread(tree_bytes, str(engine.bundles.path(container.id) / "upper"))
+        image = engine.images.lookup(container.image_id)
+        sizes = {"SizeRw": changed, "SizeRootFs": changed + (image.size_bytes if image else 0)}
+        line = container_responses.summary(container, engine.images, clock.now_ns())
+        lines.append(line | {name: size for name, size in sizes.items() if size})
+    return lines
 
-    async def _volume_lines(self) -> list[Any]:
-        users = volume_routes.users_by_volume(self._engine.list())
-        lines = []
-        for name in self._volumes.names():
-            size = await asyncio.to_thread(tree_bytes, str(self._volumes.path(name)))
-            usage = {"RefCount": len(users.get(name, ())), "Size": size}
-            lines.append({**volume_routes.shown_volume(self._volumes, name), "UsageData": usage})
-        return lines
+
+async def _volume_lines(engine: Engine) -> list[Any]:
+    users = volume_routes.users_by_volume(engine.list())
+    lines = []
+    for name in engine.volumes.names():
+        size = await asyncio.to_thread(tree_bytes, str(engine.volumes.path(name)))
+        usage = {"RefCount": len(users.get(name, ())), "Size": size}
+        lines.append({**volume_routes.shown_volume(engine.volumes, name), "UsageData": usage})
+    return lines

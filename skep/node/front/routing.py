@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import msgspec
 
 from skep.api.framing import is_for_manager, path_of
+from skep.engine.engine import Engine
 
 
 class Destination(Enum):
@@ -23,7 +24,8 @@ class Ownership(Protocol):
     """Which objects are this node's own."""
 
     @property
-    def has_engine(self) -> bool: ...
+    def has_docker_engine(self) -> bool:
+        """Whether requests for other objects are passed on to a Docker Engine of this machine."""
 
     def owns_container(self, word: str) -> bool:
         """Whether an id, prefix of an id, or name means a container that this node made."""
@@ -33,6 +35,26 @@ class Ownership(Protocol):
 
     def owns_exec(self, id: str) -> bool:
         """Whether this node made that exec."""
+
+
+class LocalObjects:
+    """``Ownership`` by the node's container engine.  ``engine`` None: the node has no containers nor images."""
+
+    def __init__(self, engine: Engine | None, *, has_docker_engine: bool) -> None:
+        self._engine = engine
+        self.has_docker_engine = has_docker_engine
+
+    def owns_container(self, word: str) -> bool:
+        """See ``Ownership``."""
+        return self._engine is not None and self._engine.has(word)
+
+    def owns_image(self, reference: str) -> bool:
+        """See ``Ownership``."""
+        return self._engine is not None and self._engine.images.lookup(reference) is not None
+
+    def owns_exec(self, id: str) -> bool:
+        """See ``Ownership``."""
+        return self._engine is not None and self._engine.execs.has(id)
 
 
 class _Request(msgspec.Struct, frozen=True):
@@ -68,7 +90,7 @@ def _here(_request: _Request, _name: str) -> Destination:
 
 def _others(request: _Request, _name: str = "") -> Destination:
     """The engine's; without an engine this node answers that it cannot."""
-    return Destination.ENGINE if request.ownership.has_engine else Destination.HERE
+    return Destination.ENGINE if request.ownership.has_docker_engine else Destination.HERE
 
 
 def _owner_of_container(request: _Request, name: str) -> Destination:

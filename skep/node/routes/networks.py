@@ -8,7 +8,6 @@ Source: moby 20.10, api/server/router/network/network_routes.go, daemon/network.
 """
 
 import asyncio
-from collections.abc import Callable, Collection
 from ipaddress import IPv4Network
 from typing import Any
 from urllib.parse import quote
@@ -36,7 +35,6 @@ from skep.api.server import Filters, Routes, json_answer, read_body
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
 from skep.engine.api.pruning import is_prunable
-from skep.engine.container import Container
 from skep.engine.create import endpoint_request
 from skep.engine.engine import Engine
 from skep.engine.request import read_connect
@@ -57,16 +55,14 @@ log = structlog.get_logger()
 
 
 class NetworkSources(msgspec.Struct, frozen=True, kw_only=True):
-    """What the routes use.  ``engine``: the Docker Engine; None where there is none."""
+    """What the routes use."""
 
     cluster: ClusterNetworks
-    engine: Client | None
     local: LocalNetworks
-    containers: Callable[[], Collection[Container]]
-    container: Callable[[str], Container]
-    """By id, name or prefix.  Raises: NotFound."""
-    own_engine: Engine | None = None
-    """Plain containers of this node's engine; None: it runs none."""
+    engine: Engine | None
+    """This node's containers; None: it runs none."""
+    docker: Client | None
+    """The machine's Docker Engine; None: there is none."""
 
 
 def network_routes(sources: NetworkSources) -> Routes:
@@ -112,8 +108,8 @@ class _NodeNetworks:
             return json_answer(self._shown(own))
         if scope in ("", SWARM) and (found := await self._cluster.find(request, word)) is not None:
             return json_answer(found)
-        if scope in ("", LOCAL) and self._sources.engine is not None:
-            response = await self._sources.engine.send("GET", request.path_qs)
+        if scope in ("", LOCAL) and self._sources.docker is not None:
+            response = await self._sources.docker.send("GET", request.path_qs)
             if response.status != 404:
                 return _forwarded(response)
         if own is not None:
@@ -140,13 +136,13 @@ class _NodeNetworks:
             raise Unavailable(self._cluster.member.manager_refusal() or FROM_A_WORKER)
         if body.name == GATEWAY:
             return _created(await self._local.make_gateway(body))
-        if self._sources.engine is not None:
+        if self._sources.docker is not None:
             return _forwarded(await self._forward_to_engine(request, raw))
         if not body.name:
             raise InvalidArgument("invalid name: ")
         if body.config_only:
             return _created(self._local.add_configuration(body))
-        if self._sources.own_engine is None:
+        if self._sources.engine is None:
             raise Unimplemented(
                 "this node runs no containers, so it has no networks for them: create an overlay network "
                 "(--driver overlay), or give skep a Docker Engine (--engine-socket)"
@@ -166,7 +162,7 @@ class _NodeNetworks:
         if await self._cluster.find(request, word) is not None:
             self._cluster.check_manager()
             return _forwarded(await self._cluster.forward_to_manager(request))
-        if self._sources.engine is not None:
+        if self._sources.docker is not None:
             response = await self._forward_to_engine(request)
             if response.status != 404 or own is None:
                 return _forwarded(response)
@@ -181,12 +177,12 @@ class _NodeNetworks:
         now_ns = self._cluster.clock.now_ns()
         removed: list[str] = []
         managers = [self._cluster.forward_to_manager] if self._cluster.member.is_manager else []
-        for forward in (*managers, *([self._forward_to_engine] if self._sources.engine is not None else [])):
+        for forward in (*managers, *([self._forward_to_engine] if self._sources.docker is not None else [])):
             response = await forward(request)
             if response.status >= 300:
                 raise response.error()
             removed += msgspec.json.decode(response.body).get("NetworksDeleted") or []
-        for network in self._local.bridges() if self._sources.engine is None else ():
+        for network in self._local.bridges() if self._sources.docker is None else ():
             is_selected = is_prunable(network.created_at, network.labels, filters, now_ns)
             if is_selected and not self._users_of(network):
                 self._remove_own(network)
@@ -200,17 +196,15 @@ class _NodeNetworks:
         name = request.match_info["name"]
         if not body.container:
             raise InvalidArgument('invalid name or ID supplied: ""')
-        is_own = await self._is_in_our_engine(body.container)
+        is_own = await self._is_own_container(body.container)
         is_disconnect = request.path.endswith("/disconnect")
         own = find(self._own(), name)
         if own is not None and own.name == GATEWAY:
             raise Forbidden(
                 f"{GATEWAY} connects every container to the outside: containers are not (dis)connected by hand"
             )
-        if is_own and self._sources.own_engine is not None:
-            return await self._connect_own(
-                self._sources.own_engine, own, raw, name, is_disconnect=is_disconnect
-            )
+        if is_own and self._sources.engine is not None:
+            return await self._connect_own(self._sources.engine, own, raw, name, is_disconnect=is_disconnect)
         found = await self._cluster.find(request, name) if own is None else None
         if found is None:
             return _forwarded(await self._forward_to_engine(request, raw))
@@ -247,44 +241,44 @@ class _NodeNetworks:
     # --- the engine's, and the node's own ---------------------------------------------------------------------
 
     async def _engine_list(self, request: web.Request) -> list[dict[str, Any]]:
-        if self._sources.engine is None:
+        if self._sources.docker is None:
             return []
         try:
-            return list(await self._sources.engine.request("GET", request.path, query=dict(request.query)))
+            return list(await self._sources.docker.request("GET", request.path, query=dict(request.query)))
         except SkepError as error:
             log.info("networks of the engine are missing", reason=str(error))
             return []
 
     async def _forward_to_engine(self, request: web.Request, body: bytes = b"") -> Response:
         """Raises: NotFound: there is no engine, so there is no such network."""
-        if self._sources.engine is None:
+        if self._sources.docker is None:
             raise NotFound(f"network {request.match_info.get('name', '')} not found")
-        return await self._sources.engine.send(
+        return await self._sources.docker.send(
             request.method, request.path_qs, body, forwarded_headers(request)
         )
 
     async def _check_engine_lacks(self, request: web.Request, name: str) -> None:
-        if self._sources.engine is None or not name or name in BUILTIN:
+        if self._sources.docker is None or not name or name in BUILTIN:
             return
         try:
-            found = await self._sources.engine.get(f"/networks/{quote(name, safe='')}")
+            found = await self._sources.docker.get(f"/networks/{quote(name, safe='')}")
         except SkepError:
             return
         if found["Name"] == name:
             raise AlreadyExists(f"network with name {name} already exists")
 
-    async def _is_in_our_engine(self, word: str) -> bool:
-        """Whether a plain container is of this node's engine.
+    async def _is_own_container(self, word: str) -> bool:
+        """Whether it is a plain container of this node's engine; False: it is the Docker Engine's.
 
         Raises: NotFound: no such container; FailedPrecondition: it is a task's.
         """
-        try:
-            container = self._sources.container(word)
-        except NotFound:
-            if self._sources.engine is None:
-                raise NotFound(f"No such container: {word}") from None
-            await self._sources.engine.get(f"/containers/{quote(word, safe='')}/json")
+        engine, docker = self._sources.engine, self._sources.docker
+        if docker is not None and (engine is None or not engine.has(word)):
+            await docker.get(f"/containers/{quote(word, safe='')}/json")
             return False
+        if engine is None:
+            raise NotFound(f"No such container: {word}")
+        container = engine.get(word)
         if container.plain is not None:
             return True
         service = container.labels.get("com.docker.swarm.service.name", "")
@@ -296,7 +290,7 @@ class _NodeNetworks:
     def _own(self) -> list[LocalNetwork]:
         own = (
             []
-            if self._sources.engine is not None
+            if self._sources.docker is not None
             else [*self._local.predefined(), *self._local.configurations(), *self._local.bridges()]
         )
         gateway = self._local.gateway() if self._cluster.member.is_in_swarm else None
@@ -309,7 +303,7 @@ class _NodeNetworks:
 
     def _users_of(self, network: LocalNetwork) -> dict[str, Any]:
         """Containers on it, by id."""
-        containers = self._sources.containers()
+        containers = self._sources.engine.list() if self._sources.engine is not None else ()
         if network.name == GATEWAY:
             return on_gateway(network, self._local.gateway_users(), containers)
         if network.name in BUILTIN:

@@ -42,15 +42,8 @@ class _Request(msgspec.Struct):
     host: _HostConfig = msgspec.field(name="HostConfig", default_factory=_HostConfig)
 
 
-def plain_container_routes(
-    engine: DockerEngine, images: ImageStore | None, own: Engine | None, in_cluster: NetworkKnown
-) -> Routes:
-    """The same beside an engine.
-
-    Args:
-        images: this node's own, None where it has none.
-        own: the engine that runs Skep's containers; None: there is none.
-    """
+def plain_container_routes(docker: DockerEngine, engine: Engine | None, in_cluster: NetworkKnown) -> Routes:
+    """``POST /containers/create`` beside a Docker Engine.  ``engine``: this node's own; None: it runs no containers."""
     table = Routes()
 
     @table.post("/containers/create")
@@ -58,24 +51,24 @@ def plain_container_routes(
         body = await read_body(request)
         wanted = _request_of(body)
         word = wanted.image
-        if own is not None and await _is_ours(wanted.host.network_mode):
-            return await create_container(own, request)
-        if images is not None and word:
-            await _lend(engine, images, word)
+        if engine is not None and await _is_of_cluster(wanted.host.network_mode):
+            return await create_container(engine, request)
+        if engine is not None and word:
+            await _hand_over(docker, engine.images, word)
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
-        answer = await engine.api.send("POST", request.path_qs, body, headers)
+        response = await docker.api.send("POST", request.path_qs, body, headers)
         return web.Response(
-            status=answer.status,
-            body=answer.body,
-            headers={"Content-Type": answer.content_type or "application/json"},
+            status=response.status,
+            body=response.body,
+            headers={"Content-Type": response.content_type or "application/json"},
         )
 
-    async def _is_ours(network: str) -> bool:
+    async def _is_of_cluster(network: str) -> bool:
         """Whether the network is one that only the cluster has."""
         if network in _OF_EVERY_NODE or network.startswith("container:") or not await in_cluster(network):
             return False
         try:
-            await engine.api.get(f"/networks/{quote(network, safe='')}")
+            await docker.api.get(f"/networks/{quote(network, safe='')}")
         except NotFound:
             return True
         return False
@@ -94,12 +87,15 @@ def _request_of(body: bytes) -> _Request:
         return _Request()
 
 
-async def _lend(engine: DockerEngine, images: ImageStore, word: str) -> None:
-    """Have the engine get the image that ``word`` means, if it is ours and not the engine's.  Raises: Unavailable."""
-    if images.resolve(word) is None or await engine.has_image(word):
+async def _hand_over(docker: DockerEngine, images: ImageStore, word: str) -> None:
+    """Load the image that ``word`` means into the Docker Engine, if this node has it and the engine does not.
+
+    Raises: Unavailable.
+    """
+    if images.resolve(word) is None or await docker.has_image(word):
         return
     log.info("image handed to the docker engine", image=word)
     try:
-        await engine.load(images.save([word]))
+        await docker.load(images.save([word]))
     except NotFound:
-        log.info("image went while it was handed over", image=word)
+        log.info("image was removed while it was handed over", image=word)

@@ -25,7 +25,7 @@ MIB = 1 << 20
 class Owned:
     """A node that made the container ``ours``."""
 
-    has_engine = True
+    has_docker_engine = True
 
     def owns_container(self, word: str) -> bool:
         return word == "ours"

@@ -8,7 +8,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from skep.api.server import application
-from skep.engine.api import absent
+from skep.engine.api.routes import absent_routes
 from skep.engine.api.volumes import volume_routes
 from skep.engine.container import Container, ContainerConfig, MountPoint
 from skep.engine.volumes import Volumes
@@ -30,7 +30,7 @@ async def api(volumes: Volumes) -> AsyncIterator[Api]:
     config = ContainerConfig(path="sh", mounts=(mount,))
     user = Container(id="c" * 64, name="web.1", image="busybox:1", image_id="sha256:1", config=config)
     async with TestClient(
-        TestServer(application(volume_routes(volumes, lambda: [user]), absent.routes))
+        TestServer(application(volume_routes(volumes, lambda: [user]), absent_routes()))
     ) as api:
         yield api
 

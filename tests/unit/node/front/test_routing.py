@@ -11,7 +11,7 @@ class Owned:
     """A node that has the container ``ours``, the image ``ours:1`` and the exec ``e1``."""
 
     def __init__(self, *, has_engine: bool = False) -> None:
-        self.has_engine = has_engine
+        self.has_docker_engine = has_engine
 
     def owns_container(self, word: str) -> bool:
         return word in ("ours", "our name")

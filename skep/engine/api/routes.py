@@ -1,0 +1,49 @@
+"""All routes of Docker's API that an engine serves by itself."""
+
+from aiohttp import web
+
+from skep.aio.clock import Clock
+from skep.api.server import Routes, json_answer
+from skep.engine.api.containers import container_routes, image_users
+from skep.engine.api.disk_usage import disk_usage_routes
+from skep.engine.api.images import image_routes
+from skep.engine.api.volumes import volume_routes
+from skep.engine.engine import Engine
+from skep.errors import NotFound
+
+
+def engine_routes(engine: Engine, clock: Clock) -> tuple[web.AbstractRouteDef, ...]:
+    """Routes of containers, execs, images, volumes and disk usage, without ``POST /containers/create``.
+
+    Creation is apart (``containers.create_routes``): beside a Docker Engine it depends on the container's networks.
+    """
+    return (
+        *image_routes(engine.images, lambda: image_users(engine), clock=clock),
+        *container_routes(engine, clock),
+        *volume_routes(engine.volumes, engine.list),
+        *disk_usage_routes(engine, clock),
+        *absent_routes(),
+    )
+
+
+def absent_routes() -> Routes:
+    """Kinds of objects that do not exist here: plugins, caches of builds.
+
+    ``docker inspect NAME`` tries objects of every kind until one is found, so they have to be reported as not found;
+    ``docker system prune`` prunes every kind.
+    """
+    table = Routes()
+
+    @table.get("/plugins")
+    async def list_plugins(request: web.Request) -> web.StreamResponse:
+        return json_answer([])
+
+    @table.get("/plugins/{name:.+}/json")
+    async def inspect_plugin(request: web.Request) -> web.StreamResponse:
+        raise NotFound(f'plugin "{request.match_info["name"]}" not found')
+
+    @table.post("/build/prune")
+    async def prune_build_cache(request: web.Request) -> web.StreamResponse:
+        return json_answer({"CachesDeleted": None, "SpaceReclaimed": 0})
+
+    return table
