@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from skep.engine.health import Health
 from skep.errors import AlreadyExists
 from skep.model.container import HealthConfig, Ulimit
 from skep.model.ids import ContainerId
@@ -38,6 +37,31 @@ class ProcessName(msgspec.Struct, frozen=True):
     pid: int
     start_ticks: int
     boot_id: str
+
+
+class HealthStatus(Enum):
+    """``State.Health.Status``, in Docker's words."""
+
+    STARTING = "starting"
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+    """One run of a health check, as ``docker inspect`` shows it.  ``exit_code`` -1: it could not be run."""
+
+    start: Timestamp
+    end: Timestamp
+    exit_code: int
+    output: str
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+    """State of a container's health check, as ``docker inspect`` shows it.  ``log``: the last probes, oldest first."""
+
+    status: HealthStatus = HealthStatus.STARTING
+    failing_streak: int = 0
+    log: tuple[Probe, ...] = ()
 
 
 class MountPoint(msgspec.Struct, frozen=True, kw_only=True):

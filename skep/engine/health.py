@@ -1,4 +1,4 @@
-"""Whether a container works, by the probe its image or its service names.  Pure.
+"""Health checks of containers: the rules, then the loop that probes.
 
 A container begins *starting*.  The first probe that succeeds makes it healthy; as many failures in a row as
 ``retries`` make it unhealthy.  While it has never been healthy, failures within its start period do not count, and it
@@ -7,52 +7,45 @@ is probed more often (``start_interval``).
 Source: moby, daemon/health.go.
 """
 
+import asyncio
+import os
+import signal
 from collections.abc import Sequence
-from enum import Enum
+from contextlib import suppress
 
 import msgspec
 
+from skep.aio.clock import Clock
+from skep.aio.failures import describe_error, log_error
+from skep.aio.race import Preempted, run_unless
+from skep.engine.attachment import Attachment
+from skep.engine.cgroups import Cgroups
+from skep.engine.container import Container, ContainerState, ExecConfig, Health, HealthStatus, Probe
+from skep.engine.events import Events
+from skep.engine.execs import Execs
+from skep.engine.state import ContainerStore
+from skep.errors import NotFound, SkepError
 from skep.model.container import HealthConfig
-from skep.model.times import SECOND_NS, Timestamp
+from skep.model.ids import ContainerId
+from skep.model.times import SECOND_NS, timestamp, unix_ns
 
 _INTERVAL_NS = 30 * SECOND_NS
 _START_INTERVAL_NS = 5 * SECOND_NS
 _TIMEOUT_NS = 30 * SECOND_NS
 _RETRIES = 3
 LOG_MAX = 5
+"""Probes kept in the state."""
 OUTPUT_BYTES_MAX = 4096
+"""Kept of a probe's output."""
 SUCCESS = 0
 BROKEN = -1
 """Exit code of a probe that could not be run, or took too long."""
-
-
-class HealthStatus(Enum):
-    """Docker's words (``State.Health.Status``)."""
-
-    STARTING = "starting"
-    HEALTHY = "healthy"
-    UNHEALTHY = "unhealthy"
-
-
-class Probe(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """One probe and what came of it, as ``docker inspect`` shows it."""
-
-    start: Timestamp
-    end: Timestamp
-    exit_code: int
-    output: str
-
-
-class Health(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """Where a container with a probe stands, as ``docker inspect`` shows it.  ``log``: the last probes."""
-
-    status: HealthStatus = HealthStatus.STARTING
-    failing_streak: int = 0
-    log: tuple[Probe, ...] = ()
+_KILLED_S = 10.0
+"""How long a killed probe may take to end: its conmon has to see it."""
 
 
 def merged(own: HealthConfig | None, image: HealthConfig | None) -> HealthConfig | None:
-    """The probe of a service over the image's: what the service leaves open is the image's.
+    """The health check of a service or plain container over the image's: what ``own`` leaves open is the image's.
 
     Source: moby, daemon/commit.go (merge).
     """
@@ -69,7 +62,7 @@ def merged(own: HealthConfig | None, image: HealthConfig | None) -> HealthConfig
 
 
 def command(config: HealthConfig | None, shell: Sequence[str] = ("/bin/sh", "-c")) -> tuple[str, ...]:
-    """The command of a probe; empty: there is none, or its form is not known."""
+    """The command of a health check; empty: there is none, or its form is not known."""
     match config.test if config is not None else ():
         case ("CMD", *words):
             return tuple(words)
@@ -79,12 +72,12 @@ def command(config: HealthConfig | None, shell: Sequence[str] = ("/bin/sh", "-c"
             return ()
 
 
-def first(config: HealthConfig | None) -> Health | None:
-    """Where a container stands when it starts; None: it has no probe."""
+def initial(config: HealthConfig | None) -> Health | None:
+    """The state of a container that starts; None: it has no health check."""
     return Health() if command(config) else None
 
 
-def pause_s(config: HealthConfig, health: Health, running_s: float) -> float:
+def interval_s(config: HealthConfig, health: Health, running_s: float) -> float:
     """Seconds until the next probe of a container that has been running for ``running_s``."""
     is_early = running_s < config.start_period / SECOND_NS
     if is_early and health.status is HealthStatus.STARTING:
@@ -97,8 +90,8 @@ def timeout_s(config: HealthConfig) -> float:
     return (config.timeout or _TIMEOUT_NS) / SECOND_NS
 
 
-def after(config: HealthConfig, health: Health, probe: Probe, began_s: float) -> Health:
-    """Where the container stands after ``probe``, which began when it had been running for ``began_s``."""
+def after_probe(config: HealthConfig, health: Health, probe: Probe, began_s: float) -> Health:
+    """The state after ``probe``, which began when the container had been running for ``began_s`` seconds."""
     log = (*health.log, probe)[-LOG_MAX:]
     if probe.exit_code == SUCCESS:
         return Health(status=HealthStatus.HEALTHY, log=log)
@@ -111,5 +104,128 @@ def after(config: HealthConfig, health: Health, probe: Probe, began_s: float) ->
 
 
 def stopped(health: Health) -> Health:
-    """That of a container which does not run any more: unhealthy, as in the engine."""
+    """The state of a container that does not run any more: unhealthy, as in Docker."""
     return msgspec.structs.replace(health, status=HealthStatus.UNHEALTHY)
+
+
+class HealthMonitor:
+    """Probes running containers and keeps their health in their records.
+
+    A probe is an exec with a deadline.  One that is too slow is killed before the next begins, so probes never pile up.
+    """
+
+    def __init__(
+        self, store: ContainerStore, execs: Execs, events: Events, cgroups: Cgroups, clock: Clock
+    ) -> None:
+        self._store = store
+        self._execs = execs
+        self._events = events
+        self._cgroups = cgroups
+        self._clock = clock
+
+    async def run(self, id: ContainerId) -> None:
+        """Probe a running container until it ends."""
+        with suppress(Preempted, NotFound):
+            await run_unless(self._probe_on(id), self._wait_ended(id))
+        container = self._store.lookup(id)
+        if container is not None and container.health is not None:
+            self._store.observe(id, health=stopped(container.health))
+
+    async def wait(self, id: ContainerId, *wanted: HealthStatus) -> Container:
+        """Return when its health is one of ``wanted``, when it does not run, or at once if it has no probe.
+
+        Raises: NotFound: it is gone.
+        """
+        while True:
+            container = self._store.get(id)
+            health = container.health
+            if health is None or health.status in wanted or not container.is_running:
+                return container
+            await self._store.wait_changed(id)
+
+    async def _wait_ended(self, id: ContainerId) -> None:
+        while (container := self._store.lookup(id)) is not None and container.is_running:
+            await self._store.wait_changed(id)
+
+    async def _probe_on(self, id: ContainerId) -> None:
+        container = self._store.get(id)
+        config = container.config.healthcheck
+        assert config is not None, "only containers with a health check are probed"
+        # Measured by one clock from here on: an earlier process may have started it.
+        before_s = max(0.0, (self._clock.now_ns() - unix_ns(container.started_at)) / SECOND_NS)
+        since = self._clock.monotonic() - before_s
+        while (before := self._store.get(id).health) is not None:
+            await self._clock.sleep(interval_s(config, before, self._clock.monotonic() - since))
+            container = self._store.get(id)
+            if container.state is ContainerState.PAUSED:
+                continue
+            began_s = self._clock.monotonic() - since
+            probe = await self._probe(container, config)
+            if not self._store.get(id).is_running:
+                return  # it ended meanwhile: the result means nothing
+            health = after_probe(config, before, probe, began_s)
+            container = self._store.observe(id, health=health)
+            if health.status is not before.status:
+                self._events.publish(f"health_status: {health.status.value}", container)
+
+    async def _probe(self, container: Container, config: HealthConfig) -> Probe:
+        start = timestamp(self._clock.now_ns())
+        output = bytearray()
+        try:
+            exit_code = await self._execute(container, config, output)
+        except TimeoutError:
+            exit_code = BROKEN
+            shown = f": {_text(output)}" if output else ""
+            output = bytearray(f"Health check exceeded timeout ({timeout_s(config):g}s){shown}".encode())
+        except Exception as error:  # whatever the container had it meet
+            if not isinstance(error, SkepError | OSError):
+                log_error(error, "probe failed", container=container.id)
+            exit_code, output = BROKEN, bytearray(describe_error(error).encode(errors="replace"))
+        return Probe(
+            start=start, end=timestamp(self._clock.now_ns()), exit_code=exit_code, output=_text(output)
+        )
+
+    async def _execute(self, container: Container, config: HealthConfig, output: bytearray) -> int:
+        """Run the probe; its exit code.  Raises: TimeoutError; SkepError, OSError: it could not be run."""
+        exec_id = self._execs.create(container.id, ExecConfig(command=command(config)))
+        try:
+            async with asyncio.timeout(timeout_s(config)):
+                attachment = await self._execs.start(exec_id)
+                try:
+                    await _collect(attachment, output)
+                finally:
+                    attachment.close()
+                return (await self._execs.wait(exec_id)).exit_code or 0
+        finally:
+            await self._end(container, exec_id)
+            self._execs.drop(exec_id)
+
+    async def _end(self, container: Container, exec_id: str) -> None:
+        """Kill a probe that still runs and return when it is gone."""
+        try:
+            exec = self._execs.get(exec_id)
+        except NotFound:  # it went with its container; raised here it would hide that the probe is cancelled
+            return
+        if not exec.running or not exec.pid:
+            return
+        with suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(exec.pid)
+            try:
+                # Checked once the descriptor is open: what is in the container's cgroup then is the container's.
+                if exec.pid in self._cgroups.pids(container.id):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            finally:
+                os.close(descriptor)
+        with suppress(TimeoutError, NotFound):
+            async with asyncio.timeout(_KILLED_S):
+                await self._execs.wait(exec_id)
+
+
+async def _collect(attachment: Attachment, output: bytearray) -> None:
+    """Read to the end; ``output`` gets as much of it as is kept."""
+    while (piece := await attachment.read()) is not None:
+        output += piece[1][: OUTPUT_BYTES_MAX - len(output)]
+
+
+def _text(output: bytearray) -> str:
+    return output.decode(errors="replace")

@@ -24,7 +24,7 @@ from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
 from skep.engine.events import Events
 from skep.engine.execs import Execs
-from skep.engine.health_checks import HealthChecks
+from skep.engine.health import HealthMonitor
 from skep.engine.networking import Networking, has_sandbox
 from skep.engine.processes import send_signal
 from skep.engine.runtime import Runtime
@@ -78,7 +78,7 @@ class Lifecycle:
         self._group: asyncio.TaskGroup | None = None
         self.waiting = WaitingClients()
         self.execs = Execs(self._bundles, runtime, events, clock, container=store.get, spawn=self.spawn)
-        self.health = HealthChecks(store, self.execs, events, runtime.cgroups, clock)
+        self.health = HealthMonitor(store, self.execs, events, runtime.cgroups, clock)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -178,7 +178,7 @@ class Lifecycle:
             exit_code=0,
             error="",
             oom_killed=False,
-            health=health.first(container.config.healthcheck),
+            health=health.initial(container.config.healthcheck),
         )
         self._watch(container)
         self._events.publish("start", container)

@@ -22,9 +22,8 @@ from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.netns.connections import inbound_of
-from skep.engine.container import Container, NotRunning
+from skep.engine.container import Container, HealthStatus, NotRunning
 from skep.engine.engine import Engine
-from skep.engine.health import HealthStatus
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.ids import NodeId, TaskId

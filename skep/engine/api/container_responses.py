@@ -11,8 +11,7 @@ from typing import Any
 from skep.engine import apparmor
 from skep.engine.api.network_settings import network_settings, networks
 from skep.engine.bundle import Bundles
-from skep.engine.container import Container, ContainerConfig, ContainerState, MountPoint
-from skep.engine.health import HealthStatus
+from skep.engine.container import Container, ContainerConfig, ContainerState, HealthStatus, MountPoint
 from skep.engine.images.store import ImageStore
 from skep.model.times import ZERO_TIME, unix_ns
 

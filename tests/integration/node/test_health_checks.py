@@ -6,7 +6,7 @@ import pytest
 
 from skep.agent.executor.oci import OciExecutor
 from skep.engine.api.container_responses import status
-from skep.engine.health import HealthStatus
+from skep.engine.container import HealthStatus
 from skep.errors import SkepError
 from skep.model.container import HealthConfig
 from skep.model.times import SECOND_NS

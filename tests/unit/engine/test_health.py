@@ -4,16 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.engine.container import Health, HealthStatus, Probe
 from skep.engine.health import (
     LOG_MAX,
-    Health,
-    HealthStatus,
-    Probe,
-    after,
+    after_probe,
     command,
-    first,
+    initial,
+    interval_s,
     merged,
-    pause_s,
     stopped,
     timeout_s,
 )
@@ -36,7 +34,7 @@ def a_probe(exit_code: int) -> Probe:
 def after_all(config: HealthConfig, exit_codes: Iterable[int], *, began_s: float = 100.0) -> Health:
     health = Health()
     for exit_code in exit_codes:
-        health = after(config, health, a_probe(exit_code), began_s)
+        health = after_probe(config, health, a_probe(exit_code), began_s)
     return health
 
 
@@ -53,7 +51,7 @@ def after_all(config: HealthConfig, exit_codes: Iterable[int], *, began_s: float
 def test_a_probe_is_a_command_or_a_line_of_shell(test, executed):
     config = HealthConfig(test=test)
     assert command(config) == executed
-    assert first(config) == (Health() if executed else None)
+    assert initial(config) == (Health() if executed else None)
 
 
 def test_what_the_service_leaves_open_is_the_images():
@@ -66,7 +64,7 @@ def test_what_the_service_leaves_open_is_the_images():
 
 
 def test_dockers_defaults_hold_for_what_is_not_given():
-    assert pause_s(a_check(), Health(), 0.0) == 30
+    assert interval_s(a_check(), Health(), 0.0) == 30
     assert timeout_s(a_check()) == 30
     assert after_all(a_check(), [1, 1]).status is STARTING
     assert after_all(a_check(), [1, 1, 1]).status is UNHEALTHY
@@ -91,9 +89,9 @@ def test_who_was_healthy_once_has_no_start_period_any_more():
 
 def test_a_starting_container_is_probed_more_often():
     config = a_check(interval=20, start_period=10, start_interval=1)
-    assert pause_s(config, Health(), 3.0) == 1
-    assert pause_s(config, Health(), 10.0) == 20
-    assert pause_s(config, Health(status=HEALTHY), 3.0) == 20
+    assert interval_s(config, Health(), 3.0) == 1
+    assert interval_s(config, Health(), 10.0) == 20
+    assert interval_s(config, Health(status=HEALTHY), 3.0) == 20
 
 
 def test_a_container_that_stopped_is_unhealthy():

@@ -16,7 +16,7 @@ from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, ContainerConfig, ContainerState, ExecConfig
 from skep.engine.events import Events
 from skep.engine.execs import Execs
-from skep.engine.health_checks import HealthChecks
+from skep.engine.health import HealthMonitor
 from skep.engine.runtime import Runtime, StartedExec
 from skep.engine.state import ContainerStore
 from skep.errors import NotFound
@@ -67,7 +67,7 @@ class Rig:
             container=self.registry.get,
             spawn=lambda work, name: pytest.fail("nothing started"),
         )
-        self.checks = HealthChecks(self.registry, self.execs, events, cast("Cgroups", None), clock)
+        self.checks = HealthMonitor(self.registry, self.execs, events, cast("Cgroups", None), clock)
         self.registry.add(
             Container(
                 id=ID,
@@ -77,7 +77,7 @@ class Rig:
                 config=ContainerConfig(path="true", healthcheck=CHECK),
                 state=ContainerState.RUNNING,
                 started_at=timestamp(clock.now_ns()),
-                health=health.first(CHECK),
+                health=health.initial(CHECK),
             )
         )
 
