@@ -15,7 +15,7 @@ from skep.model.paths import DiagnosticsRequest, PathPeer, PathReport, ProbeTarg
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import Call, Channel
-from skep.wire.convert.paths import examination_from_pb, reports_to_pb, wish_from_pb
+from skep.wire.convert.paths import diagnostics_from_pb, reports_to_pb, targets_from_pb
 
 log = structlog.get_logger(__name__)
 
@@ -94,7 +94,7 @@ class ProbeStream:
                 reporting: asyncio.Task[None] | None = None
                 while order is not None:
                     if order.HasField("wish"):
-                        self._targets = wish_from_pb(order.wish)
+                        self._targets = targets_from_pb(order.wish)
                         self._source.set_targets(self._targets)
                     if reporting is None:
                         # Earlier reports concern the targets of this manager only, so they follow its first list.
@@ -120,7 +120,7 @@ class ProbeStream:
         response = skep.PathNews(examination=message.number)
         try:
             async with asyncio.timeout(EXAMINATION_SECONDS_MAX):
-                reports = await self._source.examine(own, examination_from_pb(message))
+                reports = await self._source.examine(own, diagnostics_from_pb(message))
             response.reports.extend(reports_to_pb(reports))
         except TimeoutError:
             response.error = f"the examination took longer than {EXAMINATION_SECONDS_MAX:g} s"

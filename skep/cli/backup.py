@@ -84,7 +84,7 @@ def restore(
 ) -> None:
     """Make this node, which is in no swarm, the manager of the swarm in FILE.
 
-    It takes the place of the manager that made the backup.  The swarm gets another incarnation, so managers that
+    It replaces the manager that made the backup.  The swarm gets another incarnation, so managers that
     still run from before stop as soon as they meet it.
 
     \b

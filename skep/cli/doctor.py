@@ -18,11 +18,11 @@ _ANSWERS_WITHIN_S = 40.0
 """The manager gives nodes 25 s, and names those that need longer."""
 _HEAD = ("FROM", "TO", "CHECK", "PORT", "LOSS", "RTT", "MTU", "SPEED", "STATE")
 _WELL_ROWS_MAX = 40
-"""Ways that are well are listed in small clusters only; a way leads from one node to another."""
+"""Paths without a problem are listed up to this number."""
 _DETAIL_LINES_MAX = 20
 """Reasons that are printed below the table; the same reason is printed once."""
 
-Answer = Mapping[str, Any]
+NodeResult = Mapping[str, Any]
 Row = tuple[str, ...]
 
 
@@ -50,7 +50,7 @@ def network(host: HostOptions, throughput: bool, shows_all: bool, as_json: bool)
 
     All nodes probe each other on the path of containers' packets, which takes some seconds.  What fails is shown
     first, with its port.  In a large cluster each node probes some tens of others.  The exit code is 1 if anything
-    fails or a node does not answer.
+    fails or a node does not respond.
 
     \b
     Examples:
@@ -58,31 +58,31 @@ def network(host: HostOptions, throughput: bool, shows_all: bool, as_json: bool)
       skep doctor network --throughput
       skep doctor network --json | jq '.[].Paths[] | select(.Findings[].Failing)'
     """
-    answers = run_requests(_ask(host, throughput=throughput))
+    results = run_requests(_results(host, throughput=throughput))
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(answers)).decode())
+        click.echo(msgspec.json.format(msgspec.json.encode(results)).decode())
     else:
-        for line in shown(answers, shows_all=shows_all):
+        for line in shown(results, shows_all=shows_all):
             click.echo(line)
-    if is_too_early(answers) or any(is_troubled(answer) for answer in answers):
+    if is_too_early(results) or any(has_problem(result) for result in results):
         sys.exit(1)
 
 
-async def _ask(host: HostOptions, *, throughput: bool) -> list[Answer]:
+async def _results(host: HostOptions, *, throughput: bool) -> list[NodeResult]:
     """Every node's result, in order of host names.  Shows progress on a terminal."""
-    answers: list[Answer] = []
+    results: list[NodeResult] = []
     try:
         async with asyncio.timeout(_ANSWERS_WITHIN_S):
-            asked = await _read(host, answers, throughput=throughput)
+            total = await _read(host, results, throughput=throughput)
     except TimeoutError:
-        raise Unavailable(f"the examination did not end within {_ANSWERS_WITHIN_S:g} s") from None
-    if len(answers) < asked:
-        raise Unavailable(f"the manager ended the examination after {len(answers)} of {asked} nodes")
-    return sorted(answers, key=lambda answer: (answer["Hostname"], answer["ID"]))
+        raise Unavailable(f"the probes did not end within {_ANSWERS_WITHIN_S:g} s") from None
+    if len(results) < total:
+        raise Unavailable(f"the manager ended the response after {len(results)} of {total} nodes")
+    return sorted(results, key=lambda result: (result["Hostname"], result["ID"]))
 
 
-async def _read(host: HostOptions, answers: list[Answer], *, throughput: bool) -> int:
-    """Put every answer as it comes; gives how many were to come."""
+async def _read(host: HostOptions, results: list[NodeResult], *, throughput: bool) -> int:
+    """Append every result to ``results`` as it arrives; gives how many nodes take part."""
     word = "1" if throughput else "0"
     async with host.client() as client:
         headers = await headers_for(client)
@@ -90,13 +90,13 @@ async def _read(host: HostOptions, answers: list[Answer], *, throughput: bool) -
             objects = stream.objects()
             beginning = await anext(objects, None)
             if beginning is None:
-                raise Unavailable("the manager ended the examination before it began")
-            asked = len(beginning["Nodes"])
-            with _Progress(asked) as progress:
-                async for answer in objects:
-                    answers.append(answer)
-                    progress.show(len(answers))
-    return asked
+                raise Unavailable("the manager ended the response before it began")
+            total = len(beginning["Nodes"])
+            with _Progress(total) as progress:
+                async for result in objects:
+                    results.append(result)
+                    progress.show(len(results))
+    return total
 
 
 class _Progress:
@@ -116,24 +116,24 @@ class _Progress:
 
     def show(self, done: int) -> None:
         if self._is_seen:
-            click.echo(f"\r\033[K{done} of {self._total} nodes have answered", err=True, nl=False)
+            click.echo(f"\r\033[K{done} of {self._total} nodes have responded", err=True, nl=False)
 
 
-def is_troubled(answer: Answer) -> bool:
-    """Whether something of a node's answer fails, or is missing."""
-    return bool(answer.get("Error") or answer.get("Conditions")) or any(
-        finding["Failing"] for path in answer["Paths"] for finding in path["Findings"]
+def has_problem(result: NodeResult) -> bool:
+    """Whether a check of the node fails, or it reports a condition or an error."""
+    return bool(result.get("Error") or result.get("Conditions")) or any(
+        finding["Failing"] for path in result["Paths"] for finding in path["Findings"]
     )
 
 
 # -- for people ---------------------------------------------------------------------------------------------------
 
 
-def shown(answers: Sequence[Answer], *, shows_all: bool = False) -> Iterator[str]:
+def shown(results: Sequence[NodeResult], *, shows_all: bool = False) -> Iterator[str]:
     """The verdict, a table of pairs (what fails first), and why it fails."""
-    yield verdict(answers)
+    yield verdict(results)
     yield ""
-    failing, well = _rows(answers, shows_all=shows_all)
+    failing, well = _rows(results, shows_all=shows_all)
     hidden = 0 if shows_all or len(well) <= _WELL_ROWS_MAX else len(well)
     table = [_HEAD, *failing, *(() if hidden else well)]
     columns = [position for position in range(len(_HEAD)) if any(row[position] for row in table[1:])]
@@ -145,9 +145,9 @@ def shown(answers: Sequence[Answer], *, shows_all: bool = False) -> Iterator[str
     if hidden:
         yield f"{hidden} paths without a problem are not shown (--all)"
     sections = (
-        ("Why", _details(answers)),
-        ("What nodes say of themselves", _conditions(answers)),
-        ("Nodes without an answer", _errors(answers)),
+        ("Why", _details(results)),
+        ("What nodes report of themselves", _conditions(results)),
+        ("Nodes without a response", _errors(results)),
     )
     for title, lines in sections:
         if lines:
@@ -156,68 +156,68 @@ def shown(answers: Sequence[Answer], *, shows_all: bool = False) -> Iterator[str
             yield from (f"  {line}" for line in lines)
 
 
-def verdict(answers: Sequence[Answer]) -> str:
+def verdict(results: Sequence[NodeResult]) -> str:
     """One sentence, with what fails by port."""
     pairs = {
-        tuple(sorted((answer["Hostname"], path["Peer"])))
-        for answer in answers
-        for path in answer["Paths"]
-        if path["PeerID"] != answer["ID"]
+        tuple(sorted((result["Hostname"], path["Peer"])))
+        for result in results
+        for path in result["Paths"]
+        if path["PeerID"] != result["ID"]
     }
     failing: dict[str, set[tuple[str, ...]]] = {}
-    for answer in answers:
-        for path in answer["Paths"]:
+    for result in results:
+        for path in result["Paths"]:
             for finding in path["Findings"]:
                 if finding["Failing"]:
                     what = f"{finding['Port']} ({finding['Check']})".strip()
-                    failing.setdefault(what, set()).add(tuple(sorted({answer["Hostname"], path["Peer"]})))
-    silent = sum(bool(answer.get("Error")) for answer in answers)
-    looked = f"{counted(len(answers), 'node')}, {counted(len(pairs), 'pair')}"
+                    failing.setdefault(what, set()).add(tuple(sorted({result["Hostname"], path["Peer"]})))
+    silent = sum(bool(result.get("Error")) for result in results)
+    looked = f"{counted(len(results), 'node')}, {counted(len(pairs), 'pair')}"
     words = [
         f"{what} fails {_where(places)}"
         for what, places in sorted(failing.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
-    if troubled := sum(bool(answer.get("Conditions")) for answer in answers):
+    if troubled := sum(bool(result.get("Conditions")) for result in results):
         words.append(f"{counted(troubled, 'node')} with a problem of its own")
     if silent:
-        words.append(f"no answer from {counted(silent, 'node')}")
-    if is_too_early(answers):
+        words.append(f"no response from {counted(silent, 'node')}")
+    if is_too_early(results):
         words.append("no node has its list of peers yet: try again in a few seconds")
     return f"{looked}: {'; '.join(words) or 'everything is well'}"
 
 
-def is_too_early(answers: Sequence[Answer]) -> bool:
+def is_too_early(results: Sequence[NodeResult]) -> bool:
     """Nodes that have just joined have no list of peers to probe yet."""
-    return len(answers) > 1 and not any(answer["Paths"] or answer.get("Error") for answer in answers)
+    return len(results) > 1 and not any(result["Paths"] or result.get("Error") for result in results)
 
 
 def _where(places: Collection[tuple[str, ...]]) -> str:
-    """Of one pair, or one node, by name."""
+    """The one pair, or one node, by name; more are counted."""
     if len(places) > 1:
         return f"at {len(places)} places"
     (names,) = places
     return f"between {' and '.join(names)}" if len(names) > 1 else f"on {names[0]}"
 
 
-def _rows(answers: Sequence[Answer], *, shows_all: bool) -> tuple[list[Row], list[Row]]:
-    """Failing checks one by one; of paths that are well a row each, or one per check."""
+def _rows(results: Sequence[NodeResult], *, shows_all: bool) -> tuple[list[Row], list[Row]]:
+    """Failing checks one by one; for each path without a failure one row, or one per check with ``shows_all``."""
     failing: list[Row] = []
     well: list[Row] = []
-    for answer in answers:
-        for path in sorted(answer["Paths"], key=lambda path: (path["Peer"], path["PeerID"])):
-            peer = path["Peer"] if path["PeerID"] != answer["ID"] else "(itself)"
+    for result in results:
+        for path in sorted(result["Paths"], key=lambda path: (path["Peer"], path["PeerID"])):
+            peer = path["Peer"] if path["PeerID"] != result["ID"] else "(itself)"
             findings = path["Findings"]
             for finding in findings:
                 if finding["Failing"]:
-                    failing.append((answer["Hostname"], peer, *_cells(finding, path), "FAILS"))
+                    failing.append((result["Hostname"], peer, *_cells(finding, path), "FAILS"))
                 elif shows_all:
-                    well.append((answer["Hostname"], peer, *_cells(finding, path), "ok"))
+                    well.append((result["Hostname"], peer, *_cells(finding, path), "ok"))
             if not shows_all and findings and not any(finding["Failing"] for finding in findings):
-                well.append((answer["Hostname"], peer, *_summary(findings, path), "ok"))
+                well.append((result["Hostname"], peer, *_summary(findings, path), "ok"))
     return failing, well
 
 
-def _cells(finding: Answer, path: Answer) -> Row:
+def _cells(finding: NodeResult, path: NodeResult) -> Row:
     return (
         finding["Check"],
         finding["Port"],
@@ -227,8 +227,8 @@ def _cells(finding: Answer, path: Answer) -> Row:
     )
 
 
-def _summary(findings: Sequence[Answer], path: Answer) -> Row:
-    """Of all checks together: what was lost, and the shortest way there and back."""
+def _summary(findings: Sequence[NodeResult], path: NodeResult) -> Row:
+    """Of all checks together: the loss, and the shortest round trip."""
     sent, lost = (sum(finding[word] for finding in findings) for word in ("Sent", "Lost"))
     times = [finding["RoundTripMs"] for finding in findings if finding.get("RoundTripMs") is not None]
     return (
@@ -240,7 +240,7 @@ def _summary(findings: Sequence[Answer], path: Answer) -> Row:
     )
 
 
-def _measures(path: Answer) -> Row:
+def _measures(path: NodeResult) -> Row:
     speed = path.get("Throughput", 0)
     return str(path.get("MTU") or ""), f"{speed * 8 / 1e6:,.0f} Mbit/s" if speed else ""
 
@@ -253,15 +253,15 @@ def _milliseconds(round_trip: float | None) -> str:
     return f"{round_trip:.1f} ms" if round_trip is not None else ""
 
 
-def _details(answers: Sequence[Answer]) -> list[str]:
-    """Why something fails, and what was put right; each sentence once, with where it was found first."""
+def _details(results: Sequence[NodeResult]) -> list[str]:
+    """Reasons of failures, and what was repaired; each sentence once, with its first pair of nodes."""
     found: dict[str, list[str]] = {}
-    for answer in answers:
-        for path in answer["Paths"]:
+    for result in results:
+        for path in result["Paths"]:
             for finding in path["Findings"]:
                 if finding.get("Detail"):
-                    where = answer["Hostname"]
-                    if path["PeerID"] != answer["ID"]:
+                    where = result["Hostname"]
+                    if path["PeerID"] != result["ID"]:
                         where += f" -> {path['Peer']}"
                     found.setdefault(f"{finding['Check']}: {finding['Detail']}", []).append(where)
     lines = [
@@ -273,9 +273,9 @@ def _details(answers: Sequence[Answer]) -> list[str]:
     return lines
 
 
-def _conditions(answers: Sequence[Answer]) -> list[str]:
-    return [f"{answer['Hostname']}: {one}" for answer in answers for one in answer.get("Conditions", ())]
+def _conditions(results: Sequence[NodeResult]) -> list[str]:
+    return [f"{result['Hostname']}: {one}" for result in results for one in result.get("Conditions", ())]
 
 
-def _errors(answers: Sequence[Answer]) -> list[str]:
-    return [f"{answer['Hostname']}: {answer['Error']}" for answer in answers if answer.get("Error")]
+def _errors(results: Sequence[NodeResult]) -> list[str]:
+    return [f"{result['Hostname']}: {result['Error']}" for result in results if result.get("Error")]

@@ -37,40 +37,40 @@ async def _ask(host: HostOptions, name: str) -> list[str]:
     """The explanation, line by line.  Raises: NotFound: there is neither such a service nor such a task."""
     async with host.client() as client:
         headers = await headers_for(client)
-        ask = partial(client.get, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
+        get = partial(client.get, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
         try:
-            answer = await ask(f"/skep/services/{name}/explain")
-            return list(about_service(name, answer, time.time()))
+            explanation = await get(f"/skep/services/{name}/explain")
+            return list(about_service(name, explanation, time.time()))
         except NotFound:
             pass
         try:
-            answer = await ask(f"/skep/tasks/{name}/explain")
+            explanation = await get(f"/skep/tasks/{name}/explain")
         except NotFound:
             raise NotFound(f"no such service or task: {name}") from None
-        return list(about_task(name, answer))
+        return list(about_task(name, explanation))
 
 
-def about_service(name: str, answer: Mapping[str, Any], now: float) -> Iterator[str]:
-    """A service's explanation, for people.  ``now``: seconds since the epoch."""
-    ended = answer.get("EndedAt", "")
+def about_service(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
+    """A service's explanation as text.  ``now``: seconds since the epoch."""
+    ended = explanation.get("EndedAt", "")
     ago = f", {duration(now - unix_ns(ended) / SECOND_NS)} ago" if ended else ""
-    yield f"{name}: {answer['Summary']}{ago}"
-    update = answer.get("UpdateStatus") or {}
+    yield f"{name}: {explanation['Summary']}{ago}"
+    update = explanation.get("UpdateStatus") or {}
     if update.get("Message"):
         yield f"  update: {update['Message']}"
-    if progress := answer.get("Update"):
+    if progress := explanation.get("Update"):
         until = f", until {progress['Deadline']}" if progress.get("Deadline") else ""
         yield f"  update: {progress['Step']}; it waits for {progress['WaitingFor']}{until}"
-    for title, reasons in (("waiting", answer["Reasons"]), ("failed", answer["Failures"])):
+    for title, reasons in (("waiting", explanation["Reasons"]), ("failed", explanation["Failures"])):
         for reason in reasons:
             yield f"  {reason['Tasks']} {title}: {reason['Summary']}  (skep explain {reason['Example']})"
 
 
-def about_task(name: str, answer: Mapping[str, Any]) -> Iterator[str]:
-    """A task's explanation, for people; with a table of nodes where one is waited for."""
-    yield f"{name}: {answer['State']} since {answer['Since']}, wanted: {answer['DesiredState']}"
-    yield f"  {answer['Summary']}"
-    nodes = answer.get("Nodes") or ()
+def about_task(name: str, explanation: Mapping[str, Any]) -> Iterator[str]:
+    """A task's explanation as text; with a table of nodes where one is waited for."""
+    yield f"{name}: {explanation['State']} since {explanation['Since']}, wanted: {explanation['DesiredState']}"
+    yield f"  {explanation['Summary']}"
+    nodes = explanation.get("Nodes") or ()
     yield from (f"  {line}" for line in _table([_row(node) for node in nodes]))
 
 
@@ -82,5 +82,5 @@ def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
     if not rows:
         return
     width = max(len(title) for title, _ in (*rows, ("NODE", "")))
-    for title, text in (("NODE", "WHAT IT SAYS"), *rows):
+    for title, text in (("NODE", "WHY NOT"), *rows):
         yield f"{title.ljust(width)}  {text}"

@@ -17,7 +17,7 @@ from skep.cli import passthrough
 from skep.cli.endpoint import DEFAULT_HOST, HostOptions
 
 
-class Place(NamedTuple):
+class Command(NamedTuple):
     """Where a command is found, and its line in the help (so that the help imports none of them)."""
 
     location: str
@@ -25,21 +25,23 @@ class Place(NamedTuple):
 
 
 COMMANDS = {
-    "daemon": Place("skep.cli.daemon:daemon", "Run this machine's node (what the systemd unit starts)."),
-    "playground": Place(
+    "daemon": Command("skep.cli.daemon:daemon", "Run this machine's node (what the systemd unit starts)."),
+    "playground": Command(
         "skep.playground.cli:playground", "A cluster on this machine: each node in namespaces of its own."
     ),
-    "explain": Place("skep.cli.explain:explain", "Explain why a service or a task is not as its spec says."),
-    "doctor": Place("skep.cli.doctor:doctor", "Measure whether nodes reach each other."),
-    "cluster": Place(
+    "explain": Command(
+        "skep.cli.explain:explain", "Explain why a service or a task is not as its spec says."
+    ),
+    "doctor": Command("skep.cli.doctor:doctor", "Measure whether nodes reach each other."),
+    "cluster": Command(
         "skep.cli.cluster:cluster", "The cluster: grace period, data keys, resumed replacement."
     ),
-    "node": Place("skep.cli.node:node", "Nodes: docker's commands, and eviction."),
-    "network": Place("skep.cli.network:network", "Networks: docker's commands, and further subnets."),
-    "backup": Place("skep.cli.backup:backup", "Write the whole swarm to an encrypted file, while it runs."),
-    "restore": Place("skep.cli.backup:restore", "Make this node the manager of the swarm in a backup."),
-    "runs": Place("skep.cli.runs:runs", "List ended tasks with exit codes and last lines."),
-    "status": Place("skep.cli.status:status", "Show the state of this node and its cluster."),
+    "node": Command("skep.cli.node:node", "Nodes: docker's commands, and eviction."),
+    "network": Command("skep.cli.network:network", "Networks: docker's commands, and further subnets."),
+    "backup": Command("skep.cli.backup:backup", "Write the whole swarm to an encrypted file, while it runs."),
+    "restore": Command("skep.cli.backup:restore", "Make this node the manager of the swarm in a backup."),
+    "runs": Command("skep.cli.runs:runs", "List ended tasks with exit codes and last lines."),
+    "status": Command("skep.cli.status:status", "Show the state of this node and its cluster."),
 }
 """In the order of the help; ``location`` is ``module:attribute``."""
 
@@ -51,8 +53,8 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if place := COMMANDS.get(cmd_name):
-            module, _, attribute = place.location.partition(":")
+        if entry := COMMANDS.get(cmd_name):
+            module, _, attribute = entry.location.partition(":")
             command = getattr(importlib.import_module(module), attribute)
             assert isinstance(command, click.Command)
             return command
@@ -76,7 +78,7 @@ class Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, place.summary) for name, place in COMMANDS.items()])
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()

@@ -19,7 +19,7 @@ _PATH = "/skep/cluster/evict"
 
 
 class _Node(click.Group):
-    """Every verb but ours is docker's."""
+    """Docker's commands, except for those that are defined here."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return super().get_command(ctx, cmd_name) or passthrough.command("node", cmd_name)
@@ -84,10 +84,10 @@ async def _evict(host: HostOptions, name: str) -> str:
             except (Unavailable, OSError) as error:  # the manager's etcd restarts, too
                 progress.note(str(error))
         try:
-            answer = await client.get("/swarm/unlockkey", timeout_s=_ANSWERS_WITHIN_S)
+            response = await client.get("/swarm/unlockkey", timeout_s=_ANSWERS_WITHIN_S)
         except SkepError as error:
             raise Unavailable(f"all is done, and the unlock key could not be read: {error}") from error
-        return str(answer.get("UnlockKey") or "")
+        return str(response.get("UnlockKey") or "")
 
 
 class _Progress:
@@ -96,7 +96,7 @@ class _Progress:
     def __init__(self) -> None:
         self._done: set[str] = set()
         self._damaged: set[str] = set()
-        self._said = ""
+        self._last_note = ""
 
     def show(self, state: Mapping[str, Any]) -> bool:
         """Whether it is complete."""
@@ -117,6 +117,6 @@ class _Progress:
 
     def note(self, reason: str) -> None:
         """What is waited for, once."""
-        if reason and reason != self._said:
+        if reason and reason != self._last_note:
             click.echo(f"      {reason}", err=True)
-        self._said = reason
+        self._last_note = reason

@@ -24,12 +24,12 @@ async def headers_for(client: Client) -> Mapping[str, str]:
 
 
 async def quorum_of(client: Client) -> Mapping[str, Any] | None:
-    """The manager's own view; None: this node has no manager that answers."""
+    """The manager's own view; None: this node has no manager that responds."""
     try:
-        answer: Mapping[str, Any] = await client.get("/skep/quorum", timeout_s=_ANSWERS_WITHIN_S)
+        response: Mapping[str, Any] = await client.get("/skep/quorum", timeout_s=_ANSWERS_WITHIN_S)
     except SkepError:
         return None
-    return answer
+    return response
 
 
 def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:

@@ -24,30 +24,30 @@ def runs(host: HostOptions, service: str, tail: int) -> None:
       skep runs nightly
       skep runs nightly --tail 20
     """
-    answer = run_requests(_ask(host, service, tail))
-    for line in shown(answer):
+    response = run_requests(_runs(host, service, tail))
+    for line in shown(response):
         click.echo(line)
 
 
-async def _ask(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
+async def _runs(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
     async with host.client() as client:
         path = f"/skep/services/{service}/runs"
-        answer: dict[str, Any] = await client.get(path, timeout_s=_ANSWERS_WITHIN_S, tail=str(tail))
-        return answer
+        response: dict[str, Any] = await client.get(path, timeout_s=_ANSWERS_WITHIN_S, tail=str(tail))
+        return response
 
 
-def shown(answer: Mapping[str, Any]) -> Iterator[str]:
+def shown(response: Mapping[str, Any]) -> Iterator[str]:
     """The table, each run's lines below it."""
-    rows = [_row(run) for run in answer["Runs"]]
+    rows = [_row(run) for run in response["Runs"]]
     widths = [max(map(len, column)) for column in zip(_HEAD, *rows, strict=True)]
     yield _padded(_HEAD, widths)
-    for run, row in zip(answer["Runs"], rows, strict=True):
+    for run, row in zip(response["Runs"], rows, strict=True):
         yield _padded(row, widths)
         if run.get("Err"):
             yield f"    {run['Err']}"
         yield from (f"    | {line}" for line in run["Lines"])
-    if answer.get("Incomplete"):
-        yield f"Some lines may be missing: {answer['Incomplete']}"
+    if response.get("Incomplete"):
+        yield f"Some lines may be missing: {response['Incomplete']}"
 
 
 def _row(run: Mapping[str, Any]) -> tuple[str, ...]:

@@ -33,16 +33,16 @@ def status(host: HostOptions) -> None:
       skep --host unix:///var/tmp/skep-demo/m1/skep.sock status
       skep --host ssh://root@manager1 status
     """
-    rows = run_requests(_ask(host))
+    rows = run_requests(_rows(host))
     width = max(len(title) for title, _ in rows)
     for title, text in rows:
         click.echo(f"{title.ljust(width)}  {text}")
 
 
-async def _ask(host: HostOptions) -> list[Row]:
-    """Every row.  What is not available has the reason in its row: a node without a leader still has a status.
+async def _rows(host: HostOptions) -> list[Row]:
+    """All rows.  A row that is not available has the reason: a node without a leader still has a status.
 
-    Raises: Unavailable: the node itself does not answer.
+    Raises: Unavailable: the node itself does not respond.
     """
     async with host.client() as client:
         info: dict[str, Any] = await client.get("/info", timeout_s=_ANSWERS_WITHIN_S)
@@ -68,10 +68,10 @@ async def _ask(host: HostOptions) -> list[Row]:
 async def _store(client: Client) -> Row:
     """How full this manager's copy of the store is."""
     try:
-        answer = await client.get("/skep/cluster/store", timeout_s=_ANSWERS_WITHIN_S)
+        response = await client.get("/skep/cluster/store", timeout_s=_ANSWERS_WITHIN_S)
     except SkepError as error:
         return "store", f"not known: {error}"
-    return "store", f"{answer['Summary']}, file {answer['Size'] >> 20} MiB"
+    return "store", f"{response['Summary']}, file {response['Size'] >> 20} MiB"
 
 
 async def _about_swarm(client: Client, headers: Mapping[str, str]) -> list[Row]:
@@ -82,13 +82,13 @@ async def _about_swarm(client: Client, headers: Mapping[str, str]) -> list[Row]:
     for id in [*wanting][:_EXPLAINED]:
         try:
             path = f"/skep/services/{id}/explain"
-            answer = await client.get(path, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
+            response = await client.get(path, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
         except SkepError:
             continue  # it was removed meanwhile
-        if answer["IsAsWanted"]:
+        if response["IsAsWanted"]:
             del wanting[id]
         else:
-            wanting[id] = answer["Summary"]
+            wanting[id] = response["Summary"]
     rows = about_cluster(nodes, is_led=not headers)
     return [*rows, await _store(client), *about_services(services, wanting)]
 
@@ -128,11 +128,13 @@ def _looked_for(swarm: Mapping[str, Any]) -> str:
     addresses = [peer["Addr"] for peer in swarm.get("RemoteManagers") or ()]
     if not addresses:
         return ""
-    return f'; it asks {", ".join(addresses)} (elsewhere: managers = ["address:2377"] in /etc/skep/skep.toml)'
+    return (
+        f'; it tries {", ".join(addresses)} (elsewhere: managers = ["address:2377"] in /etc/skep/skep.toml)'
+    )
 
 
 def about_cluster(nodes: Iterable[Mapping[str, Any]], *, is_led: bool = True) -> Iterator[Row]:
-    """The nodes, counted by state; the busiest, and those that are not ready, or say what is wrong, by name."""
+    """The nodes, counted by state; by name the busiest, those that are not ready, and those with a message."""
     known = sorted(nodes, key=lambda node: node["Description"].get("Hostname", ""))
     states = Counter(node["Status"]["State"] for node in known)
     yield "nodes", ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
@@ -150,7 +152,7 @@ def about_cluster(nodes: Iterable[Mapping[str, Any]], *, is_led: bool = True) ->
 
 
 def about_services(services: Iterable[Mapping[str, Any]], wanting: Mapping[str, str]) -> Iterator[Row]:
-    """How many services have what they want; the others by name.  ``wanting``: their ids, with the reason if
+    """How many services have all their tasks; the others by name.  ``wanting``: their ids, with the reason if
     known."""
     known = sorted(services, key=lambda service: service["Spec"]["Name"])
     yield "services", f"{len(known)}, {len(known) - len(wanting)} of them as wanted"
@@ -161,7 +163,7 @@ def about_services(services: Iterable[Mapping[str, Any]], wanting: Mapping[str, 
 
 
 def is_as_wanted(service: Mapping[str, Any]) -> bool:
-    """Whether as many tasks run as the service wants; of a job, whether as many have completed.
+    """Whether as many tasks run as the service's spec asks for; of a job, whether as many have completed.
 
     A global job's spec does not contain its number of runs: its explanation does.
     """

@@ -13,7 +13,7 @@ from skep.paths import DEFAULT_DATA, DEFAULT_RUN, Paths
 
 
 class ConfigurationError(SkepError):
-    """What was written cannot work.  ``problems``: one sentence each, naming the place and what to do."""
+    """Invalid settings.  ``problems``: one sentence each, naming the setting's source and what to do."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))

@@ -1,4 +1,4 @@
-"""Every setting once: its names in the three places, how it is read, whether a running node takes a change over."""
+"""Every setting once: its names in the three sources, its parser, whether a running node applies a change."""
 
 from collections.abc import Callable
 from typing import Any
@@ -86,7 +86,7 @@ SETTINGS = (
     Setting(
         name="manager",
         key="managers",
-        help="address:port where a manager may be found when those known do not answer",
+        help="address:port where a manager may be found when those known do not respond",
         read=values.managers,
         repeats=True,
     ),

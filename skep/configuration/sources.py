@@ -129,17 +129,17 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
     fields: dict[str, Any] = {}
     for setting in SETTINGS:
         if setting.name in arguments.flags:
-            place, written = f"--{setting.name}", arguments.flags[setting.name]
+            source, written = f"--{setting.name}", arguments.flags[setting.name]
         elif setting.toml_key in toml:
-            place, written = f"{arguments.toml}: {setting.toml_key}", toml[setting.toml_key]
+            source, written = f"{arguments.toml}: {setting.toml_key}", toml[setting.toml_key]
         elif setting.docker_key in docker and not (has_engine and setting.attribute in _THE_ENGINES_OWN):
-            place, written = f"{arguments.daemon_json}: {setting.docker_key}", docker[setting.docker_key]
+            source, written = f"{arguments.daemon_json}: {setting.docker_key}", docker[setting.docker_key]
         else:
             continue
         try:
             fields[setting.attribute] = setting.read(written)
         except ValueError as error:
-            problems.append(f"{place} {error}")
+            problems.append(f"{source} {error}")
     if problems:
         raise ConfigurationError(*problems)
     configuration = Configuration(**fields)

@@ -218,7 +218,7 @@ def _drain(task: Task, at_ns: int) -> Message:
         "com.docker.swarm.service.id": task.service_id,
         "com.docker.swarm.node.id": task.node_id,
         "addresses": ",".join(
-            address.partition("/")[0] for place in task.networks_attachments for address in place.addresses
+            address.partition("/")[0] for one in task.networks_attachments for address in one.addresses
         ),
     }
     actor = Actor(id=task.id, attributes=attributes)
@@ -279,9 +279,9 @@ def _node_changes(old: Node, new: Node) -> dict[str, str]:
     return changes
 
 
-def _words(troubles: Iterable[FailingPath | CutOff]) -> str:
+def _words(failures: Iterable[FailingPath | CutOff]) -> str:
     """Not in Docker, which does not probe the paths between nodes."""
-    return "; ".join(one.summary for one in troubles)
+    return "; ".join(one.summary for one in failures)
 
 
 def _changed(name: str, old: str, new: str) -> dict[str, str]:

@@ -123,12 +123,12 @@ def explain_service(
             failed.append((task, summary(task, nodes.get(task.node_id))))
     reasons, failures = _counted(waiting), _counted(failed)
     if is_job:
-        told, is_as_wanted = _of_job(service, tasks, running, reasons, nodes)
+        text, is_as_wanted = _of_job(service, tasks, running, reasons, nodes)
     else:
-        told, is_as_wanted = _of_service(running, wanted, reasons, failures)
+        text, is_as_wanted = _of_service(running, wanted, reasons, failures)
     return ServiceExplanation(
         service_id=service.id,
-        summary=told,
+        summary=text,
         is_as_wanted=is_as_wanted,
         ended_at=_last_end(tasks) if is_job and is_as_wanted else Timestamp(""),
         running=running,

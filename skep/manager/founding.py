@@ -45,14 +45,14 @@ def found_cluster(
     Raises:
         FailedPrecondition: the manager has no settings for a new cluster.
     """
-    wish = config.bootstrap
-    if wish is None:
+    bootstrap = config.bootstrap
+    if bootstrap is None:
         raise FailedPrecondition(
             "this manager has no cluster and no settings for a new one: init or join again"
         )
     first = Node(
         id=config.node_id,
-        spec=NodeSpec(role=NodeRole.MANAGER, availability=wish.availability),
+        spec=NodeSpec(role=NodeRole.MANAGER, availability=bootstrap.availability),
         description=NodeDescription(
             hostname=config.hostname,
             # Set before the first networks are allocated, which avoid this machine's routes.
@@ -73,13 +73,13 @@ def found_cluster(
     return found_swarm(
         tx,
         config.cluster_id,
-        wish.spec,
+        bootstrap.spec,
         first,
         tls_info=tls_info(authority.root_pem),
         join_tokens=new_join_tokens(authority.root_pem),
         new_id=new_id,
         now=now,
-        default_addr_pool=wish.default_addr_pool,
-        subnet_size=wish.subnet_size,
-        data_path_port=wish.data_path_port,
+        default_addr_pool=bootstrap.default_addr_pool,
+        subnet_size=bootstrap.subnet_size,
+        data_path_port=bootstrap.data_path_port,
     )

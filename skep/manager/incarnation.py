@@ -66,10 +66,10 @@ def read_incarnations(paths: Paths) -> Incarnations:
 
 def check_incarnations(paths: Paths) -> Incarnations:
     """The stored incarnations.  Raises: Superseded: there is a later one."""
-    lives = read_incarnations(paths)
-    if 0 < lives.served < lives.later:
-        raise superseded(lives.served, lives.later)
-    return lives
+    incarnations = read_incarnations(paths)
+    if 0 < incarnations.served < incarnations.later:
+        raise superseded(incarnations.served, incarnations.later)
+    return incarnations
 
 
 class Incarnation:
@@ -102,10 +102,10 @@ class Incarnation:
         _stop(self._paths, self.served, self._later)
 
 
-def write_incarnations(paths: Paths, lives: Incarnations) -> None:
+def write_incarnations(paths: Paths, incarnations: Incarnations) -> None:
     """Store the incarnations."""
-    if read_incarnations(paths) != lives:
-        replace_file(paths.incarnation, msgspec.json.encode(lives) + b"\n")
+    if read_incarnations(paths) != incarnations:
+        replace_file(paths.incarnation, msgspec.json.encode(incarnations) + b"\n")
 
 
 def _stop(paths: Paths, served: int, later: int) -> NoReturn:
@@ -127,9 +127,9 @@ async def poll_other_managers(
     others = [addr for peer in peers if peer.name != own and (addr := peer.manager_addr)]
     backoff = Backoff(POLL_EVERY_S / 2, POLL_EVERY_S)
     while others and served:
-        asking = (_incarnation_at(addr, context, own) for addr in others)
-        responses = await asyncio.gather(*asking, return_exceptions=True)
-        later = max(answer if isinstance(answer, int) else 0 for answer in responses)
+        polls = (_incarnation_at(addr, context, own) for addr in others)
+        responses = await asyncio.gather(*polls, return_exceptions=True)
+        later = max(response if isinstance(response, int) else 0 for response in responses)
         if later > served:
             _stop(paths, served, later)
         await backoff.sleep(clock)
@@ -144,6 +144,6 @@ async def _incarnation_at(addr: str, context: ssl.SSLContext, own: NodeId) -> in
             channel.stream(methods.PINGS) as call,
         ):
             await call.send(skep.Ping(incarnation=0, node_id=own))  # 0: a query, not counted as a ping
-            answer = await call.receive()
-            return int(answer.incarnation) if answer is not None else 0
+            response = await call.receive()
+            return int(response.incarnation) if response is not None else 0
     return 0

@@ -182,7 +182,7 @@ class Manager:
             quorum=self._quorum,
             lag=LoopLag(),
             own=self._config.node_id,
-            trouble=self._member.error,
+            own_error=self._member.error,
         )
 
     def _handlers(self) -> Sequence[Handler]:

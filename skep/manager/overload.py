@@ -1,6 +1,6 @@
 """Which managers have more nodes reconnecting than they can register at once.
 
-Those nodes are alive: they were told to retry later, perhaps by another manager than the one that would mark them
+Those nodes are alive: they were sent ``RetryLater``, perhaps by another manager than the one that would mark them
 down.  So managers send their overload to each other in pings, and missed heartbeats do not count meanwhile.
 """
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import msgspec
+
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
 from skep.model.node import Node
@@ -23,13 +25,13 @@ class Quorum(ApiObject):
     """Response of ``GET /skep/quorum``; it never waits.
 
     ``has_leader``: whether reads and writes succeeded a moment ago; ``since``: when they last did, if not.
-    ``trouble``: what this manager itself lacks, such as disk space, as a sentence (a name of the API).
+    ``own_error``: what this manager itself lacks, such as disk space, as a sentence ("Trouble" in the API).
     """
 
     has_leader: bool = always(True)
     since: Timestamp = Timestamp("")
     managers: tuple[PeerManager, ...] = always(())
-    trouble: str = ""
+    own_error: str = msgspec.field(default="", name="Trouble")
 
 
 def quorum(view: View, own: NodeId, silent: Mapping[NodeId, float], lost_at: Timestamp) -> Quorum:

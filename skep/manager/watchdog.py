@@ -81,7 +81,7 @@ class Watchdog:
                     log.error("event loop blocked: transferring leadership", silent_s=patience.silent_s)
                     self._have_another_lead()
                 case Action.END:
-                    self._end(f"its event loop did not answer for {patience.silent_s:.0f} s")
+                    self._end(f"its event loop did not respond for {patience.silent_s:.0f} s")
                     return
 
     def _ask(self) -> bool:

@@ -8,5 +8,5 @@ def begins_to_drain(old: Task, new: Task) -> bool:
     """Whether ``new`` is to stop, ``old`` was not, and it serves on a network of the cluster."""
     if not old.is_wanted or new.is_wanted or new.status.state is not TaskState.RUNNING:
         return False
-    networks = (place.network for place in new.networks_attachments if place.addresses)
+    networks = (one.network for one in new.networks_attachments if one.addresses)
     return any(network is not None and is_overlay(network) for network in networks)

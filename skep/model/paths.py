@@ -65,7 +65,7 @@ class PathCheck(StrEnum):
     CHECKSUM_OFFLOAD = "checksum offload"
     """So do frames whose checksum is left to the network card, and TCP's large ones."""
     ENCRYPTED = "encrypted"
-    """The other's forwarder of encrypted networks answers."""
+    """The other node responds on the port of encrypted networks."""
     GOSSIP = "gossip"
     """A docker node takes connections on its gossip port."""
     NAMES = "names"

@@ -1,8 +1,8 @@
 """The two data planes of overlay networks: Docker Engine's and Skep's.
 
 Docker Engines exchange the addresses of containers by gossip; skep nodes get them from the managers.  Both use VXLAN,
-but neither learns of the other's containers: so an overlay network belongs to one of the two, and its tasks run on
-nodes of that kind (docs/decisions/0011).
+but neither gets the addresses of the other's containers: so an overlay network belongs to one of the two, and its tasks
+run on nodes of that kind (docs/decisions/0011).
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ REFUSED_DATA_PATH_LABEL: Final = "skep.data-path-addr.refused"
 """The name that a manager gives to that label if the address belongs to another node."""
 
 PATHS_LABEL: Final = "skep.paths"
-"""Engine label of skep nodes that send and answer probes."""
+"""Engine label of skep nodes that send probes and respond to them."""
 
 NODE_DRIVERS: Final = frozenset({"host", "bridge", "null", "none", "macvlan", "ipvlan"})
 """Drivers of networks that are local to one node."""
@@ -73,7 +73,7 @@ def is_docker_node(node: Node) -> bool:
 
 
 def probes_paths(node: Node) -> bool:
-    """Whether the node sends and answers probes."""
+    """Whether the node sends probes and responds to them."""
     return PATHS_LABEL in node.description.engine.labels
 
 

@@ -50,6 +50,7 @@ class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A container on one network: ``interface`` in its namespace, ``port`` on the network's bridge."""
 
+    # "place", and "places" below, are the names in the state files of containers, which do not change.
     config: EndpointConfig = msgspec.field(name="place")
     interface: str
     port: str

@@ -65,7 +65,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         raise NotFound(f"no node {name} in the playground {self.name} (there are: {names})")
 
     def with_node(self, node: Node) -> "Cluster":
-        """With ``node`` in the place of the one with its name, or behind the others."""
+        """With ``node`` instead of the one with its name, or behind the others."""
         if any(other.name == node.name for other in self.nodes):
             nodes = tuple(node if other.name == node.name else other for other in self.nodes)
         else:

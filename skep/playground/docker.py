@@ -1,4 +1,4 @@
-"""A docker node: an unmodified Docker Engine in the place of `skep daemon`; all else of the node is the same."""
+"""A docker node: an unmodified Docker Engine instead of `skep daemon`; all else of the node is the same."""
 
 import platform
 from pathlib import Path

@@ -66,7 +66,7 @@ def port(node: str) -> str:
 
 
 class Address(msgspec.Struct, frozen=True, kw_only=True):
-    """A node's place on the underlay."""
+    """A node's address on the underlay."""
 
     subnet: int
     host: int
@@ -82,7 +82,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def address_of(ip: str) -> Address:
-    """The place of an address made here."""
+    """The address that ``text`` was made from."""
     _, _, subnet, host = ip.split(".")
     return Address(subnet=int(subnet) - 100, host=int(host))
 

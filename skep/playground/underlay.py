@@ -84,23 +84,23 @@ async def block(playground: str, node: str, way: Way) -> None:
     """Lose every packet that goes one ``way``; the other stays open.  Again is harmless."""
     port = names.port(node)
     if way == "out":
-        place, device = names.namespace(playground, names.SWITCH), port
+        netns, device = names.namespace(playground, names.SWITCH), port
     else:
-        place, device = names.namespace(playground, node), "eth0"
+        netns, device = names.namespace(playground, node), "eth0"
     table = _table(port)
     rules = (
         f"table netdev {table} {{}}\ndelete table netdev {table}\n"
         f"table netdev {table} {{\n  chain lost {{\n"
         f'    type filter hook ingress device "{device}" priority 0; policy drop;\n  }}\n}}\n'
     )
-    await run("nsenter", f"--net={NETNS_ROOT / place}", "nft", "-f", "-", stdin=rules.encode())
+    await run("nsenter", f"--net={NETNS_ROOT / netns}", "nft", "-f", "-", stdin=rules.encode())
 
 
 async def unblock(playground: str, node: str) -> None:
     """Let packets of both ways through again."""
     table = _table(names.port(node))
-    for place in (names.SWITCH, node):
-        namespace = NETNS_ROOT / names.namespace(playground, place)
+    for netns in (names.SWITCH, node):
+        namespace = NETNS_ROOT / names.namespace(playground, netns)
         rules = f"table netdev {table} {{}}\ndelete table netdev {table}\n"
         await run("nsenter", f"--net={namespace}", "nft", "-f", "-", stdin=rules.encode())
 
@@ -108,8 +108,8 @@ async def unblock(playground: str, node: str) -> None:
 async def is_blocked(playground: str, node: str) -> bool:
     """Whether packets of one way are lost."""
     table = f"table netdev {_table(names.port(node))}".encode()
-    for place in (names.SWITCH, node):
-        namespace = NETNS_ROOT / names.namespace(playground, place)
+    for netns in (names.SWITCH, node):
+        namespace = NETNS_ROOT / names.namespace(playground, netns)
         if table in await run("nsenter", f"--net={namespace}", "nft", "list", "tables"):
             return True
     return False

@@ -1,9 +1,9 @@
 """Rotation of the cluster's root certificate.
 
-A rotation begins with a new root whose key the old root vouches for (the *cross-signed* intermediate).  From then on
-the new root signs; the intermediate is sent with every certificate, so that nodes which trust the old root accept it,
-and no node has to change its trusted roots before all have new certificates.  When all have, the new root is
-announced and the old one forgotten.
+A rotation begins with a new root whose key is signed by the old root too (the *cross-signed* intermediate).  From then
+on the new root signs; the intermediate is sent with every certificate, so that nodes which trust the old root accept
+it, and no node has to change its trusted roots before all have new certificates.  When all have, the new root is
+announced and the old one dropped.
 
 Source: swarmkit, manager/controlapi/ca_rotation.go (the rules, the texts), ca/reconciler.go.
 """
@@ -46,7 +46,7 @@ class Roots(msgspec.Struct, frozen=True, kw_only=True):
         return f"Roots(is_rotating={self.next is not None})"
 
 
-def wished_roots(
+def requested_roots(
     roots: Roots, config: CAConfig, *, is_forced: bool, now: datetime, create: Callable[[], Authority]
 ) -> Roots:
     """``roots`` after the user requests ``config``; the same if nothing changes.

@@ -53,7 +53,7 @@ def from_status(error: CallFailed) -> SkepError:
     if error.status is Status.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
         return errors.RetryLater(error.message or "come again later", error.retry_after_s)
     kind = _ERROR_OF.get(error.status, SkepError)
-    return kind(error.message or f"the peer answered {error.status.name}")
+    return kind(error.message or f"the peer responded with {error.status.name}")
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def peer_errors(address: str) -> Iterator[None]:
     except CallFailed as error:
         raise from_status(error) from error
     except TimeoutError as error:
-        raise errors.Unavailable(f"{address} did not answer in time") from error
+        raise errors.Unavailable(f"{address} did not respond in time") from error
     except ssl.SSLCertVerificationError as error:
         raise errors.Unavailable(f"{address} is not trusted: {error.verify_message}") from error
     except LOST_PEER as error:

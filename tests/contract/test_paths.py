@@ -207,7 +207,7 @@ async def test_all_nodes_are_examined_and_who_does_not_answer_is_named(
         found = await examined(cluster.diagnostics, within_s=1.0)
         assert found[one.node_id].reports == of_one.answers
         assert found[other.node_id].reports == of_other.answers
-        assert found[third.node_id].error == "no answer within 1 s"
+        assert found[third.node_id].error == "no response within 1 s"
         assert found[MANAGER_ID].error == "it is unknown"  # it has no node process in this rig
         assert {peer.node_id for peer in of_one.examined[0].peers} == {other.node_id, third.node_id}
         # The next one finds nothing of the earlier one in its way.
@@ -241,7 +241,7 @@ async def test_a_manager_that_cannot_be_asked_is_the_reason_for_its_nodes(
     async with probing(cluster, tmp_path, 1) as nodes:
         without_link = Diagnostics(cluster.store, NodeId("m2"), _NoStreams(), cluster.channel)  # type: ignore[arg-type]
         found = await examined(without_link)
-        why = f"its manager cannot be asked: manager {MANAGER_ID} cannot be reached"
+        why = f"its manager is not reachable: manager {MANAGER_ID} cannot be reached"
         assert found[nodes[0][0].node_id].error == why
 
 

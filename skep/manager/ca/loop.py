@@ -21,7 +21,7 @@ from skep.store.kinds import Revocation
 log = structlog.get_logger()
 
 RECHECK_S = 5.0
-"""Time after which nodes that did not renew are told again during a rotation."""
+"""Time after which nodes that did not renew are requested again during a rotation."""
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 10.0
 SWEEP_S = 3600.0
@@ -99,7 +99,7 @@ class CertificateAuthority:
         for result in await self._term.update_each(request_renewal, renewals):
             if isinstance(result, SkepError):
                 raise result
-        log.info("nodes told to renew their certificates", nodes=len(node_ids))
+        log.info("certificate renewal requested", nodes=len(node_ids))
         self._changed.set()
 
     async def _wait_or_recheck(self) -> None:

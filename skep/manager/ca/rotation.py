@@ -1,8 +1,8 @@
 """The next step of a root rotation.  Pure.
 
-Every node is told to renew, a bounded number at a time; once every node has reported a certificate of the new root,
-the rotation is over.  A node that is away delays it until it returns or is removed: announcing the new root without
-it would lock it out.
+Every node is requested to renew, a bounded number at a time; once every node has reported a certificate of the new
+root, the rotation is over.  A node that is away delays it until it returns or is removed: announcing the new root
+without it would lock it out.
 
 Source: swarmkit, ca/reconciler.go.
 """
@@ -21,23 +21,23 @@ from skep.store.interface import Transaction
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 
 REQUESTED_MAX = 30
-"""Nodes told to renew at the same time; SwarmKit's number."""
+"""Nodes with a pending renewal request at the same time; SwarmKit's number."""
 
 RENEWAL_S = 30.0
-"""A node that has not renewed by then makes room for the next one, and is told again."""
+"""A node that has not renewed by then no longer counts as pending, and is requested again."""
 
 ROTATE = "rotate"
-"""``NodeCertificate.state`` of a node that is told to renew."""
+"""``NodeCertificate.state`` of a node that is requested to renew."""
 
 
 class RequestRenewals(msgspec.Struct, frozen=True, kw_only=True):
-    """Tell these nodes to renew their certificates."""
+    """Request these nodes to renew their certificates."""
 
     node_ids: tuple[NodeId, ...]
 
 
 class Renewal(msgspec.Struct, frozen=True):
-    """One node that is told to renew."""
+    """One node that is requested to renew."""
 
     node_id: NodeId
 
@@ -54,7 +54,7 @@ def next_step(
     """The next step of a rotation; None: there is none, or it has to wait for nodes.
 
     Args:
-        requested_at: when each node was last told to renew, in the leader's monotonic seconds, as ``now``.
+        requested_at: when each node was last requested to renew, in the leader's monotonic seconds, as ``now``.
     """
     rotation = swarm.rotation
     if rotation is None:
@@ -75,7 +75,7 @@ def _is_requested(node: Node) -> bool:
 
 
 def request_renewal(tx: Transaction, renewal: Renewal) -> None:
-    """Have the node renew: the owner of its session tells it, now or when it returns."""
+    """Request a renewal: the manager with the node's session sends it, now or when the node returns."""
     node = tx.lookup(Node, renewal.node_id)
     if node is not None and node.certificate is not None and not _is_requested(node):
         certificate = msgspec.structs.replace(node.certificate, state=ROTATE)

@@ -27,7 +27,7 @@ from skep.model.times import Timestamp
 from skep.store.interface import InUse, Transaction, View
 
 OVERLAP_LABEL = "skep.allow-overlap"
-"""Label or driver option by which a user says that a clash with a machine's own network is meant."""
+"""Label or driver option that allows a subnet although a machine already has a route to it."""
 _NODE_LOCAL = ("bridge", "host")
 
 
@@ -80,8 +80,8 @@ def add_subnets(tx: Transaction, id: NetworkId, configs: Sequence[IPAMConfig]) -
     if not new and not blank:
         return network
     _check_room(tx, network, new)
-    wished = replace(options, configs=(*present, *new, *blank))
-    return tx.put(replace(network, spec=replace(network.spec, ipam_options=wished)))
+    extended = replace(options, configs=(*present, *new, *blank))
+    return tx.put(replace(network, spec=replace(network.spec, ipam_options=extended)))
 
 
 def remove_network(tx: Transaction, id: NetworkId) -> None:
@@ -148,8 +148,8 @@ def _check_vxlan_ids(tx: Transaction, spec: NetworkSpec) -> None:
     driver = spec.driver_configuration
     wanted = set(vxlan_ids(driver.options)) if driver is not None else set()
     for other in tx.find(Network) if wanted else ():
-        wished = other.spec.driver_configuration or Driver()
-        theirs = {*vxlan_ids(other.driver_state.options), *vxlan_ids(wished.options)}
+        requested = other.spec.driver_configuration or Driver()
+        theirs = {*vxlan_ids(other.driver_state.options), *vxlan_ids(requested.options)}
         for number in sorted(wanted & theirs):
             raise FailedPrecondition(
                 f"could not obtain vxlan id {number}: requested bit is already allocated "
@@ -158,7 +158,7 @@ def _check_vxlan_ids(tx: Transaction, spec: NetworkSpec) -> None:
 
 
 def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]) -> None:
-    """Raises: FailedPrecondition: a subnet is another network's, or a machine reaches it by itself."""
+    """Raises: FailedPrecondition: a subnet is another network's, or a machine has a route to it."""
     wanted = [subnet_of(config) for config in configs if config.subnet]
     for other in tx.find(Network) if wanted else ():
         for theirs in subnets_of(other) if other.id != network.id else ():

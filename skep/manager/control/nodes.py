@@ -22,8 +22,8 @@ from skep.store.interface import Transaction
 E = TypeVar("E", bound=Enum)
 
 
-class NodeWish(ApiObject):
-    """Body of ``POST /nodes/{id}/update``: words that are not checked yet."""
+class NodeUpdateBody(ApiObject):
+    """Body of ``POST /nodes/{id}/update``, whose role and availability are not checked yet."""
 
     __go_name__ = "swarm.NodeSpec"
 
@@ -33,13 +33,13 @@ class NodeWish(ApiObject):
     availability: Annotated[str, msgspec.Meta(extra={"go": "swarm.NodeAvailability"})] = ""
 
 
-def node_spec(wish: NodeWish) -> NodeSpec:
-    """What ``wish`` says, once its words are known.  Raises: InvalidArgument, in the engine's words."""
+def node_spec(body: NodeUpdateBody) -> NodeSpec:
+    """The spec in ``body``.  Raises: InvalidArgument: unknown role or availability, with the engine's text."""
     return NodeSpec(
-        name=wish.name,
-        labels=wish.labels,
-        role=_member(NodeRole, "Role", wish.role),
-        availability=_member(Availability, "Availability", wish.availability),
+        name=body.name,
+        labels=body.labels,
+        role=_member(NodeRole, "Role", body.role),
+        availability=_member(Availability, "Availability", body.availability),
     )
 
 
@@ -72,9 +72,9 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
 
 
 def remove_node(tx: Transaction, id: NodeId, *, force: bool, now_ns: int) -> None:
-    """Forget a node; its certificates count for nothing from now on.
+    """Delete a node and revoke its certificates.
 
-    The leader then orphans its tasks, on which nobody will ever report again.
+    The leader then orphans its tasks, whose status can never be reported again.
 
     Raises:
         NotFound; FailedPrecondition: it is a manager, or is up and ``force`` is not given.

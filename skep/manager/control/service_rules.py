@@ -258,7 +258,7 @@ def _check_endpoint(endpoint: EndpointSpec | None) -> None:
                 raise InvalidArgument(f"EndpointSpec: invalid port {number}: want at most {_PORT_MAX}")
         if not port.published_port:
             continue
-        place = (port.protocol, port.published_port)
-        if place in taken:
+        key = (port.protocol, port.published_port)
+        if key in taken:
             raise InvalidArgument("EndpointSpec: duplicate published ports provided")
-        taken.add(place)
+        taken.add(key)

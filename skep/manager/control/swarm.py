@@ -34,7 +34,7 @@ from skep.model.swarm import (
 from skep.model.times import SECOND_NS, Timestamp, duration_ns
 from skep.security.authority import Authority
 from skep.security.locking import new_unlock_key
-from skep.security.rotation import NextRoot, Roots, wished_roots
+from skep.security.rotation import NextRoot, Roots, requested_roots
 from skep.security.tokens import join_token
 from skep.security.trust import tls_info
 from skep.store.interface import Transaction, View
@@ -109,15 +109,15 @@ def update_swarm(
     A root that the settings bring, or a rotation counted, begins a rotation of the root (``manager.ca`` ends it).
 
     Raises:
-        InvalidArgument: the spec can never work; Unimplemented: it asks for what this version cannot do.
+        InvalidArgument: the spec can never work; Unimplemented: it has options that this version does not support.
         OutOfSequence: the cluster is at another version.
     """
     swarm = tx.get(Swarm, cluster_of(tx).id)
     check_swarm_name(spec)
-    wish = spec.ca_config  # with a root's key, which the merged settings do not have
+    ca_config = spec.ca_config  # with a root's key, which the merged settings do not have
     spec = merged_spec(spec)
     check_swarm_spec(spec)
-    rooted = _rooted(tx, swarm, wish, now, new_root)
+    rooted = _with_root(tx, swarm, ca_config, now, new_root)
     if swarm.version != Version(index=version):
         raise OutOfSequence
     tokens = _rotated(swarm, rotations, new_id)
@@ -130,9 +130,9 @@ def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority
     """Begin a rotation to a new root, as ``docker swarm ca --rotate`` does."""
     swarm = tx.get(Swarm, cluster_of(tx).id)
     present = swarm.spec.ca_config
-    wish = replace(present, force_rotate=present.force_rotate + 1)
-    rooted = _rooted(tx, swarm, wish, now, new_root)
-    tx.put(replace(rooted, spec=replace(swarm.spec, ca_config=wish)))
+    ca_config = replace(present, force_rotate=present.force_rotate + 1)
+    rooted = _with_root(tx, swarm, ca_config, now, new_root)
+    tx.put(replace(rooted, spec=replace(swarm.spec, ca_config=ca_config)))
 
 
 def rotate_join_tokens(tx: Transaction, new_id: IdSource) -> None:
@@ -198,16 +198,16 @@ def _keep_unlock_key(
         tx.delete(Payload, UNLOCK_KEY_ID)
 
 
-def _rooted(
-    tx: Transaction, swarm: Swarm, wish: CAConfig, now: datetime, new_root: Callable[[], Authority]
+def _with_root(
+    tx: Transaction, swarm: Swarm, ca_config: CAConfig, now: datetime, new_root: Callable[[], Authority]
 ) -> Swarm:
-    """``swarm`` with the root that ``wish`` asks for, or on its way there.  Raises: InvalidArgument."""
-    is_forced = wish.force_rotate != swarm.spec.ca_config.force_rotate
-    if not (is_forced or wish.signing_ca_cert or wish.signing_ca_key):
+    """``swarm`` with the root that ``ca_config`` requests, or with a rotation to it.  Raises: InvalidArgument."""
+    is_forced = ca_config.force_rotate != swarm.spec.ca_config.force_rotate
+    if not (is_forced or ca_config.signing_ca_cert or ca_config.signing_ca_key):
         return swarm
     roots = _roots_of(tx, swarm)
-    wished = wished_roots(roots, wish, is_forced=is_forced, now=now, create=new_root)
-    return _towards(tx, swarm, wished) if wished != roots else swarm
+    requested = requested_roots(roots, ca_config, is_forced=is_forced, now=now, create=new_root)
+    return _towards(tx, swarm, requested) if requested != roots else swarm
 
 
 def _roots_of(tx: Transaction, swarm: Swarm) -> Roots:
@@ -226,21 +226,21 @@ def _roots_of(tx: Transaction, swarm: Swarm) -> Roots:
     )
 
 
-def _towards(tx: Transaction, swarm: Swarm, wished: Roots) -> Swarm:
-    """``swarm`` on the way to other roots, whose keys are written."""
-    tx.put(Payload(id=ROOT_KEY_ID, data=wished.key_pem))
-    if wished.next is None:
+def _towards(tx: Transaction, swarm: Swarm, requested: Roots) -> Swarm:
+    """``swarm`` with other roots and, if they have a next one, a rotation to it; writes the keys of both."""
+    tx.put(Payload(id=ROOT_KEY_ID, data=requested.key_pem))
+    if requested.next is None:
         if tx.lookup(Payload, NEXT_ROOT_KEY_ID) is not None:
             tx.delete(Payload, NEXT_ROOT_KEY_ID)
-        info = tls_info(wished.root_pem)
+        info = tls_info(requested.root_pem)
         return replace(swarm, tls_info=info, rotation=None, root_rotation_in_progress=False)
-    tx.put(Payload(id=NEXT_ROOT_KEY_ID, data=wished.next.key_pem))
+    tx.put(Payload(id=NEXT_ROOT_KEY_ID, data=requested.next.key_pem))
     return replace(
         swarm,
-        tls_info=tls_info(wished.root_pem, wished.next.root_pem),
+        tls_info=tls_info(requested.root_pem, requested.next.root_pem),
         rotation=RootRotation(
-            root=wished.next.root_pem.decode("ascii"),
-            cross_signed=wished.next.cross_signed_pem.decode("ascii"),
+            root=requested.next.root_pem.decode("ascii"),
+            cross_signed=requested.next.cross_signed_pem.decode("ascii"),
         ),
         root_rotation_in_progress=True,
     )

@@ -13,9 +13,9 @@ from skep.store.kinds import spec_of
 
 
 def known_status(view: View, task: Task) -> TaskStatus:
-    """What is known of a task: as its node said, or that nobody knows, since its node is not heard any more.
+    """The last reported status; UNKNOWN for a task that was assigned to a node which is down.
 
-    What had ended before has ended; what no node ever had is known all the same.
+    A task that has ended, or that no node had yet, keeps its status.
     """
     status = task.status
     if not TaskState.ASSIGNED < status.state <= TaskState.RUNNING:

@@ -36,7 +36,7 @@ def check_templates(container: ContainerSpec) -> None:
 
 
 def _texts(mount: Mount) -> Iterator[tuple[str, str]]:
-    """What may hold placeholders in a mount, and how Go names the place."""
+    """The fields of a mount that may hold placeholders, and Go's name of each field."""
     yield mount.source, f'expanding mount source "{mount.source}"'
     yield mount.target, f'expanding mount target "{mount.target}"'
     options = mount.volume_options

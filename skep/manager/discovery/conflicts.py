@@ -25,7 +25,7 @@ def data_path_warnings(nodes: Iterable[Node]) -> list[str]:
     found = []
     for node in up:
         labels, claimed = node.description.engine.labels, claimed_underlay(node)
-        said = labels.get(DATA_PATH_LABEL, "")
+        announced = labels.get(DATA_PATH_LABEL, "")
         if REFUSED_DATA_PATH_LABEL in labels:
             found.append(
                 f"node {names[node.id]}: its data path address {labels[REFUSED_DATA_PATH_LABEL]!r} belongs to "
@@ -36,8 +36,8 @@ def data_path_warnings(nodes: Iterable[Node]) -> list[str]:
                 f"node {names[node.id]}: its data path address {claimed} is that of node "
                 f"{names[owner]}, so its overlay networks reach no other node"
             )
-        elif said and not usable_address(said):
+        elif announced and not usable_address(announced):
             found.append(
-                f"node {names[node.id]}: its data path address {said!r} is no address of a machine and is not used"
+                f"node {names[node.id]}: its data path address {announced!r} is no address of a machine and is not used"
             )
     return found

@@ -105,19 +105,19 @@ def endpoint_of(
     task: Task, service: Service | None, node: Node | None, network_id: NetworkId
 ) -> TableEndpoint | None:
     """The task's container on the network; None: it is not attached, or not on a skep node that is up."""
-    place = overlay_attachments(task).get(network_id)
-    if place is None or node is None or not is_up(node) or is_docker_node(node):
+    attachment = overlay_attachments(task).get(network_id)
+    if attachment is None or node is None or not is_up(node) or is_docker_node(node):
         return None
     state = task.status.state
-    container, attachment = task.status.container_status, task.spec.network_attachment_spec
+    container, plain = task.status.container_status, task.spec.network_attachment_spec
     container_id = container.container_id if container is not None else ""
     name, aliases = "", []
     if service is not None:
         # The container's name on its node, with the slot as shown to users.
         name = f"{service.spec.name}.{task.shown_slot or task.node_id}.{task.id}"
-    elif attachment is not None:
-        container_id = attachment.container_id
-        name, *aliases = place.aliases or ("",)
+    elif plain is not None:
+        container_id = plain.container_id
+        name, *aliases = attachment.aliases or ("",)
     return TableEndpoint(
         task_id=task.id,
         node_id=task.node_id,
@@ -125,7 +125,7 @@ def endpoint_of(
         slot=task.shown_slot,
         name=name,
         aliases=tuple(alias for alias in (container_id[:SHORT_ID_CHARACTERS], *aliases) if alias),
-        addresses=_addresses(place),
+        addresses=_addresses(attachment),
         # STARTING includes containers that run and are not healthy yet; managers cannot distinguish them.
         is_running=state in (TaskState.STARTING, TaskState.RUNNING),
         is_serving=state is TaskState.RUNNING and task.is_wanted,
@@ -189,9 +189,9 @@ def overlay_attachments(task: Task) -> Mapping[NetworkId, NetworkAttachment]:
     if not TaskState.ASSIGNED.number <= task.status.state.number <= TaskState.RUNNING.number:
         return {}
     return {
-        place.network.id: place
-        for place in task.networks_attachments
-        if place.network is not None and place.addresses and is_overlay(place.network)
+        attachment.network.id: attachment
+        for attachment in task.networks_attachments
+        if attachment.network is not None and attachment.addresses and is_overlay(attachment.network)
     }
 
 
@@ -205,9 +205,9 @@ def is_up(node: Node) -> bool:
     return node.status.state is not NodeState.DOWN
 
 
-def _addresses(place: NetworkAttachment) -> tuple[str, ...]:
+def _addresses(attachment: NetworkAttachment) -> tuple[str, ...]:
     """Addresses without prefix lengths, IPv4 first."""
-    return tuple(sorted(map(_bare, place.addresses), key=lambda address: ":" in address))
+    return tuple(sorted(map(_bare, attachment.addresses), key=lambda address: ":" in address))
 
 
 def _bare(address: str) -> str:

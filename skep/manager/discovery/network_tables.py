@@ -171,19 +171,19 @@ class NetworkTables:
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
-    def _set_attachments(self, task: Task, places: Mapping[NetworkId, NetworkAttachment]) -> None:
+    def _set_attachments(self, task: Task, attachments: Mapping[NetworkId, NetworkAttachment]) -> None:
         before = self._tasks.pop(task.id, None)
         if before is not None and (before.node_id, before.service_id, overlay_attachments(before).keys()) == (
             task.node_id,
             task.service_id,
-            places.keys(),
+            attachments.keys(),
         ):
             self._tasks[task.id] = task
-            self._stale.endpoints.update(dict.fromkeys((network_id, task.id) for network_id in places))
+            self._stale.endpoints.update(dict.fromkeys((network_id, task.id) for network_id in attachments))
             return
         if before is not None:
             self._count(before, -1)
-        if places:
+        if attachments:
             self._tasks[task.id] = task
             self._count(task, 1)
 
@@ -320,8 +320,8 @@ class NetworkTables:
         """The network object, else the copy in its earliest task; None: neither exists."""
         if table.network is not None or not table.tasks:
             return table.network
-        place = overlay_attachments(self._tasks[min(table.tasks)])[table.id]
-        return place.network
+        attachment = overlay_attachments(self._tasks[min(table.tasks)])[table.id]
+        return attachment.network
 
     # -- entries ------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""Limits how many nodes register at the same time when thousands reconnect, and tells the others when to retry.
+"""Limits how many nodes register at the same time when thousands reconnect, and gives the others a time to retry.
 
 ``AT_ONCE_MAX`` registrations run at the same time; their rate follows from what this machine and the store can do.
-Further nodes wait on their connections.  A node that waited too long is told when to retry, by the rate measured
+Further nodes wait on their connections.  A node that waited too long gets a time to retry, by the rate measured
 since nodes had to wait, each node a little later than the one before.
 """
 
@@ -16,8 +16,8 @@ from skep.errors import RetryLater
 AT_ONCE_MAX = 128
 """About one transaction of the store: more at a time are no faster, and delay the manager's other work."""
 HOLD_S = 3.0
-"""Longest wait before a node is told to retry.  Nodes of versions without ``RetryLater`` give up after 5 s, and a retry
-costs a new connection, so they are not sent away earlier."""
+"""Longest wait before a node is asked to retry.  Nodes of versions without ``RetryLater`` give up after 5 s, and a
+retry costs a new connection, so they are not sent away earlier."""
 FIRST_RATE = 100.0
 """Registrations per second, until they have been measured for ``MEASURED_S``: the rate of a small machine."""
 MEASURED_S = 1.0

@@ -14,7 +14,7 @@ RECOVERY_GRACE_S = 12.0
 HEARTBEAT_COST_S = 195e-6
 """Processor time of one unary heartbeat (a Docker Engine's)."""
 STREAM_HEARTBEAT_COST_S = 2 * 11e-6
-"""Processor time of one heartbeat on an open stream (a Skep node's), with its answer."""
+"""Processor time of one heartbeat on an open stream (a Skep node's), with its response."""
 HEARTBEAT_SHARE_MAX = 0.05
 """Share of one core that heartbeats may take."""
 

@@ -363,7 +363,7 @@ class Dispatcher:
             )
 
     def _is_suspended(self) -> bool:
-        """Whether missed heartbeats are ignored: thousands of nodes reconnect, and some were told to retry later."""
+        """Whether missed heartbeats are ignored: thousands of nodes reconnect, and some were sent ``RetryLater``."""
         self._overload.is_here = self._admission.is_overloaded()
         is_overloaded = self._overload.is_anywhere(self._clock.monotonic())
         self._suspension_left_s = suspension_left(

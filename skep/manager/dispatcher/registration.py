@@ -61,7 +61,7 @@ class RegistrationRate:
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True):
-    """A node that wants a session with this manager."""
+    """A node's request for a session with this manager."""
 
     node_id: NodeId
     manager_id: NodeId
@@ -113,8 +113,8 @@ def mark_down(tx: Transaction, silent_node: SilentNode, now_ns: int) -> bool:
     if node.status.state is not NodeState.DOWN:
         status = NodeStatus(state=NodeState.DOWN, message=HEARTBEAT_FAILURE, addr=node.status.addr)
         since = timestamp(now_ns - round(silent_node.silent_s * SECOND_NS))
-        told = {"silent_since": since, "silent_together": silent_node.with_others}
-        tx.put(msgspec.structs.replace(node, status=status, **told))
+        silence = {"silent_since": since, "silent_together": silent_node.with_others}
+        tx.put(msgspec.structs.replace(node, status=status, **silence))
     return True
 
 
@@ -154,14 +154,14 @@ def _without_others_address(
 ) -> NodeDescription:
     """``description`` whose data-path label is one that is refused, if another node has that address already.
 
-    Two nodes that say so at the same moment are told apart by ``planes.holder``.
+    Of two nodes that announce it at the same moment, ``planes.holder`` chooses one.
     """
     labels = dict(description.engine.labels)
     labels.pop(REFUSED_DATA_PATH_LABEL, None)
-    said = labels.get(DATA_PATH_LABEL)
-    if said is not None:
-        others = [one.id for one in tx.find(Node, underlay=_as_usual(said)) if one.id != id]
-        if others and _as_usual(said) != connects_from:
+    announced = labels.get(DATA_PATH_LABEL)
+    if announced is not None:
+        others = [one.id for one in tx.find(Node, underlay=_as_usual(announced)) if one.id != id]
+        if others and _as_usual(announced) != connects_from:
             labels[REFUSED_DATA_PATH_LABEL] = labels.pop(DATA_PATH_LABEL)
     engine = msgspec.structs.replace(description.engine, labels=labels)
     return msgspec.structs.replace(description, engine=engine)

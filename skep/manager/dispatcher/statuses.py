@@ -78,7 +78,7 @@ def newer_status(stored: TaskStatus, reported: TaskStatus) -> TaskStatus | None:
 def record_status(tx: Transaction, report: Report) -> bool:
     """Write a status if it is newer; gives whether it was.
 
-    A deleted task is ignored: the node will be told to remove it.
+    A deleted task is ignored: the node gets an assignment that removes it.
 
     Raises:
         PermissionDenied: another node's task.

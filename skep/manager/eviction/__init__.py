@@ -1,1 +1,1 @@
-"""Takes back what a node knows that is not trusted any more: its place, and every key that it had."""
+"""Eviction of a node that is no longer trusted: removes it and replaces every key that it had."""

@@ -1,1 +1,1 @@
-"""What docker nodes need to gossip among themselves: the keys, and somebody at every manager's port 7946."""
+"""What docker nodes need to gossip among themselves: the keys, and a relay at every manager's port 7946."""

@@ -3,8 +3,8 @@
 A node gets requests from the manager that owns its session.  Nodes of other managers are requested through those
 (``Relays``): at the start one stream to each for all its nodes, later ones for nodes that are added.
 
-A follower's nodes change: ``Subscription.sources`` records through which manager each one was requested.  When the
-node is no longer there (it listens again, its session moved, a relay broke), the rest is requested at its new place.
+A follower's nodes change: ``Subscription.sources`` records through which manager each one was requested.  When the node
+is no longer there (it listens again, its session moved, a relay broke), the rest is requested where its session is now.
 
 Source: swarmkit, manager/logbroker/broker.go.
 """
@@ -147,7 +147,7 @@ class LogBroker:
                 await subscription.wait_update()
         except TimeoutError:
             for node_id in sorted(subscription.pending):
-                subscription.finish(node_id, f"node {node_id} did not answer in time")
+                subscription.finish(node_id, f"node {node_id} did not respond in time")
 
     def _on_snapshot(self, view: View) -> None:
         for subscription in self._subscriptions.values():
@@ -270,7 +270,7 @@ class LogBroker:
             reason = str(error)
         finally:
             for node_id in sorted(relay.nodes):
-                subscription.finish(node_id, f"node {node_id} did not answer: {reason}")
+                subscription.finish(node_id, f"node {node_id} did not respond: {reason}")
         if is_followed:
             await self._replace_relay(subscription, relay)
 

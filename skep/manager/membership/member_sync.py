@@ -18,7 +18,7 @@ class ReachabilityChange(msgspec.Struct, frozen=True):
 
 
 def reachability_changes(
-    nodes: Iterable[Node], silent: Collection[NodeId], heard: Collection[NodeId], own: NodeId
+    nodes: Iterable[Node], silent: Collection[NodeId], responding: Collection[NodeId], own: NodeId
 ) -> list[ReachabilityChange]:
     """Managers whose reachability changed since it was written.
 
@@ -31,7 +31,7 @@ def reachability_changes(
             continue
         if node.id in silent and status.reachability is Reachability.REACHABLE:
             changes.append(ReachabilityChange(node.id, Reachability.UNREACHABLE))
-        elif node.id in heard and status.reachability is Reachability.UNREACHABLE:
+        elif node.id in responding and status.reachability is Reachability.UNREACHABLE:
             changes.append(ReachabilityChange(node.id, Reachability.REACHABLE))
     return changes
 

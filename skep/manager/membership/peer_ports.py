@@ -21,7 +21,7 @@ async def connect_error(addr: str) -> str:
         async with asyncio.timeout(CONNECT_S):
             _, writer = await asyncio.open_connection(host, int(port))
     except TimeoutError:
-        return "no answer"
+        return "no response"
     except OSError as error:
         return os.strerror(error.errno).lower() if error.errno else str(error)
     writer.close()

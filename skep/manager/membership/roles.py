@@ -1,9 +1,9 @@
 """From the roles in the specs to members of the consensus and certificates.  Pure.
 
-A promotion starts with the certificate: the node is told to renew it, gets one of a manager, and starts its manager
-process, which requests admission (``joining``).  A demotion starts with the consensus: leadership is transferred, the
-member is removed if the rest keeps a quorum, and only then the node gets a worker's certificate.  One member at a
-time: the next step is decided after the last one has taken effect.
+A promotion starts with the certificate: the node is requested to renew it, gets one of a manager, and starts its
+manager process, which requests admission (``joining``).  A demotion starts with the consensus: leadership is
+transferred, the member is removed if the rest keeps a quorum, and only then the node gets a worker's certificate.  One
+member at a time: the next step is decided after the last one has taken effect.
 
 Source: swarmkit, manager/role_manager.go (reconcileRole).
 """

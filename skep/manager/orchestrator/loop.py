@@ -283,8 +283,8 @@ def throttle_s(tasks: int) -> float:
     A decision about thousands of tasks takes tens of milliseconds; what their nodes report meanwhile is handled in
     one.
     """
-    wished = tasks * THROTTLE_S_PER_TASK
-    return min(wished, THROTTLE_S_MAX) if wished >= THROTTLE_S_MIN else 0.0
+    delay_s = tasks * THROTTLE_S_PER_TASK
+    return min(delay_s, THROTTLE_S_MAX) if delay_s >= THROTTLE_S_MIN else 0.0
 
 
 def _is_global(service: Service) -> bool:

@@ -154,5 +154,5 @@ def _why_not_probing(node: Node) -> str:
 def _why_silent(node: Node, errors: dict[NodeId, str], within_s: float) -> str:
     manager = node.session.manager_id if node.session is not None else NodeId("")
     if manager in errors:
-        return f"its manager cannot be asked: {errors[manager]}"
-    return f"no answer within {within_s:g} s"
+        return f"its manager is not reachable: {errors[manager]}"
+    return f"no response within {within_s:g} s"

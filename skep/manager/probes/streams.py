@@ -35,7 +35,7 @@ from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.convert.paths import examination_to_pb, reports_from_pb, wish_to_pb
+from skep.wire.convert.paths import diagnostics_to_pb, reports_from_pb, targets_to_pb
 from skep.wire.service import Handler, duplex
 
 log = structlog.get_logger(__name__)
@@ -297,10 +297,10 @@ class _Stream(NodeStream):
             self.require_open()
             order = skep.PathOrder()
             if self.targets is not None and self.targets != self._sent:
-                order.wish.CopyFrom(wish_to_pb(self.targets))
+                order.wish.CopyFrom(targets_to_pb(self.targets))
                 self._sent = self.targets
             if self._diagnostics is not None:
-                order.examination.CopyFrom(examination_to_pb(*self._diagnostics))
+                order.examination.CopyFrom(diagnostics_to_pb(*self._diagnostics))
                 self._diagnostics = None
             if order.ByteSize():
                 await send(order)

@@ -55,7 +55,7 @@ _TABLES = (
 
 
 def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Application:
-    """An application that answers from ``api``.  ``newest``: the API version it announces."""
+    """An application that serves requests from ``api``.   ``newest``: the API version it announces."""
     app = engine_application(*_TABLES, newest=newest)
     app[MANAGER] = api
     return app

@@ -33,12 +33,12 @@ class Logs(Protocol):
     """The output of tasks (``manager.logbroker``)."""
 
     def subscribe(self, query: LogQuery) -> AsyncIterator[LogLine]:
-        """Lines of all tasks that ``query`` means, as they come.  Ends by itself unless ``query.follow``.
+        """Lines of all tasks that ``query`` selects, as they come.  Ends after the last one unless ``query.follow``.
 
         Closing the iterator ends the subscription on all nodes.
 
         Raises:
-            SkepError: at the end, naming what did not answer.
+            SkepError: at the end, naming the nodes that did not respond.
         """
 
 
@@ -52,17 +52,17 @@ class Backing(Protocol):
         """The file.  Raises: SkepError: it is incomplete."""
 
 
-class Examiner(Protocol):
-    """Who has nodes look at the paths between them (``manager.paths``)."""
+class Diagnostics(Protocol):
+    """Has nodes probe the paths between them (``manager.probes.diagnostics``)."""
 
     async def run_all(
-        self, tell: Callable[[DiagnosticsResult], Awaitable[None]], *, throughput: bool = False
+        self, on_result: Callable[[DiagnosticsResult], Awaitable[None]], *, throughput: bool = False
     ) -> None:
-        """Tell what each node finds, as it answers, within 25 s; why of those that do not answer."""
+        """Call ``on_result`` with each node's result as it arrives, within 25 s, or with the reason of its absence."""
 
 
 class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
-    """A manager as its API sees it."""
+    """What the request handlers use of a manager."""
 
     store: Store
     logs: Logs
@@ -71,7 +71,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     new_id: IdSource
     new_name: NameSource
     backups: Backing
-    diagnostics: Examiner
+    diagnostics: Diagnostics
     quorum: Callable[[], Quorum] = Quorum
     """Whether there is a leader, from local knowledge."""
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
@@ -79,7 +79,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     services: KnownJson = msgspec.field(default_factory=KnownJson)
     own: NodeId = NodeId("")
     """This manager's node."""
-    trouble: Callable[[], str] = str
+    own_error: Callable[[], str] = str
     """What this manager itself lacks, such as disk space, as a sentence; empty: nothing, or not known."""
 
     def now(self) -> Timestamp:
@@ -93,24 +93,24 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
         try:
             return await self.store.update(operation, *args, **kwargs)
         except SkepError:
-            with rpc_errors(), self.own_trouble():
+            with rpc_errors(), self.with_own_error():
                 raise
 
     async def require_room(self, *, creates: bool) -> None:
         """For what makes the store grow.  Raises: ResourceExhausted: it is nearly full; Unavailable."""
-        with rpc_errors(), self.own_trouble():
+        with rpc_errors(), self.with_own_error():
             space = await self.store.space()
             if space is not None and (why := refusal(space, creates=creates)):
                 raise ResourceExhausted(why)
 
     @contextmanager
-    def own_trouble(self) -> Iterator[None]:
-        """What the store says of the cluster, and what this manager knows of itself: the other managers may be well."""
+    def with_own_error(self) -> Iterator[None]:
+        """Append ``own_error`` to an ``Unavailable``: the cause may be this manager alone."""
         try:
             yield
         except Unavailable as error:
-            if trouble := self.trouble():
-                raise Unavailable(f"{error} {trouble}") from error
+            if own_error := self.own_error():
+                raise Unavailable(f"{error} {own_error}") from error
             raise
 
 
@@ -130,7 +130,7 @@ async def current_view(request: web.Request) -> View:
     """
     manager = manager_of(request)
     if request.headers.get("X-Skep-Stale") != "1":
-        with manager.own_trouble():
+        with manager.with_own_error():
             await manager.store.barrier()
     return manager.store.view()
 
@@ -142,7 +142,7 @@ def strict_flag(request: web.Request, name: str) -> bool | None:
     """The query parameter ``name`` by Go's ``strconv.ParseBool``; None if it is not given or empty.
 
     Raises:
-        ValueError: it is no boolean; the callers' errors differ in their words.
+        ValueError: it is no boolean; the callers' errors differ in their text.
     """
     word = request.query.get(name, "")
     if not word:

@@ -16,21 +16,21 @@ from skep.store.interface import View
 routes = Routes()
 
 
-class ExaminedNode(ApiObject):
-    """A node of ours, of which there will be a line: its answer, or why there is none."""
+class ProbedNode(ApiObject):
+    """A skep node.  One line with its result, or the reason why there is none, follows."""
 
     id: NodeId
     hostname: str = always("")
 
 
 class Beginning(ApiObject):
-    """The first line of the answer: who is asked."""
+    """The first line of the response: all nodes that take part."""
 
-    nodes: tuple[ExaminedNode, ...] = always(())
+    nodes: tuple[ProbedNode, ...] = always(())
 
 
 class Finding(ApiObject):
-    """One check, from the node that answers to a peer."""
+    """One check, from the reporting node to a peer."""
 
     check: str
     port: str = always("")
@@ -42,7 +42,7 @@ class Finding(ApiObject):
 
 
 class Path(ApiObject):
-    """What a node found of one peer.  ``mtu``: bytes of the underlay; ``throughput``: bytes per second; 0: unknown."""
+    """A node's findings about one peer.  ``mtu``: of the underlay; ``throughput``: bytes per second; 0: unknown."""
 
     peer_id: NodeId
     peer: str = always("")
@@ -51,10 +51,10 @@ class Path(ApiObject):
     throughput: int = 0
 
 
-class Answer(ApiObject):
-    """Every further line: one node's answer.  ``error``: why it is none, or not whole.
+class NodeResult(ApiObject):
+    """Every further line: one node's result.  ``error``: why it is missing or incomplete.
 
-    ``conditions``: what the node says is wrong with its network.
+    ``conditions``: what the node reports to be wrong with its network.
     """
 
     id: NodeId
@@ -66,36 +66,36 @@ class Answer(ApiObject):
 
 @routes.get("/skep/doctor/network")
 async def examine_network(request: web.Request) -> web.StreamResponse:
-    """One JSON object per line: who is asked, then each node's answer as it comes, within 25 s.
+    """One JSON object per line: the nodes, then each node's result as it arrives, within 25 s.
 
-    ``throughput``: measured, too, which moves up to 32 MiB between each two nodes.
+    ``throughput``: measure it as well, which moves up to 32 MiB between each two nodes.
     """
     view = await current_view(request)
     throughput = flag(request, "throughput")
     async with JsonLines(request) as lines:
         ours = [node.id for node in view.find(Node) if not is_docker_node(node)]
         await lines.send(
-            Beginning(nodes=tuple(ExaminedNode(id=id, hostname=_hostname(view, id)) for id in ours))
+            Beginning(nodes=tuple(ProbedNode(id=id, hostname=_hostname(view, id)) for id in ours))
         )
 
-        async def tell(examined: DiagnosticsResult) -> None:
-            await lines.send(answer_of(view, examined))
+        async def send_result(result: DiagnosticsResult) -> None:
+            await lines.send(node_result(view, result))
 
         try:
-            await manager_of(request).diagnostics.run_all(tell, throughput=throughput)
+            await manager_of(request).diagnostics.run_all(send_result, throughput=throughput)
         except* ConnectionResetError:
-            pass  # the user has seen enough
+            pass  # the client closed the connection
     return lines.response
 
 
-def answer_of(view: View, examined: DiagnosticsResult) -> Answer:
-    """What a node found, with names."""
-    return Answer(
-        id=examined.node_id,
-        hostname=_hostname(view, examined.node_id),
-        paths=tuple(_path(view, report) for report in examined.reports),
-        error=examined.error,
-        conditions=_conditions(view, examined.node_id),
+def node_result(view: View, result: DiagnosticsResult) -> NodeResult:
+    """A node's result, with host names."""
+    return NodeResult(
+        id=result.node_id,
+        hostname=_hostname(view, result.node_id),
+        paths=tuple(_path(view, report) for report in result.reports),
+        error=result.error,
+        conditions=_conditions(view, result.node_id),
     )
 
 

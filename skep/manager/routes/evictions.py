@@ -17,8 +17,8 @@ BY_CHARACTERS_MAX = 200
 routes = Routes()
 
 
-class EvictionWish(ApiObject):
-    """Whom to evict, and who says so."""
+class EvictionBody(ApiObject):
+    """Body of the request: the node to evict, and the user who requests it."""
 
     node: str = ""
     """Id or name; of a node that was removed already its whole id."""
@@ -33,7 +33,7 @@ class ShownStep(ApiObject):
 
 
 class ShownEviction(ApiObject):
-    """An eviction and how far it has come."""
+    """An eviction and its progress.  ``asked_*``: by which user, through which manager and when it was requested."""
 
     node_id: str = always("")
     hostname: str = always("")
@@ -49,11 +49,11 @@ class ShownEviction(ApiObject):
 
 @routes.post("/skep/cluster/evict")
 async def evict(request: web.Request) -> web.StreamResponse:
-    """Begin, or go on with what was interrupted."""
+    """Begin an eviction, or continue one that was interrupted."""
     manager = manager_of(request)
-    wish = await read_json(request, EvictionWish)
-    by = "".join(filter(str.isprintable, wish.by))[:BY_CHARACTERS_MAX] or "a client of the API"
-    eviction = await manager.update(begin, wish.node, by, manager.own, manager.now())
+    body = await read_json(request, EvictionBody)
+    by = "".join(filter(str.isprintable, body.by))[:BY_CHARACTERS_MAX] or "a client of the API"
+    eviction = await manager.update(begin, body.node, by, manager.own, manager.now())
     log.warning(
         "eviction requested",
         node=eviction.node_id,
@@ -66,7 +66,7 @@ async def evict(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/skep/cluster/evict")
 async def show_eviction(request: web.Request) -> web.StreamResponse:
-    """The last one."""
+    """The last eviction.  Raises: NotFound: there was none."""
     eviction = eviction_of(await current_view(request))
     if eviction is None:
         raise NotFound("no node was evicted yet")
@@ -74,7 +74,7 @@ async def show_eviction(request: web.Request) -> web.StreamResponse:
 
 
 def shown(eviction: Eviction) -> ShownEviction:
-    """As the API shows it."""
+    """The response's object for ``eviction``."""
     return ShownEviction(
         node_id=eviction.node_id,
         hostname=eviction.hostname,

@@ -29,7 +29,7 @@ _PIECE = 1_000
 
 @routes.get("/skep/tasks/{id}/explain")
 async def explain_one_task(request: web.Request) -> web.StreamResponse:
-    """Why a task is where it is; for one that waits for a node, what each node says."""
+    """Why a task is where it is; for one that waits for a node, each node's refusals."""
     view = await current_view(request)
     task = view.resolve(Task, request.match_info["id"])
     verdicts = await _verdicts(view, task) if task.status.state is TaskState.PENDING else []
@@ -46,7 +46,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
     view = manager_of(request).store.view()
     tasks = [with_damage(view, task) for task in view.find(Task, service_id=service.id)]
     nodes = {node.id: node for node in view.find(Node)}
-    answer = explain_service(
+    explanation = explain_service(
         service,
         tasks,
         wanted=status.desired_tasks,
@@ -54,11 +54,13 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         is_new=lambda task: is_up_to_date(view, task),
     )
     damage = damage_of(view, Service, service.id)
-    return json_answer(replace(answer, summary=f"{answer.summary}; {damage}") if damage else answer)
+    return json_answer(
+        replace(explanation, summary=f"{explanation.summary}; {damage}") if damage else explanation
+    )
 
 
 async def _verdicts(view: View, task: Task) -> list[NodeVerdict]:
-    """What each node says of ``task``, or the one node that it was made for."""
+    """Each node's refusals of ``task``, or those of the one node that it was made for."""
     own_spec = spec_of(view, task)
     nodes, tasks = view.find(Node), view.find(Task)
     accounting = Accounting()

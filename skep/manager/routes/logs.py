@@ -50,7 +50,7 @@ async def stream_task_logs(request: web.Request) -> web.StreamResponse:
 
 
 def _query(request: web.Request) -> LogQuery:
-    """What the query asks for.  Raises: Untranslated: it makes no sense (the engine answers 500)."""
+    """The log query in the parameters.  Raises: Untranslated: invalid parameters (the engine responds with 500)."""
     streams = tuple(stream for name, stream in _STREAMS.items() if flag(request, name))
     if not streams:
         raise Untranslated("Bad parameters: you must choose at least one stream")
@@ -98,7 +98,7 @@ async def _stream(request: web.Request, query: LogQuery, *, tty: bool) -> web.St
 
 @asynccontextmanager
 async def closing(lines: AsyncIterator[LogLine]) -> AsyncIterator[AsyncIterator[LogLine]]:
-    """``lines``, whose source is told at the end that nobody reads any more."""
+    """``lines``; its generator is closed at the end, which ends the subscription."""
     try:
         yield lines
     finally:
@@ -122,7 +122,7 @@ def _line(entry: LogLine, *, details: bool, timestamps: bool) -> bytes:
 
 
 def _context(entry: LogLine) -> bytes:
-    """Where a line comes from, in order of the keys; what a user's own label says of that does not count."""
+    """Where a line comes from, in order of the keys; a user's own labels of these names are ignored."""
     attributes = {
         **entry.attrs,
         "com.docker.swarm.node.id": entry.node_id,

@@ -69,20 +69,20 @@ async def inspected(view: View, network: Network, *, verbose: bool) -> dict[str,
 
     ``verbose``: with its services and their tasks.
     """
-    answer = shown(view, network)
+    response = shown(view, network)
     if not is_overlay(network):
-        return answer
+        return response
     users = _Users(view, network)
     await users.look()
     if users.nodes:
-        answer["Peers"] = [
+        response["Peers"] = [
             {"Name": node.description.hostname or node.id, "IP": node.status.addr} for node in users.nodes
         ]
     if verbose:
-        answer["Services"] = users.services
+        response["Services"] = users.services
     if warnings := [*users.warnings(), *_clash_warnings(view, network)]:
-        answer["Warnings"] = warnings
-    return answer
+        response["Warnings"] = warnings
+    return response
 
 
 class _Users:
@@ -188,14 +188,14 @@ def _service_entry(
 
 
 def _why_without_addresses(view: View, network: Network) -> list[str]:
-    """What the leader finds when it looks at a network that has none; nothing, if it only has not looked yet."""
-    book = NetworkAllocations()
+    """The allocator's error for a network without addresses; empty if the allocator has only not run yet."""
+    allocations = NetworkAllocations()
     for other in view.find(Network):
-        book.enter(other)
+        allocations.enter(other)
     swarms = view.find(Swarm)
     pools = swarms[0].default_addr_pool if swarms else ()
     try:
-        allocated(network, book, pools, swarms[0].subnet_size if swarms else 24)
+        allocated(network, allocations, pools, swarms[0].subnet_size if swarms else 24)
     except NotAllocated as error:
         return [f"not allocated: {error}"]
     return []

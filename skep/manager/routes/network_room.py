@@ -33,7 +33,7 @@ def room_warnings(view: View, service: Service) -> list[str]:
         size = usage_of(network, 0).size
         if wanted >= NEARLY_FULL * size:
             warnings.append(
-                f"network {network.spec.name} has {size} addresses, and its services wish for {wanted}: "
+                f"network {network.spec.name} has {size} addresses, and its services need {wanted}: "
                 f"skep network update --subnet-add SUBNET {network.spec.name} gives it more"
             )
     return warnings

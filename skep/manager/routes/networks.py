@@ -71,7 +71,7 @@ async def create_network(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/networks/prune")
 async def prune_networks(request: web.Request) -> web.StreamResponse:
-    """Remove every network of the cluster that nobody uses and that the filters mean; never the ingress network."""
+    """Remove every unused network of the cluster that fits the filters; never the ingress network."""
     filters = Filters.of(request)
     filters.refuse_unknown(*PRUNE_FILTERS)
     manager = manager_of(request)

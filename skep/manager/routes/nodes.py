@@ -1,4 +1,4 @@
-"""``/nodes``: the machines.
+"""``/nodes``: the machines of the cluster.
 
 Source: moby 20.10, daemon/cluster/{nodes,filters}.go; swarmkit, manager/controlapi/node.go.
 """
@@ -13,7 +13,7 @@ from skep.api.errors import Untranslated
 from skep.api.server import Filters, Routes, flag, json_answer, json_list_answer, known_list_answer, read_json
 from skep.manager.control import nodes as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
-from skep.manager.routes.shown import has_labels, shown_node, trouble_of
+from skep.manager.routes.shown import has_labels, problems_of, shown_node
 from skep.model.node import Node, NodeRole
 from skep.store.interface import View
 
@@ -35,10 +35,10 @@ async def list_nodes(request: web.Request) -> web.StreamResponse:
     filters = Filters.of(request)
     filters.refuse_unknown("name", "id", "label", "role", "membership", "node.label")
     view = await current_view(request)
-    trouble = trouble_of(view, Node)
+    problems = problems_of(view, Node)
     if not filters:
-        return known_list_answer(view.find(Node), shown_node, trouble, manager_of(request).nodes)
-    return json_list_answer(_fitting(view, filters), partial(shown_node, trouble))
+        return known_list_answer(view.find(Node), shown_node, problems, manager_of(request).nodes)
+    return json_list_answer(_fitting(view, filters), partial(shown_node, problems))
 
 
 def _fitting(view: View, filters: Filters) -> list[Node]:
@@ -70,15 +70,15 @@ def _members(cls: type[E], filters: Filters, key: str) -> set[E]:
 async def inspect_node(request: web.Request) -> web.StreamResponse:
     """One node."""
     view = await current_view(request)
-    return json_answer(shown_node(trouble_of(view, Node), view.resolve(Node, request.match_info["id"])))
+    return json_answer(shown_node(problems_of(view, Node), view.resolve(Node, request.match_info["id"])))
 
 
 @routes.post("/nodes/{id}/update")
 async def update_node(request: web.Request) -> web.StreamResponse:
     """Change labels, role and availability of a node."""
-    wish = await read_json(request, control.NodeWish)
+    body = await read_json(request, control.NodeUpdateBody)
     version = version_parameter(request, "node")
-    spec = control.node_spec(wish)
+    spec = control.node_spec(body)
     node = (await current_view(request)).resolve(Node, request.match_info["id"])
     await manager_of(request).update(control.update_node, node.id, spec, version)
     return web.Response()
@@ -86,7 +86,7 @@ async def update_node(request: web.Request) -> web.StreamResponse:
 
 @routes.delete("/nodes/{id}")
 async def remove_node(request: web.Request) -> web.StreamResponse:
-    """Forget a node that is down (or, with ``force``, any worker)."""
+    """Remove a node that is down (or, with ``force``, any worker)."""
     node = (await current_view(request)).resolve(Node, request.match_info["id"])
     manager, now_ns = manager_of(request), manager_of(request).clock.now_ns()
     await manager.update(control.remove_node, node.id, force=flag(request, "force"), now_ns=now_ns)

@@ -13,4 +13,4 @@ routes = Routes()
 async def show_quorum(request: web.Request) -> web.Response:
     """For ``docker info`` and ``skep status``, before any request that would wait for a leader."""
     manager = manager_of(request)
-    return json_answer(replace(manager.quorum(), trouble=manager.trouble()))
+    return json_answer(replace(manager.quorum(), own_error=manager.own_error()))

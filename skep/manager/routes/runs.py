@@ -21,7 +21,7 @@ from skep.model.times import Timestamp
 routes = Routes()
 
 RUNS_MAX = 500
-"""The latest that one answer holds."""
+"""Runs in one response at most, the latest ones."""
 LINES_MAX = 100
 DEFAULT_LINES = 3
 LINE_BYTES_MAX = 4096
@@ -44,7 +44,7 @@ class Run(ApiObject):
 
 
 class Runs(ApiObject):
-    """Answer of ``GET /skep/services/{id}/runs?tail=N``, oldest first.
+    """Response of ``GET /skep/services/{id}/runs?tail=N``, oldest first.
 
     ``incomplete``: why some lines may be missing; empty: they are all there.
     """
@@ -86,7 +86,7 @@ async def _collect(request: web.Request, lines: dict[TaskId, deque[str]], tail: 
                 if (kept := lines.get(entry.task_id)) is not None:
                     kept.append(entry.data[:LINE_BYTES_MAX].decode(errors="replace").rstrip("\r\n"))
     except TimeoutError:
-        return f"not all nodes have answered within {LOGS_SECONDS_MAX:g} s"
+        return f"not all nodes have responded within {LOGS_SECONDS_MAX:g} s"
     except (SkepError, Untranslated) as error:
         return str(error)
     return ""

@@ -24,7 +24,7 @@ from skep.manager.control import services as control
 from skep.manager.control.service_form import UNRECOGNIZED, settled
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
 from skep.manager.routes.network_room import room_warnings
-from skep.manager.routes.shown import has_labels, service_status, shown_service, trouble_of
+from skep.manager.routes.shown import has_labels, problems_of, service_status, shown_service
 from skep.model.container import ContainerSpec
 from skep.model.service import Service, ServiceSpec
 from skep.store.interface import View
@@ -43,15 +43,15 @@ async def list_services(request: web.Request) -> web.StreamResponse:
     status = wrapped_flag(request, "status") if api_version(request) >= _V1_41 else False
     view = await current_view(request)
     services = list(_fitting(view, filters) if filters else _all(view))
-    trouble = trouble_of(view, Service)
+    problems = problems_of(view, Service)
     if not status and not filters:
-        return known_list_answer(services, shown_service, trouble, manager_of(request).services)
+        return known_list_answer(services, shown_service, problems, manager_of(request).services)
     if not status:
-        return json_list_answer(services, partial(shown_service, trouble))
+        return json_list_answer(services, partial(shown_service, problems))
     store = manager_of(request).store
     return json_list_answer(
         [
-            shown_service(trouble, service, status=await service_status(store.view(), service))
+            shown_service(problems, service, status=await service_status(store.view(), service))
             for service in services
         ]
     )
@@ -76,7 +76,7 @@ def _fitting(view: View, filters: Filters) -> Iterator[Service]:
 
 @routes.post("/services/create")
 async def create_service(request: web.Request) -> web.StreamResponse:
-    """Create a service; it answers with the id before any task exists."""
+    """Create a service; the response has its id and does not wait for tasks."""
     manager = manager_of(request)
     spec = await _read_spec(request)
     if control.names_networks(spec):  # otherwise only the transaction reads anything
@@ -100,7 +100,7 @@ async def inspect_service(request: web.Request) -> web.StreamResponse:
     insert_defaults = wrapped_flag(request, "insertDefaults")
     view = await current_view(request)
     service = view.resolve(Service, request.match_info["id"])
-    return json_answer(shown_service(trouble_of(view, Service), service, insert_defaults=insert_defaults))
+    return json_answer(shown_service(problems_of(view, Service), service, insert_defaults=insert_defaults))
 
 
 @routes.post("/services/{id}/update")

@@ -28,8 +28,8 @@ _PIECE = 5_000
 T = TypeVar("T")
 
 
-class Trouble(Struct, frozen=True):
-    """What an answer tells of objects beside what they are.
+class Problems(Struct, frozen=True):
+    """What a response reports of objects beside their own fields.
 
     ``freeze``: why nothing is replaced at present, if so; ``damages``: id -> what of that object cannot be read.
     """
@@ -38,11 +38,11 @@ class Trouble(Struct, frozen=True):
     damages: Mapping[str, str]
 
 
-def trouble_of(view: View, kind: type[Struct]) -> Trouble:
-    """For answers about objects of ``kind``."""
+def problems_of(view: View, kind: type[Struct]) -> Problems:
+    """The problems of all objects of ``kind``."""
     freeze = next((swarm.freeze for swarm in view.find(Swarm)), None)
     ids = {*view.damaged(kind), *view.unreadable(kind)}
-    return Trouble(freeze, {id: damage_of(view, kind, id) for id in ids})
+    return Problems(freeze, {id: damage_of(view, kind, id) for id in ids})
 
 
 def damage_of(view: View, kind: type[Struct], id: str) -> str:
@@ -54,28 +54,32 @@ def damage_of(view: View, kind: type[Struct], id: str) -> str:
 
 
 def shown_service(
-    trouble: Trouble, service: Service, *, insert_defaults: bool = False, status: ServiceStatus | None = None
+    problems: Problems,
+    service: Service,
+    *,
+    insert_defaults: bool = False,
+    status: ServiceStatus | None = None,
 ) -> Service:
-    """``service`` for an answer."""
+    """``service`` for a response."""
     return replace(
         service,
         spec=with_defaults(service.spec) if insert_defaults else service.spec,
         spec_version=None,
         service_status=status,
-        damage=trouble.damages.get(service.id, ""),
+        damage=problems.damages.get(service.id, ""),
     )
 
 
-def shown_node(trouble: Trouble, node: Node) -> Node:
+def shown_node(problems: Problems, node: Node) -> Node:
     """``node`` for a response; for a node that is down also whether replacement is frozen."""
     status = node.status
-    if trouble.freeze is not None and status.state is NodeState.DOWN:
-        status = replace(status, message=f"{status.message}; {frozen_message(trouble.freeze)}")
+    if problems.freeze is not None and status.state is NodeState.DOWN:
+        status = replace(status, message=f"{status.message}; {frozen_message(problems.freeze)}")
     is_ready = status.state is NodeState.READY
     more = (
         path_message(node) if is_ready else "",
         *(condition_messages(node.description) if is_ready else ()),
-        trouble.damages.get(node.id, ""),
+        problems.damages.get(node.id, ""),
     )
     if any(more):
         status = replace(status, message="; ".join(filter(None, (status.message, *more))))
@@ -99,26 +103,26 @@ def shown_node(trouble: Trouble, node: Node) -> Node:
 
 def path_message(node: Node) -> str:
     """A ready node's failing paths, for its status message; empty: none fails."""
-    told: list[str] = []
+    parts: list[str] = []
     if not ignores_paths(node.spec.labels):
-        told += [f"takes no tasks on {one.networks}: {one.summary}" for one in node.cut_off]
+        parts += [f"takes no tasks on {one.networks}: {one.summary}" for one in node.cut_off]
     if node.failing_paths:
-        told.append(f"cannot reach {', '.join(one.summary for one in node.failing_paths[:_PATHS_SHOWN])}")
+        parts.append(f"cannot reach {', '.join(one.summary for one in node.failing_paths[:_PATHS_SHOWN])}")
         if len(node.failing_paths) > _PATHS_SHOWN:
-            told[-1] += f" and {len(node.failing_paths) - _PATHS_SHOWN} more"
-    return "; ".join(told)
+            parts[-1] += f" and {len(node.failing_paths) - _PATHS_SHOWN} more"
+    return "; ".join(parts)
 
 
 def shown_swarm(view: View, swarm: Swarm) -> Swarm:
-    """``swarm`` for an answer."""
+    """``swarm`` for a response."""
     return replace(swarm, rotation=None, freeze=None, damage=damage_of(view, Swarm, swarm.id))
 
 
 def shown_task(view: View, now_ns: int, task: Task) -> Task:
-    """``task`` for an answer: as in the engine, only a service's specification says what runs it.
+    """``task`` for a response: without its runtime, as in the engine: only a service's spec has it.
 
-    A task whose node is not heard any more is shown as unknown, never as running; one that waits for its restart
-    delay says until when, where ``docker service ps`` shows errors.
+    A task whose node is down is shown as unknown, never as running; a task that waits for its restart delay has the
+    end of that delay among its errors, as ``docker service ps`` shows those.
     """
     task = with_damage(view, task)
     status = known_status(view, task)
@@ -143,7 +147,7 @@ def with_damage(view: View, task: Task) -> Task:
 
 
 async def service_status(view: View, service: Service) -> ServiceStatus:
-    """How many tasks of ``service`` run, are wanted, and are done.  There may be 100,000: others get their turns.
+    """How many tasks of ``service`` run, are wanted, and are done; yields to the event loop between batches.
 
     Wanted of a global service are as many as there are nodes that may have one; SwarmKit counts its tasks there,
     and so loses those that wait for their restart, and counts twice what is being updated.
@@ -152,7 +156,7 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
     """
     iteration = service.job_status.job_iteration if service.job_status is not None else None
     running = wanted = completed = 0
-    places: set[NodeId] = set()
+    node_ids: set[NodeId] = set()
     async for task in _in_turns(view.find(Task, service_id=service.id)):
         if iteration is not None and task.job_iteration != iteration:
             continue
@@ -160,7 +164,7 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
         running += state is TaskState.RUNNING
         completed += state is TaskState.COMPLETE
         if task.is_wanted:
-            places.add(task.node_id)
+            node_ids.add(task.node_id)
             wanted += state is not TaskState.COMPLETE  # of a global job
     mode = service.spec.mode
     if mode.replicated is not None:
@@ -170,8 +174,8 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
     elif mode.global_ is not None:
         wanted = 0
         async for node in _in_turns(view.find(Node)):
-            has_place = node.spec.availability is Availability.ACTIVE or node.id in places
-            wanted += has_place and is_eligible(node, service)
+            is_eligible_node = node.spec.availability is Availability.ACTIVE or node.id in node_ids
+            wanted += is_eligible_node and is_eligible(node, service)
     return ServiceStatus(
         running_tasks=running,
         desired_tasks=wanted,

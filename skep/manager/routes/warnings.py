@@ -41,7 +41,7 @@ async def _space_warnings(store: Store) -> list[str]:
     try:
         space = await store.space()
     except Unavailable:
-        return []  # its status says so
+        return []  # its status has the reason
     sentence = warning(space) if space is not None else ""
     return [f"WARNING: {sentence}"] if sentence else []
 

@@ -1,4 +1,4 @@
-"""One node's refusal of one task, in words and figures, for a user who asks why."""
+"""One node's refusal of one task, in words and figures, for explanations."""
 
 from collections.abc import Iterator
 

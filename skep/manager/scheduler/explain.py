@@ -1,7 +1,7 @@
 """Why a task has no node yet: every node of the cluster, with all reasons against it.
 
 The loop counts refusals by filter, which is cheap enough for every decision; this applies all filters to one task
-when a user asks.  It needs only a view, so every manager can answer.
+on request.  It needs only a view, so every manager can serve the request.
 """
 
 from skep.manager.scheduler.accounting import Account, Accounting, holds_resources

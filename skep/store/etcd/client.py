@@ -24,7 +24,7 @@ from skep.store.etcd.errors import Uncertain, etcd_errors
 M = TypeVar("M", bound=Message)
 
 BOUNDS = Bounds(stream_window=8 * 1024 * 1024, connection_window=16 * 1024 * 1024, message=512 * 1024 * 1024)
-"""etcd answers a read of many keys in one message, and is trusted not to exhaust the memory with one."""
+"""etcd responds to a read of many keys with one message, and is trusted not to exhaust the memory with one."""
 
 WRITE_S = 1.0
 """A write sent while the leader dies gets no response; after this time its outcome is determined in another way."""
@@ -176,7 +176,7 @@ class Client:
         )
 
     async def remove(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
-        """Remove a member; its process exits when it learns of it."""
+        """Remove a member; its process exits when that is committed."""
         await self._call(
             "Cluster/MemberRemove", pb.MemberRemoveResponse, pb.MemberRemoveRequest(id=member_id), timeout_s
         )

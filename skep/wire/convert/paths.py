@@ -21,19 +21,21 @@ FINDINGS_MAX = 16
 PORT_CHARACTERS_MAX = 32
 
 
-def wish_to_pb(wish: ProbeTargets) -> pb.PathWish:
-    return pb.PathWish(node=_peer_to_pb(wish.node), peers=map(_peer_to_pb, wish.peers))
+def targets_to_pb(targets: ProbeTargets) -> pb.PathWish:
+    """``PathWish`` and ``Examination`` are the messages' names in the protocol, which do not change."""
+    return pb.PathWish(node=_peer_to_pb(targets.node), peers=map(_peer_to_pb, targets.peers))
 
 
-def wish_from_pb(message: pb.PathWish) -> ProbeTargets:
+def targets_from_pb(message: pb.PathWish) -> ProbeTargets:
+    """The reverse of ``targets_to_pb``."""
     return ProbeTargets(node=_peer_from_pb(message.node), peers=tuple(map(_peer_from_pb, message.peers)))
 
 
-def examination_to_pb(number: int, examination: DiagnosticsRequest) -> pb.Examination:
+def diagnostics_to_pb(number: int, request: DiagnosticsRequest) -> pb.Examination:
     return pb.Examination(
         number=number,
-        peers=map(_peer_to_pb, examination.peers),
-        throughput=examination.throughput,
+        peers=map(_peer_to_pb, request.peers),
+        throughput=request.throughput,
         names=[
             pb.NetworkNames(
                 network_id=one.network_id,
@@ -43,12 +45,12 @@ def examination_to_pb(number: int, examination: DiagnosticsRequest) -> pb.Examin
                     for name, addresses in sorted(one.names.items())
                 ],
             )
-            for one in examination.names
+            for one in request.names
         ],
     )
 
 
-def examination_from_pb(message: pb.Examination) -> DiagnosticsRequest:
+def diagnostics_from_pb(message: pb.Examination) -> DiagnosticsRequest:
     return DiagnosticsRequest(
         peers=tuple(map(_peer_from_pb, message.peers)),
         throughput=message.throughput,

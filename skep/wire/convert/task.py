@@ -68,7 +68,7 @@ def task_to_pb(assigned: AssignedTask, registry_auth: str = "") -> pb.Task:
 
 
 def _networks_to_pb(task: Task) -> list[pb.NetworkAttachment]:
-    """The task's places, with the options for its end of each network that its spec names."""
+    """The task's attachments, each with the driver options that its spec has for that network."""
     options = {network.target: network.driver_opts for network in task.spec.networks}
     messages = [attachment_to_pb(attachment) for attachment in task.networks_attachments]
     for message in messages:

@@ -5,7 +5,7 @@ from typing import Any
 from click.testing import CliRunner
 
 from skep.cli import main as cli
-from skep.cli.doctor import is_too_early, is_troubled, shown, verdict
+from skep.cli.doctor import has_problem, is_too_early, shown, verdict
 
 
 def a_finding(
@@ -20,15 +20,15 @@ def a_path(peer: str, *findings: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"PeerID": f"id-{peer}", "Peer": peer, "Findings": list(findings or (a_finding(),)), **more}
 
 
-def an_answer(name: str, *paths: dict[str, Any], error: str = "") -> dict[str, Any]:
+def a_result(name: str, *paths: dict[str, Any], error: str = "") -> dict[str, Any]:
     return {"ID": f"id-{name}", "Hostname": name, "Paths": list(paths)} | ({"Error": error} if error else {})
 
 
-WELL = [an_answer("m1", a_path("w1", MTU=1500)), an_answer("w1", a_path("m1", MTU=1500))]
+WELL = [a_result("m1", a_path("w1", MTU=1500)), a_result("w1", a_path("m1", MTU=1500))]
 BLOCKED = [
-    an_answer("m1", a_path("w1"), a_path("w2")),
-    an_answer("w1", a_path("m1"), a_path("w2", a_finding(fails=True, Detail="nothing came back"))),
-    an_answer("w2", a_path("m1"), a_path("w1", a_finding(fails=True, Detail="nothing came back"))),
+    a_result("m1", a_path("w1"), a_path("w2")),
+    a_result("w1", a_path("m1"), a_path("w2", a_finding(fails=True, Detail="nothing came back"))),
+    a_result("w2", a_path("m1"), a_path("w1", a_finding(fails=True, Detail="nothing came back"))),
 ]
 
 
@@ -40,14 +40,14 @@ def test_a_cluster_that_is_well_is_said_to_be() -> None:
         "m1    w1  1 check  0 %   0.4 ms  1500  ok",
         "w1    m1  1 check  0 %   0.4 ms  1500  ok",
     ]
-    assert not any(map(is_troubled, WELL))
+    assert not any(map(has_problem, WELL))
 
 
 def test_a_cluster_whose_nodes_do_not_know_each_other_yet_is_not_said_to_be_well() -> None:
-    early = [an_answer("m1"), an_answer("w1")]
+    early = [a_result("m1"), a_result("w1")]
     assert verdict(early) == "2 nodes, 0 pairs: no node has its list of peers yet: try again in a few seconds"
     assert is_too_early(early)
-    assert not is_too_early([an_answer("m1")])
+    assert not is_too_early([a_result("m1")])
     assert not is_too_early(WELL)
 
 
@@ -57,32 +57,32 @@ def test_what_fails_comes_first_with_pair_and_port() -> None:
     assert [line.split("  ")[0].strip() for line in lines[3:5]] == ["\x1b[31mw1", "\x1b[31mw2"]
     assert lines[3].startswith("\x1b[31mw1    w2  overlay  4789/udp  100 %")
     assert lines[-2:] == ["Why:", "  w1 -> w2 and 1 more: overlay: nothing came back"]
-    assert [is_troubled(answer) for answer in BLOCKED] == [False, True, True]
+    assert [has_problem(result) for result in BLOCKED] == [False, True, True]
 
 
 def test_a_node_that_does_not_answer_is_named_with_why() -> None:
-    answers = [*WELL, an_answer("w3", error="no answer within 25 s")]
-    assert verdict(answers) == "3 nodes, 1 pair: no answer from 1 node"
-    assert list(shown(answers))[-2:] == ["Nodes without an answer:", "  w3: no answer within 25 s"]
-    assert is_troubled(answers[-1])
+    results = [*WELL, a_result("w3", error="no response within 25 s")]
+    assert verdict(results) == "3 nodes, 1 pair: no response from 1 node"
+    assert list(shown(results))[-2:] == ["Nodes without a response:", "  w3: no response within 25 s"]
+    assert has_problem(results[-1])
 
 
 def test_in_a_large_cluster_only_what_fails_is_listed() -> None:
     names = [f"w{number}" for number in range(10)]
-    answers = [an_answer(name, *(a_path(peer) for peer in names if peer != name)) for name in names]
-    assert list(shown(answers))[2:] == ["90 paths without a problem are not shown (--all)"]
-    assert len(list(shown([*BLOCKED, *answers]))) == 9
-    assert len(list(shown(answers, shows_all=True))) == 3 + 90
+    results = [a_result(name, *(a_path(peer) for peer in names if peer != name)) for name in names]
+    assert list(shown(results))[2:] == ["90 paths without a problem are not shown (--all)"]
+    assert len(list(shown([*BLOCKED, *results]))) == 9
+    assert len(list(shown(results, shows_all=True))) == 3 + 90
 
 
 def test_every_check_is_shown_on_demand() -> None:
-    two = [an_answer("m1", a_path("w1", a_finding(), a_finding("control", "2377/tcp")))]
+    two = [a_result("m1", a_path("w1", a_finding(), a_finding("control", "2377/tcp")))]
     rows = list(shown(two, shows_all=True))[3:]
     assert [row.split()[2:4] for row in rows] == [["overlay", "4789/udp"], ["control", "2377/tcp"]]
 
 
 def test_what_a_node_finds_of_its_own_names_is_no_pair() -> None:
-    own = an_answer("m1", a_path("m1", a_finding("names", "53/udp", fails=True, Detail="web is 10.0.0.9")))
+    own = a_result("m1", a_path("m1", a_finding("names", "53/udp", fails=True, Detail="web is 10.0.0.9")))
     lines = list(shown([own]))
     assert lines[0] == "1 node, 0 pairs: 53/udp (names) fails on m1"
     assert "(itself)" in lines[3]
@@ -90,7 +90,7 @@ def test_what_a_node_finds_of_its_own_names_is_no_pair() -> None:
 
 
 def test_speed_is_shown_where_it_was_measured() -> None:
-    lines = list(shown([an_answer("m1", a_path("w1", Throughput=125_000_000))]))
+    lines = list(shown([a_result("m1", a_path("w1", Throughput=125_000_000))]))
     assert "1,000 Mbit/s" in lines[-1]
 
 
@@ -107,8 +107,11 @@ def test_without_a_node_it_is_one_line() -> None:
 
 
 def test_what_a_node_says_of_its_network_is_trouble() -> None:
-    answers = [WELL[0] | {"Conditions": ["the kernel's table of neighbours overflows"]}, WELL[1]]
-    lines = list(shown(answers))
+    results = [WELL[0] | {"Conditions": ["the kernel's table of neighbours overflows"]}, WELL[1]]
+    lines = list(shown(results))
     assert lines[0] == "2 nodes, 1 pair: 1 node with a problem of its own"
-    assert lines[-2:] == ["What nodes say of themselves:", "  m1: the kernel's table of neighbours overflows"]
-    assert [is_troubled(answer) for answer in answers] == [True, False]
+    assert lines[-2:] == [
+        "What nodes report of themselves:",
+        "  m1: the kernel's table of neighbours overflows",
+    ]
+    assert [has_problem(result) for result in results] == [True, False]

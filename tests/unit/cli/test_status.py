@@ -84,7 +84,7 @@ def test_a_locked_manager_and_one_in_error_are_not_called_workers() -> None:
 def test_a_node_that_finds_no_manager_says_where_it_looks_and_how_to_tell_it_another_place() -> None:
     info = an_info(LocalNodeState="pending", NodeID="n1", RemoteManagers=[{"Addr": "192.0.2.1:2377"}])
     told = dict(about_node(info))["swarm"]
-    assert "it asks 192.0.2.1:2377" in told
+    assert "it tries 192.0.2.1:2377" in told
     assert 'managers = ["address:2377"]' in told
 
 

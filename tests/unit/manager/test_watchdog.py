@@ -56,7 +56,7 @@ async def test_a_loop_that_hangs_has_another_lead_and_then_ends(fails: bool) -> 
     assert told.said == []
     hold_until(lambda: len(told.said) == 2)
     assert told.said[0] == "hand over"
-    assert told.said[1].startswith("end: its event loop did not answer")
+    assert told.said[1].startswith("end: its event loop did not respond")
     watch.stop()
 
 

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.cli.status import about_cluster
 from skep.manager.events import messages_of
-from skep.manager.routes.shown import Trouble, shown_node
+from skep.manager.routes.shown import Problems, shown_node
 from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_messages
 from skep.model.node import EngineDescription, NodeDescription, NodeState, NodeStatus
 from skep.node.conditions import LABEL_SECONDS_MIN, Conditions
@@ -65,9 +65,9 @@ def test_a_ready_nodes_status_message_has_its_conditions(conditions: Conditions)
     node = replace(
         a_node("w1"), description=described(conditions), status=NodeStatus(state=NodeState.READY, message="m")
     )
-    assert shown_node(Trouble(None, {}), node).status.message == "m; the disk is full"
+    assert shown_node(Problems(None, {}), node).status.message == "m; the disk is full"
     down = replace(node, status=NodeStatus(state=NodeState.DOWN))
-    assert shown_node(Trouble(None, {}), down).status.message == ""
+    assert shown_node(Problems(None, {}), down).status.message == ""
 
 
 def test_events_say_when_conditions_change(conditions: Conditions):

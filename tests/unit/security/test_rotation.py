@@ -1,4 +1,4 @@
-"""From one root to the next: what the user may wish, and what comes of it."""
+"""From one root to the next: what the user may config, and what comes of it."""
 
 import ssl
 from datetime import UTC, datetime, timedelta
@@ -17,7 +17,7 @@ from skep.security.authority import Authority
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
 from skep.security.keys import PrivateKey, new_private_key, private_pem
-from skep.security.rotation import NextRoot, Roots, wished_roots
+from skep.security.rotation import NextRoot, Roots, requested_roots
 from skep.security.tls import ServerTls, client_context
 from skep.security.trust import is_issued_by, tls_info, tls_info_of
 
@@ -27,8 +27,8 @@ OLD, NEW = Authority.create(), Authority.create()
 ROOTS = Roots(root_pem=OLD.root_pem, key_pem=OLD.key_pem)
 
 
-def wished(wish: CAConfig, roots: Roots = ROOTS, *, is_forced: bool = False) -> Roots:
-    return wished_roots(roots, wish, is_forced=is_forced, now=NOW, create=lambda: NEW)
+def wished(config: CAConfig, roots: Roots = ROOTS, *, is_forced: bool = False) -> Roots:
+    return requested_roots(roots, config, is_forced=is_forced, now=NOW, create=lambda: NEW)
 
 
 def a_root(key: PrivateKey, *, days: int = 3650, is_authority: bool = True, name: str = "mine") -> bytes:
@@ -148,7 +148,7 @@ KEY = new_private_key()
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("config", "message"),
     [
         (CAConfig(signing_ca_key="x"), "the signing CA cert must also be provided"),
         (CAConfig(signing_ca_cert="x"), "invalid root certificates"),
@@ -161,9 +161,9 @@ KEY = new_private_key()
         (brought(OLD._key, a_root(OLD._key)), "Cannot update to a cert with an identical key"),
     ],
 )
-def test_a_wish_that_can_never_work_is_refused_in_dockers_words(wish, message):
+def test_a_wish_that_can_never_work_is_refused_in_dockers_words(config, message):
     with pytest.raises(InvalidArgument, match=message):
-        wished(wish)
+        wished(config)
 
 
 def test_a_next_root_says_nothing_of_its_key_in_the_log():

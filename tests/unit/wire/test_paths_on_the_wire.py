@@ -57,9 +57,9 @@ NAMES = st.builds(
 
 
 @given(st.builds(ProbeTargets, node=PEERS, peers=LISTS))
-def test_wishes_survive(wish: ProbeTargets) -> None:
-    sent = convert.wish_to_pb(wish).SerializeToString()
-    assert convert.wish_from_pb(pb.PathWish.FromString(sent)) == wish
+def test_wishes_survive(targets: ProbeTargets) -> None:
+    sent = convert.targets_to_pb(targets).SerializeToString()
+    assert convert.targets_from_pb(pb.PathWish.FromString(sent)) == targets
 
 
 @given(
@@ -72,9 +72,9 @@ def test_wishes_survive(wish: ProbeTargets) -> None:
     SMALL,
 )
 def test_examinations_survive(examination: DiagnosticsRequest, number: int) -> None:
-    sent = pb.Examination.FromString(convert.examination_to_pb(number, examination).SerializeToString())
+    sent = pb.Examination.FromString(convert.diagnostics_to_pb(number, examination).SerializeToString())
     assert sent.number == number
-    assert convert.examination_from_pb(sent) == examination
+    assert convert.diagnostics_from_pb(sent) == examination
 
 
 @given(st.lists(REPORTS, max_size=3).map(tuple))

@@ -1,1 +1,1 @@
-"""Removes tasks that nobody needs for history any more, and services whose last task is gone."""
+"""Removes tasks beyond the history limit, and services whose last task is gone."""

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence
-from skep.manager.control.nodes import NodeWish, node_spec, remove_node, update_node
+from skep.manager.control.nodes import NodeUpdateBody, node_spec, remove_node, update_node
 from skep.manager.control.swarm import Rotations, found_swarm, unlock_key_of, update_swarm
 from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.meta import TLSInfo
@@ -122,11 +122,11 @@ async def test_a_stale_update_of_the_cluster_is_refused(store):
 )
 def test_strange_words_for_a_node_are_refused(role, availability, message):
     with pytest.raises(InvalidArgument, match=message):
-        node_spec(NodeWish(role=role, availability=availability))
+        node_spec(NodeUpdateBody(role=role, availability=availability))
 
 
 def test_words_for_a_node_are_read_without_regard_to_case():
-    spec = node_spec(NodeWish(role="Manager", availability="DRAIN"))
+    spec = node_spec(NodeUpdateBody(role="Manager", availability="DRAIN"))
     assert (spec.role, spec.availability) == (NodeRole.MANAGER, Availability.DRAIN)
 
 

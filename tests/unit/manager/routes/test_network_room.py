@@ -45,9 +45,7 @@ async def test_a_service_that_fills_its_network_says_so_when_it_is_made_and_chan
     async with client.post("/services/create", json=a_wish("two", id, **replicated(5))) as answer:
         made = await answer.json()
     (warning,) = made["Warnings"]
-    assert warning.startswith(
-        "network tiny has 13 addresses, and its services wish for 12: skep network update"
-    )
+    assert warning.startswith("network tiny has 13 addresses, and its services need 12: skep network update")
     index = (await (await client.get("/services/two")).json())["Version"]["Index"]
     path = f"/services/two/update?version={index}"
     async with client.post(path, json=a_wish("two", id, **replicated(1))) as answer:
@@ -67,7 +65,7 @@ async def test_what_a_service_wishes_for_depends_on_its_mode(cluster, fields, wa
     id = await a_network(api, client, "tiny", "10.9.0.0/30")  # one address
     async with client.post("/services/create", json=a_wish("web", id, **fields)) as answer:
         (warning,) = (await answer.json())["Warnings"]
-    assert f"wish for {wanted}:" in warning
+    assert f"need {wanted}:" in warning
 
 
 async def test_a_network_without_addresses_says_why(cluster) -> None:

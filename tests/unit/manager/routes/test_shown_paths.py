@@ -2,13 +2,13 @@
 
 from msgspec.structs import replace
 
-from skep.manager.routes.shown import Trouble, shown_node
+from skep.manager.routes.shown import Problems, shown_node
 from skep.model.ids import NodeId
 from skep.model.labels import IGNORE_PATHS
 from skep.model.node import CutOff, FailingPath, NodeState
 from tests.support.builders import a_node
 
-NO_TROUBLE = Trouble(freeze=None, damages={})
+NO_PROBLEMS = Problems(freeze=None, damages={})
 CUT_OFF = CutOff(check="overlay", port="4789/udp", peers=("w2",))
 
 
@@ -22,7 +22,7 @@ def message(**fields: object) -> str:
     labels = fields.pop("labels", None)
     state = fields.pop("state", NodeState.READY)
     node = replace(a_node(labels=labels, state=state), **fields)  # type: ignore[arg-type]
-    shown = shown_node(NO_TROUBLE, node)
+    shown = shown_node(NO_PROBLEMS, node)
     assert (shown.failing_paths, shown.cut_off) == ((), ())
     return shown.status.message
 
