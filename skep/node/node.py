@@ -190,6 +190,7 @@ class Node:
             policy=_registry_policy(configuration),
             clock=self._clock,
             on_event=self._events.publish_image,
+            report=environment.conditions.say("images"),
         )
         # Connections to the net process: several, so that ports do not wait for the names of a thousand containers.
         net = partial(NetClient, self._paths.net_socket, self._clock, self._random)
@@ -443,7 +444,7 @@ class Node:
         if self._engine is not None:
             if apparmor.is_supported():
                 run(partial(keep_profile, conditions, clock), "apparmor profile")
-            run(partial(self._engine.images.settle, conditions.say("images")), "images")
+            run(self._engine.images.settle, "images")
         run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
         if self._network is not None:
             run(NeighbourTables(conditions.say(NEIGHBOURS), clock).run, "neighbour tables")

@@ -8,6 +8,11 @@ change is seen by anyone.
 What cannot be read at the start (no descriptor is free, the disk fails) is read later: until then no image changes its
 names, or no layer is deleted, since it is not known which are used.
 
+An image is *damaged* when its configuration is not what its id says, or one of its layers is missing.  It cannot be
+run; other images can.  Its layers stay, since containers may stand on them; while its configuration cannot be read, it
+is not known which layers these are, so none is deleted at all.  It is whole again when it is pulled or loaded again,
+and gone when it is removed.
+
 Reads are synchronous, from memory.  Layers that a load or pull is about to stand on are *pinned*, so that a
 removal beside it leaves them; what is neither pinned nor part of an image is deleted.
 """
@@ -16,7 +21,7 @@ import asyncio
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -26,7 +31,7 @@ import structlog
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.failures import describe_error, log_error, retry
 from skep.aio.trees import discard_tree, discard_tree_now
-from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of
+from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest
 from skep.engine.images.image import Image, ImageConfig, parse_config
 from skep.engine.images.layers import Layers, Limits
 from skep.engine.images.reference import Reference, parse_any, parse_reference
@@ -65,8 +70,19 @@ class Catalog(msgspec.Struct, frozen=True):
     retired: frozenset[str] = frozenset()
 
 
+class Damage(msgspec.Struct, frozen=True):
+    """Why an image cannot be run.  ``config`` None: its configuration is damaged, so its layers are not known."""
+
+    reason: str
+    config: ImageConfig | None
+
+
 class LocalImages:
-    """All images below one directory.  One process at a time; ``open`` comes first."""
+    """All images below one directory.  One process at a time; ``open`` comes first.
+
+    Args:
+        report: called with what is wrong with the images at present, and with an empty text when nothing is.
+    """
 
     def __init__(
         self,
@@ -75,15 +91,18 @@ class LocalImages:
         limits: Limits | None = None,
         clock: Clock | None = None,
         on_event: Callable[[ImageEvent], None] = lambda _: None,
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.limits = limits or Limits()
         self.scratch = root / "tmp"
         self._root = root
         self._clock = clock or SystemClock()
         self._on_event = on_event
+        self._report = report
         self._catalog = Catalog()
         self._knows_catalog = False
         self._configs: dict[str, ImageConfig] = {}
+        self._damaged: dict[str, Damage] = {}
         self._images: dict[str, Image] = {}
         self._by_reference: dict[Reference, Image] = {}
         self._pinned: Counter[str] = Counter()
@@ -95,19 +114,15 @@ class LocalImages:
     async def open(self) -> None:
         """Read what earlier processes left; ``settle`` does the rest."""
         await asyncio.to_thread(self._set_aside)
-        await self._read_or_say()
+        await self._read_or_report()
 
-    async def settle(self, say: Callable[[str], None] = lambda _: None) -> None:
-        """Read what could not be read, then remove what earlier processes did not finish.
-
-        ``say`` is called with the error meanwhile, and with an empty text when there is none.
-        """
+    async def settle(self) -> None:
+        """Read what could not be read, then remove what earlier processes did not finish."""
 
         async def read() -> None:
             if self.error:
                 async with self._writing:
-                    await self._read_or_say()
-            say(self.error)
+                    await self._read_or_report()
             if self.error:
                 raise Unavailable(self.error)
 
@@ -154,6 +169,17 @@ class LocalImages:
         except InvalidArgument:
             return None
 
+    def damaged(self, word: str) -> Image | None:
+        """The damaged image that ``word`` names, with nothing but its id and its names.  Raises: InvalidArgument."""
+        named = parse_any(word)
+        reference = named.with_default_tag() if isinstance(named, Reference) else None
+        digits = word.removeprefix("sha256:")
+        for id in self._damaged:
+            references = tuple(sorted(self._references_of(id)))
+            if reference in references or hex_of(id).startswith(digits):
+                return Image(id=Digest(id), config=ImageConfig(), references=references)
+        return None
+
     def layers(self, image: Image) -> tuple[Path, ...]:
         """The lower directories of a container of ``image``, top first.
 
@@ -195,7 +221,9 @@ class LocalImages:
             if parent:
                 catalog = msgspec.structs.replace(catalog, parents={**catalog.parents, id: parent})
             self._configs[id] = config
+            self._damaged.pop(id, None)
             await self._put(catalog)
+            self._report(self._problem())
         return self._images[id]
 
     async def tag(self, word: str, reference: Reference) -> None:
@@ -283,7 +311,7 @@ class LocalImages:
         except OSError as error:
             log_error(error, "leftovers of images not set aside", directory=str(self.scratch))
 
-    async def _read_or_say(self) -> None:
+    async def _read_or_report(self) -> None:
         try:
             await asyncio.to_thread(self._read)
         except OSError as error:
@@ -291,6 +319,23 @@ class LocalImages:
         else:
             self.error = ""
         self._index()
+        self._report(self._problem())
+
+    def _problem(self) -> str:
+        """What is wrong with the images, and what to do about it; empty: nothing."""
+        if self.error or not self._damaged:
+            return self.error
+        id, damage = min(self._damaged.items())
+        first = f"{id[: len('sha256:') + 12]}: {damage.reason}"
+        which = (
+            f"an image is damaged ({first})"
+            if len(self._damaged) == 1
+            else f"{len(self._damaged)} images are damaged (the first is {first})"
+        )
+        keeps_all = any(one.config is None for one in self._damaged.values())
+        return f"{which}: pull or load it again, or remove it by its id" + (
+            "; until then no unused layer is deleted" if keeps_all else ""
+        )
 
     def _read(self) -> None:
         """Read all that can be read.  Raises: OSError: not all can."""
@@ -311,24 +356,37 @@ class LocalImages:
             if file.suffix == BESIDE:
                 discard_tree_now(file)
                 continue
-            try:
-                self._read_config(file)
-            except Exception as error:  # whatever it is, it is one image
-                log_error(error, "image left out", file=str(file))
-                if isinstance(error, OSError) and not is_no_file(error):
-                    unread = error
+            unread = self._read_image(file, layers_are_known=unread is None) or unread
         if unread is not None:
             raise unread
 
-    def _read_config(self, file: Path) -> None:
-        """Raises: InvalidArgument; OSError."""
-        content = file.read_bytes()
-        config = parse_config(content)
-        if hex_of(digest_of(content)) != file.name:
-            raise InvalidArgument("its content has changed")
-        if not all(self.layer_store.get(chain_id) for chain_id in chain_ids(config.diff_ids)):
-            raise InvalidArgument("a layer is missing")
-        self._configs[digest_of(content)] = config
+    def _read_image(self, file: Path, *, layers_are_known: bool) -> OSError | None:
+        """Read an image's configuration; gives the error if it has to be read again later."""
+        id = Digest(f"sha256:{file.name}")
+        if not is_digest(id):
+            log.warning("file that is no image's is ignored", file=str(file))
+            return None
+        config = None
+        try:
+            config = _read_config(file, id)
+            if not all(self.layer_store.get(chain_id) for chain_id in chain_ids(config.diff_ids)):
+                raise InvalidArgument("a layer is missing")
+        except Exception as error:  # whatever it is, it is one image
+            if isinstance(error, OSError) and not is_no_file(error):
+                log_error(error, "image not read yet", image=id)
+                return error
+            if config is not None and not layers_are_known:
+                return None
+            if id not in self._damaged:
+                log_error(error, "image is damaged", image=id, file=str(file))
+            self._damaged[id] = Damage(describe_error(error), config)
+        else:
+            self._configs[id] = config
+            self._damaged.pop(id, None)
+        return None
+
+    def _references_of(self, image_id: str) -> Iterator[Reference]:
+        return (parse_reference(text) for text, id in self._catalog.references.items() if id == image_id)
 
     def _index(self) -> None:
         """Make the images anew from configurations and catalog."""
@@ -378,20 +436,32 @@ class LocalImages:
         for id in image_ids:
             (self._root / "configs" / hex_of(id)).unlink(missing_ok=True)
             self._configs.pop(id, None)
+            self._damaged.pop(id, None)
         self._index()
+        self._report(self._problem())
 
     async def _collect(self) -> Sequence[Digest]:
         """Delete the layers that no image has and that are not pinned; their chain ids, top first."""
-        if self.error:
+        damaged = [one.config for one in self._damaged.values()]
+        if self.error or None in damaged:
             return ()
         needed: set[str] = set(self._pinned)
-        for config in self._configs.values():
-            needed.update(chain_ids(config.diff_ids))
+        for config in (*self._configs.values(), *damaged):
+            if config is not None:
+                needed.update(chain_ids(config.diff_ids))
         unneeded = [layer for id, layer in self.layer_store.all().items() if id not in needed]
         chain = [layer.chain_id for layer in reversed(unneeded)]
         for grave in self.layer_store.detach(chain):
             await discard_tree(grave)
         return chain
+
+
+def _read_config(file: Path, id: Digest) -> ImageConfig:
+    """Raises: InvalidArgument: it is not the configuration with this digest; OSError."""
+    content = file.read_bytes()
+    if digest_of(content) != id:
+        raise InvalidArgument("the content of its configuration has changed")
+    return parse_config(content)
 
 
 def _read_catalog(file: Path) -> Catalog:

@@ -1,9 +1,8 @@
-"""The images of this node: what the executor and the Engine API ask.
+"""The images of this node, as executor and Engine API use them.
 
 ``LocalImages`` holds them; here are the ways they come in, go out and go away.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection, Sequence
 from pathlib import Path
 
@@ -39,11 +38,11 @@ class ImageStore(LocalImages):
         limits: Limits | None = None,
         clock: Clock | None = None,
         on_event: Callable[[ImageEvent], None] = lambda _: None,
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``policy``: how registries are reached (mirrors, insecure ones)."""
-        super().__init__(root, limits=limits, clock=clock, on_event=on_event)
+        """``policy``: how registries are reached (mirrors, insecure ones).  The others: see ``LocalImages``."""
+        super().__init__(root, limits=limits, clock=clock, on_event=on_event, report=report)
         self.policy = policy or Policy()
-        self._pulls: dict[str, asyncio.Lock] = {}
 
     async def load(self, pieces: AsyncIterable[bytes], report: Report = quiet) -> Sequence[Image]:
         """Take in the images of an archive (``docker load``).  Raises: InvalidArgument, ResourceExhausted."""
@@ -95,7 +94,7 @@ class ImageStore(LocalImages):
         Raises:
             NotFound; Conflict: something needs it.
         """
-        image = self.get(word)
+        image = self.resolve(word) or self.damaged(word) or self.get(word)
         decided = removal(word, image, force=force, users=users, children=self.children(image.id))
         gone = [image] if decided.image_id else []
         if gone and prune:

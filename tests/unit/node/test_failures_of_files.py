@@ -101,8 +101,8 @@ async def unpack(source: int, target: Path, **_: Any) -> Unpacked:
     return await asyncio.to_thread(work)
 
 
-async def opened(directory: Path) -> ImageStore:
-    store = ImageStore(directory, clock=QuickClock())
+async def opened(directory: Path, report: Callable[[str], None] = lambda _: None) -> ImageStore:
+    store = ImageStore(directory, clock=QuickClock(), report=report)
     await store.open()
     return store
 
@@ -118,7 +118,8 @@ async def images_come_and_the_process_changes(directory: Path, faults: Faults) -
         await first.pull("new:1")
     except* (SkepError, OSError):
         pass
-    second = await opened(directory)
+    said: list[str] = []
+    second = await opened(directory, said.append)
     try:
         await second.pull("new:1")
         await second.tag("new:1", Reference("docker.io", "library/other", "1"))
@@ -126,8 +127,7 @@ async def images_come_and_the_process_changes(directory: Path, faults: Faults) -
     except* (SkepError, OSError):
         pass
     faults.end()
-    said: list[str] = []
-    await second.settle(said.append)
+    await second.settle()
     assert said[-1] == second.error == ""
     await second.pull("new:1")
     third = await opened(directory)
