@@ -16,8 +16,8 @@ from pathlib import Path
 
 from bench.figures import Figure, at_quantile, run_alone, undisturbed
 from bench.machine import processor_s
+from skep.linux.detached import read_pid_file
 from skep.model.tables import Table
-from skep.node.supervision.identity import read_pid_file
 from skep.paths import Paths
 from tests.support.names_lab import NamesLab, Resolver, forks
 from tests.support.tables import a_network, a_served

@@ -21,6 +21,7 @@ import msgspec
 import structlog
 
 from skep import logs
+from skep.agent.last_resort import LastResort
 from skep.aio.child_watcher import watch_children_by_pidfd
 from skep.aio.clock import SystemClock
 from skep.aio.failures import log_error
@@ -32,6 +33,7 @@ from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
 from skep.dataplane import process as net_process
 from skep.dataplane.wireguard import process as wireguard_go
 from skep.errors import FailedPrecondition, SkepError
+from skep.linux.detached import detached, held_lock, read_pid_file, set_title
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
 from skep.node import requirements
@@ -43,8 +45,6 @@ from skep.node.machine import this_machine
 from skep.node.node import Node
 from skep.node.reaping import adopt_orphans
 from skep.node.supervision import zygote
-from skep.node.supervision.detached import detached, held_lock, set_title
-from skep.node.supervision.identity import read_pid_file
 from skep.node.supervision.processes import NodeProcesses
 from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
 from skep.node.supervision.zygote import Zygote
@@ -111,14 +111,14 @@ def _net(arguments: Sequence[str]) -> None:
     logs.name_process("net")
     paths = _paths(arguments)
     logs.follow(paths.log_settings)
-    net_process.run(paths)
+    net_process.run(paths, [LastResort(paths, SystemClock()).run])
 
 
 def _manager(arguments: Sequence[str]) -> None:
     """The manager process; ``arguments``: data and run directory."""
     logs.name_process("manager")
     paths = _paths(arguments)
-    with detached(paths, "manager"):
+    with detached("manager", lock=paths.lock_file("manager"), pid_file=paths.pid_file("manager")):
         from skep.manager.process import run  # a worker does not import the manager
 
         run(paths)

@@ -5,7 +5,7 @@ import random
 import resource
 import secrets
 import signal
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 
 import msgspec
@@ -16,7 +16,6 @@ from skep.aio.failures import retry
 from skep.dataplane import handover
 from skep.dataplane.handover import Taken
 from skep.dataplane.ipc import read_frame, serve
-from skep.dataplane.last_resort import LastResort
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import AddressNotHere
 from skep.dataplane.protocol import (
@@ -43,7 +42,7 @@ from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.reservations import Reservations, reopened
 from skep.dataplane.served_containers import ServedContainers
 from skep.errors import AlreadyExists, SkepError
-from skep.node.supervision.detached import detached
+from skep.linux.detached import detached
 from skep.paths import Paths
 
 log = structlog.get_logger()
@@ -51,19 +50,29 @@ log = structlog.get_logger()
 _PREDECESSOR_ENDS_S = 5.0
 
 
-def run(paths: Paths) -> None:
-    """Be the net process of this node.  Blocks until SIGTERM, or until a successor has taken over."""
+def run(paths: Paths, beside: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
+    """Be the net process of this node.  Blocks until SIGTERM, or until a successor has taken over.
+
+    ``beside``: work that has to go on without the node process too.
+    """
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # three sockets per container
     taken = handover.take(paths.net_socket)
-    with detached(paths, "net", lock_wait_s=_PREDECESSOR_ENDS_S):
+    with detached(
+        "net",
+        lock=paths.lock_file("net"),
+        pid_file=paths.pid_file("net"),
+        lock_wait_s=_PREDECESSOR_ENDS_S,
+    ):
         if taken is None:
             taken = Taken(reopened(paths.net_ports))
         reservations = Reservations(paths.net_ports, dict(taken.held))
-        asyncio.run(_run(paths, reservations, taken))
+        asyncio.run(_run(paths, reservations, taken, beside))
 
 
-async def _run(paths: Paths, reservations: Reservations, taken: Taken) -> None:
+async def _run(
+    paths: Paths, reservations: Reservations, taken: Taken, beside: Sequence[Callable[[], Awaitable[None]]]
+) -> None:
     tasks: set[asyncio.Task[None]] = set()
     namespaces = Namespaces(paths.netns)
     async with asyncio.TaskGroup() as group:
@@ -85,7 +94,8 @@ async def _run(paths: Paths, reservations: Reservations, taken: Taken) -> None:
         try:
             relays = Relays(paths.relays, SystemClock(), random.random)
             start_task(retry(relays.run, "relays of ports failed", clock=SystemClock()))
-            start_task(LastResort(paths, SystemClock()).run())
+            for work in beside:
+                start_task(work())
             serving.take_over(taken.named, taken.waiting)
             await _serve(paths, reservations, serving)
         finally:

@@ -5,8 +5,8 @@ import asyncio
 import structlog
 
 from skep.aio.trees import discard_tree_now
+from skep.linux.detached import read_pid_file
 from skep.node.runner import ClusterWork
-from skep.node.supervision.identity import read_pid_file
 from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
 from skep.paths import Paths
 

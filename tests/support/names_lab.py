@@ -20,10 +20,10 @@ from skep.dataplane import process
 from skep.dataplane.client import NetClient
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.protocol import Named, NameServer, Place
+from skep.linux.detached import ProcessIdentity, identify, read_pid_file
 from skep.linux.files import replace_file
 from skep.model.ids import NetworkId
 from skep.model.tables import Table
-from skep.node.supervision.identity import ProcessIdentity, identify, read_pid_file
 from skep.node.supervision.supervisor import Policy, Supervisor, terminate, wait_end
 from skep.paths import Paths
 from tests.support import zygote_rig

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from skep.dataplane.plan.wireguard import device_name
-from skep.node.supervision.identity import identify, write_pid_file
+from skep.linux.detached import identify, write_pid_file
 from skep.paths import Paths
 
 PROGRAM = "wireguard-go"

@@ -15,7 +15,7 @@ from skep import __version__
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.errors import Unavailable
-from skep.node.supervision.identity import ProcessIdentity, identify, open_pidfd, read_pid_file
+from skep.linux.detached import ProcessIdentity, identify, open_pidfd, read_pid_file
 from skep.node.supervision.restart import CRASH_WINDOW_S, GiveUp, after_end, recent
 from skep.node.supervision.zygote import ZygoteGone
 from skep.paths import Paths

@@ -36,8 +36,8 @@ import structlog
 
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
+from skep.linux.detached import set_title
 from skep.node.notify import notify
-from skep.node.supervision.detached import set_title
 
 log = structlog.get_logger()
 

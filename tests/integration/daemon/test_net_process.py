@@ -16,8 +16,8 @@ from skep.dataplane.client import NetClient
 from skep.dataplane.ports import AddressNotHere
 from skep.dataplane.proxy.relays import RelayPort
 from skep.errors import AlreadyExists, Unavailable
+from skep.linux.detached import identify
 from skep.linux.files import replace_file
-from skep.node.supervision.identity import identify
 from skep.node.supervision.supervisor import terminate, wait_end
 from skep.paths import Paths
 from tests.support.names_lab import forks, net, net_process

@@ -12,8 +12,8 @@ import pytest
 from skep import __version__
 from skep.aio.clock import SystemClock
 from skep.bootstrap import STARVED
+from skep.linux.detached import identify, is_alive, read_pid_file, write_pid_file
 from skep.node.supervision import supervisor
-from skep.node.supervision.identity import identify, is_alive, read_pid_file, write_pid_file
 from skep.node.supervision.restart import CRASHES_MAX
 from skep.node.supervision.supervisor import Policy, Supervisor, terminate
 from skep.paths import Paths

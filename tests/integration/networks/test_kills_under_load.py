@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from skep.linux.detached import ProcessIdentity
 from skep.model.ids import TaskId
-from skep.node.supervision.identity import ProcessIdentity
 from tests.integration.cluster import (
     TestCluster,
     TestNode,

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from skep.agent.last_resort import AWAKE_S, LATER_S, RESCAN_S, LastResort, is_locked
 from skep.agent.last_seen import LastSeenFile
 from skep.agent.task_files import RememberedTask, TaskFiles
 from skep.aio.clock import SystemClock
-from skep.dataplane.last_resort import AWAKE_S, LATER_S, RESCAN_S, LastResort, is_locked
 from skep.engine import records
 from skep.engine.container import ContainerState, ProcessName
 from skep.engine.processes import find
+from skep.linux.detached import held_lock
 from skep.linux.processes import boot_id
 from skep.model.ids import ContainerId
 from skep.model.labels import LABEL_TASK_ID, ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.task import TaskStatus
-from skep.node.supervision.detached import held_lock
 from skep.paths import Paths
 from tests.unit.agent.test_worker import assigned
 from tests.unit.engine.test_records import a_container
@@ -77,7 +77,7 @@ class Machine:
 
     def look(self, silence_s: float) -> None:
         self.clock.now = 1000.0 + silence_s
-        self.resort.look()
+        self.resort.check()
 
     def runs(self, id: str) -> bool:
         return self.processes[id].poll() is None

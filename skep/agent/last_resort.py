@@ -1,8 +1,8 @@
-"""Stops tasks that are to stop without a manager (``skep.on-disconnect=stop``) when the node process cannot.
+"""Stops tasks that must not run without a manager (``skep.on-disconnect=stop``) where the node process cannot.
 
-A node process that is dead, or ends again and again, hears no manager, so others take the places of these tasks when
-their time has come.  What is to be known stands on the disk: when a manager last heard this node, the tasks with their
-services' labels, and the containers' records.  A node process that lives stops them itself, a moment earlier.
+A node process that is dead, or ends again and again, has no session, so the managers replace these tasks after their
+delay.  The net process runs this check, from files: when a manager last responded to this node, the tasks with their
+services' labels, and the containers' records.  A node process that is alive stops the tasks itself, a moment earlier.
 """
 
 import asyncio
@@ -29,16 +29,16 @@ from skep.paths import Paths
 
 log = structlog.get_logger()
 
-LOOK_S = 1.0
+CHECK_S = 1.0
 AWAKE_S = 3.0
-"""A silence that is shorter concerns no task."""
+"""No task stops after a shorter silence."""
 RESCAN_S = 5.0
 LATER_S = 2.0
-"""What a node process that lives would have ended is killed so much later."""
+"""A container that a live node process should have stopped is killed so much later."""
 
 
-class Doomed(msgspec.Struct, frozen=True):
-    """A container that stops when no manager has heard the node for ``delay_s``."""
+class PendingStop(msgspec.Struct, frozen=True):
+    """A container that is to stop when no manager has responded to the node for ``delay_s``."""
 
     id: str
     process: ProcessName
@@ -47,17 +47,17 @@ class Doomed(msgspec.Struct, frozen=True):
     stop_signal: int
 
 
-def due(one: Doomed, silence_s: float, *, has_node_process: bool, was_asked: bool) -> int:
-    """The signal that the container gets now; 0: none."""
+def due_signal(one: PendingStop, silence_s: float, *, has_node_process: bool, was_signalled: bool) -> int:
+    """The signal to send to the container now; 0: none."""
     if silence_s >= one.delay_s + one.grace_s + LATER_S:
         return signal.SIGKILL
-    if silence_s >= one.delay_s and not has_node_process and not was_asked:
+    if silence_s >= one.delay_s and not has_node_process and not was_signalled:
         return one.stop_signal
     return 0
 
 
 class LastResort:
-    """``send``: signals exactly this process; False: it is gone."""
+    """Checks the containers of one node.  ``send``: signals exactly this process; False: it is gone."""
 
     def __init__(
         self, paths: Paths, clock: SystemClock, *, send: Callable[[ProcessName, int], bool] = send_signal
@@ -66,43 +66,45 @@ class LastResort:
         self._clock = clock
         self._send = send
         self._boot_id = boot_id()
-        self._doomed: tuple[Doomed, ...] = ()
+        self._pending: tuple[PendingStop, ...] = ()
         self._scan_at = 0.0
-        self._asked: set[ProcessName] = set()
+        self._signalled: set[ProcessName] = set()
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Check until cancelled."""
 
-        async def look() -> None:
+        async def check() -> None:
             while True:
-                await self._clock.sleep(LOOK_S)
-                await asyncio.to_thread(self.look)
+                await self._clock.sleep(CHECK_S)
+                await asyncio.to_thread(self.check)
 
-        await retry(look, "tasks of a node without managers not looked after", clock=self._clock)
+        await retry(check, "tasks not checked for stopping without a manager", clock=self._clock)
 
-    def look(self) -> None:
-        """Signal whose time has come.  Blocks."""
+    def check(self) -> None:
+        """Signal the containers whose delay has passed.  Blocks."""
         at = seen_at(self._paths.last_heard, self._boot_id)
         silence_s = self._clock.since_boot() - at if at is not None else 0.0
         if silence_s < AWAKE_S:
-            self._doomed, self._scan_at = (), 0.0
-            self._asked.clear()
+            self._pending, self._scan_at = (), 0.0
+            self._signalled.clear()
             return
         if self._clock.monotonic() >= self._scan_at:
-            self._doomed = tuple(_doomed(self._paths))
+            self._pending = tuple(_pending_stops(self._paths))
             self._scan_at = self._clock.monotonic() + RESCAN_S
-        has_node_process = bool(self._doomed) and is_locked(self._paths.data_lock)
-        for one in self._doomed:
-            self._treat(one, silence_s, has_node_process=has_node_process)
+        has_node_process = bool(self._pending) and is_locked(self._paths.data_lock)
+        for one in self._pending:
+            self._signal(one, silence_s, has_node_process=has_node_process)
 
-    def _treat(self, one: Doomed, silence_s: float, *, has_node_process: bool) -> None:
-        number = due(one, silence_s, has_node_process=has_node_process, was_asked=one.process in self._asked)
+    def _signal(self, one: PendingStop, silence_s: float, *, has_node_process: bool) -> None:
+        number = due_signal(
+            one, silence_s, has_node_process=has_node_process, was_signalled=one.process in self._signalled
+        )
         if number and self._send(one.process, number):
-            self._asked.add(one.process)
+            self._signalled.add(one.process)
             log.warning("container stopped without a node process", container=one.id, signal=number)
 
 
-def _doomed(paths: Paths) -> Iterator[Doomed]:
+def _pending_stops(paths: Paths) -> Iterator[PendingStop]:
     delays = {
         one.assigned.task.id: policy.delay_s
         for one in read_tasks(paths.tasks)
@@ -114,25 +116,25 @@ def _doomed(paths: Paths) -> Iterator[Doomed]:
         try:
             container = records.read(directory / records.NAME)
         except Unavailable as error:  # the next scan reads it again
-            log_error(error, "container not looked after", directory=str(directory))
+            log_error(error, "container not checked", directory=str(directory))
             continue
         if container is None or container.process is None or not container.is_running:
             continue
         delay_s = delays.get(TaskId(container.labels.get(LABEL_TASK_ID, "")))
         if delay_s is not None:
-            yield _doomed_one(container, container.process, delay_s)
+            yield _pending_stop(container, container.process, delay_s)
 
 
-def _doomed_one(container: Container, process: ProcessName, delay_s: float) -> Doomed:
+def _pending_stop(container: Container, process: ProcessName, delay_s: float) -> PendingStop:
     try:
         stop_signal = signal_number(container.config.stop_signal or "SIGTERM")
     except InvalidArgument:
         stop_signal = signal.SIGTERM
-    return Doomed(container.id, process, delay_s, container.config.stop_grace_ns / 1e9, stop_signal)
+    return PendingStop(container.id, process, delay_s, container.config.stop_grace_ns / 1e9, stop_signal)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds ``path`` (flock), without disturbing who is about to."""
+    """Whether a process holds ``path`` (flock), without disturbing one that is about to."""
     try:
         inode = path.stat().st_ino
     except FileNotFoundError:
