@@ -20,12 +20,12 @@ from skep.agent.publishing import LogPublisher
 from skep.agent.reports import Reports
 from skep.agent.revisions import SeenRevision
 from skep.agent.session_state import SessionState
+from skep.agent.table_stream import TableSink, TableStream
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.aio.groups import first_alone
 from skep.aio.race import Preempted, run_unless, wait_first
-from skep.dataplane.tables.stream import TableSink, TableStream
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.node import NodeDescription
 from skep.model.revisions import Revision

@@ -30,10 +30,9 @@ from skep.dataplane.plan.reply_routing import SYSCTLS as REPLY_SYSCTLS
 from skep.dataplane.plan.reply_routing import IngressEndpoint
 from skep.dataplane.probe.prober import PathProber
 from skep.dataplane.wireguard.tunnels import Tunnels
-from skep.engine.container import Container
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
-from skep.model.sandbox import EndpointConfig, EndpointRequest, NetworkMode, Sandbox
+from skep.model.sandbox import EndpointConfig, EndpointRequest, NetworkMode, Sandbox, SandboxConfig
 
 log = structlog.get_logger()
 
@@ -47,7 +46,7 @@ _CONTAINER_SYSCTLS = {
 
 
 class ContainerNetwork:
-    """Gives containers their places (``oci.networking.Networking``)."""
+    """Creates and frees the sandboxes of containers (``engine.networking.Networking``)."""
 
     def __init__(
         self,
@@ -70,9 +69,9 @@ class ContainerNetwork:
     ) -> None:
         """
         Args:
-            allocation: takes plain containers' places.
+            allocation: of plain containers' endpoints.
             naming: None where names are not served.
-            say: gets the containers whose networks are not kept; an empty text: none.
+            say: called with the containers whose networks are not kept; an empty text: none.
         """
         self.namespaces = namespaces
         self._home = home
@@ -128,15 +127,15 @@ class ContainerNetwork:
                 for task in tasks:
                     task.cancel()
 
-    async def restore(self, live: Collection[Container]) -> None:
-        """Make the node ready, keep what belongs to the ``live`` containers, free all other containers' things.
+    async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
+        """Make the node ready, keep the ``live`` sandboxes, free all others.
 
-        A container whose record says what no network can be is left alone as it is, and out of what others get.
+        A sandbox whose record is invalid is left alone as it is, and out of what others get.
         Raises: SkepError: this node cannot network containers.
         """
-        theirs = {one.id for one in live if one.sandbox is not None}
-        live = [one for one in live if self._is_sound(one)]
-        sandboxes = {one.id: one.sandbox for one in live if one.sandbox is not None}
+        kept = {config.id for config, _ in live}
+        live = [(config, one) for config, one in live if self._is_sound(config.id, one)]
+        sandboxes = {config.id: one for config, one in live}
         await self._allocation.restore(live)
         self.overlays.restore(sandboxes)
         await self.gateway.restore(sandboxes)
@@ -149,50 +148,50 @@ class ContainerNetwork:
         if self.naming is not None:
             await self.naming.restore(live)
         for pinned in self.namespaces.pinned():
-            if pinned not in theirs:
+            if pinned not in kept:
                 await isolate(self.namespaces.destroy(pinned), "namespace not removed", container=pinned)
 
-    def _is_sound(self, container: Container) -> bool:
-        if container.sandbox is None or container.id in self._left_out:
-            return container.sandbox is None
+    def _is_sound(self, id: ContainerId, sandbox: Sandbox) -> bool:
+        if id in self._left_out:
+            return False
         try:
-            check_sandbox(container.sandbox)
+            check_sandbox(sandbox)
         except Exception as error:  # whatever it is, it is one container
-            log_error(error, "network of a container left out", container=container.id)
-            self._left_out[container.id] = describe_error(error)
-            self._say_left_out()
+            log_error(error, "network of a container left out", container=id)
+            self._left_out[id] = describe_error(error)
+            self._report_left_out()
             return False
         return True
 
-    def _say_left_out(self) -> None:
+    def _report_left_out(self) -> None:
         reasons = (f"{id[:12]} ({reason})" for id, reason in sorted(self._left_out.items()))
         names = ", ".join(reasons)
         self._say(f"the networks of these containers are not kept, start them anew: {names}" if names else "")
 
-    async def attach(self, container: Container) -> Sandbox:
-        """A namespace with ``eth0`` and so on: its places in their order, then the gateway bridge; and names in it.
+    async def attach(self, config: SandboxConfig) -> Sandbox:
+        """A namespace with ``eth0`` and so on: its endpoints in their order, then the gateway bridge; and names in it.
 
         A container on internal networks only has no default route, and no ports of the node.  Raises: AlreadyExists:
         a port is taken; SkepError.
         """
-        if _mode_of(container) is NetworkMode.HOST:
+        if config.mode is NetworkMode.HOST:
             return Sandbox(netns="")
-        container_id, places = container.id, container.config.endpoints
-        sandbox = Sandbox(netns=str(self.namespaces.path(container_id)), sysctls=_sysctls_of(container))
-        if container.plain is not None:
-            places = await self._allocation.join(container)
+        id, endpoints = config.id, config.endpoints
+        sandbox = Sandbox(netns=str(self.namespaces.path(id)), sysctls=_sysctls_of(config))
+        if config.networks:
+            endpoints = await self._allocation.join(config)
         try:
-            netns = await self.namespaces.create(container_id, sandbox.sysctls)
-            connected = await self.overlays.connect(container_id, netns, places)
+            netns = await self.namespaces.create(id, sandbox.sysctls)
+            connected = await self.overlays.connect(id, netns, endpoints)
             sandbox = msgspec.structs.replace(sandbox, endpoints=connected)
-            if needs_way_out(container, places):
-                sandbox = await self._way_out(container, sandbox)
-            await self.overlays.settle_container(container_id, sandbox)
-            await self._route_replies(container_id, sandbox)
+            if needs_way_out(config.mode, endpoints):
+                sandbox = await self._way_out(config, sandbox)
+            await self.overlays.settle_container(id, sandbox)
+            await self._route_replies(id, sandbox)
             if self.naming is not None:
-                await self.naming.attach(msgspec.structs.replace(container, sandbox=sandbox))
+                await self.naming.attach(config, sandbox)
         except BaseException as error:
-            await asyncio.shield(self._undo(container_id, sandbox, places))
+            await asyncio.shield(self._undo(id, sandbox, endpoints))
             if isinstance(error, OSError | NetlinkError):
                 raise Unavailable(f"cannot connect the container to its networks: {error}") from error
             raise
@@ -205,10 +204,10 @@ class ContainerNetwork:
             await undoing
         else:
             await isolate(undoing, "network of a container not wholly freed", container=container_id)
-            self._say_left_out()
+            self._report_left_out()
 
     async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
-        """Free namespaces, addresses, ports and names of containers that ``is_needed`` denies; gives their ids.
+        """Free namespaces, addresses, ports and names of containers for which ``is_needed`` is false; gives their ids.
 
         Raises: SkepError, OSError.
         """
@@ -236,74 +235,73 @@ class ContainerNetwork:
 
     # --- while it runs ------------------------------------------------------------------------------------------
 
-    async def connect(self, container: Container, request: EndpointRequest) -> Sandbox:
+    async def connect(self, config: SandboxConfig, sandbox: Sandbox, request: EndpointRequest) -> Sandbox:
         """One more network for a running plain container.
 
         Raises: FailedPrecondition: it is on that network; NotFound: no such network; SkepError.
         """
-        sandbox = container.sandbox
-        assert sandbox is not None, "a running container has one"
-        place = await self._allocation.join_one(container, request, [one.config for one in sandbox.endpoints])
+        others = [one.config for one in sandbox.endpoints]
+        endpoint = await self._allocation.join_one(config, request, others)
         joined, netns = sandbox, Path(sandbox.netns)
         try:
             (connected,) = await self.overlays.connect(
-                container.id, netns, (place,), first=_free_interface(sandbox)
+                config.id, netns, (endpoint,), first=_free_interface(sandbox)
             )
             joined = msgspec.structs.replace(sandbox, endpoints=(*sandbox.endpoints, connected))
-            if not joined.address and needs_way_out(container, [place]):
-                joined = await self._way_out(container, joined)
-            await self.overlays.change(container.id, (), joined)
+            if not joined.address and needs_way_out(config.mode, [endpoint]):
+                joined = await self._way_out(config, joined)
+            await self.overlays.change(config.id, (), joined)
             if self.naming is not None:
-                await self.naming.attach(msgspec.structs.replace(container, sandbox=joined))
+                await self.naming.attach(config, joined)
         except BaseException:
-            await asyncio.shield(self._cut(container, joined, sandbox, (place,)))
+            await asyncio.shield(self._cut(config, joined, sandbox, (endpoint,)))
             raise
         return joined
 
-    async def disconnect(self, container: Container, network_id: str) -> Sandbox:
+    async def disconnect(self, config: SandboxConfig, sandbox: Sandbox, network_id: str) -> Sandbox:
         """Take a running plain container from one of its networks.  Raises: SkepError."""
-        sandbox = container.sandbox
-        assert sandbox is not None, "a running container has one"
         gone = [one.config for one in sandbox.endpoints if one.network_id == network_id]
-        places = tuple(one for one in sandbox.endpoints if one.network_id != network_id)
-        left = msgspec.structs.replace(sandbox, endpoints=places)
-        if not needs_way_out(container, [one.config for one in places]):
-            left = Sandbox(netns=sandbox.netns, endpoints=places, sysctls=sandbox.sysctls)
-        await asyncio.shield(self._cut(container, sandbox, left, gone))
+        kept = tuple(one for one in sandbox.endpoints if one.network_id != network_id)
+        left = msgspec.structs.replace(sandbox, endpoints=kept)
+        if not needs_way_out(config.mode, [one.config for one in kept]):
+            left = Sandbox(netns=sandbox.netns, endpoints=kept, sysctls=sandbox.sysctls)
+        await asyncio.shield(self._cut(config, sandbox, left, gone))
         return left
 
-    async def rename(self, container: Container) -> None:
-        """Others find it by ``container.name`` from now on.  Raises: FailedPrecondition; SkepError."""
-        await self._allocation.rename(container)
+    async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
+        """Have others find it by ``config.name`` from now on; ``sandbox``: None: it does not run.
+
+        Raises: FailedPrecondition: it is on a network of the cluster; SkepError.
+        """
+        if sandbox is not None:
+            await self._allocation.rename(config, sandbox)
 
     async def _cut(
-        self, container: Container, before: Sandbox, left: Sandbox, gone: Iterable[EndpointConfig]
+        self, config: SandboxConfig, before: Sandbox, left: Sandbox, gone: Iterable[EndpointConfig]
     ) -> None:
         """Make ``left`` of what a running container had."""
         kept = {one.port for one in left.endpoints}
         try:
             if before.address and not left.address:
-                await self.gateway.cut(container.id, before)
-            await self.overlays.change(
-                container.id, [one for one in before.endpoints if one.port not in kept], left
-            )
+                await self.gateway.cut(config.id, before)
+            removed = [one for one in before.endpoints if one.port not in kept]
+            await self.overlays.change(config.id, removed, left)
             if self.naming is not None:
                 if left.endpoints:
-                    await self.naming.attach(msgspec.structs.replace(container, sandbox=left))
+                    await self.naming.attach(config, left)
                 else:
-                    await self.naming.detach(container.id)
+                    await self.naming.detach(config.id)
         finally:
-            await self._allocation.leave(container.id, gone)
+            await self._allocation.leave(config.id, gone)
 
-    async def _way_out(self, container: Container, sandbox: Sandbox) -> Sandbox:
-        """``sandbox`` with a place on the gateway bridge.  Raises: SkepError."""
+    async def _way_out(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
+        """``sandbox`` with an interface on the gateway bridge.  Raises: SkepError."""
         found = await self.gateway.connect(
-            container.id,
+            config.id,
             Path(sandbox.netns),
             _free_interface(sandbox),
-            container.config.ports,
-            is_open=_mode_of(container) is NetworkMode.BRIDGE
-            or (container.plain is None and not sandbox.endpoints),
+            config.ports,
+            is_open=config.mode is NetworkMode.BRIDGE,
             wants_ipv6=has_way_out_by_ipv6([one.config for one in sandbox.endpoints]),
         )
         return msgspec.structs.replace(found, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
@@ -319,58 +317,51 @@ class ContainerNetwork:
                 )
 
     async def _undo(
-        self, container_id: ContainerId, sandbox: Sandbox, places: Iterable[EndpointConfig]
+        self, container_id: ContainerId, sandbox: Sandbox, endpoints: Iterable[EndpointConfig]
     ) -> None:
         self.mesh.reply_routing.remove(container_id)
         self.overlays.disconnect(container_id, sandbox.endpoints)
         try:
             if self.naming is not None and sandbox.endpoints:
                 await self.naming.detach(container_id)
-        except SkepError as error:  # a namespace that is gone is noticed there, too
-            log.warning("names not forgotten", container=container_id, reason=str(error))
+        except SkepError as error:  # the net process notices a namespace that is gone, too
+            log.warning("names of a container not removed", container=container_id, reason=str(error))
         finally:
             try:
                 await self.gateway.disconnect(container_id, sandbox)
             finally:
                 await self.namespaces.destroy(container_id)
-                await self._allocation.leave(container_id, places)
+                await self._allocation.leave(container_id, endpoints)
 
 
-def needs_way_out(container: Container, places: Sequence[EndpointConfig]) -> bool:
-    """Whether a container on ``places`` gets the gateway bridge.
+def needs_way_out(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> bool:
+    """Whether a container with ``endpoints`` gets an interface on the gateway bridge.
 
     Source: moby, libnetwork/default_gateway.go (needDefaultGW).
     """
-    leads_out = any(not place.head.is_internal for place in places)
-    match _mode_of(container):
+    match mode:
         case NetworkMode.BRIDGE:
             return True
         case NetworkMode.NETWORKS:
-            return leads_out or (container.plain is None and not places)
+            return any(not one.head.is_internal for one in endpoints)
         case NetworkMode.NONE | NetworkMode.HOST:
             return False
 
 
-def _mode_of(container: Container) -> NetworkMode:
-    return container.plain.mode if container.plain is not None else NetworkMode.NETWORKS
-
-
-def _sysctls_of(container: Container) -> Mapping[str, str]:
-    """What the node wants in the container's namespace where its user says nothing else."""
-    said = {name.replace(".", "/") for name in container.config.sysctls}
-    if "net/ipv6/conf/all/disable_ipv6" in said:
-        said.add("net/ipv6/conf/lo/disable_ipv6")  # lo follows
+def _sysctls_of(config: SandboxConfig) -> Mapping[str, str]:
+    """What the node sets in the container's namespace where its user has set nothing else."""
+    users = {name.replace(".", "/") for name in config.sysctls}
+    if "net/ipv6/conf/all/disable_ipv6" in users:
+        users.add("net/ipv6/conf/lo/disable_ipv6")  # lo follows
     wanted = {**_CONTAINER_SYSCTLS, **TRACKING_SYSCTLS}
-    if any(place.head.is_ingress for place in container.config.endpoints):
+    if any(one.head.is_ingress for one in config.endpoints):
         wanted = {**wanted, **REPLY_SYSCTLS}
-    return {name: value for name, value in wanted.items() if name not in said}
+    return {name: value for name, value in wanted.items() if name not in users}
 
 
-def has_way_out_by_ipv6(places: Sequence[EndpointConfig]) -> bool:
-    """Whether the gateway bridge is to lead the container out by IPv6, too: a network with a way out has IPv6."""
-    return any(
-        ":" in address for place in places if not place.head.is_internal for address in place.addresses
-    )
+def has_way_out_by_ipv6(endpoints: Sequence[EndpointConfig]) -> bool:
+    """Whether the gateway bridge gives the container an IPv6 default route too: a network with a way out has IPv6."""
+    return any(":" in address for one in endpoints if not one.head.is_internal for address in one.addresses)
 
 
 def _free_interface(sandbox: Sandbox) -> str:

@@ -1,54 +1,58 @@
 """Where a plain container's networks come from: this node's bridge networks, or the cluster's."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
 
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.objects import is_local
-from skep.engine.container import Container
 from skep.errors import FailedPrecondition
 from skep.model.ids import ContainerId, TaskId
-from skep.model.sandbox import EndpointConfig, EndpointRequest
+from skep.model.sandbox import EndpointConfig, EndpointRequest, Sandbox, SandboxConfig
 
 
 class ClusterEndpoints(Protocol):
-    """Places on the cluster's networks (``executor.attaching.ClusterAttachments``)."""
+    """Gives endpoints on the cluster's networks, each under the id of its attachment task."""
 
-    def restore(self, held: Iterable[tuple[TaskId, ContainerId]]) -> None: ...
+    def restore(self, held: Iterable[tuple[TaskId, ContainerId]]) -> None:
+        """Take over the endpoints that containers of an earlier process still have."""
 
-    async def take(self, container_id: ContainerId, request: EndpointRequest) -> EndpointConfig: ...
+    async def take(self, container_id: ContainerId, request: EndpointRequest) -> EndpointConfig:
+        """An endpoint with its address; ``request.aliases``: the container's name first.
 
-    async def give_back(self, id: TaskId) -> None: ...
+        Raises: NotFound: no such network; SkepError, in Docker's words.
+        """
+
+    async def give_back(self, id: TaskId) -> None:
+        """The container has left the network.  Harmless when it was released before."""
 
 
 class EndpointAllocation:
-    """Takes places for plain containers and gives them back."""
+    """Allocates the endpoints of plain containers, and releases them."""
 
     def __init__(self, local: LocalEndpoints, cluster: ClusterEndpoints) -> None:
         self._local = local
         self._cluster = cluster
 
-    async def restore(self, live: Collection[Container]) -> None:
-        """Keep what ``live`` containers hold."""
+    async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
+        """Keep what ``live`` sandboxes hold."""
         self._cluster.restore(
-            (connected.config.attachment, container.id)
-            for container in live
-            if container.sandbox is not None
-            for connected in container.sandbox.endpoints
-            if connected.config.attachment
+            (endpoint.config.attachment, container.id)
+            for container, sandbox in live
+            for endpoint in sandbox.endpoints
+            if endpoint.config.attachment
         )
         await self._local.restore(live)
 
-    async def join(self, container: Container) -> tuple[EndpointConfig, ...]:
-        """The places that a plain container asks for, in the order of its interfaces.
+    async def join(self, container: SandboxConfig) -> tuple[EndpointConfig, ...]:
+        """Endpoints on ``container.networks``, in their order.
 
         Raises: NotFound: no such network; SkepError, in Docker's words.
         """
         taken: list[EndpointConfig] = []
         try:
-            for request in container.plain.networks if container.plain is not None else ():
+            for request in container.networks:
                 taken.append(await self.join_one(container, request, taken))
         except BaseException:
             await self.leave(container.id, taken)
@@ -56,9 +60,9 @@ class EndpointAllocation:
         return tuple(taken)
 
     async def join_one(
-        self, container: Container, request: EndpointRequest, others: Collection[EndpointConfig]
+        self, container: SandboxConfig, request: EndpointRequest, others: Collection[EndpointConfig]
     ) -> EndpointConfig:
-        """One more place beside ``others``.  Raises: FailedPrecondition: it is on that network; as ``join``."""
+        """One more endpoint beside ``others``.  Raises: FailedPrecondition: it is on that network; as ``join``."""
         ids = {other.head.id for other in others}
         network = self._local.find(request.network)
         if network is not None:
@@ -66,35 +70,34 @@ class EndpointAllocation:
                 raise _is_there(container, network.name)
             return await self._local.take(container, network, request)
         named = msgspec.structs.replace(request, aliases=(container.name, *request.aliases))
-        place = await self._cluster.take(container.id, named)
-        if place.head.id in ids:
-            await self._cluster.give_back(place.attachment)
-            raise _is_there(container, place.head.name)
-        return place
+        endpoint = await self._cluster.take(container.id, named)
+        if endpoint.head.id in ids:
+            await self._cluster.give_back(endpoint.attachment)
+            raise _is_there(container, endpoint.head.name)
+        return endpoint
 
-    async def leave(self, container_id: ContainerId, places: Iterable[EndpointConfig]) -> None:
-        """Give places back.  Those of a task are the cluster's own business."""
-        for place in places:
-            if place.attachment:
-                await self._cluster.give_back(place.attachment)
-            elif is_local(place.head.id):
-                await self._local.give_back(container_id, place)
+    async def leave(self, container_id: ContainerId, endpoints: Iterable[EndpointConfig]) -> None:
+        """Release ``endpoints``; a task's are released by the managers with the end of the task."""
+        for one in endpoints:
+            if one.attachment:
+                await self._cluster.give_back(one.attachment)
+            elif is_local(one.head.id):
+                await self._local.give_back(container_id, one)
 
-    async def rename(self, container: Container) -> None:
-        """Its names change with ``container.name``.
+    async def rename(self, container: SandboxConfig, sandbox: Sandbox) -> None:
+        """Have the name of a running container be ``container.name``.
 
-        Raises: FailedPrecondition: it is on a network of the cluster, which knows it by the one before; SkepError.
+        Raises: FailedPrecondition: it is on a network of the cluster, where its name cannot change; SkepError.
         """
-        places = container.sandbox.endpoints if container.is_running and container.sandbox is not None else ()
-        for one in places:
+        for one in sandbox.endpoints:
             if one.config.attachment:
                 raise FailedPrecondition(
                     f"the cluster knows the container on network {one.network_name} by its name: stop it first, or "
                     f"take it from there (docker network disconnect)"
                 )
-        await self._local.rename(container)
+        await self._local.rename(container, sandbox)
 
 
-def _is_there(container: Container, network: str) -> FailedPrecondition:
+def _is_there(container: SandboxConfig, network: str) -> FailedPrecondition:
     """Source: moby 20.10, daemon/container_operations.go (ConnectToNetwork)."""
     return FailedPrecondition(f"endpoint with name {container.name} already exists in network {network}")

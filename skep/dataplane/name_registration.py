@@ -1,44 +1,47 @@
-"""Names and virtual addresses for containers on networks: what the net process is asked to serve."""
+"""Names and virtual addresses of containers on networks: requests to the net process, which serves them."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
 from skep.dataplane.protocol import Listing, Named, NameServer, Place
-from skep.engine.container import Container
-from skep.engine.hosts import forwarded_to, sets_ndots
 from skep.errors import SkepError
-from skep.model.ids import ContainerId, NetworkId, TaskId
-from skep.model.labels import LABEL_TASK_ID
+from skep.linux.name_files import forwarded_to, sets_ndots
+from skep.model.ids import ContainerId, NetworkId
+from skep.model.sandbox import Sandbox, SandboxConfig
 from skep.model.tables import Table
 
 log = structlog.get_logger()
 
 
 class NameRegistry(Protocol):
-    """The net process (``netprocess.client``)."""
+    """The net process (``client.NetClient``)."""
 
-    async def serve(self, named: Named) -> None: ...
+    async def serve(self, named: Named) -> None:
+        """Serve names in a container's namespace, in place of those it had.  Raises: SkepError."""
 
-    async def forget(self, id: str) -> None: ...
+    async def forget(self, id: str) -> None:
+        """Serve none in the namespace of container ``id``; harmless when there are none.  Raises: SkepError."""
 
-    async def refresh(self, networks: Iterable[NetworkId] = ()) -> None: ...
+    async def refresh(self, networks: Iterable[NetworkId] = ()) -> None:
+        """Read the tables of ``networks`` (none: all) again, and apply them.  Raises: SkepError."""
 
-    async def listing(self) -> Listing: ...
+    async def listing(self) -> Listing:
+        """Everything that it serves.  Raises: SkepError."""
 
 
 class NameRegistration:
-    """Has each container on networks served.  ``resolver``: the node's /etc/resolv.conf."""
+    """Has the net process serve each container on networks.  ``resolver``: the node's /etc/resolv.conf."""
 
     def __init__(self, service: NameRegistry, resolver: Path) -> None:
         self._service = service
         self._resolver = resolver
 
-    async def restore(self, live: Collection[Container]) -> None:
+    async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         """Serve exactly the ``live`` ones.  Failures are logged: these containers run already."""
-        wanted = {one.id: named for one in live if (named := self._named(one)) is not None}
+        wanted = {config.id: named for config, one in live if (named := self._named(config, one)) is not None}
         served = {one.id: one for one in (await self._service.listing()).served}
         for id in served.keys() - wanted.keys():
             await self._service.forget(id)
@@ -49,13 +52,13 @@ class NameRegistration:
                 except SkepError as error:
                     log.warning("container without names", container=id, reason=str(error))
 
-    async def attach(self, container: Container) -> None:
-        """Names are there when this returns.  Raises: SkepError."""
-        if (named := self._named(container)) is not None:
+    async def attach(self, config: SandboxConfig, sandbox: Sandbox) -> None:
+        """Names are served when this returns.  Raises: SkepError."""
+        if (named := self._named(config, sandbox)) is not None:
             await self._service.serve(named)
 
     async def detach(self, id: ContainerId) -> None:
-        """Ignored when it has none.  Raises: SkepError."""
+        """Serve no names to the container any more; harmless when it has none.  Raises: SkepError."""
         await self._service.forget(id)
 
     async def served(self) -> frozenset[str]:
@@ -63,30 +66,28 @@ class NameRegistration:
         return frozenset(one.id for one in (await self._service.listing()).served)
 
     async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
-        """A listener of the table keeper, after the one that wrote the tables where the net process reads them."""
+        """Have the net process read changed tables; called after they were written for it (``TableKeeper``)."""
         await self._service.refresh(changed)
 
-    def _named(self, container: Container) -> Named | None:
+    def _named(self, config: SandboxConfig, sandbox: Sandbox) -> Named | None:
         node = self._resolver.read_text() if self._resolver.is_file() else ""
-        return named_of(container, node)
+        return named_of(config, sandbox, node)
 
 
-def named_of(container: Container, node_resolver: str) -> Named | None:
-    """What to ask for a container as it is connected; None: it is on no network.
+def named_of(config: SandboxConfig, sandbox: Sandbox, node_resolver: str) -> Named | None:
+    """The request for a container's names; None: it is on no network.
 
     ``node_resolver``: the text of the node's /etc/resolv.conf.
     """
-    sandbox, config = container.sandbox, container.config
-    if sandbox is None or not sandbox.endpoints:
+    if not sandbox.endpoints:
         return None
-    task_id = TaskId(container.labels.get(LABEL_TASK_ID, ""))
     return Named(
-        id=container.id,
+        id=config.id,
         netns=sandbox.netns,
         networks=tuple(
             Place(
                 network=one.network_id,
-                task=one.config.attachment or task_id,
+                task=one.config.attachment or config.task,
                 addresses=tuple(address.partition("/")[0] for address in one.config.addresses),
             )
             for one in sandbox.endpoints

@@ -34,10 +34,10 @@ from skep.aio.trees import remove_tree
 from skep.engine import apparmor, overlay, records, spec
 from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, ContainerConfig, ExecConfig, MountPoint
-from skep.engine.hosts import hosts_file, resolver_file
 from skep.engine.users import identity
 from skep.errors import Unavailable
 from skep.linux import syscalls
+from skep.linux.name_files import hosts_file, resolver_file
 from skep.linux.trees import walk
 from skep.model.ids import ContainerId
 

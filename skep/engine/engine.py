@@ -20,6 +20,7 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Collection,
+    Iterator,
     Sequence,
 )
 from contextlib import asynccontextmanager, suppress
@@ -48,7 +49,7 @@ from skep.engine.events import Events
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
 from skep.engine.lifecycle import Lifecycle
-from skep.engine.networking import Networking
+from skep.engine.networking import Networking, sandbox_config
 from skep.engine.request import CreateRequest, TaskOptions
 from skep.engine.restart import RestartMonitor
 from skep.engine.runtime import Runtime
@@ -66,7 +67,7 @@ from skep.errors import (
 from skep.model.ids import ContainerId, new_container_id
 from skep.model.meta import Driver
 from skep.model.readable import NameSource, free_name, names_from
-from skep.model.sandbox import EndpointRequest, NetworkMode
+from skep.model.sandbox import EndpointRequest, NetworkMode, Sandbox
 from skep.model.times import timestamp
 
 log = structlog.get_logger()
@@ -156,6 +157,12 @@ class Engine:
     def list(self) -> Sequence[Container]:
         """All containers, running or not, the newest first (docker's order)."""
         return self._store.list()
+
+    def running_sandboxes(self) -> Iterator[Sandbox]:
+        """Those of the containers that run, without paused ones."""
+        for container in self._store.list():
+            if container.state is ContainerState.RUNNING and container.sandbox is not None:
+                yield container.sandbox
 
     def get(self, word: str) -> Container:
         """Raises: NotFound: ``No such container: <word>``, or the prefix fits several."""
@@ -455,7 +462,8 @@ class Engine:
         if chosen == container.name:
             raise InvalidArgument("Renaming a container with the same name as its current name")
         self._store.check_free(chosen)  # before the network's names change
-        await self._network.rename(msgspec.structs.replace(container, name=chosen))
+        renamed = sandbox_config(msgspec.structs.replace(container, name=chosen))
+        await self._network.rename(renamed, container.sandbox if container.is_running else None)
         self.events.publish("rename", self._store.rename(container.id, chosen))
 
     # --- networks of plain containers ---------------------------------------------------------------------------
@@ -473,7 +481,8 @@ class Engine:
             if plain.mode is NetworkMode.NONE:
                 raise FailedPrecondition(_HAS_NONE)
             if container.is_running:
-                sandbox = await self._network.connect(container, request)
+                assert container.sandbox is not None, "a running container has one"
+                sandbox = await self._network.connect(sandbox_config(container), container.sandbox, request)
                 self._store.observe(container.id, sandbox=sandbox)
             elif any(one.network == request.network for one in plain.networks):
                 raise FailedPrecondition(
@@ -492,12 +501,14 @@ class Engine:
             container, plain = self._require_plain(container.id)
             known, is_there = {network, network_id}, False
             sandbox = container.sandbox if container.is_running else None
-            for endpoint in sandbox.endpoints if sandbox is not None else ():
-                if {endpoint.network_id, endpoint.network_name} & known:
-                    is_there = True
-                    known |= {endpoint.network_id, endpoint.network_name}
-                    left = await self._network.disconnect(container, endpoint.network_id)
-                    self._store.observe(container.id, sandbox=left)
+            if sandbox is not None:
+                for endpoint in sandbox.endpoints:
+                    if {endpoint.network_id, endpoint.network_name} & known:
+                        is_there = True
+                        known |= {endpoint.network_id, endpoint.network_name}
+                        config = sandbox_config(container)
+                        sandbox = await self._network.disconnect(config, sandbox, endpoint.network_id)
+                        self._store.observe(container.id, sandbox=sandbox)
             networks = tuple(one for one in plain.networks if one.network not in known)
             if not is_there and len(networks) == len(plain.networks):
                 raise FailedPrecondition(f"container {container.id} is not connected to network {network}")

@@ -25,7 +25,7 @@ from skep.engine.container import Container, ContainerState, NotRunning, StillRu
 from skep.engine.events import Events
 from skep.engine.execs import Execs
 from skep.engine.health import HealthMonitor
-from skep.engine.networking import Networking, has_sandbox
+from skep.engine.networking import Networking, has_sandbox, sandbox_config
 from skep.engine.processes import send_signal
 from skep.engine.runtime import Runtime
 from skep.engine.state import ContainerStore
@@ -147,7 +147,7 @@ class Lifecycle:
 
     async def _connect_all(self, container: Container) -> Container:
         """Create its sandbox and record it; a sandbox that is in no record would never be freed."""
-        sandbox = await self._network.attach(container)
+        sandbox = await self._network.attach(sandbox_config(container))
         try:
             return self._store.change(container.id, sandbox=sandbox)
         except BaseException:
@@ -329,9 +329,13 @@ class Lifecycle:
         for id in found.unknown:
             log.warning("container without a record removed", container=id)
             self.spawn(self._persist(partial(self._discard_unknown, id), id), name=f"remove-{id[:12]}")
-        live = [one for one in found.known if has_sandbox(one)]
+        live = [
+            (sandbox_config(one), one.sandbox)
+            for one in found.known
+            if one.sandbox is not None and has_sandbox(one)
+        ]
         await self._persist_restoring(partial(self._network.restore, live), "networks not restored")
-        connected = {one.id for one in live}
+        connected = {config.id for config, _ in live}
         for container in self._store.list():
             work = self._adopt(container, has_network=container.id in connected)
             await isolate(

@@ -1,14 +1,15 @@
 """The network of containers, as the engine uses it: a dependency that the data plane implements."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from skep.engine.container import Container, ContainerState
 from skep.engine.processes import is_alive
-from skep.model.ids import ContainerId
-from skep.model.sandbox import EndpointRequest, Sandbox
+from skep.model.ids import ContainerId, TaskId
+from skep.model.labels import LABEL_TASK_ID
+from skep.model.sandbox import EndpointRequest, NetworkMode, Sandbox, SandboxConfig
 
 
 class Networking(Protocol):
@@ -21,29 +22,53 @@ class Networking(Protocol):
     def running(self) -> AbstractAsyncContextManager[None]:
         """Keep the sandboxes as they were made, whatever else changes on the node, until the block ends."""
 
-    async def restore(self, live: Collection[Container]) -> None:
-        """Make the node ready, keep the sandboxes of the ``live`` containers, free all others."""
+    async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
+        """Make the node ready, keep the ``live`` sandboxes, free all others.  Raises: SkepError."""
 
-    async def attach(self, container: Container) -> Sandbox:
+    async def attach(self, config: SandboxConfig) -> Sandbox:
         """Create a network namespace with its endpoints and host-mode ports.  Raises: SkepError."""
 
     async def detach(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """Free all of it.  Harmless when nothing is left."""
 
-    async def connect(self, container: Container, request: EndpointRequest) -> Sandbox:
+    async def connect(self, config: SandboxConfig, sandbox: Sandbox, request: EndpointRequest) -> Sandbox:
         """One more endpoint for a running container.  Raises: FailedPrecondition: it has it; NotFound; SkepError."""
 
-    async def disconnect(self, container: Container, network_id: str) -> Sandbox:
+    async def disconnect(self, config: SandboxConfig, sandbox: Sandbox, network_id: str) -> Sandbox:
         """Remove an endpoint of a running container.  Raises: SkepError."""
 
-    async def rename(self, container: Container) -> None:
-        """Use ``container.name`` on its networks from now on.  Raises: FailedPrecondition; SkepError."""
+    async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
+        """Use ``config.name`` on its networks from now on; ``sandbox``: None: it does not run.
+
+        Raises: FailedPrecondition; SkepError.
+        """
 
     async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
         """Free and log what is held for containers of which ``is_needed`` is false; gives their ids.
 
         ``is_needed`` is called for each at the moment it would be freed.  Raises: SkepError, OSError.
         """
+
+
+def sandbox_config(container: Container) -> SandboxConfig:
+    """``container`` as its networks see it."""
+    config, plain = container.config, container.plain
+    if plain is not None:
+        mode, networks = plain.mode, plain.networks
+    else:  # of a task without networks, which is on the gateway bridge alone
+        mode, networks = NetworkMode.NETWORKS if config.endpoints else NetworkMode.BRIDGE, ()
+    return SandboxConfig(
+        id=container.id,
+        name=container.name,
+        task=TaskId(container.labels.get(LABEL_TASK_ID, "")),
+        mode=mode,
+        networks=networks,
+        endpoints=config.endpoints,
+        ports=config.ports,
+        sysctls=config.sysctls,
+        nameservers=config.nameservers,
+        dns_options=config.dns_options,
+    )
 
 
 def has_sandbox(container: Container) -> bool:

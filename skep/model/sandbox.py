@@ -9,7 +9,7 @@ from enum import Enum
 
 import msgspec
 
-from skep.model.ids import NetworkId, TaskId
+from skep.model.ids import ContainerId, NetworkId, TaskId
 from skep.model.service import PortConfig
 from skep.model.tables import NetworkHead
 
@@ -79,6 +79,26 @@ class PublishedPort(PortConfig):
     """A port published on the node.  ``host_ip``: the only address it listens on; empty: all."""
 
     host_ip: str = ""
+
+
+class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A container as its networks see it: what its sandbox is made from.  Not serialized."""
+
+    id: ContainerId
+    name: str
+    task: TaskId = TaskId("")
+    """Its task, whose id its endpoints have in network tables; empty: a plain container."""
+    mode: NetworkMode = NetworkMode.BRIDGE
+    networks: tuple[EndpointRequest, ...] = ()
+    """Requested networks, in the order of its interfaces, on which it gets endpoints when it starts."""
+    endpoints: tuple[EndpointConfig, ...] = ()
+    """Endpoints that it has been given already (a task's), likewise."""
+    ports: tuple[PublishedPort, ...] = ()
+    """Host-mode ports to publish on the node."""
+    sysctls: Mapping[str, str] = {}
+    """As its user has set them."""
+    nameservers: tuple[str, ...] = ()
+    dns_options: tuple[str, ...] = ()
 
 
 class Sandbox(msgspec.Struct, frozen=True, kw_only=True):

@@ -257,7 +257,7 @@ class Node:
         """Probes of other nodes, where this one can have overlay networks."""
         if self._engine is None or self._network is None or not has_overlays(self._environment.features):
             return None
-        return NodeProbes(self._network.prober, NameChecks(self._engine.list, self._clock))
+        return NodeProbes(self._network.prober, NameChecks(self._engine.running_sandboxes, self._clock))
 
     def _new_agent(
         self,

@@ -11,10 +11,10 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from skep.agent.table_stream import SET_BYTES_MAX
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.keeper import TableKeeper, TableListener
-from skep.dataplane.tables.stream import SET_BYTES_MAX
 from skep.errors import FailedPrecondition, NotFound, Unavailable
 from skep.manager.discovery.derive import table_of
 from skep.model.ids import NetworkId, NodeId

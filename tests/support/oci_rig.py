@@ -23,7 +23,7 @@ from skep.errors import NotFound
 from skep.linux import syscalls
 from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.labels import LABEL_TASK_ID
-from skep.model.sandbox import EndpointRequest, Sandbox
+from skep.model.sandbox import EndpointRequest, Sandbox, SandboxConfig
 from skep.model.task import AssignedTask, ContainerStatus
 
 Fault = Callable[[str, str], None]
@@ -111,25 +111,25 @@ class MemoryNetwork:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
 
-    async def connect(self, container: Container, request: EndpointRequest) -> Sandbox:
+    async def connect(self, config: SandboxConfig, sandbox: Sandbox, request: EndpointRequest) -> Sandbox:
         return Sandbox(netns="")
 
-    async def disconnect(self, container: Container, network_id: str) -> Sandbox:
+    async def disconnect(self, config: SandboxConfig, sandbox: Sandbox, network_id: str) -> Sandbox:
         return Sandbox(netns="")
 
-    async def rename(self, container: Container) -> None:
+    async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
         """There are no names."""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         yield
 
-    async def restore(self, live: Collection[Container]) -> None:
+    async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         self._machine.fault("restore", "")
 
-    async def attach(self, container: Container) -> Sandbox:
-        self._machine.fault("attach", container.id)
-        self._machine.attached.add(container.id)
+    async def attach(self, config: SandboxConfig) -> Sandbox:
+        self._machine.fault("attach", config.id)
+        self._machine.attached.add(config.id)
         return Sandbox(netns="")
 
     async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:

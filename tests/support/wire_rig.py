@@ -17,8 +17,8 @@ from skep.agent.managers import ManagerList, Peer
 from skep.agent.probe_stream import ProbeSource
 from skep.agent.renewal import KeyPairCredentials
 from skep.agent.session import NodeServices, unknown_load
+from skep.agent.table_stream import TableSink
 from skep.aio.clock import SystemClock
-from skep.dataplane.tables.stream import TableSink
 from skep.errors import Unavailable, Unimplemented
 from skep.manager.attachment_service import AttachmentService
 from skep.manager.ca.caller_check import CallerCheck

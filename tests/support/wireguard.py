@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from itertools import count
 
-from skep.dataplane.plan.wireguard import own_port
-from skep.dataplane.wireguard.keys import KeyPair
+from skep.dataplane.plan.wireguard import KeyPair, own_port
 from skep.model.ids import NetworkId, NodeId
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 from skep.model.tables import NetworkHead, Segment, Table, TableNode

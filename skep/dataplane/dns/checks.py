@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -23,9 +23,9 @@ from skep.dataplane.dns.messages import (
 )
 from skep.dataplane.dns.rules import ADDRESS
 from skep.dataplane.netns.namespaces import inside
-from skep.engine.container import Container, ContainerState
 from skep.model.ids import NetworkId
 from skep.model.paths import DETAIL_CHARACTERS_MAX, NetworkNames, PathCheck, PathFinding
+from skep.model.sandbox import Sandbox
 
 log = structlog.get_logger(__name__)
 
@@ -40,10 +40,10 @@ Told = Mapping[str, tuple[str, ...]]
 
 
 class NameChecks:
-    """Asks in the namespaces of this node's containers."""
+    """Asks in the namespaces of this node's containers.  ``sandboxes``: those of running containers."""
 
-    def __init__(self, containers: Callable[[], Collection[Container]], clock: Clock) -> None:
-        self._containers = containers
+    def __init__(self, sandboxes: Callable[[], Iterable[Sandbox]], clock: Clock) -> None:
+        self._sandboxes = sandboxes
         self._clock = clock
 
     async def look(self, truth: Sequence[NetworkNames]) -> tuple[PathFinding, ...]:
@@ -61,11 +61,8 @@ class NameChecks:
         return tuple(findings)
 
     def _namespace_on(self, network: NetworkId) -> Path | None:
-        for container in self._containers():
-            sandbox = container.sandbox
-            if container.state is not ContainerState.RUNNING or sandbox is None:
-                continue
-            if any(place.network_id == network for place in sandbox.endpoints):
+        for sandbox in self._sandboxes():
+            if any(one.network_id == network for one in sandbox.endpoints):
                 return Path(sandbox.netns)
         return None
 

@@ -1,10 +1,10 @@
-"""Places of plain containers on this node's bridge networks, and the names by which they find each other there.
+"""Endpoints of plain containers on this node's bridge networks, and the names by which they find each other there.
 
-A bridge network is made as an overlay is that has no other node: a namespace with a bridge, from its first container to
-its last.  Its table of names is written here, where the net process reads those of the cluster's networks.
+A bridge network is made like an overlay without other nodes: a namespace with a bridge, from its first container to its
+last.  Its network table is written here, where the net process reads those of the cluster's networks.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Protocol
@@ -15,11 +15,10 @@ import structlog
 from skep.dataplane.addresses import Addresses
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, find, gateway_of, head_of, is_local, subnet_of
-from skep.engine.container import Container
 from skep.errors import InvalidArgument, SkepError
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
-from skep.model.sandbox import EndpointConfig, EndpointRequest
+from skep.model.sandbox import EndpointConfig, EndpointRequest, Sandbox, SandboxConfig
 from skep.model.tables import Table, TableEndpoint
 
 log = structlog.get_logger()
@@ -30,7 +29,8 @@ _SHORT_ID_CHARACTERS = 12
 class Readers(Protocol):
     """Reads the tables (``NetClient``)."""
 
-    async def refresh(self, networks: Iterable[NetworkId] = ()) -> None: ...
+    async def refresh(self, networks: Iterable[NetworkId] = ()) -> None:
+        """Have the tables of ``networks`` read again.  Raises: SkepError."""
 
 
 class LocalEndpoints:
@@ -50,28 +50,28 @@ class LocalEndpoints:
         self._endpoints: dict[str, dict[ContainerId, TableEndpoint]] = {}
 
     def find(self, word: str) -> LocalNetwork | None:
-        """The bridge network that a user means by ``word``."""
+        """The bridge network with the id, name or prefix of an id ``word``; None: there is none."""
         return find(self._networks.bridges(), word)
 
-    async def restore(self, live: Collection[Container]) -> None:
-        """Keep what ``live`` containers hold; tables of networks without containers go."""
-        for container in live:
-            for connected in container.sandbox.endpoints if container.sandbox is not None else ():
-                place = connected.config
-                if is_local(place.head.id) and (network := self.find(place.head.id)) is not None:
-                    self._addresses_of(network).claim(_address(place), container.id)
-                    self._enter(container.id, container.name, place)
+    async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
+        """Keep what ``live`` sandboxes hold, and remove the tables of networks without containers."""
+        for container, sandbox in live:
+            for endpoint in sandbox.endpoints:
+                config = endpoint.config
+                if is_local(config.head.id) and (network := self.find(config.head.id)) is not None:
+                    self._addresses_of(network).claim(_address(config), container.id)
+                    self._enter(container, config)
         if self._tables.is_dir():
             for path in self._tables.iterdir():
                 if is_local(path.name) and path.name not in self._endpoints:
                     path.unlink(missing_ok=True)
         for id in tuple(self._endpoints):
-            await self._tell(id)
+            await self._publish(id)
 
     async def take(
-        self, container: Container, network: LocalNetwork, request: EndpointRequest
+        self, container: SandboxConfig, network: LocalNetwork, request: EndpointRequest
     ) -> EndpointConfig:
-        """An address on ``network``, and its names in force.
+        """An address on ``network``, with its names served.
 
         Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: no such address; SkepError.
         """
@@ -80,54 +80,54 @@ class LocalEndpoints:
             address = addresses.take_requested(_parsed(request.address), container.id)
         else:
             address = addresses.take(container.id)
-        place = EndpointConfig(
+        config = EndpointConfig(
             head=head_of(network),
             addresses=(f"{address}/{addresses.subnet.prefixlen}",),
             aliases=request.aliases,
         )
         try:
-            self._enter(container.id, container.name, place)
-            await self._tell(network.id)
+            self._enter(container, config)
+            await self._publish(network.id)
         except BaseException:
-            await self.give_back(container.id, place)
+            await self.give_back(container.id, config)
             raise
-        return place
+        return config
 
-    async def give_back(self, container_id: ContainerId, place: EndpointConfig) -> None:
-        """The container has left.  Harmless when it had."""
-        id = place.head.id
+    async def give_back(self, container_id: ContainerId, config: EndpointConfig) -> None:
+        """Release the address and the names of an endpoint.  Harmless when they were released before."""
+        id = config.head.id
         if (known := self._addresses.get(id)) is not None:
-            known.release(_address(place), container_id)
+            known.release(_address(config), container_id)
         if self._endpoints.get(id, {}).pop(container_id, None) is None:
             return
         if not self._endpoints[id]:
             del self._endpoints[id]
         try:
-            await self._tell(id)
+            await self._publish(id)
         except SkepError as error:
-            log.warning("names of a network not forgotten yet", network=id, reason=str(error))
+            log.warning("names of a network not removed yet", network=id, reason=str(error))
 
-    async def rename(self, container: Container) -> None:
-        """The container has another name now.  Raises: SkepError."""
-        for connected in container.sandbox.endpoints if container.sandbox is not None else ():
-            if container.id in self._endpoints.get(connected.network_id, {}):
-                self._enter(container.id, container.name, connected.config)
-                await self._tell(connected.network_id)
+    async def rename(self, container: SandboxConfig, sandbox: Sandbox) -> None:
+        """Have the name of a running container be ``container.name``.  Raises: SkepError."""
+        for endpoint in sandbox.endpoints:
+            if container.id in self._endpoints.get(endpoint.network_id, {}):
+                self._enter(container, endpoint.config)
+                await self._publish(endpoint.network_id)
 
-    def _enter(self, id: ContainerId, name: str, place: EndpointConfig) -> None:
-        endpoints = self._endpoints.setdefault(place.head.id, {})
-        endpoints[id] = TableEndpoint(
-            task_id=TaskId(id),
+    def _enter(self, container: SandboxConfig, config: EndpointConfig) -> None:
+        endpoints = self._endpoints.setdefault(config.head.id, {})
+        endpoints[container.id] = TableEndpoint(
+            task_id=TaskId(container.id),
             node_id=NodeId(""),
-            name=name,
-            aliases=(id[:_SHORT_ID_CHARACTERS], *place.aliases),
-            addresses=(str(_address(place)),),
+            name=container.name,
+            aliases=(container.id[:_SHORT_ID_CHARACTERS], *config.aliases),
+            addresses=(str(_address(config)),),
             is_running=True,
             is_serving=True,
         )
 
-    async def _tell(self, id: str) -> None:
-        """Write the table of a network and have it read.  Raises: SkepError; OSError."""
+    async def _publish(self, id: str) -> None:
+        """Write the table of a network, and have it read.  Raises: SkepError; OSError."""
         path, network = self._tables / id, self.find(id)
         endpoints: Mapping[ContainerId, TableEndpoint] = self._endpoints.get(id, {})
         if network is None or not endpoints:
@@ -142,18 +142,18 @@ class LocalEndpoints:
     def _addresses_of(self, network: LocalNetwork) -> Addresses:
         known = self._addresses.get(network.id)
         if known is None:
-            config = network.configs[0]
+            subnet = network.configs[0]
             known = self._addresses[network.id] = Addresses(
                 subnet_of(network),
                 gateway=gateway_of(network),
-                pool=IPv4Network(config.ip_range, strict=False) if config.ip_range else None,
-                reserved=map(IPv4Address, config.auxiliary_addresses.values()),
+                pool=IPv4Network(subnet.ip_range, strict=False) if subnet.ip_range else None,
+                reserved=map(IPv4Address, subnet.auxiliary_addresses.values()),
             )
         return known
 
 
-def _address(place: EndpointConfig) -> IPv4Address:
-    return IPv4Address(place.addresses[0].partition("/")[0])
+def _address(config: EndpointConfig) -> IPv4Address:
+    return IPv4Address(config.addresses[0].partition("/")[0])
 
 
 def _parsed(text: str) -> IPv4Address:

@@ -8,9 +8,8 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 
-import msgspec
-
 from skep.dataplane.netns import netlink
+from skep.dataplane.netns.state import Flow, Tuple
 
 _GET, _DELETE = 0x0101, 0x0102
 _ORIGINAL, _REPLY, _ID, _ZONE = 1, 2, 12, 18
@@ -35,24 +34,6 @@ SYSCTLS = {
 
 class Refused(OSError):
     """The kernel said no, which is something else than not answering."""
-
-
-class Tuple(msgspec.Struct, frozen=True):
-    """One direction of a flow.  Ports are 0 where the protocol has none."""
-
-    protocol: int
-    source: str
-    source_port: int
-    destination: str
-    destination_port: int
-
-
-class Flow(msgspec.Struct, frozen=True):
-    """``name``: what it is deleted by, with its id, so that it is not the flow that came after it."""
-
-    original: Tuple
-    reply: Tuple
-    name: bytes
 
 
 def opened(timeout_s: float) -> socket.socket:

@@ -139,3 +139,24 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     entries: frozenset[Entry] = frozenset()
     rules: frozenset[Rule] = frozenset()
     sysctls: Mapping[str, str] = {}
+
+
+class Tuple(msgspec.Struct, frozen=True):
+    """One direction of a flow.  Ports are 0 where the protocol has none."""
+
+    protocol: int
+    source: str
+    source_port: int
+    destination: str
+    destination_port: int
+
+
+class Flow(msgspec.Struct, frozen=True):
+    """An entry of connection tracking.
+
+    ``name``: what it is deleted by, with its id, so that it is not the flow that came after it.
+    """
+
+    original: Tuple
+    reply: Tuple
+    name: bytes

@@ -20,8 +20,8 @@ from socket import IPPROTO_UDP
 
 import msgspec
 
-from skep.dataplane.netns.conntrack import Flow
 from skep.dataplane.netns.nft_table import Element, NftTable
+from skep.dataplane.netns.state import Flow
 from skep.model.ids import NodeId, TaskId
 from skep.model.publishing import PublishOptions
 from skep.model.tables import Table, TableEndpoint, TablePort, TableService

@@ -17,8 +17,8 @@ from ipaddress import IPv6Address
 from pathlib import Path
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from skep.dataplane.wireguard.keys import KeyPair
 from skep.model.ids import NodeId
 from skep.model.tables import Table
 from skep.model.wireguard import PublicKey
@@ -37,6 +37,25 @@ KEEPALIVE_S = 25
 
 _PREFIX = bytes.fromhex("fd736b6570656e63")
 """Unique local (RFC 4193): fd73:6b65:7065:6e63::/64.  It exists inside the tunnels' namespace only."""
+
+
+class KeyPair(msgspec.Struct, frozen=True, kw_only=True):
+    """A private key (X25519, 32 bytes) with the device that uses it.  Never logged, never shown.
+
+    ``made_at``: seconds since the machine booted.
+    """
+
+    private: bytes
+    slot: int
+    made_at: float
+
+    @property
+    def public(self) -> bytes:
+        """32 bytes, which peers know."""
+        return X25519PrivateKey.from_private_bytes(self.private).public_key().public_bytes_raw()
+
+    def __repr__(self) -> str:
+        return f"KeyPair(slot={self.slot}, made_at={self.made_at})"
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import structlog
 
 from skep.dataplane.netns import conntrack, nft
+from skep.dataplane.netns.state import Flow
 from skep.dataplane.plan.vip import FAMILIES, Backends, Plan, VipBackends, Written, is_ipv6, noted, plan
 from skep.dataplane.vip.elements import ElementSocket
 from skep.model.ids import NetworkId, ServiceId
@@ -116,7 +117,7 @@ def delete_stale_flows(backends: VipBackends) -> frozenset[str]:
     """
     seen: set[str] = set()
 
-    def is_stale(flow: conntrack.Flow) -> bool:
+    def is_stale(flow: Flow) -> bool:
         address, backend = flow.original.destination, flow.reply.source
         if address not in backends:
             return False

@@ -11,6 +11,7 @@ import msgspec
 import structlog
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from skep.dataplane.plan.wireguard import KeyPair
 from skep.linux.files import replace_file
 
 log = structlog.get_logger()
@@ -19,24 +20,6 @@ ROTATION_S = 24 * 3600.0
 """After which a key pair is replaced.  Session keys are WireGuard's own matter: it makes new ones every two minutes."""
 OVERLAP_S_MIN = 300.0
 """For which both key pairs are used at least: tables reach peers, and packets under way arrive."""
-
-
-class KeyPair(msgspec.Struct, frozen=True, kw_only=True):
-    """A private key (X25519, 32 bytes) with the device that uses it.  Never logged, never shown.
-
-    ``made_at``: seconds since the machine booted.
-    """
-
-    private: bytes
-    slot: int
-    made_at: float
-
-    @property
-    def public(self) -> bytes:
-        return X25519PrivateKey.from_private_bytes(self.private).public_key().public_bytes_raw()
-
-    def __repr__(self) -> str:
-        return f"KeyPair(slot={self.slot}, made_at={self.made_at})"
 
 
 def new_private_key() -> bytes:

@@ -29,6 +29,7 @@ from skep.dataplane.plan.wireguard import (
     INNER_PORT_OFFSET,
     Choice,
     Device,
+    KeyPair,
     Plan,
     Session,
     changes,
@@ -44,7 +45,6 @@ from skep.dataplane.plan.wireguard import (
 )
 from skep.dataplane.wireguard import keys
 from skep.dataplane.wireguard.devices import Devices, KernelDevices, UserSpaceDevices
-from skep.dataplane.wireguard.keys import KeyPair
 from skep.dataplane.wireguard.methods import Refusal
 from skep.errors import SkepError
 from skep.model.ids import NetworkId, NodeId

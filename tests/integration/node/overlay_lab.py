@@ -13,9 +13,8 @@ from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import OwnReservations
 from skep.dataplane.wireguard.tunnels import Options
-from skep.engine.container import Container, ContainerConfig
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId, new_container_id
-from skep.model.sandbox import EndpointConfig, PublishedPort, Sandbox
+from skep.model.sandbox import EndpointConfig, NetworkMode, PublishedPort, Sandbox, SandboxConfig
 from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode
 from skep.model.wireguard import PublicKey, published_keys
 from skep.paths import Paths
@@ -69,7 +68,7 @@ class LabNode:
         network.overlays.identify(self.id)
         try:
             async with network.running():
-                await network.restore([a_container(id, (), one) for id, one in self.endpoints.items()])
+                await network.restore([(a_container(id, ()), one) for id, one in self.endpoints.items()])
                 yield network
         finally:
             ports.close()
@@ -86,14 +85,11 @@ class LabNode:
 
 
 def a_container(
-    id: ContainerId,
-    places: tuple[EndpointConfig, ...],
-    endpoint: Sandbox | None = None,
-    ports: tuple[PublishedPort, ...] = (),
-) -> Container:
-    """What a node process knows of it, as far as networks go."""
-    config = ContainerConfig(path="sh", endpoints=places, ports=ports)
-    return Container(id=id, name=id, image="", image_id="", config=config, sandbox=endpoint)
+    id: ContainerId, endpoints: tuple[EndpointConfig, ...], ports: tuple[PublishedPort, ...] = ()
+) -> SandboxConfig:
+    """A task's container."""
+    mode = NetworkMode.NETWORKS if endpoints else NetworkMode.BRIDGE
+    return SandboxConfig(id=id, name=id, mode=mode, endpoints=endpoints, ports=ports)
 
 
 class OverlayLab:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +12,10 @@ from msgspec.structs import replace
 
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.netns.nft import NftFailed
-from skep.engine.container import Container
 from skep.model.ids import ContainerId
-from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
+from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox, SandboxConfig
 from tests.support.oci_rig import QuickClock
 from tests.unit.dataplane.plan.test_overlay import HEAD
-from tests.unit.engine.test_records import a_container
 
 
 async def nothing(*_: Any) -> None:
@@ -46,15 +44,15 @@ class NameRegistration:
     def __init__(self) -> None:
         self.served: list[str] = []
 
-    async def restore(self, live: Collection[Container]) -> None:
-        self.served = [one.id for one in live]
+    async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
+        self.served = [config.id for config, _ in live]
 
 
-def on_the_ingress_network(number: int) -> Container:
+def on_the_ingress_network(number: int) -> tuple[SandboxConfig, Sandbox]:
     place = EndpointConfig(head=replace(HEAD, is_ingress=True), addresses=(f"10.0.0.{number + 2}/24",))
     connected = Endpoint(config=place, interface="eth0", port=f"vs{number}", mac_address="02:00:00:00:00:02")
-    endpoint = Sandbox(netns=f"/netns/{number}", endpoints=(connected,))
-    return replace(a_container(name=f"c{number}", sandbox=endpoint), id=ContainerId(f"{number}" * 64))
+    sandbox = Sandbox(netns=f"/netns/{number}", endpoints=(connected,))
+    return SandboxConfig(id=ContainerId(f"{number}" * 64), name=f"c{number}"), sandbox
 
 
 PARTS = ("namespaces", "home", "gateway", "local", "healer", "deferred", "prober", "allocation", "tunnels")
@@ -87,11 +85,10 @@ async def test_a_part_that_fails_is_begun_again_and_ends_no_other() -> None:
 @pytest.mark.parametrize("odd", ["10.0.0.2", "10.0.0.300/24", "", "fd00::/129"])
 async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_restored(odd: str) -> None:
     mesh, naming, said, destroyed = Mesh(), NameRegistration(), list[str](), list[str]()
-    bad, good = on_the_ingress_network(1), on_the_ingress_network(2)
-    assert bad.sandbox is not None
-    (place,) = bad.sandbox.endpoints
-    places = (replace(place, config=replace(place.config, addresses=(odd, "nothing"))),)
-    bad = replace(bad, sandbox=replace(bad.sandbox, endpoints=places))
+    (bad, sandbox), (good, sound) = on_the_ingress_network(1), on_the_ingress_network(2)
+    (endpoint,) = sandbox.endpoints
+    endpoints = (replace(endpoint, config=replace(endpoint.config, addresses=(odd, "nothing"))),)
+    sandbox = replace(sandbox, endpoints=endpoints)
 
     async def destroy(id: str) -> None:
         destroyed.append(id)
@@ -118,13 +115,13 @@ async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_r
     parts = dict.fromkeys(PARTS, part)
     network = network_of(parts, overlays=overlays, mesh=mesh, naming=naming, say=said.append)
     for _ in range(2):
-        await network.restore([bad, good])
+        await network.restore([(bad, sandbox), (good, sound)])
     assert began == [good.id] * 2
     assert naming.served == [good.id]
     assert destroyed == ["gone", "stray"] * 2
     assert len(said) == 1
     assert bad.id[:12] in said[0]
-    await network.detach(bad.id, bad.sandbox)
+    await network.detach(bad.id, sandbox)
     assert said[-1] == ""
 
 
@@ -138,5 +135,5 @@ async def test_a_container_that_made_its_namespace_unusable_keeps_no_other_from_
     network = network_of(parts, overlays=overlays, mesh=mesh, naming=naming)
     live = [on_the_ingress_network(number) for number in (0, 1)]
     await network.restore(live)
-    assert mesh.routed == [live[1].id]
-    assert naming.served == [one.id for one in live]
+    assert mesh.routed == [live[1][0].id]
+    assert naming.served == [config.id for config, _ in live]

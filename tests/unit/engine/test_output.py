@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.engine.container import LogConfig, LogEntry, Stream
-from skep.engine.hosts import forwarded_to, hosts_file, resolver_file, sets_ndots
 from skep.engine.logs import PIECE_BYTES_MAX, Assembler, generations, rotate
 from skep.engine.signals import signal_number
 from skep.engine.stats import NetworkStats, flat_keyed, network_counters
 from skep.engine.top import parse
 from skep.errors import InvalidArgument
+from skep.linux.name_files import forwarded_to, hosts_file, resolver_file, sets_ndots
 
 STAMP = b"2026-01-31T12:00:00.123456789+00:00"
 STAMP_NS = 1_769_860_800_123_456_789

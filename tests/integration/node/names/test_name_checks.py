@@ -5,8 +5,6 @@ from collections.abc import Mapping
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.dns.checks import NameChecks
-from skep.engine.container import Container, ContainerConfig, ContainerState
-from skep.model.ids import ContainerId
 from skep.model.paths import NetworkNames, PathCheck
 from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
 from skep.model.tables import NetworkHead
@@ -19,34 +17,26 @@ FRONT = a_network(WEB, SIX)
 SAID = {"web": ("10.0.1.2",), "www": ("10.0.1.2",), "six": ("10.0.1.9", "fd00:1::9")}
 
 
-def a_container(lab: NamesLab, id: str, state: ContainerState = ContainerState.RUNNING) -> Container:
+def a_sandbox(lab: NamesLab, id: str) -> Sandbox:
     place = Endpoint(
         config=EndpointConfig(head=FRONT.head, addresses=()), interface="eth0", port="p", mac_address=""
     )
-    return Container(
-        id=ContainerId(id),
-        name=id,
-        image="",
-        image_id="",
-        config=ContainerConfig(path="sh"),
-        sandbox=Sandbox(netns=str(lab.paths.netns / id), endpoints=(place,)),
-        state=state,
-    )
+    return Sandbox(netns=str(lab.paths.netns / id), endpoints=(place,))
 
 
 def truth(names: Mapping[str, tuple[str, ...]], head: NetworkHead = FRONT.head) -> NetworkNames:
     return NetworkNames(network_id=head.id, network=head.name, names=names)
 
 
-def checks(*containers: Container) -> NameChecks:
-    return NameChecks(lambda: containers, SystemClock())
+def checks(*running: Sandbox) -> NameChecks:
+    return NameChecks(lambda: running, SystemClock())
 
 
-async def served(lab: NamesLab) -> Container:
+async def served(lab: NamesLab) -> Sandbox:
     lab.write(FRONT)
     await lab.container("c1")
     await lab.serve("c1", FRONT)
-    return a_container(lab, "c1")
+    return a_sandbox(lab, "c1")
 
 
 async def test_names_that_are_as_the_store_says_are_well(lab: NamesLab) -> None:
@@ -76,14 +66,13 @@ async def test_what_changes_just_now_is_asked_again(lab: NamesLab) -> None:
 async def test_a_container_without_a_name_server_is_told_within_seconds(lab: NamesLab) -> None:
     await lab.container("c1")
     async with asyncio.timeout(10):
-        (finding,) = await checks(a_container(lab, "c1")).look([truth(SAID)])
+        (finding,) = await checks(a_sandbox(lab, "c1")).look([truth(SAID)])
     assert finding.is_failing
 
 
 async def test_where_no_container_runs_there_is_nothing_to_ask(lab: NamesLab) -> None:
     container = await served(lab)
-    stopped = a_container(lab, "c1", ContainerState.EXITED)
-    assert await checks(stopped).look([truth(SAID)]) == ()
+    assert await checks().look([truth(SAID)]) == ()
     assert await checks(container).look([truth({})]) == ()
     elsewhere = a_network(name="back").head
     assert await checks(container).look([truth(SAID, elsewhere)]) == ()

@@ -11,10 +11,8 @@ from msgspec.structs import replace
 
 from skep.dataplane.name_registration import NameRegistration, named_of
 from skep.dataplane.protocol import NameServer
-from skep.engine.container import Container, ContainerConfig
-from skep.model.ids import ContainerId
-from skep.model.labels import LABEL_TASK_ID
-from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
+from skep.model.ids import ContainerId, TaskId
+from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox, SandboxConfig
 from skep.node.supervision.supervisor import wait_end
 from tests.support.names_lab import NamesLab, net_process
 from tests.support.tables import a_network, a_served
@@ -115,18 +113,13 @@ async def test_what_went_while_nobody_looked_is_not_served_again(lab: NamesLab) 
     assert list(Path(lab.paths.names).iterdir()) == []
 
 
-def a_container(id: str, netns: Path, **config: Any) -> Container:
+def a_container(id: str, netns: Path, **config: Any) -> tuple[SandboxConfig, Sandbox]:
     """One that is on the network ``front``, by a task of the same name."""
     place = EndpointConfig(head=FRONT.head, addresses=("10.0.1.3/24",))
     connected = Endpoint(config=place, interface="eth0", port="p", mac_address="02:42:0a:00:01:03")
-    return Container(
-        id=ContainerId(id),
-        name=id,
-        image="",
-        image_id="",
-        config=ContainerConfig(path="sh", endpoints=(place,), **config),
-        labels={LABEL_TASK_ID: id},
-        sandbox=Sandbox(netns=str(netns), address="172.18.0.2", endpoints=(connected,)),
+    return (
+        SandboxConfig(id=ContainerId(id), name=id, task=TaskId(id), endpoints=(place,), **config),
+        Sandbox(netns=str(netns), address="172.18.0.2", endpoints=(connected,)),
     )
 
 
@@ -136,7 +129,7 @@ async def test_the_next_node_process_has_just_its_containers_served(lab: NamesLa
     lab.write(FRONT)
     naming = NameRegistration(lab.client, resolver)
     for id in ("c1", "c2"):
-        await naming.attach(a_container(id, await lab.container(id)))
+        await naming.attach(*a_container(id, await lab.container(id)))
     own = {"nameservers": ("192.0.2.9",), "dns_options": ("ndots:0",)}
     live = [
         a_container("c2", lab.paths.netns / "c2", **own),
@@ -144,7 +137,7 @@ async def test_the_next_node_process_has_just_its_containers_served(lab: NamesLa
     ]
     await naming.restore(live)
     served = {one.id: one for one in (await lab.client.listing()).served}
-    assert served == {one.id: named_of(one, resolver.read_text()) for one in live}
+    assert served == {config.id: named_of(config, sandbox, resolver.read_text()) for config, sandbox in live}
     assert served["c2"].servers == (NameServer("192.0.2.9"),)
     table = a_network(a_served("new", "10.0.1.9", ["10.0.1.3"]))
     lab.write(table)
@@ -158,17 +151,15 @@ async def test_the_next_node_process_has_just_its_containers_served(lab: NamesLa
 
 def test_what_a_container_is_to_have_follows_from_its_places_and_its_nodes_resolver(tmp_path: Path) -> None:
     node = "nameserver 127.0.0.53\noptions ndots:3\n"
-    container = a_container("c1", tmp_path)
-    assert container.sandbox is not None
+    config, sandbox = a_container("c1", tmp_path)
 
-    named = named_of(container, node)
+    named = named_of(config, sandbox, node)
 
     assert named is not None
     assert named.servers == (NameServer("127.0.0.53"),)
     assert not named.forwards_single_labels
     assert named.networks[0].addresses == ("10.0.1.3",)
-    alone = replace(container, sandbox=replace(container.sandbox, endpoints=()))
-    assert named_of(alone, node) is None
-    inside = named_of(replace(container, sandbox=replace(container.sandbox, address="")), node)
+    assert named_of(config, replace(sandbox, endpoints=()), node) is None
+    inside = named_of(config, replace(sandbox, address=""), node)
     assert inside is not None
     assert not inside.forwards

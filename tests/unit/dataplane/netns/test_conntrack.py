@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from skep.dataplane.netns import conntrack, netlink
-from skep.dataplane.netns.conntrack import Refused, Tuple
+from skep.dataplane.netns.conntrack import Refused
+from skep.dataplane.netns.state import Tuple
 
 ENTRY = 0x0100
 

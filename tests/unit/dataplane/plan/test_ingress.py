@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.dataplane.netns.conntrack import Flow, Tuple
 from skep.dataplane.netns.nft_table import NftTable, changes, fresh, whole, with_spare_chains
-from skep.dataplane.netns.state import Route, Rule
+from skep.dataplane.netns.state import Flow, Route, Rule, Tuple
 from skep.dataplane.plan.ingress import (
     IPV4,
     IPV6,

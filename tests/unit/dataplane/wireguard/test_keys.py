@@ -3,10 +3,10 @@
 from itertools import count
 from pathlib import Path
 
+from skep.dataplane.plan.wireguard import KeyPair
 from skep.dataplane.wireguard.keys import (
     OVERLAP_S_MIN,
     ROTATION_S,
-    KeyPair,
     load,
     new_private_key,
     rotated,

@@ -1,4 +1,4 @@
-"""The name files of a container: /etc/hosts and /etc/resolv.conf."""
+"""The text of /etc/hosts and /etc/resolv.conf: a container's files, and what the node's say."""
 
 import ipaddress
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ ff02::1\tip6-allnodes
 ff02::2\tip6-allrouters
 """
 NAME_SERVER = "127.0.0.11"
-"""That of a container on networks, in its own namespace."""
+"""The name server of a container on networks, in its own namespace."""
 _PUBLIC_NAME_SERVERS = ("8.8.8.8", "8.8.4.4")
 """Docker's choice where the node's own resolver cannot be reached from a container."""
 
@@ -106,4 +106,4 @@ def _is_loopback(server: str) -> bool:
     try:
         return ipaddress.ip_address(server.partition("%")[0]).is_loopback
     except ValueError:
-        return True  # not an address: of no use to anyone
+        return True  # not an address: no container can use it
