@@ -63,10 +63,10 @@ unit: setup ## pure tests, seconds
 contract: setup ## one suite per interface, on the fake and on the real thing
 	@$(PYTEST) tests/contract
 
-sim: setup ## whole clusters on simulated time; SEEDS=10000 lives as many, SEED=7 lives that one and tells all
+sim: setup ## simulated clusters on virtual time; SEEDS=10000 for more seeds, SEED=7 for one with its events
 	@$(BIN)/python -m sim $(if $(SEED),$(SEED),--seeds $(or $(SEEDS),500))
 
-mutants: setup ## break named rules one by one: the simulation has to notice each within 200 seeds
+mutants: setup ## break named rules one at a time; the simulation must find each within 200 seeds
 	@$(BIN)/python -m sim.mutants
 
 conformance: setup ## the API as docker, docker-py and a recorded engine see it

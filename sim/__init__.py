@@ -1,1 +1,1 @@
-"""Whole clusters on virtual time: the real control loops on a store in memory, simulated nodes, faults, invariants."""
+"""Simulated clusters on virtual time: production control loops on a simulated store and nodes, faults, invariants."""

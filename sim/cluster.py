@@ -59,21 +59,21 @@ from skep.store.interface import Transaction, View
 T = TypeVar("T")
 
 ENGINE = EngineDescription(plugins=(EnginePlugin(type="Network", name="overlay"),))
-"""Of every worker: it can be on networks of the cluster."""
+"""The engine that every worker reports: one with the overlay driver."""
 STEP_S = 0.05
-"""How often ``run_until`` looks."""
+"""Interval at which ``run_until`` tests its condition."""
 WRAPPING_KEY = bytes(32)
 LED_S = 10.0
-"""With a majority of managers well, somebody leads after this time."""
+"""With a majority of healthy managers there is a leader after this time."""
 SLOW_S = 0.2
 TIMERS_MAX = 25
-"""Of one machine at rest, for its loops, streams and deadlines."""
+"""Timers of one idle machine: its loops, streams and deadlines."""
 WRITE_S = 30.0
-"""How long ``create`` and its like try."""
+"""Limit for ``create`` and the other writes."""
 
 
 class SimulatedCluster:
-    """Managers m1, m2, ... and workers w1, w2, ..., a machine each; to be used as a context manager.
+    """A context manager for a cluster of managers m1, m2, ... and workers w1, w2, ..., each on its own machine.
 
     Managers are drained: tasks run on workers only.
     """
@@ -94,16 +94,16 @@ class SimulatedCluster:
         """
         Args:
             capacity: of each worker.
-            latency_s: what a write to the store takes, on average.
+            latency_s: average duration of a write to the store.
             skew: whether the machines' clocks disagree.
-            turns_max: of the event loop, for a run that may spin.
+            turns_max: limit of iterations of the event loop, for a run that may not terminate.
             history_limit: see ``joined``.
         """
         self.random = Random(seed)
         self.loop = VirtualLoop(turns_max)
         self._history_limit = history_limit
         self.poisoned: set[str] = set()
-        """Services whose decisions raise."""
+        """Services for which every decision raises an error."""
         self.links = Links()
         self.network = Network(self.loop, self.links)
         self.raft = Raft(self.loop, self.random, self.links, latency_s)
@@ -111,23 +111,23 @@ class SimulatedCluster:
         self.raft.committed.append(self.committed.take)
         self.trace = Trace(self.loop.time)
         self.disturbances = 0
-        """Faults that last at present."""
+        """Number of faults that are active."""
         self._disturbed_at = 0.0
         self._led_at = 0.0
-        """When a manager was last seen to lead, or no majority of them to be well."""
-        self._uptime = Uptime(self.loop.time, self.links, lambda: self.raft.asked_at)
-        self._manager_uptime = Uptime(self.loop.time, self.links, lambda: self.raft.asked_at)
+        """The last time at which there was a leader, or no majority of healthy managers."""
+        self._uptime = Uptime(self.loop.time, self.links, lambda: self.raft.requested_at)
+        self._manager_uptime = Uptime(self.loop.time, self.links, lambda: self.raft.requested_at)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
         self._isolation = Isolation(self.loop.time, self.links, lambda: self.workers, lambda: self.managers)
         self.observer = self._observer()
         self.newer: set[NodeId] = set()
-        """Managers of a version that the others do not know, from their next start on."""
+        """Managers that run a newer version than the others from their next start on."""
         self.observer.rules.append(UnknownFieldsAreKept(self._cannot_read))
         self.changing: set[NodeId] = set()
-        """Machines that come in, go out or change their role, which have no other fault meanwhile."""
+        """Machines that join, leave or change their role; no other fault is injected into them meanwhile."""
         self.renew: Callable[[NodeId], None] = lambda _: None
-        """Called when a node is asked to renew its certificate."""
+        """Called when a manager tells a node to renew its certificate."""
         self._skew = skew
         self._capacity = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
         self._behaviour = behaviour or Behaviour()
@@ -140,14 +140,14 @@ class SimulatedCluster:
         self.links.changed.append(self.disturb)
         self.running_managers: dict[NodeId, SimulatedManager] = {}
         self._processes: dict[str, asyncio.Task[None]] = {}
-        """Node processes by id, those of managers by ``_manager``."""
+        """Node processes by node id, manager processes by ``_manager(id)``."""
 
     def __enter__(self) -> Self:
         asyncio.set_event_loop(self.loop)
         for id in self.managers:
             self.raft.add(id)
             self.raft.start(id)
-        self.do(self._found())
+        self.do(self._initialize())
         for id in self.managers:
             self.start_manager(id)
         for id in self.workers:
@@ -215,11 +215,11 @@ class SimulatedCluster:
         self.write(lambda tx: tx.delete(Node, id))
 
     def write(self, body: Callable[[Transaction], object]) -> None:
-        """Commit ``body`` by way of whichever manager takes it."""
+        """Commit ``body`` through any manager that accepts it."""
         self.do(self._write(body))
 
     async def write_probe(self, name: str) -> None:
-        """Have the store come to its next revision, however long that takes; no object changes."""
+        """Advance the store by one revision without changing an object; retried until it succeeds."""
         while True:
             member = self.random.choice(list(self.raft.members.values()))
             try:
@@ -233,11 +233,11 @@ class SimulatedCluster:
     # -- machines ----------------------------------------------------------------------------------------------
 
     def add_machine(self, id: NodeId) -> None:
-        """A machine that nothing runs on."""
+        """Add a machine on which nothing runs."""
         self.clocks[id] = self._clock(id, self._skew)
 
     def add_node(self, id: NodeId) -> SimulatedNode:
-        """A machine that may be a worker; its node process does not run yet."""
+        """Add a machine that can be a worker; its node process is not started."""
         self.add_machine(id)
         node = self.nodes[id] = SimulatedNode(
             Identity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER),
@@ -253,7 +253,7 @@ class SimulatedCluster:
         return node
 
     async def end_node(self, id: NodeId) -> None:
-        """A machine goes out for good, with everything on it."""
+        """Remove a worker's machine and its containers permanently."""
         self.disturb()
         process = self._processes.pop(id)
         process.cancel()
@@ -263,7 +263,7 @@ class SimulatedCluster:
         self.disturb()
 
     async def end_manager(self, id: NodeId) -> None:
-        """A manager process ends for good, and its member, whether that has its vote still or not."""
+        """End a manager process permanently, with its etcd member, whether or not that is still a voter."""
         self.disturb()
         process = self._processes.pop(_manager(id), None)
         self.running_managers.pop(id, None)
@@ -279,11 +279,11 @@ class SimulatedCluster:
     @property
     def leader(self) -> NodeId:
         """The manager that leads."""
-        assert self.raft.current is not None, "nobody leads"
+        assert self.raft.current is not None, "no leader"
         return self.raft.current.member.id
 
     def start_manager(self, id: NodeId) -> None:
-        """Start a manager that does not run, with its member of the store."""
+        """Start a stopped manager with its etcd member."""
         self.disturb()
         if not self.raft.members[id].is_running:
             self.raft.start(id)
@@ -303,16 +303,16 @@ class SimulatedCluster:
         self._manager_uptime.start(id)
 
     def crash(self, id: NodeId) -> None:
-        """kill -9 of a manager and its member: its nodes find another one, and another one leads."""
+        """kill -9 of a manager and its etcd member: its nodes connect to another one, and another one is elected."""
         self.disturb()
         self.raft.crash(id)
         self._stop(_manager(id))
         self.running_managers.pop(id, None)
 
     def kill_manager(self, id: NodeId) -> asyncio.Task[None]:
-        """The same, from within the loop: what the process has begun ends without having written anything more.
+        """The same, from within the loop: the process writes nothing more.
 
-        Gives the process, which has to have ended before another one begins.
+        Returns the task of the process, which has to be done before another one is started.
         """
         self.disturb()
         self.raft.crash(id)
@@ -320,22 +320,22 @@ class SimulatedCluster:
         self._processes[_manager(id)].cancel()
         return self._processes[_manager(id)]
 
-    def watch_over(self, task: asyncio.Task[None]) -> None:
-        """Its failure fails the run."""
+    def supervise(self, task: asyncio.Task[None]) -> None:
+        """Let a failure of ``task`` fail the run."""
         self._processes[task.get_name()] = task
 
     def depose(self, *, quietly: bool = False) -> None:
-        """Another manager leads from now on.  ``quietly``: the old leader hears of it late."""
+        """Move leadership to another manager.  ``quietly``: the old leader is notified late."""
         self.disturb()
         if self.raft.current is None:
-            return  # they are electing
+            return  # an election is in progress
         old = self.leader
         voters = self.raft.voters
         others = [
             voter.id for voter in voters if voter.id in self.managers and voter.id != old and voter.is_running
         ]
         if others and self.raft.transfer(self.random.choice(others)) and quietly:
-            self.raft.members[old].deaf_until = self.loop.time() + self.random.uniform(0.2, 2.0)
+            self.raft.members[old].stale_until = self.loop.time() + self.random.uniform(0.2, 2.0)
 
     def start_node(self, id: NodeId) -> None:
         """Start a worker's node process."""
@@ -344,13 +344,13 @@ class SimulatedCluster:
         self._uptime.start(id)
 
     def start_all(self) -> None:
-        """Start every machine that does not run."""
+        """Start the node process of every worker that has none."""
         for id in self.workers:
             if id not in self._processes:
                 self.start_node(id)
 
     def kill_node(self, id: NodeId, *, keeps_containers: bool = False) -> None:
-        """Power loss of a worker, or (``keeps_containers``) only the end of its node process."""
+        """Power loss of a worker; with ``keeps_containers`` only its node process is killed."""
         self.disturb()
         self._stop(id)
         self._uptime.stop(id)
@@ -358,24 +358,24 @@ class SimulatedCluster:
             self.nodes[id].lose_power()
 
     def kill_container(self, task: Task, exit_code: int = 137) -> None:
-        """The process of a running task ends."""
+        """End the process of a running task."""
         self.disturb()
         self.nodes[task.node_id].machine.crash(task.id, exit_code)
 
-    # -- looking -----------------------------------------------------------------------------------------------
+    # -- observation -------------------------------------------------------------------------------------------
 
     @property
     def view(self) -> View:
-        """The cluster's objects as they are committed."""
+        """The committed objects of the cluster."""
         return self.committed.view
 
     def is_ready(self, id: NodeId) -> bool:
-        """Whether the managers believe the node to be there."""
+        """Whether the node's status is ready."""
         node = self.committed.view.lookup(Node, id)
         return node is not None and node.status.state is NodeState.READY
 
     def service(self, name: str) -> Service | None:
-        """The service, or None when even its hidden record is gone."""
+        """The service, removed or not, or None when its record has been deleted."""
         return self.committed.view.lookup(Service, name)
 
     def tasks(self, name: str) -> list[Task]:
@@ -383,11 +383,11 @@ class SimulatedCluster:
         return list(self.committed.view.find(Task, service_id=name))
 
     def wanted(self, name: str) -> list[Task]:
-        """Tasks of a service that are meant to run."""
+        """Tasks of a service whose desired state is at most running."""
         return [task for task in self.tasks(name) if task.desired_state <= TaskState.RUNNING]
 
     def running(self, name: str, image: str | None = None) -> int:
-        """How many tasks of a service run and are meant to (of one image)."""
+        """Number of tasks of a service (with this image) that run and should."""
         return sum(
             1
             for task in self.wanted(name)
@@ -395,31 +395,31 @@ class SimulatedCluster:
         )
 
     def created(self, name: str) -> int:
-        """How many tasks the service has been given in all."""
+        """Number of tasks that were ever created for the service."""
         return self.observer.created[ServiceId(name)]
 
     def containers(self, name: str) -> int:
-        """How many containers of a service run anywhere."""
+        """Number of running containers of a service."""
         return sum(
             1 for node in self.nodes.values() for task in node.containers.values() if task.service_id == name
         )
 
     def check_invariants(self, *, at_rest: bool = True) -> None:
-        """Raise AssertionError for anything that was ever wrong; ``at_rest``: for leftovers too."""
+        """Raise AssertionError if an invariant was violated; ``at_rest``: check those of a cluster at rest too."""
         violations = list(self.observer.violations)
         if at_rest:
             violations += self.rest_violations()
         assert not violations, "\n".join(violations)
 
     def rest_violations(self) -> list[str]:
-        """Containers that belong to nobody, and tasks that are said to run and do not."""
+        """Containers without a task, and tasks that are reported as running and are not."""
         nodes = self.nodes.values()
         containers = [(node.id, task) for node in nodes for task in node.containers.values()]
         kept = [(node.id, task_id) for node in nodes for task_id in node.kept]
         return list(rest_violations(self.committed.view, containers, kept))
 
     def leftovers(self) -> list[str]:
-        """What managers still have of what is over, and more timers than there is reason for; asked at rest."""
+        """State that managers keep of finished work, and surplus timers, in a cluster at rest."""
         found = [
             f"{id} {text}" for id, manager in self.running_managers.items() for text in manager.leftovers()
         ]
@@ -429,7 +429,7 @@ class SimulatedCluster:
         return found
 
     def observe_with(self, kind: type[Observer]) -> None:
-        """Another observer goes on, which knows nothing of what was before."""
+        """Replace the observer by a new one without the history of the old one."""
         before = self.observer
         self.committed.watchers.remove(before._check)
         self.observer = self._observer(kind)
@@ -438,7 +438,7 @@ class SimulatedCluster:
             node.watchers = [self.observer]
 
     def disturb(self) -> None:
-        """Something breaks, or is mended: nobody may be blamed for a while."""
+        """Record that a fault began or ended: invariants that need a calm period count from now."""
         self._disturbed_at = self.loop.time()
 
     # -- time --------------------------------------------------------------------------------------------------
@@ -446,17 +446,17 @@ class SimulatedCluster:
     def run_for(self, seconds: float) -> None:
         """Let virtual time pass."""
         self.do(asyncio.sleep(seconds))
-        self.observer.look()
+        self.observer.check_durations()
         self.observer.note(self.loop.time(), self._leaderless())
         for id, manager in self.running_managers.items():
             is_asked = manager.loops and not manager.writes and not self.links.is_frozen(id)
             if is_asked and manager.store is not None:
                 self.observer.note(
-                    self.loop.time(), self.observer.books(id, manager.loops, manager.store.view())
+                    self.loop.time(), self.observer.caches(id, manager.loops, manager.store.view())
                 )
 
     def run_until(self, condition: Callable[[], bool], *, within_s: float) -> float:
-        """Let time pass until ``condition``; the seconds it took.  AssertionError: it did not come."""
+        """Let time pass until ``condition``; returns the seconds.  Raises: AssertionError: not in time."""
         began = self.loop.time()
         while not condition():
             waited_s = self.loop.time() - began
@@ -465,17 +465,17 @@ class SimulatedCluster:
         return self.loop.time() - began
 
     def new_id(self) -> str:
-        """An id of the same length as everybody's, by this seed."""
+        """A random id of the production length, from the seed."""
         return base36(self.random.getrandbits(128), 25)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
-        """Let time pass until ``work`` is done.  Raises: what it, or a part that failed meanwhile, raised."""
+        """Let time pass until ``work`` is done.  Raises: its error, or that of a process that failed meanwhile."""
         result = self.loop.run_until_complete(work)
         for task in self._processes.values():
             if task.done() and not task.cancelled():
-                task.result()  # a part that failed fails the run
+                task.result()  # a failed process fails the run
         return result
 
     def _observer(self, kind: type[Observer] = Observer) -> Observer:
@@ -484,20 +484,20 @@ class SimulatedCluster:
         )
 
     def _cannot_read(self, id: NodeId) -> bool:
-        return id in self.raft.members and bool(self.raft.members[id].rotten)
+        return id in self.raft.members and bool(self.raft.members[id].corrupted)
 
     def _leaderless(self) -> Iterable[str]:
-        """A majority of managers that are well has a leader soon."""
+        """A majority of healthy managers has a leader within ``LED_S``."""
         now = self.loop.time()
-        if self._is_majority_well() and not any(one.leads for one in self.running_managers.values()):
+        if self._is_majority_healthy() and not any(one.leads for one in self.running_managers.values()):
             if now - self._led_at > LED_S:
-                self._led_at = inf  # it is said once
-                yield f"nobody leads, though a majority of managers has been well for {LED_S} s"
+                self._led_at = inf  # reported once
+                yield f"no leader, although a majority of managers has been healthy for {LED_S} s"
         else:
             self._led_at = now
 
-    def _is_majority_well(self) -> bool:
-        well = [
+    def _is_majority_healthy(self) -> bool:
+        healthy = [
             id
             for id, member in self.raft.members.items()
             if id in self.running_managers
@@ -508,16 +508,16 @@ class SimulatedCluster:
         ]
         return any(
             all(self.links.is_joined(one, other, Port.PEER) for one, other in combinations(some, 2))
-            for some in combinations(well, self.raft.majority)
+            for some in combinations(healthy, self.raft.majority)
         )
 
     def _calm_since(self) -> float:
-        """When the last fault was over; infinity while there is one."""
-        is_whole = self.links.is_whole and self._processes.keys() >= {
+        """The end of the last fault; infinity while a fault is active."""
+        is_intact = self.links.is_intact and self._processes.keys() >= {
             *map(_manager, self.managers),
             *self.workers,
         }
-        return self._disturbed_at if is_whole and not self.disturbances else inf
+        return self._disturbed_at if is_intact and not self.disturbances else inf
 
     async def _write(self, body: Callable[[Transaction], object]) -> None:
         async with asyncio.timeout(WRITE_S):
@@ -532,13 +532,11 @@ class SimulatedCluster:
                         return
                 await asyncio.sleep(STEP_S)
 
-    async def _found(self) -> None:
-        """What an init and the joins leave in the store."""
+    async def _initialize(self) -> None:
+        """Write the state that an init and the joins leave in the store."""
         first = self.managers[0]
         client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
-        self.raft.committed.remove(
-            self.committed.take
-        )  # what comes before the keys are known is read afterwards
+        self.raft.committed.remove(self.committed.take)  # read below, once the data keys are known
         await self.raft.wait_readable(self.raft.members[first])
         await initialize_on(
             client,

@@ -18,7 +18,7 @@ KEY_RING = etcd_key(keys.KEY_RING)
 
 
 class Change(msgspec.Struct, frozen=True):
-    """One committed entry that wrote something."""
+    """One committed entry that changed keys."""
 
     time_s: float
     origin: NodeId
@@ -42,16 +42,16 @@ class CommittedState:
 
     @property
     def view(self) -> State:
-        """The present; valid until the next commit."""
+        """The current state; valid until the next commit."""
         return self._state
 
     def begin(self, cipher: Cipher) -> None:
-        """Decrypt with ``cipher`` from now on; nothing that matters comes before."""
+        """Decrypt with ``cipher`` from now on; earlier entries hold nothing encrypted."""
         self._cipher = cipher
 
     def take(self, origin: NodeId, revision: int, events: list[pb.Event]) -> None:
-        """An entry of ``origin`` is committed."""
-        assert self._cipher is not None, "founded before anybody writes"
+        """Apply a committed entry that ``origin`` proposed."""
+        assert self._cipher is not None, "the cluster is initialized before the first write"
         for event in events:
             if event.kv.key == KEY_RING and event.type == pb.Event.PUT:
                 self._cipher.use(decoded_ring(event.kv.value), revision)
@@ -66,16 +66,16 @@ class CommittedState:
             if change.key == keys.LEADER and change.value is not None:
                 self.leader = msgspec.json.decode(change.value, type=LeaderRecord).node
         happened = self._state.apply(revision, changes)
-        told = Change(self.now(), origin, leader, revision, changes, happened)
+        change_ = Change(self.now(), origin, leader, revision, changes, happened)
         for watcher in tuple(self.watchers):
-            watcher(told, self._state)
+            watcher(change_, self._state)
 
     def restore(self, events: list[pb.Event]) -> None:
         """Return to the state after ``events``."""
         self._state, self.leader = self.past(events), None
 
     def past(self, events: list[pb.Event]) -> State:
-        """The state after ``events`` alone, which are those of the first revisions."""
+        """The state after ``events``, which are those of the first revisions."""
         assert self._cipher is not None
         state = State()
         for revision, group in by_revision(events):

@@ -1,14 +1,14 @@
-"""What has to be there of a service once nothing is wrong any more, whatever happened before.
+"""The state that a service has to reach after the last fault, whatever happened before.
 
-Every slot has a running task of the image that was asked for, on a node that may have it; or one that waits because no
-node can take it: its constraints, a port or the number of replicas per node are in the way.  Of a job every run is
-completed.  With an image that never works there are as many attempts as slots, and an update to it ends.
+Every slot has a running task of the requested image on a suitable node, or a pending one that no node can take because
+of its constraints, a port or the limit of replicas per node.  Every run of a job is completed.  With an image that
+never works there are as many attempts as slots, and an update to it ends.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from sim.invariants.placement import completed_on, may_have_tasks, meets, waits_in_vain
+from sim.invariants.placement import completed_on, is_unplaceable, may_have_tasks, meets
 from sim.node import image_of
 from sim.random_specs import HOPELESS
 from skep.model.ids import NodeId
@@ -23,9 +23,9 @@ _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
 
 
 def unmet(view: View, service: Service, given_up: int = 0) -> Iterable[str]:
-    """What a service lacks of what its spec says.
+    """What a service lacks compared with its spec.
 
-    ``given_up``: slots whose tasks have ended, and whose restart policy asks for no more.
+    ``given_up``: number of slots whose tasks have ended and whose restart policy allows no further one.
     """
     if service.removed_at is not None:
         yield f"{service.id} is not gone"
@@ -57,7 +57,9 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
             yield f"task {task.id} of {service.id} is on {node.id}, which does not meet its constraints"
     if status is not None and status.state in _PAUSED:
         lacking = [
-            task for task in wanted if image_of(task) not in HOPELESS and not _is_well(task, service, view)
+            task
+            for task in wanted
+            if image_of(task) not in HOPELESS and not _is_satisfied(task, service, view)
         ]
         if lacking:
             yield f"{service.id}: {[task.id for task in lacking]} do not run, its update is paused"
@@ -69,7 +71,7 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
     is_held_up = is_under_way and bool(waiting)
     for key, slot in slots.items():
         if is_held_up and len(slot) == 1 and _runs(slot[0]):
-            continue  # its turn does not come: new tasks that fit nowhere are as many as the update takes at a time
+            continue  # not updated yet: the update waits for as many unplaceable tasks as its parallelism
         right = [task for task in slot if _runs(task) and image_of(task) == container.image]
         if not (right and len(slot) == 1) and not any(task in waiting for task in slot):
             yield f"slot {key} of {service.id} does not run {container.image}: {[_told(task) for task in slot]}"
@@ -77,7 +79,7 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
 
 def _crowded(service: Service, wanted: Iterable[Task]) -> Iterable[str]:
     placement = service.spec.task_template.placement
-    # A global service's task names its node before it has a place there.
+    # A global service's task has a node id before it is assigned.
     copies = Counter(task.node_id for task in wanted if task.status.state >= TaskState.ASSIGNED)
     if (
         placement is not None
@@ -88,7 +90,7 @@ def _crowded(service: Service, wanted: Iterable[Task]) -> Iterable[str]:
 
 
 def _unmet_of_job(view: View, service: Service) -> Iterable[str]:
-    """What a job lacks: of runs that succeed all are completed, and nothing is left of earlier ones."""
+    """What a job lacks: all runs that can succeed are completed, and no task of an earlier iteration is active."""
     status, container = service.job_status, service.spec.task_template.container_spec
     assert status is not None
     tasks = view.find(Task, service_id=service.id)
@@ -98,7 +100,7 @@ def _unmet_of_job(view: View, service: Service) -> Iterable[str]:
         return
     present = [task for task in tasks if task.job_iteration == status.job_iteration]
     if any(_waits(task, service, view) for task in present if task.is_active):
-        return  # and nothing more may begin, perhaps
+        return  # a pending task may use up the job's concurrency
     if (job := service.spec.mode.replicated_job) is not None:
         done = {task.slot for task in present if task.status.state is TaskState.COMPLETE}
         if len(done) != job.total_completions:
@@ -107,7 +109,7 @@ def _unmet_of_job(view: View, service: Service) -> Iterable[str]:
     completed = completed_on(view, service, status.job_iteration)
     asked_at = unix_ns(status.last_execution or ZERO_TIME)
     for node in _eligible(view, service):
-        # By its stamps a node may have joined after the job was asked for, when a clock was set back between.
+        # By its timestamps a node may have joined after the job was created, if a clock was set back between.
         if not completed[node.id] and unix_ns(node.created_at) < asked_at:
             yield f"{service.id} has not run on {node.id}"
 
@@ -123,7 +125,7 @@ def _by_slot(tasks: Iterable[Task]) -> Mapping[int | NodeId, list[Task]]:
     return slots
 
 
-def _is_well(task: Task, service: Service, view: View) -> bool:
+def _is_satisfied(task: Task, service: Service, view: View) -> bool:
     return _runs(task) or _waits(task, service, view)
 
 
@@ -132,8 +134,8 @@ def _runs(task: Task) -> bool:
 
 
 def _waits(task: Task, service: Service, view: View) -> bool:
-    """Whether the task has not been given a node, and none could be."""
-    return task.status.state is TaskState.PENDING and waits_in_vain(task, service, view)
+    """Whether the task has no node and no node could take it."""
+    return task.status.state is TaskState.PENDING and is_unplaceable(task, service, view)
 
 
 def _told(task: Task) -> str:

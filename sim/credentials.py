@@ -1,4 +1,4 @@
-"""What the agent of a simulated node has instead of certificates and sockets: its name, and the simulated network."""
+"""Stands for certificates and sockets in the agent of a simulated node: an identity, and the simulated network."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -15,10 +15,10 @@ from skep.wire.client import Channel
 
 
 class SimulatedCredentials:
-    """Everybody believes them, and they never age.  Implements ``node.agent.Credentials``."""
+    """Credentials that are always accepted and never expire.  Implements ``agent.agent.Credentials``."""
 
     def __init__(self, identity: Identity, network: Network, renew: Callable[[], None]) -> None:
-        """``renew``: called when managers ask for another certificate."""
+        """``renew``: called when a manager requests a renewal."""
         self._renew = renew
         self.identity = identity
         self.tls_info = TLSInfo()
@@ -27,29 +27,29 @@ class SimulatedCredentials:
 
     def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
         """A connection to the manager at ``address``.  Raises: Unavailable: not reachable."""
-        # It has the calls of a real one.
+        # It has the methods of a real one.
         return cast(
             "AbstractAsyncContextManager[Channel]",
             self._network.connected(address, self.identity, timeout_s=timeout_s),
         )
 
     def take_roots(self, root_pem: bytes) -> None:
-        """There is nobody to distrust."""
+        """Roots are not checked."""
 
     def take_role(self, role: NodeRole) -> None:
-        """Roles stay as they are."""
+        """The role is not part of a simulated certificate."""
 
     def want_renewal(self) -> None:
-        """Somebody else does it, as they are nobody's but the simulation's."""
+        """``sim.operators`` renews the certificate."""
         self._renew()
 
     async def run(self, choose: ChooseManager) -> None:
-        """There is nothing to do, until cancelled."""
+        """Nothing to renew; runs until cancelled."""
         await asyncio.Event().wait()
 
 
 class NoLogs:
-    """Simulated tasks say nothing.  Implements ``node.assignments.LogSource``."""
+    """Simulated tasks write no logs.  Implements ``LogSource`` of the agent."""
 
     async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
         nothing: tuple[LogLine, ...] = ()

@@ -1,4 +1,4 @@
-"""One fault in a cluster at rest: what it took is begun again, nothing else moves, and nobody says that it runs on."""
+"""One fault in a cluster at rest: only the tasks that it ended are replaced, and none of them is shown as running."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -16,20 +16,20 @@ from skep.model.service import UNDER_WAY, Service
 from skep.model.task import Task, TaskState
 
 Lost = Counter[ServiceId]
-"""How many running tasks of each service a fault took."""
+"""Number of running tasks of each service that a fault ended."""
 
 LEASE_S = RECOVERY_GRACE_S + 6.0
-"""An election, two seconds until the leader adopts the session, the grace where that leader has itself come back a
-moment ago, and room."""
+"""An election, two seconds until the leader adopts the session, the grace period of a leader that has just started,
+and a margin."""
 AFTERMATH_S = 20.0
-"""After a fault: until its node counts as down, and what it took runs elsewhere."""
+"""Time after a fault until its node counts as down and the lost tasks run elsewhere."""
 LOOK_S = 0.5
 WITHIN_GRACE_S = 0.5
 BEYOND_GRACE_S = 15.0
 
 
 def one_more_fault(cluster: SimulatedCluster) -> None:
-    """A fault that ends: no more tasks are begun than it took."""
+    """Inject a fault that ends: no more tasks are created than it ended."""
     fault = cluster.random.choice(
         (_container_ends, _process_restarts, _power_is_back, _manager_restarts, _leadership_moves, _cut_off)
     )
@@ -37,7 +37,7 @@ def one_more_fault(cluster: SimulatedCluster) -> None:
 
 
 def lose_a_node(cluster: SimulatedCluster) -> None:
-    """A node dies for good, with the manager that has its session if the others can do without."""
+    """A node dies permanently, with the manager that has its session if the others keep their quorum."""
     _damped(cluster, _node_dies)
 
 
@@ -55,7 +55,7 @@ def _damped(cluster: SimulatedCluster, fault: Callable[[SimulatedCluster], Lost]
 
 
 def is_steady(cluster: SimulatedCluster, service: Service) -> bool:
-    """Whether nothing of the service is under way, and nothing ends by itself or is stopped by its node."""
+    """Whether the service has converged, and none of its tasks ends by itself or is stopped by its node."""
     status = service.update_status
     return (
         service.removed_at is None
@@ -75,7 +75,7 @@ def _on(cluster: SimulatedCluster, node: NodeId) -> Lost:
 
 
 def pass_time(cluster: SimulatedCluster, seconds: float) -> None:
-    """Let virtual time pass, and look now and then."""
+    """Let virtual time pass, and check the invariants on durations at intervals."""
     until = cluster.loop.time() + seconds
     while (left_s := until - cluster.loop.time()) > 0:
         cluster.run_for(min(left_s, LOOK_S))
@@ -124,7 +124,7 @@ def _leadership_moves(cluster: SimulatedCluster) -> Lost:
 
 
 def _cut_off(cluster: SimulatedCluster) -> Lost:
-    """Within the grace nothing moves; beyond it, what ran there does, once."""
+    """Within the grace period no task moves; after it, each task of the node moves once."""
     id = cluster.random.choice(cluster.workers)
     lasts_s = cluster.random.choice((WITHIN_GRACE_S, BEYOND_GRACE_S))
     lost = _on(cluster, id) if lasts_s > WITHIN_GRACE_S else Counter[ServiceId]()
@@ -135,7 +135,7 @@ def _cut_off(cluster: SimulatedCluster) -> Lost:
 
 
 def _node_dies(cluster: SimulatedCluster) -> Lost:
-    """Once its lease is over nobody says any more that a task runs on it."""
+    """After the lease has expired no manager shows a task as running on the node."""
     id = cluster.random.choice(cluster.workers)
     lost = _on(cluster, id)
     session = cluster.view.get(Node, id).session

@@ -23,7 +23,7 @@ Undo = Callable[[], None]
 DISK_HANGS = "disk hangs"
 
 OBJECTS, TASKS = etcd_key("o/"), etcd_key("o/task/")
-"""Prefixes of the keys of objects."""
+"""Key prefixes of objects."""
 
 NODES_BACK_S = 3.0
 """Time for nodes that have lost their session by a slow store to get another one."""
@@ -59,14 +59,14 @@ class FaultInjector:
             *(self._most_nodes_lost, self._port_cut, self._port_cut, self._connections_reset),
             *(self._member_restarts, self._disk_full, self._suspend),
             *(self._compaction, self._depose, self._depose, self._clock_jumps),
-            *(self._poison, self._show_the_past, self._last_words),
+            *(self._fail_decisions, self._serve_stale_state, self._late_report),
             *(
                 self._manager_hangs,
                 self._manager_hangs,
                 self._killed_between_writes,
                 self._killed_between_writes,
             ),
-            *(self._values_rot, self._values_rot, self._no_space, self._quota_reached),
+            *(self._corrupt_values, self._corrupt_values, self._no_space, self._quota_reached),
         )
 
     def inject(self) -> None:
@@ -135,7 +135,7 @@ class FaultInjector:
             self._begin("frozen", [id], lambda: self._cluster.links.thaw(id), (0.3, 1.5, 6.0))
 
     def _manager_hangs(self) -> None:
-        """Its event loop is blocked, or the process is stopped; its etcd member continues."""
+        """The event loop of a manager is blocked, or its process is stopped; its etcd member continues."""
         if id := self._running_manager():
             for_s = self._random.uniform(5.0, 30.0)
             undo = hang_manager(self._cluster, id, for_s=for_s)
@@ -166,7 +166,7 @@ class FaultInjector:
                 self._cluster.start_manager(id)
 
         watchers.append(kill)
-        self._begin("killed behind a write", [id], undo)
+        self._begin("killed after a write", [id], undo)
 
     def _no_space(self) -> None:
         """The disks of one manager or most have no space left: etcd members exit, and restart when there is space."""
@@ -236,16 +236,16 @@ class FaultInjector:
                     cut = self._cluster.links.cut(others, [id], both_ways=False)
                 case _:
                     cut = self._cluster.links.cut([id], others, both_ways=False)
-            self._begin("cut off", [id], lambda: self._cluster.links.mend(cut), (0.3, 1.5, 6.0, 12.0))
+            self._begin("disconnected", [id], lambda: self._cluster.links.mend(cut), (0.3, 1.5, 6.0, 12.0))
 
     def _split(self) -> None:
         """Partition the machines into two sides."""
-        if any(fault.name == "split" for fault in self._active):
+        if any(fault.name == "partition" for fault in self._active):
             return
         machines = self._machines()
         side = [id for id in machines if self._random.random() < 0.5]
         cut = self._cluster.links.cut(side, [id for id in machines if id not in side])
-        self._begin("split", [], lambda: self._cluster.links.mend(cut), detail=",".join(side))
+        self._begin("partition", [], lambda: self._cluster.links.mend(cut), detail=",".join(side))
 
     def _most_nodes_lost(self) -> None:
         """A switch failure disconnects most workers."""
@@ -253,7 +253,7 @@ class FaultInjector:
         if len(workers) == len(self._cluster.workers) > 2:
             lost = self._random.sample(workers, len(workers) // 2 + 1)
             cut = self._cluster.links.cut(lost, [id for id in self._machines() if id not in lost])
-            self._begin("cut off", lost, partial(self._cluster.links.mend, cut), (1.5, 6.0, 12.0))
+            self._begin("disconnected", lost, partial(self._cluster.links.mend, cut), (1.5, 6.0, 12.0))
 
     def _port_cut(self) -> None:
         """Managers reach each other's etcd members but not each other, or the other way round.
@@ -266,7 +266,7 @@ class FaultInjector:
             port = self._random.choice(list(Port))
             cut = self._cluster.links.cut([one], others, port=port)
             detail = f" {one} and {','.join(others)} at {port.value}"
-            self._begin("no way", [], partial(self._cluster.links.mend, cut), detail=detail)
+            self._begin("disconnected", [], partial(self._cluster.links.mend, cut), detail=detail)
 
     def _connections_reset(self) -> None:
         id = self._random.choice(self._machines())
@@ -288,9 +288,11 @@ class FaultInjector:
         worker = self._random.choice(self._cluster.workers)
         manager = self._random.choice(self._cluster.managers)
         cut = self._cluster.links.cut([worker], [manager], both_ways=self._random.random() < 0.5)
-        self._begin("no way", [], lambda: self._cluster.links.mend(cut), detail=f"{worker} to {manager}")
+        self._begin(
+            "disconnected", [], lambda: self._cluster.links.mend(cut), detail=f"{worker} to {manager}"
+        )
 
-    def _last_words(self) -> None:
+    def _late_report(self) -> None:
         """A node changes its manager, and a late message to the previous manager arrives.
 
         That manager's replica does not show the new session yet.
@@ -306,7 +308,7 @@ class FaultInjector:
         member.watch_lag_s = self._random.uniform(0.5, 1.8)
         cut = self._cluster.links.cut([worker], [old.manager_id], both_ways=self._random.random() < 0.5)
         undo = partial(self._cluster.links.mend, cut)
-        lost = self._begin("no way", [worker], undo, (6.0,), detail=f" to {old.manager_id}")
+        lost = self._begin("disconnected", [worker], undo, (6.0,), detail=f" to {old.manager_id}")
         undo_lag = partial(setattr, member, "watch_lag_s", 0.0)
         self._begin("watch lags", [], undo_lag, (9.0,), detail=member.id)
         for task in list(self._cluster.nodes[worker].containers.values())[:1]:
@@ -342,20 +344,20 @@ class FaultInjector:
         self._begin("watch lags", [], lambda: setattr(member, "watch_lag_s", 0.0), detail=member.id)
 
     def _slow_disk(self) -> None:
-        """Mostly the leader's; beyond a second, writers give up waiting for what is written all the same."""
+        """Mostly the leader's; beyond a second, writers time out although their entries are committed."""
         member = self._written_to()
         member.stall_s = self._random.choice((0.1, 1.1, 1.6))
         self._begin("disk stalls", [], partial(self._end_slow, member), (0.5, 2.0), detail=member.id)
 
     def _lastingly_slow_disk(self) -> None:
-        """For minutes, mostly the leader's: until all is healed."""
+        """Mostly the leader's, until all faults end."""
         member = self._written_to()
         member.stall_s = self._random.choice((0.1, 0.4, 0.8, 1.2, 2.0, 4.0))
         detail = f"{member.id} by {member.stall_s} s"
         self._begin("disk is slow", [], partial(self._end_slow, member), (60.0, 180.0), detail=detail)
 
     def _end_slow(self, member: Member) -> None:
-        """What the disk has begun still takes its time, and nobody may be blamed for that."""
+        """Entries that the disk has begun to write are still slow: the fault lasts until they are written."""
         cluster, took_s, member.stall_s = self._cluster, member.stall_s, 0.0
 
         def over() -> None:
@@ -367,9 +369,9 @@ class FaultInjector:
         self._written_at = cluster.loop.time() + took_s
 
     def _hanging_disk(self) -> None:
-        """For 5 to 30 s, mostly the leader's, which keeps its office; it begins behind the next entry.
+        """For 5 to 30 s, mostly the leader's, which stays leader; it begins after the next entry.
 
-        So whoever acts upon that entry does not learn what became of its own.
+        So the outcome of a write that reacts to that entry is unknown to its writer.
         """
         member, raft, watchers = self._written_to(), self._cluster.raft, self._cluster.committed.watchers
 
@@ -393,11 +395,11 @@ class FaultInjector:
         member = self._random.choice(list(self._cluster.raft.members.values()))
         return leads.member if leads is not None and self._random.random() < 0.7 else member
 
-    def _values_rot(self) -> None:
-        """A manager begins with values on its disk that it cannot read, until its disk is another one.
+    def _corrupt_values(self) -> None:
+        """A manager restarts with unreadable values on its disk, until the disk is replaced.
 
-        What others see and write is whole: nothing may be taken for gone.  Heads of tasks do not rot here: nobody
-        knows then which service they are of, and their slots are filled anew.
+        Other managers read and write the intact values: no object may be taken for deleted.  Heads of tasks are not
+        corrupted: without a head the service of a task is unknown, and its slot is filled again.
         """
         id, raft = self._running_manager(), self._cluster.raft
         keys = [
@@ -410,21 +412,21 @@ class FaultInjector:
         chosen = self._random.sample(keys, min(self._random.randint(1, 4), len(keys)))
         self._cluster.crash(id)
         for key in chosen:
-            raft.rot(id, key)
+            raft.corrupt(id, key)
         self._cluster.start_manager(id)
 
         def undo() -> None:
             self._cluster.crash(id)
-            raft.members[id].rotten.clear()
+            raft.members[id].corrupted.clear()
             self._cluster.start_manager(id)
 
         names = " ".join(key.removeprefix(PREFIX).decode() for key in chosen)
-        self._begin("values rot", [id], undo, (1.5, 6.0, 12.0), detail=f" {names}")
+        self._begin("corrupted values", [id], undo, (1.5, 6.0, 12.0), detail=f" {names}")
 
     def _quota_reached(self) -> None:
-        """Values that nobody needs fill the store; sometimes they are removed soon, and sometimes much is history.
+        """Unrelated values fill the store; sometimes they are soon removed, sometimes most of it is history.
 
-        Users are refused what makes it grow; the leader goes on, and makes room as soon as it can.
+        Requests that make it grow are refused; the leader continues, and frees space as soon as it can.
         """
         space = self._cluster.raft.space
         if space.in_use:
@@ -438,7 +440,7 @@ class FaultInjector:
             space.live = 0
 
         def undo() -> None:
-            self._cluster.watch_over(self._cluster.loop.create_task(free(), name="free the store"))
+            self._cluster.supervise(self._cluster.loop.create_task(free(), name="free the store"))
 
         self._begin("the store is full", [], undo, (1.5, 6.0, 20.0), detail=f" {live} {old}")
 
@@ -451,7 +453,7 @@ class FaultInjector:
         self._log("leadership moves")
         self._cluster.depose(quietly=self._random.random() < 0.7)
 
-    # -- the rest --------------------------------------------------------------------------------------------------
+    # -- clocks and software ---------------------------------------------------------------------------------------
 
     def _clock_jumps(self) -> None:
         id = self._random.choice(self._machines())
@@ -459,35 +461,37 @@ class FaultInjector:
         self._log(f"the clock of {id} jumps by {by_s}")
         self._cluster.clocks[id].wall_off_s += by_s
 
-    def _poison(self) -> None:
+    def _fail_decisions(self) -> None:
         services = [
             id for id in self._cluster.observer.acknowledgements.services if id not in self._cluster.poisoned
         ]
         if services:
             id = self._random.choice(services)
             self._cluster.poisoned.add(id)
-            self._begin("poison", [], lambda: self._cluster.poisoned.discard(id), (0.5, 3.0), detail=id)
+            self._begin(
+                "failing decisions", [], lambda: self._cluster.poisoned.discard(id), (0.5, 3.0), detail=id
+            )
 
-    def _show_the_past(self) -> None:
-        """A manager tells its nodes what was true once, until somebody finds out and starts it again."""
+    def _serve_stale_state(self) -> None:
+        """A manager sends its nodes an old state until it is restarted."""
         id = self._victim(self._cluster.managers)
         if id is None or id not in self._cluster.running_managers:
             return
         revision = max(self._cluster.raft.kv.revision - self._random.choice((5, 30, 100)), 2)
         past = self._cluster.committed.past(self._cluster.raft.kv.events(2, revision))
-        if not self._cluster.running_managers[id].show_the_past(past):
+        if not self._cluster.running_managers[id].serve_stale_state(past):
             return
 
         def undo() -> None:
             self._cluster.crash(id)
             self._cluster.start_manager(id)
 
-        self._begin("shows the past", [id], undo, detail=f" at {revision}")
+        self._begin("serves stale state", [id], undo, detail=f" at {revision}")
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def healthy(self) -> list[NodeId]:
-        """Machines without a fault of their own."""
+        """Machines without an active fault."""
         hit = self._affected()
         return [id for id in self._machines() if id not in hit]
 

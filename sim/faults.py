@@ -29,7 +29,7 @@ class InjectedError(Exception):
 
 
 class FailingTerm:
-    """A term whose view raises whenever the tasks of certain services are looked up."""
+    """A term whose view raises an error whenever the tasks of certain services are looked up."""
 
     def __init__(self, term: LoopStore, poisoned: set[str]) -> None:
         """``poisoned``: ids of services; may change at any time."""
@@ -107,9 +107,9 @@ class StaleStore:
 
 
 def hang_manager(cluster: "SimulatedCluster", id: NodeId, *, for_s: float = inf) -> Callable[[], None]:
-    """A manager process stands still and its member of etcd goes on, until who supervises it replaces both.
+    """Hang a manager process, while its etcd member continues, until the supervisor replaces both.
 
-    ``for_s``: or until it goes on by itself.  Gives what ends it at once.
+    ``for_s``: or until the process continues by itself.  Returns a function that ends the fault at once.
     """
     cluster.disturbances += 1
     cluster.links.hang(id)
@@ -134,7 +134,7 @@ def hang_manager(cluster: "SimulatedCluster", id: NodeId, *, for_s: float = inf)
             thaw()
             return
         process = cluster.kill_manager(id)
-        thaw()  # what is killed ends, however still it stood
+        thaw()  # a killed process ends even if it was stopped
         await asyncio.wait([process], timeout=1.0)
         cluster.start_manager(id)
 
@@ -144,5 +144,5 @@ def hang_manager(cluster: "SimulatedCluster", id: NodeId, *, for_s: float = inf)
             thaw()
 
     supervising = cluster.loop.create_task(supervise(), name=f"supervisor of {id}")
-    cluster.watch_over(supervising)
+    cluster.supervise(supervising)
     return end

@@ -161,7 +161,7 @@ def _request(cluster: SimulatedCluster, body: Callable[[Transaction], object]) -
 
 
 def _lose_manager(cluster: SimulatedCluster, random: Random) -> None:
-    """The leader learns late of its nodes' new sessions: each may lose one session to an adoption, but no more."""
+    """The leader's replica shows new sessions late: each node may lose one session to an adoption, but no more."""
     id = random.choice([one for one in cluster.managers if one != cluster.leader])
     cluster.raft.members[cluster.leader].watch_lag_s = random.choice(LAGS_S)
     taken: Counter[NodeId] = Counter()

@@ -1,4 +1,4 @@
-"""What an init and the joins leave in the store of a simulated cluster."""
+"""The initial state of a simulated cluster, as an init and the joins leave it in the store."""
 
 from collections.abc import Iterable
 from itertools import count
@@ -30,9 +30,9 @@ CLUSTER = ClusterId("sim")
 def joined(
     tx: Transaction, managers: Iterable[NodeId], workers: Iterable[NodeId], history_limit: int | None = None
 ) -> None:
-    """A cluster of these, with the networks that every cluster begins with; managers are drained.
+    """Write a cluster of these nodes, with the networks that every new cluster has; managers are drained.
 
-    ``history_limit``: how many ended tasks of a slot are kept; None: as many as Docker does.
+    ``history_limit``: number of ended tasks of a slot that are kept; None: Docker's default.
     """
     spec, numbers = DEFAULT_SWARM_SPEC, count(1)
     if history_limit is not None:
@@ -54,18 +54,18 @@ def joined(
 
 
 def a_worker(id: NodeId) -> Node:
-    """What a join leaves: a node that may become a manager."""
+    """A worker node as a join leaves it."""
     certificate = NodeCertificate(role=NodeRole.WORKER, state="issued", plane=SKEP)
     return Node(id=id, certificate=certificate)
 
 
 def a_manager(id: NodeId) -> Node:
-    """The same of one that joins as a manager, drained."""
+    """A manager node as a join leaves it, drained."""
     spec = NodeSpec(role=NodeRole.MANAGER, availability=Availability.DRAIN)
     certificate = NodeCertificate(role=NodeRole.MANAGER, state="issued", plane=SKEP)
     return Node(id=id, spec=spec, description=NodeDescription(hostname=id), certificate=certificate)
 
 
 def address_of(id: NodeId) -> str:
-    """Where a manager listens."""
+    """The address on which a manager listens."""
     return f"{id}:2377"

@@ -1,9 +1,9 @@
-"""Is there an order of all operations upon one register in which each answers as it did?  (Linearizability.)
+"""Checks that the operations on one register are linearizable.
 
-The order must keep to time: what was answered before another one began comes first.  An operation whose outcome nobody
-knows may have happened at any time after it began, or not at all.
+They are if there is an order in which each has the result it had, and in which an operation that returned before
+another one began comes first.  An operation of unknown outcome may take effect at any time after it began, or never.
 
-Source: Wing & Gong, "Testing and verifying concurrent objects" (1993), with Lowe's memory of states already tried.
+Source: Wing & Gong, "Testing and verifying concurrent objects" (1993), with Lowe's cache of visited states.
 """
 
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ import msgspec
 
 
 class Operation(msgspec.Struct, frozen=True):
-    """One operation upon a register, which holds a value or None.  ``returned`` infinity: its outcome is unknown."""
+    """One operation on a register, which holds a value or None.  ``returned`` infinity: its outcome is unknown."""
 
     began: float
     returned: float
     expects: str | None = None
-    """What the register holds before it; asked only if ``is_seen``."""
+    """The value before it; only valid if ``is_seen``."""
     is_seen: bool = False
     writes: str | None = None
-    """What the register holds afterwards; asked only if ``is_write``."""
+    """The value after it; only valid if ``is_write``."""
     is_write: bool = False
 
 
 def is_linearizable(operations: Sequence[Operation], first: str | None = None) -> bool:
-    """Whether there is such an order, for a register that holds ``first`` to begin with."""
+    """Whether the operations are linearizable for a register whose initial value is ``first``."""
     ordered = sorted(operations, key=lambda one: (one.began, one.returned))
     known = sum(1 << place for place, one in enumerate(ordered) if one.returned < inf)
     tried: set[tuple[int, str | None]] = set()
@@ -44,7 +44,7 @@ def is_linearizable(operations: Sequence[Operation], first: str | None = None) -
 
 
 def _next(ordered: Sequence[Operation], done: int, value: str | None) -> list[tuple[int, str | None]]:
-    """What may come first of what is not ``done``: what began before anything else of it was answered."""
+    """The operations that may be next: not ``done``, and begun before any other such operation returned."""
     left = [(place, one) for place, one in enumerate(ordered) if not done >> place & 1]
     until = min(one.returned for _, one in left)
     return [

@@ -1,7 +1,7 @@
-"""Which machine's packets reach which other machine.  Every direction is cut and mended by itself.
+"""Connectivity between machines.  Each direction can be cut and restored separately.
 
-A frozen machine (SIGSTOP, a hypervisor that does not run it) neither sends nor hears; what was sent to it waits.
-Of a machine whose manager process alone hangs, the member of the store goes on.
+A frozen machine (SIGSTOP, a hypervisor that does not schedule it) neither sends nor receives; messages to it wait.
+On a machine whose manager process hangs, the etcd member continues.
 """
 
 import asyncio
@@ -12,40 +12,40 @@ from math import inf
 from typing import NamedTuple
 
 Machine = str
-"""The id of the node that lives there."""
+"""The id of the machine's node."""
 
 
 class Port(Enum):
-    """Where managers are reached: each can be cut by itself."""
+    """Ports of managers, which can be cut separately."""
 
     API = 2377
-    """By nodes and each other."""
+    """For nodes and other managers."""
     PEER = 2378
-    """By each other's members of the store."""
+    """For other etcd members."""
 
 
 class Cut(NamedTuple):
-    """Ways from one machine to another on which nothing arrives.  ``port`` None: at any."""
+    """Pairs of source and target between which packets are lost.  ``port`` None: on all ports."""
 
     pairs: frozenset[tuple[Machine, Machine]]
     port: Port | None
 
 
 class Links:
-    """All machines, and what lies between them.  ``changed`` are called after each change."""
+    """The links between all machines.  The functions in ``changed`` are called after each change."""
 
     def __init__(self) -> None:
         self.changed: list[Callable[[], None]] = []
-        self.is_whole = True
-        """Whether everybody reaches everybody: asked for every message."""
+        self.is_intact = True
+        """Whether every machine reaches every other; cached, since it is read for every message."""
         self._cuts: list[Cut] = []
         self._frozen: dict[Machine, asyncio.Event] = {}
         self._hung: set[Machine] = set()
-        """Those of them whose manager process alone stands still."""
+        """Frozen machines of which only the manager process is stopped."""
 
     def reaches(self, source: Machine, target: Machine, port: Port = Port.API) -> bool:
-        """Whether what ``source`` sends arrives at ``target``, in a connection to ``port`` at either."""
-        if self.is_whole:
+        """Whether packets of ``source`` arrive at ``target``, in a connection to ``port`` of either."""
+        if self.is_intact:
             return True
         if any(
             end in self._frozen and not (end in self._hung and port is Port.PEER) for end in (source, target)
@@ -54,7 +54,7 @@ class Links:
         return not any((source, target) in cut.pairs and cut.port in (None, port) for cut in self._cuts)
 
     def is_joined(self, one: Machine, other: Machine, port: Port = Port.API) -> bool:
-        """Whether both reach each other."""
+        """Whether each reaches the other."""
         return self.reaches(one, other, port) and self.reaches(other, one, port)
 
     def cut(
@@ -65,39 +65,39 @@ class Links:
         both_ways: bool = True,
         port: Port | None = None,
     ) -> Cut:
-        """Lose everything on the way from ``sources`` to ``targets``; gives what ``mend`` undoes."""
+        """Drop all packets from ``sources`` to ``targets``; returns the cut for ``mend``."""
         pairs = [pair for pair in product(list(sources), list(targets)) if pair[0] != pair[1]]
         back = [(target, source) for source, target in pairs] if both_ways else []
         cut = Cut(frozenset([*pairs, *back]), port)
         self._cuts.append(cut)
-        self._tell()
+        self._notify()
         return cut
 
     def mend(self, cut: Cut | None = None) -> None:
-        """Undo one cut (None: all); frozen machines stay frozen."""
+        """Restore one cut (None: all); frozen machines stay frozen."""
         if cut is None:
             self._cuts.clear()
         else:
             self._cuts.remove(cut)
-        self._tell()
+        self._notify()
 
     def freeze(self, machine: Machine) -> None:
-        """Stop ``machine`` in the middle of whatever it does."""
+        """Stop ``machine`` at any point of its work."""
         self._frozen.setdefault(machine, asyncio.Event())
-        self._tell()
+        self._notify()
 
     def hang(self, machine: Machine) -> None:
-        """Stop its manager process; ``thaw`` lets it go on."""
+        """Stop the manager process of ``machine`` until ``thaw``."""
         self._hung.add(machine)
         self.freeze(machine)
 
     def thaw(self, machine: Machine) -> None:
-        """Let ``machine`` go on, as if no time had passed there."""
+        """Let ``machine`` continue, as if no time had passed there."""
         self._hung.discard(machine)
         event = self._frozen.pop(machine, None)
         if event is not None:
             event.set()
-            self._tell()
+            self._notify()
 
     def is_frozen(self, machine: Machine) -> bool:
         return machine in self._frozen
@@ -107,14 +107,14 @@ class Links:
         while (event := self._frozen.get(machine)) is not None:
             await event.wait()
 
-    def _tell(self) -> None:
-        self.is_whole = not self._cuts and not self._frozen
+    def _notify(self) -> None:
+        self.is_intact = not self._cuts and not self._frozen
         for changed in self.changed:
             changed()
 
 
 class Isolation:
-    """Since when machines are joined to none of certain others."""
+    """The times from which machines have been connected to none of certain others."""
 
     def __init__(
         self,
@@ -123,19 +123,19 @@ class Isolation:
         of: Callable[[], Iterable[Machine]],
         others: Callable[[], Iterable[Machine]],
     ) -> None:
-        """``of``: whom is asked about; ``others``: whom they may reach.  Both may change."""
+        """``of``: the observed machines; ``others``: the ones they may reach.  Both may change."""
         self._now = now
         self._links = links
         self._of = of
         self._others = others
         self._since: dict[Machine, float] = {}
-        links.changed.append(self._look)
+        links.changed.append(self._update)
 
     def since(self, machine: Machine) -> float:
-        """Infinity: it and one of the others reach each other."""
+        """The start of the isolation; infinity: the machine is connected to one of the others."""
         return self._since.get(machine, inf)
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         others = tuple(self._others())
         for machine in self._of():
             if any(self._links.is_joined(machine, other) for other in others):
@@ -145,37 +145,37 @@ class Isolation:
 
 
 class Uptime:
-    """Since when processes run without a break; a frozen machine is one."""
+    """The times from which processes have run without interruption; a freeze interrupts them."""
 
-    def __init__(self, now: Callable[[], float], links: Links, asked_at: Callable[[], float]) -> None:
-        """``asked_at``: when whoever wrote what is being committed asked for that."""
+    def __init__(self, now: Callable[[], float], links: Links, requested_at: Callable[[], float]) -> None:
+        """``requested_at``: when the entry that is being committed was proposed."""
         self._now = now
         self._links = links
-        self._asked_at = asked_at
+        self._requested_at = requested_at
         self._since: dict[Machine, float] = {}
         self._began: dict[Machine, float] = {}
-        self._still: set[Machine] = set()
-        links.changed.append(self._look)
+        self._was_frozen: set[Machine] = set()
+        links.changed.append(self._update)
 
     def start(self, machine: Machine) -> None:
         self._since[machine] = self._began[machine] = self._now()
 
     def began(self, machine: Machine) -> float:
-        """When its process was last started; long ago while something is committed that the one before asked for."""
+        """The last start of the process; minus infinity while an entry of the previous process is being committed."""
         began = self._began[machine]
-        return began if self._asked_at() >= began else -inf
+        return began if self._requested_at() >= began else -inf
 
     def stop(self, machine: Machine) -> None:
         self._since.pop(machine, None)
 
     def since(self, machine: Machine) -> float:
-        """Infinity: it does not run."""
+        """The start of the uninterrupted uptime; infinity: not running."""
         return inf if self._links.is_frozen(machine) else self._since.get(machine, inf)
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         for machine in self._since:
             if self._links.is_frozen(machine):
-                self._still.add(machine)
-            elif machine in self._still:
-                self._still.remove(machine)
+                self._was_frozen.add(machine)
+            elif machine in self._was_frozen:
+                self._was_frozen.remove(machine)
                 self._since[machine] = self._now()

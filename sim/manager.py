@@ -1,4 +1,4 @@
-"""A simulated manager: the production store, dispatcher, link and control loops on a simulated member of etcd."""
+"""A simulated manager: the production store, dispatcher, link and control loops on a simulated etcd member."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 from sim.faults import FailingTerm, StaleStore
 from sim.invariants.bookkeeping import leftovers
 from sim.network import Network
-from sim.versions import write_as_tomorrow
+from sim.versions import write_newer_fields
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
@@ -43,7 +43,7 @@ P = ParamSpec("P")
 
 
 class SimulatedManager:
-    """One manager process.  Users call its control functions on ``store`` while it is there."""
+    """One manager process.  Simulated users call the control functions on ``store`` while that is not None."""
 
     def __init__(
         self,
@@ -61,23 +61,23 @@ class SimulatedManager:
     ) -> None:
         """
         Args:
-            poisoned: services whose decisions raise; may change at any time.
-            is_newer: whether it is of a version that the others do not know.
+            poisoned: services for which every decision raises an error; may change at any time.
+            is_newer: whether it runs a newer version than the others.
         """
         self._is_newer = is_newer
         self.store: EtcdStore | None = None
         """None: not loaded yet."""
         self.members: Consensus
-        """Of the store, from when it was loaded first."""
+        """The members of the store, set at its first load."""
         self._shown: StaleStore | None = None
-        """What nodes are told from."""
+        """The store that the dispatcher reads."""
         self._dispatcher: Dispatcher | None = None
         self._logs: LogBroker | None = None
         self.leads = False
         self.loops: Sequence[Loop] = ()
-        """Of the term, while there is one."""
+        """The loops of the current term; empty while not leader."""
         self.writes = 0
-        """Updates of these loops that are under way."""
+        """Number of updates by these loops that are in progress."""
         self._id = id
         self._addr = addr
         self._client = client
@@ -89,7 +89,7 @@ class SimulatedManager:
         self._poisoned = poisoned
 
     async def run(self) -> None:
-        """Serve nodes, and lead when elected, until cancelled.  Without a quorum there is nothing to serve yet."""
+        """Serve nodes, and lead when elected, until cancelled.  Waits for the store while there is no quorum."""
         backoff = Backoff(0.1, 1.0, rng=self._random.random)
         while True:
             try:
@@ -104,8 +104,8 @@ class SimulatedManager:
             finally:
                 self.store = None
 
-    def show_the_past(self, past: View) -> bool:
-        """Tell nodes what was true in ``past`` from now on, all of it; gives whether anybody is told anything."""
+    def serve_stale_state(self, past: View) -> bool:
+        """Send nodes the complete state of ``past`` from now on; returns whether the dispatcher is running."""
         if self.store is None or self._shown is None or self._dispatcher is None:
             return False
         present = self.store.view()
@@ -115,14 +115,14 @@ class SimulatedManager:
         return True
 
     def leftovers(self) -> Iterable[str]:
-        """What it still has of what is over; asked at rest."""
+        """State of finished work, for a manager at rest."""
         if self.store is None or self._dispatcher is None or self._logs is None:
             return ["it serves nothing"]
         return leftovers(self.store, self._dispatcher, self._logs, self.loops)
 
     async def _serve(self, store: EtcdStore) -> None:
         if self._is_newer:
-            write_as_tomorrow(store._cipher)
+            write_newer_fields(store._cipher)
         own, overload = ManagerPeer(node_id=self._id, addr=self._addr), Overload()
         self._shown = StaleStore(store)
         dispatcher = self._dispatcher = Dispatcher(
@@ -151,7 +151,7 @@ class SimulatedManager:
     def _connect(self, addr: str) -> AbstractAsyncContextManager[Channel]:
         """A connection to another manager."""
         identity = Identity(node_id=self._id, cluster_id=ClusterId("sim"), role=NodeRole.MANAGER)
-        # It has the calls of a real one.
+        # It has the methods of a real one.
         return cast("AbstractAsyncContextManager[Channel]", self._network.connected(addr, identity))
 
     async def _stand(
@@ -163,7 +163,7 @@ class SimulatedManager:
             try:
                 await self._lead(term, link, space)
             except* NotLeader:
-                pass  # the next term, if there is one
+                pass  # wait for the next term
             finally:
                 self.leads = False
                 presence.lead(None)
@@ -187,7 +187,7 @@ class SimulatedManager:
 
 
 class _Counted:
-    """A term that counts what is being written."""
+    """A term that counts the updates in progress."""
 
     def __init__(self, term: LoopStore, manager: SimulatedManager) -> None:
         self._term = term
@@ -219,7 +219,7 @@ class _Counted:
 
 
 class _Etcd:
-    """What the membership tells the process of its member."""
+    """Stands for the etcd process in ``RaftMembers``."""
 
     def is_one_of_several(self) -> None:
-        """A simulated member finds out by itself."""
+        """A simulated member needs no notification."""

@@ -72,15 +72,15 @@ class Mutant(msgspec.Struct, frozen=True):
 
     name: str
     rule: str
-    """The rule of the product that it breaks."""
+    """The broken rule of the product."""
     patches: Callable[[], list[Patch]]
     simulate: Simulate = run.simulate
     seeds: int = SEEDS
-    """It must be killed within so many seeds."""
+    """Number of seeds within which it must be killed."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """When a mutant was killed.  ``seed`` None: it survived all seeds."""
+    """The seed that killed a mutant; ``seed`` None: it survived all seeds."""
 
     mutant: str
     seed: int | None
@@ -313,7 +313,7 @@ def _forgets_removed_networks() -> list[Patch]:
     return [Patch(Allocations, "leave_network", leave_network)]
 
 
-# -- of the store alone ------------------------------------------------------------------------------------------------
+# -- store only --------------------------------------------------------------------------------------------------------
 
 
 def _admits_all() -> list[Patch]:
@@ -347,7 +347,7 @@ def _without_compares(kind: type[Compare]) -> Callable[[], list[Patch]]:
 
 def _barrier_of_before() -> list[Patch]:
     async def passed(self: store.SharedBarrier) -> None:
-        needed = self._begun  # the one under way, or the last one, is as good
+        needed = self._begun  # broken: accept the read index in progress, or the last one
         while self._passed < needed:
             async with self._turn:
                 if self._passed >= needed:
@@ -373,7 +373,7 @@ def _no_difference() -> list[Patch]:
 
 
 def _decides_on_the_past() -> list[Patch]:
-    """What is acknowledged is done, whatever the replica shows."""
+    """Broken: do not wait until the replica shows an acknowledged write."""
 
     async def at_once(self: Updater, *_: object) -> None:
         return None
@@ -382,7 +382,7 @@ def _decides_on_the_past() -> list[Patch]:
 
 
 def _any_term() -> list[Patch]:
-    """A manager whose member slept through an election takes the leader key back."""
+    """Broken: a manager whose member missed an election takes the leader key back."""
     real = msgspec.json.decode
 
     def decode(stored: bytes, type: Any) -> Any:
@@ -400,7 +400,7 @@ def _any_term() -> list[Patch]:
     return [Patch(election, "msgspec", Msgspec)]
 
 
-# -- of changes of leader ------------------------------------------------------------------------------------------
+# -- changes of leader ---------------------------------------------------------------------------------------------
 
 
 def _counts_what_it_never_saw() -> list[Patch]:
@@ -416,35 +416,39 @@ def _judges_what_it_never_saw() -> list[Patch]:
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("fence", "the leader's writes compare the leader key", _unfenced),
-    Mutant("session compare", "what a node says is written for its present session only", _any_session),
-    Mutant("monotone states", "of two reports the further one stands", _any_state),
+    Mutant("session compare", "reports of a node are accepted for its current session only", _any_session),
+    Mutant("monotone states", "a report with an earlier state than the stored one is dropped", _any_state),
     Mutant("spread", "tasks of a service go to the nodes that have the fewest", _packed),
-    Mutant("update order", "start-first and stop-first are what they say", _other_order),
+    Mutant("update order", "updates keep to start-first and stop-first", _other_order),
     Mutant("grace period", "a node is down after three missed heartbeats, not after one", _impatient),
     Mutant("name claims", "a name belongs to one service", _no_claims),
-    Mutant("revisions", "a node takes no assignments older than those it has seen", _any_revision),
+    Mutant("revisions", "a node rejects assignments older than the last ones", _any_revision),
     Mutant("restart delay", "a failed task is replaced after its delay", _no_delay),
     Mutant("barrier reads", "a read shows everything acknowledged before it", _stale_reads),
-    Mutant("writer epoch", "a write of unknown result is settled before it is sent again", _sent_again),
-    Mutant("one at a time", "a successor waits until what it replaces has stopped", _crowded_slots),
-    Mutant("job bounds", "of a job no more runs are under way than may be at a time", _all_runs_at_once),
-    Mutant("unknown since", "what ran on a node whose lease is over is shown as unknown", _last_word_stands),
-    Mutant("adoption", "the leader takes over the sessions of a manager that has gone", _no_adoption),
-    Mutant("patience", "a node whose manager went away gets time to find another one", _no_patience),
-    Mutant("room", "a placed task leaves its node only when that has too little room for it", _crowding_out),
-    Mutant("one attempt", "a slot that has a task of the present spec gets no second one", _one_too_many),
-    Mutant("clean return", "a node that is back forgets what is no longer its own", _keepsakes),
-    Mutant("sequence", "a service is changed only as it is at the version that is named", _any_version),
-    Mutant("host ports", "a port of a node is held by one task", _shared_ports),
-    Mutant("constraints", "tasks are on nodes that meet their constraints", _anywhere),
-    Mutant("keep", "on-disconnect: tasks of a node that is down keep their places", _always_replaced),
-    Mutant("stop", "on-disconnect: a node that nobody hears stops its tasks by itself", _never_stopped),
-    Mutant("done once", "a run of a job that is completed is not begun again", _again_and_again),
-    Mutant("reports kept", "what could not be reported is reported later", _reports_once),
-    Mutant("causes", "an update is stopped for a failure", _suspects_all),
+    Mutant("writer epoch", "the outcome of a write is determined before it is sent again", _sent_again),
+    Mutant("one at a time", "a task starts after the one it replaces has stopped", _crowded_slots),
+    Mutant("job bounds", "no more tasks of a job run than its limit", _all_runs_at_once),
+    Mutant(
+        "unknown since", "tasks on a node whose lease has expired are shown as unknown", _last_word_stands
+    ),
+    Mutant("adoption", "the leader adopts the sessions of a failed manager", _no_adoption),
+    Mutant("reconnection", "a node whose manager failed gets time to connect to another one", _no_patience),
+    Mutant(
+        "resources", "an assigned task leaves its node only when its resources no longer fit", _crowding_out
+    ),
+    Mutant("one attempt", "a slot with a task of the current spec gets no second one", _one_too_many),
+    Mutant("clean return", "a node that is back drops tasks that were reassigned", _keepsakes),
+    Mutant("sequence", "an update of a service names its current version", _any_version),
+    Mutant("host ports", "a host port is held by one task per node", _shared_ports),
+    Mutant("constraints", "tasks run on nodes that meet their constraints", _anywhere),
+    Mutant("keep", "on-disconnect keep: tasks of a node that is down are not replaced", _always_replaced),
+    Mutant("stop", "on-disconnect stop: a disconnected node stops its tasks by itself", _never_stopped),
+    Mutant("done once", "a completed run of a job is not repeated", _again_and_again),
+    Mutant("reports kept", "a report that could not be sent is sent later", _reports_once),
+    Mutant("causes", "an update is paused or rolled back only after a failure", _suspects_all),
     Mutant(
         "adopt",
-        "a session is adopted only if it is still the one of the manager that is silent",
+        "a session is adopted only if the failed manager still owns it",
         _adopts_whatever_is_there,
         focused.sessions,
     ),
@@ -452,15 +456,15 @@ MUTANTS: tuple[Mutant, ...] = (
         Mutant(name, rule, patches, focused.allocations)
         for name, rule, patches in (
             ("address held", "a task holds its address until it has ended", _gives_back_early),
-            ("address given back", "what a task held is free when it has ended", _gives_back_never),
+            ("address released", "the address of a task is free when it has ended", _gives_back_never),
             (
-                "subnet given back",
+                "subnet released",
                 "a removed network's subnet is free after its last task",
                 _keeps_removed_networks,
             ),
             (
                 "subnet held",
-                "a removed network's subnet is taken until its last task has ended",
+                "a removed network's subnet is held until its last task has ended",
                 _forgets_removed_networks,
             ),
         )
@@ -472,27 +476,31 @@ MUTANTS: tuple[Mutant, ...] = (
         differential.simulate,
     ),
     Mutant(
-        "judgement",
-        "a new leader judges by what it has seen",
+        "observations",
+        "a new leader decides by what it has observed",
         _judges_what_it_never_saw,
         differential.simulate,
     ),
     *(
         Mutant(name, rule, patches, store_only.simulate, STORE_SEEDS)
         for name, rule, patches in (
-            ("footprints", "what reads what another writes does not share its entry", _admits_all),
-            ("settling", "what became of a write is asked when the replica shows it", _settles_at_once),
-            ("witnesses", "a write whose answer was lost is recognized in the watch", _observes_nothing),
-            ("existence", "what is referred to still exists", _without_compares(Exists)),
-            ("no users", "what is removed is referred to by nothing", _without_compares(NothingSince)),
+            (
+                "footprints",
+                "a transaction that reads another one's writes is not batched with it",
+                _admits_all,
+            ),
+            ("settling", "the outcome of a write is read once the replica shows it", _settles_at_once),
+            ("markers", "a write whose response was lost is recognized in the watch", _observes_nothing),
+            ("existence", "referenced objects exist at the commit", _without_compares(Exists)),
+            ("no users", "removed objects are not referenced at the commit", _without_compares(NothingSince)),
             (
                 "own barrier",
                 "a round trip that began before a read does not count for it",
                 _barrier_of_before,
             ),
-            ("no gap", "a watch goes on where the one before it ended", _skips_a_revision),
-            ("differences", "watchers hear what a load has changed", _no_difference),
-            ("shown first", "a leader decides when it sees what it wrote before", _decides_on_the_past),
+            ("no gap", "a watch continues where the one before it ended", _skips_a_revision),
+            ("differences", "watchers get the differences that a load finds", _no_difference),
+            ("shown first", "a leader decides once its replica shows its last write", _decides_on_the_past),
             ("raft's term", "a leader of an older term does not take the key back", _any_term),
         )
     ),

@@ -1,8 +1,7 @@
 """The simulated network: calls between nodes and managers, with the real messages and handlers, without sockets.
 
-``MemoryChannel`` has the calls of ``wire.client.Channel``; what it carries is encoded and framed as on a connection,
-errors travel as statuses.  Each message takes the network's latency; order is kept.  A listener that goes takes
-its connections with it.
+``MemoryChannel`` has the methods of ``wire.client.Channel``; messages are encoded and framed as on a connection, errors
+are sent as statuses.  Each message takes the network's latency; order is kept.  Connections end with their listener.
 """
 
 import asyncio
@@ -29,44 +28,44 @@ Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
 FIRST_RESEND_S = 1.0
-"""TCP's first wait for an answer to a SYN."""
+"""TCP's first timeout of a SYN."""
 GAP_S = 1e-6
-"""Between two things that arrive on one way: what ends a call comes after what the call said, and that was heard."""
+"""Distance between two arrivals in one direction: the end of a call arrives, and is processed, after its messages."""
 IN_FLIGHT_MAX = 100_000
-"""Messages of one stream that nobody has read: more means that a reader is stuck, which is a bug."""
+"""Limit of unread messages of one stream: more means that its reader is stuck, which is a bug."""
 
 
 class _End(msgspec.Struct, frozen=True):
-    """Nothing follows; ``error``: why, if not because all was said."""
+    """The end of a stream; ``error``: the reason, None for a regular end."""
 
     error: SkepError | None = None
 
 
 class _Pipe(Generic[T]):
-    """One direction of a stream: in order, and held up for as long as the way is cut."""
+    """One direction of a stream: ordered, and delayed while the direction is cut."""
 
-    def __init__(self, way: "Way") -> None:
-        self._way = way
+    def __init__(self, direction: "Direction") -> None:
+        self._direction = direction
         self._in_flight: deque[T | _End] = deque()
         self._arrived: deque[T | _End] = deque()
-        self._news = asyncio.Event()
+        self._ready = asyncio.Event()
 
     def put(self, item: T | _End) -> None:
         assert len(self._in_flight) + len(self._arrived) < IN_FLIGHT_MAX, "a reader is stuck"
         self._in_flight.append(item)
-        self._way.carry(self._arrive)
+        self._direction.carry(self._arrive)
 
     def drop(self, end: _End) -> None:
-        """The connection is gone, and with it what was under way."""
+        """End the stream; messages in flight are lost."""
         self._in_flight.clear()
         self._arrived.append(end)
-        self._news.set()
+        self._ready.set()
 
     async def get(self) -> T | None:
-        """The next item, None after the last.  Raises what ended the stream; again for each further call."""
+        """The next item, None after the last.  Raises: the error that ended the stream, on every further call."""
         while not self._arrived:
-            self._news.clear()
-            await self._news.wait()
+            self._ready.clear()
+            await self._ready.wait()
         item = self._arrived[0]
         if isinstance(item, _End):
             if item.error is not None:
@@ -78,11 +77,11 @@ class _Pipe(Generic[T]):
     def _arrive(self) -> None:
         if self._in_flight:
             self._arrived.append(self._in_flight.popleft())
-            self._news.set()
+            self._ready.set()
 
 
-class Way:
-    """From one machine to another: what is sent arrives later, in order, once the way is open."""
+class Direction:
+    """From one machine to another: messages arrive later, in order, and wait while the direction is cut."""
 
     def __init__(self, network: "Network", source: Machine, target: Machine) -> None:
         self._network = network
@@ -103,7 +102,7 @@ class Way:
             loop.call_at(self._free_at, arrive)
 
     def flush(self) -> bool:
-        """Send on what was held up, if the way is open; gives whether it is."""
+        """Send the waiting messages if the direction is not cut; returns whether it was not."""
         if not self._network.links.reaches(self._source, self._target):
             return False
         held, self._held = self._held, deque()
@@ -113,28 +112,28 @@ class Way:
 
 
 class Network:
-    """Who listens where, and how long messages take."""
+    """The listeners, and the latency of messages."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, links: Links, latency_s: float = 0.0005) -> None:
         self.loop = loop
         self.links = links
         self.latency_s = latency_s
         self.slow: dict[Machine, float] = {}
-        """Machines whose messages take so many seconds longer."""
-        self.held: WaySet = WaySet()
+        """Additional latency of a machine's messages, in seconds."""
+        self.held: HeldDirections = HeldDirections()
         self._listeners: dict[str, Listener] = {}
         self._channels: dict[MemoryChannel, tuple[Machine, Machine]] = {}
         links.changed.append(self.held.flush)
 
     def delay_s(self, source: Machine, target: Machine) -> float:
-        """How long a message takes now."""
+        """The current latency of a message."""
         if not self.slow:
             return self.latency_s
         return self.latency_s + self.slow.get(source, 0.0) + self.slow.get(target, 0.0)
 
     @asynccontextmanager
     async def listening(self, address: str, handlers: Iterable[Handler]) -> AsyncIterator[None]:
-        """Answer calls to ``address`` within the context; leaving it breaks every connection."""
+        """Serve calls to ``address`` within the context; leaving it breaks every connection."""
         async with asyncio.TaskGroup() as group:
             listener = self._listeners[address] = Listener(handlers, group)
             try:
@@ -147,18 +146,18 @@ class Network:
     async def connected(
         self, address: str, identity: Identity, *, timeout_s: float = CONNECT_SECONDS_MAX
     ) -> "AsyncIterator[MemoryChannel]":
-        """A connection to ``address``.  Raises: Unavailable: nobody listens there, or no packet arrives in time."""
+        """A connection to ``address``.  Raises: Unavailable: connection refused, or no handshake in time."""
         source, target = identity.node_id, address.partition(":")[0]
         try:
             async with asyncio.timeout(timeout_s):
-                await self._shaken_hands(source, target)
+                await self._wait_handshake(source, target)
         except TimeoutError as error:
             raise Unavailable(f"{address}: connection timed out") from error
         listener = self._listeners.get(address)
         if listener is None:
             raise Unavailable(f"{address}: connection refused")
         channel = MemoryChannel(
-            address, listener, identity, Way(self, source, target), Way(self, target, source)
+            address, listener, identity, Direction(self, source, target), Direction(self, target, source)
         )
         self._channels[channel] = source, target
         try:
@@ -168,13 +167,13 @@ class Network:
             channel.close()
 
     def reset_connections(self, machine: Machine) -> None:
-        """Every connection from and to ``machine`` breaks; new ones can be made at once."""
+        """Break every connection of ``machine``; new ones can be made at once."""
         for channel, ends in list(self._channels.items()):
             if machine in ends:
                 channel.close()
 
-    async def _shaken_hands(self, source: Machine, target: Machine) -> None:
-        """Return when both have heard each other: what got lost is sent again, later and later."""
+    async def _wait_handshake(self, source: Machine, target: Machine) -> None:
+        """Return after a TCP handshake: lost packets are sent again, with exponential backoff."""
         wait_s = FIRST_RESEND_S
         while not self.links.is_joined(source, target):
             await asyncio.sleep(wait_s)
@@ -182,50 +181,52 @@ class Network:
         await asyncio.sleep(2 * self.delay_s(source, target))
 
 
-class WaySet:
-    """Ways that hold something, in the order in which they began to."""
+class HeldDirections:
+    """Directions with waiting messages, in the order in which they began to wait."""
 
     def __init__(self) -> None:
-        self._ways: dict[Way, None] = {}
+        self._directions: dict[Direction, None] = {}
 
-    def add(self, way: Way) -> None:
-        self._ways[way] = None
+    def add(self, direction: Direction) -> None:
+        self._directions[direction] = None
 
     def flush(self) -> None:
-        """Send on whatever can be."""
-        for way in list(self._ways):
-            del self._ways[way]
-            if not way.flush():
-                self._ways[way] = None
+        """Send the waiting messages of all directions that are not cut."""
+        for direction in list(self._directions):
+            del self._directions[direction]
+            if not direction.flush():
+                self._directions[direction] = None
 
 
 class Listener:
-    """One manager's end of all its connections."""
+    """The server side of all connections of one manager."""
 
     def __init__(self, handlers: Iterable[Handler], group: asyncio.TaskGroup) -> None:
         self.handlers = {handler.method.path: handler for handler in handlers}
         self._group = group
-        self._answering: set[asyncio.Task[None]] = set()
+        self._handling: set[asyncio.Task[None]] = set()
         self.is_closed = False
 
-    def answer(self, handler: Handler, stream: "_ServerStream", caller: Caller) -> asyncio.Task[None]:
-        """Answer one call; what the handler raises ends the stream."""
+    def handle(self, handler: Handler, stream: "_ServerStream", caller: Caller) -> asyncio.Task[None]:
+        """Run the handler of one call; an error of the handler ends the stream."""
         task = self._group.create_task(_serve(handler, stream, caller), name=handler.method.path)
-        self._answering.add(task)
-        task.add_done_callback(self._answering.discard)
+        self._handling.add(task)
+        task.add_done_callback(self._handling.discard)
         return task
 
     def close(self) -> None:
-        """Break everything that is open."""
+        """Break all connections."""
         self.is_closed = True
-        for task in sorted(self._answering, key=lambda task: task.get_name()):
+        for task in sorted(self._handling, key=lambda task: task.get_name()):
             task.cancel()
 
 
 class MemoryChannel:
-    """One machine's end of a connection to another; has the calls of ``wire.client.Channel``."""
+    """The client side of a connection; has the methods of ``wire.client.Channel``."""
 
-    def __init__(self, address: str, listener: Listener, identity: Identity, up: Way, down: Way) -> None:
+    def __init__(
+        self, address: str, listener: Listener, identity: Identity, up: Direction, down: Direction
+    ) -> None:
         self.address = address
         self._listener = listener
         self._up = up
@@ -236,7 +237,7 @@ class MemoryChannel:
         self._is_lost = False
 
     async def call(self, method: Unary[Q, A], request: Q, *, timeout_s: float = 5.0) -> A:
-        """Raises: Unavailable: no answer in time; otherwise what the manager answered."""
+        """The response.  Raises: Unavailable: no response in time; otherwise the error in the response."""
         try:
             async with asyncio.timeout(timeout_s), self.stream(method) as call:
                 await call.send(request, end=True)
@@ -262,7 +263,7 @@ class MemoryChannel:
             self._up.carry(opened.abandon)
 
     def close(self) -> None:
-        """Break the connection from this end: its calls end as lost."""
+        """Break the connection from the client side: its calls end with ``Unavailable``."""
         self._is_lost = True
         for opened in self._open.values():
             opened.down.drop(_End(self._lost()))
@@ -270,17 +271,17 @@ class MemoryChannel:
         self._open.clear()
 
     def _begin(self, method: Method[Q, A], opened: "_OpenCall") -> None:
-        """The call has arrived at the listener."""
+        """Start the handler when the call has arrived at the listener."""
         handler = self._listener.handlers.get(method.path)
         if self._listener.is_closed or opened.is_abandoned:
             opened.down.put(_End(self._lost()))
         elif handler is None:
             opened.down.put(_End(Unimplemented(f"unknown method {method.path}")))
         else:
-            opened.task = self._listener.answer(handler, _ServerStream(opened.up, opened.down), self._caller)
+            opened.task = self._listener.handle(handler, _ServerStream(opened.up, opened.down), self._caller)
 
     def _disconnect(self) -> None:
-        """The listener breaks the connection."""
+        """Break the connection from the server side."""
         self._is_lost = True
         for opened in self._open.values():
             opened.abandon()
@@ -292,7 +293,7 @@ class MemoryChannel:
 
 
 class _OpenCall:
-    """One call on a connection, as both ends see it."""
+    """The state of one call that both sides share."""
 
     def __init__(self, up: _Pipe[bytes], down: _Pipe[bytes]) -> None:
         self.up = up
@@ -301,14 +302,14 @@ class _OpenCall:
         self.is_abandoned = False
 
     def abandon(self) -> None:
-        """The listener need not answer any more."""
+        """Cancel the call on the server side."""
         self.is_abandoned = True
         if self.task is not None:
             self.task.cancel()
 
 
 class MemoryCall(Generic[Q, A]):
-    """One open streaming call; has the calls of ``wire.client.Call``."""
+    """One open streaming call; has the methods of ``wire.client.Call``."""
 
     def __init__(self, method: Method[Q, A], up: _Pipe[bytes], down: _Pipe[bytes]) -> None:
         self._method = method
@@ -322,7 +323,7 @@ class MemoryCall(Generic[Q, A]):
             self._up.put(_End())
 
     async def receive(self) -> A | None:
-        """The next message, or None after the last.  Raises what the peer answered instead."""
+        """The next message, or None after the last.  Raises: the error that the peer sent instead."""
         data = await self._down.get()
         return None if data is None else self._method.reply.FromString(data)
 
@@ -332,7 +333,7 @@ class MemoryCall(Generic[Q, A]):
 
 
 class _ServerStream:
-    """What handlers see of a stream; stands for ``rpc.server.ServerStream``."""
+    """The stream passed to handlers; stands for ``rpc.server.ServerStream``."""
 
     def __init__(self, up: _Pipe[bytes], down: _Pipe[bytes]) -> None:
         self.down = down
@@ -340,7 +341,7 @@ class _ServerStream:
         self._unread = b""
 
     async def recv_data(self, length: int, within_s: float | None = None) -> bytes:
-        """Bytes of the framed requests, as they come from a connection; empty after the last."""
+        """Bytes of the framed requests, as from a connection; empty after the last."""
         if not self._unread:
             data = await self._up.get()
             if data is None:
@@ -350,7 +351,7 @@ class _ServerStream:
         return part
 
     async def send_initial_metadata(self) -> None:
-        """There are no headers."""
+        """Headers are not simulated."""
 
     async def send_message(self, message: Message) -> None:
         self.down.put(message.SerializeToString())

@@ -1,7 +1,6 @@
-"""A simulated node: the real agent, worker and tasks, on a pretended machine.
+"""A simulated node: the production agent, worker and tasks on a simulated machine.
 
-The machine (what runs, what is on its disk) outlives the node process, as real ones do; power loss ends what
-runs and keeps the disk.
+The machine (its processes and its disk) outlives the node process; a power loss ends the processes and keeps the disk.
 """
 
 import asyncio
@@ -48,22 +47,22 @@ class SimulatedNode:
         behaviour: Behaviour,
         renew: Callable[[], None],
     ) -> None:
-        """``renew``: called when managers ask for another certificate."""
+        """``renew``: called when a manager requests a renewal of the certificate."""
         self.id = identity.node_id
         self.broken_images: set[str] = set()
-        """Images that cannot be prepared here."""
+        """Images whose preparation fails."""
         self.hanging_images: set[str] = set()
         """Images whose preparation does not end."""
         self.ending_images: dict[str, tuple[float, int]] = {}
-        """Images whose containers end after so many seconds, with this exit code."""
+        """Images whose containers end after a time in seconds, with an exit code."""
         self.machine = WatchedMachine(self)
         self.watchers: list[ContainerWatcher] = []
         self.tasks: dict[TaskId, AssignedTask] = {}
-        """What each process on the machine was made for, for whoever looks at it from outside."""
+        """The assignment of each process on the machine, for the observer."""
         self.disk = MemoryFiles()
         self._last_seen = LastSeen(clock.since_boot)
         self._seen = SeenRevision(None, identity.cluster_id)
-        """On the disk too."""
+        """Stored on the disk too."""
         self._identity = identity
         self._description = description
         self._network = network
@@ -76,12 +75,12 @@ class SimulatedNode:
 
     @property
     def has_session(self) -> bool:
-        """Whether its node process runs and a manager has taken it in."""
+        """Whether the node process runs and is registered with a manager."""
         return self._registered is not None and self._registered.is_set()
 
     @property
     def containers(self) -> dict[TaskId, Task]:
-        """Tasks whose process runs on this machine, whether anybody knows of it or not."""
+        """Tasks whose process runs on this machine, reported or not."""
         return {
             id: self.tasks[id].task
             for id, process in self.machine.processes.items()
@@ -90,12 +89,12 @@ class SimulatedNode:
 
     @property
     def kept(self) -> list[TaskId]:
-        """Tasks of which the machine keeps anything: on its disk, or a container that may have ended."""
+        """Tasks of which the machine keeps state: on its disk, or a container that may have ended."""
         remembered = (one.assigned.task.id for one in self.disk.written())
         return sorted({*remembered, *self.machine.processes})
 
     async def run(self) -> None:
-        """Be a node process until cancelled; what runs then goes on alone."""
+        """Run the node process until cancelled; its containers continue."""
         reports = Reports()
         executor = ImageExecutor(self, self._clock, self._random, self._behaviour)
         session_state = SessionState(self._clock, self._last_seen)
@@ -127,28 +126,28 @@ class SimulatedNode:
                 group.create_task(agent.run(), name=f"{self.id} agent")
         finally:
             self._registered = None
-            self._managers = managers.peers  # a node keeps what it was told last
+            self._managers = managers.peers  # a node keeps the last list of managers
 
     def lose_power(self) -> None:
-        """Every process is gone; the disk stays."""
+        """End every process; the disk is kept."""
         self._last_seen.forget()
         self.machine.lose_power()
 
 
 class ContainerWatcher(Protocol):
-    """Hears what becomes of containers."""
+    """Receives the events of containers."""
 
     def container_started(self, node_id: NodeId, task: Task) -> None: ...
 
     def container_stopped(self, node_id: NodeId, task_id: TaskId) -> None:
-        """The node stops it, before it does."""
+        """Called before the node stops a container."""
 
     def container_ended(self, node_id: NodeId, task_id: TaskId) -> None:
-        """It is gone, however that came."""
+        """Called when a container has ended, for whatever reason."""
 
 
 class WatchedMachine(Machine):
-    """A machine that tells what becomes of its processes."""
+    """A machine that reports the events of its processes to the watchers."""
 
     def __init__(self, node: SimulatedNode) -> None:
         super().__init__()
@@ -159,7 +158,7 @@ class WatchedMachine(Machine):
             watcher.container_started(self._node.id, self._node.tasks[id].task)
 
     def is_stopping(self, id: TaskId) -> None:
-        """The node is about to stop it, if it runs."""
+        """Notify the watchers before the node stops a process, if it runs."""
         process = self.processes.get(id)
         if process is not None and process.started and process.exit_code is None:
             for watcher in self._node.watchers:
@@ -174,14 +173,14 @@ class WatchedMachine(Machine):
         self.has_ended(id)
 
     def lose_power(self) -> None:
-        """Every process is gone."""
+        """End every process."""
         for id in list(self.processes):
             self.has_ended(id)
         self.processes.clear()
 
 
 class ImageExecutor(SimulatedExecutor):
-    """Behaves as the images of its node do."""
+    """An executor whose containers behave as their image is configured on the node."""
 
     def __init__(self, node: SimulatedNode, clock: Clock, rng: Random, behaviour: Behaviour) -> None:
         super().__init__(clock, rng, node.machine, behaviour)
@@ -212,9 +211,11 @@ class _ImageController(SimulatedController):
             raise Rejected(f"No such image: {self._image}")
         if self._image in self._node.hanging_images:
             await asyncio.Event().wait()
-        self._node.tasks[self._task.task.id] = self._task  # again, if it was removed before another attempt
+        self._node.tasks[self._task.task.id] = self._task  # it may have been removed before a retry
         if self._id in self._node.machine.processes:
-            await self._executor.take(self._executor.behaviour.prepare_s)  # to find out that it was prepared
+            await self._executor.take(
+                self._executor.behaviour.prepare_s
+            )  # the time to detect that it is already prepared
         await super().prepare()
 
     async def start(self) -> Running:
@@ -249,8 +250,8 @@ class _ImageController(SimulatedController):
 class MemoryFiles(TaskFiles):
     """The disk of a simulated machine.
 
-    While it is full, files can be removed and none be written: what was to be is written when there is room, unless
-    the node process has ended by then.
+    While it is full, files can be removed but not written: writes are retried until there is space or the node process
+    ends.
     """
 
     def __init__(self) -> None:
@@ -259,7 +260,7 @@ class MemoryFiles(TaskFiles):
         self._is_full = False
 
     def load(self) -> list[RememberedTask]:
-        """A node process begins: it knows what is written."""
+        """The written files, at the start of a node process; pending writes are lost."""
         self._unwritten.clear()
         return self.written()
 
@@ -275,21 +276,21 @@ class MemoryFiles(TaskFiles):
         self._tasks.pop(id, None)
 
     def fill(self) -> None:
-        """Nothing can be written any more."""
+        """Make every write wait for ``make_room``."""
         self._is_full = True
 
     def make_room(self) -> None:
-        """What could not be written is."""
+        """Carry out the waiting writes."""
         self._is_full = False
         self._tasks |= self._unwritten
         self._unwritten.clear()
 
     async def run(self) -> None:
-        """Everything is written at once: there is nothing to do, until cancelled."""
+        """Nothing to do: writes are immediate.  Runs until cancelled."""
         await asyncio.Event().wait()
 
 
 def image_of(task: Task) -> str:
-    """The image a task runs."""
+    """The image of a task."""
     container = task.spec.container_spec
     return container.image if container else ""

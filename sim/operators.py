@@ -1,7 +1,7 @@
-"""What operators do: machines join and leave, nodes are removed, promoted and demoted, beside every fault.
+"""Simulated operators: machines join and leave, nodes are removed, promoted and demoted, concurrently with faults.
 
-What a node does by itself (renew its certificate, ask to be let in, resign before it leaves) is done here in its place,
-by the functions that managers answer with; what managers do about it is the production's.
+The steps of a node (renew its certificate, join, resign before it leaves) are simulated here: they call the functions
+of the managers' request handlers directly.  The managers' part is production code.
 """
 
 import asyncio
@@ -30,22 +30,24 @@ T = TypeVar("T")
 MANAGERS_MAX, WORKERS_MAX, WORKERS_MIN = 5, 6, 2
 RETRY_S = 0.2
 RESIGNED_S = 5.0
-"""How long a manager that leaves waits for its vote to be gone."""
+"""Limit of a leaving manager's wait until its member is removed."""
 GIVEN_UP_S = 20.0
-"""When an operator gives up a demotion that is refused."""
+"""Time after which a refused demotion is given up."""
 
 
 class Operators:
-    """All of one cluster."""
+    """The operators of one cluster."""
 
-    def __init__(self, cluster: SimulatedCluster, users: Users, well: Callable[[], Sequence[NodeId]]) -> None:
-        """``well``: machines without a fault of their own."""
+    def __init__(
+        self, cluster: SimulatedCluster, users: Users, healthy: Callable[[], Sequence[NodeId]]
+    ) -> None:
+        """``healthy``: the machines without an active fault."""
         self._cluster = cluster
         self._users = users
-        self._well = well
+        self._healthy = healthy
         self._random = cluster.random
         self._numbers = count(100)
-        self._deeds: tuple[Callable[[], Coroutine[None, None, None] | None], ...] = (
+        self._actions: tuple[Callable[[], Coroutine[None, None, None] | None], ...] = (
             *(self._worker_joins, self._worker_leaves, self._worker_is_removed),
             *(self._manager_joins, self._promotion, self._demotion, self._manager_leaves),
             *(self._upgrade, self._upgrade),
@@ -54,14 +56,14 @@ class Operators:
         cluster.renew = self._renew
 
     def act(self) -> None:
-        """Somebody begins something, if it is possible now."""
-        deed = self._random.choice(self._deeds)
-        if (work := deed()) is not None:
-            self._begin(work, deed.__name__)
+        """Begin a random operation, if it is possible now."""
+        action = self._random.choice(self._actions)
+        if (work := action()) is not None:
+            self._begin(work, action.__name__)
 
     @property
     def under_way(self) -> list[str]:
-        """What was begun and has not ended."""
+        """Operations in progress."""
         return sorted(task.get_name() for task in self._busy)
 
     # -- workers ---------------------------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ class Operators:
         return self.join_worker(NodeId(f"w{next(self._numbers)}"))
 
     async def join_worker(self, id: NodeId) -> None:
-        self._tell(f"{id} joins")
+        self._log(f"{id} joins")
         await self._written(lambda tx: tx.lookup(Node, id) or tx.put(a_worker(id)))
         node, (other, *_) = self._cluster.add_node(id), self._cluster.nodes.values()
         node.broken_images, node.hanging_images = other.broken_images, other.hanging_images
@@ -81,27 +83,27 @@ class Operators:
         self._cluster.workers = (*self._cluster.workers, id)
 
     def _worker_leaves(self) -> Coroutine[None, None, None] | None:
-        id = self._chosen(self._plain_workers())
+        id = self._choose(self._plain_workers())
         return self.leave_worker(id) if id is not None else None
 
     async def leave_worker(self, id: NodeId) -> None:
-        """``swarm leave`` there, and ``node rm`` as soon as it counts as down."""
-        self._tell(f"{id} leaves")
+        """``swarm leave`` on the node, and ``node rm`` once it is down."""
+        self._log(f"{id} leaves")
         await self._end_node(id)
         await self._removed(id, force=False)
 
     def _worker_is_removed(self) -> Coroutine[None, None, None] | None:
-        id = self._chosen(self._plain_workers())
+        id = self._choose(self._plain_workers())
         return self.remove_worker(id) if id is not None else None
 
     async def remove_worker(self, id: NodeId) -> None:
-        """``node rm --force`` while it runs, and ``swarm leave`` there when somebody thinks of it."""
+        """``node rm --force`` while it runs, and ``swarm leave`` on the node later."""
         self._cluster.disturbances += 1
         self._cluster.workers = tuple(one for one in self._cluster.workers if one != id)
-        self._tell(f"{id} is removed by force")
+        self._log(f"{id} is removed by force")
         await self._removed(id, force=True)
         await asyncio.sleep(self._random.choice((0.1, 3.0)))
-        self._tell(f"{id} leaves, as it was removed")
+        self._log(f"{id} leaves, as it was removed")
         await self._end_node(id)
         self._cluster.disturbances -= 1
         self._cluster.disturb()
@@ -125,7 +127,7 @@ class Operators:
         return self.join_manager(NodeId(f"m{next(self._numbers)}"))
 
     async def join_manager(self, id: NodeId) -> None:
-        self._tell(f"{id} joins as a manager")
+        self._log(f"{id} joins as a manager")
         self._cluster.changing.add(id)
         await self._written(lambda tx: tx.lookup(Node, id) or tx.put(a_manager(id)))
         self._cluster.add_machine(id)
@@ -133,23 +135,23 @@ class Operators:
         self._cluster.changing.discard(id)
 
     def _promotion(self) -> Coroutine[None, None, None] | None:
-        id = None if self._has_managers_enough() else self._chosen(self._plain_workers(), least=0)
+        id = None if self._has_managers_enough() else self._choose(self._plain_workers(), least=0)
         return self.promote(id) if id is not None else None
 
     async def promote(self, id: NodeId) -> None:
-        """``node promote``; it is a manager when it has renewed its certificate and got its vote."""
-        self._tell(f"promote {id}")
+        """``node promote``; complete when the node has renewed its certificate and its member is a voter."""
+        self._log(f"promote {id}")
         if await self._users.set_role(id, NodeRole.MANAGER):
             await _until(lambda: id in self._cluster.managers)
         self._cluster.changing.discard(id)
 
     def _demotion(self) -> Coroutine[None, None, None] | None:
-        id = self._chosen(self._cluster.managers, least=1) if self._keeps_managers() else None
+        id = self._choose(self._cluster.managers, least=1) if self._keeps_managers() else None
         return self.demote(id) if id is not None else None
 
     async def demote(self, id: NodeId) -> None:
-        """``node demote``; the machine of one that was never a worker leaves then."""
-        self._tell(f"demote {id}")
+        """``node demote``; a machine without a worker leaves afterwards."""
+        self._log(f"demote {id}")
         if await self._demoted(id):
             await self._end_manager(id)
         self._cluster.changing.discard(id)
@@ -157,18 +159,18 @@ class Operators:
     def _manager_leaves(self) -> Coroutine[None, None, None] | None:
         managers = [id for id in self._cluster.managers if id not in self._cluster.nodes]
         is_spare = len(self._cluster.managers) > 2 and self._keeps_managers()
-        id = self._chosen(managers, least=0) if is_spare else None
+        id = self._choose(managers, least=0) if is_spare else None
         return self.leave_manager(id) if id is not None else None
 
     async def leave_manager(self, id: NodeId) -> None:
-        """``swarm leave --force`` there: it resigns, and goes also where that is refused.  Others remove it then."""
-        self._tell(f"{id} leaves, which is a manager")
+        """``swarm leave --force``: the manager resigns, and leaves even if that is refused.  Then it is removed."""
+        self._log(f"manager {id} leaves")
         try:
             async with asyncio.timeout(RESIGNED_S):
                 await self._users.resign(id)
                 await _until(lambda: id not in self._cluster.raft.members)
         except (SkepError, TimeoutError) as error:
-            self._tell(f"{id} has not resigned: {error}")
+            self._log(f"{id} has not resigned: {error}")
         await self._stop_manager(id)
         while not await self._demoted(id):
             pass
@@ -177,12 +179,12 @@ class Operators:
 
     def _upgrade(self) -> Coroutine[None, None, None] | None:
         older = [id for id in self._cluster.managers if id not in self._cluster.newer]
-        id = self._chosen(older, least=0) if self._keeps_managers() else None
+        id = self._choose(older, least=0) if self._keeps_managers() else None
         return self.upgrade(id) if id is not None else None
 
     async def upgrade(self, id: NodeId) -> None:
-        """A manager is of a newer version from now on, beside others that are not."""
-        self._tell(f"upgrade {id}")
+        """Restart a manager with a newer version than the others have."""
+        self._log(f"upgrade {id}")
         await self._cluster.end_manager(id)
         await asyncio.sleep(self._random.choice((0.2, 1.5)))
         self._cluster.newer.add(id)
@@ -190,7 +192,7 @@ class Operators:
         self._cluster.changing.discard(id)
 
     async def _demoted(self, id: NodeId) -> bool:
-        """Gives whether it is a manager no more: the others may not do without it, for now."""
+        """Demote; returns False if it is refused for ``GIVEN_UP_S`` because the others would lose their quorum."""
         until = self._cluster.loop.time() + GIVEN_UP_S
         while not await self._users.set_role(id, NodeRole.WORKER):
             if self._cluster.loop.time() > until:
@@ -201,7 +203,7 @@ class Operators:
 
     async def _end_manager(self, id: NodeId) -> None:
         if id in self._cluster.nodes:
-            # It stays as a worker, and ends the manager when its certificate says so.
+            # It stays as a worker, and ends its manager after the renewal of its certificate.
             await _until(lambda: id not in self._cluster.managers)
             return
         await self._stop_manager(id)
@@ -211,10 +213,10 @@ class Operators:
         self._cluster.managers = tuple(one for one in self._cluster.managers if one != id)
         await self._cluster.end_manager(id)
 
-    # -- what nodes do by themselves -------------------------------------------------------------------------------
+    # -- steps of nodes --------------------------------------------------------------------------------------------
 
     def _renew(self, id: NodeId) -> None:
-        """A node is asked to renew its certificate."""
+        """Renew the certificate of a node, unless a renewal is in progress."""
         if not any(task.get_name() == f"renew {id}" for task in self._busy):
             self._begin(self._renewed(id), f"renew {id}")
 
@@ -223,7 +225,7 @@ class Operators:
             node = tx.lookup(Node, id)
             if node is None or node.certificate is None:
                 return None
-            # Also where an earlier attempt of unknown outcome has been made already.
+            # Idempotent: an earlier attempt of unknown outcome may have been committed.
             tx.put(replace(node, certificate=replace(node.certificate, state="issued")))
             return node.certificate.role
 
@@ -234,11 +236,11 @@ class Operators:
             await self._stop_manager(id)
 
     async def _come_in(self, id: NodeId) -> None:
-        """Be let in and get a vote, as ``membership.joining`` does; or give up, as it is to be no manager."""
+        """Join the managers and become a voter, as in ``membership.joining``; give up if refused."""
         raft = self._cluster.raft
         while True:
             try:
-                manager = self._asked()
+                manager = self._any_manager()
                 assert manager.store is not None
                 await manager.store.update(announce_manager, id, address_of(id))
                 if id not in raft.members:
@@ -249,21 +251,21 @@ class Operators:
             except NoMember:
                 pass
             except (FailedPrecondition, PermissionDenied) as error:
-                self._tell(f"{id} is not let in: {error}")
+                self._log(f"{id} cannot join: {error}")
                 return
             except SkepError:
                 pass
             else:
                 self._cluster.managers = (*self._cluster.managers, id)
                 self._cluster.start_manager(id)
-                self._tell(f"{id} is a manager")
+                self._log(f"{id} is a manager")
                 return
             await asyncio.sleep(RETRY_S)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, deed: Coroutine[None, None, None], name: str) -> None:
-        task = self._cluster.loop.create_task(deed, name=name)
+    def _begin(self, action: Coroutine[None, None, None], name: str) -> None:
+        task = self._cluster.loop.create_task(action, name=name)
         self._busy.add(task)
         task.add_done_callback(self._done)
 
@@ -272,12 +274,12 @@ class Operators:
         if not task.cancelled():
             task.result()
 
-    def _chosen(self, candidates: Sequence[NodeId], *, least: int = WORKERS_MIN) -> NodeId | None:
-        """One of ``candidates`` that is well, for which something begins, if more than ``least`` are there."""
-        well = [id for id in self._well() if id in candidates]
-        if not well or len(candidates) <= least:
+    def _choose(self, candidates: Sequence[NodeId], *, least: int = WORKERS_MIN) -> NodeId | None:
+        """A healthy one of ``candidates``, marked as changing; None if there are not more than ``least``."""
+        healthy = [id for id in self._healthy() if id in candidates]
+        if not healthy or len(candidates) <= least:
             return None
-        id = self._random.choice(well)
+        id = self._random.choice(healthy)
         self._cluster.changing.add(id)
         return id
 
@@ -285,35 +287,35 @@ class Operators:
         return [id for id in self._cluster.workers if id not in self._cluster.managers]
 
     def _keeps_managers(self) -> bool:
-        """Whether none goes at present: operators who take two at once may end the cluster."""
+        """Whether no manager is changing: removing two at once may lose the quorum."""
         return not any(id in self._cluster.changing for id in self._cluster.managers)
 
     def _has_managers_enough(self) -> bool:
         coming = [id for id in self._cluster.changing if id not in self._cluster.managers]
         return len(self._cluster.managers) + len(coming) >= MANAGERS_MAX
 
-    def _asked(self) -> SimulatedManager:
-        """Raises: Unavailable: no manager is there."""
+    def _any_manager(self) -> SimulatedManager:
+        """A random manager that serves.  Raises: Unavailable: there is none."""
         there = [one for one in self._cluster.running_managers.values() if one.store is not None]
         if not there:
             raise Unavailable("no manager serves")
         return self._random.choice(there)
 
     async def _once(self, body: Callable[[Transaction], T]) -> T:
-        store = self._asked().store
+        store = self._any_manager().store
         assert store is not None
         await store.barrier()
         return await store.update(body)
 
     async def _written(self, body: Callable[[Transaction], T]) -> T:
-        """What ``body`` gives, once some manager has written it: whatever is refused now may be taken later."""
+        """The result of ``body``, committed by any manager; refused attempts are retried."""
         while True:
             try:
                 return await self._once(body)
             except SkepError:
                 await asyncio.sleep(RETRY_S)
 
-    def _tell(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         self._cluster.disturb()
         self._cluster.trace.add(f"operator: {text}")
 
@@ -322,6 +324,6 @@ class Operators:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    """Look now and then."""
+    """Wait until ``condition``, testing it at intervals."""
     for _ in iter(condition, True):
         await asyncio.sleep(RETRY_S)

@@ -1,6 +1,6 @@
-"""Random specs: any service, and sometimes one that Docker refuses.
+"""Random specs of services; ``invalidated`` makes one that Docker refuses.
 
-Names, labels, zones and ports are few, so that users get into each other's way.
+There are few names, labels, zones and ports, so that requests conflict.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,12 +38,12 @@ from skep.model.service import (
 from skep.model.times import SECOND_NS
 
 BROKEN, CRASHING, HANGING = "broken:1", "crashing:1", "hanging:1"
-"""Images that no node can prepare, whose containers fail soon, and whose preparation does not end."""
+"""Images whose preparation fails, whose containers fail soon, and whose preparation does not end."""
 HOPELESS = (BROKEN, CRASHING, HANGING)
 IMAGES = ("app:1", "app:2", "app:3", "app:4", *HOPELESS)
 JOB_IMAGES = ("job:1", "job:2", BROKEN, CRASHING)
 ENDING_IMAGES = {CRASHING: (0.4, 1), "job:1": (0.5, 0), "job:2": (1.5, 0)}
-"""When their containers end (seconds), and with which exit code."""
+"""When the containers of these images end (seconds), and their exit code."""
 
 NAMES = ("web", "api", "db", "WEB")
 ZONE, ZONES = "zone", ("north", "south")
@@ -58,15 +58,15 @@ CONSTRAINTS = (
 )
 
 
-class Around(msgspec.Struct, frozen=True):
-    """What is there for a service to use."""
+class Dependencies(msgspec.Struct, frozen=True):
+    """Objects that a service can refer to."""
 
     networks: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
 
 
-def a_spec(name: str, random: Random, around: Around) -> ServiceSpec:
-    """Any service."""
+def a_spec(name: str, random: Random, dependencies: Dependencies) -> ServiceSpec:
+    """The spec of a random service."""
     mode = a_mode(random)
     is_job = mode.name in ("replicated-job", "global-job")
     memory = random.choice((0, 0, 512 << 20))
@@ -79,10 +79,10 @@ def a_spec(name: str, random: Random, around: Around) -> ServiceSpec:
             container_spec=ContainerSpec(
                 image=random.choice(JOB_IMAGES[:2]) if is_job else "app:1",
                 stop_grace_period=SECOND_NS,
-                secrets=some_secrets(random, around.secrets),
+                secrets=some_secrets(random, dependencies.secrets),
             ),
             restart_policy=a_restart_policy(random, is_job=is_job),
-            networks=some_networks(random, around.networks),
+            networks=some_networks(random, dependencies.networks),
             resources=ResourceRequirements(reservations=Resources(memory_bytes=memory)) if memory else None,
             placement=a_placement(random),
         ),
@@ -108,7 +108,7 @@ def a_mode(random: Random) -> ServiceMode:
 
 
 def an_update_config(random: Random) -> UpdateConfig:
-    """Any way to update a service."""
+    """A random update config."""
     return UpdateConfig(
         parallelism=random.randint(0, 3),
         delay=random.choice((0, SECOND_NS // 2)),
@@ -120,7 +120,7 @@ def an_update_config(random: Random) -> UpdateConfig:
 
 
 def some_labels(random: Random) -> dict[str, str]:
-    """A deadline for updates, and what is to become of tasks on nodes that are cut off."""
+    """Sometimes a progress deadline of updates, and a policy for tasks on disconnected nodes."""
     labels = {PROGRESS_DEADLINE: "1s"} if random.random() < 0.7 else {}
     match random.choices(("", "keep", "replace", "stop"), (60, 10, 10, 20))[0]:
         case "":
@@ -176,7 +176,7 @@ def a_placement(random: Random) -> Placement | None:
 
 
 def some_ports(random: Random) -> EndpointSpec | None:
-    """Mostly none; otherwise one on each node that has a task, or on every node, with a number or without."""
+    """Mostly none; otherwise one host or ingress port, with a fixed number or without."""
     match random.choices(("none", "host", "ingress", "any"), (70, 15, 10, 5))[0]:
         case "none":
             return None
@@ -189,9 +189,9 @@ def some_ports(random: Random) -> EndpointSpec | None:
     return EndpointSpec(ports=(PortConfig(target_port=80, published_port=number, publish_mode=mode),))
 
 
-def made_odd(spec: ServiceSpec, random: Random) -> ServiceSpec:
-    """The same with one thing in it that Docker refuses."""
-    return random.choice(_ODDITIES)(spec)
+def invalidated(spec: ServiceSpec, random: Random) -> ServiceSpec:
+    """``spec`` with one change for which Docker refuses it."""
+    return random.choice(_INVALID)(spec)
 
 
 def _placed(constraint: str) -> Callable[[ServiceSpec], ServiceSpec]:
@@ -202,7 +202,7 @@ def _placed(constraint: str) -> Callable[[ServiceSpec], ServiceSpec]:
     return placed
 
 
-def _called(spec: ServiceSpec) -> ServiceSpec:
+def _misnamed(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, name=f"-{spec.name}")
 
 
@@ -210,18 +210,18 @@ def _without_image(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, task_template=replace(spec.task_template, container_spec=ContainerSpec()))
 
 
-def _too_small(spec: ServiceSpec) -> ServiceSpec:
+def _too_little_memory(spec: ServiceSpec) -> ServiceSpec:
     few = ResourceRequirements(reservations=Resources(memory_bytes=1024))
     return replace(spec, task_template=replace(spec.task_template, resources=few))
 
 
-def _hurried(spec: ServiceSpec) -> ServiceSpec:
+def _negative_delay(spec: ServiceSpec) -> ServiceSpec:
     policy = RestartPolicy(delay=-SECOND_NS)
     return replace(spec, task_template=replace(spec.task_template, restart_policy=policy))
 
 
-def _beyond_all(spec: ServiceSpec) -> ServiceSpec:
-    """A job may not even have an update config."""
+def _ratio_over_one(spec: ServiceSpec) -> ServiceSpec:
+    """A job may not have an update config at all."""
     return replace(spec, update_config=UpdateConfig(max_failure_ratio=1.5))
 
 
@@ -230,14 +230,14 @@ def _twice_published(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, endpoint_spec=EndpointSpec(ports=(port, replace(port, target_port=81))))
 
 
-def _undecided(spec: ServiceSpec) -> ServiceSpec:
+def _unknown_disconnect_policy(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, labels={**spec.labels, ON_DISCONNECT: "perhaps"})
 
 
-_ODDITIES = (
+_INVALID = (
     _placed("node.labels.zone=north"),
     _placed("node role==worker"),
     _placed("node.role==~"),
-    *(_called, _without_image, _too_small, _hurried, _beyond_all, _twice_published),
-    _undecided,
+    *(_misnamed, _without_image, _too_little_memory, _negative_delay, _ratio_over_one, _twice_published),
+    _unknown_disconnect_policy,
 )

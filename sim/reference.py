@@ -1,10 +1,10 @@
-"""What Docker answers to requests about services and nodes, and what is there afterwards: a reference of its own.
+"""A reference model of Docker's responses to requests on services and nodes, and of the resulting state.
 
-Written from Docker's API reference and documents and from recorded answers of an engine
-(``tests/conformance/recorded/in_swarm.json``), not from ``manager/control``, with which it shares nothing but the
-objects.  What users of the simulation ask for is covered, and nothing else.
+Written from Docker's API reference and documentation and from recorded responses of an engine
+(``tests/conformance/recorded/in_swarm.json``), independently of ``manager/control``, with which it shares only the
+objects.  It covers the requests of simulated users, and nothing else.
 
-Statuses are those of the HTTP API.  503 is no answer: whoever gets it knows nothing.
+Statuses are those of the HTTP API.  503 is not modelled: after it the outcome is unknown.
 """
 
 import re
@@ -18,31 +18,31 @@ from skep.model.node import NodeSpec
 from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction
 
 BAD, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 404, 409, 500, 501
-"""UNKNOWN: errors of SwarmKit that have no code; constraints that cannot be read, and updates out of sequence."""
+"""UNKNOWN: errors of SwarmKit that have no code: invalid constraints, and updates out of sequence."""
 
 _NAME = re.compile(r"[a-zA-Z0-9]+(?:[a-zA-Z0-9-_]*[a-zA-Z0-9]+)?")
 _CONSTRAINT = re.compile(r"\s*[a-z_][\w.]*\s*(==|!=)\s*\w[\w.-]*\s*")
-"""Of what Docker takes only what users of the simulation write."""
+"""Only the part of Docker's syntax that simulated users write."""
 _MEMORY_MIN = 4 << 20
 _DISCONNECT_WORDS = (None, "keep", "replace", "stop")
 
 
-class Held(msgspec.Struct, frozen=True):
-    """A service that users can see."""
+class ServiceState(msgspec.Struct, frozen=True):
+    """A service that is not removed."""
 
     spec: ServiceSpec
     previous: ServiceSpec | None
     version: int
     runs: int = 0
-    """Of a job: how often it was asked for again."""
+    """For a job: number of its updates."""
 
 
 class State(msgspec.Struct, frozen=True):
-    """All that an answer depends on."""
+    """All state on which a response depends."""
 
-    services: Mapping[ServiceId, Held] = {}
+    services: Mapping[ServiceId, ServiceState] = {}
     nodes: Mapping[NodeId, tuple[NodeSpec, int]] = {}
-    """What was asked of each, and its version."""
+    """The spec and version of each node."""
     networks: frozenset[str] = frozenset()
     secrets: frozenset[str] = frozenset()
 
@@ -77,17 +77,17 @@ Request: TypeAlias = Create | Update | Rollback | Remove | SetNode
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """``service``: as it is from then on, but for its version; None: it is gone, or it was about a node."""
+    """``service``: its state afterwards, except for the version; None: removed, or a request on a node."""
 
-    service: Held | None = None
+    service: ServiceState | None = None
 
 
 class Refused(msgspec.Struct, frozen=True):
     status: int
 
 
-def answer(state: State, request: Request) -> Accepted | Refused:
-    """What ``request`` is answered in ``state``."""
+def respond(state: State, request: Request) -> Accepted | Refused:
+    """The response to ``request`` in ``state``."""
     match request:
         case Create(_, spec):
             return _created(state, spec)
@@ -106,16 +106,16 @@ def answer(state: State, request: Request) -> Accepted | Refused:
             assert_never(request)
 
 
-def rolled_back_by_itself(held: Held) -> Held | None:
-    """The service after a rollback that its own settings ask for, which leaves no previous spec; None: they do not."""
+def automatic_rollback(held: ServiceState) -> ServiceState | None:
+    """The service after an automatic rollback, which leaves no previous spec; None: its settings do not allow one."""
     config = held.spec.update_config
     if config is None or config.failure_action is not UpdateFailureAction.ROLLBACK or held.previous is None:
         return None
-    return Held(held.previous, None, 0)
+    return ServiceState(held.previous, None, 0)
 
 
-def fault_of(spec: ServiceSpec) -> int | None:
-    """The status with which a spec is refused that can never work; None: there is nothing wrong with it."""
+def rejection_of(spec: ServiceSpec) -> int | None:
+    """The status with which an invalid spec is refused; None: the spec is valid."""
     template, container = spec.task_template, spec.task_template.container_spec
     if _NAME.fullmatch(spec.name) is None or len(spec.name) > 63:
         return BAD
@@ -143,33 +143,33 @@ def is_job(spec: ServiceSpec) -> bool:
 
 
 def _created(state: State, spec: ServiceSpec) -> Accepted | Refused:
-    if (fault := fault_of(spec)) is not None:
+    if (fault := rejection_of(spec)) is not None:
         return Refused(fault)
     if _lacks_secrets(state, spec):
         return Refused(BAD)
     if _is_taken(spec.name, state.services.values()):
         return Refused(TAKEN)
-    return _placed(state, None, spec) or Accepted(Held(spec, None, 0))
+    return _conflict(state, None, spec) or Accepted(ServiceState(spec, None, 0))
 
 
-def _is_taken(name: str, services: Iterable[Held]) -> bool:
-    """Names are compared without regard to case."""
+def _is_taken(name: str, services: Iterable[ServiceState]) -> bool:
+    """Names are compared case-insensitively."""
     return any(held.spec.name.casefold() == name.casefold() for held in services)
 
 
 def _updated(state: State, id: ServiceId, spec: ServiceSpec, version: int) -> Accepted | Refused:
     held = state.services.get(id)
-    if (fault := fault_of(spec)) is not None:
+    if (fault := rejection_of(spec)) is not None:
         return Refused(fault)
     if held is None:
         return Refused(MISSING)
     if _lacks_secrets(state, spec):
         return Refused(BAD)
-    if _kind(held.spec) != _kind(spec) or held.spec.name != spec.name:
+    if _mode(held.spec) != _mode(spec) or held.spec.name != spec.name:
         return Refused(NOT_OFFERED)
     if held.version != version:
         return Refused(UNKNOWN)
-    return _placed(state, id, spec) or Accepted(Held(spec, held.spec, 0, _next_run(held)))
+    return _conflict(state, id, spec) or Accepted(ServiceState(spec, held.spec, 0, _next_run(held)))
 
 
 def _rolled_back(state: State, id: ServiceId, version: int) -> Accepted | Refused:
@@ -180,11 +180,13 @@ def _rolled_back(state: State, id: ServiceId, version: int) -> Accepted | Refuse
         return Refused(UNKNOWN)
     if held.previous is None:
         return Refused(BAD)
-    return _placed(state, id, held.previous) or Accepted(Held(held.previous, held.spec, 0, _next_run(held)))
+    return _conflict(state, id, held.previous) or Accepted(
+        ServiceState(held.previous, held.spec, 0, _next_run(held))
+    )
 
 
-def _placed(state: State, id: ServiceId | None, spec: ServiceSpec) -> Refused | None:
-    """Refused: a port that it publishes is another service's, or what it uses is gone."""
+def _conflict(state: State, id: ServiceId | None, spec: ServiceSpec) -> Refused | None:
+    """Refused: another service publishes one of its ports, or an object it refers to does not exist."""
     mine = _ports(spec)
     for other, held in state.services.items():
         theirs = _ports(held.spec)
@@ -200,7 +202,7 @@ def _placed(state: State, id: ServiceId | None, spec: ServiceSpec) -> Refused | 
 
 
 def _ports(spec: ServiceSpec) -> dict[tuple[str, int], PublishMode]:
-    """What it publishes by number, and how."""
+    """The publish modes of its ports with fixed numbers."""
     ports = spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
     return {(port.protocol, port.published_port): port.publish_mode for port in ports if port.published_port}
 
@@ -210,11 +212,11 @@ def _lacks_secrets(state: State, spec: ServiceSpec) -> bool:
     return container is not None and not {one.secret_id for one in container.secrets} <= state.secrets
 
 
-def _kind(spec: ServiceSpec) -> tuple[bool, bool, bool]:
+def _mode(spec: ServiceSpec) -> tuple[bool, bool, bool]:
     mode = spec.mode
     return mode.global_ is not None, mode.replicated_job is not None, mode.global_job is not None
 
 
-def _next_run(held: Held) -> int:
-    """An update of a job runs it again."""
+def _next_run(held: ServiceState) -> int:
+    """An update of a job starts a new run."""
     return held.runs + 1 if is_job(held.spec) else 0

@@ -1,8 +1,8 @@
-"""Compares the responses to users, and their effects, with Docker's (``reference``).
+"""Compares the responses to simulated users, and their effects, with Docker's (``reference``).
 
-Requests run beside each other, so an answer is judged by the states between the request and its answer: a refusal is
-right if the reference refuses likewise in one of them, a change if the reference makes the same in the state in which
-it was committed.  What the cluster changes by itself, a service's specs, is a rollback that its settings allow.
+Requests are concurrent, so a response is checked against all states between the request and the response: a refusal is
+correct if the reference refuses with the same status in one of them, a change if the reference makes the same change in
+the state in which it was committed.  A change of specs without a request must be a rollback that the settings allow.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,16 +14,16 @@ from sim.committed import Change
 from sim.reference import (
     BAD,
     Create,
-    Held,
     Refused,
     Remove,
     Request,
     Rollback,
+    ServiceState,
     SetNode,
     State,
     Update,
-    answer,
-    rolled_back_by_itself,
+    automatic_rollback,
+    respond,
 )
 from skep.model.network import Network
 from skep.model.node import Node, NodeRole
@@ -31,24 +31,24 @@ from skep.model.secret import Secret
 from skep.model.service import Service
 from skep.store.interface import Created, Deleted, Event, Updated, View
 
-BY_HAND = "manually requested rollback"
-"""Docker's message of a rollback that a user asked for."""
+MANUAL_ROLLBACK = "manually requested rollback"
+"""Docker's message of a rollback by request."""
 
 
-class Asked(msgspec.Struct, eq=False):
-    """A request that may still take effect, or has."""
+class PendingRequest(msgspec.Struct, eq=False):
+    """A request that can still take effect, or has taken effect."""
 
     request: Request
     since: int
-    """The first of the states in which it may take effect."""
+    """Number of the first state in which it can take effect."""
     is_done: bool = False
-    """It has taken effect, or one like it has."""
-    is_told: bool = False
-    """Its user has got the response."""
+    """It, or an equal one, has taken effect."""
+    is_acknowledged: bool = False
+    """The response has been received."""
 
 
 class ResponseCheck:
-    """A rule on commits; and users tell it what they ask and are answered."""
+    """A rule on commits, to which requests and their responses are reported."""
 
     def __init__(self, view: View) -> None:
         """``view``: the state before the first request."""
@@ -59,47 +59,47 @@ class ResponseCheck:
                 secrets=frozenset(secret.id for secret in view.find(Secret)),
             )
         ]
-        self._open: list[Asked] = []
-        self._done: list[Asked] = []
+        self._open: list[PendingRequest] = []
+        self._done: list[PendingRequest] = []
 
     @property
     def present(self) -> int:
-        """The number of the present state."""
+        """The number of the current state."""
         return len(self._states) - 1
 
-    def asked(self, request: Request, since: int) -> Asked:
-        """Somebody asks.  ``since``: the state that was present when they chose what to ask."""
-        asked = Asked(request, since)
-        self._open.append(asked)
-        return asked
+    def requested(self, request: Request, since: int) -> PendingRequest:
+        """Record a request.  ``since``: number of the state that was current when it was made up."""
+        pending = PendingRequest(request, since)
+        self._open.append(pending)
+        return pending
 
-    def accepted(self, asked: Asked) -> Iterable[str]:
-        """It was acknowledged."""
-        if not asked.is_done:
-            self._exchange(asked, [one for one in self._done if not one.is_told])
-        asked.is_told = True
-        if not asked.is_done:
-            yield f"{_said(asked.request)} was acknowledged and has not happened"
+    def accepted(self, pending: PendingRequest) -> Iterable[str]:
+        """Record an acknowledgement."""
+        if not pending.is_done:
+            self._exchange(pending, [one for one in self._done if not one.is_acknowledged])
+        pending.is_acknowledged = True
+        if not pending.is_done:
+            yield f"{_describe(pending.request)} was acknowledged and has not taken effect"
 
-    def refused(self, asked: Asked, status: int) -> Iterable[str]:
-        """It was refused, and will never happen."""
-        if asked.is_done:
-            self._exchange(asked, self._open)
-        if asked.is_done:
-            yield f"{_said(asked.request)} was refused with {status} and has happened"
+    def refused(self, pending: PendingRequest, status: int) -> Iterable[str]:
+        """Record a refusal: the request must never take effect."""
+        if pending.is_done:
+            self._exchange(pending, self._open)
+        if pending.is_done:
+            yield f"{_describe(pending.request)} was refused with {status} and has taken effect"
         else:
-            self._open.remove(asked)
-        answers = [answer(state, asked.request) for state in self._states[asked.since :]]
-        if Refused(status) not in answers and not self._is_refused_demotion(asked, status):
-            expected = sorted({one.status if isinstance(one, Refused) else 200 for one in answers})
-            yield f"{_said(asked.request)} was answered {status}, not {' or '.join(map(str, expected))}"
+            self._open.remove(pending)
+        responses = [respond(state, pending.request) for state in self._states[pending.since :]]
+        if Refused(status) not in responses and not self._is_refused_demotion(pending, status):
+            expected = sorted({one.status if isinstance(one, Refused) else 200 for one in responses})
+            yield f"{_describe(pending.request)} got status {status}, not {' or '.join(map(str, expected))}"
 
-    def _is_refused_demotion(self, asked: Asked, status: int) -> bool:
-        """Whether the others can do without a manager depends on who is reachable, which is not told here."""
-        request = asked.request
+    def _is_refused_demotion(self, pending: PendingRequest, status: int) -> bool:
+        """Whether a demotion may be refused: that depends on the reachability of managers, which is not modelled."""
+        request = pending.request
         if not isinstance(request, SetNode) or status != BAD or request.spec.role is not NodeRole.WORKER:
             return False
-        known = [state.nodes.get(request.id) for state in self._states[asked.since :]]
+        known = [state.nodes.get(request.id) for state in self._states[pending.since :]]
         return any(one is not None and one[0].role is NodeRole.MANAGER for one in known)
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
@@ -116,56 +116,58 @@ class ResponseCheck:
     def _changed(self, before: State, event: Event) -> Iterable[str]:
         match event:
             case Created(Service() as new):
-                yield from self._happened(before, _held(new), lambda one: isinstance(one, Create), new.id)
+                yield from self._took_effect(
+                    before, _state_of(new), lambda one: isinstance(one, Create), new.id
+                )
             case Updated(Service() as old, Service() as new) if old.removed_at != new.removed_at:
-                yield from self._happened(before, None, lambda one: isinstance(one, Remove), new.id)
+                yield from self._took_effect(before, None, lambda one: isinstance(one, Remove), new.id)
             case Updated(Service() as old, Service() as new) if _specs(old) != _specs(new):
                 yield from self._respecified(before, old, new)
             case Updated(Node() as node, Node() as other) if node.spec != other.spec:
-                wish = other.spec
-                yield from self._happened(
-                    before, None, lambda one: isinstance(one, SetNode) and one.spec == wish, other.id
+                spec = other.spec
+                yield from self._took_effect(
+                    before, None, lambda one: isinstance(one, SetNode) and one.spec == spec, other.id
                 )
 
     def _respecified(self, before: State, old: Service, new: Service) -> Iterable[str]:
-        held = _held(new)
-        if new.update_status is not None and new.update_status.message == BY_HAND:
+        held = _state_of(new)
+        if new.update_status is not None and new.update_status.message == MANUAL_ROLLBACK:
             version = old.version.index
-            yield from self._happened(
+            yield from self._took_effect(
                 before, held, lambda one: isinstance(one, Rollback) and one.version == version, new.id
             )
         elif any(isinstance(one.request, Update) and one.request.spec == new.spec for one in self._open):
-            yield from self._happened(
+            yield from self._took_effect(
                 before, held, lambda one: isinstance(one, Update) and one.spec == new.spec, new.id
             )
         else:
-            if _unversioned(rolled_back_by_itself(before.services[new.id])) != _unversioned(held):
-                yield f"service {new.id} changed its specs by itself"
+            if _unversioned(automatic_rollback(before.services[new.id])) != _unversioned(held):
+                yield f"the specs of service {new.id} were changed without a request"
 
-    def _exchange(self, asked: Asked, others: list[Asked]) -> None:
-        """Of two equal requests it is unknown which one took effect."""
+    def _exchange(self, pending: PendingRequest, others: list[PendingRequest]) -> None:
+        """Swap ``pending`` with an equal request: which of the two took effect is unknown."""
         for other in others:
-            if other.request == asked.request:
-                mine, its = (self._done, self._open) if asked.is_done else (self._open, self._done)
-                mine[mine.index(asked)], its[its.index(other)] = other, asked
-                asked.is_done, other.is_done = other.is_done, asked.is_done
+            if other.request == pending.request:
+                mine, its = (self._done, self._open) if pending.is_done else (self._open, self._done)
+                mine[mine.index(pending)], its[its.index(other)] = other, pending
+                pending.is_done, other.is_done = other.is_done, pending.is_done
                 return
 
-    def _happened(
-        self, before: State, held: Held | None, is_it: Callable[[Request], bool], id: str
+    def _took_effect(
+        self, before: State, held: ServiceState | None, is_it: Callable[[Request], bool], id: str
     ) -> Iterable[str]:
-        asked = next((one for one in self._open if one.request.id == id and is_it(one.request)), None)
-        if asked is None:
-            yield f"{id} was changed, which nobody asked for"
+        pending = next((one for one in self._open if one.request.id == id and is_it(one.request)), None)
+        if pending is None:
+            yield f"{id} was changed without a request"
             return
-        self._open.remove(asked)
-        self._done.append(asked)
-        asked.is_done = True
-        promised = answer(before, asked.request)
-        if isinstance(promised, Refused):
-            yield f"{_said(asked.request)} has happened, which is to be refused with {promised.status}"
-        elif _unversioned(promised.service) != _unversioned(held):
-            yield f"{_said(asked.request)} made {held}, not {promised.service}"
+        self._open.remove(pending)
+        self._done.append(pending)
+        pending.is_done = True
+        expected = respond(before, pending.request)
+        if isinstance(expected, Refused):
+            yield f"{_describe(pending.request)} has taken effect, but must be refused with {expected.status}"
+        elif _unversioned(expected.service) != _unversioned(held):
+            yield f"{_describe(pending.request)} made {held}, not {expected.service}"
 
 
 def _after(state: State, event: Event) -> State:
@@ -173,7 +175,7 @@ def _after(state: State, event: Event) -> State:
         case Created(Service() as service) | Updated(_, Service() as service):
             services = dict(state.services)
             if service.removed_at is None:
-                services[service.id] = _held(service)
+                services[service.id] = _state_of(service)
             else:
                 services.pop(service.id, None)
             return replace(state, services=services)
@@ -192,12 +194,12 @@ def _after(state: State, event: Event) -> State:
     return state
 
 
-def _held(service: Service) -> Held:
+def _state_of(service: Service) -> ServiceState:
     runs = service.job_status.job_iteration.index if service.job_status is not None else 0
-    return Held(service.spec, service.previous_spec, service.version.index, runs)
+    return ServiceState(service.spec, service.previous_spec, service.version.index, runs)
 
 
-def _unversioned(held: Held | None) -> Held | None:
+def _unversioned(held: ServiceState | None) -> ServiceState | None:
     return replace(held, version=0) if held is not None else None
 
 
@@ -205,5 +207,5 @@ def _specs(service: Service) -> object:
     return service.spec, service.previous_spec
 
 
-def _said(request: Request) -> str:
+def _describe(request: Request) -> str:
     return f"{type(request).__name__.lower()} of {request.id}"

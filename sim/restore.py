@@ -1,4 +1,4 @@
-"""The last thing that may happen to a cluster: all managers are lost, and one goes on from a snapshot."""
+"""Disaster recovery, at the end of a run: all managers are lost, and one is restored from a snapshot."""
 
 from inspect import isfunction
 from typing import Any
@@ -14,13 +14,13 @@ from skep.model.times import SECOND_NS
 from skep.store.etcd.initialize import raise_incarnation_on
 
 WITHOUT_S = 5.0
-"""From the loss of the managers to the restore; nodes run on."""
+"""Time from the loss of the managers to the restore; nodes keep running."""
 
 
 def restore(cluster: SimulatedCluster, revision: int) -> None:
-    """Go on from what was true at ``revision`` with one manager, as ``manager.recovery`` does.
+    """Restore one manager from the state at ``revision``, as ``manager.recovery`` does.
 
-    What was promised since then is not kept: of the rules those go on that remember nothing.
+    Later acknowledged writes are lost, so only rules without state continue.
     """
     plain = [id for id in cluster.managers if id not in cluster.nodes]
     survivor = cluster.random.choice(plain or cluster.managers)
@@ -32,7 +32,7 @@ def restore(cluster: SimulatedCluster, revision: int) -> None:
     cluster.run_for(WITHOUT_S)
     cluster.raft.restore(survivor, revision)
     cluster.committed.restore(cluster.raft.kv.events(2, revision))
-    cluster.observe_with(Newcomer)
+    cluster.observe_with(StatelessObserver)
     cluster.raft.start(survivor)
     member = cluster.raft.members[survivor]
     client = SimulatedClient(cluster.raft, member, cluster.links, cluster.random)
@@ -42,15 +42,15 @@ def restore(cluster: SimulatedCluster, revision: int) -> None:
     cluster.write(lambda tx: show_survivor(tx, survivor, address_of(survivor)))
 
 
-class Newcomer(Observer):
-    """Asks what needs no memory alone."""
+class StatelessObserver(Observer):
+    """An observer with only the rules that have no state."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.rules = [rule for rule in self.rules if isfunction(rule)]
 
-    def look(self) -> None:
-        """Nothing is known of what runs since when."""
+    def check_durations(self) -> None:
+        """Not checked: the start times of processes are unknown."""
 
     def container_started(self, node_id: NodeId, task: Task) -> None:
         self._trace.add(f"{node_id} starts task {task.id[:6]}")

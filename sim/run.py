@@ -21,9 +21,9 @@ from sim.random_specs import BROKEN, ENDING_IMAGES, HANGING
 from sim.restore import restore
 from sim.targeted_faults import (
     cut_off_for_long,
-    move_while_a_report_is_on_its_way,
+    move_during_report,
     restart_before_it_runs,
-    show_the_past,
+    serve_stale_state,
     take_an_update_back,
 )
 from sim.users import Users
@@ -118,8 +118,8 @@ def _simulate(cluster: SimulatedCluster, steps: int) -> None:
     cut_off_for_long(cluster)
     restart_before_it_runs(cluster)
     take_an_update_back(cluster, users)
-    show_the_past(cluster)
-    move_while_a_report_is_on_its_way(cluster)
+    serve_stale_state(cluster)
+    move_during_report(cluster)
     lose_a_node(cluster)
     if random.random() < 0.3 and not cluster.observer.violations:
         _restore(cluster, revision)

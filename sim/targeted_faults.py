@@ -1,4 +1,4 @@
-"""Faults that are injected in the situation in which they matter."""
+"""Faults that are injected in the situations in which they matter."""
 
 from collections.abc import Iterable
 
@@ -13,25 +13,25 @@ from skep.model.service import Service
 from skep.model.task import Task, TaskState
 
 CUT_OFF_S = 15.0
-"""Longer than any delay of ``skep.on-disconnect`` that users ask for, and than a container takes to stop."""
+"""Longer than any requested delay of ``skep.on-disconnect``, and than a container takes to stop."""
 BACK_S = 10.0
-"""Until a node is back and the cluster has converged."""
+"""Time until a node is back and the cluster has converged."""
 LOOK_S = 0.02
-"""Shorter than preparing takes."""
+"""Shorter than the preparation of a task."""
 WAITED_S = 4.0
 AWAY_S = (0.01, 0.1)
 ATTEMPTED_S = 0.5
-"""Until an update has begun, and its first task was rejected."""
+"""Time until an update has begun and its first task was rejected."""
 LAG_S = 3.0
 SLOW_MANAGER_S = 1.6
 SLOW_NODE_S = 0.4
-"""So that a call to the slow manager takes longer than to register with another one, which takes three ways."""
+"""Chosen so that one call to the slow manager takes longer than the registration with another one (three latencies)."""
 PATIENCE_S = (0.6, 2.0)
 """Timeout of a node for the response of a manager."""
 SHOWN_S = 1.0
 REVISIONS = (50, 150, 400)
 UNDECIDED_S = 3.0
-"""Longer than any restart delay that users ask for."""
+"""Longer than any requested restart delay."""
 
 
 def cut_off_for_long(cluster: SimulatedCluster) -> None:
@@ -54,7 +54,7 @@ def cut_off_for_long(cluster: SimulatedCluster) -> None:
 
 
 def restart_before_it_runs(cluster: SimulatedCluster) -> None:
-    """A node process dies while a task that it has prepared waits for its start; the disk does not know that yet."""
+    """Kill a node process while a prepared task waits for its start, which is not yet stored on the disk."""
     waiting = [
         task
         for node in cluster.nodes.values()
@@ -79,9 +79,9 @@ def restart_before_it_runs(cluster: SimulatedCluster) -> None:
 
 
 def take_an_update_back(cluster: SimulatedCluster, users: Users) -> None:
-    """An update that cannot succeed is taken back while nobody decides about its service.
+    """Revert an update that cannot succeed while no decision is made on its service.
 
-    Whoever then does finds a slot with a task of what is asked for now, and a younger one that has failed.
+    The next decision finds a slot with a task of the current spec, and a younger one that has failed.
     """
     steady = [one for one in cluster.view.find(Service) if _is_updatable(one) and is_steady(cluster, one)]
     if not steady:
@@ -91,7 +91,7 @@ def take_an_update_back(cluster: SimulatedCluster, users: Users) -> None:
     assert container is not None
     users.update(service.id, BROKEN)
     cluster.run_for(ATTEMPTED_S)
-    cluster.trace.add(f"fault: poison {service.id}, in a cluster at rest")
+    cluster.trace.add(f"fault: failing decisions {service.id}, in a cluster at rest")
     cluster.poisoned.add(service.id)
     users.update(service.id, container.image)
     cluster.run_for(UNDECIDED_S)
@@ -101,15 +101,15 @@ def take_an_update_back(cluster: SimulatedCluster, users: Users) -> None:
     pass_time(cluster, BACK_S)
 
 
-def show_the_past(cluster: SimulatedCluster) -> None:
-    """A manager serves its nodes the state from before the newest containers, until it restarts."""
+def serve_stale_state(cluster: SimulatedCluster) -> None:
+    """A manager sends its nodes a state from before the newest containers, until it restarts."""
     committed, kv = cluster.committed, cluster.raft.kv
     since = max(kv.revision - cluster.random.choice(REVISIONS), 2)
     past = committed.past(kv.events(2, since))
     for id in cluster.random.sample(cluster.managers, len(cluster.managers)):
         manager = cluster.running_managers.get(id)
-        if manager is not None and manager.show_the_past(past):
-            cluster.trace.add(f"fault: {id} shows the past at {since}, in a cluster at rest")
+        if manager is not None and manager.serve_stale_state(past):
+            cluster.trace.add(f"fault: {id} serves the state at {since}, in a cluster at rest")
             cluster.run_for(SHOWN_S)
             cluster.crash(id)
             cluster.start_manager(id)
@@ -117,10 +117,10 @@ def show_the_past(cluster: SimulatedCluster) -> None:
             return
 
 
-def move_while_a_report_is_on_its_way(cluster: SimulatedCluster) -> None:
-    """What a node says to a slow manager arrives there when the node has moved on, and has not said it again yet.
+def move_during_report(cluster: SimulatedCluster) -> None:
+    """A report reaches a slow manager after its node has moved to another one, which has not received it yet.
 
-    That manager does not show yet that the node has moved on.
+    The replica of the slow manager does not show the new session yet.
     """
     nodes = _nodes_of(task for node in cluster.nodes.values() for task in node.containers.values())
     if not nodes or len(cluster.managers) == 1:
@@ -132,7 +132,7 @@ def move_while_a_report_is_on_its_way(cluster: SimulatedCluster) -> None:
         or cluster.raft.current is None
         or cluster.raft.current.member.id == session.manager_id
     ):
-        return  # a leader that lags decides late, which is another matter
+        return  # a lagging leader is a different fault
     member, slow = cluster.raft.members[session.manager_id], cluster.network.slow
     cluster.trace.add(
         f"fault: {session.manager_id} is slow and its watch lags, {id} is slow, in a cluster at rest"

@@ -1,7 +1,7 @@
 """Virtual time: an event loop that jumps to the next timer instead of waiting for it.
 
-Everything in a simulation that waits does so by a timer of its loop, so nothing else passes time; a run of an hour
-takes as long as its computation.
+Every wait in a simulation is a timer of its loop, so only timers advance the clock, and an hour of simulated time takes
+only the time of its computation.
 """
 
 import asyncio
@@ -15,22 +15,22 @@ from skep.model.times import SECOND_NS
 T = TypeVar("T")
 
 EPOCH_NS = 1_700_000_000 * SECOND_NS
-"""Where the simulated wall clock starts (November 2023)."""
+"""Start of the simulated wall clock (November 2023)."""
 
 
 class Deadlock(Exception):
-    """Somebody waits, and nothing will ever happen."""
+    """A task waits, and there is no timer or ready callback left."""
 
 
 class Spinning(Exception):
-    """More has happened than ever should: somebody works without end, and hardly any time passes."""
+    """The limit of iterations is reached: a busy loop, in which hardly any time passes."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop on virtual time, beginning at 0."""
 
     def __init__(self, turns_max: int | None = None) -> None:
-        """``turns_max``: after so many turns ``Spinning`` is raised, once; None: never."""
+        """``turns_max``: number of iterations after which ``Spinning`` is raised, once; None: no limit."""
         self._now = 0.0
         self._turns_left = turns_max
         super().__init__(_JumpingSelector(self))
@@ -45,7 +45,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., T], *args: Any
     ) -> "asyncio.Future[T]":
-        """Threads would run in real time: the work is done at once instead."""
+        """Run ``func`` at once, since a thread would run in real time."""
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))
@@ -58,21 +58,21 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now += seconds
 
     def timers(self) -> int:
-        """How many wait for their time."""
+        """Number of pending timers."""
         return sum(not timer.cancelled() for timer in self._scheduled)  # type: ignore[attr-defined]
 
     def turn(self) -> None:
-        """The loop turns once more.  Raises: Spinning."""
+        """Count an iteration of the loop.  Raises: Spinning."""
         if self._turns_left is None:
             return
         self._turns_left -= 1
         if self._turns_left < 0:
-            self._turns_left = None  # what is left is to end in peace
-            raise Spinning(f"more turns of the loop than a life may take, at {self._now:.3f} s")
+            self._turns_left = None  # so that the clean-up can run
+            raise Spinning(f"the limit of iterations of the event loop is reached, at {self._now:.3f} s")
 
 
 class _NumberedTask(asyncio.Task[Any]):
-    """A task that lies in sets by its number, not by its address: groups then cancel in the same order each time."""
+    """A task hashed by its number instead of its address: task groups then cancel in the same order in every run."""
 
     def __init__(self, number: int, work: Any, **rest: Any) -> None:
         self._number = number
@@ -83,9 +83,9 @@ class _NumberedTask(asyncio.Task[Any]):
 
 
 class _JumpingSelector(selectors.SelectSelector):
-    """Waits for nothing: the time it was told to wait passes on the loop's clock.
+    """Does not wait: advances the loop's clock by the timeout.
 
-    Files are never looked at, which saves a system call at every turn of the loop; a simulation has none.
+    File descriptors are not polled, which saves a system call in every iteration; a simulation has none.
     """
 
     def __init__(self, loop: VirtualLoop) -> None:
@@ -95,7 +95,7 @@ class _JumpingSelector(selectors.SelectSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         self._loop.turn()
         if timeout is None:
-            raise Deadlock("nothing is left that could happen")
+            raise Deadlock("every task waits, and no timer is pending")
         if timeout > 0:
             self._loop.jump(timeout)
         return []
@@ -104,8 +104,9 @@ class _JumpingSelector(selectors.SelectSelector):
 class VirtualClock:
     """The clocks of a simulated machine.  Implements ``aio.clock.Clock``.
 
-    No two machines agree: ``drift`` is how many seconds this machine counts per real one, its monotonic clock began
-    at its own time, and its wall clock is off by ``wall_off_s``, which may change at any time.
+    Clocks differ between machines: ``drift`` is the number of seconds that this machine counts per second of the loop,
+    ``began_s`` the initial value of its monotonic clock, and ``wall_off_s`` the error of its wall clock, which may
+    change at any time.
     """
 
     def __init__(
@@ -117,10 +118,10 @@ class VirtualClock:
         wall_off_s: float = 0.0,
         wait_running: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """``wait_running``: returns while the machine is not frozen."""
+        """``wait_running``: returns once the machine is not frozen."""
         self.wall_off_s = wall_off_s
         self.suspended_s = 0.0
-        """How long the machine has been suspended: its monotonic clock stood still."""
+        """Total time for which the machine was suspended; its monotonic clock did not advance."""
         self._loop = loop
         self._drift = drift
         self._began_s = began_s
@@ -133,7 +134,7 @@ class VirtualClock:
         return self.since_boot() - self.suspended_s
 
     def since_boot(self) -> float:
-        """Goes on while the machine is suspended."""
+        """Monotonic time including suspension."""
         return self._began_s + self._loop.time() * self._drift
 
     async def sleep(self, seconds: float) -> None:

@@ -15,7 +15,7 @@ LINES = 400
 
 
 class Trace:
-    """Commits, faults and what users did, in order of time.  Commits become text only when somebody asks."""
+    """Commits, faults and requests in chronological order.  Commits are formatted only on demand."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -30,43 +30,43 @@ class Trace:
         self._kept.append((change.time_s, change))
 
     def lines(self) -> list[str]:
-        """What is kept, one line each."""
-        return [f"{at:9.3f}  {_said(what)}" for at, what in self._kept]
+        """The recorded events, one line each."""
+        return [f"{at:9.3f}  {_text_of(what)}" for at, what in self._kept]
 
 
-def _said(what: str | Change) -> str:
+def _text_of(what: str | Change) -> str:
     if isinstance(what, str):
         return what
-    said = [text for event in what.events if (text := _event(event))]
+    texts = [text for event in what.events if (text := _event(event))]
     claims = [
         f"{'-' if one.value is None else '+'}{one.key}" for one in what.keys if not one.key.startswith("o/")
     ]
-    return f"r{what.revision} by {what.origin}: " + "; ".join([*said, *claims])
+    return f"r{what.revision} by {what.origin}: " + "; ".join([*texts, *claims])
 
 
 def _event(event: Event) -> str:
     match event:
         case Created(object):
-            return f"new {_named(object)}"
+            return f"new {_label_of(object)}"
         case Deleted(object):
-            return f"gone {_named(object)}"
+            return f"gone {_label_of(object)}"
         case Updated(old, new):
             changed = [
-                f"{name} {_brief(before)} -> {_brief(after)}"
-                for name in _TOLD.get(type(new), ())
+                f"{name} {_short(before)} -> {_short(after)}"
+                for name in _SHOWN_FIELDS.get(type(new), ())
                 if (before := getattr(old, name)) != (after := getattr(new, name))
             ]
-            return f"{_named(new)}: " + (", ".join(changed) or "other fields")
+            return f"{_label_of(new)}: " + (", ".join(changed) or "other fields")
 
 
-_TOLD: dict[type[msgspec.Struct], tuple[str, ...]] = {
+_SHOWN_FIELDS: dict[type[msgspec.Struct], tuple[str, ...]] = {
     Task: ("desired_state", "status", "node_id"),
     Service: ("spec", "update_status", "removed_at"),
     Node: ("spec", "status", "session"),
 }
 
 
-def _named(object: msgspec.Struct) -> str:
+def _label_of(object: msgspec.Struct) -> str:
     match object:
         case Task():
             return f"task {object.id[:6]} ({object.service_id}.{object.slot or object.node_id} on {object.node_id})"
@@ -75,8 +75,8 @@ def _named(object: msgspec.Struct) -> str:
     return f"{type(object).__name__.lower()} {getattr(object, 'id', '')}"
 
 
-def _brief(value: object) -> str:
-    """A value in a few words."""
+def _short(value: object) -> str:
+    """A short text for a value."""
     for name in ("state", "availability", "session_id", "mode"):
         inner = getattr(value, name, None)
         if inner is not None:

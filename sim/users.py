@@ -1,4 +1,4 @@
-"""Simulated users: requests to random managers, by the control functions that the API calls.
+"""Simulated users: requests to random managers, through the control functions that the API calls.
 
 Requests are concurrent with each other and with faults.  Their responses are recorded in ``Acknowledgements``, and
 compared with Docker's (``ResponseCheck``).
@@ -13,7 +13,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.random_specs import IMAGES, JOB_IMAGES, NAMES, ZONE, ZONES, Around, a_spec, made_odd
+from sim.random_specs import IMAGES, JOB_IMAGES, NAMES, ZONE, ZONES, Dependencies, a_spec, invalidated
 from sim.reference import Create, Remove, Request, Rollback, SetNode, Update
 from sim.responses import ResponseCheck
 from skep.api.errors import status_of
@@ -43,10 +43,10 @@ T = TypeVar("T")
 
 SERVICES_MAX = 3
 NETWORK = "overlay"
-"""What the names of users' networks begin with."""
+"""Prefix of the names of users' networks."""
 NETWORKS_MAX, SECRETS_MAX = 4, 2
 LATE = 0.1
-"""How often somebody changes a service or node as it was a version ago."""
+"""Probability that a change is based on the previous version of an object."""
 
 
 class Users:
@@ -55,27 +55,27 @@ class Users:
     def __init__(self, cluster: SimulatedCluster) -> None:
         self._cluster = cluster
         self._random = cluster.random
-        self._promises = cluster.observer.acknowledgements
-        self._answers = ResponseCheck(cluster.view)
-        cluster.observer.rules += [self._promises, self._answers]
+        self._acknowledgements = cluster.observer.acknowledgements
+        self._responses = ResponseCheck(cluster.view)
+        cluster.observer.rules += [self._acknowledgements, self._responses]
         self._numbers = count(1)
         self._requests: set[asyncio.Task[None]] = set()
-        self._deeds: tuple[Callable[[], Awaitable[None]], ...] = (
+        self._actions: tuple[Callable[[], Awaitable[None]], ...] = (
             *(self._create,) * 2,
             *(self._scale,) * 3,
             *(self._update,) * 3,
             *(self._rollback, self._remove, self._availability, self._read, self._read),
-            *(self._label, self._ask_what_is_refused),
+            *(self._label, self._request_invalid),
             *(self._network, self._network, self._secret),
         )
 
     def act(self) -> None:
-        """Somebody begins a request; sometimes two do at once."""
+        """Begin one random request, sometimes two at once."""
         for _ in range(self._random.choice((1, 1, 1, 2))):
-            self._begin(self._random.choice(self._deeds))
+            self._begin(self._random.choice(self._actions))
 
     def update(self, id: ServiceId, image: str) -> None:
-        """Somebody begins to update a service to ``image``."""
+        """Begin an update of a service to ``image``."""
 
         async def updated() -> None:
             await self._changed(partial(_with_image, image=image), id)
@@ -83,39 +83,39 @@ class Users:
         self._begin(updated)
 
     def create(self) -> None:
-        """Somebody begins to create a service."""
+        """Begin the creation of a service."""
         self._begin(self._create)
 
     async def finished(self) -> None:
-        """Return when every request was answered."""
+        """Return when every request has its response."""
         while self._requests:
             await asyncio.wait(self._requests)
 
     async def activate_all(self) -> None:
-        """Make all nodes active again, however often that has to be asked."""
+        """Make all nodes active again, with retries."""
         for id in self._cluster.workers:
             while not await self._set_availability(id, Availability.ACTIVE):
                 await self._cluster.clocks[id].sleep(0.2)
 
     async def remove_all(self) -> None:
-        """Remove every service, however often that has to be asked."""
-        for promise in list(self._promises.services.values()):
-            # One whose create was never answered may be there all the same.
-            is_there = self._cluster.view.lookup(Service, promise.id) is not None
-            while not promise.is_removed and (promise.acknowledged or is_there):
-                await self._removed(promise.id)
+        """Remove every service, with retries."""
+        for record in list(self._acknowledgements.services.values()):
+            # A service whose creation got no response may exist.
+            is_there = self._cluster.view.lookup(Service, record.id) is not None
+            while not record.is_removed and (record.acknowledged or is_there):
+                await self._removed(record.id)
                 await asyncio.sleep(0.1)
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def _begin(self, deed: Callable[[], Awaitable[None]]) -> None:
+    def _begin(self, action: Callable[[], Awaitable[None]]) -> None:
         async def guarded() -> None:
             try:
-                await deed()
+                await action()
             except SkepError as error:
                 self._cluster.trace.add(f"user: {type(error).__name__}: {error}")
 
-        task = self._cluster.loop.create_task(guarded(), name=deed.__name__)
+        task = self._cluster.loop.create_task(guarded(), name=action.__name__)
         self._requests.add(task)
         task.add_done_callback(self._done)
 
@@ -125,10 +125,10 @@ class Users:
             task.result()
 
     async def _store(self, *, creates: bool | None = None) -> EtcdStore:
-        """A manager's store that shows the present, and everything that was acknowledged before.
+        """The store of a random manager after a barrier; checks that it shows all acknowledged requests.
 
-        ``creates``: whether something is to be created; None: nothing is that makes the store grow.
-        Raises: Unavailable: no manager is there, it has no quorum, or the store is nearly full.
+        ``creates``: whether an object is to be created; None: the request does not make the store grow.
+        Raises: Unavailable: no manager serves, it has no quorum, or the store is nearly full.
         """
         running = [
             manager for manager in self._cluster.running_managers.values() if manager.store is not None
@@ -137,11 +137,11 @@ class Users:
             raise Unavailable("no manager serves")
         store = self._random.choice(running).store
         assert store is not None
-        given = self._promises.given()
+        given = self._acknowledgements.given()
         await store.barrier()
         view = store.view()
         damaged = view.unreadable(Service)
-        self._note(self._promises.broken(view, [one for one in given if one[0].id not in damaged]))
+        self._note(self._acknowledgements.broken(view, [one for one in given if one[0].id not in damaged]))
         if creates is not None and (why := refusal(await store.space(), creates=creates)):
             raise Unavailable(why)
         return store
@@ -150,39 +150,39 @@ class Users:
         await self._store()
 
     async def _create(self) -> None:
-        if len(self._living()) >= SERVICES_MAX:
+        if len(self._active()) >= SERVICES_MAX:
             return
-        since = self._answers.present
+        since = self._responses.present
         store = await self._store(creates=True)
-        id = ServiceId(f"s{len(self._promises.services) + 1}")
+        id = ServiceId(f"s{len(self._acknowledgements.services) + 1}")
         await self._created(store, since, id, self._a_spec(store))
 
     def _a_spec(self, store: EtcdStore) -> ServiceSpec:
         view = store.view()
         networks = [one.id for one in view.find(Network) if one.spec.name.startswith(NETWORK)]
-        around = Around(tuple(networks), tuple(one.id for one in view.find(Secret)))
-        return a_spec(self._random.choice(NAMES), self._random, around)
+        dependencies = Dependencies(tuple(networks), tuple(one.id for one in view.find(Secret)))
+        return a_spec(self._random.choice(NAMES), self._random, dependencies)
 
     async def _created(self, store: EtcdStore, since: int, id: ServiceId, spec: ServiceSpec) -> None:
-        promise = self._promises.asked(id, spec)
+        record = self._acknowledgements.requested(id, spec)
         self._cluster.trace.add(f"user: create {id} {spec.name}")
         body = partial(create_service, new_id=lambda: id, new_name=lambda: id, now=timestamp(self._now_ns()))
         try:
-            service = await self._answered(Create(id, spec), since, store.update(body, spec))
+            service = await self._compared(Create(id, spec), since, store.update(body, spec))
         except Unavailable:
             raise
         except SkepError:
-            self._note(self._promises.refused(promise, self._cluster.view))
+            self._note(self._acknowledgements.refused(record, self._cluster.view))
             raise
-        self._told(service)
+        self._acknowledged(service)
 
     async def _scale(self) -> None:
         def scaled(spec: ServiceSpec) -> ServiceSpec:
             if spec.mode.name in ("global", "global-job"):
                 return spec
             if (job := spec.mode.replicated_job) is not None:
-                wish = replace(job, total_completions=self._random.randint(0, 6))
-                return replace(spec, mode=ServiceMode(replicated_job=wish))
+                scaled_job = replace(job, total_completions=self._random.randint(0, 6))
+                return replace(spec, mode=ServiceMode(replicated_job=scaled_job))
             replicas = self._random.randint(0, 6)
             return replace(spec, mode=ServiceMode(replicated=ReplicatedService(replicas=replicas)))
 
@@ -199,76 +199,76 @@ class Users:
         self, change: Callable[[ServiceSpec], ServiceSpec], id: ServiceId | None = None
     ) -> None:
         """``id``: None for any service."""
-        if not (living := self._living()):
+        if not (active := self._active()):
             return
-        id = id or self._random.choice(living)
-        since = self._answers.present
+        id = id or self._random.choice(active)
+        since = self._responses.present
         store = await self._store(creates=False)
         service = store.view().get(Service, id)
-        # No two requests ask for the same, so that each can be told by what it leaves.
-        wish = change(service.spec)
-        spec = replace(wish, labels={**wish.labels, "request": str(next(self._numbers))})
-        self._promises.asked(id, spec)
+        # Every request has a unique label, so that its effect can be attributed to it.
+        changed = change(service.spec)
+        spec = replace(changed, labels={**changed.labels, "request": str(next(self._numbers))})
+        self._acknowledgements.requested(id, spec)
         version = self._version(service.version.index)
         self._cluster.trace.add(f"user: update {id} at {version}")
         body = partial(update_service, now=timestamp(self._now_ns()))
         try:
-            updated = await self._answered(
+            updated = await self._compared(
                 Update(id, spec, version), since, store.update(body, id, spec, version)
             )
         except Unavailable:
             raise
         except SkepError:
-            self._note(self._promises.refused_update(id, spec, self._cluster.view))
+            self._note(self._acknowledgements.refused_update(id, spec, self._cluster.view))
             raise
-        self._told(updated)
+        self._acknowledged(updated)
 
-    async def _ask_what_is_refused(self) -> None:
-        """Something odd, another mode or another name."""
-        since = self._answers.present
+    async def _request_invalid(self) -> None:
+        """An invalid spec, another mode or another name."""
+        since = self._responses.present
         if self._random.random() < 0.5:
             store = await self._store(creates=True)
-            id = ServiceId(f"s{len(self._promises.services) + 1}")
-            await self._created(store, since, id, made_odd(self._a_spec(store), self._random))
+            id = ServiceId(f"s{len(self._acknowledgements.services) + 1}")
+            await self._created(store, since, id, invalidated(self._a_spec(store), self._random))
             return
-        await self._changed(self._random.choice((self._odd, _of_another_mode, _renamed)))
+        await self._changed(self._random.choice((self._invalidated, _of_another_mode, _renamed)))
 
-    def _odd(self, spec: ServiceSpec) -> ServiceSpec:
-        return made_odd(spec, self._random)
+    def _invalidated(self, spec: ServiceSpec) -> ServiceSpec:
+        return invalidated(spec, self._random)
 
     async def _rollback(self) -> None:
-        if not (living := self._living()):
+        if not (active := self._active()):
             return
-        id = self._random.choice(living)
-        since = self._answers.present
+        id = self._random.choice(active)
+        since = self._responses.present
         store = await self._store(creates=False)
         service = store.view().get(Service, id)
         version = self._version(service.version.index)
         self._cluster.trace.add(f"user: rollback {id} at {version}")
         body = partial(rollback_service, now=timestamp(self._now_ns()))
         writing = store.update(body, id, service.spec, version)
-        self._told(await self._answered(Rollback(id, version), since, writing))
+        self._acknowledged(await self._compared(Rollback(id, version), since, writing))
 
     async def _remove(self) -> None:
-        if living := self._living():
-            await self._removed(self._random.choice(living))
+        if active := self._active():
+            await self._removed(self._random.choice(active))
 
     async def _removed(self, id: ServiceId) -> None:
-        promise, since = self._promises.services[id], self._answers.present
+        record, since = self._acknowledgements.services[id], self._responses.present
         try:
             store = await self._store()
-            promise.is_removal_asked = True
+            record.is_removal_asked = True
             self._cluster.trace.add(f"user: remove {id}")
             body = partial(remove_service, now=timestamp(self._now_ns()))
-            await self._answered(Remove(id), since, store.update(body, id))
+            await self._compared(Remove(id), since, store.update(body, id))
         except Unavailable:
             return
-        except SkepError:  # it is gone: an earlier attempt of unknown outcome
+        except SkepError:  # removed by an earlier attempt of unknown outcome
             pass
-        promise.is_removed = True
+        record.is_removed = True
 
     async def _network(self) -> None:
-        """Somebody makes an overlay network, or removes one that is there."""
+        """Create an overlay network, or remove an existing one."""
         store = await self._store(creates=True)
         present = [one for one in store.view().find(Network) if one.spec.name.startswith(NETWORK)]
         if len(present) >= NETWORKS_MAX or (present and self._random.random() < 0.4):
@@ -285,7 +285,7 @@ class Users:
         await store.update(body, spec)
 
     async def _secret(self) -> None:
-        """Somebody makes a secret, or removes one that is there."""
+        """Create a secret, or remove an existing one."""
         store = await self._store(creates=True)
         present = store.view().find(Secret)
         if len(present) >= SECRETS_MAX or (present and self._random.random() < 0.4):
@@ -297,11 +297,13 @@ class Users:
 
     async def _availability(self) -> None:
         id = self._random.choice(self._cluster.workers)
-        wish = self._random.choice((Availability.DRAIN, Availability.PAUSE, *(Availability.ACTIVE,) * 2))
-        await self._set_availability(id, wish)
+        availability = self._random.choice(
+            (Availability.DRAIN, Availability.PAUSE, *(Availability.ACTIVE,) * 2)
+        )
+        await self._set_availability(id, availability)
 
     async def _label(self) -> None:
-        """A node moves to another zone, or to none."""
+        """Set the zone label of a node, or remove it."""
         zone = self._random.choice((*ZONES, ""))
 
         def labelled(spec: NodeSpec) -> NodeSpec:
@@ -313,64 +315,64 @@ class Users:
         return await self._set_node(id, lambda spec: replace(spec, availability=availability))
 
     async def set_role(self, id: NodeId, role: NodeRole) -> bool:
-        """Gives whether the node is wished to be in ``role``."""
+        """Returns whether the requested role of the node is now ``role``."""
         return await self._set_node(id, lambda spec: replace(spec, role=role))
 
     async def resign(self, id: NodeId) -> None:
-        """A manager that leaves asks to be demoted.  Raises: SkepError: the others cannot do without it."""
+        """A leaving manager requests its demotion.  Raises: SkepError: the others would lose their quorum."""
         store = await self._store()
         node = store.view().get(Node, id)
         spec = replace(node.spec, role=NodeRole.WORKER)
-        self._answers.asked(SetNode(id, spec, node.version.index), self._answers.present)
+        self._responses.requested(SetNode(id, spec, node.version.index), self._responses.present)
         await store.update(resign, id)
 
     async def _set_node(self, id: NodeId, change: Callable[[NodeSpec], NodeSpec]) -> bool:
-        """Gives whether the node is as was asked."""
-        since = self._answers.present
+        """Returns whether the node has the requested spec."""
+        since = self._responses.present
         try:
             store = await self._store()
             if id in store.view().unreadable(Node):
-                return False  # what stands for it is not what was asked for
+                return False  # its placeholder does not show the requested spec
             node = store.view().get(Node, id)
             spec, version = change(node.spec), node.version.index
             self._cluster.trace.add(f"user: {id} {spec.availability.value} {dict(spec.labels)}")
             if spec != node.spec:
                 writing = store.update(update_node, id, spec, version)
-                await self._answered(SetNode(id, spec, version), since, writing)
+                await self._compared(SetNode(id, spec, version), since, writing)
         except SkepError:
             return False
         return True
 
-    async def _answered(self, request: Request, since: int, writing: Awaitable[T]) -> T:
-        """Do as asked, and compare the answer with Docker's.  Raises: what it was answered."""
-        asked = self._answers.asked(request, since)
+    async def _compared(self, request: Request, since: int, writing: Awaitable[T]) -> T:
+        """Await the request, and compare its response with Docker's.  Raises: the error in the response."""
+        asked = self._responses.requested(request, since)
         try:
             result = await writing
         except Unavailable:
-            raise  # nobody knows what comes of it
+            raise  # of unknown outcome
         except SkepError as error:
             self._cluster.trace.add(f"user: refused: {error}")
-            self._note(self._answers.refused(asked, status_of(error)))
+            self._note(self._responses.refused(asked, status_of(error)))
             raise
-        self._note(self._answers.accepted(asked))
+        self._note(self._responses.accepted(asked))
         return result
 
     def _version(self, present: int) -> int:
-        """Mostly the present one."""
+        """Mostly the current version."""
         return present if self._random.random() >= LATE else present - 1
 
-    # -- what they know --------------------------------------------------------------------------------------------
+    # -- records ---------------------------------------------------------------------------------------------------
 
-    def _living(self) -> list[ServiceId]:
+    def _active(self) -> list[ServiceId]:
         return [
-            promise.id
-            for promise in self._promises.services.values()
-            if not promise.is_refused and not promise.is_removal_asked and promise.acknowledged
+            record.id
+            for record in self._acknowledgements.services.values()
+            if not record.is_refused and not record.is_removal_asked and record.acknowledged
         ]
 
-    def _told(self, service: Service) -> None:
-        self._cluster.trace.add(f"user: told that {service.id} is at {service.version.index}")
-        self._note(self._promises.told(service, self._cluster.committed.view))
+    def _acknowledged(self, service: Service) -> None:
+        self._cluster.trace.add(f"user: acknowledged: {service.id} is at {service.version.index}")
+        self._note(self._acknowledgements.acknowledge(service, self._cluster.committed.view))
 
     def _note(self, violations: Iterable[str]) -> None:
         self._cluster.observer.note(self._cluster.loop.time(), violations)

@@ -1,4 +1,4 @@
-"""Two versions side by side: a manager of a version to come writes a field more, which all others have to keep."""
+"""Two versions side by side: a manager of a newer version writes an additional field, which the others must keep."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,14 +10,14 @@ from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.requests import etcd_key
 from skep.store.interface import View
 
-FIELD = "FromTomorrow"
+FIELD = "NewerVersion"
 _KEPT = f'"{FIELD}":'.encode()
 _OBJECTS = etcd_key("o/")
 _fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-def write_as_tomorrow(cipher: Cipher) -> None:
-    """From now on every part of an object that is written with ``cipher`` has the field."""
+def write_newer_fields(cipher: Cipher) -> None:
+    """Add the field to every part of an object that is written with ``cipher`` from now on."""
     encrypt = cipher.encrypt
 
     def encrypt_with_field(name: bytes, value: bytes) -> bytes:
@@ -29,10 +29,10 @@ def write_as_tomorrow(cipher: Cipher) -> None:
 
 
 class UnknownFieldsAreKept:
-    """What a newer version has written into a part of an object is there for as long as that part is."""
+    """A field of a newer version stays in a part of an object until that part is deleted."""
 
     def __init__(self, cannot_read: Callable[[NodeId], bool]) -> None:
-        """``cannot_read``: whether a manager has values that it cannot read, which it overwrites as a whole."""
+        """``cannot_read``: whether a manager has unreadable values, which it overwrites completely."""
         self._cannot_read = cannot_read
         self._written: set[str] = set()
 

@@ -1,1 +1,1 @@
-"""A simulated etcd: its keys and transactions, consensus by arithmetic, and the client's calls without sockets."""
+"""A simulated etcd: keys and transactions, consensus without messages, and the client's calls without sockets."""

@@ -1,4 +1,4 @@
-"""The calls of ``store.etcd.client.Client`` on a simulated member; what they give has the fields of etcd's messages."""
+"""The calls of ``store.etcd.client.Client`` on a simulated member; results have the fields of etcd's messages."""
 
 import asyncio
 from collections import deque
@@ -24,36 +24,36 @@ from skep.store.updates import NO_LEADER
 T = TypeVar("T")
 
 STATUS_S = (0.3, 1.0)
-"""How long a status may take while nothing changes; a change is told at once.  Keeps idle managers cheap."""
+"""Delay of a status response while nothing changes; a change is returned at once.  Keeps idle managers cheap."""
 DEFRAGMENT_S = (0.1, 3.0)
 PEER_PORT = 2378
 RESPONSE_REVISIONS = 50
 """Revisions that one response of a watch may hold."""
 FRAGMENTED = 0.05
-"""How often a response of several events comes in two fragments, as etcd sends one that is too large for a message."""
+"""Probability that a response with several events has two fragments, as etcd splits one that exceeds a message."""
 
 
 class SimulatedClient(Client):
-    """One manager's way to its own member."""
+    """The client of one manager, connected to its own member."""
 
     def __init__(self, raft: Raft, member: Member, links: Links, random: Random) -> None:
         self._raft = raft
         self._member = member
         self._links = links
         self._random = random
-        self._told: tuple[int, int] | None = None
+        self._last_status: tuple[int, int] | None = None
 
     async def __aexit__(self, *_: object) -> None:
         """There is no connection to close."""
 
     async def range(self, request: pb.RangeRequest, *, timeout_s: float = READ_S) -> pb.RangeResponse:
         async def read() -> pb.RangeResponse:
-            await asyncio.sleep(0)  # whoever reads again at once lets others run in between
+            await asyncio.sleep(0)  # a caller that reads in a loop lets other tasks run
             if not request.serializable:
                 await self._raft.wait_readable(self._member)
             return self._as_on_disk(self._raft.kv.range(request, self._member.applied))
 
-        return await self._answered(read(), timeout_s)
+        return await self._within(read(), timeout_s)
 
     async def put(self, key: bytes, value: bytes, *, timeout_s: float = WRITE_S) -> pb.PutResponse:
         put = pb.RequestOp(request_put=pb.PutRequest(key=key, value=value))
@@ -61,7 +61,7 @@ class SimulatedClient(Client):
         return pb.PutResponse(header=reply.header)
 
     async def txn(self, request: pb.TxnRequest, *, timeout_s: float = WRITE_S) -> pb.TxnResponse:
-        return await self._answered(self._raft.write(self._member, request), timeout_s)
+        return await self._within(self._raft.write(self._member, request), timeout_s)
 
     async def compact(self, revision: int, *, timeout_s: float = LOAD_S) -> None:
         async def compacted() -> None:
@@ -69,14 +69,14 @@ class SimulatedClient(Client):
             self._raft.kv.compact(revision)
             self._raft.space.compact()
 
-        await self._answered(compacted(), timeout_s)
+        await self._within(compacted(), timeout_s)
 
     async def defragment(self) -> None:
-        """The member stands still meanwhile: its disk does."""
+        """Blocks the member's disk meanwhile."""
         was_held = self._member.held is not None
         self._raft.hang(self._member.id)
         try:
-            await self._answered(asyncio.sleep(self._random.uniform(*DEFRAGMENT_S)), LOAD_S)
+            await self._within(asyncio.sleep(self._random.uniform(*DEFRAGMENT_S)), LOAD_S)
         finally:
             if not was_held:
                 self._raft.resume(self._member.id)
@@ -84,16 +84,16 @@ class SimulatedClient(Client):
 
     async def disarm(self) -> int:
         was_armed = self._raft.space.has_alarm
-        await self._answered(self._raft.wait_readable(self._member), READ_S)
+        await self._within(self._raft.wait_readable(self._member), READ_S)
         self._raft.space.has_alarm = False
         return int(was_armed)
 
     async def status(self, *, timeout_s: float = READ_S) -> pb.StatusResponse:
-        return await self._answered(self._read_status(), timeout_s)
+        return await self._within(self._read_status(), timeout_s)
 
     async def members(self, *, timeout_s: float = READ_S, is_current: bool = False) -> pb.MemberListResponse:
         if is_current:
-            await self._answered(self._raft.wait_readable(self._member), timeout_s)
+            await self._within(self._raft.wait_readable(self._member), timeout_s)
         return pb.MemberListResponse(members=self._members())
 
     async def add_learner(self, url: str, *, timeout_s: float = CHANGE_S) -> pb.MemberAddResponse:
@@ -119,7 +119,7 @@ class SimulatedClient(Client):
         self._raft.remove(self._raft.numbered(member_id).id)
 
     async def _changing(self, timeout_s: float) -> None:
-        """A change of members is an entry like others.  Raises: Uncertain: it cannot be committed."""
+        """Commit a raft entry for a change of members.  Raises: Uncertain: it cannot be committed."""
         put = pb.RequestOp(request_put=pb.PutRequest(key=etcd_key("probe/members"), value=b""))
         await self.txn(pb.TxnRequest(success=[nested(put)]), timeout_s=timeout_s)
 
@@ -134,22 +134,22 @@ class SimulatedClient(Client):
     async def watch(self, prefix: bytes, after: int) -> AsyncIterator[WatchStream]:
         if not self._member.is_running:
             raise Uncertain("the store does not respond: connection refused")
-        watching = SimulatedWatchStream(self._raft, self._member, self._links, self._random, after)
-        self._member.watchers.append(watching)
+        stream = SimulatedWatchStream(self._raft, self._member, self._links, self._random, after)
+        self._member.watchers.append(stream)
         try:
-            yield watching
+            yield stream
         finally:
-            self._member.watchers.remove(watching)
+            self._member.watchers.remove(stream)
 
     async def _read_status(self) -> pb.StatusResponse:
         until = asyncio.get_running_loop().time() + self._random.uniform(*STATUS_S)
         now = asyncio.get_running_loop().time
-        while (known := self._known()) == self._told or now() < self._member.deaf_until:
-            left_s = max(until, self._member.deaf_until) - now()
+        while (known := self._known()) == self._last_status or now() < self._member.stale_until:
+            left_s = max(until, self._member.stale_until) - now()
             if left_s <= 0:
                 break
             await self._raft.wait_changed(left_s)
-        self._told = known
+        self._last_status = known
         leader, term = known
         header = pb.ResponseHeader(member_id=self._member.number, cluster_id=1, raft_term=term)
         space = self._raft.space
@@ -174,9 +174,9 @@ class SimulatedClient(Client):
         ]
 
     def _as_on_disk(self, response: pb.RangeResponse) -> pb.RangeResponse:
-        """What the keys of the member itself say: what is written anew is whole again."""
-        for kv in response.kvs if self._member.rotten else ():
-            if self._member.rotten.get(kv.key) == kv.mod_revision and kv.value:
+        """The values as this member's disk has them: corrupted, unless they were written again."""
+        for kv in response.kvs if self._member.corrupted else ():
+            if self._member.corrupted.get(kv.key) == kv.mod_revision and kv.value:
                 kv.value = kv.value[:-1] + bytes([kv.value[-1] ^ 1])
         return response
 
@@ -184,8 +184,8 @@ class SimulatedClient(Client):
         leadership = self._member.leadership
         return (leadership.member.number if leadership else 0), self._member.term
 
-    async def _answered(self, work: Awaitable[T], timeout_s: float) -> T:
-        """Raises: Uncertain: no answer in time."""
+    async def _within(self, work: Awaitable[T], timeout_s: float) -> T:
+        """The result of ``work``.  Raises: Uncertain: no response in time."""
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await work
@@ -204,7 +204,7 @@ class _Header(msgspec.Struct, frozen=True):
 
 
 class _Response(msgspec.Struct, frozen=True):
-    """What ``follow`` reads of a ``pb.WatchResponse``; no copies of the events are made."""
+    """The fields of a ``pb.WatchResponse`` that ``follow`` reads; the events are not copied."""
 
     header: _Header
     events: list[pb.Event] = []
@@ -216,7 +216,7 @@ class _Response(msgspec.Struct, frozen=True):
 
 
 class SimulatedWatchStream(WatchStream):
-    """One open watch on a member, of everything."""
+    """One open watch on a member, of all keys."""
 
     def __init__(self, raft: Raft, member: Member, links: Links, random: Random, after: int) -> None:
         self._raft = raft
@@ -225,14 +225,14 @@ class SimulatedWatchStream(WatchStream):
         self._random = random
         self._sent = after
         self._shown = member.applied
-        self._answers: deque[_Response] = deque([_Response(_Header(member.applied), created=True)])
+        self._responses: deque[_Response] = deque([_Response(_Header(member.applied), created=True)])
         self._lost = ""
-        self._news = asyncio.Event()
+        self._ready = asyncio.Event()
         self._take: Callable[[pb.WatchResponse], bool] = lambda _: False
         self._is_waited_for = False
 
     def show(self, revision: int, lag_s: float) -> None:
-        """The member has come to ``revision``; the watch tells it ``lag_s`` later, in order."""
+        """The member has applied ``revision``; the watch sends it ``lag_s`` later, in order."""
         if lag_s > 0:
             self._raft.loop.call_later(lag_s, self._show, revision)
         else:
@@ -241,21 +241,21 @@ class SimulatedWatchStream(WatchStream):
     def lose(self, reason: str) -> None:
         """The stream breaks."""
         self._lost = reason
-        self._news.set()
+        self._ready.set()
 
     async def receive(self) -> pb.WatchResponse:
         while True:
             await self._links.wait_thawed(self._member.id)
             if self._lost:
                 raise Uncertain(self._lost)
-            if not self._answers and self._sent < self._shown:
-                self._answers.extend(self._next())
-            if self._answers:
-                return cast("pb.WatchResponse", self._answers.popleft())
-            self._news.clear()
+            if not self._responses and self._sent < self._shown:
+                self._responses.extend(self._next())
+            if self._responses:
+                return cast("pb.WatchResponse", self._responses.popleft())
+            self._ready.clear()
             self._is_waited_for = True
             try:
-                await self._news.wait()
+                await self._ready.wait()
             finally:
                 self._is_waited_for = False
 
@@ -263,11 +263,11 @@ class SimulatedWatchStream(WatchStream):
         self._take = take
 
     async def request_progress(self) -> None:
-        self._answers.append(_Response(_Header(min(self._sent, self._shown))))
-        self._news.set()
+        self._responses.append(_Response(_Header(min(self._sent, self._shown))))
+        self._ready.set()
 
     def _next(self) -> list[_Response]:
-        """What comes next; several: fragments of one response."""
+        """The next response; several are fragments of one response."""
         kv = self._raft.kv
         if self._sent + 1 <= kv.compacted:
             self._sent = self._shown
@@ -282,19 +282,19 @@ class SimulatedWatchStream(WatchStream):
     def _show(self, revision: int) -> None:
         self._shown = max(self._shown, revision)
         if self._is_offered():
-            self._answers.extend(self._next())
-            if len(self._answers) == 1 and self._take(cast("pb.WatchResponse", self._answers[0])):
-                self._answers.clear()
+            self._responses.extend(self._next())
+            if len(self._responses) == 1 and self._take(cast("pb.WatchResponse", self._responses[0])):
+                self._responses.clear()
                 if self._sent == self._shown:
                     return
-        self._news.set()
+        self._ready.set()
 
     def _is_offered(self) -> bool:
-        """Whether ``receive`` waits and nothing is ahead: what arrives then is offered first."""
+        """Whether ``receive`` waits with an empty queue: a new response is offered to the consumer first."""
         return (
             self._is_waited_for
-            and not self._news.is_set()
-            and not self._answers
+            and not self._ready.is_set()
+            and not self._responses
             and self._sent < self._shown
             and not self._links.is_frozen(self._member.id)
         )

@@ -1,6 +1,6 @@
-"""etcd's keys: every revision of every key, and transactions upon them.  No time, no network.
+"""etcd's key space: every revision of every key, and transactions on them.  No time, no network.
 
-All compares of a request, nested ones included, are judged on the state before it, as etcd does.
+All compares of a request, nested ones included, are evaluated on the state before it, as in etcd.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -21,7 +21,7 @@ class Stored(msgspec.Struct, frozen=True, gc=False):
 
 
 class Planned(msgspec.Struct, frozen=True):
-    """A transaction whose compares are judged: what to do, with the plans of nested ones in their place."""
+    """A transaction with evaluated compares: its operations, in which nested transactions are ``Planned`` too."""
 
     succeeded: bool
     operations: Sequence["pb.RequestOp | Planned"]
@@ -36,10 +36,10 @@ class KeyValues:
         self._versions: dict[bytes, list[Stored]] = {}
         self._names: list[bytes] = []
         self._events: list[list[pb.Event]] = []
-        """Of revision 2 and up."""
+        """Events per revision, from revision 2 on."""
 
     def execute(self, request: pb.TxnRequest) -> pb.TxnResponse:
-        """Carry out ``request`` as one raft entry."""
+        """Execute ``request`` as one raft entry."""
         before = self.revision
         events: list[pb.Event] = []
         response = self._carried_out(self._planned(request), before + 1, events)
@@ -50,7 +50,7 @@ class KeyValues:
         return response
 
     def range(self, request: pb.RangeRequest, revision: int) -> pb.RangeResponse:
-        """The keys asked for as they were at ``revision``, or at the revision that the request names.
+        """The requested keys as of ``revision``, or of the revision in the request.
 
         Raises: Compacted.
         """
@@ -72,20 +72,20 @@ class KeyValues:
         return response
 
     def events(self, first: int, last: int) -> list[pb.Event]:
-        """Everything that happened in these revisions, in order."""
+        """The events of these revisions, in order."""
         return [event for events in self._events[first - 2 : last - 1] for event in events]
 
     @property
     def present(self) -> Sequence[bytes]:
-        """The keys that are there, in order."""
+        """The existing keys, in order."""
         return [name for name in self._names if self._versions[name][-1].value is not None]
 
     def compact(self, revision: int) -> None:
-        """Forget what was before ``revision``."""
+        """Drop the history before ``revision``."""
         self.compacted = max(self.compacted, min(revision, self.revision))
 
     def as_of(self, revision: int) -> "KeyValues":
-        """What a snapshot of that revision makes."""
+        """The key space restored from a snapshot of that revision."""
         restored = KeyValues()
         restored.revision, restored.compacted = revision, min(self.compacted, revision)
         restored._events = self._events[: revision - 1]

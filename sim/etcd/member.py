@@ -1,4 +1,4 @@
-"""What one member of a simulated etcd is: its disk, its memory, whom it follows, who waits for it."""
+"""The state of one member of a simulated etcd: disk, memory, leader, waiting requests."""
 
 import asyncio
 from typing import TYPE_CHECKING
@@ -11,39 +11,39 @@ if TYPE_CHECKING:
 
 
 class Entry:
-    """A transaction on its way into the log."""
+    """A proposed transaction."""
 
     def __init__(
         self,
         origin: "Member",
         request: pb.TxnRequest,
-        answer: "asyncio.Future[pb.TxnResponse]",
-        asked_at: float,
+        response_future: "asyncio.Future[pb.TxnResponse]",
+        requested_at: float,
     ) -> None:
-        self.asked_at = asked_at
+        self.requested_at = requested_at
         self.origin = origin
         self.request = request
-        self.answer = answer
+        self.response_future = response_future
         self.holders: set[NodeId] = set()
-        """Who has received it, committed or not."""
+        """Members that have received it, committed or not."""
 
 
 class Leadership:
-    """One member's time in office."""
+    """One member's term as leader."""
 
     def __init__(self, term: int, member: "Member") -> None:
         self.term = term
         self.member = member
         self.pending: list[Entry] = []
         self.is_over = False
-        self.is_doubted = False
-        """It has lost its quorum, and gives up if that stays so."""
+        self.is_checking_quorum = False
+        """It has lost its quorum, and resigns if that lasts for an election timeout."""
         self.free_at = 0.0
-        """When its disk has written what came before."""
+        """When its disk has written the entries before."""
 
 
 class Member:
-    """One member, as its own disk and memory have it."""
+    """One member: what its disk and memory hold."""
 
     def __init__(self, id: NodeId, number: int) -> None:
         self.id = id
@@ -51,29 +51,29 @@ class Member:
         self.is_running = False
         self.is_voter = True
         self.logged = 1
-        """Revision up to which its disk has what is committed."""
+        """Revision up to which its disk holds the committed entries."""
         self.applied = 1
-        """Revision that it shows: less than ``logged`` while it starts."""
+        """Revision up to which it has applied entries: less than ``logged`` while it starts."""
         self.term = 0
         self.leadership: Leadership | None = None
-        """Whom it follows (or it is its own), as far as it knows."""
+        """The leadership it follows or holds, as far as it has been informed."""
         self.lag_s = 0.0
-        """How much later than others it applies what is committed."""
+        """Additional delay until it applies a committed entry."""
         self.watch_lag_s = 0.0
-        """How much later its watchers hear of what it has applied."""
+        """Additional delay until its watches send an applied entry."""
         self.stall_s = 0.0
-        """How long its disk takes for an entry beyond what is usual."""
+        """Additional time that its disk takes for an entry."""
         self.held: list[tuple[Leadership, Entry]] | None = None
-        """Entries that its disk, which hangs, has not written; None: it does not hang."""
-        self.deaf_until = 0.0
-        """Until then its own status says what it said last."""
-        self.rotten: dict[bytes, int] = {}
-        """Keys whose value, as of this revision, has a flipped bit on this member's disk; every load meets it."""
+        """Entries that wait for its hanging disk; None: the disk does not hang."""
+        self.stale_until = 0.0
+        """Until then its status shows the previous leader."""
+        self.corrupted: dict[bytes, int] = {}
+        """Keys whose value of this revision has a flipped bit on this member's disk; every load reads it."""
         self.watchers: list[SimulatedWatchStream] = []
         self.waiting: list[tuple[int, asyncio.Future[None]]] = []
         self.entries: list[Entry] = []
-        """Entries for which somebody waits here."""
-        self.is_standing = False
+        """Entries whose proposer waits for a response from this member."""
+        self.is_campaigning = False
         """Whether its election timeout runs."""
 
     async def reached(self, revision: int) -> None:
@@ -85,6 +85,6 @@ class Member:
 
 
 def resolve(future: asyncio.Future[None]) -> None:
-    """Whoever waits for it goes on."""
+    """Wake the task that waits for ``future``."""
     if not future.done():
         future.set_result(None)

@@ -1,11 +1,11 @@
-"""Consensus by arithmetic: who leads, which entries are committed, how far each member has come.
+"""Consensus without messages: the leader, the committed entries, and the progress of each member.
 
-No messages are exchanged and no log is kept: there is one history of keys (``KeyValues``), and of each member it
-is known how much of it lies on its disk.  What raft guarantees is asked of the links at each step: an entry is
-committed when more than half of the voters are joined to the leader; a member becomes leader when more than half
-would vote for it, none of which has more on its disk or still hears a leader.  So a cut-off leader commits nothing,
-loses its office after an election timeout (check-quorum), and what it had accepted is lost, or
-survives if the next leader had received it: the writer does not know which.
+No messages are exchanged and no log is kept: there is one history of keys (``KeyValues``), and for each member the
+revision up to which its disk holds it.  Raft's guarantees are computed from the links at each step: an entry is
+committed when more than half of the voters are connected to the leader; a member becomes leader when more than half
+of the voters would vote for it, which are those that hold no more on their disks and reach no leader.  So a partitioned
+leader commits nothing and resigns after an election timeout (check-quorum); the entries it had accepted are lost, or
+survive if the next leader had received them: their proposers cannot tell.
 
 Source: etcd 3.5, raft with PreVote and CheckQuorum; see docs/design/store.md.
 """
@@ -24,14 +24,14 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import Uncertain, error_of
 
 REFUSED_S = 0.0002
-"""How long it takes to find out that nobody listens: whoever asks again at once lets some time pass all the same."""
+"""Duration of a refused connection, so that time passes for a caller that retries in a loop."""
 PROMOTED_AT = 0.9
-"""How much of the history a learner has to show for its vote.  Source: etcd 3.5, server/etcdserver/server.go."""
+"""Part of the history that a learner must have to be promoted.  Source: etcd 3.5, server/etcdserver/server.go."""
 ELECTION_S = (0.5, 1.0)
-"""How long a member waits for its leader before it stands itself; as long a leader does for its quorum."""
+"""Time without a leader until a member campaigns, and time without a quorum until a leader resigns."""
 
 Committed = Callable[[NodeId, int, "list[pb.Event]"], None]
-"""Called with each entry that wrote something: whose it was, its revision, what it wrote."""
+"""Called with each entry that changed keys: its proposer, its revision, its events."""
 
 
 class Raft:
@@ -40,7 +40,7 @@ class Raft:
     def __init__(
         self, loop: asyncio.AbstractEventLoop, random: Random, links: Links, latency_s: float
     ) -> None:
-        """``latency_s``: what an entry takes with everybody there, on average."""
+        """``latency_s``: average duration of a commit when all members are reachable."""
         self.kv = KeyValues()
         self.space = Space()
         self.members: dict[NodeId, Member] = {}
@@ -49,9 +49,9 @@ class Raft:
         self.moved: list[Callable[[NodeId, int], None]] = []
         """Called with each new leader and its term."""
         self.current: Leadership | None = None
-        """The latest to be elected."""
-        self.asked_at = 0.0
-        """When the entry that was committed last was asked for."""
+        """The leadership of the latest term."""
+        self.requested_at = 0.0
+        """When the last committed entry was proposed."""
         self.loop = loop
         self._later = loop.call_later
         self._now = loop.time
@@ -61,81 +61,81 @@ class Raft:
         self._term = 0
         self._older: list[Leadership] = []
         self._orphans: list[Entry] = []
-        """Entries whose leader is gone: the next one may have received them."""
+        """Uncommitted entries of the last leader, which the next one may have received."""
         self._changed: list[asyncio.Future[None]] = []
-        links.changed.append(self.look)
+        links.changed.append(self.reevaluate)
 
     # -- members -------------------------------------------------------------------------------------------
 
     def add(self, id: NodeId, *, is_voter: bool = True) -> Member:
-        """A further member, which does not run yet."""
+        """Add a member, which is not started."""
         self._numbered += 1
         member = self.members[id] = Member(id, self._numbered)
         member.is_voter = is_voter
         return member
 
     def start(self, id: NodeId, *, less: int = 0) -> None:
-        """Start a member that does not run, with what lies on its disk; at first it shows ``less`` revisions of it."""
+        """Start a stopped member from its disk; at first it has applied ``less`` revisions less than the disk holds."""
         member = self.members[id]
         member.is_running = True
         member.applied = max(min(member.applied, member.logged - less), self.kv.compacted, 1)
-        self.look()
+        self.reevaluate()
 
     def promote(self, id: NodeId) -> bool:
-        """Give a learner its vote; gives whether it has come far enough for that."""
+        """Make a learner a voter; returns whether it has caught up far enough."""
         member = self.members[id]
         if not member.is_running or member.applied < PROMOTED_AT * self.kv.revision:
             return False
         member.is_voter = True
-        self.look()
+        self.reevaluate()
         return True
 
     def remove(self, id: NodeId) -> None:
-        """Put a member out: its process ends."""
+        """Remove a member: its process ends."""
         self.crash(id)
         del self.members[id]
-        self.look()
+        self.reevaluate()
 
     def restore(self, id: NodeId, revision: int) -> None:
-        """Make a store of its own for one member of a snapshot; no member runs."""
+        """Make one member the only one, from a snapshot of ``revision``; no member is running."""
         self.kv = self.kv.as_of(revision)
         self._older, self._orphans = [], []
         self.members = {id: Member(id, self.members[id].number)}
         self.members[id].logged = self.members[id].applied = revision
 
-    def rot(self, id: NodeId, key: bytes) -> bool:
-        """Flip a bit of the value of ``key`` on the disk of one member; gives whether there is a value.
+    def corrupt(self, id: NodeId, key: bytes) -> bool:
+        """Flip a bit of the value of ``key`` on the disk of one member; returns whether there is a value.
 
-        Its manager meets it when it loads the store the next time: at a start, or after a compaction it has missed.
+        Its manager reads it at the next load of the store: at a start, or after a compaction that it has missed.
         """
         found = self.kv.range(pb.RangeRequest(key=key), self.kv.revision).kvs
         for kv in found:
-            self.members[id].rotten[key] = kv.mod_revision
+            self.members[id].corrupted[key] = kv.mod_revision
         return bool(found)
 
     def crash(self, id: NodeId) -> None:
-        """kill -9: who waits for its answers never gets them."""
+        """kill -9: pending requests fail."""
         member = self.members[id]
         member.is_running = False
-        for watching in list(member.watchers):
-            watching.lose("the store is gone")
+        for stream in list(member.watchers):
+            stream.lose("the store is gone")
         if member.held:
-            member.held.clear()  # what was not written never will be
-        self._lose_answers(member)
+            member.held.clear()  # never written
+        self._lose_responses(member)
         if member.leadership is not None and member.leadership.member is member:
             self._end(member.leadership)
         member.leadership = None
-        self.look()
+        self.reevaluate()
 
     def reset_connections(self, id: NodeId) -> None:
-        """Whoever is connected to a member that runs is not any more; what was asked of it goes on."""
+        """Break the connections to a running member; the pending proposals continue."""
         member = self.members[id]
-        for watching in list(member.watchers):
-            watching.lose("connection reset")
-        self._lose_answers(member)
+        for stream in list(member.watchers):
+            stream.lose("connection reset")
+        self._lose_responses(member)
 
     def numbered(self, number: int) -> Member:
-        """The member that etcd calls so.  Raises: NoMember."""
+        """The member with this etcd id.  Raises: NoMember."""
         found = [member for member in self.members.values() if member.number == number]
         if not found:
             raise error_of("etcdserver: member not found")
@@ -147,16 +147,16 @@ class Raft:
 
     @property
     def majority(self) -> int:
-        """How many voters are more than half."""
+        """The number of voters that is more than half."""
         return len(self.voters) // 2 + 1
 
     @property
     def has_quorum(self) -> bool:
-        """Whether somebody leads and can commit."""
+        """Whether there is a leader that can commit."""
         return self.current is not None and self._can_commit(self.current)
 
     def transfer(self, id: NodeId) -> bool:
-        """Move leadership to ``id``, as a planned stop does; gives whether it could be."""
+        """Transfer leadership to ``id``, as before an orderly stop; returns whether that was possible."""
         old, member = self.current, self.members[id]
         if old is None or member is old.member or not self._votes(member, moving=True):
             return False
@@ -166,11 +166,11 @@ class Raft:
     # -- writing -------------------------------------------------------------------------------------------
 
     async def write(self, member: Member, request: pb.TxnRequest) -> pb.TxnResponse:
-        """Put ``request`` into the log by way of ``member``; returns when ``member`` has applied it.
+        """Propose ``request`` through ``member``; returns when ``member`` has applied it.
 
-        May never return: its leader is gone or cut off.  Raises: Uncertain: ``member`` crashed; Busy: it knows of no
-        leader, and raft drops the proposal; OutOfSpace: the quota is reached, and it writes outside of a nested
-        transaction.
+        May never return, when the leader is gone or partitioned.  Raises: Uncertain: ``member`` crashed; Busy: it has
+        no leader, and raft drops the proposal; OutOfSpace: the quota is reached, and the request has a put outside of
+        a nested transaction.
         """
         await self._wait_connected(member)
         if self.space.has_alarm and any(one.HasField("request_put") for one in request.success):
@@ -186,7 +186,7 @@ class Raft:
             leadership.free_at = max(leadership.free_at, self._now() + delay_s)
             self._later(leadership.free_at - self._now(), lambda: self._append(leadership, entry))
         try:
-            return await entry.answer
+            return await entry.response_future
         finally:
             if entry in member.entries:
                 member.entries.remove(entry)
@@ -197,30 +197,30 @@ class Raft:
             await asyncio.sleep(REFUSED_S)
             raise Uncertain("the store does not respond: connection refused")
 
-    def _lose_answers(self, member: Member) -> None:
+    def _lose_responses(self, member: Member) -> None:
         entries, member.entries = member.entries, []
         for entry in entries:
-            if not entry.answer.done():
-                entry.answer.set_exception(Uncertain("the store does not respond: connection lost"))
+            if not entry.response_future.done():
+                entry.response_future.set_exception(Uncertain("the store does not respond: connection lost"))
 
     def hang(self, id: NodeId) -> None:
-        """The disk of a member writes nothing until ``resume``; it keeps its office all the same."""
+        """Block the disk of a member until ``resume``; a leader stays leader."""
         member = self.members[id]
         if member.held is None:
             member.held = []
 
     def resume(self, id: NodeId) -> None:
-        """The disk writes everything that waits for it, in order."""
+        """Write all waiting entries, in order."""
         member = self.members.get(id)
         if member is None:
-            return  # it was put out
+            return  # removed meanwhile
         held, member.held = member.held or [], None
         for leadership, entry in held:
             self._append(leadership, entry)
 
     def _append(self, leadership: Leadership, entry: Entry) -> None:
         if leadership.is_over:
-            return  # dropped: etcd answers nothing
+            return  # dropped: etcd sends no response
         leader = leadership.member
         if leader.held is not None:
             leader.held.append((leadership, entry))
@@ -231,7 +231,7 @@ class Raft:
         self._advance(leadership)
 
     def _advance(self, leadership: Leadership) -> None:
-        """Commit what is pending, for as long as there is a quorum."""
+        """Commit pending entries while there is a quorum."""
         while leadership.pending and not leadership.is_over and self._can_commit(leadership):
             entry = leadership.pending.pop(0)
             before = self.kv.revision
@@ -239,19 +239,19 @@ class Raft:
             revision = self.kv.revision
             self._apply(leadership.member, revision)
             self._spread(leadership, late=True)
-            self.asked_at = entry.asked_at
+            self.requested_at = entry.requested_at
             if revision > before:
                 for committed in self.committed:
                     committed(entry.origin.id, revision, self.kv.events(revision, revision))
-            self._answer(entry, response, revision)
+            self._respond(entry, response, revision)
 
-    def _answer(self, entry: Entry, response: pb.TxnResponse, revision: int) -> None:
-        """``entry`` is in: its origin answers when it has applied it."""
-        answer = entry.answer
+    def _respond(self, entry: Entry, response: pb.TxnResponse, revision: int) -> None:
+        """Complete ``entry``, which is committed, once its origin has applied it."""
+        response_future = entry.response_future
 
         def give() -> None:
-            if not answer.done():
-                answer.set_result(response)
+            if not response_future.done():
+                response_future.set_result(response)
 
         if entry.origin.applied >= revision:
             give()
@@ -261,7 +261,7 @@ class Raft:
             entry.origin.waiting.append((revision, arrived))
 
     def _spread(self, leadership: Leadership, *, late: bool) -> None:
-        """Bring the other members what is committed."""
+        """Replicate the committed entries to the other members."""
         leader, revision = leadership.member, self.kv.revision
         for member in self._running():
             if member.applied < revision and self._links.is_joined(leader.id, member.id, Port.PEER):
@@ -282,13 +282,13 @@ class Raft:
             member.waiting = [one for one in member.waiting if one[0] > revision]
         for future in due:
             resolve(future)
-        for watching in member.watchers:
-            watching.show(revision, member.watch_lag_s)
+        for stream in member.watchers:
+            stream.show(revision, member.watch_lag_s)
 
     # -- reading -------------------------------------------------------------------------------------------
 
     async def wait_readable(self, member: Member) -> None:
-        """Return when ``member`` shows all that was committed before this call.  May never return."""
+        """Return when ``member`` has applied all that was committed before this call.  May never return."""
         await self._wait_connected(member)
         while True:
             leadership = member.leadership
@@ -318,8 +318,8 @@ class Raft:
 
     # -- elections -----------------------------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Something changed between members: who follows whom, who has lost whom, what can go on."""
+    def reevaluate(self) -> None:
+        """After a change of members or links: update followers, detect lost leaders and quorums, resume commits."""
         if self.current is not None:
             self._lead(self.current)
         for old in list(self._older):
@@ -327,16 +327,16 @@ class Raft:
                 self._end(old)
         for leadership in (*self._older, *([self.current] if self.current else [])):
             if not self._can_commit(leadership):
-                self._doubt(leadership)
+                self._schedule_quorum_check(leadership)
         for member in self._running():
-            if not self._hears_leader(member):
-                self._stand(member)
+            if not self._has_leader(member):
+                self._campaign(member)
         changed, self._changed = self._changed, []
         for waiting in changed:
             resolve(waiting)
 
     def _lead(self, leadership: Leadership) -> None:
-        """Whoever hears the leader follows it, and gets what it missed."""
+        """Let reachable members follow the leader and catch up."""
         for member in self._running():
             if (
                 self._links.reaches(leadership.member.id, member.id, Port.PEER)
@@ -350,7 +350,7 @@ class Raft:
         self._advance(leadership)
 
     def _is_outdated(self, leadership: Leadership) -> bool:
-        """Whether the leader hears of a later term."""
+        """Whether a member of a later term reaches the leader."""
         others = (
             other
             for other in self._running()
@@ -368,16 +368,16 @@ class Raft:
         )
         return leader.is_running and not leadership.is_over and sum(followers) >= self.majority
 
-    def _doubt(self, leadership: Leadership) -> None:
-        if leadership.is_doubted or leadership.is_over:
+    def _schedule_quorum_check(self, leadership: Leadership) -> None:
+        if leadership.is_checking_quorum or leadership.is_over:
             return
-        leadership.is_doubted = True
+        leadership.is_checking_quorum = True
 
         def decide() -> None:
-            leadership.is_doubted = False
+            leadership.is_checking_quorum = False
             if not leadership.is_over and not self._can_commit(leadership):
                 self._end(leadership)
-                self.look()
+                self.reevaluate()
 
         self._later(self._random.uniform(*ELECTION_S), decide)
 
@@ -394,7 +394,7 @@ class Raft:
         if leadership.member.leadership is leadership:
             self._forget_leader(leadership.member)
 
-    def _hears_leader(self, member: Member) -> bool:
+    def _has_leader(self, member: Member) -> bool:
         leadership = member.leadership
         return (
             leadership is not None
@@ -403,38 +403,38 @@ class Raft:
             and self._links.reaches(leadership.member.id, member.id, Port.PEER)
         )
 
-    def _stand(self, member: Member) -> None:
-        """After an election timeout without a leader, ``member`` asks for votes; again until there is one."""
-        if member.is_standing:
+    def _campaign(self, member: Member) -> None:
+        """After an election timeout without a leader, let ``member`` campaign; repeat until there is a leader."""
+        if member.is_campaigning:
             return
-        member.is_standing = True
+        member.is_campaigning = True
 
         def decide() -> None:
-            member.is_standing = False
-            if not member.is_running or self._hears_leader(member):
+            member.is_campaigning = False
+            if not member.is_running or self._has_leader(member):
                 return
             self._forget_leader(member)
             if self._votes(member):
                 self._elect(member)
             else:
-                self._stand(member)
+                self._campaign(member)
 
         self._later(self._random.uniform(*ELECTION_S), decide)
 
     def _forget_leader(self, member: Member) -> None:
         member.leadership = None
-        for watching in list(member.watchers):
-            watching.lose("no leader")
+        for stream in list(member.watchers):
+            stream.lose("no leader")
 
     def _votes(self, candidate: Member, *, moving: bool = False) -> bool:
-        """Whether more than half of the voters would elect ``candidate``."""
+        """Whether more than half of the voters would vote for ``candidate``."""
         if not candidate.is_voter or not candidate.is_running:
             return False
         votes = sum(
             voter.is_running
             and self._links.is_joined(candidate.id, voter.id, Port.PEER)
             and voter.logged <= candidate.logged
-            and (moving or not self._hears_leader(voter))
+            and (moving or not self._has_leader(voter))
             for voter in self.voters
         )
         return votes >= self.majority
@@ -452,7 +452,7 @@ class Raft:
         leadership.pending = list(takewhile(lambda entry: member.id in entry.holders, received))
         for moved in self.moved:
             moved(member.id, self._term)
-        self.look()
+        self.reevaluate()
 
     def _running(self) -> Iterable[Member]:
         return [member for member in self.members.values() if member.is_running]

@@ -1,6 +1,6 @@
-"""How large the files of a simulated etcd are.  What Skep itself writes is too little to count.
+"""The database sizes of a simulated etcd.  The writes of a simulated run are too small to count.
 
-Source: etcd 3.5, server/storage/quota.go: what transactions write in nested transactions passes it by.
+Source: etcd 3.5, server/storage/quota.go: puts in nested transactions are not checked against the quota.
 """
 
 from skep.model.ids import NodeId
@@ -8,13 +8,13 @@ from skep.store.space import QUOTA_BYTES
 
 
 class Space:
-    """In bytes: what is in use on every member, and the file of each."""
+    """Bytes in use, the same on every member, and the file size of each."""
 
     def __init__(self) -> None:
         self.live = 0
-        """Values that are there."""
+        """Bytes of current values."""
         self.old = 0
-        """History: a compaction makes free pages of it."""
+        """Bytes of history, which a compaction turns into free pages."""
         self.has_alarm = False
         self._files: dict[NodeId, int] = {}
 
@@ -23,20 +23,20 @@ class Space:
         return self.live + self.old
 
     def file(self, member: NodeId) -> int:
-        """Only a defragmentation makes it smaller."""
+        """The file size of ``member``; only a defragmentation makes it smaller."""
         self._files[member] = max(self._files.get(member, 0), self.in_use)
         return self._files[member]
 
     def fill(self, members: "tuple[NodeId, ...]", live: int, old: int) -> None:
-        """Much is written; beyond the quota by somebody who does not ask for room."""
+        """Set the size of current values and history; raises the alarm if that exceeds the quota."""
         self.live, self.old = live, old
         for member in members:
             self.has_alarm |= self.file(member) >= QUOTA_BYTES
 
     def compact(self) -> None:
-        """History is cut."""
+        """Drop the history."""
         self.old = 0
 
     def defragment(self, member: NodeId) -> None:
-        """The free pages of one member's file are given back."""
+        """Release the free pages of one member's file."""
         self._files[member] = self.in_use

@@ -1,5 +1,5 @@
-"""What must hold in every run, written once and watched all the time.
+"""Invariants that must hold in every run.
 
-Rules on commits are functions ``(change, view) -> violations``; those that need a memory are classes with such a
-call.  ``Observer`` asks all of them at every commit; rules on containers are asked by the machines.
+Rules on commits are functions ``(change, view) -> violations``; rules with state are callable classes.
+``Observer`` evaluates all of them at every commit, and rules on containers when a machine starts or stops one.
 """

@@ -1,4 +1,4 @@
-"""Rules on what the allocator gives: nobody has what another one has, and what nobody needs is given back."""
+"""Rules on allocations: no two objects hold the same address, port or subnet, and unused ones are released."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
@@ -15,13 +15,13 @@ from skep.store.interface import Created, Deleted, Updated, View
 VXLAN = "com.docker.network.driver.overlay.vxlanid_list"
 PORT = "port"
 Holding = tuple[Hashable, ...]
-"""What can be held by one only: an address of a network, a published port."""
+"""A unique resource: an address of a network, or a published port."""
 
 
-class HeldByOne:
-    """Addresses of networks and published ports have one holder each.
+class UniqueAllocations:
+    """Addresses of networks and published ports have at most one holder.
 
-    A task holds its addresses until it is seen to have ended, a service its own until it is gone.
+    A task holds its addresses until its status is terminal, a service until it is deleted.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class HeldByOne:
                 yield f"{' '.join(map(str, holding))} is held by {sorted(holders)}"
 
     def _hold(self, object: object, holdings: frozenset[Holding]) -> frozenset[Holding]:
-        """Gives what it did not hold before."""
+        """The holdings that are new."""
         owner = f"{type(object).__name__} {getattr(object, 'id', '')}"
         before = self._held.get(owner, frozenset())
         if holdings == before:
@@ -55,7 +55,7 @@ class HeldByOne:
 
 
 def networks_are_apart(change: Change, view: View) -> Iterable[str]:
-    """No two networks have one VXLAN id, nor subnets that overlap; what tasks are still on counts, too."""
+    """No two networks share a VXLAN id or overlap; removed networks count while tasks are attached to them."""
     if not any(isinstance(_present(event), Network) for event in change.events):
         return
     networks = {network.id: network for network in view.find(Network)}
@@ -74,7 +74,7 @@ def networks_are_apart(change: Change, view: View) -> Iterable[str]:
 
 
 def allocation_violations(view: View) -> Iterable[str]:
-    """Of a cluster at rest: everything that is there has what it needs."""
+    """Missing allocations in a cluster at rest."""
     for network in view.find(Network):
         if not network.driver_state.name:
             yield f"network {network.id} has not been allocated"
@@ -109,7 +109,7 @@ def _present(event: object) -> object:
 
 
 def holdings(object: object) -> frozenset[Holding]:
-    """What a task, service or node has for itself: ``(network, address)`` and ``(PORT, protocol, number)``."""
+    """The holdings of a task, service or node: ``(network, address)`` and ``(PORT, protocol, number)``."""
     match object:
         case Task() if object.status.state <= TaskState.RUNNING:
             return frozenset(_addresses(object.networks_attachments))

@@ -1,4 +1,4 @@
-"""A rule on attempts: a slot that has what is asked for gets nothing beside it."""
+"""A rule on new tasks: none is created in a slot that already has a healthy task of the current spec."""
 
 from collections.abc import Iterable
 
@@ -11,13 +11,13 @@ from skep.model.task import Task
 from skep.store.interface import Created, Updated, View
 
 KNOWN_S = 3.0
-"""What has happened to a node for less long may be unknown to the leader."""
+"""A change of a node that is more recent may not have reached the leader."""
 
 
-class OneAttempt:
-    """Beside a task of the present spec, on a node that is well, no other is begun in its slot (of a job: iteration).
+class NoRedundantTasks:
+    """No task is created in the slot (of a job: iteration) of a task of the current spec on a healthy node.
 
-    Asked only where the leader knew the present spec: what it made says of which one it is.
+    Checked only if the new task has the current spec version: then the leader's replica showed the current spec.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class OneAttempt:
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
             match event:
-                case Created(Node() as node) | Updated(_, Node() as node) if _is_another(event):
+                case Created(Node() as node) | Updated(_, Node() as node) if _is_changed(event):
                     self._changed_at[node.id] = change.time_s
         for event in change.events:
             match event:
@@ -38,7 +38,7 @@ class OneAttempt:
         if service is None or task.spec_version != service.spec_version:
             return
         if has_placement(task) or reservations(task) != Resources():
-            return  # what no longer fits where it is has to leave
+            return  # a task that no longer fits its node has to move
         for other in view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}"):
             if (
                 other.id != task.id
@@ -46,11 +46,11 @@ class OneAttempt:
                 and other.spec == task.spec
                 and other.is_wanted
                 and other.is_active
-                and self._is_well(view.lookup(Node, other.node_id), now)
+                and self._is_healthy(view.lookup(Node, other.node_id), now)
             ):
-                yield f"task {task.id} was begun beside {other.id}, which is what is asked for and well"
+                yield f"task {task.id} was created beside {other.id}, which has the current spec and is healthy"
 
-    def _is_well(self, node: Node | None, now: float) -> bool:
+    def _is_healthy(self, node: Node | None, now: float) -> bool:
         return (
             node is not None
             and node.status.state is NodeState.READY
@@ -59,7 +59,7 @@ class OneAttempt:
         )
 
 
-def _is_another(event: object) -> bool:
+def _is_changed(event: object) -> bool:
     match event:
         case Updated(Node() as before, Node() as after):
             return before.spec != after.spec or before.status.state is not after.status.state

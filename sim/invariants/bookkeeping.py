@@ -1,8 +1,8 @@
-"""Invariants of the loops' caches: they equal what the store has now, and keep nothing of finished work.
+"""Invariants of the loops' caches: they match the store, and keep nothing of finished work.
 
-The allocator's, the scheduler's and the orchestrator's books are kept up to date commit by commit.  Whenever a leader
-writes nothing, they are the same as books made afresh from what its store shows.  And what a manager at rest still
-holds of writes, waits, sessions and streams belongs to something that is there.
+The caches of the allocator, the scheduler and the orchestrator are updated with each commit.  Whenever a leader has no
+write in progress, they equal caches built from its store.  The writes, waits, sessions and streams that a manager at
+rest still holds belong to existing objects.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,32 +28,31 @@ from skep.store.etcd.store import EtcdStore
 from skep.store.interface import View
 from skep.store.kinds import spec_of
 
-LINES_MAX = 5
+STREAMS_MAX = 5
 """Streams of one session: its messages, its assignments, and those of tables, keys and probes."""
 
 
-class BooksAreKept:
-    """Asked now and then of a leader that writes nothing.
+class CachesMatchStore:
+    """Evaluated at intervals for a leader without a write in progress.
 
-    A difference counts if it is there at two looks one after the other: what has just happened may not have been taken
-    in yet.
+    A difference counts if two consecutive checks find it: the latest commit may not have been processed yet.
     """
 
     def __init__(self) -> None:
         self._before: dict[NodeId, tuple[int, frozenset[str]]] = {}
-        """Of each leader: the revision of its store, and what differed."""
+        """For each leader: the revision of its store, and the differences found."""
 
     def __call__(self, id: NodeId, loops: Iterable[object], view: View) -> Iterable[str]:
-        revision, told = self._before.get(id, (0, frozenset()))
-        if revision == view.revision and not told:
+        revision, before = self._before.get(id, (0, frozenset()))
+        if revision == view.revision and not before:
             return ()
-        found = frozenset(book_differences(loops, view))
+        found = frozenset(cache_differences(loops, view))
         self._before[id] = view.revision, found
-        return sorted(found & told)
+        return sorted(found & before)
 
 
-def book_differences(loops: Iterable[object], view: View) -> Iterable[str]:
-    """What the books of one leader's ``loops`` have otherwise than ``view``, when nothing is being written."""
+def cache_differences(loops: Iterable[object], view: View) -> Iterable[str]:
+    """Differences between the caches of one leader's ``loops`` and ``view``, while no write is in progress."""
     for loop in loops:
         match loop:
             case Allocator():
@@ -87,28 +86,28 @@ def _stamps(loop: Orchestrator, view: View) -> Iterable[str]:
             yield f"orchestrator: remembers when node {node_id}, which is gone, was down"
 
 
-def _allocated(books: Allocations) -> Mapping[str, object]:
-    held = {owner: sorted(map(str, places)) for owner, places in books.addresses._held.items()}
+def _allocated(allocations: Allocations) -> Mapping[str, object]:
+    held = {owner: sorted(map(str, places)) for owner, places in allocations.addresses._held.items()}
     return {
         "addresses": held,
-        "taken": {key: dict(taken) for key, taken in books.addresses._taken.items()},
-        "ports": books.ports._ports_by_service,
-        "holders of ports": books.ports._holders,
-        "VXLAN ids": books.networks._vxlan_ids,
-        "subnets": books.networks._subnets,
-        "removed networks": books._gone,
-        "docker nodes": books.docker_nodes,
-        "services that publish": books.publishing,
+        "taken": {key: dict(taken) for key, taken in allocations.addresses._taken.items()},
+        "ports": allocations.ports._ports_by_service,
+        "holders of ports": allocations.ports._holders,
+        "VXLAN ids": allocations.networks._vxlan_ids,
+        "subnets": allocations.networks._subnets,
+        "removed networks": allocations._gone,
+        "docker nodes": allocations.docker_nodes,
+        "services that publish": allocations.publishing,
     }
 
 
-def _held(books: Allocations) -> Mapping[str, object]:
-    held = books.addresses._held.items()
+def _held(allocations: Allocations) -> Mapping[str, object]:
+    held = allocations.addresses._held.items()
     return {"addresses": {owner.rpartition("/")[2]: frozenset(places) for owner, places in held if places}}
 
 
 def _holding(view: View) -> Mapping[str, object]:
-    """Who has addresses, by the objects alone: nothing of the books' own reading of them is asked."""
+    """The holders of addresses, computed from the objects without the allocator's code."""
     objects: list[Task | Service | Node] = [*view.find(Task), *view.find(Service), *view.find(Node)]
     held: dict[str, frozenset[object]] = {}
     for one in objects:
@@ -156,9 +155,9 @@ def _differences(owner: str, has: Mapping[str, Any], should: Mapping[str, Any]) 
             keys = [
                 key for key in {**has[name], **should[name]} if has[name].get(key) != should[name].get(key)
             ]
-            told = [(key, has[name].get(key), should[name].get(key)) for key in keys[:3]]
+            before = [(key, has[name].get(key), should[name].get(key)) for key in keys[:3]]
             yield f"{owner}: {name} are not as in the store: " + ", ".join(
-                f"{key}: {has_} and not {is_}" for key, has_, is_ in told
+                f"{key}: {has_} and not {is_}" for key, has_, is_ in before
             )
         else:
             yield f"{owner}: {name} are not as in the store: {sorted(has[name] ^ should[name], key=str)}"
@@ -167,14 +166,14 @@ def _differences(owner: str, has: Mapping[str, Any], should: Mapping[str, Any]) 
 def leftovers(
     store: EtcdStore, dispatcher: Dispatcher, logs: LogBroker, loops: Iterable[object]
 ) -> Iterable[str]:
-    """What a manager at rest keeps of finished work."""
+    """State of finished work that a manager at rest keeps."""
     yield from kept_of_writes(store)
     view, sessions = store.view(), dispatcher._sessions
     for id in (*sessions._live, *sessions._absent):
         if view.lookup(Node, id) is None:
             yield f"has a session of {id}, which is gone"
     for session in sessions.all():
-        if len(session._signals) > LINES_MAX:
+        if len(session._signals) > STREAMS_MAX:
             yield f"has {len(session._signals)} streams in the session of {session.node_id}"
         if unread := {id for line in session._signals for id in line._changed}:
             yield f"has {sorted(unread)} to tell to {session.node_id}"
@@ -199,7 +198,7 @@ def leftovers(
 
 
 def kept_of_writes(store: EtcdStore) -> Iterable[str]:
-    """What a store at rest keeps of finished writes."""
+    """State of finished writes that a store at rest keeps."""
     batcher = store._batcher
     for name, kept in (
         ("waits", batcher._queue),

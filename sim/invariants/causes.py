@@ -1,4 +1,4 @@
-"""A rule on updates: none is stopped or rolled back without a task of its version that failed or got nowhere."""
+"""A rule on updates: none is paused or rolled back unless a task of its version failed or missed the deadline."""
 
 from collections.abc import Iterable
 
@@ -11,18 +11,18 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Created, Deleted, Updated, View
 
 STOPPED = (ROLLED_BACK, "update paused", "rollback paused")
-"""How the leader's messages begin; users' rollbacks have others."""
+"""Prefixes of the leader's messages; those of users' rollbacks differ."""
 TOLERANCE = 0.99
-"""Clocks of machines run differently fast."""
+"""Clocks of machines run at different rates."""
 BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
 
 
-class StopsHaveACause:
-    """The leader pauses an update, or rolls it back, for a failure that the store has seen, or a deadline."""
+class UpdateStopsHaveCauses:
+    """The leader pauses an update or rolls it back only after a committed failure or the progress deadline."""
 
     def __init__(self) -> None:
         self._begun: dict[tuple[ServiceId, int], float] = {}
-        """When the first task of a version was made."""
+        """When the first task of a version was created."""
         self._failed: set[tuple[ServiceId, int]] = set()
         """Versions of which a task ended by itself."""
 

@@ -1,4 +1,4 @@
-"""Rules on what machines do: asked whenever a container starts or is stopped."""
+"""Rules on containers: evaluated when a machine starts or stops one."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,32 +18,32 @@ from skep.model.times import SECOND_NS
 from skep.store.interface import Created, Deleted, Updated, View
 
 STOP_TIMEOUT_S = 60.0
-"""A successor waits no longer than this for what it replaces; see ``orchestrator/restart.py``."""
+"""A task waits no longer than this for the end of the one it replaces; see ``orchestrator/restart.py``."""
 TOLERANCE = 0.99
-"""Clocks of machines run differently fast."""
+"""Clocks of machines run at different rates."""
 DEFAULT_DELAY_S = 5.0
 STOPPING_S = 2.0
-"""Until a node sees that its containers are to be stopped, and has stopped them; and room."""
+"""Time until a node receives that its containers are to be stopped and has stopped them, with a margin."""
 NOTICED_S = 7.0
-"""Until a node that is cut off knows it: a heartbeat's period, and the longest that it waits for an answer."""
+"""Time until a partitioned node detects it: one heartbeat period, and the longest timeout of a response."""
 TWICE_S = 9.0
-"""How long a slot may have two containers once nothing is wrong any more: until a node that was cut off is back
-(retries of two seconds, a connection that takes five), hears of it, and has stopped its own."""
+"""How long a slot may have two containers after the last fault: until a partitioned node has reconnected (retries of
+two seconds, a connection that takes five), received its assignments and stopped its own container."""
 
 
 class Record(msgspec.Struct):
-    """What is known of one task, also when it is history."""
+    """The history of one task, kept after its deletion."""
 
     task: Task
     created_at: float
     retired_at: float | None = None
-    """When it was no longer meant to run."""
+    """When its desired state passed running."""
     failed_at: float | None = None
-    """When it was seen to have ended by itself."""
+    """When the store showed that it ended by itself."""
 
 
 class Containers:
-    """Remembers what was committed when, and judges each start and each stop by it."""
+    """Records the times of commits, and checks each start and stop of a container against them."""
 
     def __init__(
         self,
@@ -52,24 +52,24 @@ class Containers:
     ) -> None:
         """
         Args:
-            working_since: since when a node's process and its machine run; infinity: they do not.
-            alone_since: since when it reaches no manager; infinity: it does.
+            working_since: start of a node's current uptime (process and machine); infinity: it is down.
+            alone_since: the time from which a node has reached no manager; infinity: it reaches one.
         """
         self._working_since = working_since
         self._alone_since = alone_since
         self.live: dict[TaskId, NodeId] = {}
-        """Containers that run, and where."""
+        """Running containers, and their nodes."""
         self._records: dict[TaskId, Record] = {}
         self._slots: dict[str, list[TaskId]] = {}
         self._twice_since: dict[str, float] = {}
-        """Since when a slot has more containers than it may have; infinity: that was told."""
-        self._told: set[TaskId] = set()
-        """What was told to outlast its node's contact with managers."""
+        """The time from which a slot has had more containers than allowed; infinity: reported."""
+        self._reported: set[TaskId] = set()
+        """Tasks reported for running on after their node lost its managers."""
         self._down_at: dict[NodeId, float] = {}
-        """When a node was last known not to be ready."""
+        """When a node was last not ready."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
-        """Remember; no commit is wrong by itself."""
+        """Record a commit; none is a violation by itself."""
         for event in change.events:
             match event:
                 case Created(Task() as task):
@@ -85,7 +85,7 @@ class Containers:
         return ()
 
     def started(self, node_id: NodeId, task: Task, now: float, view: View) -> Iterable[str]:
-        """A container starts: not beside one that is to make room for it, and not before the restart delay."""
+        """Check the start of a container: not beside the one it replaces, and not before the restart delay."""
         self.live[task.id] = node_id
         others = [
             self._records[id].task for id, at in self.live.items() if at == node_id and id in self._records
@@ -95,7 +95,7 @@ class Containers:
         yield from self._early(task, now)
 
     def stopped(self, node_id: NodeId, task_id: TaskId, view: View) -> Iterable[str]:
-        """A node stops a container that runs: only what is no longer meant to run there."""
+        """Check the stop of a running container: its task is no longer wanted on that node."""
         task = view.lookup(Task, task_id)
         if task is None or task.node_id != node_id or not task.is_wanted:
             return
@@ -103,9 +103,9 @@ class Containers:
             yield f"{node_id} stopped the container of task {task_id}, which is to run there"
 
     def lasting(self, now: float, calm_since: float, view: View) -> Iterable[str]:
-        """No slot has two containers for long (three, where an update starts first); to be asked now and then."""
+        """Slots that have had two containers for too long (three with start-first); to be checked at intervals."""
         counts = Counter(_slot_of(self._records[id].task) for id in self.live)
-        crowded = sorted(slot for slot, count in counts.items() if count > _room(slot, view))
+        crowded = sorted(slot for slot, count in counts.items() if count > _containers_max(slot, view))
         self._twice_since = {slot: self._twice_since.get(slot, now) for slot in crowded}
         for slot, since in self._twice_since.items():
             if (lasted_s := now - max(since, calm_since)) > TWICE_S:
@@ -113,21 +113,21 @@ class Containers:
                 yield f"slot {slot} has {counts[slot]} containers, {lasted_s:.1f} s after the last fault"
 
     def outlasting(self, now: float, view: View) -> Iterable[str]:
-        """A node that reaches no manager has stopped by itself what is to be stopped then; to be asked now and then."""
+        """Containers that a partitioned node should have stopped by itself; to be checked at intervals."""
         for task_id, node_id in sorted(self.live.items()):
             alone_s = now - max(self._alone_since(node_id), self._working_since(node_id))
-            if alone_s < NOTICED_S or task_id in self._told:
+            if alone_s < NOTICED_S or task_id in self._reported:
                 continue
             task = self._records[task_id].task
             service = view.lookup(Service, task.service_id)
             policy = disconnect_policy(service.spec.labels) if service is not None else DisconnectPolicy()
             stopped_s = max(policy.delay_s, NOTICED_S) + task.spec.stop_grace_s + STOPPING_S
             if policy.action is OnDisconnect.STOP and alone_s > stopped_s:
-                self._told.add(task_id)
-                yield f"task {task_id} still runs on {node_id}, which was to stop it and is cut off for {alone_s:.1f} s"
+                self._reported.add(task_id)
+                yield f"task {task_id} still runs on {node_id}, disconnected for {alone_s:.1f} s with the policy stop"
 
     def ended(self, task_id: TaskId) -> None:
-        """A container is gone, however that came."""
+        """Record the end of a container, for whatever reason."""
         self.live.pop(task_id, None)
 
     # -- inside --------------------------------------------------------------------------------------------
@@ -140,7 +140,9 @@ class Containers:
         if old.status.state != new.status.state and new.status.state in by_itself and old.is_wanted:
             record.failed_at = now
         if new.desired_state is TaskState.REMOVE:
-            record.failed_at = None  # its slot has gone; one that comes back with a scale has no past
+            record.failed_at = (
+                None  # its slot is removed; one that a later scale creates has no restart delay
+            )
 
     def _beside(self, task: Task, now: float, view: View) -> Iterable[str]:
         service = view.lookup(Service, task.service_id)
@@ -164,19 +166,17 @@ class Containers:
             if not is_reported and not was_lost and not is_overdue:
                 yield f"task {task.id} started while {id}, which it replaces, still ran on {node_id}"
 
-    def _must_have_stopped(self, other: Task, heir: Task, now: float, service: Service) -> bool:
-        """Whether the node of ``other`` had the time to stop it for lack of a manager, before its heir came."""
+    def _must_have_stopped(self, other: Task, successor: Task, now: float, service: Service) -> bool:
+        """Whether the partitioned node of ``other`` had time to stop it before its successor started."""
         policy = disconnect_policy(service.spec.labels)
-        if policy.action is not OnDisconnect.STOP or other.spec != heir.spec:
+        if policy.action is not OnDisconnect.STOP or other.spec != successor.spec:
             return False
         return (
             now - self._working_since(other.node_id) > policy.delay_s + other.spec.stop_grace_s + STOPPING_S
         )
 
     def _early(self, task: Task, now: float) -> Iterable[str]:
-        own = self._records.get(
-            task.id
-        )  # as it was written: over the wire defaults are spelled out, slots otherwise
+        own = self._records.get(task.id)  # as committed: on the wire defaults are explicit
         if own is None:
             return
         slot = self._slots[_slot_of(own.task)]
@@ -196,15 +196,15 @@ class Containers:
             yield f"task {task.id} started {waited_s:.2f} s after {before.task.id} failed, not {delay_s:.2f}"
 
 
-def _room(slot: str, view: View) -> int:
-    """How many containers a slot may have for long."""
+def _containers_max(slot: str, view: View) -> int:
+    """Number of containers that a slot may have permanently."""
     service = view.lookup(Service, slot.partition("/")[0])
     return 2 if service is not None and may_start_first(service) else 1
 
 
-def _is_same(before: Task, heir: Task) -> bool:
-    """Whether one task follows the other without anybody having asked for something else."""
-    return before.spec == heir.spec and before.job_iteration == heir.job_iteration
+def _is_same(before: Task, successor: Task) -> bool:
+    """Whether both tasks have the same spec and job iteration."""
+    return before.spec == successor.spec and before.job_iteration == successor.job_iteration
 
 
 def _is_down(view: View, node_id: NodeId) -> bool:
@@ -213,7 +213,7 @@ def _is_down(view: View, node_id: NodeId) -> bool:
 
 
 def _may_stop_alone(view: View, task: Task) -> bool:
-    """Whether its service wants a node that lost all managers to stop it."""
+    """Whether the policy of its service lets a node without managers stop it."""
     service = view.lookup(Service, task.service_id)
     return service is not None and service.spec.labels.get(ON_DISCONNECT) == OnDisconnect.STOP.value
 

@@ -1,4 +1,4 @@
-"""Rules on ``skep.on-disconnect``: when a task on a node that is down loses its place to another."""
+"""Rules on ``skep.on-disconnect``: when a task on a node that is down is replaced."""
 
 from collections.abc import Iterable
 
@@ -12,11 +12,11 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Created, Updated, View
 
 TOLERANCE = 0.99
-"""Clocks of machines run differently fast."""
+"""Clocks of machines run at different rates."""
 
 
-class PlacesAreKept:
-    """keep: until somebody asks otherwise; replace: for the delay; stop: until the node has surely stopped it."""
+class DisconnectPolicies:
+    """A task is replaced: keep: on request only; replace: after the delay; stop: once its node must have stopped it."""
 
     def __init__(self) -> None:
         self._down_at: dict[NodeId, float] = {}
@@ -35,33 +35,33 @@ class PlacesAreKept:
         }
         for event in change.events:
             match event:
-                case Updated(Task() as old, Task() as new) if _loses_its_place(old, new):
+                case Updated(Task() as old, Task() as new) if _is_replaced(old, new):
                     yield from self._violations(old, change.time_s, view, made)
 
     def _violations(self, task: Task, now: float, view: View, made: set[TaskId]) -> Iterable[str]:
         node, service = view.lookup(Node, task.node_id), view.lookup(Service, task.service_id)
-        if node is None or service is None or _is_asked_otherwise(task, service, node, view, made):
+        if node is None or service is None or _has_other_cause(task, service, node, view, made):
             return
         policy = disconnect_policy(service.spec.labels)
         down_s = now - self._down_at.get(node.id, 0.0)
         match policy.action:
             case OnDisconnect.KEEP:
-                yield f"task {task.id} lost its place to keep, {down_s:.2f} s after {node.id} went down"
+                yield f"task {task.id} was replaced despite keep, {down_s:.2f} s after {node.id} went down"
                 return
             case OnDisconnect.STOP:
                 kept_s = policy.delay_s + task.spec.stop_grace_s
             case _:
                 kept_s = policy.delay_s
         if down_s < kept_s * TOLERANCE:
-            yield f"task {task.id} lost its place {down_s:.2f} s after {node.id} went down, not {kept_s:.2f}"
+            yield f"task {task.id} was replaced {down_s:.2f} s after {node.id} went down, not {kept_s:.2f}"
 
 
-def _loses_its_place(old: Task, new: Task) -> bool:
+def _is_replaced(old: Task, new: Task) -> bool:
     return old.is_active and not new.is_wanted and new.desired_state < TaskState.REMOVE and bool(new.node_id)
 
 
-def _is_asked_otherwise(task: Task, service: Service, node: Node, view: View, made: set[TaskId]) -> bool:
-    """Whether there is another reason than that its node is down."""
+def _has_other_cause(task: Task, service: Service, node: Node, view: View, made: set[TaskId]) -> bool:
+    """Whether the task is replaced for another reason than a node that is down."""
     slot = view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
     return (
         node.status.state is not NodeState.DOWN

@@ -1,4 +1,4 @@
-"""Rules on what is said of nodes: none is down while nothing is wrong; of one that is, nothing is said to run."""
+"""Rules on node status: no node is marked down without a fault, and no task is shown as running on a dead one."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,21 +10,21 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Updated, View
 
 CALM_S = 15.0
-"""Longer than any grace, and than finding another manager."""
+"""Longer than any grace period and any reconnection to another manager."""
 
 
 YOUNG_S = 2.0
-"""Less than any grace: a manager that has just begun cannot have missed a node for so long."""
+"""Less than any grace period: a manager that has just started cannot have missed a node for longer."""
 
 
-class NoFalseAlarm:
-    """While nothing was wrong anywhere for a while, nobody is down; who has just begun gives nodes time to come."""
+class NoFalseDown:
+    """No node is marked down after a calm period, nor by a manager that has just started."""
 
     def __init__(self, calm_since: Callable[[], float], began: Callable[[NodeId], float]) -> None:
         """
         Args:
-            calm_since: when the last fault was over; infinity while there is one.
-            began: when a manager's process did.
+            calm_since: the end of the last fault; infinity while a fault is active.
+            began: the start of a manager's process.
         """
         self._calm_since = calm_since
         self._began = began
@@ -37,13 +37,13 @@ class NoFalseAlarm:
                 ):
                     calm_s = change.time_s - self._calm_since()
                     if calm_s > CALM_S:
-                        yield f"{after.id} was called down after {calm_s:.1f} s without a fault"
+                        yield f"{after.id} was marked down after {calm_s:.1f} s without a fault"
                     if (age_s := change.time_s - self._began(change.origin)) < YOUNG_S:
-                        yield f"{after.id} was called down by {change.origin}, {age_s:.1f} s after that began"
+                        yield f"{after.id} was marked down by {change.origin}, {age_s:.1f} s after its start"
 
 
 def lease_violations(view: View, node_id: NodeId) -> Iterable[str]:
-    """Of a node whose lease is over nothing is shown as running."""
+    """Tasks shown as running on a node whose lease has expired."""
     for task in view.find(Task, node_id=node_id):
         if tasks.known_status(view, task).state is TaskState.RUNNING:
-            yield f"task {task.id} is shown as running on {node_id}, which nobody hears"
+            yield f"task {task.id} is shown as running on {node_id}, whose lease has expired"

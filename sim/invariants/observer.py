@@ -5,17 +5,17 @@ from collections.abc import Callable, Iterable
 
 from sim.committed import Change, CommittedState
 from sim.invariants.acknowledgements import Acknowledgements
-from sim.invariants.allocations import HeldByOne, networks_are_apart
-from sim.invariants.attempts import OneAttempt
-from sim.invariants.bookkeeping import BooksAreKept
-from sim.invariants.causes import StopsHaveACause
+from sim.invariants.allocations import UniqueAllocations, networks_are_apart
+from sim.invariants.attempts import NoRedundantTasks
+from sim.invariants.bookkeeping import CachesMatchStore
+from sim.invariants.causes import UpdateStopsHaveCauses
 from sim.invariants.containers import Containers
-from sim.invariants.damping import DecisionsStand
-from sim.invariants.disconnection import PlacesAreKept
-from sim.invariants.liveness import NoFalseAlarm
+from sim.invariants.damping import DecisionsAreStable
+from sim.invariants.disconnection import DisconnectPolicies
+from sim.invariants.liveness import NoFalseDown
 from sim.invariants.placement import global_jobs_run_once
-from sim.invariants.restarts import RestartsAsAsked
-from sim.invariants.serving import UpdatesTakeTurns
+from sim.invariants.restarts import RestartPolicies
+from sim.invariants.serving import UpdateParallelism
 from sim.invariants.tasks import (
     TasksAreSpread,
     UpdatesKeepServing,
@@ -25,7 +25,7 @@ from sim.invariants.tasks import (
     slots_are_filled_once,
     tasks_move_forward,
 )
-from sim.invariants.writers import one_leader_writes, owners_speak_for_their_nodes, sessions_are_taken
+from sim.invariants.writers import one_leader_writes, session_owners_report, sessions_are_claimed
 from sim.links import Isolation, Uptime
 from sim.trace import Trace
 from skep.model.ids import NodeId, ServiceId, TaskId
@@ -49,27 +49,27 @@ class Observer:
     ) -> None:
         """
         Args:
-            calm_since: when the last fault was over; infinity while there is one.
+            calm_since: the end of the last fault; infinity while a fault is active.
             uptime: of node processes.
             manager_uptime: of manager processes.
             isolation: of nodes from all managers.
         """
         self.containers = Containers(uptime.since, isolation.since)
-        self.restarts = RestartsAsAsked()
-        self.books = BooksAreKept()
+        self.restarts = RestartPolicies()
+        self.caches = CachesMatchStore()
         self.acknowledgements = Acknowledgements()
-        """A rule as soon as there are users who keep it."""
+        """Added to the rules when there are simulated users."""
         self.traced: list[str] = []
         """The events before the first violation."""
-        self._truth = committed
+        self._committed = committed
         self._calm_since = calm_since
         self._trace = trace
         self.violations: list[str] = []
-        """In order of time."""
+        """In chronological order."""
         self.created: Counter[ServiceId] = Counter()
-        """How many tasks each service has been given."""
+        """Number of tasks created, per service."""
         self.started: Counter[ServiceId] = Counter()
-        """How many containers of each service were started."""
+        """Number of containers started, per service."""
         self.rules: list[Rule] = [
             tasks_move_forward,
             slots_are_filled_once,
@@ -77,20 +77,20 @@ class Observer:
             names_are_unique,
             nodes_are_not_overcommitted,
             one_leader_writes,
-            owners_speak_for_their_nodes,
-            sessions_are_taken,
+            session_owners_report,
+            sessions_are_claimed,
             TasksAreSpread(),
             UpdatesKeepServing(),
-            UpdatesTakeTurns(),
-            StopsHaveACause(),
-            NoFalseAlarm(calm_since, manager_uptime.began),
-            DecisionsStand(),
-            OneAttempt(),
-            PlacesAreKept(),
+            UpdateParallelism(),
+            UpdateStopsHaveCauses(),
+            NoFalseDown(calm_since, manager_uptime.began),
+            DecisionsAreStable(),
+            NoRedundantTasks(),
+            DisconnectPolicies(),
             global_jobs_run_once,
             self.containers,
             self.restarts,
-            HeldByOne(),
+            UniqueAllocations(),
             networks_are_apart,
         ]
         committed.watchers.append(self._check)
@@ -101,29 +101,29 @@ class Observer:
             found = [f"{time_s:.3f} s: {violation}" for violation in violations]
         except (
             Exception
-        ) as error:  # or it would be taken for a bug of the task, the store, that it was asked in
+        ) as error:  # otherwise it would look like a failure of the code in which the rule is evaluated
             found = [f"{time_s:.3f} s: a rule raised {type(error).__name__}: {error}"]
         if found and not self.violations:
             self.traced = self._trace.lines()
         self.violations += found
 
-    def look(self) -> None:
+    def check_durations(self) -> None:
         """Check the invariants on durations."""
-        now = self._truth.now()
-        self.note(now, self.containers.lasting(now, self._calm_since(), self._truth.view))
-        self.note(now, self.containers.outlasting(now, self._truth.view))
+        now = self._committed.now()
+        self.note(now, self.containers.lasting(now, self._calm_since(), self._committed.view))
+        self.note(now, self.containers.outlasting(now, self._committed.view))
 
-    # -- what machines tell: see node.ContainerWatcher ----------------------------------------------------------------
+    # -- events of containers: see node.ContainerWatcher --------------------------------------------------------------
 
     def container_started(self, node_id: NodeId, task: Task) -> None:
-        now = self._truth.now()
+        now = self._committed.now()
         self._trace.add(f"{node_id} starts task {task.id[:6]}")
         self.started[task.service_id] += 1
-        self.note(now, self.containers.started(node_id, task, now, self._truth.view))
+        self.note(now, self.containers.started(node_id, task, now, self._committed.view))
 
     def container_stopped(self, node_id: NodeId, task_id: TaskId) -> None:
         self._trace.add(f"{node_id} stops task {task_id[:6]}")
-        self.note(self._truth.now(), self.containers.stopped(node_id, task_id, self._truth.view))
+        self.note(self._committed.now(), self.containers.stopped(node_id, task_id, self._committed.view))
 
     def container_ended(self, node_id: NodeId, task_id: TaskId) -> None:
         self.containers.ended(task_id)

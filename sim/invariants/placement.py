@@ -1,4 +1,4 @@
-"""Rules on where tasks are: nodes that may have them, ports that one holds at a time, runs that each node has once."""
+"""Rules on placement: suitable nodes, host ports held by one container, runs of a global job once per node."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ def constraints_of(spec: ServiceSpec) -> tuple[str, ...]:
 
 
 def meets(constraints: Iterable[str], node: Node) -> bool:
-    """Whether ``node`` meets all ``constraints``, as far as users of the simulation write any."""
+    """Whether ``node`` meets all ``constraints`` of the kinds that simulated users write."""
     return all(_is_met(constraint, node) for constraint in constraints)
 
 
@@ -57,7 +57,7 @@ def host_ports(spec: ServiceSpec) -> frozenset[Port]:
 
 
 def port_violations(node_id: NodeId, task: Task, running: Iterable[Task], view: View) -> Iterable[str]:
-    """A container starts on a node: no other one that is ``running`` there holds a port of its."""
+    """Host ports of a container that starts on a node which another ``running`` one holds there."""
     service = view.lookup(Service, task.service_id)
     ports = host_ports(service.spec) if service is not None else frozenset[Port]()
     if not ports:
@@ -82,7 +82,7 @@ def global_jobs_run_once(change: Change, view: View) -> Iterable[str]:
 
 
 def completed_on(view: View, service: Service, iteration: Version | None) -> Counter[NodeId]:
-    """How many runs of a job's iteration are completed on each node."""
+    """Number of completed runs of a job's iteration, per node."""
     return Counter(
         task.node_id
         for task in view.find(Task, service_id=service.id)
@@ -90,8 +90,8 @@ def completed_on(view: View, service: Service, iteration: Version | None) -> Cou
     )
 
 
-def waits_in_vain(task: Task, service: Service, view: View) -> bool:
-    """Whether no node can take ``task``, which has none; of a global service: whether its own cannot."""
+def is_unplaceable(task: Task, service: Service, view: View) -> bool:
+    """Whether no node (for a global service: not its own node) can take ``task``."""
     return not any(
         _could_take(node, task, service, view)
         for node in view.find(Node)

@@ -11,10 +11,10 @@ from skep.store.state import State, differences
 def rest_violations(
     view: View, containers: Iterable[tuple[NodeId, Task]], kept: Iterable[tuple[NodeId, TaskId]] = ()
 ) -> Iterable[str]:
-    """Every container belongs to a task that is to run where it is, and the other way round.
+    """Every container belongs to a task that should run on its node, and every such task has a container.
 
     Args:
-        kept: tasks of which a node remembers anything; it forgets a task when the task's record is gone.
+        kept: tasks of which a node keeps state; it drops that when the task's record is deleted.
     """
     running = {task.id: node_id for node_id, task in containers}
     for id, node_id in running.items():
@@ -24,15 +24,15 @@ def rest_violations(
     for task in view.find(Task):
         is_up = task.status.state is TaskState.RUNNING and task.is_wanted
         if is_up and task.id not in running:
-            yield f"task {task.id} is said to run on {task.node_id} and does not"
+            yield f"task {task.id} is reported as running on {task.node_id} and does not run"
     for node_id, task_id in kept:
         task = view.lookup(Task, task_id)
         if task is None or task.node_id != node_id:
-            yield f"{node_id} keeps what is left of task {task_id}, which is not its own"
+            yield f"{node_id} keeps state of task {task_id}, which is not assigned to it"
 
 
 def replica_violations(manager: NodeId, replica: State, committed: State) -> Iterable[str]:
-    """A replica that has come to the last revision shows exactly what is committed."""
+    """A replica at the last revision equals the committed state."""
     if replica.revision < committed.revision:
         yield f"the replica of {manager} is at {replica.revision} of {committed.revision}"
         return

@@ -1,4 +1,4 @@
-"""A rule on restart policies: a task that ended gets a successor if its policy says so, and not otherwise."""
+"""A rule on restart policies: an ended task is replaced if its policy says so, and only then."""
 
 from collections.abc import Iterable
 from math import inf
@@ -14,11 +14,11 @@ from skep.store.interface import Created, Deleted, Updated, View
 
 BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
 SLACK_S = 5.0
-"""By as much later than the store a leader may have seen what a window is measured from."""
+"""A leader may observe the times of a restart window this much later than they were committed."""
 
 
 class _Begun(msgspec.Struct):
-    """One task of a slot, as the store has known it, deleted or not."""
+    """One task of a slot, kept after its deletion."""
 
     task: Task
     created_at: float
@@ -26,11 +26,12 @@ class _Begun(msgspec.Struct):
     ended_at: float = inf
 
 
-class RestartsAsAsked:
-    """Tasks of one slot and version of the spec follow each other as the policy says.
+class RestartPolicies:
+    """Tasks of one slot and version of the spec follow each other as the restart policy says.
 
-    Not more: nothing follows what is not to be restarted, nor more than ``max_attempts`` (within the window, of those
-    that one leader has seen).  Not less is asked of a cluster at rest: ``is_given_up``.  Jobs are not asked about.
+    Checked at commits: no task follows one that may not be restarted, and no more than ``max_attempts`` follow (within
+    the window, counting those of one leader).  That a restart is not missing is checked at rest, by ``is_given_up``.
+    Jobs are not checked.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class RestartsAsAsked:
                         del self._slots[key]
 
     def is_given_up(self, service: Service, key: int | NodeId) -> bool:
-        """Whether the last task of a slot ended, and its policy has had all that it asks for."""
+        """Whether the last task of a slot ended and its policy allows no further restart."""
         slot = self._slots.get(f"{service.id}/{key}", [])
         if not slot or not slot[-1].task.status.state.is_terminal:
             return False
@@ -72,7 +73,7 @@ class RestartsAsAsked:
         return sum(one.created_at > last.ended_at - window_s - SLACK_S for one in same) >= policy.max_attempts
 
     def given_up(self, service: Service) -> int:
-        """How many slots are given up."""
+        """Number of slots that are given up."""
         keys = [key.removeprefix(f"{service.id}/") for key in self._slots if key.startswith(f"{service.id}/")]
         return sum(self.is_given_up(service, NodeId(key)) for key in keys)
 
@@ -97,7 +98,7 @@ class RestartsAsAsked:
 
 
 def _is_final(policy: RestartPolicy, task: Task) -> bool:
-    """Whether what ended so is never restarted."""
+    """Whether the policy forbids a restart after this end."""
     match policy.condition:
         case RestartCondition.NONE:
             return True

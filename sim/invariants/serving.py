@@ -1,4 +1,4 @@
-"""No service serves with less than its update policy allows, whatever comes in the middle of an update."""
+"""A rule on updates: no more slots are out of service than the parallelism, whatever interrupts the update."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -14,16 +14,16 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Deleted, Updated, View
 
 
-class UpdatesTakeTurns:
-    """An update takes no slot out of service while as many as its parallelism are out already because of updates.
+class UpdateParallelism:
+    """An update takes no slot out of service while as many as its parallelism are already out because of updates.
 
-    A slot is out from when its running task is retired for one of another spec, until one runs in it again.  One whose
-    new task fails, or gets nowhere within the progress deadline, is out for that, and no longer because of the update.
+    A slot is out of service from the retirement of its running task for one of another spec until a task runs in it
+    again.  It no longer counts when its new task has failed or missed the progress deadline.
     """
 
     def __init__(self) -> None:
         self._out: defaultdict[ServiceId, dict[int, float]] = defaultdict(dict)
-        """Slots that are out, and since when."""
+        """Slots that are out of service, and the times of their retirement."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -51,7 +51,7 @@ class UpdatesTakeTurns:
 
 
 def _is_taken_out(old: Task, new: Task, view: View) -> bool:
-    """Whether nothing but an update has just taken the only running task of the slot away."""
+    """Whether the only running task of the slot was just retired, for no other reason than an update."""
     is_retired = old.is_wanted and new.desired_state is TaskState.SHUTDOWN
     if not is_retired or new.status.state is not TaskState.RUNNING:
         return False
@@ -62,9 +62,9 @@ def _is_taken_out(old: Task, new: Task, view: View) -> bool:
         return False
     if not meets(constraints_of(service.spec), node):
         return False
-    heirs = [one for one in view.find(Task, slot=f"{service.id}/{new.slot}") if one.is_wanted]
-    runs_on = any(heir.status.state is TaskState.RUNNING for heir in heirs)
-    return not runs_on and any(heir.spec != new.spec for heir in heirs)
+    successors = [one for one in view.find(Task, slot=f"{service.id}/{new.slot}") if one.is_wanted]
+    runs_on = any(successor.status.state is TaskState.RUNNING for successor in successors)
+    return not runs_on and any(successor.spec != new.spec for successor in successors)
 
 
 def _config(service: Service) -> UpdateConfig:

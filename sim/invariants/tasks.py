@@ -1,4 +1,4 @@
-"""Rules on tasks and services that one commit can break."""
+"""Rules on tasks and services that a single commit can violate."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from skep.store.updates import DEADLINE_S
 
 
 def tasks_move_forward(change: Change, view: View) -> Iterable[str]:
-    """States only move forward; a task is placed once, and keeps its slot."""
+    """States only move forward; a task is assigned once, and keeps its slot."""
     for event in change.events:
         match event:
             case Updated(Task() as old, Task() as new):
@@ -34,9 +34,9 @@ def _transition_violations(old: Task, new: Task) -> Iterable[str]:
 
 
 def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
-    """A slot (of a job: in each iteration) has one task that is to run, and beside it one at most that is to follow.
+    """A slot (of a job: in each iteration) has one task with desired state running, and at most one in reserve.
 
-    Both are to run while an update starts the new one first.
+    With start-first both may have desired state running during an update.
     """
     for event in change.events:
         match event:
@@ -52,7 +52,7 @@ def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
 
 
 def jobs_keep_within_bounds(change: Change, view: View) -> Iterable[str]:
-    """Of a job no more tasks are under way than may be at a time."""
+    """No more tasks of a job are active than its ``MaxConcurrent``."""
     for event in change.events:
         match event:
             case Created(Task() as task) if task.job_iteration is not None:
@@ -70,7 +70,7 @@ def jobs_keep_within_bounds(change: Change, view: View) -> Iterable[str]:
 
 
 def names_are_unique(change: Change, view: View) -> Iterable[str]:
-    """No two services that were not removed have one name."""
+    """No two services that are not removed have the same name."""
     for event in change.events:
         match event:
             case Created(Service() as service) | Updated(_, Service() as service):
@@ -80,7 +80,7 @@ def names_are_unique(change: Change, view: View) -> Iterable[str]:
 
 
 def nodes_are_not_overcommitted(change: Change, view: View) -> Iterable[str]:
-    """No node has more reserved than it has, or more copies of a service than allowed."""
+    """No node has more resources reserved than it has, or more replicas of a service than allowed."""
     for event in change.events:
         match event:
             case Updated(Task() as old, Task() as new) if new.node_id != old.node_id:
@@ -104,9 +104,10 @@ def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
 
 
 class TasksAreSpread:
-    """While all nodes are as they were, a task goes where the fewest tasks of its service are.
+    """While no node changes, a task is assigned to a node with the fewest tasks of its service.
 
-    One more is allowed: the leader may not know of the last end yet.  What is in its own slot goes when it runs.
+    One more is allowed: the leader's replica may not show the last end yet.  The old task of its own slot does not
+    count: it is retired when the new one runs.
     """
 
     QUIET_S = 5.0
@@ -115,7 +116,7 @@ class TasksAreSpread:
     def __init__(self) -> None:
         self._changed_at = 0.0
         self._failed: set[ServiceId] = set()
-        """Services of which a task has failed anywhere: its node is avoided, also when its record is gone."""
+        """Services with a failed task: its node is avoided even after the task's record is deleted."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -143,7 +144,7 @@ class TasksAreSpread:
             or service is None
             or host_ports(service.spec)
         ):
-            return  # other reasons count too
+            return  # the spread is not the only criterion
         others = [one for one in view.find(Task, service_id=task.service_id) if one.id != task.id]
         if task.service_id in self._failed:
             return  # nodes where tasks failed are avoided
@@ -159,10 +160,10 @@ class TasksAreSpread:
 
 
 class UpdatesKeepServing:
-    """With start-first, the only running task of a slot is not retired while another is to take its place.
+    """With start-first, the only running task of a slot is not retired before its replacement runs.
 
-    One that has run for less than ``KNOWN_S``, or on a node that is back for less, may be: the leader decides before it
-    knows, and its disk may be slow.
+    A task that has run for less than ``KNOWN_S``, or on a node that is back for less, may be retired: the leader's
+    replica may not show it yet, and its disk may be slow.
     """
 
     KNOWN_S = DEADLINE_S
@@ -189,17 +190,23 @@ class UpdatesKeepServing:
         if service is None or service.removed_at is not None or not always_starts_first(service):
             return
         if new.desired_state is TaskState.REMOVE:
-            return  # the whole slot goes, one task after the other
+            return  # the whole slot is removed, one task after the other
         if new.status.state is not TaskState.RUNNING or node is None or not _takes_tasks(node):
             return
         slot = view.find(Task, slot=f"{new.service_id}/{new.slot or new.node_id}")
-        heirs = [one for one in slot if one.is_wanted]
-        differs = any(heir.spec != new.spec for heir in heirs)
-        refused = any(heir.status.state is TaskState.PENDING and heir.status.err for heir in heirs)
+        successors = [one for one in slot if one.is_wanted]
+        differs = any(successor.spec != new.spec for successor in successors)
+        refused = any(
+            successor.status.state is TaskState.PENDING and successor.status.err for successor in successors
+        )
         if refused or not meets(constraints_of(service.spec), node):
-            return  # it takes the room that its heir needs, or may not stay
-        if heirs and differs and not any(heir.status.state is TaskState.RUNNING for heir in heirs):
-            yield f"task {new.id} was stopped before {[heir.id for heir in heirs]} ran"
+            return  # its replacement needs its resources, or its node no longer meets the constraints
+        if (
+            successors
+            and differs
+            and not any(successor.status.state is TaskState.RUNNING for successor in successors)
+        ):
+            yield f"task {new.id} was stopped before {[successor.id for successor in successors]} ran"
 
 
 def may_start_first(service: Service) -> bool:

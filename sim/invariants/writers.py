@@ -1,4 +1,4 @@
-"""Rules on who writes: the leader's objects only by the leader, what a node says only by the owner of its session."""
+"""Rules on writers: only the leader writes heads of tasks, only the owner of a node's session writes its reports."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from skep.store.keys import HEAD, parsed_object_key
 
 
 def one_leader_writes(change: Change, view: View) -> Iterable[str]:
-    """A task's head is written by the leader alone, deletion included."""
+    """Only the leader writes or deletes the head of a task."""
     for written in change.keys:
         if written.key.startswith("o/task/") and change.origin != change.leader:
             _, id, part = parsed_object_key(written.key)
@@ -18,25 +18,25 @@ def one_leader_writes(change: Change, view: View) -> Iterable[str]:
                 yield f"{change.origin} wrote task {id}, while {change.leader} leads"
 
 
-def owners_speak_for_their_nodes(change: Change, view: View) -> Iterable[str]:
-    """What a node reports is written by the manager that has its session, and so is that it is down."""
+def session_owners_report(change: Change, view: View) -> Iterable[str]:
+    """Only the manager that has a node's session writes the node's reports, and that it is down."""
     for event in change.events:
         match event:
             case Updated(Task() as old, Task() as new) if _is_report(old, new):
                 node = view.lookup(Node, new.node_id)
                 owner = node.session.manager_id if node is not None and node.session is not None else None
                 if owner != change.origin:
-                    yield f"{change.origin} wrote what {new.node_id} said of {new.id}; its session is {owner}'s"
+                    yield f"{change.origin} wrote a report of {new.node_id} on {new.id}; {owner} has its session"
             case Updated(Node() as before, Node() as after) if (
                 after.status.state is NodeState.DOWN and before.status.state is not NodeState.DOWN
             ):
                 owner = after.session.manager_id if after.session is not None else None
                 if owner != change.origin:
-                    yield f"{change.origin} judged {after.id}, whose session is {owner}'s"
+                    yield f"{change.origin} marked {after.id} down; {owner} has its session"
 
 
-def sessions_are_taken(change: Change, view: View) -> Iterable[str]:
-    """A manager takes sessions for itself; none is given away or taken away."""
+def sessions_are_claimed(change: Change, view: View) -> Iterable[str]:
+    """A manager writes only itself as the owner of a session."""
     for event in change.events:
         match event:
             case Updated(Node() as before, Node() as after) if before.session != after.session:
@@ -46,7 +46,7 @@ def sessions_are_taken(change: Change, view: View) -> Iterable[str]:
 
 
 def _is_report(old: Task, new: Task) -> bool:
-    """Whether the change is one that only the task's node can tell."""
+    """Whether the change is a report of the task's node."""
     return (
         old.status != new.status
         and bool(old.node_id)

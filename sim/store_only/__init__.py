@@ -1,1 +1,1 @@
-"""The store alone: managers that are nothing but their store, users of keys, and what breaks."""
+"""Simulation of the store only: managers that consist of their store, users of keys, and faults."""

@@ -1,4 +1,4 @@
-"""Random faults below the stores, and their end."""
+"""Random faults of the etcd members and links below the stores."""
 
 from collections.abc import Callable
 from functools import partial
@@ -50,14 +50,14 @@ class Faults:
     def _end(self, now: float) -> None:
         for one in [one for one in self._lasting if one[0] <= now]:
             self._lasting.remove(one)
-            self._run.tell(f"fault: end of {one[1]}")
+            self._run.log(f"fault: end of {one[1]}")
             one[2]()
 
     def _begin(self, name: str, undo: Callable[[], None], hits: NodeId | None = None) -> None:
         lasts_s = self._random.choice(LASTS_S) * self._random.uniform(0.5, 1.5)
         if hits is not None:
             self._hit.add(hits)
-        self._run.tell(f"fault: {name} for {lasts_s:.2f} s")
+        self._run.log(f"fault: {name} for {lasts_s:.2f} s")
 
         def ended() -> None:
             if hits is not None:
@@ -67,8 +67,8 @@ class Faults:
         self._lasting.append((self._run.loop.time() + lasts_s, name, ended))
 
     def _victim(self) -> NodeId | None:
-        well = [id for id in self._run.ids if id not in self._hit]
-        return self._random.choice(well) if well else None
+        healthy = [id for id in self._run.ids if id not in self._hit]
+        return self._random.choice(healthy) if healthy else None
 
     def _crash(self) -> None:
         if id := self._victim():
@@ -80,11 +80,11 @@ class Faults:
 
     def _reset_connections(self) -> None:
         if id := self._victim():
-            self._run.tell(f"fault: connections of {id} are reset")
+            self._run.log(f"fault: connections of {id} are reset")
             self._raft.reset_connections(id)
 
     def _hang(self) -> None:
-        """Mostly of the leader, which keeps its office."""
+        """Mostly of the leader, which stays leader."""
         leads = self._raft.current
         id = leads.member.id if leads is not None and self._random.random() < 0.8 else self._victim()
         if id is None or id in self._hit or self._raft.members[id].held is not None:
@@ -141,19 +141,19 @@ class Faults:
         old = self._raft.current.member
         others = [id for id in self._run.ids if id != old.id and self._raft.members[id].is_running]
         if others and self._raft.transfer(self._random.choice(others)):
-            self._run.tell("fault: leadership moves")
+            self._run.log("fault: leadership moves")
             if self._random.random() < 0.7:
-                old.deaf_until = self._run.loop.time() + self._random.uniform(0.2, 2.0)
+                old.stale_until = self._run.loop.time() + self._random.uniform(0.2, 2.0)
 
     def _compact(self) -> None:
         revision = self._raft.kv.revision - self._random.choice((0, 0, 5, 20))
-        self._run.tell(f"fault: compaction at {revision}")
+        self._run.log(f"fault: compaction at {revision}")
         self._raft.kv.compact(revision)
 
     def _rotate(self) -> None:
-        """Not a fault: somebody asks for a new data key."""
+        """Not a fault: a request for a new data key."""
         for manager in self._run.managers.values():
             if manager.store is not None:
-                self._run.tell("user: another data key")
+                self._run.log("user: another data key")
                 self._run.request(manager.store.rotate_data_key())
                 return

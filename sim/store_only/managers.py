@@ -1,4 +1,4 @@
-"""Managers that are nothing but their store, with a leader's loop and a watcher on it."""
+"""Managers that consist of their store, with one control loop and one watcher on it."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -17,12 +17,12 @@ from skep.store.kinds import Payload
 
 WRAPPING_KEY = bytes(32)
 WANT = "want-"
-"""Payloads with this name get a number from the leader, each another one."""
+"""Payloads with this prefix get a unique number from the leader."""
 RETRY_S = 0.25
 
 
 class Manager:
-    """One manager: its store, its leader's loop, a watcher."""
+    """One manager: its store, its control loop while it leads, a watcher."""
 
     def __init__(
         self,
@@ -84,9 +84,9 @@ class Manager:
 
 
 class Numbers:
-    """Gives each payload that wants one the lowest number that nobody holds; remembers who does, as the allocator.
+    """Allocates the lowest free number to each payload that needs one; caches the holders, as the allocator does.
 
-    Like there, one whose write has failed waits a moment while the others go on.
+    As there, a payload whose write failed is retried later while the others continue.
     """
 
     def __init__(self, term: Term, clock: VirtualClock) -> None:
@@ -95,13 +95,13 @@ class Numbers:
         self._held: dict[str, bytes] = {}
         self._not_before: dict[str, float] = {}
         self._given: set[str] = set()
-        """Not looked at again, as the allocator goes on with the next one, whatever the store shows."""
+        """Payloads that are not considered again, whatever the store shows, as in the allocator."""
 
     async def allocate_all(self) -> None:
-        """Until nobody wants.  Raises: NotLeader."""
+        """Allocate until every payload has a number.  Raises: NotLeader."""
         for one in self._term.view().find(Payload):
             if one.id.startswith(WANT):
-                self._look_again(one.id)
+                self._refresh(one.id)
         while wanting := self._wanting():
             now = self._clock.monotonic()
             due = [id for id in wanting if self._not_before.get(id, 0.0) <= now]
@@ -118,7 +118,7 @@ class Numbers:
                 self._not_before[id] = self._clock.monotonic() + RETRY_S
             else:
                 self._given.add(id)
-            self._look_again(id)
+            self._refresh(id)
 
     def _wanting(self) -> list[str]:
         payloads = self._term.view().find(Payload)
@@ -128,8 +128,8 @@ class Numbers:
             if one.id.startswith(WANT) and not one.data and one.id not in self._given
         ]
 
-    def _look_again(self, id: str) -> None:
-        """What the store shows is held; what it does not show is not."""
+    def _refresh(self, id: str) -> None:
+        """Update the cached number of ``id`` from the store."""
         self._held.pop(id, None)
         found = self._term.view().lookup(Payload, id)
         if found is not None and found.data:
@@ -141,7 +141,7 @@ class Numbers:
 
 
 class Watcher:
-    """Follows a manager's watch: each change continues what was there before, and nothing is left out."""
+    """Consumes a manager's watch: each event must continue from the state before it, and none may be missing."""
 
     def __init__(self, note: Callable[[Iterable[str]], None], id: NodeId) -> None:
         self._note = note
@@ -149,7 +149,7 @@ class Watcher:
         self._known: dict[str, Payload] = {}
 
     async def run(self, store: EtcdStore) -> None:
-        """Follow until cancelled."""
+        """Consume the watch until cancelled."""
         while True:
             try:
                 async with store.watch(Payload) as watch:
@@ -160,7 +160,7 @@ class Watcher:
                 continue
 
     def differences(self, view: View) -> Iterable[str]:
-        """What it does not know, of what there is."""
+        """Differences between the events consumed and ``view``."""
         present = {one.id: one for one in view.find(Payload)}
         for id in sorted(present.keys() | self._known.keys()):
             if present.get(id) != self._known.get(id):
@@ -180,7 +180,7 @@ class Watcher:
 
     def _is(self, id: str, expected: Payload | None) -> Iterable[str]:
         if self._known.get(id) != expected:
-            yield f"the watch of {self._id} says that {id} was {expected}, and it was {self._known.get(id)}"
+            yield f"the watch of {self._id} has {expected} as the old value of {id}, which was {self._known.get(id)}"
 
 
 def given(tx: Transaction, id: str, number: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What users ask of registers, the values of some keys, and are answered."""
+"""Operations of users on registers, which are the values of some keys, and their results."""
 
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
@@ -14,39 +14,39 @@ from skep.store.kinds import Payload
 
 
 class Registers:
-    """What users asked of the registers and were answered."""
+    """The history of operations on the registers."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._operations: dict[str, list[Operation]] = defaultdict(list)
 
     async def swapped(self, key: str, value: bytes, work: Awaitable[bytes | None]) -> None:
-        asked = Operation(self._now(), inf, writes=value.decode(), is_write=True)
-        await self._answered(key, asked, work)
+        operation = Operation(self._now(), inf, writes=value.decode(), is_write=True)
+        await self._finished(key, operation, work)
 
     async def swapped_each(self, items: list[tuple[str, bytes]], work: Awaitable[Any]) -> None:
         began = self._now()
         outcomes = await work
         for (key, value), outcome in zip(items, outcomes, strict=True):
-            asked = Operation(began, inf, writes=value.decode(), is_write=True)
-            self._note(key, asked, outcome)
+            operation = Operation(began, inf, writes=value.decode(), is_write=True)
+            self._note(key, operation, outcome)
 
     async def compared(self, key: str, expected: bytes, value: bytes, work: Awaitable[bytes | None]) -> None:
-        asked = Operation(
+        operation = Operation(
             self._now(), inf, expects=expected.decode(), is_seen=True, writes=value.decode(), is_write=True
         )
         try:
             await work
         except _IsAnother as error:
             seen = error.value.decode() if error.value is not None else None
-            self._operations[key].append(Operation(asked.began, self._now(), expects=seen, is_seen=True))
+            self._operations[key].append(Operation(operation.began, self._now(), expects=seen, is_seen=True))
         except SkepError:
-            self._operations[key].append(asked)
+            self._operations[key].append(operation)
         else:
-            self._operations[key].append(replace(asked, returned=self._now()))
+            self._operations[key].append(replace(operation, returned=self._now()))
 
     async def deleted(self, key: str, work: Awaitable[bytes | None]) -> None:
-        """A deletion whose answer was lost may be settled by another one of the same: what it found is not asked."""
+        """The removed value is not recorded: after a lost response a retry may have removed another one."""
         began = self._now()
         try:
             await work
@@ -62,30 +62,32 @@ class Registers:
         self._operations[key].append(Operation(began, self._now(), expects=seen, is_seen=True))
 
     def violations(self) -> Iterable[str]:
-        """Registers whose answers have no order."""
+        """Registers whose history is not linearizable."""
         for key, operations in sorted(self._operations.items()):
             seen = {one.expects for one in operations if one.is_seen}
-            # What nobody has ever seen need not have happened.
-            told = [one for one in operations if one.returned < inf or one.writes in seen]
-            if not is_linearizable(told):
-                yield f"what was answered about {key} has no order: {told}"
+            # An operation of unknown outcome whose value was never read need not have taken effect.
+            relevant = [one for one in operations if one.returned < inf or one.writes in seen]
+            if not is_linearizable(relevant):
+                yield f"the operations on {key} are not linearizable: {relevant}"
 
-    async def _answered(self, key: str, asked: Operation, work: Awaitable[bytes | None]) -> None:
+    async def _finished(self, key: str, operation: Operation, work: Awaitable[bytes | None]) -> None:
         try:
             outcome: bytes | SkepError | None = await work
         except SkepError as error:
             outcome = error
-        self._note(key, asked, outcome)
+        self._note(key, operation, outcome)
 
-    def _note(self, key: str, asked: Operation, outcome: bytes | SkepError | None) -> None:
+    def _note(self, key: str, operation: Operation, outcome: bytes | SkepError | None) -> None:
         match outcome:
             case NotFound():
-                self._operations[key].append(Operation(asked.began, self._now(), is_seen=True))
+                self._operations[key].append(Operation(operation.began, self._now(), is_seen=True))
             case SkepError():
-                self._operations[key].append(asked)
+                self._operations[key].append(operation)
             case before:
                 seen = before.decode() if before is not None else None
-                self._operations[key].append(replace(asked, returned=self._now(), expects=seen, is_seen=True))
+                self._operations[key].append(
+                    replace(operation, returned=self._now(), expects=seen, is_seen=True)
+                )
 
 
 class _IsAnother(FailedPrecondition):

@@ -85,7 +85,7 @@ def simulate(seed: int, steps: int = STEPS) -> RunResult:
 
 
 class StoreRun:
-    """The stores of some managers, their users, and faults."""
+    """One run: managers, users and faults."""
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
@@ -107,7 +107,7 @@ class StoreRun:
         self._requests: set[asyncio.Task[None]] = set()
         self._numbers = count(1)
         self._term = 0
-        """Raft's, of the latest leader's record."""
+        """The raft term of the last leader record."""
 
     def simulate(self, steps: int) -> None:
         """Users and faults for some steps; then all faults end, and all checks must pass."""
@@ -115,7 +115,7 @@ class StoreRun:
         for id in self.ids:
             self.raft.add(id)
             self.raft.start(id)
-        self.do(self._found())
+        self.do(self._initialize())
         for id in self.ids:
             self._start(id)
         faults = Faults(self)
@@ -129,7 +129,7 @@ class StoreRun:
             if self.violations:
                 return
         faults.heal()
-        self._become_well()
+        self._wait_healthy()
         if not self.violations and self.random.random() < SLOW_RUNS:
             self._slow_for_long()
         self._finish()
@@ -138,7 +138,7 @@ class StoreRun:
         self.note(
             f"{value!r} was written {times} times" for value, times in self.written.items() if times > 1
         )
-        self.do(self._look_at_all())
+        self.do(self._check_all())
 
     def end(self) -> None:
         """End everything that runs."""
@@ -159,7 +159,7 @@ class StoreRun:
         manager.task = self.loop.create_task(manager.run(), name=id)
 
     def crash(self, id: NodeId) -> Callable[[], None]:
-        """kill -9 of a manager with its member; gives what starts both again."""
+        """kill -9 of a manager with its member; returns a function that starts both again."""
         manager = self.managers.pop(id)
         self.raft.crash(id)
         assert manager.task is not None, "it was started"
@@ -172,14 +172,14 @@ class StoreRun:
         return start
 
     def restart_member(self, id: NodeId) -> Callable[[], None]:
-        """kill -9 of a member alone: its manager lives on; gives what starts it again, showing less at first."""
+        """kill -9 of a member without its manager; returns a function that restarts it, with less applied at first."""
         self.raft.crash(id)
         return lambda: self.raft.start(id, less=self.random.choice((0, 3, 20)))
 
     def _clock_of(self, id: NodeId) -> VirtualClock:
         return VirtualClock(self.loop, wait_running=lambda: self.links.wait_thawed(id))
 
-    async def _found(self) -> None:
+    async def _initialize(self) -> None:
         first = self.ids[0]
         client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
         await self.raft.wait_readable(self.raft.members[first])
@@ -192,22 +192,22 @@ class StoreRun:
 
     def _begin(self) -> None:
         """Begin a random request."""
-        deeds = (
+        actions = (
             *(self._swap,) * 4,
             *(self._read,) * 3,
             *(self._compare, self._delete, self._swap_each, self._want, self._want),
             *(self._attach, self._detach, self._remove_network),
         )
-        self.request(self.random.choice(deeds)())
+        self.request(self.random.choice(actions)())
 
     def request(self, work: Awaitable[None]) -> None:
-        """Somebody asks, and bears whatever is answered."""
+        """Start a request whose expected errors are ignored."""
         task = self.loop.create_task(_without_errors(work), name="user")
         self._requests.add(task)
         task.add_done_callback(self._requests.discard)
 
     def _store(self) -> EtcdStore:
-        """Raises: Unavailable."""
+        """A random store.  Raises: Unavailable: no manager serves."""
         stores = [manager.store for manager in self.managers.values() if manager.store is not None]
         if not stores:
             raise Unavailable("no manager serves")
@@ -242,7 +242,7 @@ class StoreRun:
         self.registers.read(key, began, found.data if found is not None else None)
 
     async def _want(self) -> None:
-        """Several at once ask for a number."""
+        """One or two payloads at once need a number."""
         store = self._store()
         names = [f"{WANT}{next(self._numbers)}" for _ in range(self.random.choice((1, 2)))]
         await store.update_each(lambda tx, name: tx.put(Payload(id=name)), names)
@@ -264,7 +264,7 @@ class StoreRun:
             await store.update(_without, tasks[0].id)
 
     async def _remove_network(self) -> None:
-        """Or make it again, if it was removed."""
+        """Remove a network with its tasks, or create it again if it was removed."""
         id, store = NetworkId(self.random.choice(NETWORKS)), self._store()
         for task in store.view().find(Task):
             if task.spec.networks[0].target == id:
@@ -277,19 +277,19 @@ class StoreRun:
     def _value(self) -> bytes:
         return b"v%d" % next(self._numbers)
 
-    # -- what must hold ------------------------------------------------------------------------------------------------
+    # -- invariants ----------------------------------------------------------------------------------------------------
 
     def note(self, violations: Iterable[str]) -> None:
         """Record a violation."""
         self.violations += [f"{self.loop.time():.3f} s: {violation}" for violation in violations]
 
-    def tell(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Record an event."""
         self.trace.append(f"{self.loop.time():9.3f}  {text}")
 
     def _committed(self, change: Change, view: View) -> None:
-        told = [one.key for one in change.keys if not one.key.startswith(("w/", "r/"))]
-        self.tell(f"r{change.revision} by {change.origin}: {' '.join(told)}")
+        written = [one.key for one in change.keys if not one.key.startswith(("w/", "r/"))]
+        self.log(f"r{change.revision} by {change.origin}: {' '.join(written)}")
         for one in change.keys:
             if one.key == LEADER and one.value is not None:
                 self.note(self._term_violations(msgspec.json.decode(one.value, type=LeaderRecord)))
@@ -316,19 +316,19 @@ class StoreRun:
             yield f"{record.node} leads in term {record.term}, after term {self._term}"
         self._term = record.term
 
-    def _become_well(self) -> None:
-        """Let time pass until all is as it should be; too long is a violation."""
+    def _wait_healthy(self) -> None:
+        """Let time pass until all managers are healthy; a timeout is a violation."""
         until = self.loop.time() + LED_S
-        while lacking := list(self._unwell()):
+        while lacking := list(self._unhealthy()):
             if self.loop.time() > until:
                 self.note(lacking)
                 return
             self.run_for(LOOK_S)
 
-    def _unwell(self) -> Iterable[str]:
-        """What is not as it should be once all is healed."""
+    def _unhealthy(self) -> Iterable[str]:
+        """What is missing after the end of all faults."""
         if not any(manager.leads for manager in self.managers.values()):
-            yield f"nobody leads {LED_S} s after all was healed"
+            yield f"no leader {LED_S} s after the end of all faults"
         if silent := [id for id, manager in self.managers.items() if manager.store is None]:
             yield f"{silent} serve nothing"
         view = self.committed.view
@@ -336,9 +336,9 @@ class StoreRun:
             yield f"{waiting} have no number"
 
     def _slow_for_long(self) -> None:
-        """Every disk is slow, perhaps the leader is lost: what is written is written, and somebody leads."""
+        """Make every disk slow for a while; writes must still be committed and numbers allocated."""
         took_s = self.random.choice(SLOWNESS_S)
-        self.tell(f"fault: every entry takes {took_s} s")
+        self.log(f"fault: every entry takes {took_s} s")
         for member in self.raft.members.values():
             member.stall_s = took_s
         before = {one.id for one in self.committed.view.find(Payload)}
@@ -353,10 +353,10 @@ class StoreRun:
             self.note([f"no number was given in {SLOW_FOR_S} s, though an entry takes only {took_s} s"])
         for member in self.raft.members.values():
             member.stall_s = 0.0
-        self._become_well()
+        self._wait_healthy()
 
     def _finish(self) -> None:
-        """Every request ends, and everybody can write and read."""
+        """Wait for all requests, and check that every manager can write and read."""
         self.do(self._ended())
         for id in self.ids:
             store = self.managers[id].store
@@ -378,8 +378,8 @@ class StoreRun:
         while self._requests:
             await asyncio.wait(self._requests)
 
-    async def _look_at_all(self) -> None:
-        """Replicas and watchers show what is committed; what is kept of writes on their way is nothing."""
+    async def _check_all(self) -> None:
+        """Check that replicas and watchers match the committed state, and that no state of finished writes is left."""
         for id in self.ids:
             manager = self.managers[id]
             if manager.store is None:
@@ -399,7 +399,7 @@ class StoreRun:
         self.do(asyncio.sleep(seconds))
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
-        """Let time pass until ``work`` is done.  Raises: what it, or a manager meanwhile, raised."""
+        """Let time pass until ``work`` is done.  Raises: the error of ``work``, or of a manager meanwhile."""
         result = self.loop.run_until_complete(work)
         for manager in self.managers.values():
             if manager.task is not None and manager.task.done():

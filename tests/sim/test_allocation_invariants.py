@@ -3,8 +3,8 @@
 import pytest
 from msgspec.structs import replace
 
-from sim.invariants.allocations import VXLAN, HeldByOne, allocation_violations, networks_are_apart
-from sim.invariants.restarts import RestartsAsAsked
+from sim.invariants.allocations import VXLAN, UniqueAllocations, allocation_violations, networks_are_apart
+from sim.invariants.restarts import RestartPolicies
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
@@ -40,7 +40,7 @@ def at(task: Task, address: str, network: str = "x1") -> Task:
 
 
 def test_an_address_has_one_holder() -> None:
-    history = History(HeldByOne())
+    history = History(UniqueAllocations())
     history.put(at(a_task("t1"), "10.0.0.2/24"), at(a_task("t2", slot=2), "10.0.0.3/24"))
     history.put(at(a_task("t3", slot=3), "10.0.0.3/24", "x2"))
     assert history.violations == []
@@ -49,7 +49,7 @@ def test_an_address_has_one_holder() -> None:
 
 
 def test_an_address_is_free_when_its_task_has_ended() -> None:
-    history = History(HeldByOne())
+    history = History(UniqueAllocations())
     history.put(at(a_task("t1", node=W1), "10.0.0.2/24"))
     history.put(at(a_task("t1", node=W1, state=TaskState.FAILED), "10.0.0.2/24"))
     history.put(at(a_task("t2"), "10.0.0.2/24"))
@@ -57,7 +57,7 @@ def test_an_address_is_free_when_its_task_has_ended() -> None:
 
 
 def test_a_virtual_address_a_nodes_own_and_a_port_have_one_holder(monkeypatch: pytest.MonkeyPatch) -> None:
-    history = History(HeldByOne())
+    history = History(UniqueAllocations())
     virtual = (EndpointVirtualIP(network_id=NET, addr="10.0.0.2/24"),)
     port = PortConfig(target_port=80, published_port=30000, publish_mode=PublishMode.INGRESS)
     history.put(replace(a_service(), endpoint=Endpoint(virtual_ips=virtual, ports=(port,))))
@@ -100,7 +100,7 @@ def simulated(
     policy: RestartPolicy, state: TaskState, times: int, *, apart_s: float = 1.0
 ) -> tuple[list[str], bool]:
     """A slot whose task ends ``times`` times (or once, for good): what was wrong, and whether it is given up."""
-    history = History(rule := RestartsAsAsked())
+    history = History(rule := RestartPolicies())
     spec = a_service_spec(restart=policy)
     service = replace(a_service(), spec=spec)
     history.put(service)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from sim.cluster import TIMERS_MAX, SimulatedCluster
-from sim.invariants.bookkeeping import book_differences
+from sim.invariants.bookkeeping import cache_differences
 from sim.manager import SimulatedManager
 from skep.manager.allocator.loop import Allocator
 from skep.manager.orchestrator.loop import Orchestrator
@@ -35,7 +35,7 @@ def cluster() -> Iterator[SimulatedCluster]:
 
 def told(cluster: SimulatedCluster) -> list[str]:
     manager = cluster.running_managers[M1]
-    return list(book_differences(manager.loops, cluster.view))
+    return list(cache_differences(manager.loops, cluster.view))
 
 
 def test_books_at_rest_are_as_the_store_has_them_and_nothing_is_left_over(cluster: SimulatedCluster) -> None:

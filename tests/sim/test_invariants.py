@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from sim.invariants.acknowledgements import Acknowledgements
-from sim.invariants.liveness import NoFalseAlarm, lease_violations
+from sim.invariants.liveness import NoFalseDown, lease_violations
 from sim.invariants.quiescence import replica_violations, rest_violations
 from sim.invariants.tasks import (
     TasksAreSpread,
@@ -15,7 +15,7 @@ from sim.invariants.tasks import (
     slots_are_filled_once,
     tasks_move_forward,
 )
-from sim.invariants.writers import one_leader_writes, owners_speak_for_their_nodes, sessions_are_taken
+from sim.invariants.writers import one_leader_writes, session_owners_report, sessions_are_claimed
 from skep.model.ids import ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.node import NodeState
@@ -149,23 +149,23 @@ def test_a_task_written_by_who_does_not_lead_is_rejected() -> None:
 
 
 def test_a_report_by_who_has_not_the_session_is_rejected() -> None:
-    history = History(owners_speak_for_their_nodes)
+    history = History(session_owners_report)
     history.put(a_node(W1, owner=OTHER), a_task("t1", node="w1", state=TaskState.ASSIGNED))
     history.put(a_task("t1", node="w1", state=TaskState.ACCEPTED), by=OTHER)
     assert history.violations == []
     history.put(a_task("t1", node="w1", state=TaskState.RUNNING), by=LEADER)
-    assert history.violations == ["m1 wrote what w1 said of t1; its session is m2's"]
+    assert history.violations == ["m1 wrote a report of w1 on t1; m2 has its session"]
 
 
 def test_a_node_judged_by_who_has_not_the_session_is_rejected() -> None:
-    history = History(owners_speak_for_their_nodes)
+    history = History(session_owners_report)
     history.put(a_node(W1, owner=OTHER))
     history.put(a_node(W1, owner=OTHER, state=NodeState.DOWN), by=LEADER)
-    assert history.violations == ["m1 judged w1, whose session is m2's"]
+    assert history.violations == ["m1 marked w1 down; m2 has its session"]
 
 
 def test_a_session_that_is_given_away_is_rejected() -> None:
-    history = History(sessions_are_taken)
+    history = History(sessions_are_claimed)
     history.put(a_node(W1, owner=OTHER))
     history.put(a_node(W1, owner=LEADER, session="s2"), by=LEADER)
     assert history.violations == []
@@ -174,20 +174,20 @@ def test_a_session_that_is_given_away_is_rejected() -> None:
 
 
 def test_a_node_called_down_without_a_fault_is_rejected() -> None:
-    history = History(NoFalseAlarm(lambda: 90.0, lambda manager: 0.0))
+    history = History(NoFalseDown(lambda: 90.0, lambda manager: 0.0))
     history.put(a_node(W1), a_node(W2))
     history.put(a_node(W1, state=NodeState.DOWN))
     assert history.violations == [], "something was wrong ten seconds ago"
     history.after(10).put(a_node(W2, state=NodeState.DOWN))
-    assert history.violations == ["w2 was called down after 20.0 s without a fault"]
+    assert history.violations == ["w2 was marked down after 20.0 s without a fault"]
 
 
 def test_a_node_called_down_by_a_manager_that_has_just_begun_is_rejected() -> None:
-    history = History(NoFalseAlarm(lambda: 99.0, lambda manager: 99.0))
+    history = History(NoFalseDown(lambda: 99.0, lambda manager: 99.0))
     history.put(a_node(W1), a_node(W2))
     history.put(a_node(W1, state=NodeState.DOWN))
     history.after(4).put(a_node(W2, state=NodeState.DOWN))
-    assert history.violations == ["w1 was called down by m1, 1.0 s after that began"]
+    assert history.violations == ["w1 was marked down by m1, 1.0 s after its start"]
 
 
 def test_a_task_shown_as_running_on_a_node_whose_lease_is_over_is_rejected() -> None:
@@ -196,7 +196,7 @@ def test_a_task_shown_as_running_on_a_node_whose_lease_is_over_is_rejected() -> 
     assert list(lease_violations(history.state, W1)) == [], "it is shown as unknown"
     history.put(a_node(W1))
     assert list(lease_violations(history.state, W1)) == [
-        "task t1 is shown as running on w1, which nobody hears"
+        "task t1 is shown as running on w1, whose lease has expired"
     ]
 
 
@@ -207,10 +207,10 @@ class Told:
         self.acknowledgements = Acknowledgements()
         self.history = History(self.acknowledgements)
         self.service = a_service()
-        self.acknowledgements.asked(self.service.id, self.service.spec)
+        self.acknowledgements.requested(self.service.id, self.service.spec)
         self.history.put(self.service)
         stored = self.history.state.get(Service, "web")
-        self.history.note(self.acknowledgements.told(stored, self.history.state))
+        self.history.note(self.acknowledgements.acknowledge(stored, self.history.state))
         assert self.history.violations == []
 
 
@@ -231,33 +231,33 @@ def test_an_acknowledged_write_that_a_later_read_does_not_show_is_rejected() -> 
 def test_a_spec_that_nobody_asked_for_is_rejected() -> None:
     told = Told()
     told.history.put(msgspec.structs.replace(told.service, spec=a_service_spec("web", replicas=7)))
-    assert told.history.violations == ["service web got a spec that nobody asked for"]
+    assert told.history.violations == ["service web got a spec that was not requested"]
 
 
 def test_an_acknowledgement_of_what_is_not_committed_is_rejected() -> None:
     told = Told()
     later = msgspec.structs.replace(told.service, version=Version(index=9))
-    assert list(told.acknowledgements.told(later, told.history.state)) == [
+    assert list(told.acknowledgements.acknowledge(later, told.history.state)) == [
         "service web is at 1, 9 was acknowledged"
     ]
 
 
 def test_a_refused_service_that_exists_all_the_same_is_rejected() -> None:
     told = Told()
-    promise = told.acknowledgements.services[ServiceId("web")]
-    assert list(told.acknowledgements.refused(promise, told.history.state)) == [
-        "service web exists, which was refused"
+    record = told.acknowledgements.services[ServiceId("web")]
+    assert list(told.acknowledgements.refused(record, told.history.state)) == [
+        "service web exists, though its creation was refused"
     ]
 
 
 def test_an_update_that_happens_though_it_was_refused_is_rejected() -> None:
     told = Told()
     spec = a_service_spec("web", replicas=7)
-    told.acknowledgements.asked(ServiceId("web"), spec)
+    told.acknowledgements.requested(ServiceId("web"), spec)
     told.history.put(msgspec.structs.replace(told.service, spec=spec))
     assert told.history.violations == []
     refused = told.acknowledgements.refused_update(ServiceId("web"), spec, told.history.state)
-    assert list(refused) == ["service web became what was refused"]
+    assert list(refused) == ["service web got a spec that was refused"]
 
 
 def test_a_task_said_to_run_where_nothing_runs_is_rejected_at_rest() -> None:
@@ -265,7 +265,9 @@ def test_a_task_said_to_run_where_nothing_runs_is_rejected_at_rest() -> None:
     task = a_task("t1", node="w1", state=TaskState.RUNNING)
     history.put(task)
     assert list(rest_violations(history.state, [(W1, task)])) == []
-    assert list(rest_violations(history.state, [])) == ["task t1 is said to run on w1 and does not"]
+    assert list(rest_violations(history.state, [])) == [
+        "task t1 is reported as running on w1 and does not run"
+    ]
 
 
 def test_a_container_that_nobody_wants_is_rejected_at_rest() -> None:
@@ -280,8 +282,8 @@ def test_what_a_node_keeps_of_a_task_that_is_gone_is_rejected_at_rest() -> None:
     history.put(a_task("here", node=W1, state=TaskState.COMPLETE, desired=TaskState.SHUTDOWN))
     kept = [(W1, TaskId("here")), (W1, TaskId("gone")), (W2, TaskId("here"))]
     assert list(rest_violations(history.state, [], kept)) == [
-        "w1 keeps what is left of task gone, which is not its own",
-        "w2 keeps what is left of task here, which is not its own",
+        "w1 keeps state of task gone, which is not assigned to it",
+        "w2 keeps state of task here, which is not assigned to it",
     ]
 
 

@@ -5,9 +5,9 @@ from collections import Counter
 import msgspec
 import pytest
 
-from sim.invariants.attempts import OneAttempt
+from sim.invariants.attempts import NoRedundantTasks
 from sim.invariants.containers import Containers
-from sim.invariants.damping import DecisionsStand, surplus_violations
+from sim.invariants.damping import DecisionsAreStable, surplus_violations
 from skep.model.ids import ServiceId, TaskId
 from skep.model.node import NodeState
 from skep.model.service import (
@@ -23,9 +23,11 @@ def test_more_tasks_than_a_fault_took_are_rejected() -> None:
     web, db = ServiceId("web"), ServiceId("db")
     before = Counter({web: 3, db: 2})
     after = before + Counter({web: 2, db: 7})
-    assert list(surplus_violations("'a fault'", {web: 2}, before, after)) == [], "nobody asks about the other"
+    assert list(surplus_violations("'a fault'", {web: 2}, before, after)) == [], (
+        "other services are not checked"
+    )
     assert list(surplus_violations("'a fault'", {web: 1}, before, after)) == [
-        "2 of web were begun, though 'a fault' took 1"
+        "2 tasks of web were created, though 'a fault' ended 1"
     ]
 
 
@@ -42,7 +44,7 @@ def ask_for(history: History, image: str) -> None:
 
 def an_update_that_is_taken_back(first: TaskState = TaskState.RUNNING) -> History:
     """A slot with its task, beside which another one was begun and has failed."""
-    history = History(OneAttempt())
+    history = History(NoRedundantTasks())
     history.put(a_node(W1), a_service())
     ask_for(history, "app:1")
     begin(history.after(30), a_task("t1", node=W1, state=first))
@@ -58,7 +60,7 @@ def test_a_second_task_of_what_is_asked_for_is_rejected() -> None:
     history.put(a_task("t4"))
     assert history.violations == [], "another slot; and a leader that knew another spec"
     begin(history, a_task("t5"))
-    assert history.violations == ["task t5 was begun beside t1, which is what is asked for and well"]
+    assert history.violations == ["task t5 was created beside t1, which has the current spec and is healthy"]
 
 
 def test_a_second_task_is_begun_where_the_first_has_ended_or_is_another_or_not_well() -> None:
@@ -77,7 +79,7 @@ class Decided:
     """A service of three replicas, whose third task got its node a while ago."""
 
     def __init__(self) -> None:
-        self.history = History(DecisionsStand())
+        self.history = History(DecisionsAreStable())
         self.service = a_service()
         self.history.put(a_node(W1), self.service)
         self.task = a_task("t3", slot=3, image="busybox:1")
@@ -98,7 +100,7 @@ def test_a_placement_that_is_taken_back_for_no_reason_is_rejected() -> None:
     decided = Decided()
     decided.end()
     assert decided.history.violations == [
-        "task t3 of web is taken back 30.0 s after it was decided, and nothing has happened since"
+        "task t3 of web is retired 30.0 s after it was created or assigned, without a cause"
     ]
 
 
@@ -129,7 +131,7 @@ def test_a_scale_down_that_is_taken_back_for_no_reason_is_rejected() -> None:
     decided.end(TaskState.REMOVE)
     assert decided.history.violations == []
     decided.history.put(a_task("t4", slot=3))
-    assert decided.history.violations == ["slot 3 of web is filled again, though it was given up"]
+    assert decided.history.violations == ["slot 3 of web is filled again, though it was scaled away"]
 
 
 def test_a_slot_that_was_scaled_away_is_filled_again_when_that_is_asked_for() -> None:
@@ -174,10 +176,10 @@ def test_a_container_that_a_node_starts_late_may_stand_beside_its_successor() ->
     rule = Containers()
     history = History(rule)
     late = a_task("late", node="w1", state=TaskState.ASSIGNED)
-    heir = a_task("heir", node="w2", state=TaskState.RUNNING)
-    history.put(a_node(W1), a_node(W2), a_service(), late, heir)
-    history.note(rule.started(W2, heir, history.now, history.state))
-    history.put(msgspec.structs.replace(heir, desired_state=TaskState.REMOVE))
+    successor = a_task("successor", node="w2", state=TaskState.RUNNING)
+    history.put(a_node(W1), a_node(W2), a_service(), late, successor)
+    history.note(rule.started(W2, successor, history.now, history.state))
+    history.put(msgspec.structs.replace(successor, desired_state=TaskState.REMOVE))
     history.note(rule.started(W1, late, history.now, history.state))
     assert history.violations == []
 
@@ -219,11 +221,11 @@ def test_a_container_started_before_the_restart_delay_is_over_is_rejected() -> N
     failed = a_task("t1", node="w1", state=TaskState.RUNNING, delay_s=5)
     history.put(a_node(W1), a_service(), failed)
     history.put(msgspec.structs.replace(failed, status=TaskStatus(state=TaskState.FAILED)))
-    heir = a_task("t2", node="w1", state=TaskState.STARTING, delay_s=5)
-    history.put(heir)
-    history.after(6).note(rule.started(W1, heir, history.now, history.state))
+    successor = a_task("t2", node="w1", state=TaskState.STARTING, delay_s=5)
+    history.put(successor)
+    history.after(6).note(rule.started(W1, successor, history.now, history.state))
     assert history.violations == []
-    history.after(-4).note(rule.started(W1, heir, history.now, history.state))
+    history.after(-4).note(rule.started(W1, successor, history.now, history.state))
     assert history.violations == ["task t2 started 2.00 s after t1 failed, not 4.95"]
 
 

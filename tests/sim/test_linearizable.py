@@ -33,7 +33,7 @@ def test_two_readers_see_two_writes_in_the_same_order() -> None:
     assert not is_linearizable([*writes, read(1, 2, "a"), read(3, 4, "b"), read(5, 6, "a")])
 
 
-def test_what_two_swaps_both_found_was_there_for_one_of_them_only() -> None:
+def test_what_two_swaps_both_initialize_was_there_for_one_of_them_only() -> None:
     assert not is_linearizable([swap(0, 3, None, "a"), swap(1, 3, None, "b")])
     assert is_linearizable([swap(0, 3, None, "a"), swap(1, 3, "a", "b")])
 

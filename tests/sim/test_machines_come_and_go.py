@@ -25,10 +25,10 @@ def operators_of(cluster: SimulatedCluster) -> Operators:
     return Operators(cluster, Users(cluster), lambda: [*cluster.managers, *cluster.workers])
 
 
-def done(cluster: SimulatedCluster, *deeds: Coroutine[None, None, None]) -> None:
+def done(cluster: SimulatedCluster, *actions: Coroutine[None, None, None]) -> None:
     """Let time pass until all is done, one after the other, and everything has settled."""
-    for deed in deeds:
-        cluster.do(deed)
+    for action in actions:
+        cluster.do(action)
     cluster.run_for(10)
     cluster.check_invariants()
 
@@ -143,7 +143,7 @@ def keys_with_field(change: Change) -> set[str]:
 
 def test_a_lost_field_is_noticed() -> None:
     rule, key = UnknownFieldsAreKept(lambda _: False), "o/node/w1"
-    kept = KeyChange(key, b'{"ID":"w1","FromTomorrow":true}', 2)
+    kept = KeyChange(key, b'{"ID":"w1","NewerVersion":true}', 2)
     lost = KeyChange(key, b'{"ID":"w1"}', 3)
     view = State()
     assert not list(rule(Change(0.0, M2, M2, 2, (kept,), ()), view))

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from sim.convergence import unmet
 from sim.invariants.containers import Containers
-from sim.invariants.disconnection import PlacesAreKept
+from sim.invariants.disconnection import DisconnectPolicies
 from sim.invariants.placement import global_jobs_run_once, meets, port_violations
 from skep.model.ids import NodeId, ServiceId
 from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY
@@ -96,7 +96,7 @@ def test_a_second_completed_run_of_a_global_job_on_a_node_is_rejected() -> None:
 
 def a_lost_node(**labels: str) -> History:
     """A task runs on w1, which goes down."""
-    history = History(PlacesAreKept())
+    history = History(DisconnectPolicies())
     spec = a_spec(labels=labels)
     history.put(a_node(W1))
     history.put(Service(id=ServiceId("web"), spec=spec))
@@ -132,14 +132,14 @@ def test_a_task_that_loses_its_place_before_the_delay_is_over_is_rejected(
     if kept_s:
         replaced(early.after(kept_s - 1.0))
         assert early.violations == [
-            f"task t1 lost its place {kept_s - 1:.2f} s after w1 went down, not {kept_s:.2f}"
+            f"task t1 was replaced {kept_s - 1:.2f} s after w1 went down, not {kept_s:.2f}"
         ]
 
 
 def test_a_task_that_is_to_be_kept_and_loses_its_place_is_rejected() -> None:
     history = a_lost_node(**{ON_DISCONNECT: "keep"})
     replaced(history.after(1000.0))
-    assert history.violations == ["task t1 lost its place to keep, 1000.00 s after w1 went down"]
+    assert history.violations == ["task t1 was replaced despite keep, 1000.00 s after w1 went down"]
 
 
 def test_a_task_that_is_to_be_kept_goes_when_somebody_asks_for_that() -> None:
@@ -171,9 +171,9 @@ def test_a_container_that_its_node_had_the_time_to_stop_by_itself_has_no_success
     history.note(containers.started(W1, old, history.now, history.state))
     history.put(a_node(W1, state=NodeState.DOWN))
     history.put(replace(old, desired_state=TaskState.SHUTDOWN))
-    heir = of(a_task("t2", node=W2), spec)
-    history.put(heir)
-    history.after(40.0).note(containers.started(W2, heir, history.now, history.state))
+    successor = of(a_task("t2", node=W2), spec)
+    history.put(successor)
+    history.after(40.0).note(containers.started(W2, successor, history.now, history.state))
     told = ["task t2 started while t1, which w1 was to stop by itself, still ran there"]
     assert history.violations == (told if is_wrong else [])
 
@@ -195,7 +195,7 @@ def test_a_container_that_its_node_had_to_stop_because_it_is_cut_off_is_gone(
     history.note(containers.started(W1, task, history.now, history.state))
     for _ in range(2):  # it is told once
         history.note(containers.outlasting(140.0, history.state))
-    told = ["task t1 still runs on w1, which was to stop it and is cut off for 30.0 s"]
+    told = ["task t1 still runs on w1, disconnected for 30.0 s with the policy stop"]
     assert history.violations == (told if is_wrong else [])
 
 

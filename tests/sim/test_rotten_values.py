@@ -22,7 +22,7 @@ def test_a_leader_with_values_that_it_cannot_read_changes_nothing(seed: int) -> 
         rotten = next(id for id in cluster.managers if id != cluster.leader)
         cluster.crash(rotten)
         keys = [f"o/service/{service.id}", "o/node/w1", f"o/node/{rotten}", f"o/task/{min(tasks)}.status"]
-        assert all(cluster.raft.rot(rotten, etcd_key(key)) for key in keys)
+        assert all(cluster.raft.corrupt(rotten, etcd_key(key)) for key in keys)
         cluster.start_manager(rotten)
         cluster.run_for(5)
         assert cluster.raft.transfer(rotten)
@@ -42,7 +42,7 @@ def test_nodes_keep_their_sessions_with_a_manager_that_cannot_read_the_cluster_i
     with SimulatedCluster(managers=1, workers=3, seed=1) as cluster:
         (manager,) = cluster.managers
         cluster.crash(manager)
-        assert cluster.raft.rot(manager, etcd_key("o/swarm/sim"))
+        assert cluster.raft.corrupt(manager, etcd_key("o/swarm/sim"))
         cluster.start_manager(manager)
         cluster.run_for(5)
         sessions = [cluster.view.get(Node, id).session for id in cluster.workers]

@@ -1,6 +1,6 @@
 """The rule that updates take turns rejects what it should, and nothing else."""
 
-from sim.invariants.serving import UpdatesTakeTurns
+from sim.invariants.serving import UpdateParallelism
 from skep.model.service import UpdateConfig
 from skep.model.task import TaskState
 from tests.sim.histories import W1, History, a_node, a_service, a_task
@@ -11,7 +11,7 @@ RUNNING, SHUTDOWN = TaskState.RUNNING, TaskState.SHUTDOWN
 
 def a_history(parallelism: int) -> History:
     """Three slots of app:1 run, and app:2 is asked for."""
-    history = History(UpdatesTakeTurns())
+    history = History(UpdateParallelism())
     config = UpdateConfig(parallelism=parallelism)
     spec = a_service_spec("web", replicas=3, update=config, image="app:2")
     history.put(a_node(W1), a_service())

@@ -46,9 +46,9 @@ def calm() -> Iterator[StoreRun]:
     (id,) = run.ids
     run.raft.add(id)
     run.raft.start(id)
-    run.do(run._found())
+    run.do(run._initialize())
     run._start(id)
-    run._become_well()
+    run._wait_healthy()
     try:
         yield run
     finally:

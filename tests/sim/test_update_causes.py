@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import LED_S, SimulatedCluster
-from sim.invariants.causes import StopsHaveACause
+from sim.invariants.causes import UpdateStopsHaveCauses
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import TaskState
 from tests.sim.histories import W1, History, a_node, a_service, a_task
@@ -18,7 +18,7 @@ def stop(history: History, message: str) -> None:
 
 def an_update(state: TaskState) -> History:
     """A task of the present version is in this state."""
-    history = History(StopsHaveACause())
+    history = History(UpdateStopsHaveCauses())
     history.put(a_node(W1), a_service())
     version = history.state.find(Service)[0].spec_version
     task = replace(a_task("t1", node="w1"), spec_version=version)
@@ -63,5 +63,5 @@ def test_a_well_majority_without_a_leader_is_rejected(is_well: bool) -> None:
                 cluster.raft.members[id].stall_s = 1.0
         for _ in range(3):
             cluster.run_for(LED_S - 1)
-        told = [text for text in cluster.observer.violations if "nobody leads" in text]
+        told = [text for text in cluster.observer.violations if "no leader" in text]
         assert len(told) == is_well
