@@ -93,11 +93,15 @@ class SimulatedManager:
         backoff = Backoff(0.1, 1.0, rng=self._random.random)
         while True:
             try:
+                members = RaftMembers(self._client, cast("Member", _Etcd()))
+                await members.count()
                 async with store_on(
-                    self._client, self._id, self._wrapping_key, self._clock, rng=self._random.random
+                    *(self._client, self._id, self._wrapping_key, self._clock),
+                    rng=self._random.random,
+                    is_only_member=members.is_only_member,
                 ) as store:
                     self.store = store
-                    await self._serve(store)
+                    await self._serve(store, members)
             except Unavailable:
                 assert self.store is None, "a part of the manager failed"
                 await backoff.sleep(self._clock)
@@ -120,7 +124,7 @@ class SimulatedManager:
             return ["it serves nothing"]
         return leftovers(self.store, self._dispatcher, self._logs, self.loops)
 
-    async def _serve(self, store: EtcdStore) -> None:
+    async def _serve(self, store: EtcdStore, members: RaftMembers) -> None:
         if self._is_newer:
             write_newer_fields(store._cipher)
         own, overload = ManagerPeer(node_id=self._id, addr=self._addr), Overload()
@@ -131,7 +135,7 @@ class SimulatedManager:
         logs = self._logs = LogBroker(store, self._new_id, self._clock)
         discovery = Discovery(store, dispatcher.session, self._clock)
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random, overload=overload)
-        self.members = RaftMembers(self._client, cast("Member", _Etcd()))
+        self.members = members
         space = StoreSpace(store, self._id, self.members, link.channel, self._clock)
         presence = ManagerStatusWriter(store, self._id, self._addr, "", self._clock, self._random)
         handlers = (

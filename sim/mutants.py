@@ -360,6 +360,14 @@ def _barrier_of_before() -> list[Patch]:
     return [Patch(store.SharedBarrier, "passed", passed)]
 
 
+def _needs_no_barrier_among_several() -> list[Patch]:
+    return [Patch(store.EtcdStore, "_shows_everything", property(lambda self: self._reflector.is_current))]
+
+
+def _needs_no_barrier_before_the_watch() -> list[Patch]:
+    return [Patch(store.EtcdStore, "_shows_everything", property(lambda self: self._is_only_member()))]
+
+
 def _skips_a_revision() -> list[Patch]:
     real = SimulatedClient.watch
     return [Patch(SimulatedClient, "watch", lambda self, prefix, after: real(self, prefix, after + 1))]
@@ -497,6 +505,16 @@ MUTANTS: tuple[Mutant, ...] = (
                 "own barrier",
                 "a round trip that began before a read does not count for it",
                 _barrier_of_before,
+            ),
+            (
+                "only member",
+                "what other managers may have written is read after a round trip",
+                _needs_no_barrier_among_several,
+            ),
+            (
+                "late watch",
+                "what was acknowledged and is not shown is waited for before a read",
+                _needs_no_barrier_before_the_watch,
             ),
             ("no gap", "a watch continues where the one before it ended", _skips_a_revision),
             ("differences", "watchers get the differences that a load finds", _no_difference),

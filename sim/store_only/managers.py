@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import count
+from operator import eq
 
 from msgspec.structs import replace
 
@@ -45,8 +47,13 @@ class Manager:
         backoff = Backoff(0.1, 1.0, rng=self._rng)
         while True:
             try:
+                members = (await self._client.members(is_current=True)).members
                 async with (
-                    store_on(self._client, self._id, WRAPPING_KEY, self._clock, rng=self._rng) as store,
+                    store_on(
+                        *(self._client, self._id, WRAPPING_KEY, self._clock),
+                        rng=self._rng,
+                        is_only_member=partial(eq, len(members), 1),
+                    ) as store,
                     asyncio.TaskGroup() as group,
                 ):
                     self.store = store

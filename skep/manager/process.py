@@ -203,13 +203,15 @@ async def _serve(config: ManagerConfig, clock: Clock) -> None:
         await _start_member(member, stack, poll, waiting)
         paths.joining_mark.unlink(missing_ok=True)
         await raise_if_restored(paths, paths.etcd_socket, clock)
-        store = await _open(config, paths, pair, clock, random, stack, is_empty=is_empty)
+        client = await stack.enter_async_context(Client(paths.etcd_socket))
+        members = RaftMembers(client, member)
+        await members.count()
+        store = await _open(config, paths, pair, clock, random, stack, members, is_empty=is_empty)
         await finish_recovery(paths, store, config.node_id, config.advertise_addr)
         pair = await self_renewed(store, pair, files, clock)
-        client = await stack.enter_async_context(Client(paths.etcd_socket))
         gc_settings.configure_gc()  # excludes the loaded replica from collections, which halves their time
         own_member = ConsensusMember(
-            consensus=RaftMembers(client, member),
+            consensus=members,
             peer_addresses=peer_addresses,
             peer_search=peer_search,
             restart=lambda: member.restart(member.settings),
@@ -340,6 +342,7 @@ async def _open(
     clock: Clock,
     random: Random,
     stack: AsyncExitStack,
+    members: RaftMembers,
     *,
     is_empty: bool,
 ) -> EtcdStore:
@@ -358,6 +361,7 @@ async def _open(
         *(paths.etcd_socket, config.node_id, wrapping_key, clock),
         rng=random.random,
         quota_bytes=config.store_quota,
+        is_only_member=members.is_only_member,
     )
     try:
         store = await stack.enter_async_context(opening())

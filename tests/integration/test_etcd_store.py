@@ -18,6 +18,7 @@ from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.client import Client
 from skep.store.etcd.flags import MemberSettings
 from skep.store.etcd.initialize import Unfinished, initialize, raise_incarnation
+from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction
@@ -97,6 +98,32 @@ async def test_a_frozen_etcd_is_no_answer_and_no_double_write(settings: MemberSe
         if found_before is None:
             await store.update(put_secret, "frozen")
         assert [secret.id for secret in store.view().find(Secret)] == ["frozen"]
+
+
+async def test_the_only_member_is_not_called_before_a_read(settings: MemberSettings) -> None:
+    """All writes are acknowledged by its own store; that is over as soon as another member is added."""
+    async with a_member(settings).running() as member, Client(settings.socket) as client:
+        await initialize(settings.socket, KEY, CLOCK, found)
+        members = RaftMembers(client, member)
+        await members.count()
+        async with open_store(
+            settings.socket, NODE, KEY, CLOCK, is_only_member=members.is_only_member
+        ) as store:
+            await store.update(put_secret, "s")
+            await freeze(pid_of(member))
+            try:
+                await store.barrier()
+            finally:
+                os.kill(pid_of(member), signal.SIGCONT)
+            await members.add("m2", "https://m2:2378")
+            await store.barrier()
+            await freeze(pid_of(member))
+            try:
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        await store.barrier()
+            finally:
+                os.kill(pid_of(member), signal.SIGCONT)
 
 
 async def test_a_write_during_a_short_freeze_is_written_once(settings: MemberSettings) -> None:

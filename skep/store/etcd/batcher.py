@@ -181,6 +181,8 @@ class Batcher:
         self._advancing: asyncio.Future[int] | None = None
         """The revision of the writer epoch that is being written; until it is known, nothing is sent."""
         self._timeout = AdaptiveTimeout()
+        self.acknowledged = 0
+        """The last revision at which a write may have been acknowledged to its writer."""
         self._took_s = 0.0
         """Duration of the last entry."""
         self._clock = clock
@@ -359,6 +361,7 @@ class Batcher:
             self._requeue(batch.proposals)
             return
         revision = response.header.revision
+        self.acknowledged = max(self.acknowledged, revision)
         for queued, operation in zip(batch.proposals, response.responses, strict=True):
             nested = operation.response_txn
             if nested.succeeded:

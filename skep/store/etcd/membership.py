@@ -36,6 +36,15 @@ class RaftMembers:
         self._client = client
         self._own = member
         self._one_at_a_time = asyncio.Lock()
+        self._is_only_member = False
+
+    def is_only_member(self) -> bool:
+        """Whether this manager's member is known to be the only one, so that no other manager can write."""
+        return self._is_only_member
+
+    async def count(self) -> None:
+        """Find out whether there are other members.  For the start, before one can be added.  Raises: Unavailable."""
+        self._is_only_member = len(await self.all(is_current=True)) == 1
 
     async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
         """All members in order of name.  Raises: Unavailable."""
@@ -51,6 +60,8 @@ class RaftMembers:
             for member in await self.all(is_current=True):
                 if member.name == name and member.is_learner:
                     await self._client.remove(member.id)
+            # Until the next start, since this manager cannot know when it has seen the last write of the others.
+            self._is_only_member = False
             reply = await self._client.add_learner(url)
             self._own.is_one_of_several()
         log.info("manager learns", node=name)

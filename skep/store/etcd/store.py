@@ -47,12 +47,15 @@ class EtcdStore(Updater):
         clock: Clock,
         group: asyncio.TaskGroup,
         rng: Callable[[], float],
+        *,
         incarnation: int,
         quota_bytes: int,
+        is_only_member: Callable[[], bool],
     ) -> None:
         super().__init__(replica, batcher.propose, self.barrier, reflector.reached, clock, rng=rng)
         self.incarnation = incarnation
         self._quota_bytes = quota_bytes
+        self._is_only_member = is_only_member
         self._space: tuple[float, Space] | None = None
         self._compacted = 0
         self._client = client
@@ -65,6 +68,8 @@ class EtcdStore(Updater):
         self._round_trips = SharedBarrier(self._reach_present)
 
     async def barrier(self) -> None:
+        if self._shows_everything:
+            return
         async with within_deadline():
             await self._round_trips.passed()
 
@@ -94,6 +99,18 @@ class EtcdStore(Updater):
     @property
     def leader(self) -> NodeId | None:
         return leader_named(self._replica.leader_record)
+
+    @property
+    def _shows_everything(self) -> bool:
+        """Whether the replica is known to show every acknowledged write, without a round trip.
+
+        With a single member all writes are acknowledged by this store, or by its predecessors before it was loaded.
+        """
+        return (
+            self._is_only_member()
+            and self._reflector.is_current
+            and self._replica.revision >= self._batcher.acknowledged
+        )
 
     @property
     def is_current(self) -> bool:
@@ -221,6 +238,7 @@ async def open_store(
     rng: Callable[[], float] = random.random,
     watch_capacity: int = CAPACITY,
     quota_bytes: int = QUOTA_BYTES,
+    is_only_member: Callable[[], bool] = bool,
 ) -> AsyncIterator[EtcdStore]:
     """The store behind a ready member's ``socket``, with everything loaded.  Raises: as ``store_on``."""
     async with (
@@ -230,6 +248,7 @@ async def open_store(
             rng=rng,
             watch_capacity=watch_capacity,
             quota_bytes=quota_bytes,
+            is_only_member=is_only_member,
         ) as store,
     ):
         yield store
@@ -245,8 +264,13 @@ async def store_on(
     rng: Callable[[], float] = random.random,
     watch_capacity: int = CAPACITY,
     quota_bytes: int = QUOTA_BYTES,
+    is_only_member: Callable[[], bool] = bool,
 ) -> AsyncIterator[EtcdStore]:
     """The store behind an open ``client``, with everything loaded; a simulation passes its own client.
+
+    Args:
+        is_only_member: whether the client's member is the only one of its cluster, and this store its only writer; the
+        default: that is not known.  It was so when this was called, or it never is.
 
     Raises: initialize.Unfinished: it holds no cluster; FailedPrecondition: it is not for this version, or
     not for this key; Unavailable.  A later failure in the background ends the block.
@@ -270,7 +294,10 @@ async def store_on(
         ]
         await reflector.wait_loaded()
         store = EtcdStore(
-            client, replica, reflector, batcher, cipher, clock, group, rng, cluster.incarnation, quota_bytes
+            *(client, replica, reflector, batcher, cipher, clock, group, rng),
+            incarnation=cluster.incarnation,
+            quota_bytes=quota_bytes,
+            is_only_member=is_only_member,
         )
         try:
             yield store
