@@ -95,6 +95,20 @@ def test_every_class_and_function_that_is_named_exists(page: Path) -> None:
     assert "decisions" in page.parts or named - identifiers() == set()
 
 
+def test_every_name_of_the_map_is_defined_in_its_file() -> None:
+    rows = re.findall(
+        r"^\| .* \| \[.*\]\((.*\.py)\) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 12
+    missing = [
+        (path, name)
+        for path, names in rows
+        for name in re.findall(r"`(\w+)`", names)
+        if not re.search(rf"^(?:async )?(?:def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE)
+    ]
+    assert missing == []
+
+
 @cache
 def project_files() -> tuple[Path, ...]:
     folders = ("skep", "sim", "tests", "bench", "docs", "setup")

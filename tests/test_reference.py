@@ -11,7 +11,15 @@ import pytest
 from docs.reference import generate
 from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.sources import Arguments, combine
+from skep.manager.events import messages_of
 from skep.model.labels import LABELS
+from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.secret import Config, Secret
+from skep.model.service import Service
+from skep.model.swarm import Swarm
+from skep.model.task import Task
+from skep.store.interface import Created
 from tests.support.sources import parsed
 
 ROOT = Path(__file__).parents[1]
@@ -79,26 +87,34 @@ def test_every_label_in_the_code_is_in_the_table() -> None:
     assert unknown == set()
 
 
-def test_every_event_in_the_code_is_on_its_page() -> None:
-    """What is published by name, and the actions of the cluster's events."""
-    published = re.compile(r"""\.(?:_?publish|announce)\(\s*f?"([a-z_]+)[":]""")
-    derived = re.compile(r"""\baction="([a-z]+)"|_message\("([a-z]+)\"""")
-    found = {
-        match[1] for path in (ROOT / "skep").rglob("*.py") for match in published.finditer(path.read_text())
+def test_every_event_of_the_cluster_is_described() -> None:
+    described = {action for event in generate.CLUSTER_EVENTS for action in event.actions}
+    assert described == generate.cluster_actions()
+    functions = {name for event in generate.CLUSTER_EVENTS for name in event.derived}
+    with_attributes = {name for name, attributes in generate.cluster_attributes().items() if attributes}
+    assert functions == with_attributes
+
+
+def test_the_types_of_the_clusters_events_are_those_of_its_objects() -> None:
+    """Of created objects.  A removed service gives its event while it still has tasks, before it is deleted."""
+    kinds = (Service, Task, Node, Secret, Config, Network, Swarm)
+    of_created = {
+        (message.type, message.action)
+        for kind in kinds
+        for message in messages_of(Created(kind(id="i", created_at="2023-11-14T22:13:20Z")), 0)
     }
-    found -= {"container", "image"}  # types, of events whose action is a variable
-    cluster = (ROOT / "skep/manager/events.py").read_text()
-    found |= {match[1] or match[2] for match in derived.finditer(cluster)}
-    assert found >= {
-        "create",
-        "die",
-        "freeze",
-        "expire",
-        "evict",
-        "drain",
-        "pull",
-        "exec_create",
-        "health_status",
+    described = {
+        (type, action)
+        for event in generate.CLUSTER_EVENTS
+        for type in event.types
+        for action in event.actions
     }
-    page = (ROOT / "docs/reference/events.md").read_text()
-    assert {action for action in found if not re.search(rf"`{action}[`:]", page)} == set()
+    assert of_created == {(type, action) for type, action in described if action == "create"}
+
+
+def test_every_event_of_containers_and_images_is_described() -> None:
+    found = generate.container_attributes()
+    assert set(found) == set(generate.CONTAINER_EVENTS)
+    assert found["die"] == {"exitCode"}
+    assert found["exec_create"] == {"execID"}
+    assert generate.image_actions() >= {"delete", "load", "pull", "save", "tag", "untag"}

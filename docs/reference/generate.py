@@ -4,6 +4,7 @@
 compares the files with it.
 """
 
+import ast
 import importlib
 import inspect
 import re
@@ -20,7 +21,9 @@ from skep.cli.main import main
 from skep.configuration.configuration import Configuration
 from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML, EXAMPLES
+from skep.manager import events as manager_events
 from skep.model.labels import LABELS, LabelTarget
+from skep.node import events as node_events
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 100
@@ -436,6 +439,205 @@ def in_time(seconds: float) -> str:
     return f"{seconds:g} s"
 
 
+# --- events ---------------------------------------------------------------------------------------------------
+
+
+class ClusterEvent(NamedTuple):
+    """``derived``: functions of ``skep.manager.events`` whose attributes it has."""
+
+    types: tuple[str, ...]
+    actions: tuple[str, ...]
+    when: str
+    derived: tuple[str, ...] = ()
+
+
+CLUSTER_EVENTS = (
+    ClusterEvent(("service",), ("create", "remove"), ""),
+    ClusterEvent(
+        ("service",), ("update",), "its spec or the state of its update changed", ("_service_changes",)
+    ),
+    ClusterEvent(("node",), ("create", "remove"), ""),
+    ClusterEvent(
+        ("node",),
+        ("update",),
+        "its spec, state or role changed. *Skep*: `paths.failing` (nodes that it does not reach), `overlay.refused` "
+        "(why tasks on overlay networks avoid it), `conditions`",
+        ("_node_changes",),
+    ),
+    ClusterEvent(("node",), ("evict",), "progress of `skep node evict` (*Skep*)", ("_eviction",)),
+    ClusterEvent(("node", "swarm"), ("expire",), "a certificate expires soon (*Skep*)", ("expires",)),
+    ClusterEvent(
+        ("task",),
+        ("drain",),
+        "the task leaves the load balancing and will be stopped (*Skep*; for proxies)",
+        ("_drain",),
+    ),
+    ClusterEvent(
+        ("swarm",),
+        ("freeze", "resume"),
+        "replacement of tasks is suspended because many nodes went down at once, and goes on (*Skep*)",
+        ("messages_of",),
+    ),
+    ClusterEvent(("config", "network", "secret"), ("create", "remove", "update"), ""),
+)
+
+CONTAINER_EVENTS = {
+    "attach": "a client attaches to its streams",
+    "create": "",
+    "destroy": "it is removed",
+    "die": "its process has ended",
+    "drain": "its stop waits for its last connections (*Skep*)",
+    "exec_create": "followed by `: COMMAND`",
+    "exec_die": "a command of `docker exec` has ended",
+    "exec_start": "followed by `: COMMAND`",
+    "health_status": "followed by `: healthy` or `: unhealthy`: the result of its health check changed",
+    "kill": "a signal is sent",
+    "oom": "it was killed because memory ran out",
+    "pause": "",
+    "rename": "",
+    "resize": "the size of its terminal changed",
+    "start": "",
+    "stop": "it was stopped by a request",
+    "unpause": "",
+    "update": "its resources or restart policy changed",
+}
+
+
+def events() -> str:
+    """Events of ``docker events``: actions and attributes as the code publishes them."""
+    of_cluster, of_containers = cluster_attributes(), container_attributes()
+    cluster_rows = [
+        (
+            _quoted(event.types),
+            _quoted(event.actions),
+            event.when,
+            _quoted(sorted(name for function in event.derived for name in of_cluster[function])),
+        )
+        for event in CLUSTER_EVENTS
+    ]
+    container_rows = [
+        (f"`{action}`", CONTAINER_EVENTS[action], _quoted(sorted(attributes)))
+        for action, attributes in sorted(of_containers.items())
+    ]
+    return "\n".join(
+        [
+            "# Events",
+            "",
+            _NOTICE,
+            *paragraph(
+                "`docker events`, or `GET /events` with its filters, `since` and `until`. A node's stream has",
+                "the events of the cluster, of its own containers and images, and of a Docker Engine beside it.",
+                "*Skep*: not in Docker.",
+            ),
+            *paragraph(
+                f"A node and a manager keep the last {node_events.KEPT:,} events each in memory; `since` reaches no",
+                f"further back. A client that is more than {manager_events.BEHIND_MAX:,} events behind loses its",
+                "stream, so that no stream has gaps.",
+            ),
+            "## The cluster",
+            "",
+            *paragraph("`scope` is `swarm`. Every manager derives them from the same commits."),
+            *table(("type", "action", "when", "attributes beside `name`"), cluster_rows),
+            "",
+            *paragraph("`NAME.*` stands for `NAME.old` and `NAME.new`; only what changed is there."),
+            "## Containers",
+            "",
+            *paragraph("`scope` is `local`. The attributes are the container's labels, `image` and `name`."),
+            *table(("action", "when", "further attributes"), container_rows),
+            "",
+            "## Images",
+            "",
+            *paragraph(f"`scope` is `local`: {_quoted(sorted(image_actions()))}."),
+            "Networks that are local to a node, and volumes, have no events.",
+            "",
+        ]
+    )
+
+
+def _quoted(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def cluster_attributes() -> dict[str, set[str]]:
+    """Attributes by the function of ``skep.manager.events`` that gives them."""
+    found: dict[str, set[str]] = {}
+    for function in ast.walk(ast.parse(inspect.getsource(manager_events))):
+        if isinstance(function, ast.FunctionDef):
+            found[function.name] = set(_attributes_in(function)) - {"name"}
+    return found
+
+
+def _attributes_in(function: ast.FunctionDef) -> Iterator[str]:
+    """``_changed("image", ...)``, keys of dictionaries, ``changes["updatestate.new"] = ...``."""
+    for node in ast.walk(function):
+        match node:
+            case ast.Call(func=ast.Name(id="_changed"), args=[ast.Constant(value=str(name)), *_]):
+                yield f"{name}.*"
+            case ast.Dict(keys=keys):
+                yield from (key.value for key in keys if isinstance(key, ast.Constant))
+            case ast.Subscript(slice=ast.Constant(value=str(name)), ctx=ast.Store()):
+                yield f"{name.rpartition('.')[0]}.*"
+
+
+def cluster_actions() -> set[str]:
+    """Actions of all messages that ``skep.manager.events`` makes."""
+    found = set()
+    for call in ast.walk(ast.parse(inspect.getsource(manager_events))):
+        match call:
+            case ast.Call(func=ast.Name(id="_message"), args=[ast.Constant(value=str(action)), *_]):
+                found.add(action)
+            case ast.Call(func=ast.Name(id="Message"), keywords=keywords):
+                found |= {
+                    word.value.value
+                    for word in keywords
+                    if word.arg == "action" and isinstance(word.value, ast.Constant)
+                }
+    return found
+
+
+def container_attributes() -> dict[str, set[str]]:
+    """Attributes by action of every ``events.publish(action, container, ...)`` in the package.
+
+    ``execs.py`` has a method for two actions, which appends the command to them.
+    """
+    found: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "skep").rglob("*.py")):
+        if "publish(" not in (text := path.read_text()):
+            continue
+        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        for call in calls:
+            if not re.search(r"\bevents\.publish$|_events\.publish$", ast.unparse(call.func)):
+                continue
+            attributes = {word.arg for word in call.keywords if word.arg}
+            for action in _actions(call, calls):
+                found.setdefault(action, set()).update(attributes)
+    return found
+
+
+def _actions(call: ast.Call, calls: Sequence[ast.Call]) -> Iterator[str]:
+    match call.args[0]:
+        case ast.Constant(value=str(action)):
+            yield action
+        case ast.JoinedStr(values=[ast.Constant(value=str(begin)), *_]):
+            yield begin.partition(":")[0]
+        case _:
+            helper = [one for one in calls if ast.unparse(one.func) == "self._publish"]
+            yield from (one.args[0].value for one in helper if isinstance(one.args[0], ast.Constant))
+
+
+def image_actions() -> set[str]:
+    """Actions of every ``announce(action, ...)`` of the images."""
+    found = set()
+    for path in (ROOT / "skep" / "engine" / "images").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            match call:
+                case ast.Call(
+                    func=ast.Attribute(attr="announce"), args=[ast.Constant(value=str(action)), *_]
+                ):
+                    found.add(action)
+    return found
+
+
 # --- all ------------------------------------------------------------------------------------------------------
 
 PAGES: Mapping[str, Callable[[], str]] = {
@@ -443,6 +645,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/labels.md": labels,
     "docs/reference/cli.md": cli,
     "docs/reference/limits.md": limits,
+    "docs/reference/events.md": events,
     "packaging/skep.1": man_page,
 }
 
