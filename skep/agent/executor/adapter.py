@@ -11,9 +11,10 @@ from ipaddress import ip_interface, ip_network
 import msgspec
 
 from skep.agent.executor.interface import Rejected
-from skep.agent.executor.template import Context, expand
 from skep.engine.container import MountPoint
 from skep.engine.request import CreateRequest, HostConfig, LogOptions, TaskOptions
+from skep.gotemplate import Struct
+from skep.model import templates
 from skep.model.container import ContainerSpec, Privileges
 from skep.model.ids import NodeId
 from skep.model.labels import LABEL_TASK_ID
@@ -45,31 +46,25 @@ def container_spec(task: AssignedTask) -> ContainerSpec:
     return spec
 
 
-def context_of(task: AssignedTask, node: NodeFacts) -> Context:
-    """The values of ``{{.Task.Slot}}`` and other placeholders."""
-    return {
-        "Service": {
-            "ID": task.task.service_id,
-            "Name": task.service_name,
-            "Labels": dict(task.service_labels),
-        },
-        "Node": {
-            "ID": node.id,
-            "Hostname": node.hostname,
-            "Platform": {"Architecture": node.architecture, "OS": node.os},
-        },
-        "Task": {
-            "ID": task.task.id,
-            "Name": task.name,
-            "Slot": str(task.task.slot) if task.task.slot else task.task.node_id,
-        },
-    }
+def context_of(task: AssignedTask, node: NodeFacts) -> Struct:
+    """What placeholders see of the task: ``{{.Task.Slot}}`` and others."""
+    return templates.context(
+        service_id=task.task.service_id,
+        service_name=task.service_name,
+        service_labels=task.service_labels,
+        node_id=node.id,
+        hostname=node.hostname,
+        os=node.os,
+        architecture=node.architecture,
+        task_id=task.task.id,
+        task_name=task.name,
+        slot=str(task.task.slot) if task.task.slot else task.task.node_id,
+    )
 
 
 def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
-    """The request for the task's container.  Raises: Rejected; InvalidArgument: a placeholder that is not known."""
-    spec = container_spec(task)
-    context = context_of(task, node)
+    """The request for the task's container.  Raises: Rejected; InvalidArgument: a placeholder's."""
+    spec = templates.expand_container(container_spec(task), context_of(task, node))
     resources = task.task.spec.resources
     limits = resources.limits if resources else None
     reservations = resources.reservations if resources else None
@@ -77,11 +72,11 @@ def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
     dns = spec.dns_config
     return CreateRequest(
         image=spec.image,
-        hostname=expand(spec.hostname, context),
+        hostname=spec.hostname,
         user=spec.user,
         tty=spec.tty,
         open_stdin=spec.open_stdin,
-        env=tuple(expand(entry, context) for entry in spec.env),
+        env=spec.env,
         entrypoint=spec.command or None,
         cmd=spec.args,
         healthcheck=spec.healthcheck,
@@ -102,9 +97,7 @@ def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
             oom_score_adj=spec.oom_score_adj,
             readonly_rootfs=spec.read_only,
             security_opt=_security_options(spec.privileges or Privileges()),
-            mounts=tuple(
-                msgspec.structs.replace(mount, source=expand(mount.source, context)) for mount in spec.mounts
-            ),
+            mounts=spec.mounts,
             sysctls=spec.sysctls,
             memory=limits.memory_bytes if limits else 0,
             memory_reservation=reservations.memory_bytes if reservations else 0,

@@ -26,6 +26,7 @@ from skep.engine.container import Container, HealthStatus, NotRunning
 from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.model import templates
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.planes import is_overlay
@@ -140,9 +141,11 @@ class OciController:
         container = self._require()
         if container.was_started:
             return await self._healthy(container)
-        spec = adapter.container_spec(self._task)
-        self._executor.payloads.materialize(self._task.task.id, spec.secrets, spec.configs)
+        seen = adapter.context_of(self._task, self._executor.node)
+        spec = templates.expand_container(adapter.container_spec(self._task), seen)
         try:
+            # In a thread: expanding templates may take a while.
+            await asyncio.to_thread(self._executor.payloads.materialize, self._task.task.id, spec, seen)
             container = await self._engine.start(container.id)
         except SkepError as error:
             raise SkepError(f"starting container failed: {error}") from error

@@ -1,8 +1,8 @@
 """Secrets and configs on this node: bytes in a ramfs, never on a disk, and their files in containers.
 
 ``<run>/secrets`` is a ramfs (a tmpfs may be swapped out): a restart of the node process finds everything
-again, a reboot nothing.  ``known/`` holds what the manager sent, ``files/<container id>/`` what is mounted
-into that container.
+again, a reboot nothing.  ``known/`` holds what the manager sent, in files named by the id and, for templates, the
+template driver; ``files/<container id>/`` holds what is mounted into that container.
 """
 
 import os
@@ -14,9 +14,11 @@ from skep.agent.assignments import ConfigFile, SecretFile
 from skep.aio.trees import discard_tree_now
 from skep.engine.container import MountPoint
 from skep.errors import InvalidArgument, NotFound
+from skep.gotemplate import Struct, to_text
 from skep.linux.files import replace_file
 from skep.linux.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount
-from skep.model.container import ConfigReference, SecretReference
+from skep.model import templates
+from skep.model.container import ConfigReference, ContainerSpec, SecretReference
 from skep.model.ids import ConfigId, SecretId
 
 _SECRETS_DIRECTORY = "/run/secrets"
@@ -43,23 +45,23 @@ class Payloads:
     def put(self, secrets: Iterable[SecretFile], configs: Iterable[ConfigFile]) -> None:
         """Keep these; those with the same id are replaced."""
         for secret in secrets:
-            _keep(self._secrets, secret.id, secret.data)
+            _keep(self._secrets, secret)
         for config in configs:
-            _keep(self._configs, config.id, config.data)
+            _keep(self._configs, config)
 
     def drop(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
         """Forget these; containers that have them keep what is mounted."""
-        paths = [self._secrets / _file_name(id) for id in secrets]
-        paths += [self._configs / _file_name(id) for id in configs]
-        for path in paths:
-            path.unlink(missing_ok=True)
+        for directory, ids in ((self._secrets, secrets), (self._configs, configs)):
+            for id in ids:
+                for driver in _DRIVERS:
+                    (directory / _file_name(id, driver)).unlink(missing_ok=True)
 
     def keep_only(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
         """Forget all others: a complete assignment names everything."""
         for directory, ids in ((self._secrets, set(secrets)), (self._configs, set(configs))):
             with suppress(FileNotFoundError):
                 for path in directory.iterdir():
-                    if path.name not in ids:
+                    if path.stem not in ids:
                         path.unlink(missing_ok=True)
 
     # --- what a container sees --------------------------------------------------------------------------------
@@ -83,23 +85,27 @@ class Payloads:
             for number, target in enumerate(targets)
         )
 
-    def materialize(
-        self, key: str, secrets: Iterable[SecretReference], configs: Iterable[ConfigReference]
-    ) -> None:
-        """Write the files of ``key``'s container with the owners and modes it asked for.
+    def materialize(self, key: str, container: ContainerSpec, seen: Struct) -> None:
+        """Write the files of ``key``'s container with the owners and modes it asked for; templates are expanded.
 
-        Raises: NotFound: the manager sent no such secret or config, with SwarmKit's words; OSError.
+        Args:
+            container: its environment is expanded.
+            seen: what templates see of the task.
+
+        Raises: SkepError: the manager sent no such secret or config, or a template failed, with SwarmKit's words;
+            OSError.
         """
+        expanded = _Expanded(self._secrets, self._configs, container, seen)
         directory = self._files(key)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         wanted = [
-            (secret.file, _read(self._secrets, "secret", secret.secret_id))
-            for secret in secrets
+            (secret.file, expanded.secret(secret.secret_id))
+            for secret in container.secrets
             if secret.file is not None
         ]
         wanted += [
-            (config.file, _read(self._configs, "config", config.config_id))
-            for config in configs
+            (config.file, expanded.config(config.config_id))
+            for config in container.configs
             if config.file is not None
         ]
         for number, (target, data) in enumerate(wanted):
@@ -114,6 +120,52 @@ class Payloads:
 
     def _files(self, key: str) -> Path:
         return self._directory / "files" / key
+
+
+class _Expanded:
+    """Secrets and configs as one task's container sees them.
+
+    Source: swarmkit, template/{context,getter}.go.
+    """
+
+    def __init__(self, secrets: Path, configs: Path, container: ContainerSpec, seen: Struct) -> None:
+        self._secrets = secrets
+        self._configs = configs
+        self._container = container
+        self._seen = seen
+
+    def secret(self, id: str) -> bytes:
+        """Raises: SkepError."""
+        return self._expanded(self._secrets, "secret", id)
+
+    def config(self, id: str) -> bytes:
+        """Raises: SkepError."""
+        return self._expanded(self._configs, "config", id)
+
+    def _expanded(self, directory: Path, kind: str, id: str) -> bytes:
+        data, driver = _read(directory, kind, id)
+        if not driver:
+            return data
+        try:
+            if driver != templates.DRIVER:
+                raise InvalidArgument("unrecognized template type")
+            env = self._container.env
+            return templates.expand_payload(data, self._seen, env, self._secret_text, self._config_text)
+        except InvalidArgument as error:
+            problem = f"failed to expand templated {kind} {id}: {error}"
+            raise InvalidArgument(f"unable to get {kind} from {kind} store: {problem}") from error
+
+    def _secret_text(self, target: str) -> str:
+        for one in self._container.secrets:
+            if one.file is not None and one.file.name == target:
+                return to_text(_read(self._secrets, "secret", one.secret_id)[0])
+        raise NotFound(f"secret target {target} not found")
+
+    def _config_text(self, target: str) -> str:
+        for one in self._container.configs:
+            if one.file is not None and one.file.name == target:
+                return to_text(_read(self._configs, "config", one.config_id)[0])
+        raise NotFound(f"config target {target} not found")
 
 
 def _secret_path(reference: SecretReference) -> str:
@@ -132,19 +184,30 @@ def _owner(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
-def _file_name(id: str) -> str:
+_DRIVERS = ("", templates.DRIVER, "other")
+"""Template drivers as names of files; "": no template."""
+
+
+def _file_name(id: str, driver: str = "") -> str:
     """An id as a file name.  Raises: InvalidArgument: it would lead somewhere else."""
     if not id.isalnum():
         raise InvalidArgument(f"{id!r} is no id")
-    return id
+    return f"{id}.{driver}" if driver else id
 
 
-def _keep(directory: Path, id: str, data: bytes) -> None:
-    replace_file(directory / _file_name(id), data, mode=0o600, is_durable=False)
+def _keep(directory: Path, payload: SecretFile | ConfigFile) -> None:
+    driver = ""
+    if payload.templating is not None:
+        driver = templates.DRIVER if payload.templating.name == templates.DRIVER else "other"
+    replace_file(directory / _file_name(payload.id, driver), payload.data, mode=0o600, is_durable=False)
+    for other in _DRIVERS:
+        if other != driver:
+            (directory / _file_name(payload.id, other)).unlink(missing_ok=True)
 
 
-def _read(directory: Path, kind: str, id: str) -> bytes:
-    try:
-        return (directory / _file_name(id)).read_bytes()
-    except FileNotFoundError:
-        raise NotFound(f"unable to get {kind} from {kind} store: {kind} {id} not found") from None
+def _read(directory: Path, kind: str, id: str) -> tuple[bytes, str]:
+    """Data and template driver of a secret or config.  Raises: NotFound, with SwarmKit's words; OSError."""
+    for driver in _DRIVERS:
+        with suppress(FileNotFoundError):
+            return (directory / _file_name(id, driver)).read_bytes(), driver
+    raise NotFound(f"unable to get {kind} from {kind} store: {kind} {id} not found")

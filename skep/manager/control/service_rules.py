@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument
+from skep.gotemplate import quoted
 from skep.manager.control.images import is_image_reference
 from skep.manager.control.names import check_dns_name
-from skep.manager.control.templates import check_templates
-from skep.model import constraints
+from skep.model import constraints, templates
 from skep.model.container import (
     ConfigReference,
     ContainerSpec,
@@ -169,29 +169,29 @@ def _is_runtime(reference: ConfigReference, config_id: str) -> bool:
     return reference.runtime is not None and reference.config_id == config_id
 
 
+_SEEN = templates.context(
+    service_id="serviceid",
+    service_name="servicename",
+    service_labels={},
+    node_id="nodeid",
+    hostname="nodeHostname",
+    os="os",
+    architecture="architecture",
+    task_id="taskid",
+    task_name="taskname",
+    slot="1",
+)
+"""A task that placeholders are tried with, as SwarmKit's control API does."""
+
+
 def _check_container(container: ContainerSpec) -> None:
-    check_templates(container)
+    container = templates.expand_container(container, _SEEN)
     if not container.image:
         raise InvalidArgument("ContainerSpec: image reference must be provided")
     if not is_image_reference(container.image):
-        raise InvalidArgument(f"ContainerSpec: {_go_quoted(container.image)} is not a valid repository/tag")
+        raise InvalidArgument(f"ContainerSpec: {quoted(container.image)} is not a valid repository/tag")
     _check_mounts(container.mounts)
     _check_health(container.healthcheck)
-
-
-def _go_quoted(text: str) -> str:
-    """``text`` as Go's ``%q`` prints it."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    for char, escape in (("\n", "\\n"), ("\t", "\\t"), ("\r", "\\r")):
-        escaped = escaped.replace(char, escape)
-    return '"' + "".join(c if c.isprintable() else _go_escape(c) for c in escaped) + '"'
-
-
-def _go_escape(char: str) -> str:
-    code = ord(char)
-    if code < 0x80:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def _check_mounts(mounts: Iterable[Mount]) -> None:

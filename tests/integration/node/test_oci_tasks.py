@@ -9,6 +9,7 @@ import pytest
 from skep.agent.assignments import ConfigFile, LogQuery, LogStream, SecretFile
 from skep.agent.executor.interface import Rejected
 from skep.agent.executor.oci import OciExecutor
+from skep.agent.executor.payloads import Payloads
 from skep.agent.task_logs import TaskLogs
 from skep.engine.container import LogFilter
 from skep.engine.images.image import ContainerDefaults
@@ -125,7 +126,7 @@ async def test_placeholders_are_filled_in(executor: OciExecutor) -> None:
         env=('WHO={{.Node.Hostname}} {{.Node.ID}} {{index .Service.Labels "tier"}}',),
     )
     assert await output(executor, task) == "web-2\nlab node1 front\n"
-    with pytest.raises(Rejected, match="no such placeholder"):
+    with pytest.raises(Rejected, match="can't evaluate field Nonsense"):
         await executor.controller(a_task("true", hostname="{{.Nonsense}}")).prepare()
 
 
@@ -161,6 +162,42 @@ async def test_secrets_and_configs_are_files_with_their_owner_and_mode(
     on_disk = [path for path in lab.paths.data.rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
     assert on_disk == []
     assert list((lab.paths.secrets / "files").iterdir()) == []
+
+
+async def test_a_templated_config_is_expanded_for_its_task_and_outlives_the_node_process(
+    lab: Lab, executor: OciExecutor
+) -> None:
+    golang = Driver(name="golang")
+    executor.payloads.put(
+        [SecretFile(id=SecretId("s1"), data=b"hush")],
+        [
+            ConfigFile(
+                id=ConfigId("c1"), data=b'{{.Service.Name}} {{secret "key"}} {{env "A"}}\n', templating=golang
+            )
+        ],
+    )
+    key = SecretReference(secret_id=SecretId("s1"), file=FileTarget(name="key"))
+    site = ConfigReference(config_id=ConfigId("c1"), file=FileTarget(name="/site"))
+    task = a_task("cat", "/site", secrets=(key,), configs=(site,), env=("A={{.Node.ID}}",))
+    assert await output(executor, task) == "web hush node1\n"
+    Payloads(lab.paths.secrets).keep_only([SecretId("s1")], [ConfigId("c1")])
+    assert await output(executor, a_task("cat", "/site", secrets=(key,), configs=(site,))) == "web hush \n"
+    executor.payloads.keep_only([], [])
+    assert [path for path in lab.paths.secrets.rglob("known/*/*") if path.is_file()] == []
+
+
+async def test_a_template_that_fails_is_its_tasks_failure(executor: OciExecutor) -> None:
+    payloads = {"mustache": b"x", "golang": b'{{secret "none"}}'}
+    errors = {"mustache": "unrecognized template type", "golang": "secret target none not found"}
+    for driver, data in payloads.items():
+        config = ConfigFile(id=ConfigId("c1"), data=data, templating=Driver(name=driver))
+        executor.payloads.put([], [config])
+        reference = ConfigReference(config_id=ConfigId("c1"), file=FileTarget(name="/x"))
+        controller = executor.controller(a_task("true", configs=(reference,)))
+        await controller.prepare()
+        problem = f"starting container failed: unable to get config from config store: .*{errors[driver]}"
+        with pytest.raises(SkepError, match=problem):
+            await controller.start()
 
 
 async def test_a_missing_secret_is_found_at_the_start(executor: OciExecutor) -> None:

@@ -5,11 +5,9 @@ from msgspec.structs import replace
 
 from skep.agent.executor.adapter import NodeFacts, create_request, task_options
 from skep.agent.executor.interface import Rejected
-from skep.agent.executor.template import expand
 from skep.engine.container import ContainerConfig
 from skep.engine.create import NodeDefaults, container_config, mounts
 from skep.engine.images.image import ContainerDefaults
-from skep.errors import InvalidArgument
 from skep.model.container import (
     AppArmorOpts,
     ContainerSpec,
@@ -24,29 +22,6 @@ from skep.model.meta import Driver
 from skep.model.service import TaskSpec
 from skep.model.task import AssignedTask
 from tests.support.builders import a_task
-
-CONTEXT = {"Service": {"Name": "web", "Labels": {"a.b": "c"}}, "Task": {"Slot": "3"}}
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("plain", "plain"),
-        ("{{.Service.Name}}-{{ .Task.Slot }}", "web-3"),
-        ('{{index .Service.Labels "a.b"}}', "c"),
-        ('{{index .Service.Labels "none"}}', ""),
-    ],
-)
-def test_placeholders_are_expanded(text: str, expected: str) -> None:
-    assert expand(text, CONTEXT) == expected
-
-
-@pytest.mark.parametrize(
-    "text", ["{{.Nonsense}}", "{{.Service}}", "{{.Task.Slot.Deep}}", "{{range .}}", "{{}}"]
-)
-def test_what_is_no_placeholder_is_refused(text: str) -> None:
-    with pytest.raises(InvalidArgument, match="no such placeholder"):
-        expand(text, CONTEXT)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,334 @@
+"""Executes a template's tree.
+
+Source: Go 1.24, text/template/exec.go.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, TypeAlias
+
+from skep.gotemplate.functions import BUILTINS, LOGICAL, CallError, Function
+from skep.gotemplate.parse import TemplateError
+from skep.gotemplate.tree import (
+    NAME,
+    Action,
+    Body,
+    Branch,
+    Budget,
+    Call,
+    Chain,
+    Command,
+    Constant,
+    Dot,
+    Field,
+    Include,
+    Jump,
+    Nil,
+    Operand,
+    Pipeline,
+    Statement,
+    Template,
+    Text,
+    Variable,
+)
+from skep.gotemplate.values import Struct, Value, is_true, printed, to_bytes, type_name
+
+DEPTH_MAX = 100
+"""How deep templates, branches and parentheses may lie in each other when they are executed."""
+_SHOWN_MAX = 200
+"""Characters of a node that an error shows."""
+
+
+class _Nothing:
+    """No value: what a command gets that is the first of its pipeline."""
+
+
+_NOTHING = _Nothing()
+_Final: TypeAlias = Value | _Nothing
+
+
+class _Jumped(Exception):
+    """``break`` or ``continue`` (``word``)."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+
+def execute(template: Template, data: Struct, functions: Mapping[str, Function], budget: Budget) -> str:
+    """What ``template`` prints with ``data`` as ``.``; ``budget`` is reduced.  Raises: TemplateError."""
+    run = _Execution(template, functions, budget)
+    run.template(NAME, data)
+    return run.output()
+
+
+class _Execution:
+    """One execution.  The methods that take a tree's parts and ``dot`` follow the names of the parts."""
+
+    def __init__(self, template: Template, functions: Mapping[str, Function], budget: Budget) -> None:
+        self._template = template
+        self._functions = {**BUILTINS, **functions}
+        self._budget = budget
+        self._parts: list[str] = []
+        self._depth = 0
+        self._variables: list[tuple[str, Value]] = []
+        self._name = NAME
+        self._node: object = None
+        self._position = 0
+
+    def output(self) -> str:
+        return "".join(self._parts)
+
+    # -- errors and limits -----------------------------------------------------------------------------------
+
+    def _at(self, node: Operand | Command | Statement) -> None:
+        """Errors from here on are ``node``'s."""
+        self._node, self._position = node, node.position
+
+    def _fail(self, message: str) -> NoReturn:
+        text = self._template.text
+        before = text[: self._position]
+        line = before.count("\n") + 1
+        column = len(to_bytes(before.rpartition("\n")[2]))
+        node = str(self._node)
+        shown = node if len(node) <= _SHOWN_MAX else f"{node[:_SHOWN_MAX]}..."
+        where = f'{NAME}:{line}:{column}: executing "{self._name}" at <{shown}>'
+        raise TemplateError(f"template: {where}: {message}")
+
+    def _step(self) -> None:
+        self._budget.steps -= 1
+        if self._budget.steps < 0:
+            self._fail("it takes too many steps")
+
+    @contextmanager
+    def _deeper(self) -> Iterator[None]:
+        self._depth += 1
+        if self._depth > DEPTH_MAX:
+            self._fail(f"exceeded maximum template depth ({DEPTH_MAX})")
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def _count(self, values: Sequence[Value]) -> None:
+        self._budget.produced -= sum(len(value) for value in values if isinstance(value, str))
+        if self._budget.produced < 0:
+            self._fail("it handles too much text")
+
+    def _write(self, text: str) -> None:
+        self._budget.output -= len(to_bytes(text))
+        if self._budget.output < 0:
+            self._fail("its output is too long")
+        self._parts.append(text)
+
+    # -- statements ------------------------------------------------------------------------------------------
+
+    def template(self, name: str, dot: Value) -> None:
+        """Execute the template ``name``; its variables are its own."""
+        outside = self._variables, self._name
+        self._variables, self._name = [("$", dot)], name
+        with self._deeper():
+            self._body(self._template.bodies[name], dot)
+        self._variables, self._name = outside
+
+    def _body(self, body: Body, dot: Value) -> None:
+        for statement in body:
+            self._statement(statement, dot)
+
+    def _statement(self, statement: Statement, dot: Value) -> None:
+        self._step()
+        match statement:
+            case Text():
+                self._write(statement.text)
+            case Action():
+                self._at(statement)
+                value = self._pipeline(statement.pipeline, dot)
+                if not statement.pipeline.variables:
+                    self._at(statement)
+                    self._write("<no value>" if value is None else printed(value))
+            case Branch():
+                with self._deeper():
+                    self._branch(statement, dot)
+            case Include():
+                self._at(statement)
+                if statement.name not in self._template.bodies:
+                    self._fail(f'template "{statement.name}" not defined')
+                inner = self._pipeline(statement.pipeline, dot) if statement.pipeline is not None else None
+                self.template(statement.name, inner)
+            case Jump():
+                raise _Jumped(statement.word)
+
+    def _branch(self, branch: Branch, dot: Value) -> None:
+        scope = len(self._variables)
+        if branch.word == "range":
+            self._range(branch, dot)
+        else:
+            value = self._pipeline(branch.pipeline, dot)
+            if is_true(value):
+                self._body(branch.body, value if branch.word == "with" else dot)
+            else:
+                self._body(branch.otherwise, dot)
+        del self._variables[scope:]
+
+    def _range(self, branch: Branch, dot: Value) -> None:
+        value = self._pipeline(branch.pipeline, dot)
+        names = branch.pipeline.variables
+        pairs: Sequence[tuple[Value, Value]] | range = ()
+        match value:
+            case None:
+                pass
+            case bool() | float() | str() | Struct():
+                self._fail(f"range can't iterate over {printed(value)}")
+            case int():
+                if len(names) > 1:
+                    self._fail(f"can't use {value} to iterate over more than one variable")
+                pairs = range(value)
+            case _:
+                pairs = [(key, value[key]) for key in sorted(value)]
+        if not pairs:
+            self._body(branch.otherwise, dot)
+            return
+        scope = len(self._variables)
+        for pair in pairs:
+            key, element = (pair, pair) if isinstance(pair, int) else pair
+            for name, item in zip(names, (element,) if len(names) == 1 else (key, element), strict=False):
+                self._set(name, item)
+            try:
+                self._step()
+                self._body(branch.body, element)
+            except _Jumped as jump:
+                if jump.word == "break":
+                    break
+            finally:
+                del self._variables[scope:]
+
+    def _set(self, name: str, value: Value) -> None:
+        """Give the innermost variable ``name`` a value."""
+        for number in range(len(self._variables) - 1, -1, -1):
+            if self._variables[number][0] == name:
+                self._variables[number] = name, value
+                return
+        self._fail(f"undefined variable: {name}")
+
+    # -- pipelines -------------------------------------------------------------------------------------------
+
+    def _pipeline(self, pipeline: Pipeline, dot: Value) -> Value:
+        value: _Final = _NOTHING
+        for command in pipeline.commands:
+            value = self._command(command, dot, value)
+        assert not isinstance(value, _Nothing), "a pipeline has a command"
+        for name in pipeline.variables:
+            if pipeline.assigns:
+                self._set(name, value)
+            else:
+                self._variables.append((name, value))
+        return value
+
+    def _command(self, command: Command, dot: Value, final: _Final) -> Value:
+        self._step()
+        first, *arguments = command.operands
+        match first:
+            case Call():
+                return self._call(first, arguments, dot, final, command)
+            case Field() | Variable() | Chain():
+                has_arguments = bool(arguments) or not isinstance(final, _Nothing)
+                return self._operand(first, dot, has_arguments=has_arguments)
+        self._at(first)
+        if arguments or not isinstance(final, _Nothing):
+            self._fail(f"can't give argument to non-function {first}")
+        if isinstance(first, Nil):
+            self._fail("nil is not a command")
+        return self._operand(first, dot)
+
+    def _operand(self, operand: Operand, dot: Value, *, has_arguments: bool = False) -> Value:
+        """The value of an operand; a function is called without arguments."""
+        self._at(operand)
+        match operand:
+            case Constant():
+                return operand.value
+            case Nil():
+                return None
+            case Dot():
+                return dot
+            case Field():
+                return self._fields(dot, operand.names, has_arguments=has_arguments)
+            case Variable():
+                value = next(value for name, value in reversed(self._variables) if name == operand.name)
+                if not operand.names and has_arguments:
+                    self._fail(f"can't give argument to non-function {operand}")
+                return self._fields(value, operand.names, has_arguments=has_arguments)
+            case Chain():
+                value = self._operand(operand.first, dot)
+                return self._fields(value, operand.names, has_arguments=has_arguments)
+            case Pipeline():
+                with self._deeper():
+                    return self._pipeline(operand, dot)
+            case Call():
+                return self._call(operand, [], dot, _NOTHING, operand)
+
+    def _fields(self, value: Value, names: Sequence[str], *, has_arguments: bool = False) -> Value:
+        for number, name in enumerate(names):
+            value = self._field(value, name, has_arguments=has_arguments and number == len(names) - 1)
+        return value
+
+    def _field(self, value: Value, name: str, *, has_arguments: bool) -> Value:  # noqa: RET503
+        match value:
+            case None:
+                self._fail(f'nil data; no entry for key "{name}"')
+            case Struct():
+                if name not in value.fields:
+                    self._fail(f"can't evaluate field {name} in type {type_name(value)}")
+                if has_arguments:
+                    self._fail(f"{name} has arguments but cannot be invoked as function")
+                return value.fields[name]
+            case str() | bool() | int() | float():
+                self._fail(f"can't evaluate field {name} in type {type_name(value)}")
+            case _:
+                if has_arguments:
+                    self._fail(f"{name} is not a method but has arguments")
+                if name not in value:
+                    self._fail(f'map has no entry for key "{name}"')
+                return value[name]
+
+    # -- functions -------------------------------------------------------------------------------------------
+
+    def _call(
+        self, call: Call, operands: Sequence[Operand], dot: Value, final: _Final, whole: Command | Call
+    ) -> Value:
+        """``whole``: what an error of the function itself shows."""
+        self._at(call)
+        function = self._functions[call.name]
+        given = len(operands) + (not isinstance(final, _Nothing))
+        if function.is_variadic and given < function.parameters:
+            least = function.parameters
+            self._fail(f"wrong number of args for {call.name}: want at least {least} got {given}")
+        if not function.is_variadic and given != function.parameters:
+            self._fail(f"wrong number of args for {call.name}: want {function.parameters} got {given}")
+        arguments: list[Value] = []
+        for number, operand in enumerate(operands):
+            value = self._operand(operand, dot)
+            self._check_text(function, number, operand, value)
+            arguments.append(value)
+            if call.name in LOGICAL and is_true(value) is (call.name == "or"):
+                return value
+        if not isinstance(final, _Nothing):
+            self._check_text(function, len(arguments), None, final)
+            arguments.append(final)
+        self._at(call)
+        self._count(arguments)
+        try:
+            result = function.call(*arguments)
+        except CallError as error:
+            self._at(whole)
+            self._fail(f"error calling {call.name}: {error}")
+        self._count([result])
+        return result
+
+    def _check_text(self, function: Function, number: int, operand: Operand | None, value: Value) -> None:
+        """Refuse an argument that has to be a string and is none.  ``operand``: None: of the command before."""
+        if isinstance(value, str) or number >= function.texts:
+            return
+        if isinstance(operand, Nil):
+            self._fail("cannot assign nil to string")
+        if isinstance(operand, Constant):
+            self._fail(f"expected string; found {operand}")
+        self._fail(f"wrong type for value; expected string; got {type_name(value)}")

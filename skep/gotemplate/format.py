@@ -1,0 +1,208 @@
+"""``fmt.Sprintf`` for the values of templates.
+
+Source: Go 1.24, fmt/{doc,print,format}.go.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from skep.gotemplate.values import Value, printed, printed_float, quoted, to_bytes, type_name
+
+WIDTH_MAX = 1_000
+"""The widest field and the most digits.  Go's limit is 1,000,000; nothing needs it, and memory is bounded by it."""
+
+_VERB = re.compile(r"%(?P<flags>[-+# 0]*)(?P<width>\*|\d+)?(?:\.(?P<digits>\*|\d*))?(?P<verb>.)?", re.DOTALL)
+
+
+class _Format(NamedTuple):
+    flags: str
+    width: int | None
+    digits: int | None
+    verb: str
+
+
+class _Arguments:
+    def __init__(self, values: Sequence[Value]) -> None:
+        self._values = values
+        self._next = 0
+
+    def any_left(self) -> bool:
+        return self._next < len(self._values)
+
+    def take(self) -> Value:
+        self._next += 1
+        return self._values[self._next - 1]
+
+    def rest(self) -> Sequence[Value]:
+        return self._values[self._next :]
+
+
+def sprintf(format: str, values: Sequence[Value]) -> str:
+    """``values`` as ``format`` says; what does not fit is shown as Go shows it (``%!d(string=x)``)."""
+    arguments = _Arguments(values)
+    parts: list[str] = []
+    position = 0
+    for match in _VERB.finditer(format):
+        parts.append(format[position : match.start()])
+        parts.append(_one(match, arguments))
+        position = match.end()
+    parts.append(format[position:])
+    if rest := arguments.rest():
+        shown = ", ".join("<nil>" if one is None else f"{type_name(one)}={printed(one)}" for one in rest)
+        parts.append(f"%!(EXTRA {shown})")
+    return "".join(parts)
+
+
+def _one(match: "re.Match[str]", arguments: _Arguments) -> str:
+    verb = match["verb"]
+    if verb is None:
+        return "%!(NOVERB)"
+    problems = ""
+    flags = match["flags"]
+    width, problem = _number(match["width"], arguments, "WIDTH")
+    problems += problem
+    if width is not None and width < 0:
+        flags, width = flags + "-", -width
+    digits, problem = _number(match["digits"], arguments, "PREC")
+    problems += problem
+    if match["digits"] == "" or (digits is not None and digits < 0):
+        digits = 0 if match["digits"] == "" else None
+    if verb == "%":
+        return problems + "%"
+    if not arguments.any_left():
+        return f"{problems}%!{verb}(MISSING)"
+    return problems + formatted(_Format(flags, width, digits, verb), arguments.take())
+
+
+def _number(text: str | None, arguments: _Arguments, word: str) -> tuple[int | None, str]:
+    """A width or a precision, and what is wrong with it."""
+    if not text:
+        return None, ""
+    if text != "*":
+        number: Value = int(text) if len(text) < 10 else WIDTH_MAX + 1
+    elif arguments.any_left():
+        number = arguments.take()
+    else:
+        number = None
+    if isinstance(number, bool) or not isinstance(number, int) or abs(number) > WIDTH_MAX:
+        return None, f"%!(BAD{word})"
+    return number, ""
+
+
+def formatted(format: _Format, value: Value) -> str:
+    """One value by one verb."""
+    match format.verb:
+        case "T":
+            return _padded(format, type_name(value))
+        case "v":
+            return _shown(format, value)
+    text: str | None = None
+    match value:
+        case bool():
+            text = printed(value) if format.verb == "t" else None
+        case int():
+            text = _integer(format, value)
+        case float():
+            text = _float(format, value)
+        case str():
+            text = _string(format, value)
+    if text is not None:
+        return text
+    if value is None:
+        return f"%!{format.verb}(<nil>)"
+    return f"%!{format.verb}({type_name(value)}={printed(value)})"
+
+
+def _shown(format: _Format, value: Value) -> str:
+    if isinstance(value, str) and "#" in format.flags:
+        return _padded(format, quoted(value))
+    if isinstance(value, str):
+        return _string(format._replace(verb="s"), value) or ""
+    if isinstance(value, float):
+        return _signed(format, printed_float(value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _integer(format._replace(verb="d"), value) or ""
+    return _padded(format, printed(value))
+
+
+def _string(format: _Format, value: str) -> str | None:
+    if format.digits is not None and format.verb in "sq":
+        value = value[: format.digits]
+    match format.verb:
+        case "s":
+            return _padded(format, value)
+        case "q":
+            is_raw = "#" in format.flags and "`" not in value and value.isprintable()
+            return _padded(format, f"`{value}`" if is_raw else quoted(value))
+        case "x" | "X":
+            data = to_bytes(value)[: format.digits]
+            space = " " if " " in format.flags else ""
+            text = data.hex(" ") if space else data.hex()
+            text = f"0x{text}" if "#" in format.flags and text else text
+            return _padded(format, text.upper() if format.verb == "X" else text)
+    return None
+
+
+def _integer(format: _Format, value: int) -> str | None:
+    match format.verb:
+        case "d":
+            text = str(abs(value))
+        case "b":
+            text = f"{abs(value):b}"
+        case "o" | "O":
+            prefix = "0o" if format.verb == "O" else "0" if "#" in format.flags else ""
+            text = f"{prefix}{abs(value):o}"
+        case "x" | "X":
+            text = f"{'0x' if '#' in format.flags else ''}{abs(value):x}"
+            text = text.upper() if format.verb == "X" else text
+        case "c" | "q" | "U":
+            return _padded(format._replace(flags=format.flags.replace("0", "")), _code_point(format, value))
+        case _:
+            return None
+    if format.digits is not None:
+        text = text.rjust(format.digits, "0") if format.digits or value else ""
+        format = format._replace(flags=format.flags.replace("0", ""))
+    return _signed(format, ("-" if value < 0 else "") + text)
+
+
+def _code_point(format: _Format, value: int) -> str:
+    is_one = 0 <= value < 0x110000 and not 0xD800 <= value < 0xE000
+    char = chr(value) if is_one else "\ufffd"
+    match format.verb:
+        case "c":
+            return char
+        case "q":
+            inner = quoted(char)[1:-1].replace(r"\"", '"')
+            return "'" + (r"\'" if char == "'" else inner) + "'"
+    return f"U+{value:04X}" + (f" '{char}'" if "#" in format.flags and char.isprintable() else "")
+
+
+def _float(format: _Format, value: float) -> str | None:
+    if format.verb not in "eEfFgG":
+        return None
+    if not math.isfinite(value):
+        return _signed(format._replace(flags=format.flags.replace("0", "")), printed_float(value))
+    if format.digits is None and format.verb in "gG":
+        text = printed_float(value)
+        return _signed(format, text.upper() if format.verb == "G" else text)
+    text = f"{value:.{6 if format.digits is None else format.digits}{format.verb}}"
+    return _signed(format, text)
+
+
+def _signed(format: _Format, text: str) -> str:
+    """A number's text with its sign, filled with zeros between both where asked for."""
+    sign = "-" if text.startswith("-") else "+" if "+" in format.flags else " " if " " in format.flags else ""
+    digits = text.lstrip("+-")
+    if "0" in format.flags and "-" not in format.flags and format.width is not None:
+        digits = digits.rjust(format.width - len(sign), "0")
+    return _padded(format._replace(flags=format.flags.replace("0", "")), sign + digits)
+
+
+def _padded(format: _Format, text: str) -> str:
+    if format.width is None:
+        return text
+    if "-" in format.flags:
+        return text.ljust(format.width)
+    return text.rjust(format.width, "0" if "0" in format.flags else " ")

@@ -1,0 +1,202 @@
+"""The tree of a template.
+
+Every node knows its position (in characters) and, as ``str``, its text as Go's errors show it.
+
+Source: Go 1.24, text/template/parse/node.go.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from skep.gotemplate.values import quoted
+
+NAME = "expansion"
+"""What templates are called in errors."""
+
+
+@dataclass
+class Budget:
+    """What templates may still cost: they come from users, and who expands them is shared."""
+
+    tokens: int = 50_000
+    """Words and signs of the texts."""
+    steps: int = 100_000
+    """Statements and commands executed."""
+    produced: int = 8 << 20
+    """Characters given to and by functions."""
+    output: int = 1 << 20
+    """Bytes written."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A literal.  ``text``: as it is written."""
+
+    position: int
+    value: str | int | float | bool
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Nil:
+    """``nil``."""
+
+    position: int
+
+    def __str__(self) -> str:
+        return "nil"
+
+
+@dataclass(frozen=True)
+class Dot:
+    """``.``: the present value."""
+
+    position: int
+
+    def __str__(self) -> str:
+        return "."
+
+
+@dataclass(frozen=True)
+class Field:
+    """``.Task.Slot``: fields of the present value."""
+
+    position: int
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "".join(f".{name}" for name in self.names)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """``$name``, and fields of it.  ``$`` is what the template was executed with."""
+
+    position: int
+    name: str
+    names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ".".join((self.name, *self.names))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function by its name; its arguments are the rest of its command."""
+
+    position: int
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Fields of what a pipeline in parentheses, or a function without arguments, gives."""
+
+    position: int
+    first: "Pipeline | Call"
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (f"({self.first})" if isinstance(self.first, Pipeline) else str(self.first)) + "".join(
+            f".{name}" for name in self.names
+        )
+
+
+@dataclass(frozen=True)
+class Command:
+    """Operands: a value, or a function and its arguments."""
+
+    position: int
+    operands: tuple["Operand", ...]
+
+    def __str__(self) -> str:
+        return " ".join(f"({one})" if isinstance(one, Pipeline) else str(one) for one in self.operands)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Commands, each getting what the one before gave; variables take the last value.
+
+    ``assigns``: the variables exist already (``=``).
+    """
+
+    position: int
+    variables: tuple[str, ...]
+    assigns: bool
+    commands: tuple[Command, ...]
+
+    def __str__(self) -> str:
+        sign = "=" if self.assigns else ":="
+        head = f"{', '.join(self.variables)} {sign} " if self.variables else ""
+        return head + " | ".join(str(command) for command in self.commands)
+
+
+Operand: TypeAlias = Constant | Nil | Dot | Field | Variable | Call | Chain | Pipeline
+
+
+@dataclass(frozen=True)
+class Text:
+    """Copied as it is."""
+
+    position: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Action:
+    """Prints what its pipeline gives, unless it sets variables."""
+
+    position: int
+    pipeline: Pipeline
+
+    def __str__(self) -> str:
+        return f"{{{{{self.pipeline}}}}}"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """``if``, ``with`` and ``range`` (``word``)."""
+
+    position: int
+    word: str
+    pipeline: Pipeline
+    body: "Body"
+    otherwise: "Body"
+
+
+@dataclass(frozen=True)
+class Include:
+    """``{{template "name" pipeline}}``."""
+
+    position: int
+    name: str
+    pipeline: Pipeline | None
+
+    def __str__(self) -> str:
+        return f"{{{{template {quoted(self.name)}{f' {self.pipeline}' if self.pipeline else ''}}}}}"
+
+
+@dataclass(frozen=True)
+class Jump:
+    """``break`` and ``continue`` (``word``)."""
+
+    position: int
+    word: str
+
+
+Statement: TypeAlias = Text | Action | Branch | Include | Jump
+Body: TypeAlias = tuple[Statement, ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed text.  ``bodies``: of all templates by their names; its own is ``NAME``."""
+
+    text: str
+    bodies: dict[str, Body]

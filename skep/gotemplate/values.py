@@ -1,0 +1,133 @@
+"""The values of templates, and how Go prints them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A Go struct: its fields in order, and its type as errors name it."""
+
+    type_name: str
+    fields: Mapping[str, "Value"]
+
+
+Value: TypeAlias = str | int | float | bool | Mapping[str, str] | Struct | None
+"""None is nil, a mapping is Go's ``map[string]string``."""
+
+
+def type_name(value: Value) -> str:
+    """Go's name of the value's type."""
+    match value:
+        case Struct():
+            return value.type_name
+        case bool():
+            return "bool"
+        case int():
+            return "int"
+        case float():
+            return "float64"
+        case str():
+            return "string"
+        case None:
+            return "<nil>"
+        case _:
+            return "map[string]string"
+
+
+def is_true(value: Value) -> bool:
+    """Whether ``if`` takes it for true: structs always, others when they are not empty or zero."""
+    return isinstance(value, Struct) or bool(value)
+
+
+def printed(value: Value) -> str:
+    """What ``fmt.Print`` writes (``%v``)."""
+    match value:
+        case None:
+            return "<nil>"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return value
+        case int():
+            return str(value)
+        case float():
+            return printed_float(value)
+        case Struct():
+            return "{" + " ".join(printed(field) for field in value.fields.values()) + "}"
+        case _:
+            return "map[" + " ".join(f"{key}:{value[key]}" for key in sorted(value)) + "]"
+
+
+_EXPONENT = 6
+"""The first exponent that is written as one; so are those below -4."""
+
+
+def printed_float(value: float) -> str:
+    """``%v`` of a float: the fewest digits that read back the same."""
+    if value != value:
+        return "NaN"
+    if value in (float("inf"), float("-inf")):
+        return "+Inf" if value > 0 else "-Inf"
+    text = repr(value)
+    mantissa, _, exponent = text.partition("e")
+    sign = "-" if mantissa.startswith("-") else ""
+    whole, _, fraction = mantissa.lstrip("-").partition(".")
+    digits = whole + ("" if fraction == "0" else fraction)
+    point = len(whole) + int(exponent or 0)
+    stripped = digits.lstrip("0")
+    point -= len(digits) - len(stripped)
+    digits = stripped.rstrip("0")
+    if not digits:
+        return sign + "0"
+    if -4 <= point - 1 < _EXPONENT:
+        if point <= 0:
+            return f"{sign}0.{'0' * -point}{digits}"
+        if point >= len(digits):
+            return sign + digits + "0" * (point - len(digits))
+        return f"{sign}{digits[:point]}.{digits[point:]}"
+    tail = f".{digits[1:]}" if len(digits) > 1 else ""
+    power = point - 1
+    return f"{sign}{digits[0]}{tail}e{'-' if power < 0 else '+'}{abs(power):02}"
+
+
+def quoted(text: str) -> str:
+    """``strconv.Quote``: in double quotes, with what cannot be printed as escapes."""
+    return '"' + "".join(_escaped(char) for char in text) + '"'
+
+
+_ESCAPES = {
+    "\a": r"\a",
+    "\b": r"\b",
+    "\f": r"\f",
+    "\n": r"\n",
+    "\r": r"\r",
+    "\t": r"\t",
+    "\v": r"\v",
+    '"': r"\"",
+    "\\": "\\\\",
+}
+
+
+def _escaped(char: str) -> str:
+    if char in _ESCAPES:
+        return _ESCAPES[char]
+    if char.isprintable():
+        return char
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def to_bytes(text: str) -> bytes:
+    """The text as Go has it."""
+    return text.encode(errors="surrogateescape")
+
+
+def to_text(data: bytes) -> str:
+    """The inverse of ``to_bytes``."""
+    return data.decode(errors="surrogateescape")
