@@ -15,6 +15,8 @@ from typing import Any, Literal
 import msgspec
 
 from skep.aio.clock import Clock
+from skep.manager.ca.admission import stamp
+from skep.manager.ca.expiry import Expiry
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
 from skep.manager.failures import isolated, object_id
 from skep.model.conditions import condition_messages
@@ -26,7 +28,7 @@ from skep.model.secret import Config, Secret
 from skep.model.service import Service, UpdateState
 from skep.model.swarm import Swarm
 from skep.model.task import Task
-from skep.model.times import SECOND_NS, Timestamp, unix_ns
+from skep.model.times import SECOND_NS, unix_ns
 from skep.store.interface import Created, Deleted, Event, Store, Updated, WatchLagged
 from skep.store.kinds import Payload
 
@@ -89,15 +91,15 @@ class ClusterEvents:
                         for message in messages_of(event, self._clock.now_ns()):
                             self._publish(message)
 
-    def expires(self, kind: str, id: str, name: str, not_after: Timestamp) -> None:
+    def expires(self, expiry: Expiry) -> None:
         """Publish that a certificate expires soon, which no commit shows."""
         now_ns = self._clock.now_ns()
-        attributes = {"name": name, "notafter": not_after}
+        attributes = {"name": expiry.name, "notafter": stamp(expiry.not_after)}
         self._publish(
             Message(
-                type=kind,
+                type=expiry.kind,
                 action="expire",
-                actor=Actor(id=id, attributes=attributes),
+                actor=Actor(id=expiry.id, attributes=attributes),
                 time=now_ns // SECOND_NS,
                 time_nano=now_ns,
             )

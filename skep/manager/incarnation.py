@@ -73,10 +73,9 @@ def check_incarnations(paths: Paths) -> Incarnations:
 
 
 class Incarnation:
-    """The incarnation that this manager serves."""
+    """The incarnation that this manager serves, compared with that of every other manager."""
 
-    def __init__(self, paths: Paths, served: int) -> None:
-        self._paths = paths
+    def __init__(self, served: int) -> None:
         self.served = served
         self._later = 0
         self._superseded = asyncio.Event()
@@ -94,12 +93,12 @@ class Incarnation:
             self._superseded.set()
         return incarnation == self.served
 
-    async def run(self) -> None:
-        """Wait until a later incarnation is observed.  Raises: Superseded."""
+    async def run(self, paths: Paths) -> None:
+        """Store the incarnation, and wait until a later one is observed.  Raises: Superseded; OSError."""
         if not self._later:
-            write_incarnations(self._paths, Incarnations(served=self.served))
+            write_incarnations(paths, Incarnations(served=self.served))
         await self._superseded.wait()
-        _stop(self._paths, self.served, self._later)
+        _stop(paths, self.served, self._later)
 
 
 def write_incarnations(paths: Paths, incarnations: Incarnations) -> None:

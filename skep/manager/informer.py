@@ -38,7 +38,7 @@ async def run_informer(
     *,
     on_snapshot: Callable[[View], None],
     on_commit: Callable[[Commit], None],
-    work: Callable[[], Awaitable[None]],
+    work: Callable[[], Awaitable[object]],
 ) -> None:
     """Run ``work`` until it fails or is cancelled; start again from a fresh snapshot if the watch lagged.
 

@@ -5,14 +5,17 @@ manager that has confirmed a key has it safely on its disk; which key the store 
 """
 
 import asyncio
-from pathlib import Path
+from typing import Protocol
 
 import structlog
 
-from skep.errors import FailedPrecondition, InvalidArgument
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.paths import Paths
 from skep.security.locking import REPLACING, KeyLock
 from skep.store.etcd.cipher import KEY_BYTES, WRAPPING_KEYS_MAX, new_wrapping_key, split_keys
+from skep.store.interface import Store, Term
 
 log = structlog.get_logger(__name__)
 
@@ -54,10 +57,6 @@ class WrappingKeys:
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
 
-    @property
-    def path(self) -> Path:
-        return self._paths.wrapping_key
-
     def load(self) -> bytes:
         """As ``load_wrapping_keys``."""
         return load_wrapping_keys(self._paths)
@@ -83,4 +82,52 @@ class WrappingKeys:
             kept = split_keys(self.load())
             if key in kept[1:]:
                 save_wrapping_keys(self._paths, b"".join(kept[kept.index(key) :]))
-                log.info("wrapping key replaced", path=str(self.path))
+                log.info("wrapping key replaced", path=str(self._paths.wrapping_key))
+
+
+class KeyedStore(Store, Protocol):
+    """A store whose data keys are wrapped; documented at ``store.etcd.store.EtcdStore``."""
+
+    @property
+    def wrapping_key(self) -> bytes: ...
+
+    @property
+    def is_rotating(self) -> bool: ...
+
+    @property
+    def unreadable_values(self) -> tuple[str, ...]: ...
+
+    def learn_wrapping_key(self, key: bytes) -> None: ...
+
+    async def wait_rewrapped(self) -> bytes: ...
+
+    async def replace_wrapping_key(self, term: Term, key: bytes) -> None: ...
+
+
+class StoreKeys:
+    """The wrapping keys that a manager's store accepts, each of which is on its disk, too."""
+
+    def __init__(self, store: KeyedStore, disk: WrappingKeys) -> None:
+        self.store = store
+        self.disk = disk
+
+    async def keep(self, key: bytes) -> None:
+        """Accept a key that the data keys may be wrapped with soon; it is on disk when this returns.
+
+        Raises: as ``WrappingKeys.add``.
+        """
+        await self.disk.add(key)
+        self.store.learn_wrapping_key(key)
+
+    async def prune(self, clock: Clock) -> None:
+        """Keep only the present wrapping key on disk, until cancelled."""
+        key, backoff = self.store.wrapping_key, Backoff(longest_s=10.0)
+        while True:
+            try:
+                await self.disk.settle(key)
+            except (SkepError, OSError) as error:
+                log.error("old wrapping keys not removed from disk, will retry", reason=str(error))
+                await backoff.sleep(clock)
+                continue
+            backoff.reset()
+            key = await self.store.wait_rewrapped()

@@ -26,11 +26,15 @@ from skep.errors import Unavailable
 from skep.manager.attachment_service import AttachmentService
 from skep.manager.autolock import Autolock
 from skep.manager.backup import Backups
-from skep.manager.ca.admission import stamp
 from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
-from skep.manager.ca.updater import CertificateUpdater
+from skep.manager.ca.updater import (
+    CertificateUpdater,
+    PeerCertificates,
+    disconnect_revoked,
+    warn_of_expiry,
+)
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
@@ -38,11 +42,11 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.dispatcher.sessions import LiveSession
 from skep.manager.events import ClusterEvents
-from skep.manager.eviction.loop import Evictions, KeyedStore, end_connections, prune_wrapping_keys
+from skep.manager.eviction.loop import Evictions, end_connections
 from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.relay import Relay
 from skep.manager.incarnation import Incarnation
-from skep.manager.keys import WrappingKeys
+from skep.manager.keys import KeyedStore, StoreKeys, WrappingKeys
 from skep.manager.link.loop import ManagerLink
 from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import LogBroker
@@ -108,7 +112,7 @@ class Manager:
         self._new_id = new_id
         self._random = random
         self._tls = ServerTls(pair)
-        self._keys = WrappingKeys(config.paths)
+        self._keys = StoreKeys(store, WrappingKeys(config.paths))
         self._certificates = CertificateService(store, new_id)
         self._discovery = Discovery(store, self._session, clock)
         self._draining = Draining(store, config.node_id, self._discovery, self._channel_to, clock, random)
@@ -116,15 +120,14 @@ class Manager:
         self._dispatcher = Dispatcher(
             store, own, clock, new_id, random, wait_unused=self._draining.wait_unused, overload=overload
         )
-        self._incarnation = Incarnation(config.paths, store.incarnation)
+        self._incarnation = Incarnation(store.incarnation)
         self._link = ManagerLink(
             store,
             config.node_id,
             self._connected,
             clock,
             random,
-            incarnation=store.incarnation,
-            observe_incarnation=self._incarnation.observe,
+            incarnation=self._incarnation,
             overload=overload,
         )
         self._probes = ProbeStreams(store, config.node_id, self._session, self._discovery, clock)
@@ -139,8 +142,8 @@ class Manager:
             store,
             member.consensus,
             member.peer_addresses,
-            self._keys.load,
-            self._keep_wrapping_key,
+            self._keys.disk.load,
+            self._keys.keep,
             config.cluster_id,
             clock,
         )
@@ -173,7 +176,7 @@ class Manager:
         return ManagerApi(
             store=self._store,
             logs=self._logs,
-            backups=Backups(self._config, self._store, self._keys.load, self._clock),
+            backups=Backups(self._config, self._store, self._keys.disk.load, self._clock),
             events=events,
             clock=self._clock,
             new_id=self._new_id,
@@ -206,6 +209,7 @@ class Manager:
         """Start the tasks that run whether this manager leads or not."""
         store, clock, random = self._store, self._clock, self._random
         lock = KeyLock(self._config.paths)
+        incarnation = partial(self._incarnation.run, self._config.paths)
         addresses = partial(
             sync_peer_addresses, self._member.peer_addresses, store, self._member.consensus, clock, random
         )
@@ -215,35 +219,31 @@ class Manager:
             ("probes", self._probes.run()),
             ("log broker", self._logs.run()),
             ("link", self._link.run()),
-            ("incarnation", _retrying(self._incarnation.run, "incarnation", clock, random)),
+            ("incarnation", _retrying(incarnation, "incarnation", clock, random)),
             ("events", events.run()),
             ("gossip relay", Relay(store, host, clock, random).run()),
             ("peer addresses", _retrying(addresses, "peer addresses", clock, random)),
             ("manager status", self._status.run()),
-            ("certificates", self._certificate_updater(lock, bound, events).run()),
+            ("certificates", self._certificate_updater(lock, bound).run()),
+            ("certificate expiry", warn_of_expiry(store, events.expires, clock)),
+            ("revoked connections", disconnect_revoked(store, bound.disconnect)),
             ("autolock", Autolock(store, lock, clock, random).run()),
-            ("wrapping keys", prune_wrapping_keys(store, self._keys, clock)),
+            ("wrapping keys", self._keys.prune(clock)),
             ("election", self._lead_when_elected()),
         ):
             group.create_task(work, name=name)
 
-    def _certificate_updater(self, lock: KeyLock, bound: Bound, events: ClusterEvents) -> CertificateUpdater:
+    def _certificate_updater(self, lock: KeyLock, bound: Bound) -> CertificateUpdater:
+        own, paths = self._config.node_id, self._config.paths
+        peer_files = PeerFiles(paths.tls, paths.manager, self._member.restart, self._member.cut_peers)
         return CertificateUpdater(
             self._store,
-            self._config.node_id,
+            own,
             self._tls,
-            KeyPairFiles(self._config.paths.certificates, lock),
+            KeyPairFiles(paths.certificates, lock),
             self._clock,
-            disconnect=bound.disconnect,
-            root_gone=partial(end_connections, self._store, bound),
-            peers=PeerFiles(
-                self._config.paths.tls,
-                self._config.paths.manager,
-                self._member.restart,
-                self._member.cut_peers,
-            ),
-            is_evicting=is_evicting_manager,
-            on_expiry=lambda it: events.expires(it.kind, it.id, it.name, stamp(it.not_after)),
+            partial(end_connections, self._store, bound),
+            PeerCertificates(self._store, own, peer_files, self._clock, is_evicting_manager),
         )
 
     def _quorum(self) -> Quorum:
@@ -251,11 +251,6 @@ class Manager:
         lost_at = timestamp(self._clock.now_ns() - round(lost_s * SECOND_NS)) if lost_s else Timestamp("")
         silent = self._link.silent(self._clock.monotonic())
         return quorum(self._store.view(), self._config.node_id, silent, lost_at)
-
-    async def _keep_wrapping_key(self, key: bytes) -> None:
-        """Store a key that the store's data keys may be wrapped with soon; it is on disk when this returns."""
-        await self._keys.add(key)
-        self._store.learn_wrapping_key(key)
 
     def _session(self, node_id: NodeId, session_id: str) -> LiveSession:
         return self._dispatcher.session(node_id, session_id)
@@ -291,7 +286,6 @@ class Manager:
                 evictions = Evictions(
                     term,
                     self._config.node_id,
-                    self._store,
                     self._keys,
                     self._channel_to,
                     self._clock,

@@ -16,7 +16,7 @@ from skep.manager.ca.rotation import finish as finish_rotation
 from skep.manager.eviction import loop
 from skep.manager.eviction.loop import Evictions
 from skep.manager.eviction.steps import OF_A_MANAGER, Eviction, begin, eviction_of
-from skep.manager.keys import WrappingKeys, save_wrapping_keys
+from skep.manager.keys import StoreKeys, WrappingKeys, save_wrapping_keys
 from skep.manager.routes.evictions import shown
 from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.node import (
@@ -157,8 +157,7 @@ async def led(store: KeyedStore, keys: WrappingKeys, others: Others) -> AsyncIte
     evictions = Evictions(
         store,  # type: ignore[arg-type]  # a plain store will do, without the fence
         OWN,
-        store,
-        keys,
+        StoreKeys(store, keys),
         others.channel,
         SystemClock(),
         new_id,

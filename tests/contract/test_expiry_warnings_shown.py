@@ -54,9 +54,7 @@ async def test_events_and_log_tell_of_it(cluster, tmp_path: Path, capsys):
         await asyncio.sleep(0)
         pair = cluster.pair(MANAGER_ID)
         keypair.save(pair, tmp_path)
-        async with cluster.kept_up(
-            tmp_path, tell=lambda it: events.expires(it.kind, it.id, it.name, stamp(it.not_after))
-        ):
+        async with cluster.kept_up(tmp_path, on_expiry=events.expires):
             message = await asyncio.wait_for(first, 5)
     assert (message.type, message.action, message.actor.id) == ("node", "expire", "late")
     assert message.actor.attributes["name"] == "cellar"

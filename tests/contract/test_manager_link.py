@@ -129,7 +129,7 @@ async def test_who_is_no_manager_of_the_cluster_is_told_the_incarnation_and_not_
     observe_incarnation: list[NodeId] = []
     minted = cluster.pair(new_id(), NodeRole.MANAGER)
     async with Manager(cluster, 1).serving() as one:
-        one.link._observe_incarnation = lambda manager, _: bool(observe_incarnation.append(manager))
+        one.link._incarnation.observe = lambda manager, _: bool(observe_incarnation.append(manager))
         async with (
             connected(one.address, client_context(minted), MANAGER_NAME) as channel,
             channel.stream(methods.PINGS) as pings,

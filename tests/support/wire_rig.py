@@ -26,7 +26,12 @@ from skep.manager.ca.expiry import Expiry
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
-from skep.manager.ca.updater import CertificateUpdater
+from skep.manager.ca.updater import (
+    CertificateUpdater,
+    PeerCertificates,
+    disconnect_revoked,
+    warn_of_expiry,
+)
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
@@ -213,26 +218,29 @@ class Cluster:
         self,
         directory: Path,
         peers: PeerFiles | None = None,
-        tell: Callable[[Expiry], None] = lambda _: None,
+        on_expiry: Callable[[Expiry], None] = lambda _: None,
     ) -> AsyncIterator[None]:
         """The manager's care for certificates, with its own key pair in ``directory``."""
-        upkeep = CertificateUpdater(
+        clock = SystemClock()
+        updater = CertificateUpdater(
             self.store,
             MANAGER_ID,
             self.tls,
             KeyPairFiles(directory),
-            SystemClock(),
-            disconnect=self.bound.disconnect,
-            root_gone=partial(end_connections, self.store, self.bound),
-            peers=peers,
-            on_expiry=tell,
-            is_evicting=is_evicting_manager,
+            clock,
+            partial(end_connections, self.store, self.bound),
+            PeerCertificates(self.store, MANAGER_ID, peers, clock, is_evicting_manager) if peers else None,
         )
-        running = asyncio.create_task(upkeep.run())
+        running = [
+            asyncio.create_task(updater.run()),
+            asyncio.create_task(warn_of_expiry(self.store, on_expiry, clock)),
+            asyncio.create_task(disconnect_revoked(self.store, self.bound.disconnect)),
+        ]
         try:
             yield
         finally:
-            await _ended(running)
+            for one in running:
+                await _ended(one)
 
     def _found(self, tx: Transaction) -> None:
         root_pem = self.authority.root_pem

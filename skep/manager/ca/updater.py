@@ -41,17 +41,17 @@ CHECK_EVERY_S = 1.0
 
 WARN_EVERY_S = 24 * 3600.0
 
+Disconnect = Callable[[Callable[[Identity], bool]], None]
+"""Ends the connections of callers for which the predicate is true."""
+
 
 class CertificateUpdater:
-    """Follows files and store, until cancelled.
+    """Serves with the node's present key pair and the trusted roots.
 
     Args:
         own: this manager's node.
-        disconnect: ends the connections of callers for which the predicate is true.
         root_gone: called when a root is not trusted any more; existing connections with its certificates stay.
         peers: None without etcd (tests).
-        on_expiry: called once a day for everything that expires soon.
-        is_evicting: whether a manager is being evicted.
     """
 
     def __init__(
@@ -61,77 +61,42 @@ class CertificateUpdater:
         tls: ServerTls,
         files: KeyPairFiles,
         clock: Clock,
-        *,
-        disconnect: Callable[[Callable[[Identity], bool]], None],
-        root_gone: Callable[[], None] = lambda: None,
-        peers: PeerFiles | None = None,
-        on_expiry: Callable[[Expiry], None] = lambda _: None,
-        is_evicting: Callable[[View], bool] = lambda _: False,
+        root_gone: Callable[[], None],
+        peers: "PeerCertificates | None" = None,
     ) -> None:
-        self._is_evicting = is_evicting
         self._store = store
-        self._on_expiry = on_expiry
         self._own = own
         self._tls = tls
         self._files = files
         self._clock = clock
-        self._disconnect = disconnect
         self._root_gone = root_gone
         self._peers = peers
         self._pair: KeyPair | None = None
         self._served: KeyPair | None = None
-        self._written: KeyPair | None = None
-        self._peer_roots = b""
-        self._turn = RestartTurn()
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
+        """Follow files and store until cancelled."""
         await run_informer(
             self._store,
             (Swarm, Node, Revocation),
-            on_snapshot=self._on_snapshot,
+            on_snapshot=lambda _: self._changed.set(),
             on_commit=self._on_commit,
             work=self._work,
         )
 
-    def _on_snapshot(self, view: View) -> None:
-        for revocation in view.find(Revocation):
-            self._disconnect_revoked(view, revocation)
-        self._changed.set()
-
     def _on_commit(self, commit: Commit) -> None:
         for event in commit.events:
             match event:
-                case Created(Revocation() as revocation) | Updated(_, Revocation() as revocation):
-                    self._disconnect_revoked(self._store.view(), revocation)
                 case Created(Node() as node) | Updated(_, Node() as node) if (
                     node.id != self._own and node.manager_status is None
                 ):
                     continue  # most commits: heartbeats or tasks of workers
             self._changed.set()
 
-    def _disconnect_revoked(self, view: View, revocation: Revocation) -> None:
-        """End the connections that would not be accepted any more."""
-        node = view.lookup(Node, revocation.id)
-        if revocation.is_removed:
-            self._disconnect(lambda peer: peer.node_id == revocation.id)
-        else:
-            self._disconnect(
-                lambda peer: peer.node_id == revocation.id and is_foreign(revocation, peer.serial)
-            )
-            is_none = node is None or not is_manager(node)
-            self._disconnect(
-                lambda peer: (
-                    peer.node_id == revocation.id
-                    and _acts_as_manager(peer)
-                    and (is_none or is_revoked(revocation, peer.issued_s))
-                )
-            )
-
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._poll_files(), name="poll the key pair")
-            group.create_task(self._warn(), name="warn about expiry")
             while True:
                 await self._changed.wait()
                 self._changed.clear()
@@ -166,18 +131,42 @@ class CertificateUpdater:
             log.info("serving with new certificate", until=serving.not_after.isoformat())
         if self._peers is not None:
             serials = (one.serial for kept in view.find(Revocation) for one in (*kept.serials, *kept.foreign))
-            await asyncio.to_thread(self._peers.refuse, frozenset(serials))
-            await self._update_peers(self._peers, self._pair, swarms[0])
+            await asyncio.to_thread(self._peers.files.refuse, frozenset(serials))
+            await self._peers.update(self._pair, swarms[0])
 
-    async def _update_peers(self, peers: PeerFiles, pair: KeyPair, swarm: Swarm) -> None:
-        """Write what etcd reads; restart it for changed roots, when it is this manager's turn."""
+
+class PeerCertificates:
+    """What this manager's etcd reads of certificates, and its restarts after the roots have changed.
+
+    Args:
+        own: this manager's node.
+        is_evicting: whether a manager is being evicted.
+    """
+
+    def __init__(
+        self, store: Store, own: NodeId, files: PeerFiles, clock: Clock, is_evicting: Callable[[View], bool]
+    ) -> None:
+        self.files = files
+        self._store = store
+        self._own = own
+        self._clock = clock
+        self._is_evicting = is_evicting
+        self._written: KeyPair | None = None
+        self._peer_roots = b""
+        self._turn = RestartTurn()
+
+    async def update(self, pair: KeyPair, swarm: Swarm) -> None:
+        """Write the files; restart etcd for changed roots, when it is this manager's turn.
+
+        Raises: SkepError, OSError: not now; call it again.
+        """
         roots = swarm.tls_info.trust_root.encode()
         wanted = pair.with_root(roots)
         if self._written is None:
-            self._written = await asyncio.to_thread(keypair.load, peers.directory)
+            self._written = await asyncio.to_thread(keypair.load, self.files.directory)
             self._peer_roots = self._written.root_pem  # as of the member's start
         if not _is_same(wanted, self._written):
-            await asyncio.to_thread(keypair.save, wanted, peers.directory)
+            await asyncio.to_thread(keypair.save, wanted, self.files.directory)
             self._written = wanted
         node = self._store.view().lookup(Node, self._own)
         if self._peer_roots != roots:
@@ -185,21 +174,54 @@ class CertificateUpdater:
             if not self._turn.has_come(self._own, nodes, root_digest(roots), self._clock.monotonic()):
                 return
             log.info("restarting etcd: its peers' roots have changed")
-            await peers.restart()
+            await self.files.restart()
             self._peer_roots = roots
             self._turn = RestartTurn()
         if node is not None and node.peer_roots != root_digest(roots):
             show = partial(show_peer_roots, is_evicting=self._is_evicting, window_ns=_window_ns(swarm))
             await self._store.update(show, self._own, root_digest(roots), _serial_of(pair))
 
-    async def _warn(self) -> None:
-        """Log once a day what expires soon."""
-        while True:
-            now = moment(self._clock.now_ns())
-            for expiry in expiring(self._store.view(), now):
-                log.warning("certificate expires soon", warning=expiry.warning)
-                self._on_expiry(expiry)
-            await self._clock.sleep(WARN_EVERY_S)
+
+async def warn_of_expiry(store: Store, on_expiry: Callable[[Expiry], None], clock: Clock) -> None:
+    """Log everything that expires soon, and call ``on_expiry`` with it, once a day until cancelled."""
+    while True:
+        for expiry in expiring(store.view(), moment(clock.now_ns())):
+            log.warning("certificate expires soon", warning=expiry.warning)
+            on_expiry(expiry)
+        await clock.sleep(WARN_EVERY_S)
+
+
+async def disconnect_revoked(store: Store, disconnect: Disconnect) -> None:
+    """End the connections of callers that would not be accepted any more, until cancelled."""
+
+    def on_snapshot(view: View) -> None:
+        for revocation in view.find(Revocation):
+            _disconnect(view.lookup(Node, revocation.id), revocation, disconnect)
+
+    def on_commit(commit: Commit) -> None:
+        for event in commit.events:
+            match event:
+                case Created(Revocation() as revocation) | Updated(_, Revocation() as revocation):
+                    _disconnect(store.view().lookup(Node, revocation.id), revocation, disconnect)
+
+    await run_informer(
+        store, (Revocation,), on_snapshot=on_snapshot, on_commit=on_commit, work=asyncio.Event().wait
+    )
+
+
+def _disconnect(node: Node | None, revocation: Revocation, disconnect: Disconnect) -> None:
+    if revocation.is_removed:
+        disconnect(lambda peer: peer.node_id == revocation.id)
+        return
+    disconnect(lambda peer: peer.node_id == revocation.id and is_foreign(revocation, peer.serial))
+    is_none = node is None or not is_manager(node)
+    disconnect(
+        lambda peer: (
+            peer.node_id == revocation.id
+            and _acts_as_manager(peer)
+            and (is_none or is_revoked(revocation, peer.issued_s))
+        )
+    )
 
 
 def trusted_roots(swarm: Swarm) -> bytes:

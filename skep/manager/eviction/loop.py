@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from random import Random
-from typing import Protocol, assert_never
+from typing import assert_never
 
 import structlog
 
@@ -28,7 +28,7 @@ from skep.manager.eviction.steps import (
     replace_gossip_keys,
 )
 from skep.manager.informer import run_informer
-from skep.manager.keys import WrappingKeys
+from skep.manager.keys import StoreKeys
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import Node, NodeRole, NodeState
 from skep.model.times import moment, timestamp
@@ -53,39 +53,18 @@ DAMAGED_MAX = 100
 """Damaged values that are listed."""
 
 
-class KeyedStore(Store, Protocol):
-    """A store whose data keys are wrapped (``store.etcd``)."""
-
-    @property
-    def wrapping_key(self) -> bytes: ...
-
-    @property
-    def is_rotating(self) -> bool: ...
-
-    @property
-    def unreadable_values(self) -> tuple[str, ...]: ...
-
-    def learn_wrapping_key(self, key: bytes) -> None: ...
-
-    async def wait_rewrapped(self) -> bytes: ...
-
-    async def replace_wrapping_key(self, term: Term, key: bytes) -> None: ...
-
-
 class Evictions:
     """Completes the present eviction.  Runs on the leader only.
 
     Args:
         channel: the connection to another manager.  Raises: Unavailable.
-        keys: of this manager's disk.
     """
 
     def __init__(
         self,
         term: Term,
         own: NodeId,
-        store: KeyedStore,
-        keys: WrappingKeys,
+        keys: StoreKeys,
         channel: Callable[[NodeId], Channel],
         clock: Clock,
         new_id: IdSource,
@@ -93,7 +72,6 @@ class Evictions:
     ) -> None:
         self._term = term
         self._own = own
-        self._store = store
         self._keys = keys
         self._channel = channel
         self._clock = clock
@@ -196,8 +174,7 @@ class Evictions:
         if self._offered is None or self._offered[0] != eviction.node_id:
             self._offered = eviction.node_id, new_wrapping_key()
         key = self._offered[1]
-        await self._keys.add(key)
-        self._store.learn_wrapping_key(key)
+        await self._keys.keep(key)
         stored_on: set[NodeId] = {self._own}
         while others := [node for node in self._managers() if node.id not in stored_on]:
             for node in others:
@@ -206,16 +183,16 @@ class Evictions:
                 except Unavailable:
                     return f"manager {names([node])} is to have the new key and cannot be reached: start or remove it"
                 stored_on.add(node.id)
-            await self._store.barrier()
-        await self._store.replace_wrapping_key(self._term, key)
+            await self._keys.store.barrier()
+        await self._keys.store.replace_wrapping_key(self._term, key)
         self._offered = None
         return ""
 
     async def _wait_encrypted(self, eviction: Eviction) -> str:
         """Values that cannot be decrypted are left as they are and listed: no key that the node had decrypts them
         either."""
-        damaged = self._store.unreadable_values
-        if self._store.is_rotating and not damaged:
+        damaged = self._keys.store.unreadable_values
+        if self._keys.store.is_rotating and not damaged:
             return "values are encrypted anew"
         await self._term.update(note_damaged, eviction.node_id, damaged[:DAMAGED_MAX])
         return ""
@@ -284,17 +261,3 @@ def end_connections(store: Store, bound: Bound) -> None:
         bound.disconnect_all(
             lambda caller: caller.role is NodeRole.MANAGER or caller.node_id in eviction.nodes
         )
-
-
-async def prune_wrapping_keys(store: KeyedStore, keys: WrappingKeys, clock: Clock) -> None:
-    """Keep only the present wrapping key on this manager's disk, until cancelled."""
-    key, backoff = store.wrapping_key, Backoff(longest_s=10.0)
-    while True:
-        try:
-            await keys.settle(key)
-        except (SkepError, OSError) as error:
-            log.error("old wrapping keys not removed from disk, will retry", reason=str(error))
-            await backoff.sleep(clock)
-            continue
-        backoff.reset()
-        key = await store.wait_rewrapped()

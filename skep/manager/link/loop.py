@@ -16,6 +16,7 @@ from skep.aio.clock import Clock
 from skep.aio.hang_detection import RunningTime
 from skep.errors import PermissionDenied, SkepError, Unavailable
 from skep.manager.ca.caller_check import check_caller
+from skep.manager.incarnation import Incarnation
 from skep.manager.informer import run_informer
 from skep.manager.link.last_seen import LastSeen
 from skep.manager.manager_list import affects_managers
@@ -52,14 +53,12 @@ class ManagerLink:
         clock: Clock,
         random: Random,
         *,
-        incarnation: int = 1,
-        observe_incarnation: Callable[[NodeId, int], bool] | None = None,
+        incarnation: Incarnation | None = None,
         overload: Overload | None = None,
     ) -> None:
         """``connect``: a connection to the manager at an address, as a manager.
 
-        ``observe_incarnation``: called with each manager's incarnation; gives whether it is ours; other managers are
-        ignored.
+        ``incarnation``: the one served here; managers of other ones are ignored.
         ``overload``: overload of all managers, sent and received with the pings.
         """
         self._store = store
@@ -67,8 +66,7 @@ class ManagerLink:
         self._connect = connect
         self._clock = clock
         self._random = random
-        self._incarnation = incarnation
-        self._observe_incarnation = observe_incarnation or (lambda _, theirs: theirs == incarnation)
+        self._incarnation = incarnation or Incarnation(1)
         self._overload = overload or Overload()
         self._last_seen = LastSeen()
         self._time = RunningTime(seen_at=clock.monotonic())
@@ -177,7 +175,7 @@ class ManagerLink:
                     raise Unavailable(f"{channel.address} ended the link")
                 if reply.node_id != manager:
                     raise Unavailable(f"{channel.address} is manager {reply.node_id}, not {manager}")
-                if not self._observe_incarnation(manager, reply.incarnation):
+                if not self._incarnation.observe(manager, reply.incarnation):
                     raise Unavailable(f"{channel.address} serves incarnation {reply.incarnation}")
                 if self._channels.get(manager) is not channel:
                     self._channels[manager] = channel
@@ -188,13 +186,15 @@ class ManagerLink:
 
     async def _pings(self, pings: AsyncIterator[skep.Ping], caller: Caller) -> AsyncIterator[skep.Ping]:
         async for ping in pings:
-            if self._is_manager(caller) and self._observe_incarnation(caller.node_id, ping.incarnation):
+            if self._is_manager(caller) and self._incarnation.observe(caller.node_id, ping.incarnation):
                 self._last_seen.note(caller.node_id, self._time.seconds)
                 self._overload.record(caller.node_id, ping.crowded, self._clock.monotonic())
             yield self._own_ping()
 
     def _own_ping(self) -> skep.Ping:
-        return skep.Ping(incarnation=self._incarnation, node_id=self._own, crowded=self._overload.is_here)
+        return skep.Ping(
+            incarnation=self._incarnation.served, node_id=self._own, crowded=self._overload.is_here
+        )
 
     def _is_manager(self, caller: Caller) -> bool:
         """Whether the caller is one of the managers.  Unknown callers only get a ping with the incarnation in return.

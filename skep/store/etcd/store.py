@@ -5,6 +5,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
@@ -34,16 +35,26 @@ SPACE_S = 0.25
 """Maximum age of a cached ``Space``, while usage is below ``COMPACT_AT``."""
 
 
+class Replication(NamedTuple):
+    """The path between a store and its etcd: the reflector fills the replica, the batcher writes."""
+
+    client: Client
+    cipher: Cipher
+    replica: Replica
+    reflector: Reflector
+    batcher: Batcher
+
+
 class EtcdStore(Updater):
-    """Implements ``interface.Store``.  Made by ``open_store``."""
+    """Implements ``interface.Store``.  Made by ``open_store``.
+
+    Args:
+        group: runs the candidacies.
+    """
 
     def __init__(
         self,
-        client: Client,
-        replica: Replica,
-        reflector: Reflector,
-        batcher: Batcher,
-        cipher: Cipher,
+        replication: Replication,
         clock: Clock,
         group: asyncio.TaskGroup,
         rng: Callable[[], float],
@@ -52,19 +63,18 @@ class EtcdStore(Updater):
         quota_bytes: int,
         is_only_member: Callable[[], bool],
     ) -> None:
-        super().__init__(replica, batcher.propose, self.barrier, reflector.reached, clock, rng=rng)
+        self._client, self._cipher, replica, self._reflector, self._batcher = replication
+        super().__init__(
+            replica, self._batcher.propose, self.barrier, self._reflector.reached, clock, rng=rng
+        )
         self.incarnation = incarnation
         self._quota_bytes = quota_bytes
         self._is_only_member = is_only_member
         self._space: tuple[float, Space] | None = None
         self._compacted = 0
-        self._client = client
-        self._batcher = batcher
-        self._reflector = reflector
-        self._cipher = cipher
         self._group = group
         self._elections: set[asyncio.Task[None]] = set()
-        self._rotation = KeyRotation(client, cipher, clock)
+        self._rotation = KeyRotation(self._client, self._cipher, clock)
         self._round_trips = SharedBarrier(self._reach_present)
 
     async def barrier(self) -> None:
@@ -294,7 +304,10 @@ async def store_on(
         ]
         await reflector.wait_loaded()
         store = EtcdStore(
-            *(client, replica, reflector, batcher, cipher, clock, group, rng),
+            Replication(client, cipher, replica, reflector, batcher),
+            clock,
+            group,
+            rng,
             incarnation=cluster.incarnation,
             quota_bytes=quota_bytes,
             is_only_member=is_only_member,

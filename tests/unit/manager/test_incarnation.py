@@ -34,8 +34,8 @@ def paths(tmp_path: Path) -> Paths:
 
 
 async def test_a_later_life_stops_a_manager_and_keeps_it_stopped(paths: Paths) -> None:
-    incarnation = Incarnation(paths, 1)
-    running = asyncio.create_task(incarnation.run())
+    incarnation = Incarnation(1)
+    running = asyncio.create_task(incarnation.run(paths))
     await asyncio.sleep(0)
     assert incarnation.observe(M2, 1)
     assert not incarnation.observe(M2, 7)
@@ -46,8 +46,8 @@ async def test_a_later_life_stops_a_manager_and_keeps_it_stopped(paths: Paths) -
 
 
 async def test_an_earlier_life_is_not_ours_and_stops_nobody(paths: Paths) -> None:
-    incarnation = Incarnation(paths, 7)
-    running = asyncio.create_task(incarnation.run())
+    incarnation = Incarnation(7)
+    running = asyncio.create_task(incarnation.run(paths))
     await asyncio.sleep(0)
     assert not incarnation.observe(M2, 1)
     assert not incarnation.observe(M2, 0)

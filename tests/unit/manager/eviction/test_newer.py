@@ -15,7 +15,7 @@ from skep.store.memory import MemoryStore
 async def test_it_is_left_alone_and_ends_no_term() -> None:
     store, unused = MemoryStore(SystemClock()), cast("Any", None)
     term = cast("Any", store)
-    loop = Evictions(term, NodeId("m1"), term, unused, unused, SystemClock(), new_id, Random(1))
+    loop = Evictions(term, NodeId("m1"), unused, unused, SystemClock(), new_id, Random(1))
     running = asyncio.create_task(loop.run())
     for data in (b'{"done":["images"]}', b"\xff", b"{}"):
         await store.update(lambda tx, data=data: tx.put(Payload(id=EVICTION_ID, data=data)))  # type: ignore[misc]
