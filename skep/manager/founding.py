@@ -50,6 +50,7 @@ def found_cluster(
         raise FailedPrecondition(
             "this manager has no cluster and no settings for a new one: init or join again"
         )
+    tls = tls_info(authority.root_pem)
     first = Node(
         id=config.node_id,
         spec=NodeSpec(role=NodeRole.MANAGER, availability=bootstrap.availability),
@@ -65,21 +66,19 @@ def found_cluster(
             NodeRole.MANAGER,
             certificate,
             certificate.not_valid_before_utc,
-            issuer=issuer_digest(tls_info(authority.root_pem)),
+            issuer=issuer_digest(tls),
             plane=SKEP,
         ),
     )
     tx.put(Payload(id=ROOT_KEY_ID, data=authority.key_pem))
-    return found_swarm(
-        tx,
-        config.cluster_id,
-        bootstrap.spec,
-        first,
-        tls_info=tls_info(authority.root_pem),
+    swarm = Swarm(
+        id=config.cluster_id,
+        created_at=now,
+        spec=bootstrap.spec,
+        tls_info=tls,
         join_tokens=new_join_tokens(authority.root_pem),
-        new_id=new_id,
-        now=now,
         default_addr_pool=bootstrap.default_addr_pool,
         subnet_size=bootstrap.subnet_size,
         data_path_port=bootstrap.data_path_port,
     )
+    return found_swarm(tx, swarm, first, new_id)

@@ -28,7 +28,7 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.readable import names_from
-from skep.model.swarm import DEFAULT_SWARM_SPEC, JoinTokens
+from skep.model.swarm import DEFAULT_SWARM_SPEC, JoinTokens, Swarm
 from skep.model.times import timestamp
 from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.initialize import initialize
@@ -92,18 +92,16 @@ async def a_store_on_etcd() -> AsyncIterator[Store]:
 
 def found(tx: Transaction) -> None:
     """A cluster of one node."""
-    found_swarm(
-        tx,
-        ClusterId(new_id()),
-        DEFAULT_SWARM_SPEC,
-        the_node(),
+    swarm = Swarm(
+        id=ClusterId(new_id()),
+        created_at=timestamp(SystemClock().now_ns()),
+        spec=DEFAULT_SWARM_SPEC,
         tls_info=TLSInfo(
             trust_root="-----BEGIN CERTIFICATE-----\n", cert_issuer_subject=b"a", cert_issuer_public_key=b"b"
         ),
         join_tokens=JoinTokens(worker="SWMTKN-1-a-b", manager="SWMTKN-1-a-c"),
-        new_id=new_id,
-        now=timestamp(SystemClock().now_ns()),
     )
+    found_swarm(tx, swarm, the_node(), new_id)
 
 
 @asynccontextmanager

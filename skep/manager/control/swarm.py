@@ -15,14 +15,11 @@ from skep.api.swarm_requests import check_swarm_name, merged_spec
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unimplemented
 from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import first_networks
-from skep.model.ids import ClusterId, IdSource
+from skep.model.ids import IdSource
 from skep.model.labels import check_swarm_labels
-from skep.model.meta import TLSInfo, Version
+from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.swarm import (
-    DEFAULT_DATA_PATH_PORT,
-    DEFAULT_POOL,
-    DEFAULT_SUBNET_SIZE,
     RENEW_WINDOW_LABEL,
     CAConfig,
     Freeze,
@@ -31,7 +28,7 @@ from skep.model.swarm import (
     Swarm,
     SwarmSpec,
 )
-from skep.model.times import SECOND_NS, Timestamp, duration_ns
+from skep.model.times import SECOND_NS, duration_ns
 from skep.security.authority import Authority
 from skep.security.locking import new_unlock_key
 from skep.security.rotation import NextRoot, Roots, requested_roots
@@ -53,43 +50,20 @@ class Rotations(msgspec.Struct, frozen=True, kw_only=True):
     unlock_key: bool = False
 
 
-def found_swarm(
-    tx: Transaction,
-    id: ClusterId,
-    spec: SwarmSpec,
-    first_node: Node,
-    *,
-    tls_info: TLSInfo,
-    join_tokens: JoinTokens,
-    new_id: IdSource,
-    now: Timestamp,
-    default_addr_pool: tuple[str, ...] = DEFAULT_POOL,
-    subnet_size: int = DEFAULT_SUBNET_SIZE,
-    data_path_port: int = DEFAULT_DATA_PATH_PORT,
-) -> Swarm:
+def found_swarm(tx: Transaction, swarm: Swarm, first_node: Node, new_id: IdSource) -> Swarm:
     """Write everything a new cluster begins with: itself, its first node, ingress and the predefined networks.
 
     Raises:
         FailedPrecondition: there is a cluster already.
-        InvalidArgument, Unimplemented: ``spec`` can never work.
+        InvalidArgument, Unimplemented: its spec can never work.
     """
     if tx.find(Swarm):
         raise FailedPrecondition("the store already has a cluster")
-    check_swarm_spec(spec)
-    swarm = Swarm(
-        id=id,
-        created_at=now,
-        spec=spec,
-        tls_info=tls_info,
-        join_tokens=join_tokens,
-        default_addr_pool=default_addr_pool,
-        subnet_size=subnet_size,
-        data_path_port=data_path_port,
-    )
-    tx.put(replace(first_node, created_at=now))
-    for network in first_networks(new_id=new_id, now=now):
+    check_swarm_spec(swarm.spec)
+    tx.put(replace(first_node, created_at=swarm.created_at))
+    for network in first_networks(new_id=new_id, now=swarm.created_at):
         tx.put(network)
-    _keep_unlock_key(tx, is_wanted=spec.encryption_config.auto_lock_managers, new_key=new_unlock_key)
+    _keep_unlock_key(tx, is_wanted=swarm.spec.encryption_config.auto_lock_managers, new_key=new_unlock_key)
     return tx.put(swarm)
 
 

@@ -50,16 +50,14 @@ async def store():
 
 
 def found(tx, spec: SwarmSpec, node: Node) -> Swarm:
-    return found_swarm(
-        tx,
-        ClusterId("c"),
-        replace(DEFAULT_SWARM_SPEC, encryption_config=spec.encryption_config),
-        node,
+    swarm = Swarm(
+        id=ClusterId("c"),
+        created_at=NOW,
+        spec=replace(DEFAULT_SWARM_SPEC, encryption_config=spec.encryption_config),
         tls_info=TLSInfo(trust_root=ROOT),
         join_tokens=JoinTokens(worker="w", manager="m"),
-        new_id=new_id,
-        now=NOW,
     )
+    return found_swarm(tx, swarm, node, new_id)
 
 
 def the_swarm(store) -> Swarm:
