@@ -8,7 +8,7 @@ import structlog
 
 from skep.aio.failures import describe_error, log_error
 from skep.dataplane.dns.checks import NameChecks
-from skep.dataplane.probe.interface import PathProbes
+from skep.dataplane.probe.prober import PathProber
 from skep.errors import SkepError, Unavailable, Unimplemented
 from skep.model.ids import NodeId
 from skep.model.paths import DiagnosticsRequest, PathPeer, PathReport, ProbeTargets
@@ -43,7 +43,7 @@ class ProbeSource(Protocol):
 class NodeProbes:
     """The probes of this node, and the checks of its containers' names."""
 
-    def __init__(self, probes: PathProbes, names: NameChecks) -> None:
+    def __init__(self, probes: PathProber, names: NameChecks) -> None:
         self._probes = probes
         self._names = names
 
@@ -59,7 +59,7 @@ class NodeProbes:
 
     async def examine(self, own: PathPeer | None, examination: DiagnosticsRequest) -> tuple[PathReport, ...]:
         """Findings about names are a report of this node about itself."""
-        reports = await self._probes.examine(examination.peers, throughput=examination.throughput)
+        reports = await self._probes.diagnose(examination.peers, throughput=examination.throughput)
         findings = await self._names.look(examination.names)
         if own is None or not findings:
             return reports

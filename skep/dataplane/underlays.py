@@ -19,7 +19,7 @@ _MTU, _ADDRESS, _LOCAL = 4, 1, 2
 class Measurements(Protocol):
     """What the underlay carries between nodes (``probe.data_path.DataPath``)."""
 
-    def between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
+    def underlay_between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
         """``underlay``, found at this ``node``'s device, as it is between ``nodes``."""
 
 
@@ -49,7 +49,7 @@ class Underlays:
         return self.found.get(address, Underlay(address))
 
     def _between(self, own: NodeId, nodes: Collection[NodeId], address: str) -> Underlay:
-        return self._measurements.between(own, nodes, self.found.get(address, Underlay(address)))
+        return self._measurements.underlay_between(own, nodes, self.found.get(address, Underlay(address)))
 
 
 def find(addresses: Collection[str]) -> dict[str, Underlay]:

@@ -237,7 +237,7 @@ class Node:
         run(tables.run, "network tables")
         if network is not None:
             watch = partial(
-                unreachable.watch, self._session, network.prober.latest, tables.leave_out, self._clock
+                unreachable.watch, self._session, lambda: network.prober.reports, tables.leave_out, self._clock
             )
             run(watch, "silent peers")
 

@@ -1,7 +1,7 @@
-"""What arrives through VXLAN at each peer: asked in the probes' namespace, and remembered.
+"""Probes of the data path to each peer through VXLAN, and what was measured.
 
-The order matters: small packets first; where they arrive, how large packets may be; only then what has a checksum, in
-packets that are not too large.
+The order matters: small packets first; if they arrive, the path MTU; then packets with a checksum, of a size that
+arrives.
 """
 
 import asyncio
@@ -15,13 +15,24 @@ from skep.aio.clock import Clock
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.probe import IP_UDP_BYTES, PORT, address_of, number_of, overhead, reached
-from skep.dataplane.probe.bulk import BYTES_MAX, Carried, Sink, carry, connecting
 from skep.dataplane.probe.findings import checksum_finding, large_finding, overlay_finding
-from skep.dataplane.probe.mtu import Measured, after, again, first_range, path_mtu, sizes
+from skep.dataplane.probe.measurements import (
+    TRIALS,
+    Measurements,
+    Offload,
+    after_success,
+    after_trials,
+    initial_range,
+    is_suspect,
+    narrowed,
+    next_sizes,
+    path_mtu,
+    recheck_sizes,
+)
 from skep.dataplane.probe.namespace import ProbeNamespace
-from skep.dataplane.probe.offload import TRIALS, Offload, after_success, after_trials, is_suspect
-from skep.dataplane.probe.packets import Outcome, Said
+from skep.dataplane.probe.packets import Outcome, PeerMeasurements
 from skep.dataplane.probe.probe_socket import ProbeSocket, Sockets
+from skep.dataplane.probe.tcp_transfer import BYTES_MAX, Sink, Transfer, open_sender, transfer
 from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.paths import PathFinding, PathPeer, ProbeTargets
@@ -30,101 +41,101 @@ log = structlog.get_logger()
 
 SMALL_TRIES = 3
 THOROUGH_TRIES = 10
-HEARD_S = 25.0
-"""A peer asks every ten seconds."""
+REQUESTED_S = 25.0
+"""A peer sends requests every ten seconds."""
 CHECK_BYTES = 1 << 18
-"""What a connection carries to see whether TCP's large segments arrive: many of them."""
+"""Of a TCP transfer that tests whether large segments arrive: many of them."""
 _TRIAL_TRIES = 5
 
 
 class DataPath:
-    """The data path of one node.  ``numbers``: random, of 64 bits."""
+    """Probes and measurements of one node's data path.  ``numbers``: random, of 64 bits."""
 
     def __init__(
         self, namespace: ProbeNamespace, namespaces: Namespaces, clock: Clock, numbers: Callable[[], int]
     ) -> None:
         self._namespace = namespace
         self._namespaces = namespaces
-        self._probe_socket = ProbeSocket(clock, self.said, numbers)
+        self._probe_socket = ProbeSocket(clock, self.own_measurements, numbers)
         self._clock = clock
         self._targets: ProbeTargets | None = None
         self._underlay: Underlay | None = None
-        self._reached: dict[NodeId, str] = {}
+        self._addresses: dict[NodeId, str] = {}
         self._sockets: Sockets | None = None
         self._sockets_of: tuple[str, int] | None = None
         self._server: asyncio.Server | None = None
         self._connections: set[Sink] = set()
         self._applying = asyncio.Lock()
-        self._trying = asyncio.Lock()
-        self._left_to_card: bool | None = None
-        self._carries: set[NodeId] = set()
+        self._testing = asyncio.Lock()
+        self._has_offloads: bool | None = None
+        self._verified_by_tcp: set[NodeId] = set()
         self.failure = ""
-        """Why nobody can be asked at present; empty: nothing is wrong."""
-        self.measured = Measured()
+        """Why no peer can be probed at present; empty: nothing."""
+        self.measured = Measurements()
         self.offload = Offload()
 
-    def said(self) -> Said:
-        """What others are told: the MTU of this node's device, and to whom less arrives."""
+    def own_measurements(self) -> PeerMeasurements:
+        """The content of responses: the MTU of this node's device, and the smaller path MTUs."""
         mtu = self._underlay.mtu if self._underlay is not None else 0
         own = self.measured.own
-        return Said(mtu, {number_of(id): found for id, found in own.items() if 0 < found < mtu})
+        return PeerMeasurements(mtu, {number_of(id): found for id, found in own.items() if 0 < found < mtu})
 
-    def between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
-        """``underlay`` as it is between ``nodes``, ``node`` (this one) among them."""
+    def underlay_between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
+        """``underlay`` with the MTU of the paths between ``nodes``, ``node`` (this one) among them."""
         mtu = path_mtu(self.measured, nodes, node, underlay.mtu)
         return msgspec.structs.replace(underlay, mtu=mtu, offloads=False if self.offload.is_off else None)
 
-    # --- place ------------------------------------------------------------------------------------------------
+    # --- namespace ------------------------------------------------------------------------------------------------
 
-    async def settle(self, targets: ProbeTargets | None) -> str:
-        """Be able to ask those of ``targets``, and answer them; what keeps this node from it, empty: nothing."""
+    async def apply(self, targets: ProbeTargets | None) -> str:
+        """Probe ``targets`` from now on, and respond to them.  Returns why that is impossible; empty: it is not."""
         async with self._applying:
             self._targets = targets
-            self._forget_others()
+            self._drop_removed_peers()
             try:
                 if targets is None or not targets.node.data_path:
                     self.close()
                     self._underlay = None
                     await self._namespace.remove()
                 else:
-                    await self._settle(targets)
+                    await self._apply(targets)
             except (SkepError, OSError) as error:
                 self.failure = str(error)
             else:
                 self.failure = ""
             return self.failure
 
-    async def _settle(self, targets: ProbeTargets) -> None:
-        self._underlay = await self._namespace.settle(targets, left_to_card=self._left_to_card)
-        if self._left_to_card is None:
-            # What an earlier process found out is seen at the device; a new one leaves checksums to the card.
-            self._left_to_card = await self._namespace.is_left_to_card()
-            self.offload = Offload(is_off=not self._left_to_card)
+    async def _apply(self, targets: ProbeTargets) -> None:
+        self._underlay = await self._namespace.apply(targets, offloads=self._has_offloads)
+        if self._has_offloads is None:
+            # The device shows what an earlier process has found; a new device leaves checksums to the card.
+            self._has_offloads = await self._namespace.has_offloads()
+            self.offload = Offload(is_off=not self._has_offloads)
         address = address_of(targets.node.node_id)
         if self._sockets_of != (address, self._namespace.identity()):
             self.close()
             self._sockets = await self._namespace.sockets(address)
-            self._probe_socket.use(self._sockets)
+            self._probe_socket.attach(self._sockets)
             self._server = await asyncio.get_running_loop().create_server(
-                lambda: Sink(self._probe_socket.knows, self._connections), sock=self._sockets.listening
+                lambda: Sink(self._probe_socket.is_peer, self._connections), sock=self._sockets.listening
             )
             self._sockets_of = (address, self._namespace.identity())
         found = reached(targets)
-        self._reached = {peer.node_id: address for address, peer in found.items()}
-        self._probe_socket.know(found.keys())
+        self._addresses = {peer.node_id: address for address, peer in found.items()}
+        self._probe_socket.set_peers(found.keys())
 
-    def _forget_others(self) -> None:
+    def _drop_removed_peers(self) -> None:
         peers = {peer.node_id for peer in self._targets.peers} if self._targets is not None else set()
-        self.measured = Measured(
+        self.measured = Measurements(
             {id: mtu for id, mtu in self.measured.own.items() if id in peers},
-            {id: said for id, said in self.measured.said.items() if id in peers},
+            {id: reported for id, reported in self.measured.peers.items() if id in peers},
         )
-        self._carries &= peers
-        self._reached = {id: address for id, address in self._reached.items() if id in peers}
+        self._verified_by_tcp &= peers
+        self._addresses = {id: address for id, address in self._addresses.items() if id in peers}
 
     def close(self) -> None:
-        """Ask and answer no more; the device stays."""
-        self._probe_socket.rest()
+        """Stop probing and responding; the device stays."""
+        self._probe_socket.detach()
         for one in tuple(self._connections):
             one.abort()
         if self._server is not None:
@@ -133,135 +144,133 @@ class DataPath:
             self._sockets.close()
         self._sockets, self._sockets_of, self._server = None, None, None
 
-    # --- asking -----------------------------------------------------------------------------------------------
+    # --- probes -----------------------------------------------------------------------------------------------
 
     async def findings(self, peer: PathPeer, *, is_thorough: bool) -> Sequence[PathFinding]:
-        """What arrives at ``peer``; empty: it is not reached by VXLAN, or not told of yet."""
-        address, underlay = self._reached.get(peer.node_id), self._underlay
+        """What arrives at ``peer``; empty: it has no data path, or is no target yet."""
+        address, underlay = self._addresses.get(peer.node_id), self._underlay
         if self.failure and peer.data_path:
             nothing = Outcome(sent=1, answered=0, error=self.failure)
-            return (overlay_finding(peer, nothing, is_heard=False),)
+            return (overlay_finding(peer, nothing, is_received=False),)
         if address is None or underlay is None:
             return ()
         tries = THOROUGH_TRIES if is_thorough else SMALL_TRIES
-        small = await self._probe_socket.ask(address, tries=tries, enough=tries)
+        small = await self._probe_socket.probe(address, tries=tries, enough=tries)
         found = [
-            overlay_finding(peer, small, is_heard=self._probe_socket.heard_within(address, HEARD_S)),
+            overlay_finding(
+                peer, small, is_received=self._probe_socket.received_within(address, REQUESTED_S)
+            ),
         ]
         if not small.arrived:
-            self._carries.discard(peer.node_id)
+            self._verified_by_tcp.discard(peer.node_id)
             return found
         mtu, tried = await self._mtu(peer, address, underlay)
-        self._note(peer.node_id, mtu, small.said)
+        self._record(peer.node_id, mtu, small.peer)
         found.append(large_finding(peer, mtu, underlay.mtu, tried))
         if mtu:
-            checked = await self._checked(peer, address, is_thorough=is_thorough)
-            found.append(checksum_finding(peer, checked, is_off=self.offload.is_off))
+            outcome = await self._checksum_outcome(peer, address, is_thorough=is_thorough)
+            found.append(checksum_finding(peer, outcome, is_off=self.offload.is_off))
         return found
 
     async def throughput(self, peer: PathPeer) -> int:
-        """Bytes per second to ``peer``; 0: they do not arrive."""
-        address = self._reached.get(peer.node_id)
-        return (await self._carried(peer, address, BYTES_MAX)).per_s if address is not None else 0
+        """Bytes per second to ``peer`` by TCP; 0: they do not arrive."""
+        address = self._addresses.get(peer.node_id)
+        return (await self._transfer(peer, address, BYTES_MAX)).per_s if address is not None else 0
 
-    def _note(self, peer: NodeId, mtu: int, said: Said | None) -> None:
+    def _record(self, peer: NodeId, mtu: int, reported: PeerMeasurements | None) -> None:
         own = {**self.measured.own, peer: mtu} if mtu else self.measured.own
-        heard = {**self.measured.said, peer: said} if said is not None else self.measured.said
-        if peer in self._reached:  # it may have gone meanwhile
-            self.measured = Measured(own, heard)
+        peers = self.measured.peers if reported is None else {**self.measured.peers, peer: reported}
+        if peer in self._addresses:  # it may have been removed meanwhile
+            self.measured = Measurements(own, peers)
 
     async def _mtu(self, peer: PathPeer, address: str, underlay: Underlay) -> tuple[int, int]:
-        """What arrives in one piece (0: nothing of at least ``MTU_MIN``), and how many sizes were tried."""
-        known, tried = first_range(underlay.mtu), 0
+        """The path MTU (0: less than ``MTU_MIN``), and how many sizes were tried."""
+        known, tried = initial_range(underlay.mtu), 0
         before = min(self.measured.own.get(peer.node_id, 0), underlay.mtu)
         if before:
-            wanted = again(before, underlay.mtu)
-            arrived = await self._arriving(address, underlay, wanted)
-            tried = len(wanted)
+            tried_sizes = recheck_sizes(before, underlay.mtu)
+            arrived = await self._arrived(address, underlay, tried_sizes)
+            tried = len(tried_sizes)
             if arrived and max(arrived) == before:
                 return before, tried
-            known = after(known, wanted, arrived) if arrived else known
-        while wanted := sizes(known):
-            arrived = await self._arriving(address, underlay, wanted)
-            tried += len(wanted)
-            known = after(known, wanted, arrived)
+            known = narrowed(known, tried_sizes, arrived) if arrived else known
+        while tried_sizes := next_sizes(known):
+            arrived = await self._arrived(address, underlay, tried_sizes)
+            tried += len(tried_sizes)
+            known = narrowed(known, tried_sizes, arrived)
         return known.arrives, tried
 
-    async def _arriving(self, address: str, underlay: Underlay, wanted: Collection[int]) -> set[int]:
-        around = overhead(underlay.address) + IP_UDP_BYTES
+    async def _arrived(self, address: str, underlay: Underlay, tried_sizes: Collection[int]) -> set[int]:
+        header_bytes = overhead(underlay.address) + IP_UDP_BYTES
         async with asyncio.TaskGroup() as group:
-            asking = {
-                size: group.create_task(self._probe_socket.ask(address, size=size - around))
-                for size in wanted
+            probes = {
+                size: group.create_task(self._probe_socket.probe(address, size=size - header_bytes))
+                for size in tried_sizes
             }
-        return {size for size, task in asking.items() if task.result().arrived}
+        return {size for size, task in probes.items() if task.result().arrived}
 
     # --- checksums --------------------------------------------------------------------------------------------
 
-    async def _checked(self, peer: PathPeer, address: str, *, is_thorough: bool) -> Outcome:
-        """Whether packets with checksums arrive; a network card that is at fault is found and asked no more."""
+    async def _checksum_outcome(self, peer: PathPeer, address: str, *, is_thorough: bool) -> Outcome:
+        """Whether packets with checksums arrive.  Offload is switched off if the network card is at fault."""
         if is_thorough:
-            self._carries.discard(peer.node_id)
-        outcome = await self._ask_checked(peer, address, SMALL_TRIES)
+            self._verified_by_tcp.discard(peer.node_id)
+        outcome = await self._probe_with_checksums(peer, address, SMALL_TRIES)
         if is_suspect(self.offload, peer.node_id, bare_arrives=True, checked_arrives=outcome.arrived):
-            await self._try_card(peer, address)
-            outcome = await self._ask_checked(peer, address, SMALL_TRIES)
+            await self._test_card(peer, address)
+            outcome = await self._probe_with_checksums(peer, address, SMALL_TRIES)
         if outcome.arrived:
             self.offload = after_success(self.offload, peer.node_id)
         return outcome
 
-    async def _ask_checked(self, peer: PathPeer, address: str, tries: int) -> Outcome:
-        outcome = await self._probe_socket.ask(address, tries=tries, has_checksum=True)
-        if outcome.arrived and peer.node_id not in self._carries:
-            carried = await self._carried(peer, address, CHECK_BYTES)
-            if carried.is_lost:
+    async def _probe_with_checksums(self, peer: PathPeer, address: str, tries: int) -> Outcome:
+        outcome = await self._probe_socket.probe(address, tries=tries, has_checksum=True)
+        if outcome.arrived and peer.node_id not in self._verified_by_tcp:
+            transferred = await self._transfer(peer, address, CHECK_BYTES)
+            if transferred.is_lost:
                 return Outcome(sent=outcome.sent, answered=0)
-            if carried.bytes:  # otherwise the other end was busy, which says nothing
-                self._carries.add(peer.node_id)
+            if transferred.bytes:  # otherwise the receiver was busy, which is no evidence
+                self._verified_by_tcp.add(peer.node_id)
         return outcome
 
-    async def _carried(self, peer: PathPeer, address: str, most: int) -> Carried:
+    async def _transfer(self, peer: PathPeer, address: str, most: int) -> Transfer:
         targets, underlay = self._targets, self._underlay
         mtu = self.measured.own.get(peer.node_id, 0)
         if targets is None or underlay is None or not mtu:
-            return Carried()
+            return Transfer()
         own = address_of(targets.node.node_id)
         try:
-            opened = await self._namespaces.run(
-                self._namespace.path, connecting, own, mtu - overhead(underlay.address)
+            sender = await self._namespaces.run(
+                self._namespace.path, open_sender, own, mtu - overhead(underlay.address)
             )
         except OSError as error:
-            log.warning("no connection inside VXLAN", peer=peer.node_id, reason=str(error))
-            return Carried()
-        return await carry(opened, (address, PORT), self._clock, most=most)
+            log.warning("no connection inside vxlan", peer=peer.node_id, reason=str(error))
+            return Transfer()
+        return await transfer(sender, (address, PORT), self._clock, most=most)
 
-    async def _try_card(self, peer: PathPeer, address: str) -> None:
-        async with self._trying:
+    async def _test_card(self, peer: PathPeer, address: str) -> None:
+        async with self._testing:
             if self.offload.is_off:  # another peer's trial
                 return
             arrived: list[bool] = []
             try:
-                for left_to_card in TRIALS:
-                    await self._leave_to_card(left_to_card)
-                    self._carries.discard(peer.node_id)
-                    arrived.append((await self._ask_checked(peer, address, _TRIAL_TRIES)).arrived)
-                    if (
-                        arrived[-1] is left_to_card
-                    ):  # a broken card loses them if, and only if, they are left to it
+                for by_card in TRIALS:
+                    await self._set_offloads(by_card)
+                    self._verified_by_tcp.discard(peer.node_id)
+                    arrived.append((await self._probe_with_checksums(peer, address, _TRIAL_TRIES)).arrived)
+                    if arrived[-1] is by_card:  # a broken card loses exactly what is left to it
                         break
                 self.offload = after_trials(self.offload, peer.node_id, arrived)
             except (SkepError, OSError) as error:
-                log.warning("checksum offload not tried", reason=str(error))
+                log.warning("checksum offload not tested", reason=str(error))
             finally:
-                with suppress(SkepError, OSError):  # the next settling tries again
-                    await self._leave_to_card(not self.offload.is_off)
+                with suppress(SkepError, OSError):  # repeated with the next targets
+                    await self._set_offloads(not self.offload.is_off)
         if self.offload.is_off:
-            log.warning(
-                "the network card computes wrong checksums inside VXLAN, offload is off", peer=peer.node_id
-            )
+            log.warning("checksum offload switched off: wrong checksums inside vxlan", peer=peer.node_id)
 
-    async def _leave_to_card(self, wanted: bool) -> None:
+    async def _set_offloads(self, tried_sizes: bool) -> None:
         async with self._applying:
-            self._left_to_card = wanted
+            self._has_offloads = tried_sizes
             if self._targets is not None and self._targets.node.data_path:
-                await self._settle(self._targets)
+                await self._apply(self._targets)

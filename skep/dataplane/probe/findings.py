@@ -1,4 +1,4 @@
-"""From what came of asking to what is said of it.  Pure; ports are always named."""
+"""Findings, as they are reported, from the outcomes of probes.  Pure; every text names the port."""
 
 from collections.abc import Iterable
 
@@ -15,34 +15,34 @@ from skep.model.paths import (
 )
 
 
-def overlay_finding(peer: PathPeer, outcome: Outcome, *, is_heard: bool) -> PathFinding:
-    """Small packets through VXLAN.  ``is_heard``: what the peer sends arrives here."""
+def overlay_finding(peer: PathPeer, outcome: Outcome, *, is_received: bool) -> PathFinding:
+    """Small packets through VXLAN.  ``is_received``: the peer's probes arrive here."""
     port = _vxlan_port(peer)
     detail = ""
     if not outcome.arrived:
-        detail = f"nothing comes back through VXLAN (UDP port {peer.vxlan_port}) from {_name(peer)}"
+        detail = f"no response through VXLAN (UDP port {peer.vxlan_port}) from {_described(peer)}"
         if outcome.error:
             detail += f": {outcome.error}"
-        elif is_heard:
-            detail += "; what it sends arrives, so the way to it is closed"
+        elif is_received:
+            detail += "; its own probes arrive here, so the path to it is blocked"
     elif outcome.answered < outcome.sent:
         lost = outcome.sent - outcome.answered
-        detail = f"{lost} of {outcome.sent} packets to {_name(peer)} through VXLAN were lost"
+        detail = f"{lost} of {outcome.sent} packets to {_described(peer)} through VXLAN were lost"
     return _finding(PathCheck.OVERLAY, port, outcome, detail)
 
 
 def large_finding(peer: PathPeer, mtu: int, device_mtu: int, tried: int) -> PathFinding:
-    """Large packets.  ``mtu``: what arrives in one piece, 0: not even ``MTU_MIN``; ``tried``: that many packets."""
+    """Large packets.  ``mtu``: of the path, 0: not even ``MTU_MIN`` arrives; ``tried``: number of packets sent."""
     detail = ""
     if not mtu:
         detail = (
             f"small packets arrive, those of {MTU_MIN} bytes do not, through VXLAN (UDP port {peer.vxlan_port}) to"
-            f" {_name(peer)}: something on the way drops them"
+            f" {_described(peer)}: they are dropped on the path"
         )
     elif mtu < device_mtu:
         detail = (
-            f"packets of up to {mtu} bytes arrive at {_name(peer)}, the device says {device_mtu}: overlays send no"
-            " larger ones"
+            f"packets of up to {mtu} bytes arrive at {_described(peer)}, the device's MTU is {device_mtu}: overlays"
+            " send no larger ones"
         )
     outcome = Outcome(sent=tried, answered=tried if mtu else 0)
     return _finding(PathCheck.LARGE_PACKETS, _vxlan_port(peer), outcome, detail)
@@ -52,13 +52,11 @@ def checksum_finding(peer: PathPeer, outcome: Outcome, *, is_off: bool) -> PathF
     """Packets whose checksum is left to the network card, unless that ``is_off``."""
     detail = ""
     if is_off:
-        detail = (
-            "the network card computed wrong checksums of packets inside VXLAN: it is not asked to any more"
-        )
+        detail = "the network card computed wrong checksums of packets inside VXLAN: checksum offload is switched off"
     if not outcome.arrived:
         detail = (
-            f"packets with a checksum are lost on the way to {_name(peer)} through VXLAN (UDP port {peer.vxlan_port}),"
-            " whoever computes it; those without arrive"
+            f"packets with a checksum are lost on the path to {_described(peer)} through VXLAN (UDP port"
+            f" {peer.vxlan_port}), with and without offload; those without a checksum arrive"
         )
     return _finding(PathCheck.CHECKSUM_OFFLOAD, _vxlan_port(peer), outcome, detail)
 
@@ -75,18 +73,18 @@ def port_finding(
     return _finding(check, f"{port}/{protocol}", outcome, detail)
 
 
-def reported(
+def next_report(
     peer: PathPeer, findings: Iterable[PathFinding], mtu: int, before: PathReport | None
 ) -> PathReport:
-    """The report of a round after ``before``'s."""
+    """The report of the round after ``before``; equal verdicts are counted in ``rounds``."""
     report = PathReport(peer=peer.node_id, findings=tuple(findings), mtu=mtu)
     if before is not None and _verdict(before) == _verdict(report):
         return replace(report, rounds=before.rounds + 1)
     return report
 
 
-def is_news(before: PathReport | None, report: PathReport) -> bool:
-    """Whether ``report`` says more than that all is as it was: another verdict, one that is settled now, an MTU."""
+def is_changed(before: PathReport | None, report: PathReport) -> bool:
+    """Whether ``report`` has another verdict or MTU than ``before``, or its verdict is settled now."""
     if before is None or _verdict(before) != _verdict(report) or before.mtu != report.mtu:
         return True
     return report.is_settled and not before.is_settled
@@ -111,5 +109,5 @@ def _vxlan_port(peer: PathPeer) -> str:
     return f"{peer.vxlan_port}/udp"
 
 
-def _name(peer: PathPeer) -> str:
+def _described(peer: PathPeer) -> str:
     return f"{peer.hostname} ({peer.data_path})"

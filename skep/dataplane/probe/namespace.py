@@ -1,11 +1,10 @@
-"""The namespace of a node's probes, made and kept like an overlay's."""
+"""The network namespace of a node's probes, reconciled like an overlay's."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from skep.dataplane import underlays
-from skep.dataplane.netns import pinned
-from skep.dataplane.netns.checksums import offloads
+from skep.dataplane.netns import checksums, pinned
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
@@ -17,15 +16,15 @@ from skep.dataplane.plan.probe import DEVICE, probe_state
 from skep.dataplane.probe.probe_socket import Sockets
 from skep.model.paths import ProbeTargets
 
-_NAME = "probe"
+_PIN = "probe"
 _PART = "probes"
 
 
 class ProbeNamespace:
-    """A pinned namespace with a VXLAN device, and the rules at home that let its peers' packets in.
+    """A pinned namespace with a VXLAN device, and the rules in the node's own namespace that accept peers' packets.
 
-    ``pins``: where it is pinned; ``home``: the node's own namespace; ``bridges``: those that containers' packets come
-    by.
+    ``pins``: where it is pinned; ``home``: the node's own namespace; ``bridges``: the containers' bridges, from which
+    no probes are accepted.
     """
 
     def __init__(
@@ -45,42 +44,43 @@ class ProbeNamespace:
 
     @property
     def path(self) -> Path:
-        return self._pins.path(_NAME)
+        """Where the namespace is pinned."""
+        return self._pins.path(_PIN)
 
-    async def settle(self, targets: ProbeTargets, *, left_to_card: bool | None) -> Underlay:
-        """Bring ``targets`` about; what its probes leave from.
+    async def apply(self, targets: ProbeTargets, *, offloads: bool | None) -> Underlay:
+        """Make or change the namespace for ``targets``; returns the underlay that probes are sent from.
 
-        ``left_to_card``: checksums of what the device sends; None: as it is.  Raises: KernelRefused, NftFailed,
-        OSError.
+        ``offloads``: whether checksums of what the device sends are left to the network card; None: unchanged.
+        Raises: KernelRefused, NftFailed, OSError.
         """
         own = targets.node.data_path
         found = await self._pins.run(self._pins.home, underlays.find, {own})
         underlay = found.get(own, Underlay(own))
         self._home.set_part(_PART, State(), probe_filter(targets, self._bridges))
         await self._home.apply()
-        await pinned.make_where_missing(self._pins, _NAME, self._reconciler, self._healer)
-        self._reconciler.set_part(_PART, probe_state(targets, underlay, offloads=left_to_card))
+        await pinned.make_where_missing(self._pins, _PIN, self._reconciler, self._healer)
+        self._reconciler.set_part(_PART, probe_state(targets, underlay, offloads=offloads))
         await self._reconciler.apply()
         await self._healer.watch(self._reconciler)
         return underlay
 
     async def remove(self) -> None:
-        """Leave nothing; harmless when nothing is there.  Raises: KernelRefused, NftFailed, OSError."""
+        """Remove namespace and rules, if there are any.  Raises: KernelRefused, NftFailed, OSError."""
         self._healer.forget(self._reconciler)
         if self._home.has_part(_PART):
             self._home.remove_part(_PART)
             await self._home.apply()
-        await pinned.remove(self._pins, _NAME)
+        await pinned.remove(self._pins, _PIN)
         self._reconciler.reset()
 
-    async def is_left_to_card(self) -> bool:
-        """Whether the device leaves checksums to the card at present.  Raises: OSError."""
-        return await self._pins.run(self.path, offloads, DEVICE)
+    async def has_offloads(self) -> bool:
+        """Whether the device leaves checksums to the network card.  Raises: OSError."""
+        return await self._pins.run(self.path, checksums.offloads, DEVICE)
 
     async def sockets(self, address: str) -> Sockets:
-        """New ones at ``address``; the caller closes them.  Raises: OSError."""
+        """New sockets at ``address``; the caller closes them.  Raises: OSError."""
         return await self._pins.run(self.path, Sockets, address)
 
     def identity(self) -> int:
-        """Another number where the namespace is another one.  Raises: OSError."""
+        """The inode of the namespace: it differs when the namespace was made anew.  Raises: OSError."""
         return self.path.stat().st_ino

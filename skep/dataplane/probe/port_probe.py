@@ -1,4 +1,4 @@
-"""Asks at ports of the underlay, a manager's and a docker node's gossip, and through tunnels of encrypted networks.
+"""Probes of ports on the underlay (a manager's, a docker node's gossip) and of the tunnels of encrypted networks.
 
 Sockets are made in the node's own namespace, or in that of the tunnels; each try has a deadline.
 """
@@ -28,32 +28,32 @@ TRY_S = 2.0
 _PAUSE_S = 0.2
 _TLS_HANDSHAKE, _TLS_ALERT = 22, 21
 _RECORD_BYTES = 5
-_ECHO = struct.Struct(">BBHHH")
+_ICMP_ECHO = struct.Struct(">BBHHH")
 _ECHO_REQUEST, _ECHO_REPLY = 128, 129
 
 
 class PortProbe:
-    """From one node's ``home`` namespace.  ``numbers``: random, of 64 bits."""
+    """Probes sent from one node.  ``numbers``: random, of 64 bits."""
 
     def __init__(self, namespaces: Namespaces, clock: Clock, numbers: Callable[[], int]) -> None:
         self._namespaces = namespaces
         self._clock = clock
         self._numbers = numbers
 
-    async def hello(self, address: str, port: int) -> Outcome:
-        """A TLS hello over TCP, which a server answers with its own."""
-        return await self._tried(partial(self._say_hello, address, port))
+    async def tls_hello(self, address: str, port: int) -> Outcome:
+        """A TLS client hello over TCP, to which a server responds with its own."""
+        return await self._retried(partial(self._tls_hello, address, port))
 
     async def connect(self, address: str, port: int) -> Outcome:
-        """A TCP connection, and nothing more."""
-        return await self._tried(partial(self._connect, address, port))
+        """A TCP connection, over which nothing is sent."""
+        return await self._retried(partial(self._connect, address, port))
 
     async def tunnel(self, namespace: Path, address: str) -> Outcome:
-        """An ICMPv6 echo of the peer's address in the tunnels, whose namespace this is; its kernel answers."""
-        return await self._tried(partial(self._echo, namespace, address))
+        """An ICMPv6 echo to the peer's ``address`` in the tunnels, whose namespace on this node is given."""
+        return await self._retried(partial(self._echo, namespace, address))
 
-    async def _tried(self, probe: Callable[[], Awaitable[str]]) -> Outcome:
-        """Up to ``TRIES`` times until it succeeds; ``probe`` gives what is wrong, empty: nothing."""
+    async def _retried(self, probe: Callable[[], Awaitable[str]]) -> Outcome:
+        """Run ``probe`` up to ``TRIES`` times until it succeeds; it returns its error, empty: none."""
         error = ""
         for attempt in range(TRIES):
             began = self._clock.monotonic()
@@ -63,7 +63,7 @@ class PortProbe:
             except TimeoutError:
                 error = "no answer"
             except OSError as refused:
-                # asyncio writes its own sentence over the kernel's.
+                # asyncio replaces the kernel's message.
                 error = os.strerror(refused.errno).lower() if refused.errno else str(refused)
             if not error:
                 return Outcome(sent=attempt + 1, answered=1, round_trip_s=self._clock.monotonic() - began)
@@ -72,55 +72,55 @@ class PortProbe:
         return Outcome(sent=TRIES, answered=0, error=error)
 
     async def _connect(self, address: str, port: int) -> str:
-        with await self._opened(address, socket.SOCK_STREAM) as opened:
-            await asyncio.get_running_loop().sock_connect(opened, (address, port))
+        with await self._socket(address, socket.SOCK_STREAM) as connection:
+            await asyncio.get_running_loop().sock_connect(connection, (address, port))
         return ""
 
-    async def _say_hello(self, address: str, port: int) -> str:
+    async def _tls_hello(self, address: str, port: int) -> str:
         loop = asyncio.get_running_loop()
-        with await self._opened(address, socket.SOCK_STREAM) as opened:
-            await loop.sock_connect(opened, (address, port))
-            await loop.sock_sendall(opened, client_hello())
+        with await self._socket(address, socket.SOCK_STREAM) as connection:
+            await loop.sock_connect(connection, (address, port))
+            await loop.sock_sendall(connection, client_hello())
             record = b""
             while len(record) < _RECORD_BYTES:
-                part = await loop.sock_recv(opened, _RECORD_BYTES - len(record))
+                part = await loop.sock_recv(connection, _RECORD_BYTES - len(record))
                 if not part:
                     return "the connection is closed without an answer"
                 record += part
-        return "" if record[0] in (_TLS_HANDSHAKE, _TLS_ALERT) else "it does not speak TLS"
+        return "" if record[0] in (_TLS_HANDSHAKE, _TLS_ALERT) else "the response is not TLS"
 
     async def _echo(self, namespace: Path, address: str) -> str:
         """The kernel writes the checksum.  Source: RFC 4443, section 4."""
         loop = asyncio.get_running_loop()
         content = self._numbers().to_bytes(8, "big")
         kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        opened = await self._namespaces.run(
+        connection = await self._namespaces.run(
             namespace, socket.socket, socket.AF_INET6, kind, socket.IPPROTO_ICMPV6
         )
-        with opened:
-            # asyncio would look the port up as a service's, and sockets of this kind have none.
-            opened.connect((address, 0))
-            await loop.sock_sendall(opened, _ECHO.pack(_ECHO_REQUEST, 0, 0, 0, 0) + content)
-            while True:  # another's, or an older one: the deadline ends this
-                answer = await loop.sock_recv(opened, 1 << 11)
-                if answer[:1] == bytes((_ECHO_REPLY,)) and answer[_ECHO.size :] == content:
+        with connection:
+            # asyncio would resolve the port as a service name, and raw sockets have no ports.
+            connection.connect((address, 0))
+            await loop.sock_sendall(connection, _ICMP_ECHO.pack(_ECHO_REQUEST, 0, 0, 0, 0) + content)
+            while True:  # replies to other requests are skipped, until the deadline
+                reply = await loop.sock_recv(connection, 1 << 11)
+                if reply[:1] == bytes((_ECHO_REPLY,)) and reply[_ICMP_ECHO.size :] == content:
                     return ""
 
-    async def _opened(self, address: str, kind: socket.SocketKind) -> socket.socket:
+    async def _socket(self, address: str, kind: socket.SocketKind) -> socket.socket:
         family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
         flags = kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         return await self._namespaces.run(self._namespaces.home, socket.socket, family, flags)
 
 
 def client_hello() -> bytes:
-    """The first bytes of a TLS client that verifies nothing: nothing is sent over the connection."""
+    """The first bytes of a TLS client.  It verifies no certificate, as no data follows."""
     outgoing = ssl.MemoryBIO()
     connection = _context().wrap_bio(ssl.MemoryBIO(), outgoing)
     try:
         connection.do_handshake()
     except ssl.SSLWantReadError:
         return outgoing.read()
-    raise AssertionError("a client waits for its server's hello")
+    raise AssertionError("a handshake cannot end without the server's hello")
 
 
 @cache
@@ -138,29 +138,32 @@ class TunnelAddresses(Protocol):
     """The tunnels of encrypted networks (``wireguard.tunnels.Tunnels``)."""
 
     @property
-    def namespace(self) -> Path: ...
+    def namespace(self) -> Path:
+        """Of the tunnels on this node."""
 
-    def address_of(self, node: NodeId) -> str: ...
+    def address_of(self, node: NodeId) -> str:
+        """Of ``node`` inside the tunnels; empty: there is no tunnel to it."""
 
-    def port_of(self, node: NodeId) -> int: ...
+    def port_of(self, node: NodeId) -> int:
+        """The UDP port of its WireGuard device; 0: unknown."""
 
 
 class PortChecks:
-    """A manager's ports, a docker node's gossip, the tunnel of encrypted networks: those that the peer has."""
+    """The port probes of one peer: a manager's ports, a docker node's gossip, the tunnel of encrypted networks."""
 
     def __init__(self, port_probe: PortProbe, tunnels: TunnelAddresses) -> None:
         self._port_probe = port_probe
         self._tunnels = tunnels
 
     async def findings(self, targets: ProbeTargets | None, peer: PathPeer) -> Sequence[PathFinding]:
-        """One after the other: most peers have one at most."""
+        """Probed one after the other: most peers have at most one."""
         found = []
         if peer.control:
             address, port = host_and_port(peer.control)
-            outcome = await self._port_probe.hello(address, port)
+            outcome = await self._port_probe.tls_hello(address, port)
             found.append(port_finding(PathCheck.CONTROL, peer, address, port, outcome, protocol="tcp"))
         if peer.etcd:
-            # No hello: what etcd says of a connection alone is left out of the log (``store.etcd.output``).
+            # No hello: etcd would log it; what it logs of a mere connection is filtered out (``store.etcd.output``).
             address, port = host_and_port(peer.etcd)
             outcome = await self._port_probe.connect(address, port)
             found.append(port_finding(PathCheck.ETCD, peer, address, port, outcome, protocol="tcp"))

@@ -1,8 +1,8 @@
-"""Questions and answers inside the probes' VXLAN: sockets in their namespace.
+"""Probe requests and responses inside the probes' VXLAN, by sockets in their namespace.
 
-Answers go out without a checksum (UDP over IPv4 may have none), so that whether they arrive says nothing about the
-answering node's network card; questions go out with one where that is what is tried.  No packet is fragmented, and
-none is held back for what the kernel believes of the way: only the device's MTU counts.
+Responses have no checksum (UDP over IPv4 may have none), so that the responding node's network card has no influence on
+whether they arrive.  Requests have one only where checksums are tested.  No packet is fragmented, and the kernel's path
+MTU is ignored: only the device's MTU limits the size.
 """
 
 import asyncio
@@ -14,23 +14,30 @@ from skep.aio.clock import Clock
 from skep.aio.race import is_set_within
 from skep.aio.token_bucket import TokenBucket
 from skep.dataplane.plan.probe import PORT
-from skep.dataplane.probe.packets import Outcome, Said, answer, answered, asked, question
+from skep.dataplane.probe.packets import (
+    Outcome,
+    PeerMeasurements,
+    decode_request,
+    decode_response,
+    encode_request,
+    encode_response,
+)
 
 PAUSE_S = 0.1
-"""Between two questions of a row: what loses one packet often loses its neighbours."""
+"""Between two requests of a series: losses come in bursts."""
 WAIT_S = 1.0
-"""For the last answer: twice what a signal needs around the earth."""
+"""For the last response: several times the longest round trip on earth."""
 
 _SO_NO_CHECK = 11
 _IP_MTU_DISCOVER, _PROBE = 10, 3
 _DATAGRAM_BYTES_MAX = 1 << 16
 _DATAGRAMS_PER_TURN = 64
-_ANSWERS_AT_ONCE, _ANSWERS_PER_S = 200, 100
-"""For each peer: an MTU's search asks 27 times within a second."""
+_RESPONSE_BURST, _RESPONSES_PER_S = 200, 100
+"""For each peer: the search for a path MTU sends 27 requests within a second."""
 
 
 class Sockets:
-    """``asking`` with a port of its own, ``answering`` at ``PORT``, ``listening`` for TCP there."""
+    """``requesting`` at an ephemeral UDP port, ``responding`` at UDP ``PORT``, ``listening`` at TCP ``PORT``."""
 
     def __init__(self, address: str) -> None:
         """In the calling thread's namespace, which has ``address``.  Raises: OSError."""
@@ -49,154 +56,157 @@ class Sockets:
             for one in opened:
                 one.close()
             raise
-        self.asking, self.answering, self.listening = opened
+        self.requesting, self.responding, self.listening = opened
 
     def close(self) -> None:
-        for one in (self.asking, self.answering, self.listening):
+        for one in (self.requesting, self.responding, self.listening):
             one.close()
 
 
-class _Question:
-    """One that waits for its answer."""
+class _PendingRequest:
+    """A request without a response so far."""
 
-    def __init__(self, row: "_Row", target: str, sent_at: float) -> None:
-        self.row = row
+    def __init__(self, series: "_Series", target: str, sent_at: float) -> None:
+        self.series = series
         self.target = target
         self.sent_at = sent_at
 
 
-class _Row:
-    """Questions that belong together."""
+class _Series:
+    """Requests to one target whose responses are counted together."""
 
     def __init__(self, enough: int) -> None:
         self.is_enough = asyncio.Event()
         self.round_trips: list[float] = []
-        self.said: Said | None = None
+        self.peer: PeerMeasurements | None = None
         self._enough = enough
 
-    def answered(self, round_trip_s: float, said: Said) -> None:
+    def add_response(self, round_trip_s: float, peer: PeerMeasurements) -> None:
         self.round_trips.append(round_trip_s)
-        self.said = said
+        self.peer = peer
         if len(self.round_trips) >= self._enough:
             self.is_enough.set()
 
 
 class ProbeSocket:
-    """Sends probes, and answers those of known peers.
+    """Sends probe requests, and responds to those of peers.
 
     Args:
-        says: what answers say.
-        numbers: gives random numbers of 64 bits, one for each question, which its answer has to repeat.
+        measurements: gives the content of responses.
+        nonces: gives random numbers of 64 bits, one for each request, which the response has to repeat.
     """
 
-    def __init__(self, clock: Clock, says: Callable[[], Said], numbers: Callable[[], int]) -> None:
+    def __init__(
+        self, clock: Clock, measurements: Callable[[], PeerMeasurements], nonces: Callable[[], int]
+    ) -> None:
         self._clock = clock
-        self._says = says
-        self._numbers = numbers
+        self._measurements = measurements
+        self._nonces = nonces
         self._sockets: Sockets | None = None
-        self._waiting: dict[int, _Question] = {}
-        self._known: dict[str, TokenBucket] = {}
-        self._heard_at: dict[str, float] = {}
+        self._pending: dict[int, _PendingRequest] = {}
+        self._peers: dict[str, TokenBucket] = {}
+        self._received_at: dict[str, float] = {}
 
-    def use(self, sockets: Sockets) -> None:
-        """Ask and answer by these from now on; they stay the caller's."""
-        self.rest()
+    def attach(self, sockets: Sockets) -> None:
+        """Use ``sockets`` from now on.  The caller closes them, after ``detach``."""
+        self.detach()
         self._sockets = sockets
         loop = asyncio.get_running_loop()
-        loop.add_reader(sockets.asking, self._take_answers, sockets.asking)
-        loop.add_reader(sockets.answering, self._take_questions, sockets.answering)
+        loop.add_reader(sockets.requesting, self._read_responses, sockets.requesting)
+        loop.add_reader(sockets.responding, self._read_requests, sockets.responding)
 
-    def rest(self) -> None:
-        """Use the sockets no more."""
+    def detach(self) -> None:
+        """Stop using the sockets."""
         if self._sockets is not None:
             loop = asyncio.get_running_loop()
-            loop.remove_reader(self._sockets.asking)
-            loop.remove_reader(self._sockets.answering)
+            loop.remove_reader(self._sockets.requesting)
+            loop.remove_reader(self._sockets.responding)
             self._sockets = None
 
-    def know(self, addresses: Collection[str]) -> None:
-        """Answer these, and no others."""
+    def set_peers(self, addresses: Collection[str]) -> None:
+        """Respond to these, and to no others."""
         now = self._clock.monotonic()
-        self._known = {
-            one: self._known.get(one) or TokenBucket(_ANSWERS_AT_ONCE, _ANSWERS_PER_S, now)
+        self._peers = {
+            one: self._peers.get(one) or TokenBucket(_RESPONSE_BURST, _RESPONSES_PER_S, now)
             for one in addresses
         }
-        self._heard_at = {one: at for one, at in self._heard_at.items() if one in self._known}
+        self._received_at = {one: at for one, at in self._received_at.items() if one in self._peers}
 
-    def knows(self, address: str) -> bool:
-        return address in self._known
+    def is_peer(self, address: str) -> bool:
+        """Whether requests from ``address`` get responses."""
+        return address in self._peers
 
-    def heard_within(self, address: str, seconds: float) -> bool:
-        """Whether ``address`` has asked lately: its packets arrive here."""
-        at = self._heard_at.get(address)
+    def received_within(self, address: str, seconds: float) -> bool:
+        """Whether a request from ``address`` has arrived in the last ``seconds``."""
+        at = self._received_at.get(address)
         return at is not None and self._clock.monotonic() - at <= seconds
 
-    async def ask(
+    async def probe(
         self, target: str, *, size: int = 0, tries: int = 3, enough: int = 1, has_checksum: bool = False
     ) -> Outcome:
-        """Ask ``target`` up to ``tries`` times, until ``enough`` answers have come.
+        """Send up to ``tries`` requests to ``target``, until there are ``enough`` responses.
 
         Args:
-            size: of the UDP payload; the smallest question is sent where it is less.
-            has_checksum: left to the network card where it offers that; otherwise there is none at all.
+            size: of the UDP payload, at least that of the smallest request.
+            has_checksum: with a checksum, left to the network card where it offers that; otherwise without.
         """
-        row, numbers, error = _Row(enough), [], ""
+        series, nonces, error = _Series(enough), [], ""
         try:
             for attempt in range(tries):
-                number = self._numbers()
-                numbers.append(number)
-                self._waiting[number] = _Question(row, target, self._clock.monotonic())
-                error = self._send(target, question(number, size), has_checksum=has_checksum) or error
-                if await is_set_within(row.is_enough, PAUSE_S if attempt < tries - 1 else WAIT_S):
+                nonce = self._nonces()
+                nonces.append(nonce)
+                self._pending[nonce] = _PendingRequest(series, target, self._clock.monotonic())
+                error = self._send(target, encode_request(nonce, size), has_checksum=has_checksum) or error
+                if await is_set_within(series.is_enough, PAUSE_S if attempt < tries - 1 else WAIT_S):
                     break
         finally:
-            for number in numbers:
-                self._waiting.pop(number, None)
+            for nonce in nonces:
+                self._pending.pop(nonce, None)
         return Outcome(
-            sent=len(numbers),
-            answered=len(row.round_trips),
-            round_trip_s=min(row.round_trips, default=None),
+            sent=len(nonces),
+            answered=len(series.round_trips),
+            round_trip_s=min(series.round_trips, default=None),
             error=error,
-            said=row.said,
+            peer=series.peer,
         )
 
     def _send(self, target: str, datagram: bytes, *, has_checksum: bool) -> str:
         if self._sockets is None:
             return "the probes have no device"
         try:
-            self._sockets.asking.setsockopt(socket.SOL_SOCKET, _SO_NO_CHECK, int(not has_checksum))
-            self._sockets.asking.sendto(datagram, (target, PORT))
+            self._sockets.requesting.setsockopt(socket.SOL_SOCKET, _SO_NO_CHECK, int(not has_checksum))
+            self._sockets.requesting.sendto(datagram, (target, PORT))
         except OSError as error:
             return "" if error.errno == errno.EMSGSIZE else error.strerror or str(error)
         return ""
 
-    def _take_answers(self, source: socket.socket) -> None:
+    def _read_responses(self, source: socket.socket) -> None:
         for _ in range(_DATAGRAMS_PER_TURN):
             try:
                 datagram, (sender, _) = source.recvfrom(_DATAGRAM_BYTES_MAX)
-            except OSError:  # nothing waits, or a probe was refused
+            except OSError:  # nothing to read, or a request was refused
                 return
-            found = answered(datagram)
+            found = decode_response(datagram)
             if found is None:
                 continue
-            number, said = found
-            waiting = self._waiting.get(number)
-            if waiting is not None and waiting.target == sender:
-                del self._waiting[number]
-                waiting.row.answered(self._clock.monotonic() - waiting.sent_at, said)
+            nonce, measurements = found
+            pending = self._pending.get(nonce)
+            if pending is not None and pending.target == sender:
+                del self._pending[nonce]
+                pending.series.add_response(self._clock.monotonic() - pending.sent_at, measurements)
 
-    def _take_questions(self, source: socket.socket) -> None:
+    def _read_requests(self, source: socket.socket) -> None:
         now = self._clock.monotonic()
         for _ in range(_DATAGRAMS_PER_TURN):
             try:
                 datagram, (sender, port) = source.recvfrom(_DATAGRAM_BYTES_MAX)
             except OSError:
                 return
-            allowance, number = self._known.get(sender), asked(datagram)
-            if allowance is None or number is None or not allowance.take(now):
+            bucket, nonce = self._peers.get(sender), decode_request(datagram)
+            if bucket is None or nonce is None or not bucket.take(now):
                 continue
-            self._heard_at[sender] = now
+            self._received_at[sender] = now
             try:
-                source.sendto(answer(number, self._says()), (sender, port))
+                source.sendto(encode_response(nonce, self._measurements()), (sender, port))
             except OSError:  # the peer probes again
                 continue

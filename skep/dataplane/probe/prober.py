@@ -1,8 +1,8 @@
-"""The probes of one node: when each peer is probed, what is known of the path to it, and what follows.
+"""The probes of one node: when each peer is probed, the latest report of each, and who gets the measurements.
 
-Each peer has a task, which asks it every ten seconds, at once when it is new.  What was measured goes in three
-directions: to the managers (reports), to the other nodes (in answers), and to this node's overlays (their MTU, and
-whether they leave checksums to the network card).
+Each peer has a task, which probes it every ten seconds, at once when it is new.  Measurements go to the managers (in
+reports), to the other nodes (in probe responses), and to this node's overlays (their MTU, and whether they leave
+checksums to the network card).
 """
 
 import asyncio
@@ -19,19 +19,18 @@ from skep.aio.failures import retry
 from skep.aio.race import is_set_within
 from skep.dataplane.plan.probe import PEERS_MAX, sound
 from skep.dataplane.probe.data_path import DataPath
-from skep.dataplane.probe.findings import is_news, reported
-from skep.dataplane.probe.mtu import Measured
-from skep.dataplane.probe.offload import Offload
+from skep.dataplane.probe.findings import is_changed, next_report
+from skep.dataplane.probe.measurements import Measurements, Offload
 from skep.dataplane.probe.port_probe import PortChecks
-from skep.dataplane.probe.state_file import Kept, load, save
 from skep.errors import SkepError
+from skep.linux.files import replace_file
 from skep.model.ids import NodeId
 from skep.model.paths import PathPeer, PathReport, ProbeTargets
 
 PERIOD_S = 10.0
 RECHECK_S = 4.0
-"""After a verdict that may be chance."""
-PEERS_AT_FULL_PACE = 64
+"""After a verdict that may be due to random loss."""
+PEERS_AT_FULL_RATE = 64
 
 
 def pause_s(peers: int, random: float, *, is_settled: bool) -> float:
@@ -40,24 +39,55 @@ def pause_s(peers: int, random: float, *, is_settled: bool) -> float:
     ``random``: from 0 to 1.
     """
     period = PERIOD_S if is_settled else RECHECK_S
-    return period * max(1.0, peers / PEERS_AT_FULL_PACE) * (0.75 + 0.5 * random)
+    return period * max(1.0, peers / PEERS_AT_FULL_RATE) * (0.75 + 0.5 * random)
 
 
 log = structlog.get_logger()
 
-EXAMINATION_S = 15.0
+DIAGNOSTICS_S = 15.0
 AT_ONCE = 16
-"""Peers that are asked at the same time."""
-_GUEST_S = 2 * EXAMINATION_S
+"""Peers that are probed at the same time."""
+_TEMPORARY_S = 2 * DIAGNOSTICS_S
 _RETRY_S_MAX = 5.0
 
 
+class SavedState(msgspec.Struct, frozen=True):
+    """What the next process of this node begins with: the last targets, and what was measured.
+
+    It is kept on tmpfs, since a reboot may bring another network card.  Without it a node process that restarts,
+    perhaps while no manager is reachable, would respond to no probes, and overlays would have the MTU of the devices
+    until all was measured again.
+    """
+
+    targets: ProbeTargets = msgspec.field(name="wish")
+    measured: Measurements
+
+
+def load_state(file: Path) -> SavedState | None:
+    """None: there is none, or it cannot be read, which is logged."""
+    try:
+        return msgspec.msgpack.decode(file.read_bytes(), type=SavedState)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        log.warning("measurements cannot be read", file=str(file), reason=str(error))
+        return None
+
+
+def save_state(file: Path, state: SavedState | None) -> None:
+    """None: remove the file.  Raises: OSError."""
+    if state is None:
+        file.unlink(missing_ok=True)
+    else:
+        replace_file(file, msgspec.msgpack.encode(state), is_durable=False)
+
+
 class PathProber:
-    """``interface.PathProbes``.
+    """Probes the targets, and reports what has changed.
 
     Args:
-        kept: file for the next process of this node, on tmpfs.
-        remeasured: has all overlays follow what is known now; may raise SkepError, and is called again then.
+        file: where state is saved for the next process of this node, on tmpfs.
+        remeasured: applies the present measurements to all overlays; may raise SkepError, and is called again then.
         rng: from 0 to 1, spreads rounds.
     """
 
@@ -65,16 +95,16 @@ class PathProber:
         self,
         data_path: DataPath,
         ports: PortChecks,
-        kept: Path,
+        file: Path,
         remeasured: Callable[[], Awaitable[None]],
         clock: Clock,
         rng: Callable[[], float],
     ) -> None:
         self._data_path = data_path
         self._ports = ports
-        self._file = kept
-        self._kept: Kept | None = None
-        self._keeping = asyncio.Lock()
+        self._file = file
+        self._saved: SavedState | None = None
+        self._saving = asyncio.Lock()
         self._remeasured = remeasured
         self._clock = clock
         self._rng = rng
@@ -82,18 +112,18 @@ class PathProber:
         self._has_targets = False
         self._changed = asyncio.Event()
         self._tasks: dict[NodeId, tuple[PathPeer, asyncio.Task[None]]] = {}
-        self._guests: dict[NodeId, tuple[PathPeer, float]] = {}
+        self._temporary: dict[NodeId, tuple[PathPeer, float]] = {}
         self._limit = asyncio.Semaphore(AT_ONCE)
         self._reports: dict[NodeId, PathReport] = {}
-        self._news: dict[NodeId, PathReport] = {}
-        self._has_news = asyncio.Event()
-        self._acted_on: tuple[Measured, Offload] | None = None
+        self._changed_reports: dict[NodeId, PathReport] = {}
+        self._has_changed_reports = asyncio.Event()
+        self._acted_on: tuple[Measurements, Offload] | None = None
         self._is_measured = asyncio.Event()
 
-    # --- asked by the agent -----------------------------------------------------------------------------------
+    # --- used by the agent -----------------------------------------------------------------------------------
 
     def set_targets(self, targets: ProbeTargets | None) -> None:
-        """Probe these from now on, new ones at once; the latest targets wins.  None: nobody, and leave nothing."""
+        """Probe these from now on, new ones at once.  None: no peers, and remove the namespace."""
         self._targets, self._has_targets = sound(targets) if targets is not None else None, True
         self._changed.set()
 
@@ -102,118 +132,123 @@ class PathProber:
         """The latest of each peer."""
         return dict(self._reports)
 
-    def latest(self) -> Mapping[NodeId, PathReport]:
-        """``reports``, as a call."""
-        return self.reports
-
     async def next_reports(self) -> tuple[PathReport, ...]:
-        """Wait for verdicts that changed or settled, or another MTU; the latest of each peer concerned."""
-        await self._has_news.wait()
-        self._has_news.clear()
-        news, self._news = self._news, {}
-        return tuple(news.values())
+        """Wait for verdicts that changed or settled, or another MTU; the latest of each peer concerned.
 
-    async def examine(self, peers: Iterable[PathPeer], *, throughput: bool = False) -> tuple[PathReport, ...]:
-        """Probe these now; those that took longer than ``EXAMINATION_S`` are not in the answer."""
+        For one caller.  A slow one misses reports that were replaced meanwhile, and nothing else.
+        """
+        await self._has_changed_reports.wait()
+        self._has_changed_reports.clear()
+        reports, self._changed_reports = self._changed_reports, {}
+        return tuple(reports.values())
+
+    async def diagnose(
+        self, peers: Iterable[PathPeer], *, throughput: bool = False
+    ) -> tuple[PathReport, ...]:
+        """Probe these now; for that time they get responses, as if they were targets.
+
+        Peers that took longer than ``DIAGNOSTICS_S`` are left out.  ``throughput``: measured, too, one peer after the
+        other, each with at most 32 MiB and 1 s.
+        """
         if self._targets is None:
             return ()
-        asked = ProbeTargets(node=self._targets.node, peers=tuple(peers))
-        chosen = {peer.node_id: peer for peer in sound(asked).peers}
-        until = self._clock.monotonic() + _GUEST_S
-        self._guests |= {id: (peer, until) for id, peer in chosen.items()}
+        request = ProbeTargets(node=self._targets.node, peers=tuple(peers))
+        chosen = {peer.node_id: peer for peer in sound(request).peers}
+        until = self._clock.monotonic() + _TEMPORARY_S
+        self._temporary |= {id: (peer, until) for id, peer in chosen.items()}
         found: dict[NodeId, PathReport] = {}
 
-        async def look(peer: PathPeer) -> None:
+        async def probe(peer: PathPeer) -> None:
             async with self._limit:
                 found[peer.node_id] = await self._round(peer, None, is_thorough=True)
 
         try:
-            async with asyncio.timeout(EXAMINATION_S):
-                await self._settle()
+            async with asyncio.timeout(DIAGNOSTICS_S):
+                await self._apply_targets()
                 async with asyncio.TaskGroup() as group:
                     for peer in chosen.values():
-                        group.create_task(look(peer), name=f"examination of {peer.node_id}")
+                        group.create_task(probe(peer), name=f"diagnostics of {peer.node_id}")
                 for peer in chosen.values() if throughput else ():
                     per_s = await self._data_path.throughput(peer)
                     found[peer.node_id] = msgspec.structs.replace(found[peer.node_id], throughput=per_s)
         except TimeoutError:
-            log.warning("examination cut short", asked=len(chosen), answered=len(found))
+            log.warning("diagnostics cut short", requested=len(chosen), measured=len(found))
         return tuple(found[id] for id in chosen if id in found)
 
     def warnings(self) -> tuple[str, ...]:
-        """Of what was put right and has a price, for ``docker info``."""
+        """Workarounds that cost performance, for ``docker info``."""
         if not self._data_path.offload.is_off:
             return ()
         return (
             "the network card computes wrong checksums inside VXLAN: checksum offload is switched off on overlays",
         )
 
-    # --- keeping ----------------------------------------------------------------------------------------------
+    # --- probing ----------------------------------------------------------------------------------------------
 
     async def restore(self) -> None:
-        """Go on where an earlier process of this node ended, unless it has targets already."""
-        self._kept = await asyncio.to_thread(load, self._file)
-        if self._kept is not None and not self._has_targets:
-            self._data_path.measured = self._kept.measured
-            self.set_targets(self._kept.wish)
+        """Begin with the state of an earlier process of this node, unless there are targets already."""
+        self._saved = await asyncio.to_thread(load_state, self._file)
+        if self._saved is not None and not self._has_targets:
+            self._data_path.measured = self._saved.measured
+            self.set_targets(self._saved.targets)
 
     async def run(self) -> None:
-        """Probe until cancelled; what is in the kernel then stays for the next process."""
+        """Probe until cancelled; the kernel's state stays for the next process."""
         try:
             async with asyncio.TaskGroup() as group:
                 keep = partial(retry, clock=self._clock, rng=self._rng)
-                keeping = keep(self._keep_overlays, "overlays do not follow what was measured")
-                group.create_task(keeping, name="measured overlays")
-                await keep(partial(self._keep_namespace, group), "probes have failed")
+                updating = keep(self._update_overlays, "overlays not updated with measurements")
+                group.create_task(updating, name="overlays with measurements")
+                await keep(partial(self._run_namespace, group), "probes have failed")
         finally:
             self._data_path.close()
 
-    async def _keep_namespace(self, group: asyncio.TaskGroup) -> None:
+    async def _run_namespace(self, group: asyncio.TaskGroup) -> None:
         backoff = Backoff(0.2, _RETRY_S_MAX, rng=self._rng)
         while True:
             self._changed.clear()
             now = self._clock.monotonic()
-            self._guests = {id: guest for id, guest in self._guests.items() if guest[1] > now}
-            is_settled = await self._settle()
-            self._keep_peers(group)
-            await self._keep()
-            if is_settled:
+            self._temporary = {id: entry for id, entry in self._temporary.items() if entry[1] > now}
+            is_applied = await self._apply_targets()
+            self._start_and_stop_peers(group)
+            await self._save()
+            if is_applied:
                 backoff.reset()
                 # The device under it may have another MTU by then.
                 await is_set_within(self._changed, PERIOD_S)
             else:
                 await backoff.sleep(self._clock)
 
-    async def _keep(self) -> None:
+    async def _save(self) -> None:
         if not self._has_targets:
             return
-        async with self._keeping:
-            kept = Kept(self._targets, self._data_path.measured) if self._targets is not None else None
+        async with self._saving:
+            state = SavedState(self._targets, self._data_path.measured) if self._targets is not None else None
             try:
-                if kept != self._kept or kept is None:
-                    await asyncio.to_thread(save, self._file, kept)
-                    self._kept = kept
+                if state != self._saved or state is None:
+                    await asyncio.to_thread(save_state, self._file, state)
+                    self._saved = state
             except OSError as error:
-                log.warning("measurements not kept", reason=str(error))
+                log.warning("measurements not saved", reason=str(error))
 
-    async def _settle(self) -> bool:
+    async def _apply_targets(self) -> bool:
         if not self._has_targets:
             return True
         targets = self._targets
         if targets is not None:
             known = {peer.node_id for peer in targets.peers} | {targets.node.node_id}
-            guests = [peer for id, (peer, _) in sorted(self._guests.items()) if id not in known]
-            targets = msgspec.structs.replace(targets, peers=(*targets.peers, *guests)[: 2 * PEERS_MAX])
+            temporary = [peer for id, (peer, _) in sorted(self._temporary.items()) if id not in known]
+            targets = msgspec.structs.replace(targets, peers=(*targets.peers, *temporary)[: 2 * PEERS_MAX])
         before = self._data_path.failure
-        failure = await self._data_path.settle(targets)
+        failure = await self._data_path.apply(targets)
         if failure and failure != before:
             log.warning("data path cannot be probed, trying again", reason=failure)
         if failure:
             return False
-        self._follow()
+        self._notify_overlays()
         return True
 
-    def _keep_peers(self, group: asyncio.TaskGroup) -> None:
+    def _start_and_stop_peers(self, group: asyncio.TaskGroup) -> None:
         wanted = {peer.node_id: peer for peer in self._targets.peers} if self._targets is not None else {}
         for id, (peer, task) in tuple(self._tasks.items()):
             if wanted.get(id) != peer or task.done():
@@ -221,29 +256,29 @@ class PathProber:
                 del self._tasks[id]
             if id not in wanted:
                 self._reports.pop(id, None)
-                self._news.pop(id, None)
+                self._changed_reports.pop(id, None)
         for id, peer in wanted.items():
             if id not in self._tasks:
-                asking = retry(
-                    partial(self._keep_asking, peer),
+                probing = retry(
+                    partial(self._probe_peer, peer),
                     "probes have failed",
                     clock=self._clock,
                     rng=self._rng,
                     peer=id,
                 )
-                task = group.create_task(asking, name=f"probes of {id}")
+                task = group.create_task(probing, name=f"probes of {id}")
                 self._tasks[id] = (peer, task)
 
-    async def _keep_asking(self, peer: PathPeer) -> None:
+    async def _probe_peer(self, peer: PathPeer) -> None:
         while True:
             async with self._limit:
                 before = self._reports.get(peer.node_id)
                 report = await self._round(peer, before, is_thorough=False)
             self._reports[peer.node_id] = report
-            if is_news(before, report):
-                self._news[peer.node_id] = report
-                self._has_news.set()
-                _say(peer, report)
+            if is_changed(before, report):
+                self._changed_reports[peer.node_id] = report
+                self._has_changed_reports.set()
+                _log_failures(peer, report)
             pause = pause_s(len(self._tasks), self._rng(), is_settled=report.is_settled)
             await self._clock.sleep(pause)
 
@@ -251,28 +286,28 @@ class PathProber:
         async with asyncio.TaskGroup() as group:
             inside = group.create_task(self._data_path.findings(peer, is_thorough=is_thorough))
             outside = group.create_task(self._ports.findings(self._targets, peer))
-        self._follow()
+        self._notify_overlays()
         mtu = self._data_path.measured.own.get(peer.node_id, 0)
-        return reported(peer, (*outside.result(), *inside.result()), mtu, before)
+        return next_report(peer, (*outside.result(), *inside.result()), mtu, before)
 
-    # --- what follows -----------------------------------------------------------------------------------------
+    # --- overlays -----------------------------------------------------------------------------------------
 
-    def _follow(self) -> None:
-        """Overlays follow what is known by now, if that is something else."""
+    def _notify_overlays(self) -> None:
+        """Have the overlays updated if measurements have changed."""
         if (self._data_path.measured, self._data_path.offload) != self._acted_on:
             self._is_measured.set()
 
-    async def _keep_overlays(self) -> None:
+    async def _update_overlays(self) -> None:
         backoff = Backoff(0.2, _RETRY_S_MAX, rng=self._rng)
         while True:
             await self._is_measured.wait()
             self._is_measured.clear()
             known = self._data_path.measured, self._data_path.offload
-            await self._keep()
+            await self._save()
             try:
                 await self._remeasured()
             except (SkepError, OSError) as error:
-                log.warning("overlays do not follow what was measured yet", reason=str(error))
+                log.warning("overlays not updated with measurements", reason=str(error))
                 self._is_measured.set()
                 await backoff.sleep(self._clock)
             else:
@@ -280,7 +315,7 @@ class PathProber:
                 backoff.reset()
 
 
-def _say(peer: PathPeer, report: PathReport) -> None:
-    """To this node's log, once it is settled."""
+def _log_failures(peer: PathPeer, report: PathReport) -> None:
+    """Log failing checks, once the verdict is settled."""
     for one in report.failing if report.is_settled else ():
-        log.warning("path fails", peer=peer.hostname, check=one.check.value, port=one.port, why=one.detail)
+        log.warning("path fails", peer=peer.hostname, check=one.check.value, port=one.port, reason=one.detail)

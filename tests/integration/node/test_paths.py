@@ -12,7 +12,13 @@ import pytest
 
 from skep.dataplane.addresses import mac_of
 from skep.dataplane.plan.probe import PORT, address_of
-from skep.dataplane.probe.packets import QUESTION_BYTES_MIN, Said, answer, answered, question
+from skep.dataplane.probe.packets import (
+    REQUEST_BYTES_MIN,
+    PeerMeasurements,
+    decode_response,
+    encode_request,
+    encode_response,
+)
 from skep.model.paths import PROBE_VNI, PathCheck, PathReport, ProbeTargets
 from tests.integration.node.overlay_lab import OverlayLab, shell, tried
 from tests.integration.node.paths_lab import a_peer, failing, report_until, served_ports, set_all_targets
@@ -83,7 +89,7 @@ async def test_a_closed_port_between_two_nodes_is_named_and_nothing_else(
         assert f"port {port.partition('/')[0]}" in finding.detail
         assert "host-n2" in finding.detail
         if check is PathCheck.OVERLAY:
-            assert "what it sends arrives, so the way to it is closed" in finding.detail
+            assert "its own probes arrive here, so the path to it is blocked" in finding.detail
         for network, peer in ((networks[0], third), (networks[1], third), (networks[2], first)):
             whole = await report_until(network, peer, lambda one: one.is_settled)
             assert whole.failing == ()
@@ -115,7 +121,7 @@ async def test_an_examination_answers_at_once_with_throughput(lab: OverlayLab) -
         set_all_targets(lab, networks)
         await report_until(networks[0], third, is_whole)
         await shell(third.home, "ip link set under down")
-        reports = await networks[0].prober.examine((a_peer(second), a_peer(third)), throughput=True)
+        reports = await networks[0].prober.diagnose((a_peer(second), a_peer(third)), throughput=True)
         assert [report.peer for report in reports] == [second.id, third.id]
         assert is_whole(reports[0])
         assert reports[0].throughput > 1 << 20
@@ -154,14 +160,14 @@ async def test_what_strangers_send_does_not_arrive(lab: OverlayLab) -> None:
             f" && ip neigh replace {target} lladdr {mac_of(IPv4Address(target))} dev vx nud permanent",
         )
         inside, heard = first.paths.probes / "probe", "grep probe: /proc/net/dev | awk '{print $3}'"
-        questions = (question(1, 0), question(2, 1000))
+        questions = (encode_request(1, 0), encode_request(2, 1000))
         assert await stranger.namespaces.run(stranger.home, asked, forged, target, *questions) == []
         assert (await shell(inside, heard)).strip() == "0"
         known = (a_peer(second), a_peer(stranger))
         one.prober.set_targets(ProbeTargets(node=a_peer(first), peers=known))
         async with asyncio.timeout(10):
             while (await shell(inside, heard)).strip() == "0":
-                await stranger.namespaces.run(stranger.home, asked, forged, target, question(3, 0))
+                await stranger.namespaces.run(stranger.home, asked, forged, target, encode_request(3, 0))
 
 
 @pytest.mark.slow
@@ -174,23 +180,23 @@ async def test_nonsense_of_a_peer_does_no_harm(lab: OverlayLab) -> None:
         inside, ask = second.paths.probes / "probe", second.namespaces.run
         garbage = [os.urandom(size) for size in (1, 15, 16, 300, 1400)]
         garbage += [
-            question(1, 0)[:255],
-            question(1, 0)[:4] + os.urandom(400),
+            encode_request(1, 0)[:255],
+            encode_request(1, 0)[:4] + os.urandom(400),
             b"",
-            answer(1, Said(9, {1: 2})),
+            encode_response(1, PeerMeasurements(9, {1: 2})),
         ]
         assert await ask(inside, asked, source, target, *garbage) == []
-        (reply,) = await ask(inside, asked, source, target, question(7, 1000))
-        assert len(reply) < QUESTION_BYTES_MIN
-        found = answered(reply)
+        (reply,) = await ask(inside, asked, source, target, encode_request(7, 1000))
+        assert len(reply) < REQUEST_BYTES_MIN
+        found = decode_response(reply)
         assert found is not None
         assert found[0] == 7
-        flood = [question(number, 0) for number in range(2000)]
+        flood = [encode_request(number, 0) for number in range(2000)]
         answers = await ask(inside, asked, source, target, *flood)
         assert 100 <= len(answers) <= 500, "so many questions of one peer are not answered"
-        assert is_whole((await one.prober.examine((a_peer(third),)))[0])
+        assert is_whole((await one.prober.diagnose((a_peer(third),)))[0])
         async with asyncio.timeout(20):  # until that peer may ask again
-            while not is_whole((await other.prober.examine((a_peer(first),)))[0]):
+            while not is_whole((await other.prober.diagnose((a_peer(first),)))[0]):
                 pass
 
 

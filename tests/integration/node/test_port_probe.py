@@ -44,22 +44,22 @@ def refused(error: str) -> Outcome:
 
 @pytest.mark.parametrize(
     ("server", "error"),
-    [(Answering, "it does not speak TLS"), (Closing, "the connection is closed without an answer")],
+    [(Answering, "the response is not TLS"), (Closing, "the connection is closed without an answer")],
 )
 async def test_who_speaks_no_tls_is_no_manager(
     knocking: PortProbe, server: type[asyncio.Protocol], error: str
 ) -> None:
     async with await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0) as listening:
         port = listening.sockets[0].getsockname()[1]
-        assert await knocking.hello("127.0.0.1", port) == refused(error)
+        assert await knocking.tls_hello("127.0.0.1", port) == refused(error)
         assert (await knocking.connect("127.0.0.1", port)).arrived
 
 
 async def test_who_says_nothing_has_a_deadline_and_who_is_not_there_refuses(knocking: PortProbe) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and nobody reads
-        assert await knocking.hello("127.0.0.1", silent.getsockname()[1]) == refused("no answer")
+        assert await knocking.tls_hello("127.0.0.1", silent.getsockname()[1]) == refused("no answer")
     port = silent_port()
-    assert await knocking.hello("127.0.0.1", port) == refused("connection refused")
+    assert await knocking.tls_hello("127.0.0.1", port) == refused("connection refused")
     assert await knocking.connect("127.0.0.1", port) == refused("connection refused")
 
 

@@ -15,7 +15,7 @@ ME, NEAR, FAR = NodeId("me"), NodeId("near"), NodeId("far")
 class FarIsNarrow:
     """``FAR`` is behind a router that carries 1400."""
 
-    def between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
+    def underlay_between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
         assert node == ME
         return msgspec.structs.replace(underlay, mtu=1400) if FAR in nodes else underlay
 

@@ -6,8 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.dataplane.plan.probe import number_of
-from skep.dataplane.probe.mtu import Measured, Range, after, again, first_range, path_mtu, sizes
-from skep.dataplane.probe.packets import Said
+from skep.dataplane.probe.measurements import (
+    Measurements,
+    Range,
+    initial_range,
+    narrowed,
+    next_sizes,
+    path_mtu,
+    recheck_sizes,
+)
+from skep.dataplane.probe.packets import PeerMeasurements
 from skep.model.ids import NodeId
 from skep.model.paths import MTU_MIN
 
@@ -16,11 +24,11 @@ A, B, C, D = (NodeId(name) for name in "abcd")
 
 def searched(device: int, arrives: Callable[[int], bool]) -> tuple[int, int]:
     """What is found, and in how many rounds."""
-    known, rounds = first_range(device), 0
-    while wanted := sizes(known):
+    known, rounds = initial_range(device), 0
+    while wanted := next_sizes(known):
         assert len(wanted) <= 8
         assert all(known.arrives < size < known.too_large for size in wanted)
-        known = after(known, wanted, [size for size in wanted if arrives(size)])
+        known = narrowed(known, wanted, [size for size in wanted if arrives(size)])
         rounds += 1
     return known.arrives, rounds
 
@@ -57,19 +65,22 @@ def test_chance_never_makes_the_search_endless_nor_finds_what_did_not_arrive(dev
 
 
 def test_what_arrived_is_tried_again_with_some_of_what_is_larger() -> None:
-    assert again(1500, 1500) == (1500,)
-    wanted = again(1400, 1500)
+    assert recheck_sizes(1500, 1500) == (1500,)
+    wanted = recheck_sizes(1400, 1500)
     assert wanted[0] == 1400
     assert all(1400 < size <= 1500 for size in wanted[1:])
     assert len(wanted) == 9
-    assert after(Range(1400, 1501), wanted, wanted).arrives > 1490
+    assert narrowed(Range(1400, 1501), wanted, wanted).arrives > 1490
 
 
 def test_a_network_has_the_mtu_of_its_worst_way_whoever_measured_it() -> None:
     """A and B are a way of 1400 apart; C reaches both with 1500."""
-    at_a = Measured({B: 1400, C: 1500}, {B: Said(1500, {number_of(A): 1400}), C: Said(1500)})
-    at_c = Measured(
-        {A: 1500, B: 1500}, {A: Said(1500, {number_of(B): 1400}), B: Said(1500, {number_of(A): 1400})}
+    at_a = Measurements(
+        {B: 1400, C: 1500}, {B: PeerMeasurements(1500, {number_of(A): 1400}), C: PeerMeasurements(1500)}
+    )
+    at_c = Measurements(
+        {A: 1500, B: 1500},
+        {A: PeerMeasurements(1500, {number_of(B): 1400}), B: PeerMeasurements(1500, {number_of(A): 1400})},
     )
     assert path_mtu(at_a, (A, B, C), A, 1500) == 1400
     assert path_mtu(at_c, (A, B, C), C, 1500) == 1400
@@ -78,14 +89,14 @@ def test_a_network_has_the_mtu_of_its_worst_way_whoever_measured_it() -> None:
 
 
 def test_a_smaller_device_elsewhere_counts_and_what_nobody_measured_does_not() -> None:
-    assert path_mtu(Measured({B: 1500}, {B: Said(1450)}), (A, B, D), A, 9000) == 1450
-    assert path_mtu(Measured(), (A, B), A, 9000) == 9000
+    assert path_mtu(Measurements({B: 1500}, {B: PeerMeasurements(1450)}), (A, B, D), A, 9000) == 1450
+    assert path_mtu(Measurements(), (A, B), A, 9000) == 9000
 
 
 @given(st.dictionaries(st.sampled_from((B, C, D)), st.integers(0, 9000)), st.integers(100, 9000))
 def test_it_is_never_more_than_a_way_carries_nor_less_than_any_does(
     own: dict[NodeId, int], device: int
 ) -> None:
-    found = path_mtu(Measured(own), (A, B, C, D), A, device)
+    found = path_mtu(Measurements(own), (A, B, C, D), A, device)
     assert found >= MTU_MIN
     assert all(found <= max(mtu, MTU_MIN) for mtu in own.values() if mtu)

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from skep.dataplane.probe.offload import TRIALS, Offload, after_success, after_trials, is_suspect
+from skep.dataplane.probe.measurements import TRIALS, Offload, after_success, after_trials, is_suspect
 from skep.model.ids import NodeId
 
 PEER, OTHER = NodeId("p"), NodeId("o")
@@ -14,7 +14,7 @@ PEER, OTHER = NodeId("p"), NodeId("o")
 def test_only_a_card_that_fails_whenever_it_is_asked_and_never_else_is_switched_off(left: int) -> None:
     for arrived in product((True, False), repeat=left):
         is_off = after_trials(Offload(), PEER, arrived).is_off
-        assert is_off == (arrived == tuple(not left_to_card for left_to_card in TRIALS))
+        assert is_off == (arrived == tuple(not by_card for by_card in TRIALS))
 
 
 def test_a_way_on_which_it_does_not_help_is_not_tried_again_until_it_was_well() -> None:
