@@ -25,7 +25,7 @@ from skep.agent.worker import Worker
 from skep.aio.clock import Clock
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import StoredTables
-from skep.dataplane.tables.keeper import TableKeeper
+from skep.dataplane.tables.network_tables import NetworkTables
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import NodeDescription
 from skep.model.task import AssignedTask, Task
@@ -105,7 +105,7 @@ class SimulatedNode:
             clock=self._clock,
             session_state=session_state,
         )
-        tables = TableKeeper(StoredTables(None, self._clock), (), self._clock, self._random.random)
+        tables = NetworkTables(StoredTables(None, self._clock), (), self._clock, self._random.random)
         managers = ManagerList(self._managers)
         agent = Agent(
             credentials=SimulatedCredentials(self._identity, self._network, self._renew),

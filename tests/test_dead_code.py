@@ -34,7 +34,6 @@ OBSERVED_BY_TESTS = {
     "held_bytes": "a test holds a server to its bound",
     "node_from_pb": "the other direction of a conversion, for its round trip",
     "routes_of": "one node's routes, of which the allocator needs all nodes'",
-    "wait_in_force": "tests wait for a table",
     "write_archive": "tests write images",
 }
 ROUTES = ["get", "post", "put", "delete", "head", "route", "command", "group"]

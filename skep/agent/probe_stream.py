@@ -4,12 +4,10 @@ import asyncio
 from collections.abc import Mapping
 from typing import Protocol
 
-import structlog
-
 from skep.aio.failures import describe_error, log_error
 from skep.dataplane.dns.checks import NameChecks
 from skep.dataplane.probe.prober import PathProber
-from skep.errors import SkepError, Unavailable, Unimplemented
+from skep.errors import SkepError, Unavailable
 from skep.model.ids import NodeId
 from skep.model.paths import DiagnosticsRequest, PathPeer, PathReport, ProbeTargets
 from skep.wire import methods
@@ -17,9 +15,7 @@ from skep.wire import skep_pb2 as skep
 from skep.wire.client import Call, Channel
 from skep.wire.convert.paths import diagnostics_from_pb, reports_to_pb, targets_from_pb
 
-log = structlog.get_logger(__name__)
-
-EXAMINATION_SECONDS_MAX = 20.0
+DIAGNOSTICS_SECONDS_MAX = 20.0
 """Less than a manager waits, so that it receives a response in any case."""
 
 
@@ -36,7 +32,7 @@ class ProbeSource(Protocol):
     async def next_reports(self) -> tuple[PathReport, ...]:
         """The changed reports, once there are any."""
 
-    async def examine(self, own: PathPeer | None, examination: DiagnosticsRequest) -> tuple[PathReport, ...]:
+    async def diagnose(self, own: PathPeer | None, request: DiagnosticsRequest) -> tuple[PathReport, ...]:
         """Probe now; ``own``: this node as a target of others, None if it is unknown."""
 
 
@@ -49,18 +45,21 @@ class NodeProbes:
 
     @property
     def reports(self) -> Mapping[NodeId, PathReport]:
+        """The latest of each peer."""
         return self._probes.reports
 
     def set_targets(self, targets: ProbeTargets | None) -> None:
+        """Probe these from now on; None: no node."""
         self._probes.set_targets(targets)
 
     async def next_reports(self) -> tuple[PathReport, ...]:
+        """The changed reports, once there are any."""
         return await self._probes.next_reports()
 
-    async def examine(self, own: PathPeer | None, examination: DiagnosticsRequest) -> tuple[PathReport, ...]:
+    async def diagnose(self, own: PathPeer | None, request: DiagnosticsRequest) -> tuple[PathReport, ...]:
         """Findings about names are a report of this node about itself."""
-        reports = await self._probes.diagnose(examination.peers, throughput=examination.throughput)
-        findings = await self._names.look(examination.names)
+        reports = await self._probes.diagnose(request.peers, throughput=request.throughput)
+        findings = await self._names.look(request.names)
         if own is None or not findings:
             return reports
         return (*reports, PathReport(peer=own.node_id, findings=findings))
@@ -76,36 +75,30 @@ class ProbeStream:
         self._sending = asyncio.Lock()
 
     async def run(self, session_id: str) -> None:
-        """Probe and report until the stream ends, which it does at once with a manager that has no probes.
+        """Probe and report until the stream ends.
 
         Probing goes on between sessions; the reports are sent in the next one.
 
-        Raises: SkepError: why it ended.
+        Raises: SkepError: why it ended; Unimplemented: the manager requests no probes.
         """
-        async with self._channel.stream(methods.PATHS) as call:
+        async with self._channel.stream(methods.PATHS) as call, asyncio.TaskGroup() as group:
             await call.send(skep.PathNews(session_id=session_id))
-            try:
-                order = await call.receive()
-            except Unimplemented:
-                log.info("this manager requests no probes", manager=self._channel.address)
-                return
-            async with asyncio.TaskGroup() as group:
-                examining = group.create_task(_nothing(), name="examination")
-                reporting: asyncio.Task[None] | None = None
-                while order is not None:
-                    if order.HasField("wish"):
-                        self._targets = targets_from_pb(order.wish)
-                        self._source.set_targets(self._targets)
-                    if reporting is None:
-                        # Earlier reports concern the targets of this manager only, so they follow its first list.
-                        reporting = group.create_task(self._report(call), name="probe reports")
-                    if order.HasField("examination"):
-                        examining.cancel()  # its requester has gone
-                        examining = group.create_task(
-                            self._examine(call, order.examination), name="examination"
-                        )
-                    order = await call.receive()
-                raise Unavailable(f"{self._channel.address} ended the paths")
+            diagnosing: asyncio.Task[None] | None = None
+            reporting: asyncio.Task[None] | None = None
+            async for order in call:
+                if order.HasField("wish"):
+                    self._targets = targets_from_pb(order.wish)
+                    self._source.set_targets(self._targets)
+                if reporting is None:
+                    # Earlier reports concern the targets of this manager only, so they follow its first list.
+                    reporting = group.create_task(self._report(call), name="probe reports")
+                if order.HasField("examination"):
+                    if diagnosing is not None:
+                        diagnosing.cancel()  # its requester has gone
+                    diagnosing = group.create_task(
+                        self._diagnose(call, order.examination), name="diagnostics"
+                    )
+            raise Unavailable(f"{self._channel.address} ended the paths")
 
     async def _report(self, call: Call[skep.PathNews, skep.PathOrder]) -> None:
         """All reports, then those that change."""
@@ -115,26 +108,22 @@ class ProbeStream:
                 await self._send(call, skep.PathNews(reports=reports_to_pb(reports)))
             reports = await self._source.next_reports()
 
-    async def _examine(self, call: Call[skep.PathNews, skep.PathOrder], message: skep.Examination) -> None:
+    async def _diagnose(self, call: Call[skep.PathNews, skep.PathOrder], message: skep.Examination) -> None:
         own = self._targets.node if self._targets is not None else None
         response = skep.PathNews(examination=message.number)
         try:
-            async with asyncio.timeout(EXAMINATION_SECONDS_MAX):
-                reports = await self._source.examine(own, diagnostics_from_pb(message))
+            async with asyncio.timeout(DIAGNOSTICS_SECONDS_MAX):
+                reports = await self._source.diagnose(own, diagnostics_from_pb(message))
             response.reports.extend(reports_to_pb(reports))
         except TimeoutError:
-            response.error = f"the examination took longer than {EXAMINATION_SECONDS_MAX:g} s"
+            response.error = f"the diagnostics took longer than {DIAGNOSTICS_SECONDS_MAX:g} s"
         except SkepError as error:
             response.error = str(error)
         except Exception as error:  # the stream serves other requests too
-            log_error(error, "examination failed")
+            log_error(error, "diagnostics failed")
             response.error = describe_error(error)
         await self._send(call, response)
 
     async def _send(self, call: Call[skep.PathNews, skep.PathOrder], message: skep.PathNews) -> None:
         async with self._sending:
             await call.send(message)
-
-
-async def _nothing() -> None:
-    """No diagnostics have been requested."""

@@ -166,10 +166,23 @@ class Session:
             "description": self._watch_description,
         }
         if self._tables is not None:
-            parts["tables"] = partial(self._tables.run, self._id)
+            parts["tables"] = partial(self._run_if_implemented, self._tables)
         if self._probes is not None:
-            parts["probes"] = partial(self._probes.run, self._id)
+            parts["probes"] = partial(self._run_if_implemented, self._probes)
         return parts
+
+    async def _run_if_implemented(self, stream: TableStream | ProbeStream) -> None:
+        """Docker managers, and those of earlier versions, lack some streams; the session goes on without them."""
+        try:
+            with first_alone(SkepError):
+                await stream.run(self._id)
+        except Unimplemented as error:
+            log.info(
+                "not implemented by this manager",
+                manager=self._channel.address,
+                stream=type(stream).__name__,
+                reason=str(error),
+            )
 
     async def _repeat(self, name: str, part: Part) -> None:
         """Run one part; an unexpected error ends neither the session nor the other parts.

@@ -1,12 +1,10 @@
-"""The part of a session that hears of networks, and says what is in force of it."""
+"""The part of a session that receives network tables, and acknowledges those that are applied."""
 
 import asyncio
 from collections.abc import Mapping
 from typing import Protocol
 
-import structlog
-
-from skep.errors import InvalidArgument, Unavailable, Unimplemented
+from skep.errors import InvalidArgument, Unavailable
 from skep.model.ids import NetworkId
 from skep.model.revisions import Revision
 from skep.model.tables import TableSet
@@ -15,23 +13,22 @@ from skep.wire import skep_pb2 as skep
 from skep.wire.client import Call, Channel
 from skep.wire.convert.tables import table_set_from_pb
 
-log = structlog.get_logger(__name__)
-
 SET_BYTES_MAX = 256 * 1024 * 1024
-"""Of all pieces of one set: a node with so much to know of its networks is told something wrong."""
+"""Of all messages of one set: a set of this size is an error of the manager."""
 
 
 class TableSink(Protocol):
-    """Takes tables and says what is in force (``node.tables.keeper``)."""
+    """The tables of this node (``dataplane.tables.network_tables``)."""
 
     @property
-    def applied(self) -> Mapping[NetworkId, Revision]: ...
+    def applied(self) -> Mapping[NetworkId, Revision]:
+        """The revision of each network's table that is applied."""
 
-    def take(self, news: TableSet, incarnation: int) -> None:
-        """Raises: FailedPrecondition: older than what was seen; InvalidArgument: it does not follow from that."""
+    def update(self, received: TableSet, incarnation: int) -> None:
+        """Raises: FailedPrecondition: older than what was received before; InvalidArgument: it does not follow it."""
 
     async def wait_applied(self, known: Mapping[NetworkId, Revision]) -> Mapping[NetworkId, Revision]:
-        """What is in force, as soon as that is not what is ``known``."""
+        """Return ``applied`` as soon as it differs from ``known``."""
 
 
 class TableStream:
@@ -41,49 +38,41 @@ class TableStream:
         self._channel = channel
         self._sink = sink
         self._incarnation = 0
-        """Of what this stream said; only of that are acknowledgements understood."""
+        """Of the tables that this stream has received; only revisions of it are acknowledged."""
 
     async def run(self, session_id: str) -> None:
-        """Hear and acknowledge until the stream ends, which it does at once with a manager that knows no tables.
+        """Receive and acknowledge until the stream ends.
 
-        Raises: SkepError: why it ended.
+        Raises: SkepError: why it ended; Unimplemented: the manager has no network tables.
         """
-        async with self._channel.stream(methods.NETWORKS) as call:
+        async with self._channel.stream(methods.NETWORKS) as call, asyncio.TaskGroup() as group:
             await call.send(skep.AppliedTables(session_id=session_id))
-            try:
-                first = await call.receive()
-            except Unimplemented:
-                log.info("no network tables from this manager", manager=self._channel.address)
-                return
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._hear(call, first), name="hear tables")
-                group.create_task(self._acknowledge(call), name="acknowledge tables")
-
-    async def _hear(
-        self, call: Call[skep.AppliedTables, skep.NetworkTables], message: skep.NetworkTables | None
-    ) -> None:
-        pieces: list[skep.NetworkTables] = []
-        size = 0
-        while message is not None:
-            pieces.append(message)
-            size += message.ByteSize()
-            if size > SET_BYTES_MAX:
-                raise InvalidArgument(f"tables of more than {SET_BYTES_MAX} bytes")
-            if not message.more:
+            acknowledging: asyncio.Task[None] | None = None
+            messages: list[skep.NetworkTables] = []
+            size = 0
+            async for message in call:
+                messages.append(message)
+                size += message.ByteSize()
+                if size > SET_BYTES_MAX:
+                    raise InvalidArgument(f"tables of more than {SET_BYTES_MAX} bytes")
+                if message.more:
+                    continue
                 self._incarnation = message.incarnation
-                self._sink.take(table_set_from_pb(pieces), message.incarnation)
-                pieces, size = [], 0
-            message = await call.receive()
-        raise Unavailable(f"{self._channel.address} ended the tables")
+                self._sink.update(table_set_from_pb(messages), message.incarnation)
+                messages, size = [], 0
+                if acknowledging is None:
+                    # Not before: what is applied already is acknowledged once, and only if its incarnation is known.
+                    acknowledging = group.create_task(self._acknowledge(call), name="acknowledge tables")
+            raise Unavailable(f"{self._channel.address} ended the tables")
 
     async def _acknowledge(self, call: Call[skep.AppliedTables, skep.NetworkTables]) -> None:
         known: Mapping[NetworkId, Revision] = {}
         while True:
             before, known = known, await self._sink.wait_applied(known)
-            news: dict[str, int] = {
+            revisions: dict[str, int] = {
                 id: revision.number
                 for id, revision in known.items()
                 if revision != before.get(id) and revision.incarnation == self._incarnation
             }
-            if news:
-                await call.send(skep.AppliedTables(revisions=news))
+            if revisions:
+                await call.send(skep.AppliedTables(revisions=revisions))

@@ -66,7 +66,7 @@ class NameRegistration:
         return frozenset(one.id for one in (await self._service.listing()).served)
 
     async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
-        """Have the net process read changed tables; called after they were written for it (``TableKeeper``)."""
+        """Have the net process read changed tables; called after they were written for it (``NetworkTables``)."""
         await self._service.refresh(changed)
 
     def _named(self, config: SandboxConfig, sandbox: Sandbox) -> Named | None:

@@ -10,7 +10,7 @@ from skep.agent.probe_stream import ProbeSource
 from skep.agent.worker import Worker
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.dataplane.tables.keeper import TableKeeper
+from skep.dataplane.tables.network_tables import NetworkTables
 from skep.errors import SkepError
 from skep.node.conditions import Conditions
 
@@ -32,7 +32,7 @@ class NodeWork:
         self,
         worker: Worker,
         executor: Executor,
-        tables: TableKeeper,
+        tables: NetworkTables,
         clock: Clock,
         conditions: Conditions,
         *,

@@ -40,7 +40,7 @@ from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.netns.neighbours import NeighbourTables
 from skep.dataplane.tables import unreachable
 from skep.dataplane.tables.files import SharedTables, StoredTables
-from skep.dataplane.tables.keeper import TableKeeper
+from skep.dataplane.tables.network_tables import NetworkTables
 from skep.dataplane.wireguard.methods import choose
 from skep.dataplane.wireguard.tunnels import Options
 from skep.engine import apparmor
@@ -112,7 +112,7 @@ class Node:
         self._payloads = oci.payloads if oci is not None else None
         # Networks of the cluster.
         self._shared_tables = SharedTables(self._paths.tables)
-        self._tables = self._table_keeper()
+        self._tables = self._network_tables()
         # The agent's side.
         self._session = SessionState(
             self._clock, LastSeenFile(self._paths.last_heard, self._clock.since_boot, boot_id())
@@ -215,11 +215,11 @@ class Node:
             ),
         )
 
-    def _table_keeper(self) -> TableKeeper:
+    def _network_tables(self) -> NetworkTables:
         network, tables = self._network, self._shared_tables
         # Routes come before the names that lead there.
         users = (network.overlays, network.mesh, tables, network.naming) if network is not None else (tables,)
-        return TableKeeper(
+        return NetworkTables(
             StoredTables(self._paths.kept_tables, self._clock),
             [one for one in users if one is not None],
             self._clock,
@@ -237,7 +237,7 @@ class Node:
         run(tables.run, "network tables")
         if network is not None:
             watch = partial(
-                unreachable.watch, self._session, lambda: network.prober.reports, tables.leave_out, self._clock
+                unreachable.watch, self._session, lambda: network.prober.reports, tables.exclude, self._clock
             )
             run(watch, "silent peers")
 

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.tables.keeper import merged
+from skep.dataplane.tables.network_tables import merged
 from skep.manager.discovery.derive import table_of
 from skep.manager.discovery.network_tables import NetworkTables
 from skep.model.ids import NetworkId, NodeId

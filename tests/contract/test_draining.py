@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from skep.agent.managers import Peer
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import StoredTables
-from skep.dataplane.tables.keeper import TableKeeper
+from skep.dataplane.tables.network_tables import NetworkTables
 from skep.errors import Unavailable
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
@@ -60,28 +60,28 @@ class Consumer:
 class Joined:
     """A node with what it is told."""
 
-    def __init__(self, worker: FakeWorker, consumer: Consumer, keeper: TableKeeper) -> None:
+    def __init__(self, worker: FakeWorker, consumer: Consumer, network_tables: NetworkTables) -> None:
         self.worker = worker
         self.consumer = consumer
-        self.keeper = keeper
+        self.network_tables = network_tables
 
     def desired(self, task: Task) -> TaskState:
         return self.worker.tasks[task.id].task.desired_state
 
     def is_told_serving(self, task: Task) -> bool:
-        table = self.keeper.tables.get(NET.id)
+        table = self.network_tables.tables.get(NET.id)
         return table is not None and task.id in table.endpoints and table.endpoints[task.id].is_serving
 
 
 @asynccontextmanager
 async def joined(pair: KeyPair, directory: Path, manager: Peer) -> AsyncIterator[Joined]:
     clock, worker, consumer = SystemClock(), FakeWorker(), Consumer()
-    keeper = TableKeeper(StoredTables(None, clock), (consumer,), clock, Random(1).random)
-    running = asyncio.create_task(keeper.run())
+    network_tables = NetworkTables(StoredTables(None, clock), (consumer,), clock, Random(1).random)
+    running = asyncio.create_task(network_tables.run())
     directory.mkdir()
     try:
-        async with an_agent_of([manager], pair, directory, worker, Random(1), tables=keeper):
-            yield Joined(worker, consumer, keeper)
+        async with an_agent_of([manager], pair, directory, worker, Random(1), tables=network_tables):
+            yield Joined(worker, consumer, network_tables)
     finally:
         running.cancel()
         await asyncio.wait([running])

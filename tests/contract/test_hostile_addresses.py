@@ -9,7 +9,7 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import StoredTables
-from skep.dataplane.tables.keeper import TableKeeper
+from skep.dataplane.tables.network_tables import NetworkTables
 from skep.model.ids import NodeId
 from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL
 from skep.model.tables import NetworkHead, Table, TableNode, TableSet, whole
@@ -49,10 +49,12 @@ async def test_what_a_node_says_of_its_address_changes_nothing_for_the_others(
         await channel.call(methods.DESCRIBE, skep.DescribeRequest(session_id=session, description=said))
         bad = hostile.identity.node_id
         await put(cluster, placed(web, bad, NET1))
-        async with a_node_with_tables(cluster, pair, tmp_path / "good") as (node_id, keeper):
+        async with a_node_with_tables(cluster, pair, tmp_path / "good") as (node_id, network_tables):
             await put(cluster, placed(web, node_id, NET1))
-            await until(lambda: NET1.id in keeper.tables and OTHER in keeper.tables[NET1.id].nodes)
-            nodes = keeper.tables[NET1.id].nodes
+            await until(
+                lambda: NET1.id in network_tables.tables and OTHER in network_tables.tables[NET1.id].nodes
+            )
+            nodes = network_tables.tables[NET1.id].nodes
             assert {id: one.underlay for id, one in nodes.items()} == {
                 OTHER: "192.168.0.9",
                 node_id: "127.0.0.1",
@@ -64,22 +66,22 @@ async def test_a_table_of_an_older_manager_is_taken_without_what_cannot_be_acted
     tmp_path: Path,
 ) -> None:
     clock, listening = SystemClock(), Listening()
-    keeper = TableKeeper(StoredTables(tmp_path, clock), (listening,), clock, Random(1).random)
+    network_tables = NetworkTables(StoredTables(tmp_path, clock), (listening,), clock, Random(1).random)
     good = TableNode(id=OTHER, underlay="192.168.0.9")
     bad = TableNode(id=NodeId("bad"), underlay="fe80::1%x")
     table = Table(head=NetworkHead(id=NET1.id, name="net1"), nodes={good.id: good, bad.id: bad})
-    running = asyncio.create_task(keeper.run())
+    running = asyncio.create_task(network_tables.run())
     try:
-        keeper.take(TableSet(revision=1, is_complete=True, changes=(whole(table),)), 1)
-        await keeper.wait_in_force([NET1.id])
+        network_tables.update(TableSet(revision=1, is_complete=True, changes=(whole(table),)), 1)
+        await until(lambda: NET1.id in network_tables.applied)
         assert set(listening.tables[NET1.id].nodes) == {OTHER}
     finally:
         running.cancel()
         await asyncio.wait([running])
     # Nor is what an older process kept on the disk.
     kept = StoredTables(tmp_path, clock)
-    kept.note(NET1.id, table, 1)
+    kept.schedule(NET1.id, table, 1)
     await kept.flush()
-    again = TableKeeper(StoredTables(tmp_path, clock), (), clock, Random(1).random)
+    again = NetworkTables(StoredTables(tmp_path, clock), (), clock, Random(1).random)
     again.load()
     assert set(again.tables[NET1.id].nodes) == {OTHER}

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from skep.agent.table_stream import SET_BYTES_MAX
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import SharedTables, StoredTables
-from skep.dataplane.tables.keeper import TableKeeper, TableListener
+from skep.dataplane.tables.network_tables import NetworkTables, TableListener
 from skep.errors import FailedPrecondition, NotFound, Unavailable
 from skep.manager.discovery.derive import table_of
 from skep.model.ids import NetworkId, NodeId
@@ -59,18 +59,18 @@ class Listening:
 @asynccontextmanager
 async def a_node_with_tables(
     cluster: Cluster, pair: KeyPair, directory: Path, *listeners: TableListener
-) -> AsyncIterator[tuple[NodeId, TableKeeper]]:
+) -> AsyncIterator[tuple[NodeId, NetworkTables]]:
     """An agent whose tables are kept below ``directory``."""
     clock = SystemClock()
     shared = SharedTables(directory / "run")
-    keeper = TableKeeper(
+    network_tables = NetworkTables(
         StoredTables(directory / "networks", clock), (shared, *listeners), clock, Random(1).random
     )
-    await asyncio.to_thread(keeper.load)
-    running = asyncio.create_task(keeper.run())
+    await asyncio.to_thread(network_tables.load)
+    running = asyncio.create_task(network_tables.run())
     try:
-        async with an_agent(cluster, pair, directory, tables=keeper) as (agent, _):
-            yield agent.node_id, keeper
+        async with an_agent(cluster, pair, directory, tables=network_tables) as (agent, _):
+            yield agent.node_id, network_tables
     finally:
         running.cancel()
         await asyncio.wait([running])
@@ -93,13 +93,13 @@ def from_store(cluster: Cluster, network: Network) -> Table:
     return replace(table_of(cluster.view, network), revision=0)
 
 
-def shown(keeper: TableKeeper) -> dict[str, Table]:
-    return {id: replace(table, revision=0) for id, table in keeper.tables.items()}
+def shown(network_tables: NetworkTables) -> dict[str, Table]:
+    return {id: replace(table, revision=0) for id, table in network_tables.tables.items()}
 
 
-def shows(cluster: Cluster, keeper: TableKeeper, *networks: Network) -> bool:
+def shows(cluster: Cluster, network_tables: NetworkTables, *networks: Network) -> bool:
     """Whether the node knows exactly these, as the store has them."""
-    return shown(keeper) == {one.id: from_store(cluster, one) for one in networks}
+    return shown(network_tables) == {one.id: from_store(cluster, one) for one in networks}
 
 
 async def test_a_node_is_told_its_networks_and_nothing_of_others(cluster: Cluster, tmp_path: Path) -> None:
@@ -108,44 +108,44 @@ async def test_a_node_is_told_its_networks_and_nothing_of_others(cluster: Cluste
     await put(
         cluster, NET1, NET2, INGRESS, web, other_node(), placed(web, OTHER, NET1), placed(web, OTHER, NET2)
     )
-    async with a_node_with_tables(cluster, pair, tmp_path) as (node_id, keeper):
-        await until(lambda: keeper.tables == {})
+    async with a_node_with_tables(cluster, pair, tmp_path) as (node_id, network_tables):
+        await until(lambda: network_tables.tables == {})
         mine = placed(web, node_id, NET1, state=TaskState.ASSIGNED)
         await put(cluster, mine)
-        await until(lambda: shows(cluster, keeper, NET1))
-        assert {one.node_id for one in keeper.tables[NET1.id].endpoints.values()} == {OTHER, node_id}
+        await until(lambda: shows(cluster, network_tables, NET1))
+        assert {one.node_id for one in network_tables.tables[NET1.id].endpoints.values()} == {OTHER, node_id}
         # What happens on the other network is no news here; what follows on its own one is.
-        revision = keeper.tables[NET1.id].revision
+        revision = network_tables.tables[NET1.id].revision
         await put(cluster, placed(web, OTHER, NET2))
         await put(cluster, replace(mine, status=replace(mine.status, state=TaskState.RUNNING)))
-        await until(lambda: keeper.tables[NET1.id].endpoints[mine.id].is_serving)
-        assert set(keeper.tables) == {NET1.id}
-        assert keeper.tables[NET1.id].revision > revision
+        await until(lambda: network_tables.tables[NET1.id].endpoints[mine.id].is_serving)
+        assert set(network_tables.tables) == {NET1.id}
+        assert network_tables.tables[NET1.id].revision > revision
         await put(cluster, replace(mine, status=replace(mine.status, state=TaskState.FAILED)))
-        await until(lambda: keeper.tables == {})
+        await until(lambda: network_tables.tables == {})
 
 
 async def test_a_published_port_has_every_node_know_the_ingress_network(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     pair = await a_worker(cluster, tmp_path)
-    async with a_node_with_tables(cluster, pair, tmp_path) as (node_id, keeper):
+    async with a_node_with_tables(cluster, pair, tmp_path) as (node_id, network_tables):
         ports = (PortConfig(target_port=80, published_port=8080),)
         vip = EndpointVirtualIP(network_id=INGRESS.id, addr="10.0.0.2/24")
         web = replace(a_service("web", ports=ports), endpoint=Endpoint(ports=ports, virtual_ips=(vip,)))
         await put(cluster, INGRESS, web)
-        await until(lambda: shows(cluster, keeper, INGRESS))
-        assert keeper.tables[INGRESS.id].services[web.id].ports[0].published == 8080
-        assert node_id in keeper.tables[INGRESS.id].nodes
+        await until(lambda: shows(cluster, network_tables, INGRESS))
+        assert network_tables.tables[INGRESS.id].services[web.id].ports[0].published == 8080
+        assert node_id in network_tables.tables[INGRESS.id].nodes
         await cluster.store.update(lambda tx: tx.delete(Service, web.id))
-        await until(lambda: keeper.tables == {})
+        await until(lambda: network_tables.tables == {})
 
 
 async def test_what_a_node_has_in_force_is_acknowledged(cluster: Cluster, tmp_path: Path) -> None:
     pair = await a_worker(cluster, tmp_path)
     listening = Listening()
     known = cluster.discovery.acknowledgements
-    async with a_node_with_tables(cluster, pair, tmp_path, listening) as (node_id, keeper):
+    async with a_node_with_tables(cluster, pair, tmp_path, listening) as (node_id, network_tables):
         web = a_service("web")
         first = placed(web, node_id, NET1)
         await put(cluster, NET1, web, first)
@@ -154,31 +154,31 @@ async def test_what_a_node_has_in_force_is_acknowledged(cluster: Cluster, tmp_pa
         listening.may_go_on.clear()
         await put(cluster, other_node(), placed(web, OTHER, NET1))
         changed_at = cluster.view.revision
-        await until(lambda: shows(cluster, keeper, NET1))
+        await until(lambda: shows(cluster, network_tables, NET1))
         waiting = asyncio.create_task(known.wait_applied(NET1.id, changed_at))
-        await until(lambda: keeper.tables[NET1.id].revision >= changed_at)
+        await until(lambda: network_tables.tables[NET1.id].revision >= changed_at)
         assert not known.has_applied(NET1.id, changed_at)
         assert not waiting.done()
         listening.may_go_on.set()
         async with asyncio.timeout(10):
             await waiting
-        assert listening.tables[NET1.id] == keeper.tables[NET1.id]
+        assert listening.tables[NET1.id] == network_tables.tables[NET1.id]
         assert known.has_applied(NET1.id, changed_at)
     await until(lambda: known.smallest(NET1.id) is None)  # whoever is gone is waited for by nobody
 
 
 async def test_a_node_finds_its_tables_again_without_a_manager(cluster: Cluster, tmp_path: Path) -> None:
     pair = await a_worker(cluster, tmp_path)
-    async with a_node_with_tables(cluster, pair, tmp_path) as (node_id, keeper):
+    async with a_node_with_tables(cluster, pair, tmp_path) as (node_id, network_tables):
         web = a_service("web")
         mine = placed(web, node_id, NET1, NET2)
         await put(cluster, NET1, NET2, web, mine)
-        await until(lambda: shows(cluster, keeper, NET1, NET2))
-        before = dict(keeper.tables)
+        await until(lambda: shows(cluster, network_tables, NET1, NET2))
+        before = dict(network_tables.tables)
     listening = Listening()
     clock = SystemClock()
     stored = StoredTables(tmp_path / "networks", clock)
-    again = TableKeeper(stored, (SharedTables(tmp_path / "again"), listening), clock, Random(1).random)
+    again = NetworkTables(stored, (SharedTables(tmp_path / "again"), listening), clock, Random(1).random)
     again.load()
     assert again.tables == before
     running = asyncio.create_task(again.run())
@@ -193,8 +193,8 @@ async def test_a_node_finds_its_tables_again_without_a_manager(cluster: Cluster,
     # And what is none of its any more goes with the first word of a manager.
     elsewhere = replace(mine, networks_attachments=mine.networks_attachments[:1])
     await put(cluster, elsewhere)
-    async with a_node_with_tables(cluster, pair, tmp_path) as (_, keeper):
-        await until(lambda: shows(cluster, keeper, NET1))
+    async with a_node_with_tables(cluster, pair, tmp_path) as (_, network_tables):
+        await until(lambda: shows(cluster, network_tables, NET1))
         await until(lambda: [path.name for path in (tmp_path / "run").iterdir()] == [NET1.id])
         await until(lambda: [path.name for path in (tmp_path / "networks").iterdir()] == [NET1.id])
 
@@ -205,17 +205,19 @@ async def test_a_node_does_not_go_back_to_an_older_life_of_the_cluster(
     pair = await a_worker(cluster, tmp_path)
     web = a_service("web")
     cluster.store.cluster.incarnation = 7
-    async with a_node_with_tables(cluster, pair, tmp_path) as (node_id, keeper):
+    async with a_node_with_tables(cluster, pair, tmp_path) as (node_id, network_tables):
         await put(cluster, NET1, web, placed(web, node_id, NET1))
-        await until(lambda: shows(cluster, keeper, NET1))
+        await until(lambda: shows(cluster, network_tables, NET1))
         with pytest.raises(FailedPrecondition, match="the manager is behind"):
-            keeper.take(_told_again(keeper), 6)
-        assert shows(cluster, keeper, NET1)
+            network_tables.update(_told_again(network_tables), 6)
+        assert shows(cluster, network_tables, NET1)
 
 
-def _told_again(keeper: TableKeeper) -> Any:
-    revision = max(table.revision for table in keeper.tables.values())
-    return TableSet(revision=revision, is_complete=True, changes=tuple(map(whole, keeper.tables.values())))
+def _told_again(network_tables: NetworkTables) -> Any:
+    revision = max(table.revision for table in network_tables.tables.values())
+    return TableSet(
+        revision=revision, is_complete=True, changes=tuple(map(whole, network_tables.tables.values()))
+    )
 
 
 async def test_a_large_table_comes_in_pieces_and_counts_when_it_is_whole(
@@ -246,11 +248,11 @@ async def test_a_large_table_comes_in_pieces_and_counts_when_it_is_whole(
     assert len(sizes) > 1
     assert max(sizes) < MESSAGE_BYTES_MAX / 2
     assert sum(sizes) < SET_BYTES_MAX / 10
-    async with a_node_with_tables(cluster, pair, tmp_path) as (_, keeper):
-        await until(lambda: keeper.tables)
-        assert len(keeper.tables[NET1.id].endpoints) == 10_001
+    async with a_node_with_tables(cluster, pair, tmp_path) as (_, network_tables):
+        await until(lambda: network_tables.tables)
+        assert len(network_tables.tables[NET1.id].endpoints) == 10_001
         # A busy machine may take the node for down meanwhile.
-        await until(lambda: shows(cluster, keeper, NET1))
+        await until(lambda: shows(cluster, network_tables, NET1))
 
 
 async def test_a_node_cannot_acknowledge_what_it_was_not_told(cluster: Cluster, tmp_path: Path) -> None:
@@ -320,14 +322,14 @@ async def test_a_node_goes_on_with_a_manager_that_knows_no_tables(cluster: Clust
     older.make_discovery = lambda _clock: OlderDiscovery()  # type: ignore[assignment,return-value]
     async with older.serving():
         pair = await a_worker(older, tmp_path)
-        async with a_node_with_tables(older, pair, tmp_path) as (node_id, keeper):
+        async with a_node_with_tables(older, pair, tmp_path) as (node_id, network_tables):
             session = older.node(node_id).session
             web = a_service("web")
             await put(older, NET1, web, placed(web, node_id, NET1, state=TaskState.ASSIGNED))
             later = older.dispatcher.session(node_id, session.session_id if session else "")
             heard = later.last_seen
             await until(lambda: later.last_seen > heard)  # heartbeats go on in the same session
-            assert keeper.tables == {}
+            assert network_tables.tables == {}
             assert older.node(node_id).session == session
 
 
@@ -341,9 +343,11 @@ async def test_many_nodes_hear_the_same(cluster: Cluster, tmp_path: Path) -> Non
     async def hears(pair: KeyPair, number: int) -> None:
         directory = tmp_path / str(number)
         directory.mkdir()
-        async with a_node_with_tables(cluster, pair, directory) as (_, keeper):
-            await until(lambda: len(keeper.tables.get(NET1.id, EMPTY).nodes) == len(pairs), within_s=30)
-            await until(lambda: shows(cluster, keeper, NET1), within_s=30)
+        async with a_node_with_tables(cluster, pair, directory) as (_, network_tables):
+            await until(
+                lambda: len(network_tables.tables.get(NET1.id, EMPTY).nodes) == len(pairs), within_s=30
+            )
+            await until(lambda: shows(cluster, network_tables, NET1), within_s=30)
             arrived.append(number)
             await until(lambda: len(arrived) == len(pairs), within_s=30)
 

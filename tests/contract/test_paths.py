@@ -209,7 +209,7 @@ async def test_all_nodes_are_examined_and_who_does_not_answer_is_named(
         assert found[other.node_id].reports == of_other.answers
         assert found[third.node_id].error == "no response within 1 s"
         assert found[MANAGER_ID].error == "it is unknown"  # it has no node process in this rig
-        assert {peer.node_id for peer in of_one.examined[0].peers} == {other.node_id, third.node_id}
+        assert {peer.node_id for peer in of_one.diagnosed[0].peers} == {other.node_id, third.node_id}
         # The next one finds nothing of the earlier one in its way.
         of_third.may_answer.set()
         assert (await examined(cluster.diagnostics))[third.node_id].error == ""

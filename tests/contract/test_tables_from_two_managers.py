@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from skep.agent.managers import Peer
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import StoredTables
-from skep.dataplane.tables.keeper import TableKeeper
+from skep.dataplane.tables.network_tables import NetworkTables
 from skep.errors import Unavailable
 from skep.manager.discovery.derive import table_of
 from skep.manager.discovery.loop import Discovery
@@ -65,7 +65,7 @@ async def another_manager(cluster: Cluster) -> AsyncIterator[tuple[Dispatcher, s
             task.cancel()
 
 
-class Recording(TableKeeper):
+class Recording(NetworkTables):
     """Remembers what it was told."""
 
     def __init__(self) -> None:
@@ -73,9 +73,9 @@ class Recording(TableKeeper):
         super().__init__(StoredTables(None, clock), (), clock, Random(1).random)
         self.sets: list[TableSet] = []
 
-    def take(self, changed: TableSet, incarnation: int) -> None:
+    def update(self, changed: TableSet, incarnation: int) -> None:
         self.sets.append(changed)
-        super().take(changed, incarnation)
+        super().update(changed, incarnation)
 
 
 async def test_tables_go_on_where_they_were_whoever_tells_them(cluster: Cluster, tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ async def test_tables_go_on_where_they_were_whoever_tells_them(cluster: Cluster,
         return replace(task, networks_attachments=(place,))
 
     await put(cluster, NET, web, Node(id=NodeId("n1")), Node(id=NodeId("n2")), placed("n1"))
-    keeper = Recording()
-    keeping = asyncio.create_task(keeper.run())
+    network_tables = Recording()
+    keeping = asyncio.create_task(network_tables.run())
     stop = asyncio.Event()
 
     async def disturb() -> None:
@@ -107,29 +107,29 @@ async def test_tables_go_on_where_they_were_whoever_tells_them(cluster: Cluster,
             managers = [Peer(MANAGER_ID, cluster.address), Peer(SECOND, address)]
             dispatchers = {MANAGER_ID: cluster.dispatcher, SECOND: second}
             pair = cluster.pair("n1")
-            async with an_agent_of(managers, pair, tmp_path, FakeWorker(), Random(1), tables=keeper):
+            async with an_agent_of(managers, pair, tmp_path, FakeWorker(), Random(1), tables=network_tables):
                 disturbing = group.create_task(disturb())
                 owners = []
                 for _ in range(MOVES):
                     session = cluster.node(NodeId("n1")).session
                     assert session is not None
                     owners.append(session.manager_id)
-                    sets = sum(one.is_complete for one in keeper.sets)
+                    sets = sum(one.is_complete for one in network_tables.sets)
                     dispatchers[session.manager_id]._sessions.redirect(
                         NodeId("n1"), Unavailable("go on"), now=0.0, grace_s=1e9
                     )
-                    await until(lambda sets=sets: sum(one.is_complete for one in keeper.sets) > sets)
+                    await until(lambda sets=sets: sum(one.is_complete for one in network_tables.sets) > sets)
                 stop.set()
                 await disturbing
                 await until(
                     lambda: (
-                        replace(keeper.tables[NET.id], revision=0)
+                        replace(network_tables.tables[NET.id], revision=0)
                         == replace(table_of(cluster.view, NET), revision=0)
                     )
                 )
     keeping.cancel()
     await asyncio.wait([keeping])
-    revisions = [one.revision for one in keeper.sets]
+    revisions = [one.revision for one in network_tables.sets]
     assert revisions == sorted(revisions)
     assert len(set(owners)) == 2
     assert not [entry for entry in logs if "behind" in str(entry.get("error", ""))]

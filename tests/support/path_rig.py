@@ -33,11 +33,11 @@ def a_report(peer: str, *findings: PathFinding, rounds: int = SETTLED_ROUNDS) ->
 
 
 class ScriptedProbes:
-    """Implements ``node.path_stream.ProbeSource``."""
+    """Implements ``agent.probe_stream.ProbeSource``."""
 
     def __init__(self) -> None:
         self.wishes: list[ProbeTargets | None] = []
-        self.examined: list[DiagnosticsRequest] = []
+        self.diagnosed: list[DiagnosticsRequest] = []
         self.answers: tuple[PathReport, ...] = ()
         self.may_answer = asyncio.Event()
         self.may_answer.set()
@@ -65,7 +65,7 @@ class ScriptedProbes:
     async def next_reports(self) -> tuple[PathReport, ...]:
         return (await self._news.get(),)
 
-    async def examine(self, own: PathPeer | None, examination: DiagnosticsRequest) -> tuple[PathReport, ...]:
-        self.examined.append(examination)
+    async def diagnose(self, own: PathPeer | None, request: DiagnosticsRequest) -> tuple[PathReport, ...]:
+        self.diagnosed.append(request)
         await self.may_answer.wait()
         return self.answers

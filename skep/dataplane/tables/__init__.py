@@ -1,1 +1,1 @@
-"""Network tables on a node: what the managers say of its networks, kept over restarts, handed to what acts on it."""
+"""The network tables of a node: received from managers, validated, saved for restarts, and applied by listeners."""

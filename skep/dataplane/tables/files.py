@@ -1,8 +1,8 @@
-"""Tables as files: on the disk for the next start, on tmpfs for the net process.
+"""Network tables as files: on the disk for the next start, on tmpfs for the net process.
 
-A file is replaced in one step, and named after its network.  What cannot be decoded is logged and dropped: the managers
-send it again.  What cannot be read now stays, and is read again soon.  On tmpfs the tables of the node's own bridge
-networks lie beside them (``dataplane/local/endpoints.py``), which are none of the managers'.
+A file is named after its network and replaced atomically.  A file that cannot be decoded is logged and removed: the
+managers send the table again.  A file that cannot be read at present stays, and is read again soon.  On tmpfs the
+tables of the node's own bridge networks are in the same directory (``dataplane/local/endpoints.py``).
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import log_error, retry
 from skep.aio.trees import discard_tree_now
 from skep.dataplane.local.objects import is_local
-from skep.dataplane.tables.unreachable import whole
+from skep.dataplane.tables.unreachable import restored
 from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import NetworkId
 from skep.model.revisions import Revision
@@ -29,32 +29,32 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 WRITE_PAUSE_S = 1.0
-"""Between two writes to the disk: a busy network changes more often than a disk should be written."""
+"""Between two writes to the disk, so that a busy network does not keep it writing."""
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """A table on the disk, with the life of the cluster that its revision is of."""
+    """A table on the disk.  ``incarnation``: of the cluster's store, which its revision belongs to."""
 
     incarnation: int
     table: Table
 
 
 class SharedTables:
-    """The tables on tmpfs, each a ``Table`` in MessagePack.  A listener of the keeper."""
+    """The tables on tmpfs, each a ``Table`` in MessagePack.  A listener of ``NetworkTables``."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._is_swept = False
         self.has_unread = False
-        """Whether a table was left out by the last ``load`` that may be read later."""
+        """Whether the last ``load`` left out a file that may be readable later."""
 
     def load(self) -> Mapping[NetworkId, Table]:
-        """What an earlier process of this node had in force when it ended; nothing after a reboot."""
-        tables, self.has_unread = _all(self._directory, _decode_table, _itself)
-        return {table.head.id: whole(table) for table in tables}
+        """The tables that an earlier process of this node had applied; empty after a reboot."""
+        tables, self.has_unread = _load_all(self._directory, _decode_table, _itself)
+        return {table.head.id: restored(table) for table in tables}
 
     async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
-        """Write what changed, remove what is gone; the first time also what an earlier process left."""
+        """Write changed tables and remove deleted ones; the first time also those that an earlier process left."""
         await asyncio.to_thread(self._write, tables, changed)
 
     def _write(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
@@ -75,7 +75,7 @@ class StoredTables:
     """The tables on the disk."""
 
     def __init__(self, directory: Path | None, clock: Clock) -> None:
-        """``directory``: None keeps nothing."""
+        """``directory``: None: nothing is saved."""
         self._directory = directory
         self._clock = clock
         self._dirty: dict[NetworkId, Kept | None] = {}
@@ -83,45 +83,45 @@ class StoredTables:
         self._flushing = asyncio.Lock()
         self._writing = threading.Lock()
         self._has_ended = False
-        """No thread that is late writes over what was written last."""
+        """A thread that is late must not overwrite the last write."""
         self.has_unread = False
         """As in ``SharedTables``."""
 
     def load(self) -> tuple[Mapping[NetworkId, Table], Revision]:
-        """What was kept, and the newest revision among it."""
+        """The saved tables, and their newest revision."""
         if self._directory is None:
             return {}, Revision()
-        found, self.has_unread = _all(self._directory, _decode_kept, lambda kept: kept.table)
+        found, self.has_unread = _load_all(self._directory, _decode_kept, lambda kept: kept.table)
         newest = max((Revision(one.incarnation, one.table.revision) for one in found), default=Revision())
         return {one.table.head.id: one.table for one in found}, newest
 
-    def note(self, id: NetworkId, table: Table | None, incarnation: int) -> None:
-        """Have ``table`` written soon; None: have it removed."""
+    def schedule(self, id: NetworkId, table: Table | None, incarnation: int) -> None:
+        """Write ``table`` soon; None: remove its file."""
         self._dirty[id] = Kept(incarnation, table) if table is not None else None
         self._is_dirty.set()
 
     async def run(self) -> None:
-        """Write until cancelled, and once more then; what the disk refuses is written when it can be."""
+        """Write until cancelled, and once more then; failed writes are repeated."""
         if self._directory is None:
             await asyncio.Event().wait()
         self._has_ended = False
         try:
             while True:
                 await self._is_dirty.wait()
-                await retry(self.flush, "network tables not kept", clock=self._clock, first_s=WRITE_PAUSE_S)
+                await retry(self.flush, "network tables not saved", clock=self._clock, first_s=WRITE_PAUSE_S)
                 await self._clock.sleep(WRITE_PAUSE_S)
         finally:
             with self._writing:
                 try:
                     self._write(self._dirty)
                 except OSError as error:
-                    log_error(error, "network tables not kept", path=str(self._directory))
+                    log_error(error, "network tables not saved", path=str(self._directory))
                 self._has_ended = True
 
     async def flush(self) -> None:
-        """Write now what is to be written; returns when it is, and when nothing else is being written.
+        """Write now what is scheduled; returns when no other write is under way either.
 
-        Raises: OSError: the disk refused some of it, which is written the next time.
+        Raises: OSError: some of it was not written, and stays scheduled.
         """
         async with self._flushing:
             self._is_dirty.clear()
@@ -149,10 +149,10 @@ class StoredTables:
                 replace_file(self._directory / id, msgspec.msgpack.encode(kept))
 
 
-def _all(
+def _load_all(
     directory: Path, decode: Callable[[bytes], T], table_of: Callable[[T], Table]
 ) -> tuple[Sequence[T], bool]:
-    """What the files say, and whether there may be more that cannot be read now; what is no table is gone."""
+    """The decoded files, and whether some cannot be read at present; files that are not tables are removed."""
     found, has_unread = [], False
     try:
         paths = sorted(directory.iterdir())
@@ -173,7 +173,7 @@ def _all(
         if table_of(one).head.id == path.name:
             found.append(one)
         else:
-            _drop(path, f"it is the table of network {table_of(one).head.id!r}")
+            _drop(path, f"it has the table of network {table_of(one).head.id!r}")
     return found, has_unread
 
 
@@ -182,8 +182,8 @@ def _itself(table: Table) -> Table:
 
 
 def _drop(path: Path, reason: str) -> None:
-    log.warning("network table cannot be read: dropped", path=str(path), error=reason)
-    discard_tree_now(path)  # it may be anything
+    log.warning("network table file removed", path=str(path), error=reason)
+    discard_tree_now(path)  # it may be a directory
 
 
 _decode_kept = msgspec.msgpack.Decoder(Kept).decode

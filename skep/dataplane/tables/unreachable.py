@@ -1,15 +1,15 @@
-"""Peers that do not answer probes, while the node has no session with a manager.
+"""Unreachable peers are excluded from the tables while the node has no session with a manager.
 
-With a manager, a node that is gone leaves the tables within seconds.  Without one it stays there, and its share of
-connections fails for as long as that lasts.  The nodes probe each other all the time, so what a peer that does not
-answer was to serve is left out of this node's tables meanwhile: published ports, virtual addresses, names.
+A manager removes a failed node from the tables within seconds.  Without a manager it stays there, and its share of
+connections fails all the time.  The nodes probe each other continuously, so the endpoints of a peer that does not
+respond are excluded from this node's tables meanwhile: from published ports, virtual addresses and names.
 
-* A service keeps what it has if all of it is silent: perhaps an answer comes yet.
-* Where no peer at all answers, it is this node's own cable that is out, and nothing is left out.
-* The first answer brings a peer back, and so do the tables of a manager that is there again.
+* A service whose endpoints are all unreachable keeps them: some may still respond.
+* If no peer responds at all, this node's own link is down, and nothing is excluded.
+* A peer is included again with its first response, or when there is a session with a manager.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import msgspec
@@ -24,9 +24,9 @@ from skep.model.tables import Table, TableEndpoint
 log = structlog.get_logger()
 
 LOST_SECONDS = 5.0
-"""Without a manager's word, until the probes count: a session that moves takes less."""
+"""Without a response from a manager, before probes are used: a change of managers takes less."""
 FRESH_SECONDS = 6.0
-"""Of a session, until its manager's tables count alone: it has to find out itself which nodes are gone."""
+"""Of a session, until probes are no longer used: its manager first has to detect failed nodes itself."""
 LOOK_SECONDS = 1.0
 
 
@@ -34,60 +34,66 @@ class Session(Protocol):
     """The node's session with a manager (``agent.session_state``)."""
 
     @property
-    def has_session(self) -> bool: ...
+    def has_session(self) -> bool:
+        """Whether there is one now."""
 
-    def silence_s(self) -> float: ...
+    def silence_s(self) -> float:
+        """Seconds since a manager's last response."""
 
-    async def wait_session(self) -> None: ...
+    async def wait_session(self) -> None:
+        """Return when there is one."""
 
-    async def wait_no_session(self) -> None: ...
+    async def wait_no_session(self) -> None:
+        """Return when there is none."""
 
 
 class Unreachable(msgspec.Struct, frozen=True):
-    """Peers that do not answer: on plain networks, on encrypted ones."""
+    """Peers that do not respond to probes: on plain networks, on encrypted ones."""
 
     plain: frozenset[NodeId] = frozenset()
     encrypted: frozenset[NodeId] = frozenset()
 
     def of(self, table: Table) -> frozenset[NodeId]:
-        """Those that matter to one network."""
+        """The unreachable peers of one network."""
         return self.encrypted if table.head.is_encrypted else self.plain
 
 
 NONE_UNREACHABLE = Unreachable()
 
 
-def silent(reports: Mapping[NodeId, PathReport]) -> Unreachable:
-    """The peers that do not answer, as the latest ``reports`` say; a verdict that is not settled is none."""
-    return Unreachable(_silent(reports, PathCheck.OVERLAY), _silent(reports, PathCheck.ENCRYPTED))
+def unreachable_peers(reports: Mapping[NodeId, PathReport]) -> Unreachable:
+    """The peers that do not respond, by their latest reports with settled verdicts."""
+    return Unreachable(_failing(reports, PathCheck.OVERLAY), _failing(reports, PathCheck.ENCRYPTED))
 
 
-def _silent(reports: Mapping[NodeId, PathReport], check: PathCheck) -> frozenset[NodeId]:
-    asked = {
+def _failing(reports: Mapping[NodeId, PathReport], check: PathCheck) -> frozenset[NodeId]:
+    checked = {
         id: report.is_settled and one.is_failing
         for id, report in reports.items()
         for one in report.findings
         if one.check is check
     }
-    found = frozenset(id for id, fails in asked.items() if fails)
-    return found if len(found) < len(asked) else frozenset()
+    found = frozenset(id for id, fails in checked.items() if fails)
+    return found if len(found) < len(checked) else frozenset()
 
 
-def without(table: Table, silent: frozenset[NodeId]) -> Table:
-    """``table`` with nothing served by ``silent`` nodes, but for services that no other node serves."""
-    kept = {
-        one.service_id for one in table.endpoints.values() if one.is_serving and one.node_id not in silent
+def without(table: Table, unreachable: frozenset[NodeId]) -> Table:
+    """``table`` without serving endpoints on ``unreachable`` nodes, except of services that no other node serves."""
+    reachable = {
+        one.service_id
+        for one in table.endpoints.values()
+        if one.is_serving and one.node_id not in unreachable
     }
     changed = {
         id: msgspec.structs.replace(one, is_serving=False, is_left_out=True)
         for id, one in table.endpoints.items()
-        if _is_left_out(one, silent, kept)
+        if _is_excluded(one, unreachable, reachable)
     }
     return msgspec.structs.replace(table, endpoints={**table.endpoints, **changed}) if changed else table
 
 
-def whole(table: Table) -> Table:
-    """``table`` as the managers said it: undoes ``without``."""
+def restored(table: Table) -> Table:
+    """``table`` as the managers sent it: undoes ``without``."""
     changed = {
         id: msgspec.structs.replace(one, is_serving=True, is_left_out=False)
         for id, one in table.endpoints.items()
@@ -96,29 +102,33 @@ def whole(table: Table) -> Table:
     return msgspec.structs.replace(table, endpoints={**table.endpoints, **changed}) if changed else table
 
 
-def _is_left_out(one: TableEndpoint, silent: frozenset[NodeId], kept: Iterable[ServiceId]) -> bool:
-    return one.is_serving and one.node_id in silent and bool(one.service_id) and one.service_id in kept
+def _is_excluded(
+    one: TableEndpoint, unreachable: frozenset[NodeId], reachable: Collection[ServiceId]
+) -> bool:
+    return (
+        one.is_serving and one.node_id in unreachable and bool(one.service_id) and one.service_id in reachable
+    )
 
 
 async def watch(
     session: Session,
     reports: Callable[[], Mapping[NodeId, PathReport]],
-    leave_out: Callable[[Unreachable], None],
+    exclude: Callable[[Unreachable], None],
     clock: Clock,
 ) -> None:
-    """Have silent peers left out whenever no manager's word is fresh, until cancelled."""
+    """Exclude unreachable peers whenever there is no manager, until cancelled."""
     while True:
         await session.wait_no_session()
         try:
-            await _while_without_manager(session, reports, leave_out, clock)
+            await _while_without_manager(session, reports, exclude, clock)
         finally:
-            leave_out(NONE_UNREACHABLE)
+            exclude(NONE_UNREACHABLE)
 
 
 async def _while_without_manager(
     session: Session,
     reports: Callable[[], Mapping[NodeId, PathReport]],
-    leave_out: Callable[[Unreachable], None],
+    exclude: Callable[[Unreachable], None],
     clock: Clock,
 ) -> None:
     gained_at: float | None = None
@@ -128,14 +138,14 @@ async def _while_without_manager(
         if is_lost or gained_at is None:
             gained_at = None if is_lost else clock.monotonic()
         if session.silence_s() >= LOST_SECONDS or before != NONE_UNREACHABLE:
-            found = silent(reports())
+            found = unreachable_peers(reports())
             if found != before:
-                log.warning("peers that do not answer serve nothing here", peers=sorted(found.plain))
-            leave_out(found)
+                log.warning("unreachable peers excluded from network tables", peers=sorted(found.plain))
+            exclude(found)
             before = found
         try:
             changed = session.wait_session() if is_lost else session.wait_no_session()
             await run_unless(clock.sleep(LOOK_SECONDS), changed)
         except Preempted:
             if before == NONE_UNREACHABLE and is_lost:
-                return  # nothing was left out
+                return  # nothing was excluded

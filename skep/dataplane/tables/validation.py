@@ -1,8 +1,8 @@
-"""What of a manager's tables can be acted on.  Pure.
+"""Validates the tables that a manager sends.  Pure.
 
-Rules, neighbours and routes of all networks of a node are made in common transactions, so that one address that is
-none would keep all the others from being written.  Whatever is said of one node, container, service or subnet is
-parsed here and spelled anew from what was parsed; what cannot be is left out alone.
+Rules, neighbours and routes of all networks of a node are written in common transactions, so that one malformed address
+would make the whole transaction fail.  The addresses of each node, container, service and subnet are therefore parsed
+and normalised here; an entry with an invalid one is left out alone.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,39 +32,39 @@ from skep.model.tables import (
 T = TypeVar("T")
 
 _PORT_MAX = (1 << 16) - 1 - 16
-"""Of a data path: the forwarder's port is ten above, and WireGuard's next to it."""
+"""Of a data path: earlier versions used the port ten above it, and WireGuard's is next to that."""
 
 _NO_CONTAINERS = frozenset({0, 127, *range(224, 256)})
-"""First bytes of IPv4 addresses that mean this host, this network or several hosts."""
+"""First bytes of IPv4 addresses that no container has: this network, loopback, multicast, reserved."""
 
-Note = Callable[[str], object]
-"""Told of each thing that is left out."""
-
-
-def valid_set(news: TableSet, note: Note) -> TableSet:
-    """``news`` without what cannot be acted on."""
-    return replace(news, changes=tuple(_sound_change(one, note) for one in news.changes))
+OnInvalid = Callable[[str], object]
+"""Called for each entry that is left out, with the reason."""
 
 
-def valid_table(table: Table, note: Note) -> Table:
-    """A whole table, as an earlier process kept it."""
+def valid_set(tables: TableSet, on_invalid: OnInvalid) -> TableSet:
+    """``tables`` without invalid entries."""
+    return replace(tables, changes=tuple(_valid_change(one, on_invalid) for one in tables.changes))
+
+
+def valid_table(table: Table, on_invalid: OnInvalid) -> Table:
+    """``table``, which an earlier process has saved, without invalid entries."""
     return replace(
         table,
-        head=_head(table.head, note),
-        nodes={one.id: one for one in _sound(table.nodes.values(), _node, note)},
-        endpoints={one.task_id: one for one in _sound(table.endpoints.values(), _endpoint, note)},
-        services={one.id: one for one in _sound(table.services.values(), _service, note)},
+        head=_head(table.head, on_invalid),
+        nodes={one.id: one for one in _valid(table.nodes.values(), _node, on_invalid)},
+        endpoints={one.task_id: one for one in _valid(table.endpoints.values(), _endpoint, on_invalid)},
+        services={one.id: one for one in _valid(table.services.values(), _service, on_invalid)},
     )
 
 
-def _sound_change(change: TableChange, note: Note) -> TableChange:
-    """An entry that was sound before and is not any more goes: it is not as it was."""
-    nodes = tuple(_sound(change.nodes, _node, note))
-    endpoints = tuple(_sound(change.endpoints, _endpoint, note))
-    services = tuple(_sound(change.services, _service, note))
+def _valid_change(change: TableChange, on_invalid: OnInvalid) -> TableChange:
+    """An invalid entry is removed, since it replaces one that may have been valid."""
+    nodes = tuple(_valid(change.nodes, _node, on_invalid))
+    endpoints = tuple(_valid(change.endpoints, _endpoint, on_invalid))
+    services = tuple(_valid(change.services, _service, on_invalid))
     return replace(
         change,
-        head=_head(change.head, note),
+        head=_head(change.head, on_invalid),
         nodes=nodes,
         endpoints=endpoints,
         services=services,
@@ -84,18 +84,18 @@ def _missing(ids: Iterable[T], kept: set[T]) -> list[T]:
     return [id for id in ids if id not in kept]
 
 
-def _sound(entries: Iterable[T], check: Callable[[T], T], note: Note) -> Iterable[T]:
+def _valid(entries: Iterable[T], check: Callable[[T], T], on_invalid: OnInvalid) -> Iterable[T]:
     for entry in entries:
         try:
             yield check(entry)
         except ValueError as error:
-            note(f"{type(entry).__name__}: {error}")
+            on_invalid(f"{type(entry).__name__}: {error}")
 
 
-def _head(head: NetworkHead, note: Note) -> NetworkHead:
+def _head(head: NetworkHead, on_invalid: OnInvalid) -> NetworkHead:
     port = head.port if 0 < head.port <= _PORT_MAX else DEFAULT_DATA_PATH_PORT
     mtu = head.mtu if head.mtu == 0 or head.mtu in MTUS else 0
-    return replace(head, segments=tuple(_sound(head.segments, _segment, note)), port=port, mtu=mtu)
+    return replace(head, segments=tuple(_valid(head.segments, _segment, on_invalid)), port=port, mtu=mtu)
 
 
 def _segment(segment: Segment) -> Segment:
@@ -110,7 +110,7 @@ def _segment(segment: Segment) -> Segment:
 
 def _node(node: TableNode) -> TableNode:
     underlay = parsed(node.underlay)
-    # One that a manager sees at the loopback is on the manager's own machine, alone.
+    # A manager sees a node on its own machine at a loopback address.
     if not (is_of_a_machine(underlay) or underlay.is_loopback):
         raise ValueError(f"node {node.id} has the underlay address {node.underlay!r}")
     keys = tuple(one for one in node.wireguard_keys if one.is_valid)
@@ -119,7 +119,7 @@ def _node(node: TableNode) -> TableNode:
 
 def _endpoint(endpoint: TableEndpoint) -> TableEndpoint:
     addresses = _addresses(endpoint.addresses)
-    # There are many, and nearly all are spelled as they should be.
+    # There are many, and nearly all are normalised already.
     return endpoint if addresses == endpoint.addresses else replace(endpoint, addresses=addresses)
 
 
@@ -140,20 +140,20 @@ def _port(port: TablePort) -> TablePort:
 
 
 def _addresses(addresses: Iterable[str]) -> tuple[str, ...]:
-    return tuple(map(_of_a_container, addresses))
+    return tuple(map(_container_address, addresses))
 
 
-def _of_a_container(text: str) -> str:
+def _container_address(text: str) -> str:
     """Without ``ipaddress`` for IPv4: a large table has tens of thousands.  Raises: ValueError."""
     if ":" in text:
         address = parsed(text)
         if address.is_multicast or address.is_unspecified or address.is_loopback:
-            raise ValueError(f"{text} is no address of a container")
+            raise ValueError(f"{text} is not an address of a container")
         return str(address)
     try:
         packed = inet_pton(AF_INET, text)
     except OSError:
-        raise ValueError(f"{text!r} is no address") from None
+        raise ValueError(f"{text!r} is not an address") from None
     if packed[0] in _NO_CONTAINERS:
-        raise ValueError(f"{text} is no address of a container")
+        raise ValueError(f"{text} is not an address of a container")
     return inet_ntop(AF_INET, packed)

@@ -23,7 +23,7 @@ from skep.api.networks import NetworkBody
 from skep.bootstrap import STARVED, ManagerConfig, Recovery, encode, load, load_recovery, save_recovery
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.tables.files import SharedTables, StoredTables
-from skep.dataplane.tables.keeper import TableKeeper
+from skep.dataplane.tables.network_tables import NetworkTables
 from skep.engine.images import layers, pulling
 from skep.engine.images.layers import Unpacked
 from skep.engine.images.reference import Reference
@@ -51,7 +51,7 @@ from tests.support.archives import a_config, a_file, a_tar, sha256
 from tests.support.file_faults import Faults, file_faults, walk
 from tests.support.oci_rig import QuickClock
 from tests.support.registry_rig import a_manifest
-from tests.unit.dataplane.tables.test_keeper import Part, a_table, told
+from tests.unit.dataplane.tables.test_network_tables import Part, a_table, received
 from tests.unit.node.test_runner import Fakes, FakeWork
 from tests.unit.security.test_keypair import a_pair
 
@@ -217,22 +217,22 @@ async def test_the_nodes_place_in_its_swarm(tmp_path: Path) -> None:
 async def tables_come(directory: Path, faults: Faults) -> None:
     stored, shared = StoredTables(directory / "kept", QuickClock()), SharedTables(directory / "shared")
     part = Part()
-    keeper = TableKeeper(stored, [shared, part], QuickClock(), Random(1).random)
-    restoring = asyncio.create_task(keeper.restore(shared))
+    network_tables = NetworkTables(stored, [shared, part], QuickClock(), Random(1).random)
+    restoring = asyncio.create_task(network_tables.restore(shared))
     while not (restoring.done() or shared.has_unread or stored.has_unread):  # noqa: ASYNC110
         await asyncio.sleep(0)
     if not restoring.done():
         faults.end()
     await restoring
-    assert keeper.tables.keys() == {"a", "b"}, "no table is taken for gone that could not be read"
-    running = asyncio.create_task(keeper.run())
-    keeper.take(told(a_table("a", "new", revision=9), a_table("b", "old")), incarnation=1)
+    assert network_tables.tables.keys() == {"a", "b"}, "no table is taken for gone that could not be read"
+    running = asyncio.create_task(network_tables.run())
+    network_tables.update(received(a_table("a", "new", revision=9), a_table("b", "old")), incarnation=1)
     await part.wait(lambda: "a" in part.tables and "new" in part.tables["a"].nodes)
     faults.end()
     again = StoredTables(directory / "kept", QuickClock())
     while not shared.load()["a"].nodes.keys() == again.load()[0]["a"].nodes.keys() == {"new"}:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
-    while keeper.applied != {"a": Revision(1, 9), "b": Revision(1, 1)}:  # noqa: ASYNC110
+    while network_tables.applied != {"a": Revision(1, 9), "b": Revision(1, 1)}:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     running.cancel()
     await asyncio.wait([running])
@@ -245,7 +245,7 @@ async def test_tables_of_networks(tmp_path: Path) -> None:
     tables = {one.head.id: one for one in (a_table("a", "old"), a_table("b", "old"))}
     await shared.apply(tables, frozenset(tables))
     for id, table in tables.items():
-        stored.note(id, table, 1)
+        stored.schedule(id, table, 1)
     await stored.flush()
     assert await walk(tmp_path / "lives", tables_come, template=template) > 10
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.dataplane.tables.keeper import merged
+from skep.dataplane.tables.network_tables import merged
 from skep.errors import InvalidArgument
 from skep.model.ids import NetworkId, NodeId
 from skep.model.tables import NetworkHead, Table, TableChange, TableNode, TableSet, difference, whole

@@ -1,4 +1,4 @@
-"""Peers that do not answer serve nothing here while there is no manager."""
+"""Unreachable peers are excluded from the tables while there is no manager."""
 
 import asyncio
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from skep.dataplane.tables.unreachable import (
     LOST_SECONDS,
     NONE_UNREACHABLE,
     Unreachable,
-    silent,
+    restored,
+    unreachable_peers,
     watch,
-    whole,
     without,
 )
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.paths import PathCheck, PathFinding, PathReport
 from skep.model.tables import NetworkHead, Table, TableEndpoint
-from tests.unit.dataplane.tables.test_keeper import Part, a_keeper, running, told
+from tests.unit.dataplane.tables.test_network_tables import Part, received, running, some_tables
 
 
 def nodes(*names: str) -> frozenset[NodeId]:
@@ -53,14 +53,14 @@ def serves(table: Table) -> set[str]:
     return {str(id) for id, one in table.endpoints.items() if one.is_serving}
 
 
-def test_who_fails_and_is_settled_is_silent() -> None:
+def test_who_fails_and_is_settled_is_unreachable_peers() -> None:
     found = reports(m2=True, m3=True, w1=False) | {NodeId("w2"): a_report(fails=True, rounds=1)}
-    assert silent(found) == Unreachable(plain=nodes("m2", "m3"))
+    assert unreachable_peers(found) == Unreachable(plain=nodes("m2", "m3"))
 
 
 def test_a_node_whom_nobody_answers_has_lost_its_own_cable() -> None:
-    assert silent(reports(m2=True, m3=True)) == NONE_UNREACHABLE
-    assert silent({}) == NONE_UNREACHABLE
+    assert unreachable_peers(reports(m2=True, m3=True)) == NONE_UNREACHABLE
+    assert unreachable_peers({}) == NONE_UNREACHABLE
 
 
 def test_encrypted_networks_go_by_the_forwarders_answers() -> None:
@@ -68,9 +68,9 @@ def test_encrypted_networks_go_by_the_forwarders_answers() -> None:
         NodeId("m2"): a_report(fails=True, check=PathCheck.ENCRYPTED),
         NodeId("m3"): a_report(fails=False, check=PathCheck.ENCRYPTED),
     }
-    assert silent(found) == Unreachable(encrypted=nodes("m2"))
-    assert silent(found).of(a_table(is_encrypted=True)) == nodes("m2")
-    assert silent(found).of(a_table()) == nodes()
+    assert unreachable_peers(found) == Unreachable(encrypted=nodes("m2"))
+    assert unreachable_peers(found).of(a_table(is_encrypted=True)) == nodes("m2")
+    assert unreachable_peers(found).of(a_table()) == nodes()
 
 
 def test_what_silent_nodes_serve_is_left_out_and_comes_back() -> None:
@@ -78,7 +78,7 @@ def test_what_silent_nodes_serve_is_left_out_and_comes_back() -> None:
     left = without(table, nodes("m2", "m3"))
     assert serves(left) == {"t1"}
     assert left.endpoints.keys() == table.endpoints.keys(), "they can be reached by their addresses"
-    assert whole(left) == table
+    assert restored(left) == table
     assert without(table, nodes()) is table
 
 
@@ -99,19 +99,19 @@ def test_a_container_of_nobodys_service_stays() -> None:
 
 async def test_the_keeper_hands_on_what_is_left_and_then_all_again() -> None:
     part = Part()
-    keeper = a_keeper(part)
+    network_tables = some_tables(part)
     table = a_table(serving("t1", "m1"), serving("t2", "m2"))
-    keeper.take(told(table), 1)
-    async with running(keeper):
+    network_tables.update(received(table), 1)
+    async with running(network_tables):
         await part.wait(lambda: part.tables)
-        keeper.leave_out(Unreachable(plain=nodes("m2")))
+        network_tables.exclude(Unreachable(plain=nodes("m2")))
         await part.wait(lambda: serves(part.tables[NetworkId("net")]) == {"t1"})
-        assert keeper.tables[NetworkId("net")] == table, "what the managers said is kept"
-        keeper.leave_out(NONE_UNREACHABLE)
+        assert network_tables.tables[NetworkId("net")] == table, "what the managers said is kept"
+        network_tables.exclude(NONE_UNREACHABLE)
         await part.wait(lambda: part.tables[NetworkId("net")] == table)
         asked = len(part.asked)
-        keeper.leave_out(NONE_UNREACHABLE)
-        keeper.leave_out(Unreachable(plain=nodes("elsewhere")))
+        network_tables.exclude(NONE_UNREACHABLE)
+        network_tables.exclude(Unreachable(plain=nodes("elsewhere")))
         await asyncio.sleep(0)
         assert len(part.asked) == asked, "nothing that concerns a network has changed"
 
@@ -140,13 +140,13 @@ async def watched(until_s: float, **happens: float) -> list[tuple[float, Unreach
     def latest() -> Mapping[NodeId, PathReport]:
         return reports(m2=clock.now < happens.get("answers", 1e9), w1=False)
 
-    def leave_out(silence: Unreachable) -> None:
+    def exclude(silence: Unreachable) -> None:
         if not said or said[-1][1] != silence:
             said.append((clock.now, silence))
 
     session_state.begin()
     session_state.end()
-    task = asyncio.create_task(watch(session_state, latest, leave_out, clock))
+    task = asyncio.create_task(watch(session_state, latest, exclude, clock))
     for _ in range(5000):  # with a manager there is nothing to wait for, and no time passes
         if clock.now >= until_s or task.done():
             break

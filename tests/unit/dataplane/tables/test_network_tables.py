@@ -1,4 +1,4 @@
-"""The keeper: who is told what, in which order, and what is acknowledged; what lies on the disk."""
+"""Network tables: which listener gets what, in which order, and what is acknowledged; what lies on the disk."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import Kept, SharedTables, StoredTables
-from skep.dataplane.tables.keeper import TableKeeper, TableListener
+from skep.dataplane.tables.network_tables import NetworkTables, TableListener
 from skep.errors import FailedPrecondition, Unavailable
 from skep.model.ids import NetworkId, NodeId
 from skep.model.revisions import Revision
@@ -25,7 +25,7 @@ def a_table(id: str, *nodes: str, revision: int = 1) -> Table:
     return Table(head=NetworkHead(id=NetworkId(id), name=id), revision=revision, nodes=known)
 
 
-def told(*tables: Table, is_complete: bool = True) -> TableSet:
+def received(*tables: Table, is_complete: bool = True) -> TableSet:
     revision = max((table.revision for table in tables), default=1)
     return TableSet(revision=revision, is_complete=is_complete, changes=tuple(map(whole, tables)))
 
@@ -61,14 +61,14 @@ class Part:
         self._moved.set()
 
 
-def a_keeper(*parts: TableListener, directory: Path | None = None) -> TableKeeper:
+def some_tables(*parts: TableListener, directory: Path | None = None) -> NetworkTables:
     clock = SystemClock()
-    return TableKeeper(StoredTables(directory, clock), parts, clock, lambda: 0.0)
+    return NetworkTables(StoredTables(directory, clock), parts, clock, lambda: 0.0)
 
 
 @asynccontextmanager
-async def running(keeper: TableKeeper) -> AsyncIterator[None]:
-    task = asyncio.create_task(keeper.run())
+async def running(network_tables: NetworkTables) -> AsyncIterator[None]:
+    task = asyncio.create_task(network_tables.run())
     try:
         yield
     finally:
@@ -76,54 +76,56 @@ async def running(keeper: TableKeeper) -> AsyncIterator[None]:
         await asyncio.wait([task])
 
 
-async def until(keeper: TableKeeper, condition: Callable[[], object]) -> None:
+async def until(network_tables: NetworkTables, condition: Callable[[], object]) -> None:
     """Look whenever something more is in force."""
     async with asyncio.timeout(10):
         while not condition():
-            keeper._applied_more.clear()
-            await keeper._applied_more.wait()
+            network_tables._applied_changed.clear()
+            await network_tables._applied_changed.wait()
 
 
 async def test_parts_are_asked_one_after_another_and_then_it_is_in_force() -> None:
     order: list[str] = []
     first, second = Part("first", order), Part("second", order)
-    keeper = a_keeper(first, second)
-    async with running(keeper):
+    network_tables = some_tables(first, second)
+    async with running(network_tables):
         second.gate.clear()
-        keeper.take(told(a_table("a", revision=5)), 2)
+        network_tables.update(received(a_table("a", revision=5)), 2)
         await second.wait(lambda: second.asked)
-        assert keeper.applied == {}
+        assert network_tables.applied == {}
         second.gate.set()
-        await until(keeper, lambda: keeper.applied)
+        await until(network_tables, lambda: network_tables.applied)
     assert order == ["first", "second"]
-    assert keeper.applied == {A: Revision(2, 5)}
-    assert first.tables == second.tables == keeper.tables
+    assert network_tables.applied == {A: Revision(2, 5)}
+    assert first.tables == second.tables == network_tables.tables
 
 
 async def test_what_comes_meanwhile_is_handed_on_at_once_afterwards() -> None:
     part = Part()
-    keeper = a_keeper(part)
-    async with running(keeper):
+    network_tables = some_tables(part)
+    async with running(network_tables):
         part.gate.clear()
-        keeper.take(told(a_table("a", revision=1)), 1)
+        network_tables.update(received(a_table("a", revision=1)), 1)
         await part.wait(lambda: part.asked)
         for revision in range(2, 6):
-            keeper.take(told(a_table("a", f"n{revision}", revision=revision), is_complete=False), 1)
-        keeper.take(told(a_table("b", revision=6), is_complete=False), 1)
+            network_tables.update(
+                received(a_table("a", f"n{revision}", revision=revision), is_complete=False), 1
+            )
+        network_tables.update(received(a_table("b", revision=6), is_complete=False), 1)
         part.gate.set()
-        await until(keeper, lambda: keeper.applied.get(B))
+        await until(network_tables, lambda: network_tables.applied.get(B))
     assert part.asked == [{A}, {A, B}]
-    assert keeper.applied == {A: Revision(1, 5), B: Revision(1, 6)}
+    assert network_tables.applied == {A: Revision(1, 5), B: Revision(1, 6)}
 
 
 async def test_the_same_again_is_acknowledged_and_nobody_is_asked() -> None:
     part = Part()
-    keeper = a_keeper(part)
-    async with running(keeper):
-        keeper.take(told(a_table("a", revision=1)), 1)
-        await until(keeper, lambda: keeper.applied)
-        keeper.take(told(a_table("a", revision=9)), 1)
-        await until(keeper, lambda: keeper.applied[A] == Revision(1, 9))
+    network_tables = some_tables(part)
+    async with running(network_tables):
+        network_tables.update(received(a_table("a", revision=1)), 1)
+        await until(network_tables, lambda: network_tables.applied)
+        network_tables.update(received(a_table("a", revision=9)), 1)
+        await until(network_tables, lambda: network_tables.applied[A] == Revision(1, 9))
     assert part.asked == [{A}]
 
 
@@ -133,96 +135,80 @@ async def test_the_same_again_is_acknowledged_and_nobody_is_asked() -> None:
 async def test_a_part_that_fails_delays_the_acknowledgement_and_nothing_else(error: Exception) -> None:
     failing, other = Part(), Part()
     failing.error = error
-    keeper = a_keeper(failing, other)
+    network_tables = some_tables(failing, other)
     with capture_logs() as logs:
-        async with running(keeper):
-            keeper.take(told(a_table("a", revision=1)), 1)
+        async with running(network_tables):
+            network_tables.update(received(a_table("a", revision=1)), 1)
             await failing.wait(lambda: len(failing.asked) == 2)
-            assert (other.asked, keeper.applied) == ([{A}], {})
-            keeper.take(told(a_table("b", revision=2), is_complete=False), 1)
+            assert (other.asked, network_tables.applied) == ([{A}], {})
+            network_tables.update(received(a_table("b", revision=2), is_complete=False), 1)
             await other.wait(lambda: other.tables.get(B))
             failing.error = None
-            await until(keeper, lambda: len(keeper.applied) == 2)
+            await until(network_tables, lambda: len(network_tables.applied) == 2)
     assert failing.asked[-1] == {A, B}
     (said, *_) = [entry for entry in logs if entry["event"] == "network tables not applied"]
-    assert (said["part"], said["networks"], said["error"]) == ("Part", ["a"], str(error))
+    assert (said["listener"], said["networks"], said["error"]) == ("Part", ["a"], str(error))
 
 
 async def test_what_was_in_force_stays_acknowledged_while_something_newer_fails() -> None:
     part = Part()
-    keeper = a_keeper(part)
-    async with running(keeper):
-        keeper.take(told(a_table("a", revision=1)), 1)
-        await until(keeper, lambda: keeper.applied)
+    network_tables = some_tables(part)
+    async with running(network_tables):
+        network_tables.update(received(a_table("a", revision=1)), 1)
+        await until(network_tables, lambda: network_tables.applied)
         part.error = Unavailable("not now")
-        keeper.take(told(a_table("a", "n1", revision=2)), 1)
+        network_tables.update(received(a_table("a", "n1", revision=2)), 1)
         await part.wait(lambda: len(part.asked) == 3)
-        assert keeper.applied == {A: Revision(1, 1)}
-
-
-async def test_a_container_waits_for_its_networks_to_be_in_force() -> None:
-    part = Part()
-    keeper = a_keeper(part)
-    async with running(keeper), asyncio.TaskGroup() as group:
-        waiting = group.create_task(keeper.wait_in_force((A, B)))
-        keeper.take(told(a_table("a", revision=1)), 1)
-        await until(keeper, lambda: A in keeper.applied)
-        part.gate.clear()
-        keeper.take(told(a_table("b", revision=2), is_complete=False), 1)
-        await part.wait(lambda: len(part.asked) == 2)
-        assert not waiting.done()
-        part.gate.set()
-        await waiting
-        await keeper.wait_in_force(())
+        assert network_tables.applied == {A: Revision(1, 1)}
 
 
 async def test_an_older_set_is_refused_and_a_new_life_of_the_cluster_is_not() -> None:
-    keeper = a_keeper()
-    keeper.take(told(a_table("a", revision=5)), 2)
+    network_tables = some_tables()
+    network_tables.update(received(a_table("a", revision=5)), 2)
     for incarnation, revision in ((2, 4), (1, 100)):
         with pytest.raises(FailedPrecondition, match="the manager is behind"):
-            keeper.take(told(a_table("b", revision=revision)), incarnation)
-    assert set(keeper.tables) == {A}
-    keeper.take(told(a_table("b", revision=1)), 3)
-    assert set(keeper.tables) == {B}
+            network_tables.update(received(a_table("b", revision=revision)), incarnation)
+    assert set(network_tables.tables) == {A}
+    network_tables.update(received(a_table("b", revision=1)), 3)
+    assert set(network_tables.tables) == {B}
 
 
 async def test_a_node_that_leaves_its_swarm_forgets_everything(tmp_path: Path) -> None:
     part = Part()
-    keeper = a_keeper(SharedTables(tmp_path / "run"), part, directory=tmp_path / "disk")
-    async with running(keeper):
-        keeper.take(told(a_table("a", revision=5)), 2)
+    network_tables = some_tables(SharedTables(tmp_path / "run"), part, directory=tmp_path / "disk")
+    async with running(network_tables):
+        network_tables.update(received(a_table("a", revision=5)), 2)
         async with asyncio.timeout(10):
-            await keeper.clear()
+            await network_tables.clear()
         assert part.asked[-1] == {A}
         assert part.tables == {}
         assert [*(tmp_path / "run").iterdir(), *(tmp_path / "disk").iterdir()] == []
-        keeper.take(told(a_table("a", revision=1)), 1)  # of the next swarm
+        network_tables.update(received(a_table("a", revision=1)), 1)  # of the next swarm
 
 
 async def test_tables_are_found_again_and_each_file_is_a_table(tmp_path: Path) -> None:
-    keeper = a_keeper(SharedTables(tmp_path / "run"), directory=tmp_path / "disk")
+    network_tables = some_tables(SharedTables(tmp_path / "run"), directory=tmp_path / "disk")
     a, b = a_table("a", "n1", revision=5), a_table("b", revision=5)
-    async with running(keeper):
-        keeper.take(told(a, b), 2)
-        await until(keeper, lambda: keeper.applied)
+    async with running(network_tables):
+        network_tables.update(received(a, b), 2)
+        await until(network_tables, lambda: network_tables.applied)
         shared = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
         assert {name: msgspec.msgpack.decode(data, type=Table) for name, data in shared.items()} == {
             "a": a,
             "b": b,
         }
     part = Part()
-    again = a_keeper(part, directory=tmp_path / "disk")
+    again = some_tables(part, directory=tmp_path / "disk")
     again.load()
     assert again.tables == {A: a, B: b}
     with pytest.raises(FailedPrecondition):
-        again.take(told(a_table("a", revision=4)), 2)
+        again.update(received(a_table("a", revision=4)), 2)
     async with running(again):
         await until(again, lambda: again.applied)
     assert part.asked == [{A, B}]
     change = difference(a, a_table("a", "n2", revision=6))
     assert change is not None
-    again.take(TableSet(revision=6, changes=(change,)), 2)
+    again.update(TableSet(revision=6, changes=(change,)), 2)
     assert set(again.tables[A].nodes) == {"n2"}
 
 
@@ -236,17 +222,17 @@ async def test_what_was_in_force_is_newer_than_the_disk(tmp_path: Path) -> None:
     newer = a_table("a", "n1", revision=7)
     await shared.apply({A: newer}, frozenset({A}))
     part = Part()
-    keeper = a_keeper(part, directory=disk)
+    network_tables = some_tables(part, directory=disk)
     (tmp_path / "run" / "b").write_bytes(b"damaged")
-    keeper.load(shared.load())
-    assert keeper.tables == {A: newer, B: a_table("b", revision=5)}
+    network_tables.load(shared.load())
+    assert network_tables.tables == {A: newer, B: a_table("b", revision=5)}
     with pytest.raises(FailedPrecondition):
-        keeper.take(told(a_table("a", revision=6)), 2)
-    async with running(keeper):
-        await until(keeper, lambda: keeper.applied)
-    again = a_keeper(directory=disk)
+        network_tables.update(received(a_table("a", revision=6)), 2)
+    async with running(network_tables):
+        await until(network_tables, lambda: network_tables.applied)
+    again = some_tables(directory=disk)
     again.load()
-    assert again.tables == keeper.tables
+    assert again.tables == network_tables.tables
 
 
 def test_damaged_files_are_told_and_dropped(tmp_path: Path) -> None:
@@ -255,10 +241,10 @@ def test_damaged_files_are_told_and_dropped(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(good)  # of another network
     (tmp_path / "c").write_bytes(good[: len(good) // 2])
     (tmp_path / "a.new").write_bytes(b"")  # what a crash leaves
-    keeper = a_keeper(directory=tmp_path)
+    network_tables = some_tables(directory=tmp_path)
     with capture_logs() as logs:
-        keeper.load()
-    assert set(keeper.tables) == {A}
+        network_tables.load()
+    assert set(network_tables.tables) == {A}
     dropped = [entry["path"].rpartition("/")[2] for entry in logs]
     assert dropped == ["a.new", "b", "c"]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -271,12 +257,12 @@ async def test_what_an_earlier_process_left_on_tmpfs_is_removed(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-async def test_a_keeper_that_is_begun_again_goes_on_writing(tmp_path: Path) -> None:
+async def test_tables_that_are_run_again_go_on_writing(tmp_path: Path) -> None:
     stored = StoredTables(tmp_path / "tables", SystemClock())
-    keeper = TableKeeper(stored, [], SystemClock(), lambda: 0.5)
+    network_tables = NetworkTables(stored, [], SystemClock(), lambda: 0.5)
     for number in (1, 2):
-        running = asyncio.create_task(keeper.run())
-        keeper.take(told(a_table("a", f"n{number}", revision=number)), incarnation=1)
+        running = asyncio.create_task(network_tables.run())
+        network_tables.update(received(a_table("a", f"n{number}", revision=number)), incarnation=1)
         async with asyncio.timeout(30):
             while _kept_revision(tmp_path / "tables") != number:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

@@ -1,0 +1,276 @@
+"""The tables of this node's networks: received from managers, saved, and applied by listeners.
+
+The listeners (``TableListener``) are called one after another, with all tables and the ids of those that changed.  The
+node acknowledges a table to its manager once all listeners have applied it.  A listener that fails is called again with
+increasing delays; the others are not affected, only the acknowledgement waits.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.failures import isolate
+from skep.aio.race import wait_first
+from skep.dataplane.tables.files import SharedTables, StoredTables
+from skep.dataplane.tables.unreachable import NONE_UNREACHABLE, Unreachable, without
+from skep.dataplane.tables.validation import valid_set, valid_table
+from skep.errors import InvalidArgument, SkepError
+from skep.model.ids import NetworkId, NodeId
+from skep.model.revisions import Revision, advanced
+from skep.model.tables import Table, TableSet, changed, difference, keeping_unread
+
+log = structlog.get_logger(__name__)
+
+FIRST_RETRY_S = 0.1
+LONGEST_RETRY_S = 10.0
+REREAD_S = 10.0
+
+NOTHING: Mapping[NetworkId, Table] = MappingProxyType({})
+
+
+class TableListener(Protocol):
+    """Applies tables: to bridges and neighbours, names, virtual addresses, published ports."""
+
+    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+        """Apply ``tables``, of which those in ``changed`` differ from the last call.
+
+        The node has left a network that is in ``changed`` and not in ``tables``.  Returns when all is applied.  After
+        an error it is called again with the same networks, and those that changed meanwhile.
+        """
+
+
+class NetworkTables:
+    """This node's tables."""
+
+    def __init__(
+        self,
+        stored: StoredTables,
+        listeners: Sequence[TableListener],
+        clock: Clock,
+        rng: Callable[[], float],
+    ) -> None:
+        self._stored = stored
+        self._subscribers = [_Subscriber(listener, rng) for listener in listeners]
+        self._clock = clock
+        self._rng = rng
+        self._tables: Mapping[NetworkId, Table] = NOTHING
+        self._unreachable = NONE_UNREACHABLE
+        self._filtered: dict[NetworkId, tuple[Table, frozenset[NodeId], Table]] = {}
+        self._seen = Revision()
+        self._applied: Mapping[NetworkId, Revision] = {}
+        self._has_changes = asyncio.Event()
+        self._applied_changed = asyncio.Event()
+
+    @property
+    def tables(self) -> Mapping[NetworkId, Table]:
+        """As the managers sent them last; listeners may not have applied the latest yet."""
+        return self._tables
+
+    @property
+    def applied(self) -> Mapping[NetworkId, Revision]:
+        """The revision of each network's table that all listeners have applied."""
+        return self._applied
+
+    async def restore(self, shared: SharedTables) -> None:
+        """``load`` what an earlier process had applied; unreadable files are read again for some seconds.
+
+        Without its table a network would be removed from the node.
+        """
+        backoff = Backoff(FIRST_RETRY_S, rng=self._rng)
+        until = self._clock.monotonic() + REREAD_S
+        while True:
+            self.load(await asyncio.to_thread(shared.load))
+            if not (shared.has_unread or self._stored.has_unread) or self._clock.monotonic() >= until:
+                return
+            await backoff.sleep(self._clock)
+
+    def load(self, in_force: Mapping[NetworkId, Table] = NOTHING) -> None:
+        """Begin with what an earlier process of this node saved.  Before ``run``; it reads the disk.
+
+        ``in_force``: the tables that process had applied when it ended, which may be newer than those on the disk.
+        """
+        kept, seen = self._stored.load()
+        newest = max((table.revision for table in in_force.values()), default=0)
+        self._seen = max(seen, Revision(seen.incarnation, newest))
+        self._tables = {id: valid_table(one, _log_left_out) for id, one in {**kept, **in_force}.items()}
+        for id, table in in_force.items():
+            if kept.get(id) != table:
+                self._stored.schedule(id, table, self._seen.incarnation)
+        self._mark_changed(frozenset(self._tables))
+
+    def update(self, received: TableSet, incarnation: int) -> None:
+        """Apply ``received`` from a manager.
+
+        Raises: FailedPrecondition: it is older than what this node has seen; InvalidArgument: a change of a table that
+        this node does not have.
+        """
+        seen = advanced(self._seen, Revision(incarnation, received.revision))
+        tables, changed = merged(self._tables, valid_set(received, _log_left_out))
+        self._seen, self._tables = seen, tables
+        for id in changed:
+            self._stored.schedule(id, tables.get(id), incarnation)
+        self._mark_changed(changed)
+
+    def exclude(self, unreachable: Unreachable) -> None:
+        """Exclude the endpoints of these peers from now on, where others serve the same.  Idempotent."""
+        if unreachable == self._unreachable:
+            return
+        before, self._unreachable = self._unreachable, unreachable
+        differing = {id: before.of(table) ^ unreachable.of(table) for id, table in self._tables.items()}
+        self._mark_changed(
+            frozenset(
+                id
+                for id, table in self._tables.items()
+                if any(one.node_id in differing[id] for one in table.endpoints.values())
+            )
+        )
+
+    async def clear(self) -> None:
+        """The node leaves its swarm: drop all tables.  Returns when all listeners have removed them."""
+        changed = frozenset(self._tables)
+        self._tables, self._seen = NOTHING, Revision()
+        for id in changed:
+            self._stored.schedule(id, None, 0)
+        self._mark_changed(changed)
+        while self._applied or any(subscriber.has_pending for subscriber in self._subscribers):
+            self._applied_changed.clear()
+            await self._applied_changed.wait()
+        await isolate(self._stored.flush(), "network table files not removed yet")
+
+    async def run(self) -> None:
+        """Call listeners and write files when tables change, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._stored.run(), name="table files")
+            group.create_task(self._distribute(), name="table listeners")
+
+    async def wait_applied(self, known: Mapping[NetworkId, Revision]) -> Mapping[NetworkId, Revision]:
+        """Return ``applied`` as soon as it differs from ``known``.  For one caller at a time."""
+        while self._applied == known:
+            self._applied_changed.clear()
+            await self._applied_changed.wait()
+        return self._applied
+
+    # -- listeners ---------------------------------------------------------------------------------------------
+
+    def _mark_changed(self, changed: frozenset[NetworkId]) -> None:
+        for subscriber in self._subscribers:
+            subscriber.changed |= changed
+        self._has_changes.set()
+
+    async def _distribute(self) -> None:
+        while True:
+            self._has_changes.clear()
+            tables, incarnation = self._effective(), self._seen.incarnation
+            for subscriber in self._subscribers:
+                subscriber.pending, subscriber.changed = subscriber.pending | subscriber.changed, frozenset()
+            for subscriber in self._subscribers:
+                if subscriber.pending and subscriber.retry_at <= self._clock.monotonic():
+                    await self._apply(subscriber, tables)
+            pending = frozenset[NetworkId]().union(*(one.pending for one in self._subscribers))
+            kept = {id: revision for id, revision in self._applied.items() if id in tables and id in pending}
+            done = {
+                id: Revision(incarnation, table.revision) for id, table in tables.items() if id not in pending
+            }
+            self._applied = {**kept, **done}
+            self._applied_changed.set()
+            await self._wait_for_more()
+
+    def _effective(self) -> Mapping[NetworkId, Table]:
+        """The tables without excluded endpoints.  An unchanged table is the same object as before."""
+        filtered = {}
+        for id, table in self._tables.items():
+            nodes = self._unreachable.of(table)
+            if nodes:
+                known = self._filtered.get(id)
+                is_known = known is not None and known[0] is table and known[1] == nodes
+                filtered[id] = known if known and is_known else (table, nodes, without(table, nodes))
+        self._filtered = filtered
+        return (
+            {**self._tables, **{id: found for id, (_, _, found) in filtered.items()}}
+            if filtered
+            else self._tables
+        )
+
+    async def _apply(self, subscriber: "_Subscriber", tables: Mapping[NetworkId, Table]) -> None:
+        """Broad ``except``: a bug in one listener must not keep the others from their tables."""
+        try:
+            await subscriber.listener.apply(tables, subscriber.pending)
+        except Exception as error:
+            delay_s = subscriber.backoff.next_delay_s()
+            subscriber.retry_at = self._clock.monotonic() + delay_s
+            where = {"listener": type(subscriber.listener).__name__, "networks": sorted(subscriber.pending)}
+            report = log.warning if isinstance(error, SkepError | OSError) else log.exception
+            report("network tables not applied", **where, error=str(error), retry_s=round(delay_s, 1))
+        else:
+            subscriber.pending = frozenset()
+            subscriber.retry_at = 0.0
+            subscriber.backoff.reset()
+
+    async def _wait_for_more(self) -> None:
+        retries = [subscriber.retry_at for subscriber in self._subscribers if subscriber.pending]
+        if not retries:
+            await self._has_changes.wait()
+            return
+        await wait_first(
+            self._has_changes.wait(), self._clock.sleep(max(0.0, min(retries) - self._clock.monotonic()))
+        )
+
+
+def _log_left_out(what: str) -> None:
+    log.warning("network table entry left out", entry=what)
+
+
+class _Subscriber:
+    """One listener and what it has not applied yet."""
+
+    def __init__(self, listener: TableListener, rng: Callable[[], float]) -> None:
+        self.listener = listener
+        self.changed: frozenset[NetworkId] = frozenset()
+        """Since it was last called."""
+        self.pending: frozenset[NetworkId] = frozenset()
+        """Of the present call, or of one that failed."""
+        self.backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=rng)
+        self.retry_at = 0.0
+
+    @property
+    def has_pending(self) -> bool:
+        return bool(self.changed or self.pending)
+
+
+def merged(
+    tables: Mapping[NetworkId, Table], received: TableSet
+) -> tuple[Mapping[NetworkId, Table], frozenset[NetworkId]]:
+    """The tables after ``received``, and which of them were changed or removed.
+
+    A table that is sent again with the same content has another revision, and does not count as changed.
+    Raises: InvalidArgument: a change of a table that this node does not have.
+    """
+    after = dict(tables)
+    for change in received.changes:
+        id = change.head.id
+        before = after.get(id)
+        if before is None and not change.is_whole:
+            raise InvalidArgument(f"a change of network {id}, whose table this node does not have")
+        after[id] = changed(before, change)
+    gone = set(received.removed)
+    if received.is_complete:
+        gone |= after.keys() - {change.head.id for change in received.changes}
+    for id in gone:
+        after.pop(id, None)
+    for id in {change.head.id for change in received.changes} & after.keys():
+        after[id] = keeping_unread(tables.get(id), after[id])
+    differing = {
+        id for id in {change.head.id for change in received.changes} if _differ(tables.get(id), after.get(id))
+    }
+    return after, frozenset(differing | (gone & tables.keys()))
+
+
+def _differ(before: Table | None, after: Table | None) -> bool:
+    if before is None or after is None:
+        return before is not after
+    return difference(before, after) is not None
