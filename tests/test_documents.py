@@ -109,6 +109,22 @@ def test_every_name_of_the_map_is_defined_in_its_file() -> None:
     assert missing == []
 
 
+def test_the_picture_of_the_architecture_is_that_of_the_import_contracts() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["id"] == "layers"]
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    (picture,) = re.findall(r"```text\n(daemon : .*?)```", page, re.DOTALL)
+    drawn = [re.findall(r"\w+", re.split(r"\s{2,}", line)[0]) for line in picture.splitlines()]
+    present = {path.stem for path in (ROOT / "skep").iterdir()}
+    assert drawn == [[name for name in re.findall(r"\w+", row) if name in present] for row in layers]
+
+
+def test_the_architecture_has_every_folder_of_the_package() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    folders = [path.parent for path in (ROOT / "skep").glob("*/__init__.py")]
+    assert [folder.name for folder in folders if f"`skep/{folder.name}/" not in page] == []
+
+
 @cache
 def project_files() -> tuple[Path, ...]:
     folders = ("skep", "sim", "tests", "bench", "docs", "setup")
