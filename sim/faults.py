@@ -10,10 +10,9 @@ import msgspec
 
 from sim.time import VirtualClock
 from skep.errors import SkepError
-from skep.manager.informer import LoopStore
 from skep.model.ids import NodeId
 from skep.node.supervision.responses import wait_hung
-from skep.store.interface import Object, Store, Transaction, View, Watch
+from skep.store.interface import LoopStore, Object, Store, Transaction, View, Watch
 
 if TYPE_CHECKING:
     from sim.cluster import SimulatedCluster

@@ -17,7 +17,6 @@ from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
-from skep.manager.informer import LoopStore
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import Loop, loops
@@ -34,7 +33,7 @@ from skep.store.etcd.client import Client
 from skep.store.etcd.member import Member
 from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.store import EtcdStore, store_on
-from skep.store.interface import NotLeader, Object, Store, Term, Transaction, View, Watch
+from skep.store.interface import LoopStore, NotLeader, Object, Store, Term, Transaction, View, Watch
 from skep.wire.client import Channel
 
 R = TypeVar("R")

@@ -32,7 +32,6 @@ USED_BY_OTHERS = {
 OBSERVED_BY_TESTS = {
     "comparisons": "a test waits until a namespace was compared so many times",
     "held_bytes": "a test holds a server to its bound",
-    "node_from_pb": "the other direction of a conversion, for its round trip",
     "routes_of": "one node's routes, of which the allocator needs all nodes'",
     "write_archive": "tests write images",
 }

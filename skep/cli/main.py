@@ -50,9 +50,11 @@ class Commands(click.Group):
     """Skep's own commands, and docker's nouns behind them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Skep's own; docker's are listed in the epilog."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports the command's module; None: neither ours nor docker's."""
         if entry := COMMANDS.get(cmd_name):
             module, _, attribute = entry.location.partition(":")
             command = getattr(importlib.import_module(module), attribute)
@@ -65,6 +67,7 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click, and similar commands, docker's too, in the error for an unknown one."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -77,6 +80,7 @@ class Commands(click.Group):
             raise click.UsageError(f"No such command '{args[0]}'. Did you mean {words}?", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """From ``COMMANDS``, without an import."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
 

@@ -105,4 +105,5 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def api_hosts(self) -> tuple[Host, ...]:
+        """Where the API is served: ``hosts``, by default the node's unix socket."""
         return self.hosts or (UnixHost(self.paths.api_socket),)

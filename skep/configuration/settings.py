@@ -29,10 +29,12 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def attribute(self) -> str:
+        """Its field of ``Configuration``."""
         return self.field or (self.key or self.name).replace("-", "_")
 
     @property
     def toml_key(self) -> str:
+        """Its key in ``skep.toml``."""
         return self.key or self.name
 
 

@@ -6,14 +6,13 @@ takes the queued keys when it gets to them, and handles what has accumulated in 
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
 import structlog
 
 from skep.manager.failures import handle_isolated
-from skep.store.interface import Commit, Object, Updates, View, Watch, WatchLagged
+from skep.store.interface import Commit, LoopStore, Object, View, Watch, WatchLagged
 from skep.store.updates import batched
 
 log = structlog.get_logger()
@@ -22,14 +21,6 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 BATCH = 250
 """Objects handled between two pauses while all objects of a kind are read; a few microseconds each."""
-
-
-class LoopStore(Updates, Protocol):
-    """What a control loop needs of the store: a ``Term`` in production, or a plain store without the fence."""
-
-    def view(self) -> View: ...
-
-    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]: ...
 
 
 async def run_informer(

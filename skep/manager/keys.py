@@ -5,7 +5,6 @@ manager that has confirmed a key has it safely on its disk; which key the store 
 """
 
 import asyncio
-from typing import Protocol
 
 import structlog
 
@@ -15,7 +14,7 @@ from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.paths import Paths
 from skep.security.locking import REPLACING, KeyLock
 from skep.store.etcd.cipher import KEY_BYTES, WRAPPING_KEYS_MAX, new_wrapping_key, split_keys
-from skep.store.interface import Store, Term
+from skep.store.etcd.store import EtcdStore
 
 log = structlog.get_logger(__name__)
 
@@ -85,29 +84,10 @@ class WrappingKeys:
                 log.info("wrapping key replaced", path=str(self._paths.wrapping_key))
 
 
-class KeyedStore(Store, Protocol):
-    """A store whose data keys are wrapped; documented at ``store.etcd.store.EtcdStore``."""
-
-    @property
-    def wrapping_key(self) -> bytes: ...
-
-    @property
-    def is_rotating(self) -> bool: ...
-
-    @property
-    def unreadable_values(self) -> tuple[str, ...]: ...
-
-    def learn_wrapping_key(self, key: bytes) -> None: ...
-
-    async def wait_rewrapped(self) -> bytes: ...
-
-    async def replace_wrapping_key(self, term: Term, key: bytes) -> None: ...
-
-
 class StoreKeys:
     """The wrapping keys that a manager's store accepts, each of which is on its disk, too."""
 
-    def __init__(self, store: KeyedStore, disk: WrappingKeys) -> None:
+    def __init__(self, store: EtcdStore, disk: WrappingKeys) -> None:
         self.store = store
         self.disk = disk
 

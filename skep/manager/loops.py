@@ -7,12 +7,12 @@ from skep.aio.clock import Clock
 from skep.manager.allocator.loop import Allocator
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.gossip.rotation import KeyRotation
-from skep.manager.informer import LoopStore
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.scheduler.loop import Scheduler
 from skep.model.ids import IdSource
+from skep.store.interface import LoopStore
 
 
 class Loop(Protocol):

@@ -46,7 +46,7 @@ from skep.manager.eviction.loop import Evictions, end_connections
 from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.relay import Relay
 from skep.manager.incarnation import Incarnation
-from skep.manager.keys import KeyedStore, StoreKeys, WrappingKeys
+from skep.manager.keys import StoreKeys, WrappingKeys
 from skep.manager.link.loop import ManagerLink
 from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import LogBroker
@@ -71,6 +71,7 @@ from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.reloading import KeyPairFiles
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
+from skep.store.etcd.store import EtcdStore
 from skep.store.interface import NotLeader, Term
 from skep.wire.client import Channel, connected
 from skep.wire.server import Bound, serve
@@ -98,7 +99,7 @@ class Manager:
     def __init__(
         self,
         config: ManagerConfig,
-        store: KeyedStore,
+        store: EtcdStore,
         pair: KeyPair,
         member: ConsensusMember,
         clock: Clock,

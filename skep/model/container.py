@@ -15,12 +15,16 @@ DEFAULT_STOP_GRACE_NS = 10 * SECOND_NS
 
 
 class CredentialSpec(ApiObject):
+    """Windows credentials of a container (gMSA): one of the three names its source."""
+
     config: str = always("")
     file: str = always("")
     registry: str = always("")
 
 
 class SELinuxContext(ApiObject):
+    """The labels of a container's processes; ``disable``: run without SELinux confinement."""
+
     disable: bool = always(False)
     user: str = always("")
     role: str = always("")
@@ -29,11 +33,15 @@ class SELinuxContext(ApiObject):
 
 
 class SeccompOpts(ApiObject):
+    """``mode``: default, unconfined, or custom with ``profile``, a JSON file."""
+
     mode: str = ""
     profile: bytes = b""
 
 
 class AppArmorOpts(ApiObject):
+    """``mode``: default or disabled."""
+
     mode: str = ""
 
 
@@ -63,6 +71,8 @@ class HealthConfig(ApiObject):
 
 
 class DNSConfig(ApiObject):
+    """The container's resolver: addresses, search domains, and options of ``resolv.conf``."""
+
     nameservers: tuple[str, ...] = ()
     search: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
@@ -82,18 +92,22 @@ ConfigFileTarget = Annotated[FileTarget, msgspec.Meta(extra={"go": "swarm.Config
 
 
 class RuntimeTarget(ApiObject):
-    __go_name__: ClassVar[str | None] = "swarm.ConfigReferenceRuntimeTarget"
+    """A config that the runtime itself reads (a credential spec); it is mounted nowhere."""
 
-    """A config consumed by the runtime itself (credential specs), mounted nowhere."""
+    __go_name__: ClassVar[str | None] = "swarm.ConfigReferenceRuntimeTarget"
 
 
 class SecretReference(ApiObject):
+    """A secret of a service, by id; ``secret_name`` names the file if ``file`` has no name."""
+
     file: SecretFileTarget | None = always(None)
     secret_id: SecretId = always(SecretId(""))
     secret_name: str = always("")
 
 
 class ConfigReference(ApiObject):
+    """A config of a service, by id; exactly one of ``file`` and ``runtime`` is set."""
+
     file: ConfigFileTarget | None = None
     runtime: RuntimeTarget | None = None
     config_id: ConfigId = always(ConfigId(""))
@@ -101,6 +115,8 @@ class ConfigReference(ApiObject):
 
 
 class Ulimit(ApiObject):
+    """A resource limit (``setrlimit``) without the prefix ``RLIMIT_``: ``nofile``; -1: unlimited."""
+
     __go_name__: ClassVar[str | None] = "units.Ulimit"
 
     name: str = always("")
@@ -113,6 +129,8 @@ Propagation = Annotated[str, msgspec.Meta(extra={"go": "mount.Propagation"})]
 
 
 class BindOptions(ApiObject):
+    """``propagation``: private, rprivate, shared, rshared, slave or rslave; empty: rprivate."""
+
     __go_name__: ClassVar[str | None] = "mount.BindOptions"
 
     propagation: Propagation = ""
@@ -123,6 +141,8 @@ class BindOptions(ApiObject):
 
 
 class VolumeOptions(ApiObject):
+    """``no_copy``: leave a new volume empty, instead of copying what the image has at the target."""
+
     __go_name__: ClassVar[str | None] = "mount.VolumeOptions"
 
     no_copy: bool = False
@@ -132,6 +152,8 @@ class VolumeOptions(ApiObject):
 
 
 class TmpfsOptions(ApiObject):
+    """``size_bytes`` 0: the kernel's default, half of the memory; ``options``: ``[key]`` or ``[key, value]``."""
+
     __go_name__: ClassVar[str | None] = "mount.TmpfsOptions"
 
     size_bytes: int = 0
@@ -140,6 +162,8 @@ class TmpfsOptions(ApiObject):
 
 
 class ImageMountOptions(ApiObject):
+    """``subpath``: a directory of the image, relative to its root; empty: all of it."""
+
     __go_name__: ClassVar[str | None] = "mount.ImageOptions"
 
     subpath: str = ""

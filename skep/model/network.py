@@ -25,6 +25,8 @@ class IPAMConfig(ApiObject):
 
 
 class IPAMOptions(ApiObject):
+    """A network's subnets.  In a spec they are requests, in the network itself the allocated ones."""
+
     driver: Driver = always(Driver())
     configs: tuple[IPAMConfig, ...] = ()
 

@@ -18,6 +18,8 @@ RESPONSE_SECONDS_MAX = 5.0
 
 
 class NodeRole(Enum):
+    """In a spec the requested role; in a certificate the one that it was issued for."""
+
     __go_name__ = "swarm.NodeRole"
 
     WORKER = "worker"
@@ -25,6 +27,8 @@ class NodeRole(Enum):
 
 
 class Availability(Enum):
+    """Pause: no new tasks; drain: its tasks move to other nodes, too."""
+
     __go_name__ = "swarm.NodeAvailability"
 
     ACTIVE = "active"
@@ -33,6 +37,8 @@ class Availability(Enum):
 
 
 class NodeState(Enum):
+    """``UNKNOWN`` and ``DISCONNECTED`` are part of Docker's API; Skep writes ``READY`` and ``DOWN`` only."""
+
     UNKNOWN = "unknown"
     DOWN = "down"
     READY = "ready"
@@ -40,6 +46,8 @@ class NodeState(Enum):
 
 
 class Reachability(Enum):
+    """A manager as the leader sees it."""
+
     UNKNOWN = "unknown"
     UNREACHABLE = "unreachable"
     REACHABLE = "reachable"
@@ -55,6 +63,8 @@ class NodeSpec(ApiObject):
 
 
 class Topology(ApiObject):
+    """Where a node is, for CSI volumes: key of the plugin -> value."""
+
     segments: Mapping[str, str] = {}
 
 
@@ -68,11 +78,15 @@ class CSIInfo(ApiObject):
 
 
 class EnginePlugin(ApiObject):
+    """A plugin of a Docker Engine: ``Network`` and ``overlay``, for example."""
+
     type: str = ""
     name: str = ""
 
 
 class EngineDescription(ApiObject):
+    """The engine's labels also carry what skep nodes publish (``model.labels``)."""
+
     engine_version: str = ""
     labels: Mapping[str, str] = {}
     plugins: tuple[EnginePlugin, ...] = ()
@@ -90,6 +104,8 @@ class NodeDescription(ApiObject):
 
 
 class NodeStatus(ApiObject):
+    """``addr``: the address that the node's session comes from; ``message``: why it is down, else empty."""
+
     state: NodeState = always(NodeState.UNKNOWN)
     message: str = ""
     addr: str = ""

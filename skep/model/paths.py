@@ -107,10 +107,12 @@ class PathReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def failing(self) -> tuple[PathFinding, ...]:
+        """The failing checks of this round."""
         return tuple(one for one in self.findings if one.is_failing)
 
     @property
     def is_settled(self) -> bool:
+        """Whether enough rounds agree."""
         return self.rounds >= SETTLED_ROUNDS
 
 

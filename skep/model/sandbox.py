@@ -58,10 +58,12 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def network_id(self) -> NetworkId:
+        """Of the network that it is on."""
         return self.config.head.id
 
     @property
     def network_name(self) -> str:
+        """Of the network that it is on."""
         return self.config.head.name
 
     @property

@@ -18,6 +18,8 @@ class SecretSpec(ApiObject):
 
 
 class Secret(ApiObject):
+    """A secret.  Writer: API."""
+
     id: SecretId
     version: Version = always(Version())
     created_at: Timestamp = always(ZERO_TIME)
@@ -26,6 +28,8 @@ class Secret(ApiObject):
 
 
 class ConfigSpec(ApiObject):
+    """A config with its data, less than 1000 KiB (``manager.control.files``)."""
+
     name: str = ""
     labels: Mapping[str, str] = always({})
     data: bytes = b""
@@ -33,6 +37,8 @@ class ConfigSpec(ApiObject):
 
 
 class Config(ApiObject):
+    """A config.  Writer: API."""
+
     id: ConfigId
     version: Version = always(Version())
     created_at: Timestamp = always(ZERO_TIME)

@@ -19,6 +19,8 @@ REPLICAS_MAX = 100_000
 
 
 class NamedResource(ApiObject):
+    """One unit of a resource that has a name: ``gpu`` ``UUID1``."""
+
     __go_name__: ClassVar[str | None] = "swarm.NamedGenericResource"
 
     kind: str = ""
@@ -26,6 +28,8 @@ class NamedResource(ApiObject):
 
 
 class DiscreteResource(ApiObject):
+    """A number of equal units: ``gpu`` 4."""
+
     __go_name__: ClassVar[str | None] = "swarm.DiscreteGenericResource"
 
     kind: str = ""
@@ -58,11 +62,15 @@ class Resources(ApiObject):
 
 
 class ResourceRequirements(ApiObject):
+    """Limits hold for a running task; reservations decide where it is placed."""
+
     limits: Limits | None = None
     reservations: Resources | None = None
 
 
 class RestartCondition(Enum):
+    """After which end a task is replaced."""
+
     __go_name__ = "swarm.RestartPolicyCondition"
 
     NONE = "none"
@@ -80,14 +88,20 @@ class RestartPolicy(ApiObject):
 
 
 class SpreadOver(ApiObject):
+    """``spread_descriptor``: the label to spread over, ``node.labels.zone`` or ``engine.labels.zone``."""
+
     spread_descriptor: str = always("")
 
 
 class PlacementPreference(ApiObject):
+    """One level of the spread; ``spread`` is the only strategy that Docker has."""
+
     spread: SpreadOver | None = always(None)
 
 
 class Platform(ApiObject):
+    """The architecture is spelled as its source has it: ``amd64``, or ``x86_64`` as uname."""
+
     architecture: str = ""
     os: str = ""
 
@@ -110,6 +124,8 @@ class NetworkAttachmentConfig(ApiObject):
 
 
 class PluginPrivilege(ApiObject):
+    """A permission that a plugin requests."""
+
     __go_name__: ClassVar[str | None] = "runtime.PluginPrivilege"
 
     name: str = ""
@@ -118,6 +134,8 @@ class PluginPrivilege(ApiObject):
 
 
 class PluginSpec(ApiObject):
+    """A plugin in place of a container; ``control`` refuses it."""
+
     __go_name__: ClassVar[str | None] = "runtime.PluginSpec"
 
     name: str = ""
@@ -154,20 +172,24 @@ class TaskSpec(ApiObject):
 
 
 class ReplicatedService(ApiObject):
+    """``replicas`` None: 1."""
+
     replicas: Uint64 | None = None
 
 
 class GlobalService(ApiObject):
-    pass
+    """One task on each eligible node."""
 
 
 class ReplicatedJob(ApiObject):
+    """``total_completions`` None: as many as ``max_concurrent``, which is 1 by default."""
+
     max_concurrent: Uint64 | None = None
     total_completions: Uint64 | None = None
 
 
 class GlobalJob(ApiObject):
-    pass
+    """One task on each eligible node, to its end."""
 
 
 class ServiceMode(ApiObject):
@@ -191,6 +213,8 @@ class ServiceMode(ApiObject):
 
 
 class UpdateFailureAction(Enum):
+    """What follows when more than ``max_failure_ratio`` of the new tasks failed."""
+
     __go_name__ = "string"
 
     PAUSE = "pause"
@@ -199,6 +223,8 @@ class UpdateFailureAction(Enum):
 
 
 class UpdateOrder(Enum):
+    """Whether the old task of a slot is stopped before or after the start of the new one."""
+
     __go_name__ = "string"
 
     STOP_FIRST = "stop-first"
@@ -217,6 +243,8 @@ class UpdateConfig(ApiObject):
 
 
 class PublishMode(Enum):
+    """Ingress: on every node, forwarded to some task; host: on the task's node only."""
+
     __go_name__ = "swarm.PortConfigPublishMode"
 
     INGRESS = "ingress"
@@ -268,6 +296,8 @@ class ServiceSpec(ApiObject):
 
 
 class EndpointVirtualIP(ApiObject):
+    """``addr``: ``ip/prefix length``."""
+
     network_id: NetworkId = NetworkId("")
     addr: str = ""
 
@@ -281,6 +311,8 @@ class Endpoint(ApiObject):
 
 
 class UpdateState(Enum):
+    """The states of a rolling update or a rollback, with SwarmKit's names."""
+
     UPDATING = "updating"
     PAUSED = "paused"
     COMPLETED = "completed"
@@ -294,6 +326,8 @@ UNDER_WAY = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
 
 
 class UpdateStatus(ApiObject):
+    """The last rolling update or rollback; ``completed_at`` None: it has not ended."""
+
     state: UpdateState | None = None
     started_at: Timestamp | None = None
     completed_at: Timestamp | None = None
@@ -309,6 +343,8 @@ class ServiceStatus(ApiObject):
 
 
 class JobStatus(ApiObject):
+    """``job_iteration``: counts the runs of a job; tasks of earlier ones are ignored."""
+
     job_iteration: Version = always(Version())
     last_execution: Timestamp | None = None
 

@@ -20,6 +20,8 @@ never."""
 
 
 class OrchestrationConfig(ApiObject):
+    """``task_history_retention_limit``: ended tasks kept per slot (``manager.orchestrator.reaper``); negative: all."""
+
     task_history_retention_limit: int | None = None
 
 
@@ -34,10 +36,14 @@ class RaftConfig(ApiObject):
 
 
 class DispatcherConfig(ApiObject):
+    """``heartbeat_period`` 0: the default, 5 s."""
+
     heartbeat_period: Nanoseconds = 0
 
 
 class ExternalCA(ApiObject):
+    """Accepted in the type, refused by ``control.swarm``."""
+
     protocol: str = always("")
     url: str = always("")
     options: Mapping[str, str] = {}
@@ -55,10 +61,14 @@ class CAConfig(ApiObject):
 
 
 class TaskDefaults(ApiObject):
+    """``log_driver``: of services whose spec names none."""
+
     log_driver: Driver | None = None
 
 
 class EncryptionConfig(ApiObject):
+    """``auto_lock_managers``: managers need the unlock key after a restart."""
+
     auto_lock_managers: bool = always(False)
 
 
@@ -110,6 +120,8 @@ class UnlockRequest(ApiObject):
 
 
 class JoinTokens(ApiObject):
+    """``SWMTKN-1-<digest of the root>-<secret>``, one per role."""
+
     worker: str = always("")
     manager: str = always("")
 

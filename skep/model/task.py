@@ -74,6 +74,8 @@ _BY_NUMBER = {state.number: state for state in TaskState if state is not TaskSta
 
 
 class ContainerStatus(ApiObject):
+    """``pid`` 0: it does not run.  ``exit_code`` counts once the task has ended."""
+
     container_id: str = msgspec.field(name="ContainerID", default="")
     pid: int = always(0)
     exit_code: int = always(0)
@@ -105,6 +107,8 @@ class NetworkAttachment(ApiObject):
 
 
 class VolumeAttachment(ApiObject):
+    """A CSI volume of a task.  Passed on to docker nodes; skep nodes ignore it."""
+
     id: str = ""
     source: str = ""
     target: str = ""

@@ -42,6 +42,7 @@ class PublicKey(msgspec.Struct, frozen=True, order=True):
 
     @property
     def is_valid(self) -> bool:
+        """Whether the key has 32 bytes and the port is one."""
         return len(self.key) == KEY_BYTES and 0 < self.port <= PORT_MAX
 
 

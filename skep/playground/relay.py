@@ -50,6 +50,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def state_file(directory: Path) -> Path:
+    """The relay's ``State``, as JSON."""
     return directory / "relay.json"
 
 

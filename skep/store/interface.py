@@ -115,15 +115,21 @@ class InUse(SkepError):
 
 
 class Created(msgspec.Struct, frozen=True, gc=False):
+    """The object is new in this revision."""
+
     object: Object
 
 
 class Updated(msgspec.Struct, frozen=True, gc=False):
+    """The object before and after the revision."""
+
     old: Object
     new: Object
 
 
 class Deleted(msgspec.Struct, frozen=True, gc=False):
+    """The object as it was before the revision."""
+
     object: Object
 
 
@@ -178,14 +184,18 @@ class Updates(Protocol):
         """
 
 
-class Store(Updates, Protocol):
-    """The replica of one manager, and the writes of that manager."""
+class LoopStore(Updates, Protocol):
+    """What a control loop needs of the store: a ``Term`` in production, or a plain ``Store`` without the fence."""
 
     def view(self) -> View:
         """The present local state."""
 
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
         """Commits that change objects of ``kinds``, from a snapshot on.  Bounded (10,000 commits)."""
+
+
+class Store(LoopStore, Protocol):
+    """The replica of one manager, and the writes of that manager."""
 
     async def barrier(self) -> None:
         """Return once the replica shows everything acknowledged anywhere before this call.
@@ -229,15 +239,12 @@ class Store(Updates, Protocol):
         """
 
 
-class Term(Updates, Protocol):
+class Term(LoopStore, Protocol):
     """One term of leadership.  Its updates are fenced: they fail with NotLeader once it is over."""
 
     @property
-    def number(self) -> int: ...
-
-    def view(self) -> View: ...
-
-    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]: ...
+    def number(self) -> int:
+        """Counts the terms of the cluster; a later term has a higher number."""
 
     async def confirm(self) -> None:
         """Compare the fence without a write; on return the replica shows everything written before.

@@ -236,6 +236,7 @@ class MemoryStore(Updater):
     # -- interface.Store ---------------------------------------------------------------------------------------
 
     async def barrier(self) -> None:
+        """The replica at the cluster's revision; waits until the deadline while this manager is partitioned."""
         async with within_deadline():
             if self.faults.is_partitioned:
                 await asyncio.Event().wait()
@@ -265,6 +266,7 @@ class MemoryStore(Updater):
         return self.cluster.incarnation
 
     async def terms(self, node_id: NodeId, addr: str) -> AsyncIterator[Term]:
+        """As the test's ``MemoryCluster`` elects this manager."""
         self.addr = addr
         self.cluster.stand(self, node_id)
         try:

@@ -80,6 +80,7 @@ class State:
         return self.table_by_type[kind].ids.copy()
 
     def unreadable(self, kind: type[msgspec.Struct]) -> Mapping[str, str]:
+        """Of the whole state: id -> the error; shared, not to be changed."""
         return self.table_by_type[kind].unreadable
 
     def damaged(self, kind: type[msgspec.Struct]) -> Mapping[str, Mapping[str, str]]:

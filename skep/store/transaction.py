@@ -70,6 +70,7 @@ class LocalTransaction:
         return found
 
     def rely_on(self, kind: type[T], id: str, *parts: str) -> T | None:
+        """Records what the proposal compares: all parts once a caller relied on all of them."""
         table = self._state.table_by_type[kind]
         owner = (table.schema.name, id)
         if not parts:
@@ -84,6 +85,7 @@ class LocalTransaction:
         return found
 
     def find(self, kind: type[T], **by: str) -> Sequence[T]:
+        """The state's objects with those this transaction has put; relies on none of them."""
         table = self._state.table_by_type[kind]
         ids = table.found_ids(by)
         written = {id: object for (name, id), object in self._written.items() if name == table.schema.name}
@@ -366,6 +368,7 @@ class ProposalBuilder:
 
     @property
     def writes(self) -> bool:
+        """Whether anything is put or deleted; compares alone are no proposal."""
         return bool(self._puts or self._deletes)
 
     def write(self, table: Table, owner: Owner, base: Any, object: Any) -> None:

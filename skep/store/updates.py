@@ -280,6 +280,7 @@ class FencedTerm(Updater):
         return self._term
 
     async def confirm(self) -> None:
+        """A proposal without operations: its only compare is the fence."""
         async with within_deadline(self._deadline_s):
             (outcome,) = await self._propose([Proposal()], self._state)
             match outcome:

@@ -59,6 +59,8 @@ class Handler(msgspec.Struct, frozen=True):
 
 
 def unary(method: Unary[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) -> Handler:
+    """A method with one request and one response; both together have ``UNARY_SECONDS_MAX``."""
+
     async def serve(stream: Stream, caller: Caller) -> None:
         async with asyncio.timeout(UNARY_SECONDS_MAX):
             request = await _only_request(stream, method, caller)
@@ -69,6 +71,8 @@ def unary(method: Unary[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) ->
 
 
 def server_stream(method: ServerStream[Q, A], function: Callable[[Q, Caller], AsyncIterator[A]]) -> Handler:
+    """A method with one request; ends after the iterator's last item."""
+
     async def serve(stream: Stream, caller: Caller) -> None:
         await _send_all(stream, function(await _only_request(stream, method, caller), caller))
 
@@ -78,6 +82,8 @@ def server_stream(method: ServerStream[Q, A], function: Callable[[Q, Caller], As
 def client_stream(
     method: ClientStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], Awaitable[A]]
 ) -> Handler:
+    """A method with one response, which may come before the last request."""
+
     async def serve(stream: Stream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method, caller)) as requests:
             reply = await function(requests, caller)
@@ -89,6 +95,8 @@ def client_stream(
 def both_stream(
     method: BothStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], AsyncIterator[A]]
 ) -> Handler:
+    """A method whose responses follow from the requests: ``function`` yields while it reads."""
+
     async def serve(stream: Stream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method, caller)) as requests:
             await _send_all(stream, function(requests, caller))

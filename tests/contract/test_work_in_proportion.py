@@ -11,11 +11,10 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.informer import LoopStore
 from skep.manager.scheduler.loop import Scheduler
 from skep.model.service import ReplicatedService, Resources, Service, ServiceMode
 from skep.model.task import Task, TaskState
-from skep.store.interface import Object, Transaction
+from skep.store.interface import LoopStore, Object, Transaction
 from skep.store.memory import MemoryStore
 from tests.contract.test_control_loops import leading, wait_for
 from tests.support.builders import a_node, a_service, a_task

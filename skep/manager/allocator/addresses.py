@@ -40,6 +40,7 @@ class Usage(msgspec.Struct, frozen=True):
 
     @property
     def is_nearly_full(self) -> bool:
+        """Whether the share of used addresses is at least ``NEARLY_FULL``."""
         return self.used >= NEARLY_FULL * self.size
 
     def __str__(self) -> str:

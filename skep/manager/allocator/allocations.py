@@ -43,6 +43,7 @@ class Allocations:
         return allocations
 
     def enter_network(self, network: Network) -> None:
+        """Update a network that exists."""
         self._gone.discard(network.id)
         self.networks.enter(network)
 
@@ -52,6 +53,7 @@ class Allocations:
         self._forget_gone((network.id,))
 
     def enter_service(self, service: Service) -> None:
+        """Update a service's ports and virtual addresses."""
         self.ports.enter(service)
         if service.removed_at is None and service.spec.publishes_in_ingress:
             self.publishing.add(service.id)
@@ -61,6 +63,7 @@ class Allocations:
         self._hold(service_owner(service.id), addresses)
 
     def leave_service(self, id: ServiceId) -> None:
+        """Release the ports and virtual addresses of a service whose last task has ended."""
         self.ports.leave(id)
         self.publishing.discard(id)
         self._forget_gone(self.addresses.release(service_owner(id)))
@@ -86,6 +89,7 @@ class Allocations:
         return bool(released)
 
     def enter_node(self, node: Node) -> None:
+        """Update a node's plane and its addresses on networks."""
         if is_docker_node(node):
             self.docker_nodes.add(node.id)
         else:
@@ -93,6 +97,7 @@ class Allocations:
         self._hold(node_owner(node.id), _addresses(node.attachments))
 
     def leave_node(self, node: Node) -> None:
+        """Release the addresses of a removed node."""
         self.docker_nodes.discard(node.id)
         self._forget_gone(self.addresses.release(node_owner(node.id)))
 

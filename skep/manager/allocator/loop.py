@@ -39,7 +39,7 @@ from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.virtual_ips import virtual_ips_for
 from skep.manager.failures import Failures, for_each_isolated, write_each
-from skep.manager.informer import LoopStore, batches_of, run_informer
+from skep.manager.informer import batches_of, run_informer
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
 from skep.model.network import Network
@@ -50,7 +50,17 @@ from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.times import timestamp
-from skep.store.interface import Commit, Created, Deleted, Event, Object, Transaction, Updated, View
+from skep.store.interface import (
+    Commit,
+    Created,
+    Deleted,
+    Event,
+    LoopStore,
+    Object,
+    Transaction,
+    Updated,
+    View,
+)
 
 log = structlog.get_logger()
 

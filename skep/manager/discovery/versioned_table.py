@@ -60,12 +60,15 @@ class VersionedTable:
         return self._record_change(HEAD, revision)
 
     def set_node(self, id: NodeId, node: TableNode | None, revision: int) -> bool:
+        """None: the node is not on the network."""
         return _set(self.nodes, id, node) and self._record_change((NODE, id), revision)
 
     def set_endpoint(self, id: TaskId, endpoint: TableEndpoint | None, revision: int) -> bool:
+        """None: the task is not on the network."""
         return _set(self.endpoints, id, endpoint) and self._record_change((ENDPOINT, id), revision)
 
     def set_service(self, id: ServiceId, service: TableService | None, revision: int) -> bool:
+        """None: the service is not on the network."""
         return _set(self.services, id, service) and self._record_change((SERVICE, id), revision)
 
     def reset_changes(self, revision: int) -> None:

@@ -19,10 +19,9 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.failures import write_each
-from skep.manager.informer import LoopStore
 from skep.model.ids import IdSource, NodeId, SessionId
 from skep.model.node import Node, NodeSession, NodeState
-from skep.store.interface import Transaction
+from skep.store.interface import LoopStore, Transaction
 
 log = structlog.get_logger(__name__)
 

@@ -109,6 +109,7 @@ class LiveSession:
             self._signals.pop(assignment_signal, None)
 
     def wake_assignments(self, task_ids: Iterable[TaskId]) -> None:
+        """Tasks of the node have changed: wake its streams of assignments."""
         ids = tuple(task_ids)
         for assignment_signal, with_assignments in self._signals.items():
             if with_assignments:
@@ -165,9 +166,11 @@ class Sessions:
         return session
 
     def live(self, node_id: NodeId) -> LiveSession | None:
+        """The node's session; None: it is not connected here."""
         return self._live.get(node_id)
 
     def all(self) -> Iterator[LiveSession]:
+        """Every session of this manager."""
         yield from self._live.values()
 
     def lose(self, node_id: NodeId, session_id: SessionId | None, error: SkepError) -> None:

@@ -86,6 +86,7 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
         return next((step for step in self.steps if step not in self.done), None)
 
     def encode(self) -> bytes:
+        """As JSON, the data of a ``Payload``; ``decoded_eviction`` reads it."""
         return msgspec.json.encode(self)
 
 

@@ -9,11 +9,10 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.gossip.keys import first_keys, rotated, seconds_to_rotation
-from skep.manager.informer import LoopStore
 from skep.model.gossip import decoded_keys
 from skep.model.ids import IdSource
 from skep.model.times import Timestamp, timestamp
-from skep.store.interface import NotLeader, Transaction
+from skep.store.interface import LoopStore, NotLeader, Transaction
 from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 
 log = structlog.get_logger(__name__)

@@ -44,9 +44,11 @@ LONGEST_RETRY_S = 5.0
 class LinkState(Protocol):
     """The state of the links to the other managers (``ManagerLink``); ``now``: monotonic seconds."""
 
-    def silent(self, now: float) -> Mapping[NodeId, float]: ...
+    def silent(self, now: float) -> Mapping[NodeId, float]:
+        """Managers that do not respond, with the seconds since their last ping."""
 
-    def reachable(self, now: float) -> Set[NodeId]: ...
+    def reachable(self, now: float) -> Set[NodeId]:
+        """Managers that have sent pings and are not silent."""
 
 
 class Managers:

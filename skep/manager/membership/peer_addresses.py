@@ -15,13 +15,14 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.race import wait_first
 from skep.errors import InvalidArgument, Unavailable
-from skep.manager.informer import LoopStore, run_informer
+from skep.manager.informer import run_informer
 from skep.manager.manager_list import on_manager_change
 from skep.manager.membership.consensus import Consensus
 from skep.model.addresses import is_address, joined, parted
 from skep.model.node import Node
 from skep.store.etcd.membership import RaftMember
 from skep.store.etcd.peers import Peer
+from skep.store.interface import LoopStore
 from skep.wire.client import split_address
 
 log = structlog.get_logger(__name__)

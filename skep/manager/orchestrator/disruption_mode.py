@@ -12,12 +12,11 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.heartbeats import configured_heartbeats, grace_period
-from skep.manager.informer import LoopStore
 from skep.manager.orchestrator.disruption import FROZEN_S_MAX, Disruption, NodeHistory, is_over
 from skep.model.node import Node
 from skep.model.swarm import Freeze, Swarm
 from skep.model.times import Timestamp, timestamp
-from skep.store.interface import Commit, NotLeader, Transaction, View
+from skep.store.interface import Commit, LoopStore, NotLeader, Transaction, View
 
 log = structlog.get_logger()
 

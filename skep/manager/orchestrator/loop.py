@@ -11,7 +11,7 @@ from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices, result_in_slices, run_in_slices
 from skep.errors import SkepError, Unavailable
 from skep.manager.failures import Failures, write_each
-from skep.manager.informer import LoopStore, batches_of, run_informer
+from skep.manager.informer import batches_of, run_informer
 from skep.manager.orchestrator.changes import Change, Recheck, apply, fallback_for
 from skep.manager.orchestrator.convergence import deciding
 from skep.manager.orchestrator.disruption_mode import DisruptionMode
@@ -28,7 +28,7 @@ from skep.model.service import Service, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
-from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
+from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
 from skep.store.kinds import spec_of
 
 log = structlog.get_logger()

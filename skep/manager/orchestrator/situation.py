@@ -49,6 +49,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
 
     def node_of(self, task: Task) -> Node | None:
+        """The task's node; None: it has none, or the node was removed."""
         return self.node(task.node_id) if task.node_id else None
 
     def is_misplaced(self, task: Task) -> bool:

@@ -12,11 +12,11 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.informer import LoopStore, run_informer
+from skep.manager.informer import run_informer
 from skep.manager.probes.avoidance import avoidances
 from skep.manager.probes.records import Avoidance, record_avoidance
 from skep.model.node import Node
-from skep.store.interface import Commit, Created, Deleted, NotLeader, Updated, View
+from skep.store.interface import Commit, Created, Deleted, LoopStore, NotLeader, Updated, View
 from skep.store.updates import batched
 
 log = structlog.get_logger(__name__)

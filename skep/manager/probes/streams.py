@@ -59,9 +59,11 @@ Send = Callable[[skep.PathOrder], Awaitable[None]]
 class Networks(Protocol):
     """The networks of nodes (``discovery.loop.Discovery``)."""
 
-    def networks_of(self, node_id: NodeId) -> Sequence[NetworkId]: ...
+    def networks_of(self, node_id: NodeId) -> Sequence[NetworkId]:
+        """The networks that carry tasks of the node, or its published ports."""
 
-    def is_encrypted(self, network_id: NetworkId) -> bool: ...
+    def is_encrypted(self, network_id: NetworkId) -> bool:
+        """False for a network that has no table."""
 
     def names_for(self, node_id: NodeId) -> tuple[NetworkNames, ...]: ...
 

@@ -18,7 +18,7 @@ from skep.aio.clock import Clock
 from skep.aio.time_slices import run_in_slices
 from skep.errors import SkepError, Unavailable
 from skep.manager.failures import Failures, write_each
-from skep.manager.informer import LoopStore, batches_of, run_informer
+from skep.manager.informer import batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, leaving, place
@@ -31,7 +31,7 @@ from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
-from skep.store.interface import Commit, Created, Deleted, Updated, View
+from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, View
 from skep.store.updates import batched
 
 log = structlog.get_logger()

@@ -87,6 +87,7 @@ class Spread:
         return failing, self.copies(account), *self._candidates.rank(account)
 
     def has_room(self, account: Account) -> bool:
+        """Whether ``max_replicas`` and the node's resources admit one more task."""
         return self._candidates.has_room(account, self._present(account))
 
     # -- inside ------------------------------------------------------------------------------------------------

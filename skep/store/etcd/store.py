@@ -78,12 +78,17 @@ class EtcdStore(Updater):
         self._round_trips = SharedBarrier(self._reach_present)
 
     async def barrier(self) -> None:
+        """One linearizable read for all concurrent callers, then the replica at its revision.
+
+        None of that is needed while ``_shows_everything``.
+        """
         if self._shows_everything:
             return
         async with within_deadline():
             await self._round_trips.passed()
 
     async def terms(self, node_id: NodeId, addr: str) -> AsyncIterator[Term]:
+        """The election runs as a task of the store's group; it ends with the iterator."""
         election = Election(self._client, self._cipher, node_id, addr, self._clock)
         terms: asyncio.Queue[TermState] = asyncio.Queue()
 
@@ -131,6 +136,7 @@ class EtcdStore(Updater):
         await self._rotation.begin()
 
     async def space(self) -> Space:
+        """From etcd's status; cached for ``SPACE_S``."""
         now = self._clock.monotonic()
         if self._space is not None and now - self._space[0] < SPACE_S and self._space[1].share < COMPACT_AT:
             return self._space[1]
@@ -145,6 +151,7 @@ class EtcdStore(Updater):
         return space
 
     async def compact(self, kept_revisions: int) -> bool:
+        """etcd's compaction, and one write: the freed pages count as in use until the next write."""
         revision = self._replica.revision - kept_revisions
         is_more = revision > self._compacted
         if is_more:

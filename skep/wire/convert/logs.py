@@ -8,6 +8,7 @@ from skep.wire.descriptors import Timestamp
 
 
 def query_to_pb(query: LogQuery) -> tuple[pb.LogSelector, pb.LogSubscriptionOptions]:
+    """SwarmKit's selector and options; ``tail`` has a form of its own there."""
     selector = pb.LogSelector(service_ids=query.services, node_ids=query.nodes, task_ids=query.tasks)
     options = pb.LogSubscriptionOptions(
         streams=[pb.LogStream.ValueType(stream.value) for stream in query.streams],
@@ -38,6 +39,7 @@ def query_from_pb(message: pb.SubscriptionMessage) -> LogQuery:
 
 
 def line_to_pb(line: LogLine) -> pb.LogMessage:
+    """Attributes are sorted by key, so equal lines have equal bytes."""
     seconds, nanos = divmod(line.timestamp_ns, SECOND_NS)
     return pb.LogMessage(
         context=pb.LogContext(service_id=line.service_id, node_id=line.node_id, task_id=line.task_id),

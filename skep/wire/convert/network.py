@@ -20,6 +20,7 @@ PUBLISH_MODES = EnumTable("publish mode", {"ingress": 0, "host": 1})
 
 
 def port_to_pb(port: PortConfig) -> pb.PortConfig:
+    """Raises: InvalidArgument: an unknown protocol."""
     return pb.PortConfig(
         name=port.name,
         protocol=pb.PortConfig.Protocol.ValueType(PROTOCOLS.number(port.protocol)),
@@ -30,6 +31,7 @@ def port_to_pb(port: PortConfig) -> pb.PortConfig:
 
 
 def port_from_pb(message: pb.PortConfig) -> PortConfig:
+    """Raises: InvalidArgument: an unknown protocol or mode."""
     return PortConfig(
         name=message.name,
         protocol=PROTOCOLS.word(message.protocol),
@@ -99,6 +101,7 @@ def network_to_pb(network: Network) -> pb.Network:
 
 
 def network_from_pb(message: pb.Network) -> Network:
+    """The reverse of ``network_to_pb``; ``spec.scope`` is empty."""
     spec = message.spec
     return Network(
         id=NetworkId(message.id),

@@ -1,32 +1,26 @@
 """Nodes and what they say of themselves."""
 
-from skep.model.ids import NodeId
 from skep.model.meta import TLSInfo
 from skep.model.node import (
     Availability,
     CSIInfo,
     EngineDescription,
     EnginePlugin,
-    ManagerStatus,
     Node,
     NodeCertificate,
     NodeDescription,
     NodeRole,
-    NodeSpec,
-    NodeState,
-    NodeStatus,
-    Reachability,
     Topology,
 )
 from skep.wire import swarm_pb2 as pb
-from skep.wire.convert.network import attachment_from_pb, attachment_to_pb
+from skep.wire.convert.network import attachment_to_pb
 from skep.wire.convert.resources import (
     platform_from_pb,
     platform_to_pb,
     resources_from_pb,
     resources_to_pb,
 )
-from skep.wire.convert.values import EnumTable, meta_to_pb, stamp_of, version_from_pb
+from skep.wire.convert.values import EnumTable, meta_to_pb
 
 ROLES = EnumTable("node role", {"worker": 0, "manager": 1})
 AVAILABILITIES = EnumTable("availability", {"active": 0, "pause": 1, "drain": 2})
@@ -42,6 +36,7 @@ def role_to_pb(role: NodeRole) -> pb.NodeRole.ValueType:
 
 
 def role_from_pb(number: int) -> NodeRole:
+    """Raises: InvalidArgument: an unknown role."""
     return NodeRole(ROLES.word(number))
 
 
@@ -98,43 +93,8 @@ def node_to_pb(node: Node, data_path_port: int = 0) -> pb.Node:
     return message
 
 
-def node_from_pb(message: pb.Node) -> Node:
-    status = message.manager_status
-    return Node(
-        id=NodeId(message.id),
-        version=version_from_pb(message.meta.version),
-        created_at=stamp_of(message.meta, "created_at"),
-        updated_at=stamp_of(message.meta, "updated_at"),
-        spec=NodeSpec(
-            name=message.spec.annotations.name,
-            labels=dict(message.spec.annotations.labels),
-            role=role_from_pb(message.spec.desired_role),
-            availability=availability_from_pb(message.spec.availability),
-        ),
-        description=description_from_pb(message.description),
-        status=NodeStatus(
-            state=NodeState(NODE_STATES.word(message.status.state)),
-            message=message.status.message,
-            addr=message.status.addr,
-        ),
-        manager_status=(
-            ManagerStatus(
-                leader=status.leader,
-                reachability=Reachability(REACHABILITIES.word(status.reachability)),
-                addr=status.addr,
-            )
-            if message.HasField("manager_status")
-            else None
-        ),
-        certificate=NodeCertificate(
-            role=role_from_pb(message.certificate.role),
-            state=CERTIFICATE_STATES.word(message.certificate.status.state),
-        ),
-        attachments=tuple(attachment_from_pb(attachment) for attachment in message.attachments),
-    )
-
-
 def description_to_pb(description: NodeDescription) -> pb.NodeDescription:
+    """The reverse of ``description_from_pb``."""
     engine, tls = description.engine, description.tls_info
     return pb.NodeDescription(
         hostname=description.hostname,

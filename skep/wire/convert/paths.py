@@ -32,6 +32,7 @@ def targets_from_pb(message: pb.PathWish) -> ProbeTargets:
 
 
 def diagnostics_to_pb(number: int, request: DiagnosticsRequest) -> pb.Examination:
+    """``number``: distinguishes the requests on one stream; the reply repeats it."""
     return pb.Examination(
         number=number,
         peers=map(_peer_to_pb, request.peers),

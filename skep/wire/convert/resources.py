@@ -67,6 +67,7 @@ def generic_to_pb(generic: GenericResource) -> pb.GenericResource:
 
 
 def generic_from_pb(message: pb.GenericResource) -> GenericResource:
+    """A resource of neither kind is empty."""
     match message.WhichOneof("resource"):
         case "named_resource_spec":
             named = message.named_resource_spec

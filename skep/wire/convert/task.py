@@ -117,6 +117,7 @@ def registry_auth_of(message: pb.Task) -> str:
 
 
 def status_to_pb(status: TaskStatus) -> pb.TaskStatus:
+    """With the container's id and exit code, and the host-mode ports that are open."""
     message = pb.TaskStatus(
         timestamp=timestamp_to_pb(status.timestamp),
         state=_state_to_pb(status.state),

@@ -43,6 +43,7 @@ class EnumTable(msgspec.Struct, frozen=True):
 
 
 def timestamp_to_pb(stamp: str) -> TimestampType:
+    """``stamp``: RFC 3339."""
     seconds, nanos = divmod(unix_ns(stamp), SECOND_NS)
     return PbTimestamp(seconds=seconds, nanos=nanos)
 
@@ -76,6 +77,7 @@ def version_from_pb(version: pb.Version) -> Version:
 
 
 def meta_to_pb(version: Version, created_at: str, updated_at: str) -> pb.Meta:
+    """``created_at``, ``updated_at``: RFC 3339."""
     return pb.Meta(
         version=version_to_pb(version),
         created_at=timestamp_to_pb(created_at),

@@ -27,12 +27,21 @@ from skep.model.container import (
     RuntimeTarget,
     SeccompOpts,
 )
-from skep.model.ids import NetworkId, TaskId
+from skep.model.ids import NetworkId, NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.meta import Driver
 from skep.model.network import ConfigReference as NodeNetwork
 from skep.model.network import Network, NetworkSpec
-from skep.model.node import ManagerStatus, Node, NodeCertificate, NodeDescription
+from skep.model.node import (
+    ManagerStatus,
+    Node,
+    NodeCertificate,
+    NodeDescription,
+    NodeSpec,
+    NodeState,
+    NodeStatus,
+    Reachability,
+)
 from skep.model.service import (
     DiscreteResource,
     EndpointVirtualIP,
@@ -55,12 +64,16 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.assignments import assignments_from_pb, changes_to_pb
 from skep.wire.convert.container import container_from_pb, container_to_pb
 from skep.wire.convert.logs import line_from_pb, line_to_pb, query_from_pb, query_to_pb
-from skep.wire.convert.network import network_from_pb, network_to_pb
+from skep.wire.convert.network import attachment_from_pb, network_from_pb, network_to_pb
 from skep.wire.convert.node import (
+    CERTIFICATE_STATES,
+    NODE_STATES,
+    REACHABILITIES,
+    availability_from_pb,
     description_from_pb,
     description_to_pb,
-    node_from_pb,
     node_to_pb,
+    role_from_pb,
 )
 from skep.wire.convert.task import (
     registry_auth_of,
@@ -70,7 +83,14 @@ from skep.wire.convert.task import (
     task_to_pb,
 )
 from skep.wire.convert.task_spec import task_spec_from_pb, task_spec_to_pb
-from skep.wire.convert.values import duration_from_pb, duration_to_pb, timestamp_from_pb, timestamp_to_pb
+from skep.wire.convert.values import (
+    duration_from_pb,
+    duration_to_pb,
+    stamp_of,
+    timestamp_from_pb,
+    timestamp_to_pb,
+    version_from_pb,
+)
 from tests.support.builders import an_overlay
 
 WITHOUT_WORDS: dict[type, dict[str, Any]] = {
@@ -245,6 +265,43 @@ def test_tasks_survive(assigned):
 @given(structs(TaskStatus))
 def test_statuses_survive(status):
     assert status_from_pb(over_the_wire(status_to_pb(status))) == status
+
+
+def node_from_pb(message: pb.Node) -> Node:
+    """The reverse of ``node_to_pb``.  Agents read only parts of the message."""
+    status = message.manager_status
+    return Node(
+        id=NodeId(message.id),
+        version=version_from_pb(message.meta.version),
+        created_at=stamp_of(message.meta, "created_at"),
+        updated_at=stamp_of(message.meta, "updated_at"),
+        spec=NodeSpec(
+            name=message.spec.annotations.name,
+            labels=dict(message.spec.annotations.labels),
+            role=role_from_pb(message.spec.desired_role),
+            availability=availability_from_pb(message.spec.availability),
+        ),
+        description=description_from_pb(message.description),
+        status=NodeStatus(
+            state=NodeState(NODE_STATES.word(message.status.state)),
+            message=message.status.message,
+            addr=message.status.addr,
+        ),
+        manager_status=(
+            ManagerStatus(
+                leader=status.leader,
+                reachability=Reachability(REACHABILITIES.word(status.reachability)),
+                addr=status.addr,
+            )
+            if message.HasField("manager_status")
+            else None
+        ),
+        certificate=NodeCertificate(
+            role=role_from_pb(message.certificate.role),
+            state=CERTIFICATE_STATES.word(message.certificate.status.state),
+        ),
+        attachments=tuple(attachment_from_pb(attachment) for attachment in message.attachments),
+    )
 
 
 @thorough

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices, run_in_slices
 from skep.manager.failures import Failures, write_each
-from skep.manager.informer import LoopStore, batches_of, run_informer
+from skep.manager.informer import batches_of, run_informer
 from skep.manager.orchestrator.reaper.history import (
     history_limit,
     is_disposable,
@@ -30,7 +30,7 @@ from skep.model.service import UNDER_WAY, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import Timestamp, timestamp
-from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
+from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
 from skep.store.kinds import SpecVersion
 
 log = structlog.get_logger()
