@@ -1,6 +1,7 @@
 """What this machine and this process can give to containers: programs, capabilities, limits."""
 
 import os
+import platform
 import resource
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from skep.engine.spec import Capacity
 
 _CPUS = Path("/sys/devices/system/cpu")
 _UID_MAP = Path("/proc/self/uid_map")
+_MOUNT_SETATTR = (5, 12)
+"""The first kernel with mount_setattr(2), which runc (1.1) uses for ``rro``."""
 _CAP_SYS_RESOURCE = "CAP_SYS_RESOURCE"
 _INITS = ("/usr/bin/tini-static", "/usr/bin/catatonit")
 """Static ones only: a dynamic init finds no loader in most images."""
@@ -58,6 +61,7 @@ def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:
         has_apparmor=apparmor.is_supported(),
         masked_paths=thermal_throttles(),
         has_keyrings=not is_in_user_namespace(),
+        has_recursive_read_only=seccomp.kernel_version(platform.release()) >= _MOUNT_SETATTR,
     )
 
 

@@ -80,6 +80,8 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     propagation: str = ""
     options: tuple[str, ...] = ()
+    read_only_below: bool | None = None
+    """Whether mounts below a read-only one are read-only, too; None: where the node can have them so."""
     internal: bool = False
     anonymous: bool = False
     """A volume made for this container alone, and removed with it."""

@@ -83,7 +83,7 @@ def custom(profile: bytes, capabilities: Collection[str], *, has_x32: bool = Tru
 def _here(profile: Mapping[str, Any], capabilities: frozenset[str], *, has_x32: bool) -> msgspec.Raw:
     """For this machine and kernel."""
     rules = for_runtime(
-        profile, capabilities, machine=platform.machine(), kernel=_kernel_version(platform.release())
+        profile, capabilities, machine=platform.machine(), kernel=kernel_version(platform.release())
     )
     if not has_x32:
         rules["architectures"] = [name for name in rules["architectures"] if name != _X32]
@@ -125,9 +125,9 @@ def _applies(
     if not capabilities.isdisjoint(excludes.get("caps") or ()):
         return False
     oldest, newest = includes.get("minKernel"), excludes.get("minKernel")
-    if oldest and kernel < _kernel_version(oldest):
+    if oldest and kernel < kernel_version(oldest):
         return False
-    return not (newest and kernel >= _kernel_version(newest))
+    return not (newest and kernel >= kernel_version(newest))
 
 
 def _rule_for_runtime(rule: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +144,8 @@ def _rule_for_runtime(rule: Mapping[str, Any]) -> dict[str, Any]:
     return converted
 
 
-def _kernel_version(release: str) -> tuple[int, int]:
+def kernel_version(release: str) -> tuple[int, int]:
+    """Major and minor number of a kernel's release (``uname -r``).  Raises: ValueError."""
     found = _RELEASE.match(release)  # some say 6.16+deb14-amd64
     if found is None:
         raise ValueError(f"no version of a kernel: {release}")

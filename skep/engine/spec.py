@@ -53,6 +53,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """A static init on the node, empty when there is none."""
     has_x32: bool = True
     """Whether the kernel may run x32 calls."""
+    has_recursive_read_only: bool = False
+    """Whether a mount can be made read-only with all mounts below it."""
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -78,8 +80,10 @@ def build(
     """
     config = container.config
     warnings: list[str] = []
-    mounts = [*_default_mounts(config, capacity), *(_mount(point) for point in files)]
-    mounts += [_mount(point) for point in sorted(config.mounts, key=lambda one: one.destination.count("/"))]
+    mounts = [*_default_mounts(config, capacity), *(_mount(point, capacity) for point in files)]
+    mounts += [
+        _mount(point, capacity) for point in sorted(config.mounts, key=lambda one: one.destination.count("/"))
+    ]
     arguments = [config.path, *config.args]
     if config.init:
         if capacity.init_binary:
@@ -284,7 +288,8 @@ def _default_mounts(config: ContainerConfig, capacity: Capacity) -> list[dict[st
     ]
 
 
-def _mount(point: MountPoint) -> dict[str, Any]:
+def _mount(point: MountPoint, capacity: Capacity) -> dict[str, Any]:
+    """Raises: FailedPrecondition: mounts below it cannot be made read-only."""
     if point.type == "tmpfs":
         return {
             "destination": point.destination,
@@ -296,6 +301,13 @@ def _mount(point: MountPoint) -> dict[str, Any]:
     mount["options"] = [*mount["options"], point.propagation or "rprivate", *point.options]
     if "bind" in point.options:
         mount["options"].remove("rbind")
+    if point.read_only_below and not capacity.has_recursive_read_only:
+        raise FailedPrecondition(
+            "recursively read-only mounts need Linux 5.12: they are not supported by this node"
+        )
+    is_below = point.read_only_below is not False and not point.internal
+    if point.read_only and is_below and capacity.has_recursive_read_only:
+        mount["options"].append("rro")
     return mount
 
 

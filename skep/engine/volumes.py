@@ -16,7 +16,7 @@ from skep.errors import InvalidArgument, Unavailable
 from skep.linux.commands import communicate
 from skep.linux.files import replace_file
 from skep.linux.syscalls import open_in_root
-from skep.model.container import Mount, TmpfsOptions
+from skep.model.container import BindOptions, Mount, TmpfsOptions
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 _COPY_DEADLINE_S = 600.0
@@ -117,6 +117,11 @@ class Volumes:
                         f'error looking up volume plugin {driver.name}: plugin "{driver.name}" not found'
                     )
                 name = mount.source or self.new_name()
+                check_local_options(name, driver.options if driver is not None else {})
+                if mount.volume_options and mount.volume_options.subpath:
+                    raise InvalidArgument(
+                        f"volume {name}: mounts of a subpath are not supported by this node"
+                    )
                 labels = mount.volume_options.labels if mount.volume_options and mount.source else None
                 path = self.ensure(name, labels or None)
                 point = mount_point(mount, str(path), name)
@@ -144,6 +149,20 @@ class Volumes:
     def new_name() -> str:
         """A name for a volume without one: 64 hexadecimal characters, as Docker's."""
         return secrets.token_hex(32)
+
+
+_LOCAL_OPTIONS = frozenset({"type", "o", "device", "size"})
+
+
+def check_local_options(name: str, options: Iterable[str]) -> None:
+    """Options of a volume of the driver ``local``.  Raises: InvalidArgument: any, by its name."""
+    for option in options:
+        if option not in _LOCAL_OPTIONS:
+            raise InvalidArgument(f'create {name}: invalid option: "{option}"')
+        raise InvalidArgument(
+            f'create {name}: option "{option}" of the driver "local" is not supported: mount it on the machine,'
+            " and into containers as a bind mount"
+        )
 
 
 async def copy_up(root: Path, destination: str, volume: Path) -> None:
@@ -184,6 +203,15 @@ def mount_point(mount: Mount, source: str, name: str) -> MountPoint:
     match mount.type:
         case "bind":
             options = mount.bind_options
+            if options is not None and options.read_only_force_recursive:
+                if not mount.read_only:
+                    raise InvalidArgument(
+                        "mount options conflict: !ReadOnly && BindOptions.ReadOnlyForceRecursive"
+                    )
+                if options.read_only_non_recursive:
+                    raise InvalidArgument(
+                        "mount options conflict: ReadOnlyNonRecursive && BindOptions.ReadOnlyForceRecursive"
+                    )
             return MountPoint(
                 type="bind",
                 source=source,
@@ -191,6 +219,7 @@ def mount_point(mount: Mount, source: str, name: str) -> MountPoint:
                 read_only=mount.read_only,
                 propagation=options.propagation if options else "",
                 options=("bind",) if options and options.non_recursive else (),
+                read_only_below=_read_only_below(options),
             )
         case "volume" | "":
             return MountPoint(
@@ -210,6 +239,12 @@ def mount_point(mount: Mount, source: str, name: str) -> MountPoint:
             )
         case _:
             raise InvalidArgument(f'mount type "{mount.type}" is not supported by this node')
+
+
+def _read_only_below(options: BindOptions | None) -> bool | None:
+    if options is not None and options.read_only_force_recursive:
+        return True
+    return False if options is not None and options.read_only_non_recursive else None
 
 
 def _tmpfs_options(options: TmpfsOptions) -> tuple[str, ...]:

@@ -65,6 +65,8 @@ def context_of(task: AssignedTask, node: NodeFacts) -> Struct:
 def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
     """The request for the task's container.  Raises: Rejected; InvalidArgument: a placeholder's."""
     spec = templates.expand_container(container_spec(task), context_of(task, node))
+    if spec.isolation not in ("", "default"):
+        raise Rejected(f"invalid isolation '{spec.isolation}' on linux")
     resources = task.task.spec.resources
     limits = resources.limits if resources else None
     reservations = resources.reservations if resources else None

@@ -15,7 +15,7 @@ from skep.api.versions import ApiVersion
 from skep.engine.api.pruning import has_prunable_labels
 from skep.engine.container import Container
 from skep.engine.images.untar import tree_bytes
-from skep.engine.volumes import ANONYMOUS, Volumes
+from skep.engine.volumes import ANONYMOUS, Volumes, check_local_options
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError
 from skep.model.encoding import ApiObject
 from skep.model.times import timestamp
@@ -140,16 +140,7 @@ def _check(body: VolumeRequest, name: str) -> None:
         raise NotFound(
             f'create {name}: error looking up volume plugin {body.driver}: plugin "{body.driver}" not found'
         )
-    for option in body.driver_opts:
-        if option not in _DOCKERS_OPTIONS:
-            raise InvalidArgument(f'create {name}: invalid option: "{option}"')
-        raise InvalidArgument(
-            f'create {name}: option "{option}" of the driver "local" is not supported: mount it on the machine,'
-            " and into containers as a bind mount"
-        )
-
-
-_DOCKERS_OPTIONS = frozenset({"type", "o", "device", "size"})
+    check_local_options(name, body.driver_opts)
 
 
 def _is_true(filters: Filters, name: str) -> bool:

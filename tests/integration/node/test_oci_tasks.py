@@ -15,6 +15,7 @@ from skep.engine.container import LogFilter
 from skep.engine.images.image import ContainerDefaults
 from skep.errors import SkepError
 from skep.model.container import (
+    BindOptions,
     ConfigReference,
     ContainerSpec,
     FileTarget,
@@ -344,3 +345,39 @@ async def test_everything_of_a_task_is_removed_with_it(
     assert list(lab.paths.volumes.iterdir()) == []
     assert "8080" not in await lab.in_home("nft", "list", "ruleset")
     assert ":8080" not in await lab.in_home("ss", "-lnt")
+
+
+async def test_a_read_only_mount_is_read_only_below_unless_the_task_asks_for_less(
+    executor: OciExecutor,
+) -> None:
+    """``/dev/shm`` is a mount of its own below ``/dev``."""
+    kept = Path("/dev/shm") / f"skep-{new_id()}"
+
+    def mount(**options: bool) -> Mount:
+        return Mount(
+            type="bind", source="/dev", target="/d", read_only=True, bind_options=BindOptions(**options)
+        )
+
+    write = ("sh", "-c", f"touch /d/shm/{kept.name} && echo written")
+    try:
+        for options in ({}, {"read_only_force_recursive": True}):
+            assert "Read-only file system" in await output(
+                executor, a_task(*write, mounts=(mount(**options),))
+            )
+            assert not kept.exists()
+        above = mount(read_only_non_recursive=True)
+        assert await output(executor, a_task(*write, mounts=(above,))) == "written\n"
+    finally:
+        kept.unlink(missing_ok=True)
+
+
+async def test_options_of_volumes_that_are_not_supported_reject_the_task(executor: OciExecutor) -> None:
+    nfs = VolumeOptions(driver_config=Driver(name="local", options={"type": "nfs", "device": ":/x"}))
+    for options, said in (
+        (nfs, 'option "type" of the driver "local"'),
+        (VolumeOptions(subpath="a"), "subpath"),
+    ):
+        mount = Mount(type="volume", source="other", target="/data", volume_options=options)
+        with pytest.raises(Rejected, match=said):
+            await executor.controller(a_task("true", mounts=(mount,))).prepare()
+    assert executor.engine.volumes.names() == []
