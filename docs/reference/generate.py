@@ -17,6 +17,7 @@ import click
 import msgspec
 
 from skep import __version__
+from skep.api.errors import RPC_CODES, STATUSES
 from skep.cli.main import main
 from skep.configuration.configuration import Configuration
 from skep.configuration.settings import SETTINGS, Setting
@@ -24,6 +25,7 @@ from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML, EXAMPL
 from skep.manager import events as manager_events
 from skep.model.labels import LABELS, LabelTarget
 from skep.node import events as node_events
+from skep.wire.errors import STATUS_OF
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 100
@@ -638,6 +640,43 @@ def image_actions() -> set[str]:
     return found
 
 
+# --- errors ---------------------------------------------------------------------------------------------------
+
+
+def api_errors() -> str:
+    """Statuses of the Engine API and of the protocol between nodes, by the meaning of an error."""
+    of_calls = dict(STATUS_OF)
+    codes = dict(RPC_CODES)
+    rows = [
+        (
+            str(status),
+            f"`{error.__name__}`",
+            (inspect.getdoc(error) or "").partition("\n")[0],
+            f"`{codes[error]}`" if error in codes else "",
+            f"{of_calls[error].name} ({of_calls[error].value})" if error in of_calls else "",
+        )
+        for error, status in sorted(STATUSES, key=lambda entry: entry[1])
+    ]
+    return "\n".join(
+        [
+            "# Errors",
+            "",
+            _NOTICE,
+            *paragraph(
+                "Every error of the API has a JSON body with one key, `message`. An expected error has one of the",
+                "classes below (`skep/errors.py`, `skep/api/errors.py`), which determines its status. Any other",
+                "exception is a 500 with a short text; its traceback is in the log.",
+            ),
+            *paragraph(
+                "Errors of the swarm half have Docker's form, `rpc error: code = CODE desc = TEXT`, with the code of",
+                "the fourth column. The last column is the gRPC status of calls between nodes and managers.",
+            ),
+            *table(("HTTP status", "class", "meaning", "code in the text", "gRPC status"), rows),
+            "",
+        ]
+    )
+
+
 # --- all ------------------------------------------------------------------------------------------------------
 
 PAGES: Mapping[str, Callable[[], str]] = {
@@ -646,6 +685,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/cli.md": cli,
     "docs/reference/limits.md": limits,
     "docs/reference/events.md": events,
+    "docs/reference/errors.md": api_errors,
     "packaging/skep.1": man_page,
 }
 
