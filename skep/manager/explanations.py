@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from skep.manager.orchestrator.jobs import is_done, iteration_of
 from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
 from skep.manager.orchestrator.slots import wanted as wanted_of
+from skep.manager.orchestrator.update import step_seconds_max
 from skep.manager.scheduler.explain import NodeVerdict
-from skep.manager.update_explanations import UpdateExplanation, explain_update
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
-from skep.model.service import Service, UpdateStatus
+from skep.model.service import UNDER_WAY, Service, UpdateStatus
 from skep.model.task import Restart, Task, TaskState
-from skep.model.times import SECOND_NS, Timestamp, unix_ns
+from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 
 REASONS_MAX = 10
 """Different reasons that the explanation of a service lists, the most frequent first."""
@@ -54,6 +54,15 @@ class Reason(ApiObject):
     example: TaskId
     summary: str = always("")
     tasks: int = always(0)
+
+
+class UpdateExplanation(ApiObject):
+    """Of an update, or a rollback, that is under way."""
+
+    deadline: Timestamp | None = None
+    """When the update fails without progress; None: it waits for time to pass."""
+    step: str = always("")
+    waiting_for: str = always("")
 
 
 class ServiceExplanation(ApiObject):
@@ -299,3 +308,45 @@ def _hostname(node: Node | None, task: Task) -> str:
 
 def _because(error: str) -> str:
     return f": {error}" if error else ""
+
+
+# -- the progress of an update ---------------------------------------------------------------------------------------
+
+
+def explain_update(
+    service: Service,
+    tasks: Iterable[Task],
+    *,
+    is_new: Callable[[Task], bool],
+    nodes: Mapping[NodeId, Node],
+    summary: Callable[[Task, Node | None], str],
+) -> UpdateExplanation | None:
+    """The progress of the update of ``service``; None: there is none.
+
+    Args:
+        is_new: whether a task matches the present spec.
+        summary: one sentence about a task.
+    """
+    if service.update_status is None or service.update_status.state not in UNDER_WAY:
+        return None
+    wanted = [task for task in tasks if task.is_wanted]
+    new = [task for task in wanted if is_new(task)]
+    slots = set(map(_slot, wanted))
+    done = {_slot(task) for task in new if task.status.state is TaskState.RUNNING}
+    step = f"{len(done)} of {len(slots)} tasks are new"
+    leads = [task for task in new if task.status.state is not TaskState.RUNNING]
+    if not leads:
+        is_last = len(done) == len(slots)
+        words = "the monitor time of the last step" if is_last else "the delay before the next step"
+        return UpdateExplanation(step=step, waiting_for=words)
+    first = min(leads, key=lambda task: (task.created_at, task.id))
+    return UpdateExplanation(
+        step=step,
+        waiting_for=f"task {first.id}: {summary(first, nodes.get(first.node_id))}",
+        deadline=timestamp(unix_ns(first.created_at) + round(step_seconds_max(service.spec) * SECOND_NS)),
+    )
+
+
+def _slot(task: Task) -> tuple[int, NodeId]:
+    """A global service's tasks have their node as slot."""
+    return task.slot, NodeId("") if task.slot else task.node_id

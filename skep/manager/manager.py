@@ -47,8 +47,7 @@ from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.relay import Relay
 from skep.manager.incarnation import Incarnation
 from skep.manager.keys import StoreKeys, WrappingKeys
-from skep.manager.link.loop import ManagerLink
-from skep.manager.link.relays import LinkRelays
+from skep.manager.link.loop import LinkRelays, ManagerLink
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import loops
 from skep.manager.manager_status import ManagerStatusWriter

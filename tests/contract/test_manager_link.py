@@ -15,8 +15,7 @@ from skep.errors import PermissionDenied
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
-from skep.manager.link.loop import ManagerLink
-from skep.manager.link.relays import LinkRelays
+from skep.manager.link.loop import LinkRelays, ManagerLink
 from skep.manager.logbroker.broker import IncompleteLogs, LogBroker
 from skep.model.ids import NodeId, new_id
 from skep.model.logs import LogLine, LogQuery

@@ -5,7 +5,7 @@ either counts, since it was sent and received.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence, Set
 from contextlib import AbstractAsyncContextManager
 from random import Random
 
@@ -22,12 +22,14 @@ from skep.manager.link.last_seen import LastSeen
 from skep.manager.manager_list import affects_managers
 from skep.manager.overload import Overload
 from skep.model.ids import NodeId
+from skep.model.logs import LogQuery
 from skep.model.node import Node
 from skep.store.interface import Commit, Store, View
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from skep.wire.client import Channel
+from skep.wire.convert.logs import query_to_pb
 from skep.wire.methods import Access
 from skep.wire.service import Handler, both_stream
 
@@ -207,3 +209,23 @@ class ManagerLink:
             return check_caller(self._store.view(), caller.identity, Access.MANAGER)
         except PermissionDenied:
             return False
+
+
+class LinkRelays:
+    """Implements ``logbroker.broker.Relays``."""
+
+    def __init__(self, link: ManagerLink) -> None:
+        self._link = link
+
+    async def relay_logs(
+        self, manager: NodeId, query: LogQuery, nodes: Sequence[NodeId]
+    ) -> AsyncGenerator[skep.RelayedLogs, None]:
+        """The logs of ``nodes`` as relayed by ``manager``; ends when all of them have ended.
+
+        A manager that falls silent loses the link, and with it this stream.  Raises: Unavailable.
+        """
+        selector, options = query_to_pb(query)
+        async with self._link.channel(manager).stream(methods.RELAY_LOGS) as call:
+            await call.send(skep.LogRelay(selector=selector, options=options, node_ids=nodes), end=True)
+            async for message in call:
+                yield message

@@ -5,7 +5,7 @@ when they change.  So a cluster without failures writes nothing, whatever its si
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import structlog
@@ -24,11 +24,10 @@ from skep.manager.probes.directory import (
     targets_for,
 )
 from skep.manager.probes.plan import ALL_PAIRS_MAX, Plan
-from skep.manager.probes.records import PathRecord, record_paths
-from skep.manager.probes.results import ProbeResults
+from skep.manager.probes.records import WRITTEN_MAX, PathRecord, record_paths
 from skep.model.ids import NetworkId, NodeId
-from skep.model.node import Node
-from skep.model.paths import DiagnosticsRequest, NetworkNames, PathPeer, PathReport, ProbeTargets
+from skep.model.node import FailingPath, Node
+from skep.model.paths import DiagnosticsRequest, NetworkNames, PathCheck, PathPeer, PathReport, ProbeTargets
 from skep.model.planes import data_path_port, probes_paths
 from skep.model.swarm import Swarm
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
@@ -240,6 +239,50 @@ def _planned(
 ) -> tuple[Directory, Plan]:
     directory = directory_of(nodes, data_path_port(swarms))
     return directory, Plan(directory.peers, networks)
+
+
+_RANK: dict[str, int] = {
+    PathCheck.OVERLAY: 0,
+    PathCheck.ENCRYPTED: 1,
+    PathCheck.CONTROL: 2,
+    PathCheck.ETCD: 3,
+}
+"""Order of writing, if there are too many."""
+
+
+class ProbeResults:
+    """The results of one node, in one session.
+
+    ``stored``: the failing paths written before; they count until the node reports something else.
+    """
+
+    def __init__(self, stored: Iterable[FailingPath]) -> None:
+        self._failing: dict[NodeId, tuple[FailingPath, ...]] = {}
+        for path in stored:
+            self._failing[path.peer] = (*self._failing.get(path.peer, ()), path)
+
+    def record(self, reports: Iterable[PathReport], peers: Mapping[NodeId, PathPeer]) -> None:
+        """Record reports.  Those about others than ``peers``, or of a first round, are ignored."""
+        for report in reports:
+            peer = peers.get(report.peer)
+            if peer is None or not report.is_settled:
+                continue
+            self._failing[peer.node_id] = tuple(
+                FailingPath(
+                    peer=peer.node_id, hostname=peer.hostname, check=finding.check.value, port=finding.port
+                )
+                for finding in report.failing
+            )
+
+    def retain(self, peers: Collection[NodeId]) -> None:
+        """Forget all nodes but ``peers``, which are no longer probed."""
+        self._failing = {id: paths for id, paths in self._failing.items() if id in peers}
+
+    def failing(self) -> tuple[FailingPath, ...]:
+        """The failing paths to write: at most ``WRITTEN_MAX``, those of containers' traffic first."""
+        paths = [path for paths in self._failing.values() for path in paths]
+        paths.sort(key=lambda path: (_RANK.get(path.check, len(_RANK)), path.peer, path.check))
+        return tuple(paths[:WRITTEN_MAX])
 
 
 class _Stream(NodeStream):

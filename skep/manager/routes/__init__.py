@@ -16,14 +16,12 @@ from skep.manager.routes import (
     evictions,
     explain,
     files,
-    lag,
     logs,
     networks,
     nodes,
-    quorum,
     runs,
     services,
-    store,
+    state,
     swarm,
     tasks,
     warnings,
@@ -47,10 +45,8 @@ _TABLES = (
     runs.routes,
     backup.routes,
     doctor.routes,
-    lag.routes,
-    quorum.routes,
+    state.routes,
     warnings.routes,
-    store.routes,
 )
 
 

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.cli.explain import about_service
-from skep.manager.explanations import explain_service
-from skep.manager.update_explanations import UpdateExplanation
+from skep.manager.explanations import UpdateExplanation, explain_service
 from skep.model.encoding import to_json
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState, TaskStatus

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from skep.aio.clock import SystemClock
 from skep.errors import InvalidArgument, PermissionDenied, Unavailable
-from skep.manager.discovery.conflicts import data_path_warnings
 from skep.manager.dispatcher.registration import (
     Registration,
     RegistrationRate,
@@ -18,6 +17,7 @@ from skep.manager.dispatcher.registration import (
     take_session,
 )
 from skep.manager.dispatcher.statuses import STATUS_BYTES_MAX, Report, bounded, newer_status, record_status
+from skep.manager.routes.warnings import data_path_warnings
 from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SessionId, TaskId
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState

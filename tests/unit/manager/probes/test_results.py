@@ -1,7 +1,7 @@
 """What is written of a node's reports."""
 
 from skep.manager.probes.records import WRITTEN_MAX
-from skep.manager.probes.results import ProbeResults
+from skep.manager.probes.streams import ProbeResults
 from skep.model.ids import NodeId
 from skep.model.node import FailingPath
 from skep.model.paths import PathCheck, PathFinding, PathPeer, PathReport

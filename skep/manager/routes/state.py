@@ -1,0 +1,47 @@
+"""The state of this manager, from what it knows locally: the routes respond also without a leader.  Ours, not Docker's.
+
+``/skep/quorum``: whether there is a leader; ``/skep/cluster/store``: how full its copy of the store is;
+``/_skep/lag``, on the manager's own socket only: the delays of its event loop since its start.
+"""
+
+from aiohttp import web
+from msgspec.structs import replace
+
+from skep.api.server import Routes, json_answer
+from skep.errors import Unavailable
+from skep.manager.routes.access import manager_of
+from skep.model.encoding import ApiObject
+
+routes = Routes()
+
+
+@routes.get("/skep/quorum")
+async def show_quorum(request: web.Request) -> web.Response:
+    """For ``docker info`` and ``skep status``, before any request that would wait for a leader."""
+    manager = manager_of(request)
+    return json_answer(replace(manager.quorum(), own_error=manager.own_error()))
+
+
+class StoreAnswer(ApiObject):
+    """In bytes: the file, what is in use of it, and the quota."""
+
+    size: int
+    in_use: int
+    quota: int
+    summary: str
+
+
+@routes.get("/skep/cluster/store")
+async def store_space(request: web.Request) -> web.Response:
+    """Raises: Unavailable: the store has no file (tests)."""
+    space = await manager_of(request).store.space()
+    if space is None:
+        raise Unavailable("this manager's store has no file")
+    summary = f"{space.summary}; reached its quota" if space.has_alarm else space.summary
+    return json_answer(StoreAnswer(size=space.size, in_use=space.in_use, quota=space.quota, summary=summary))
+
+
+@routes.get("/_skep/lag")
+async def loop_lag(request: web.Request) -> web.Response:
+    """The measure that benchmarks and tests of responsiveness read."""
+    return json_answer(manager_of(request).lag.seen())
