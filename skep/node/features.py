@@ -18,6 +18,9 @@ from pathlib import Path
 import msgspec
 
 from skep.dataplane.netns.forwarding import ipv6_refusal
+from skep.dataplane.plan.wireguard import Change
+from skep.dataplane.wireguard import kernel
+from skep.dataplane.wireguard.keys import new_private_key
 
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
@@ -65,6 +68,9 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
         """Whether one of those works that ``detect`` tries."""
         return feature not in self.missing
 
+
+_IN_NAMESPACE = frozenset({"veth", "bridge", "vxlan", "wireguard", "nftables", "route-localnet"})
+"""What is tried out by making it, which must not happen in the machine's own network namespace."""
 
 _CONSEQUENCES = {
     "veth": "containers get no network of their own",
@@ -116,8 +122,11 @@ def detect(data_dir: Path, nft: str = "nft") -> Features:
     def probe() -> None:
         if refusal := ipv6_refusal():  # a new namespace has IPv6 even where the machine's is turned off
             missing["ipv6-egress"] = refusal
-        _libc.unshare(_CLONE_NEWNET)
+        refusal = "" if _libc.unshare(_CLONE_NEWNET) == 0 else os.strerror(ctypes.get_errno())
         for name, attempt in _attempts(data_dir, nft).items():
+            if refusal and name in _IN_NAMESPACE:
+                missing[name] = f"no network namespace can be made: {refusal}"
+                continue
             try:
                 attempt()
             except (OSError, subprocess.SubprocessError) as error:
@@ -141,7 +150,7 @@ def _attempts(data_dir: Path, nft: str) -> dict[str, Callable[[], object]]:
         "veth": lambda: _run("ip", "link", "add", "v0", "type", "veth", "peer", "name", "v1"),
         "bridge": lambda: _run("ip", "link", "add", "b0", "type", "bridge"),
         "vxlan": lambda: _run("ip", "link", "add", "x0", "type", "vxlan", "id", "1", "dstport", "4789"),
-        "wireguard": lambda: _run("ip", "link", "add", "w0", "type", "wireguard"),
+        "wireguard": _try_wireguard,
         "nftables": lambda: _run(nft, "-f", "-", stdin=_DUMMY_TABLE),
         "route-localnet": lambda: (
             Path("/proc/thread-self/net/route").stat()
@@ -167,6 +176,13 @@ def _run(*command: str, stdin: str = "") -> None:
 def _find(program: str) -> None:
     if shutil.which(program) is None:
         raise OSError(f"{program} is not installed")
+
+
+def _try_wireguard() -> None:
+    """Make a device, give it a key and turn it on: a kernel may refuse each of these (rights, lockdown, FIPS)."""
+    _run("ip", "link", "add", "w0", "type", "wireguard")
+    kernel.change_device("w0", Change(private=new_private_key()))
+    _run("ip", "link", "set", "w0", "up")
 
 
 def _try_overlay(data_dir: Path) -> None:

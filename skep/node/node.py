@@ -41,7 +41,7 @@ from skep.dataplane.netns.neighbours import NeighbourTables
 from skep.dataplane.tables import unreachable
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
-from skep.dataplane.wireguard.methods import choose
+from skep.dataplane.wireguard.methods import Refusal, choose, reasons_for_fallback
 from skep.dataplane.wireguard.tunnels import Options
 from skep.engine import apparmor
 from skep.engine.api.containers import create_routes
@@ -55,6 +55,7 @@ from skep.model.conditions import NEIGHBOURS
 from skep.model.ids import NodeId, new_container_id, new_id
 from skep.model.meta import Driver
 from skep.model.node import NodeRole
+from skep.model.wireguard import Method
 from skep.node import info
 from skep.node.background import run_after, run_part, wait_briefly
 from skep.node.cluster_work import NodeWork
@@ -63,6 +64,7 @@ from skep.node.disk_check import DiskCheck
 from skep.node.docker_engine import DockerEngine, with_containers_of
 from skep.node.environment import Environment
 from skep.node.events import NodeEvents
+from skep.node.features import Features
 from skep.node.front.handover import Handover
 from skep.node.front.routing import LocalObjects
 from skep.node.front.server import Front, tls_context
@@ -208,7 +210,7 @@ class Node:
             programs=find_programs(configuration.runc, configuration.conmon),
             conditions=environment.conditions,
             encryption=Options(
-                method=choose(environment.features, configuration.encryption),
+                method=_encryption(environment.features, configuration.encryption),
                 since_boot=self._clock.since_boot,
                 process=environment.processes.new_wireguard,
                 port=configuration.wireguard_port,
@@ -457,6 +459,13 @@ def _registry_policy(configuration: Configuration) -> Policy:
     return Policy(
         insecure=frozenset(configuration.insecure_registries), mirrors=configuration.registry_mirrors
     )
+
+
+def _encryption(features: Features, setting: str) -> Method | Refusal:
+    """How this node encrypts networks; logs why it is not by the kernel's WireGuard where that was allowed."""
+    if reasons := reasons_for_fallback(features, setting):
+        log.info("encrypted networks use wireguard-go, not the kernel's WireGuard", reason=reasons)
+    return choose(features, setting)
 
 
 def _docker_engine(configuration: Configuration) -> DockerEngine | None:

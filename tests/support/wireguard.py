@@ -10,9 +10,9 @@ from skep.model.tables import NetworkHead, Segment, Table, TableNode
 from skep.model.wireguard import PublicKey
 
 
-def numbered_keys() -> Callable[[], bytes]:
+def numbered_keys(start: int = 1) -> Callable[[], bytes]:
     """Makes private keys that are numbered."""
-    numbers = count(1)
+    numbers = count(start)
     return lambda: (8 * next(numbers)).to_bytes(32, "little")
 
 

@@ -71,9 +71,10 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """One WireGuard device, as it should be configured."""
+    """One WireGuard device, as it should be configured.  ``public``: the key that belongs to ``private``."""
 
     private: bytes
+    public: bytes
     port: int
     peers: Mapping[bytes, Peer] = {}
 
@@ -97,8 +98,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Nodes of encrypted networks without a usable key: nothing is sent to them, nothing taken from them."""
 
 
-Session = tuple[int, bytes]
-"""The slot of a device and a peer's public key between which a handshake was completed."""
+Session = tuple[bytes, bytes]
+"""A public key of this node and one of a peer, between which a handshake was completed.
+
+Keys, not devices: what was completed with one key says nothing of the next key of the same device.
+"""
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +113,10 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """What brings a device from what it has to what it should have.  ``removed`` comes first."""
+    """What brings a device from what it has to what it should have.  ``removed`` comes before ``put``.
+
+    ``private``: set together with the removal of all peers, so that none keeps the handshake of the key before.
+    """
 
     private: bytes | None = None
     port: int | None = None
@@ -125,12 +132,12 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FoundPeer(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer as a device has it.  ``has_session``: a handshake with it was completed."""
+    """A peer as a device has it.  ``handshake_at``: of the latest one, wall-clock seconds; 0: none was completed."""
 
     inner: tuple[str, ...] = ()
     keepalive_s: int = 0
     has_endpoint: bool = False
-    has_session: bool = False
+    handshake_at: float = 0.0
 
 
 class FoundDevice(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,7 +193,12 @@ def plan_of(own: NodeId, pairs: Sequence[KeyPair], tables: Iterable[Table], *, p
     vxlan_port = encrypted[0].head.port if encrypted else 0
     return Plan(
         devices={
-            pair.slot: Device(private=pair.private, port=own_port(pair.slot, vxlan_port, port), peers=by_key)
+            pair.slot: Device(
+                private=pair.private,
+                public=pair.public,
+                port=own_port(pair.slot, vxlan_port, port),
+                peers=by_key,
+            )
             for pair in pairs
         }
         if encrypted
@@ -219,32 +231,23 @@ def chosen(plan: Plan, sessions: Collection[Session]) -> Choice:
     Traffic moves to a new key, of this node or of a peer, when a handshake with it was completed, and not before; so
     nothing waits for one.  Where no handshake was completed yet, it is the newest key and the newest device.
     """
-    newest_first = tuple(plan.devices)[::-1]
+    newest_first = tuple(plan.devices.items())[::-1]
     if not newest_first:
         return Choice()
     established = frozenset(sessions)
-    addresses, slots = {}, {}
+    addresses: dict[NodeId, str] = {}
+    slots: dict[str, int] = {}
     for id, peers in plan.peers.items():
         if not peers:
             continue
-        working = [one for one in peers if any((slot, one.public) in established for slot in newest_first)]
-        addresses[id] = (working or peers)[-1].inner
-        for one in peers:
-            slots[one.inner] = next(
-                (slot for slot in newest_first if (slot, one.public) in established), newest_first[0]
-            )
+        by_peer = {
+            one.inner: [slot for slot, device in newest_first if (device.public, one.public) in established]
+            for one in peers
+        }
+        working = [inner for inner, found in by_peer.items() if found]
+        addresses[id] = working[-1] if working else peers[-1].inner
+        slots |= {inner: found[0] if found else newest_first[0][0] for inner, found in by_peer.items()}
     return Choice(addresses=addresses, slots=slots)
-
-
-def needs_older_key(plan: Plan, sessions: Collection[Session]) -> bool:
-    """Whether a peer exchanges packets with this node by its older key and not by its newest one yet."""
-    older, newest = tuple(plan.devices)[:-1], tuple(plan.devices)[-1:]
-    established = frozenset(sessions)
-
-    def works(slots: Collection[int], peers: Iterable[Peer]) -> bool:
-        return any((slot, peer.public) in established for slot in slots for peer in peers)
-
-    return any(works(older, peers) and not works(newest, peers) for peers in plan.peers.values())
 
 
 def tunnelled(table: Table, own: NodeId, addresses: Mapping[NodeId, str]) -> Table:
@@ -266,29 +269,26 @@ def changes(found: FoundDevice, wanted: Device, before: Device | None) -> Change
     """``before``: what this process wanted last; None: it wanted nothing yet.
 
     Peers that stay are never replaced: their sessions go on.  WireGuard follows a peer whose packets come from
-    another address than its endpoint, so an endpoint is set only when the wanted one has changed.
+    another address than its endpoint, so an endpoint is set only when the wanted one has changed.  With another
+    private key all peers are made anew: a device would go on showing the handshakes made with the key before.
     """
+    if found.private != wanted.private:
+        port = wanted.port if found.port != wanted.port else None
+        return Change(private=wanted.private, port=port, put=_sorted(wanted))
     old = before.peers if before is not None else {}
     return Change(
-        private=wanted.private if found.private != wanted.private else None,
         port=wanted.port if found.port != wanted.port else None,
         removed=tuple(sorted(found.peers.keys() - wanted.peers.keys())),
         put=tuple(
             peer
-            for public, peer in sorted(wanted.peers.items())
-            if old.get(public) != peer or not _is_as_wanted(found.peers.get(public), peer)
+            for peer in _sorted(wanted)
+            if old.get(peer.public) != peer or not _is_as_wanted(found.peers.get(peer.public), peer)
         ),
     )
 
 
-def sessions_of(found: Mapping[int, FoundDevice]) -> frozenset[Session]:
-    """The completed handshakes of all devices.  ``found``: by slot."""
-    return frozenset(
-        (slot, public)
-        for slot, device in found.items()
-        for public, peer in device.peers.items()
-        if peer.has_session
-    )
+def _sorted(device: Device) -> tuple[Peer, ...]:
+    return tuple(peer for _, peer in sorted(device.peers.items()))
 
 
 def _is_as_wanted(found: FoundPeer | None, peer: Peer) -> bool:

@@ -114,7 +114,7 @@ def socket_message(change: Change) -> str:
     """``change`` as wireguard-go's socket takes it: lines, ended by an empty one."""
     lines = ["set=1"]
     if change.private is not None:
-        lines.append(f"private_key={change.private.hex()}")
+        lines += ["replace_peers=true", f"private_key={change.private.hex()}"]
     if change.port is not None:
         lines.append(f"listen_port={change.port}")
     for public in change.removed:
@@ -152,7 +152,9 @@ def parsed_device(text: str) -> FoundDevice:
                 case "allowed_ip":
                     peer["inner"] = (*peer["inner"], value.removesuffix("/128"))
                 case "last_handshake_time_sec":
-                    peer["has_session"] = int(value) > 0
+                    peer["handshake_at"] = float(int(value))
+                case "last_handshake_time_nsec":
+                    peer["handshake_at"] += int(value) / 1e9
     except ValueError as error:
         raise Unavailable(f"wireguard-go answers what is not understood: {error}") from error
     return FoundDevice(

@@ -18,9 +18,10 @@ GENERIC = 16
 _CONTROL, _GET_FAMILY, _FAMILY_ID, _FAMILY_NAME = 16, 3, 1, 2
 _FAMILY = b"wireguard\0"
 _GET_DEVICE, _SET_DEVICE, _VERSION = 0, 1, 1
-_IFNAME, _PRIVATE, _PORT, _PEERS = 2, 3, 6, 8
+_IFNAME, _PRIVATE, _DEVICE_FLAGS, _PORT, _PEERS = 2, 3, 5, 6, 8
 _PUBLIC, _FLAGS, _ENDPOINT, _KEEPALIVE, _HANDSHAKE, _ALLOWED = 1, 3, 4, 5, 6, 9
 _REMOVE, _REPLACE_ALLOWED = 1, 2
+_REPLACE_PEERS = 1
 _IP_FAMILY, _IP_ADDRESS, _IP_LENGTH = 1, 2, 3
 _HEADER = struct.Struct("=BBxx")
 _PEERS_AT_ONCE = 100
@@ -43,11 +44,11 @@ def change_device(name: str, change: Change) -> None:
 
 
 def encoded(name: str, change: Change) -> Iterator[bytes]:
-    """The messages of a change; what is removed comes first."""
+    """The messages of a change; what is removed comes before what is put, with a new private key all peers are."""
     head = _HEADER.pack(_SET_DEVICE, _VERSION) + attribute(_IFNAME, name.encode() + b"\0")
     own = b""
     if change.private is not None:
-        own += attribute(_PRIVATE, change.private)
+        own += _number(_DEVICE_FLAGS, _REPLACE_PEERS) + attribute(_PRIVATE, change.private)
     if change.port is not None:
         own += attribute(_PORT, struct.pack("=H", change.port))
     if own:
@@ -78,13 +79,13 @@ def decoded(messages: Iterable[bytes]) -> FoundDevice:
 
 def _decoded_peer(found: dict[int, bytes], before: FoundPeer) -> FoundPeer:
     keepalive = struct.unpack("=H", found[_KEEPALIVE][:2])[0] if _KEEPALIVE in found else 0
-    handshake_s = struct.unpack("=q", found[_HANDSHAKE][:8])[0] if _HANDSHAKE in found else 0
+    seconds, nanoseconds = struct.unpack("=qq", found[_HANDSHAKE][:16]) if _HANDSHAKE in found else (0, 0)
     allowed = [dict(attributes(one)) for _, one in attributes(found.get(_ALLOWED, b""))]
     return FoundPeer(
         inner=(*before.inner, *map(_decoded_address, allowed)),
         keepalive_s=keepalive or before.keepalive_s,
         has_endpoint=_ENDPOINT in found or before.has_endpoint,
-        has_session=handshake_s > 0 or before.has_session,
+        handshake_at=seconds + nanoseconds / 1e9 or before.handshake_at,
     )
 
 

@@ -1,10 +1,10 @@
-"""The node's own WireGuard key pairs: made here, kept in one file on tmpfs, rotated, never sent anywhere.
+"""The node's own WireGuard key pairs: made here, kept in one file on tmpfs, never sent anywhere.
 
 Two key pairs exist while the key rotates, each with a WireGuard device of its own (``slot`` 0 or 1) and a UDP port of
-its own.  Peers that know only the older key go on with it until they have learned the newer one.
+its own (``plan/rotation.py``).  Peers that know only the older key go on with it until they have learned the newer one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,11 +16,6 @@ from skep.linux.files import replace_file
 
 log = structlog.get_logger()
 
-ROTATION_S = 24 * 3600.0
-"""After which a key pair is replaced.  Session keys are WireGuard's own matter: it makes new ones every two minutes."""
-OVERLAP_S_MIN = 300.0
-"""For which both key pairs are used at least: tables reach peers, and packets under way arrive."""
-
 
 def new_private_key() -> bytes:
     """32 bytes of the system's randomness, in the form that WireGuard shows (RFC 7748, section 5, clamped)."""
@@ -28,34 +23,6 @@ def new_private_key() -> bytes:
     key[0] &= 248
     key[31] = key[31] & 127 | 64
     return bytes(key)
-
-
-def rotated(
-    pairs: Sequence[KeyPair],
-    now: float,
-    make: Callable[[], bytes],
-    *,
-    rotation_s: float = ROTATION_S,
-) -> tuple[KeyPair, ...]:
-    """The key pairs from ``now`` on, the oldest first: a newer one is added when the newest is due.
-
-    The newer one takes the slot that the newest does not have, and replaces whatever had it: a peer that has not
-    learned of a key for a whole rotation loses contact.
-    """
-    newest = pairs[-1] if pairs else None
-    if newest is not None and 0 <= now - newest.made_at < rotation_s:
-        return tuple(pairs)
-    fresh = KeyPair(private=make(), slot=1 - newest.slot if newest is not None else 0, made_at=now)
-    return (newest, fresh) if newest is not None else (fresh,)
-
-
-def without_replaced(
-    pairs: Sequence[KeyPair], now: float, *, is_needed: bool, overlap_s: float = OVERLAP_S_MIN
-) -> tuple[KeyPair, ...]:
-    """``pairs`` without the older one, once both were used for ``overlap_s`` and no peer needs it any more."""
-    if len(pairs) > 1 and not is_needed and now - pairs[-1].made_at >= overlap_s:
-        return tuple(pairs[-1:])
-    return tuple(pairs)
 
 
 def load(path: Path) -> tuple[KeyPair, ...]:

@@ -1,6 +1,6 @@
 """Which WireGuard this node uses: as configured, else the first that works here, else none.  Never plain text."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -34,10 +34,25 @@ class Refusal(msgspec.Struct, frozen=True):
 
 def choose(features: Features, setting: str = "auto") -> Method | Refusal:
     """``setting``: ``auto``, ``kernel`` or ``wireguard-go``."""
-    reasons: dict[str, None] = {}
     for method in _ORDER[setting]:
-        lacking = [name for name in _NEEDS[method] if name in features.missing]
-        if not lacking:
+        if not _lacking(features, method):
             return method
-        reasons |= {f"{name}: {features.missing[name]}": None for name in lacking}
-    return Refusal(f"this node cannot encrypt overlay networks ({'; '.join(reasons)})")
+    return Refusal(
+        f"this node cannot encrypt overlay networks ({_reasons_against(features, _ORDER[setting])})"
+    )
+
+
+def reasons_for_fallback(features: Features, setting: str = "auto") -> str:
+    """Why ``choose`` did not take the first method; empty: it did, or it took none."""
+    method, order = choose(features, setting), _ORDER[setting]
+    return _reasons_against(features, order[: order.index(method)]) if isinstance(method, Method) else ""
+
+
+def _reasons_against(features: Features, methods: Iterable[Method]) -> str:
+    """What each of ``methods`` needs and the machine lacks, with the kernel's errors."""
+    lacking = {name: None for method in methods for name in _lacking(features, method)}
+    return "; ".join(f"{name}: {features.missing[name]}" for name in lacking)
+
+
+def _lacking(features: Features, method: Method) -> list[str]:
+    return [name for name in _NEEDS[method] if name in features.missing]

@@ -25,6 +25,15 @@ from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.netns.state import Address, Link, Route, State
 from skep.dataplane.plan.overlay import LOOPBACK, LOOPBACK_MTU, Underlay
 from skep.dataplane.plan.packet_filter import tunnel_sources
+from skep.dataplane.plan.rotation import (
+    Handshake,
+    Limits,
+    Overlap,
+    handshakes_of,
+    next_pairs,
+    noted,
+    observed,
+)
 from skep.dataplane.plan.wireguard import (
     INNER_PORT_OFFSET,
     Choice,
@@ -36,10 +45,8 @@ from skep.dataplane.plan.wireguard import (
     chosen,
     device_name,
     inner_address,
-    needs_older_key,
     own_port,
     plan_of,
-    sessions_of,
     tunnel_mtu,
     tunnelled,
 )
@@ -100,8 +107,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     since_boot: Callable[[], float]
     process: Callable[[int], Process] | None = None
     port: int = 0
-    rotation_s: float = keys.ROTATION_S
-    overlap_s: float = keys.OVERLAP_S_MIN
+    limits: Limits = Limits()
 
 
 NO_ENCRYPTION = Options(method=Refusal("this node cannot encrypt overlay networks"), since_boot=lambda: 0.0)
@@ -143,7 +149,9 @@ class Tunnels:
         self._underlay = Underlay("")
         self._pairs: tuple[KeyPair, ...] = ()
         self._plan = Plan()
-        self._sessions: frozenset[Session] | None = None
+        self._handshakes: Mapping[Session, Handshake] | None = None
+        """None: the devices were not read yet."""
+        self._overlap = Overlap()
         self._choice = Choice()
         self._followed: Mapping[NodeId, str] = {}
         """The addresses that overlays have followed."""
@@ -279,15 +287,6 @@ class Tunnels:
         if self._choice.slots != before.slots:
             await self._reroute(before)
             await self._settle()
-        needs_older = needs_older_key(self._plan, self._sessions or ())
-        self._keep(
-            keys.without_replaced(
-                self._pairs,
-                self._options.since_boot(),
-                is_needed=needs_older,
-                overlap_s=self._options.overlap_s,
-            )
-        )
         self._say(unreachable(self._plan))
 
     def _decide(self) -> None:
@@ -296,12 +295,23 @@ class Tunnels:
             return
         pairs = self._own_keys()
         self._plan = plan_of(self._node, pairs, self._tables or (), port=self._options.port)
-        self._choice = chosen(self._plan, self._sessions or ())
+        self._choice = chosen(self._plan, self._handshakes or ())
 
     def _own_keys(self) -> tuple[KeyPair, ...]:
-        pairs = self._pairs or keys.load(self._keys_path)
-        now = self._options.since_boot()
-        self._keep(keys.rotated(pairs, now, keys.new_private_key, rotation_s=self._options.rotation_s))
+        """As they are due now."""
+        pairs, now = self._pairs or keys.load(self._keys_path), self._clock.monotonic()
+        if self._handshakes is not None or self._tables == ():
+            self._overlap = observed(self._overlap, pairs, self._plan.peers, self._handshakes or {}, now)
+        self._keep(
+            next_pairs(
+                pairs,
+                self._overlap,
+                keys.new_private_key,
+                boot_s=self._options.since_boot(),
+                now=now,
+                limits=self._options.limits,
+            )
+        )
         return self._pairs
 
     def _keep(self, pairs: tuple[KeyPair, ...]) -> None:
@@ -324,28 +334,29 @@ class Tunnels:
                 await self._pins.create(NAMESPACE, SYSCTLS)
                 self._reconciler.reset()
                 self._placed = {}
-            if self._sessions is None:
-                self._sessions = await self._found_sessions()
+            if self._handshakes is None:
+                self._handshakes = await self._found_handshakes()
 
     async def _close(self) -> None:
         if os.path.exists(self.namespace):
             await pinned.remove(self._pins, NAMESPACE)
             log.info("wireguard tunnels removed")
         self._reconciler.reset()
-        self._placed, self._sessions = {}, None
+        self._placed, self._handshakes = {}, None
         self._configured.clear()
         self._say("")
 
-    async def _found_sessions(self) -> frozenset[Session]:
-        """What an earlier node process left: traffic goes on as it does."""
-        found = {}
-        for pair in self._own_keys():
-            name = device_name(self._run_directory, pair.slot)
+    async def _found_handshakes(self) -> Mapping[Session, Handshake]:
+        """Those of devices that an earlier node process left: traffic goes on by them."""
+        found, pairs = [], self._own_keys()
+        for pair in pairs:
             try:
-                found[pair.slot] = await self._devices.read(name, self.namespace)
+                found.append(
+                    await self._devices.read(device_name(self._run_directory, pair.slot), self.namespace)
+                )
             except SkepError:
                 continue
-        return sessions_of(found)
+        return noted({}, handshakes_of(found, pairs), self._clock.monotonic())
 
     async def _settle(self) -> None:
         """Addresses, routes and rules of the devices that are there."""
@@ -420,15 +431,17 @@ class Tunnels:
             self._placed = placed
 
     async def _configure(self) -> None:
-        found = {}
+        found = []
         for slot in self._placed:
             wanted, name = self._plan.devices[slot], device_name(self._run_directory, slot)
-            found[slot] = await self._devices.read(name, self.namespace)
-            change = changes(found[slot], wanted, self._configured.get(slot))
+            device = await self._devices.read(name, self.namespace)
+            change = changes(device, wanted, self._configured.get(slot))
             if change.is_needed:
                 await self._devices.write(name, self.namespace, change)
             self._configured[slot] = wanted
-        self._sessions = sessions_of(found)
+            found.append(device)
+        handshakes = handshakes_of(found, self._pairs)
+        self._handshakes = noted(self._handshakes or {}, handshakes, self._clock.monotonic())
 
     def _note(self, error: str) -> None:
         """Log what keeps going wrong once."""

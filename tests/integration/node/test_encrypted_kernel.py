@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.dataplane.plan.rotation import Limits
 from skep.model.wireguard import Method
 from skep.node.features import detect
 from tests.integration.node import test_encrypted_overlay as by_process
@@ -35,8 +36,9 @@ async def test_nothing_readable_leaves(tmp_path: Path) -> None:
 
 
 async def test_keys_change_under_load_without_a_loss(tmp_path: Path) -> None:
-    async with by_process.a_pair(tmp_path, method=Method.KERNEL, rotation_s=40.0, overlap_s=25.0) as pair:
-        await by_process.rotate_under_load(pair, 130.0)
+    limits = Limits(period_s=20.0, overlap_s=10.0)
+    async with by_process.a_pair(tmp_path, method=Method.KERNEL, limits=limits) as pair:
+        await by_process.rotate_under_load(pair, 70.0)
 
 
 async def test_a_deleted_device_is_made_anew_and_nothing_leaves_meanwhile(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from skep.dataplane.netns.namespaces import inside
+from skep.dataplane.plan.rotation import Limits
 from skep.dataplane.plan.wireguard import device_name
 from skep.dataplane.wireguard.tunnels import Options
 from skep.model.ids import NodeId
@@ -37,6 +38,7 @@ pytestmark = [pytest.mark.needs("root", "ip", "nsenter", "wireguard-go"), pytest
 PLAIN_TWO = msgspec.structs.replace(SECURE_TWO, is_encrypted=False)
 ADDRESSES = ("10.0.2.5", "10.0.2.6")
 WIREGUARD, PLAIN_VXLAN = (4799, 4800), 4789
+DAILY = Limits()
 
 
 class Pair(msgspec.Struct):
@@ -71,11 +73,10 @@ async def a_pair(
     head: NetworkHead = SECURE_TWO,
     *,
     method: Method = Method.USER_SPACE,
-    rotation_s: float = 1e9,
-    overlap_s: float = 1e9,
+    limits: Limits = DAILY,
 ) -> AsyncIterator[Pair]:
     def timed(options: Options) -> Options:
-        return msgspec.structs.replace(options, method=method, rotation_s=rotation_s, overlap_s=overlap_s)
+        return msgspec.structs.replace(options, method=method, limits=limits)
 
     async with secure_lab(root, 2, options=timed) as secure:
         ends = [
@@ -159,7 +160,7 @@ async def test_plain_vxlan_that_is_injected_reaches_no_container(tmp_path: Path)
 
 
 async def test_keys_change_under_load_without_a_loss(tmp_path: Path) -> None:
-    async with a_pair(tmp_path, rotation_s=6.0, overlap_s=4.0) as pair:
+    async with a_pair(tmp_path, limits=Limits(period_s=6.0, overlap_s=4.0)) as pair:
         await rotate_under_load(pair, 20.0)
 
 
@@ -183,7 +184,7 @@ async def rotate_under_load(pair: Pair, seconds: float) -> None:
 
 
 async def test_a_peer_that_hears_late_of_a_new_key_is_reached_by_the_older_one(tmp_path: Path) -> None:
-    async with a_pair(tmp_path, rotation_s=3.0, overlap_s=0.5) as pair:
+    async with a_pair(tmp_path, limits=Limits(period_s=3.0, overlap_s=0.5)) as pair:
         late = pair.nodes[0].public_keys()
         async with asyncio.timeout(10):
             while len(pair.nodes[0].public_keys()) < 2:
@@ -196,6 +197,37 @@ async def test_a_peer_that_hears_late_of_a_new_key_is_reached_by_the_older_one(t
         with Pings(*pair.ends).running() as pings:
             await pings.wait_arrived(300)
         assert pings.sent == len(pings.arrived)
+
+
+async def test_a_peer_that_does_not_hear_of_new_keys_holds_up_no_packet_of_others(tmp_path: Path) -> None:
+    """The third node has the first tables only, the others get every table: nothing is lost to either."""
+
+    def timed(options: Options) -> Options:
+        return msgspec.structs.replace(options, limits=Limits(period_s=3.0, overlap_s=0.5))
+
+    async with secure_lab(tmp_path, 3, options=timed) as secure:
+        lab, networks = secure.lab, secure.networks
+        addresses = (*ADDRESSES, "10.0.2.7")
+        ends = [
+            await node.attach(network, place(SECURE_TWO, f"{address}/24"))
+            for node, network, address in zip(lab.nodes, networks, addresses, strict=True)
+        ]
+        lab.tell(SECURE_TWO)
+        await lab.apply(networks)
+        for address in addresses[1:]:
+            await wait_reaches(ends[0], address)
+        one, other, late = (
+            End(Path(end.netns), address) for end, address in zip(ends, addresses, strict=True)
+        )
+        with Pings(one, other).running() as pings, Pings(one, late).running() as late_pings:
+            began = CLOCK.monotonic()
+            while CLOCK.monotonic() - began < 3 * 3.0:
+                lab.tell(SECURE_TWO)
+                await lab.apply(networks[:2])
+                await pings.wait_arrived(20)
+        assert len(lab.nodes[0].public_keys()) == 2, "the older one is in use, so there is no third"
+        for stream in (pings, late_pings):
+            assert [number for number, _ in stream.arrived] == list(range(stream.sent))
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])

@@ -11,13 +11,12 @@ from skep.dataplane.plan.wireguard import (
     Device,
     FoundDevice,
     FoundPeer,
+    Session,
     changes,
     chosen,
     device_name,
     inner_address,
-    needs_older_key,
     plan_of,
-    sessions_of,
     tunnel_mtu,
     tunnelled,
 )
@@ -95,35 +94,42 @@ def test_a_node_that_left_every_encrypted_network_is_removed_at_once() -> None:
 def test_traffic_moves_to_a_peers_new_key_when_its_session_is_there() -> None:
     plan = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (THEIRS, THEIRS_NEXT)})])
     old, new = inner_address(THEIRS.public), inner_address(THEIRS_NEXT.public)
-    assert chosen(plan, {(0, THEIRS.public)}).addresses == {N2: old}
-    assert chosen(plan, {(0, THEIRS.public), (0, THEIRS_NEXT.public)}).addresses == {N2: new}
+    by_old, by_new = (OWN.public, THEIRS.public), (OWN.public, THEIRS_NEXT.public)
+    assert chosen(plan, {by_old}).addresses == {N2: old}
+    assert chosen(plan, {by_old, by_new}).addresses == {N2: new}
     assert chosen(plan, ()).addresses == {N2: new}, "nothing works yet: the newest is tried"
 
 
 def test_traffic_moves_to_the_own_new_key_when_its_session_is_there() -> None:
     plan = plan_of(N1, (OWN, OWN_NEXT), [a_secure_table({"n1": (OWN, OWN_NEXT), "n2": (THEIRS,)})])
     inner = inner_address(THEIRS.public)
-    assert chosen(plan, {(0, THEIRS.public)}).slots == {inner: 0}
-    assert chosen(plan, {(0, THEIRS.public), (1, THEIRS.public)}).slots == {inner: 1}
+    by_old, by_new = (OWN.public, THEIRS.public), (OWN_NEXT.public, THEIRS.public)
+    assert chosen(plan, {by_old}).slots == {inner: 0}
+    assert chosen(plan, {by_old, by_new}).slots == {inner: 1}
 
 
-def test_the_older_key_is_needed_while_a_peer_has_nothing_else() -> None:
-    plan = plan_of(N1, (OWN, OWN_NEXT), [a_secure_table({"n1": (OWN,), "n2": (THEIRS,), "n3": (THIRD,)})])
-    both = {(0, THEIRS.public), (1, THEIRS.public)}
-    assert needs_older_key(plan, {*both, (0, THIRD.public)})
-    assert not needs_older_key(plan, {*both, (0, THIRD.public), (1, THIRD.public)})
-    assert not needs_older_key(plan, both), "a node that was never reached needs no key"
+def test_a_handshake_with_the_key_that_a_device_had_before_is_none_with_the_present_one() -> None:
+    third = a_pair(21, slot=0)
+    plan = plan_of(N1, (OWN_NEXT, third), [a_secure_table({"n1": (OWN_NEXT, third), "n2": (THEIRS,)})])
+    sessions = {(OWN.public, THEIRS.public), (OWN_NEXT.public, THEIRS.public)}
+    assert chosen(plan, sessions).slots == {inner_address(THEIRS.public): 1}
 
 
-@given(st.sets(st.sampled_from([(slot, pair.public) for slot in (0, 1) for pair in (THEIRS, THEIRS_NEXT)])))
-def test_while_anything_works_what_is_chosen_works(sessions: set[tuple[int, bytes]]) -> None:
+@given(
+    st.sets(
+        st.sampled_from(
+            [(own.public, peer.public) for own in (OWN, OWN_NEXT) for peer in (THEIRS, THEIRS_NEXT)]
+        )
+    )
+)
+def test_while_anything_works_what_is_chosen_works(sessions: set[Session]) -> None:
     plan = plan_of(
         N1, (OWN, OWN_NEXT), [a_secure_table({"n1": (OWN, OWN_NEXT), "n2": (THEIRS, THEIRS_NEXT)})]
     )
     choice = chosen(plan, sessions)
     address = choice.addresses[N2]
     keys = {inner_address(pair.public): pair.public for pair in (THEIRS, THEIRS_NEXT)}
-    assert not sessions or (choice.slots[address], keys[address]) in sessions
+    assert not sessions or (plan.devices[choice.slots[address]].public, keys[address]) in sessions
 
 
 def test_the_tunnelled_table_has_tunnel_addresses_and_a_port_of_its_own() -> None:
@@ -169,9 +175,14 @@ def test_an_endpoint_is_set_when_the_node_has_moved() -> None:
     assert changes(_as_made(before), after, before).put == (after.peers[THEIRS.public],)
 
 
-def test_sessions_are_those_with_a_completed_handshake() -> None:
-    found = FoundDevice(peers={THEIRS.public: FoundPeer(has_session=True), THIRD.public: FoundPeer()})
-    assert sessions_of({1: found}) == {(1, THEIRS.public)}
+def test_a_device_with_another_key_gets_all_its_peers_anew() -> None:
+    """They would go on showing the handshakes that were made with the key before."""
+    table = a_secure_table({"n1": (OWN,), "n2": (THEIRS,), "n3": (THIRD,)})
+    before, after = (plan_of(N1, (pair,), [table]).devices[0] for pair in (OWN, a_pair(21)))
+    change = changes(_as_made(before), after, before)
+    assert change.private == after.private
+    assert {peer.public for peer in change.put} == {THEIRS.public, THIRD.public}
+    assert change.removed == ()
 
 
 def test_a_packet_of_the_tunnels_mtu_fits_when_it_is_encrypted() -> None:

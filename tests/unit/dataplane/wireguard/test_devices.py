@@ -24,7 +24,7 @@ preshared_key={"0" * 64}
 protocol_version=1
 endpoint=192.0.2.7:4800
 last_handshake_time_sec=1763000000
-last_handshake_time_nsec=5
+last_handshake_time_nsec=500000000
 tx_bytes=1
 rx_bytes=2
 persistent_keepalive_interval=25
@@ -41,6 +41,7 @@ errno=0
 def test_the_sockets_message_sets_the_device_first_and_removes_before_it_adds() -> None:
     assert socket_message(CHANGE).splitlines() == [
         "set=1",
+        "replace_peers=true",
         f"private_key={PRIVATE.hex()}",
         "listen_port=4799",
         f"public_key={OTHER.hex()}",
@@ -88,7 +89,7 @@ def test_what_the_socket_answers_is_read_whole() -> None:
         private=PRIVATE,
         port=4799,
         peers={
-            KEY: FoundPeer(inner=("fd73::7",), keepalive_s=25, has_endpoint=True, has_session=True),
+            KEY: FoundPeer(inner=("fd73::7",), keepalive_s=25, has_endpoint=True, handshake_at=1763000000.5),
             OTHER: FoundPeer(),
         },
     )

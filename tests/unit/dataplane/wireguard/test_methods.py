@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.dataplane.wireguard.methods import Refusal, choose
+from skep.dataplane.wireguard.methods import Refusal, choose, reasons_for_fallback
 from skep.model.wireguard import Method
 from skep.node.features import Features
 
@@ -43,3 +43,12 @@ def test_a_method_that_is_configured_and_missing_is_not_replaced_by_the_other(se
 @pytest.mark.parametrize("missing", ["vxlan", "ipv6"])
 def test_both_need_vxlan_and_ipv6(missing: str) -> None:
     assert isinstance(choose(without(**{missing: "not there"})), Refusal)
+
+
+def test_why_it_is_not_the_kernels_is_shown() -> None:
+    refused = without(wireguard="Operation not permitted")
+    assert choose(refused) is Method.USER_SPACE
+    assert reasons_for_fallback(refused) == "wireguard: Operation not permitted"
+    assert reasons_for_fallback(refused, "wireguard-go") == "", "as configured"
+    assert reasons_for_fallback(Features()) == ""
+    assert reasons_for_fallback(without(vxlan="not there")) == "", "a refusal has its reasons"

@@ -1,0 +1,174 @@
+"""When the key pairs of this node replace each other, decided from the handshakes that its devices completed.  Pure.
+
+A rotation has three steps:
+
+1. The newest pair is ``Limits.period_s`` old and the only one: a second pair is made.  It has a device of its own and
+   is published beside the older one.
+2. Traffic with each peer moves to the newer pair when a handshake by it was completed (``plan.wireguard.chosen``).
+3. The older pair is removed ``Limits.overlap_s`` after the last peer has moved (``next_pairs``).  The next rotation
+   waits for that, so a device that carries traffic never changes its key.
+
+Times: ``now`` is monotonic and stands still while the machine is suspended; ``boot_s`` and ``KeyPair.made_at`` are
+seconds since boot.  Wall-clock times of handshakes are compared for equality only, so clock steps have no effect.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import IntEnum
+
+import msgspec
+
+from skep.dataplane.plan.wireguard import FoundDevice, KeyPair, Peer, Session
+from skep.model.ids import NodeId
+
+ALIVE_S = 300.0
+"""A peer whose latest handshake is older than this is not reached by that key pair.
+
+With a keepalive every 25 s a session is renewed every two minutes, and is not used after three.
+Source: wireguard.com/papers/wireguard.pdf, section 6.1.
+"""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How long key pairs are used, in seconds."""
+
+    period_s: float = 24 * 3600.0
+    """After this a key pair is replaced.  Session keys are replaced by WireGuard itself, every two minutes."""
+    overlap_s: float = 300.0
+    """The older pair is kept for this long after the last peer has moved: until the peer has sent its last packet to
+    the older key (it looks at its handshakes every second; a lost confirmation is repeated after 25 s)."""
+    bound_s: float = 7 * 24 * 3600.0
+    """The older pair is removed at this age of the newer one, whatever peers use: one that refuses the newer key must
+    not prevent rotation for good.  Also how long managers may be away without a loss of traffic."""
+
+
+class Handshake(msgspec.Struct, frozen=True, kw_only=True):
+    """The latest handshake of a session.
+
+    ``stamp``: the device's wall-clock time.  ``changed_at``: when this process first saw that stamp.
+    """
+
+    stamp: float
+    changed_at: float
+
+
+class Usage(IntEnum):
+    """What the peers that have not moved to the newest key pair do with the older one."""
+
+    UNUSED = 0
+    """Every peer that was ever reached has moved."""
+    SILENT = 1
+    """Some have not moved, and were not heard of for ``ALIVE_S``.  They may come back with the older key only."""
+    ALIVE = 2
+    """Some exchange packets by the older pair only."""
+
+
+class Overlap(msgspec.Struct, frozen=True, kw_only=True):
+    """The use of the older key pair as of the last look.  ``unused_since``: None: it is used.
+
+    ``newest``: the public key of the newest pair, for which this holds.
+    """
+
+    newest: bytes = b""
+    usage: Usage = Usage.ALIVE
+    unused_since: float | None = None
+
+
+def noted(
+    before: Mapping[Session, Handshake], found: Mapping[Session, float], now: float
+) -> Mapping[Session, Handshake]:
+    """The handshakes of ``found`` (``handshakes_of``), with the time when each was first seen."""
+    return {
+        session: known
+        if (known := before.get(session)) is not None and known.stamp == stamp
+        else Handshake(stamp=stamp, changed_at=now)
+        for session, stamp in found.items()
+    }
+
+
+def handshakes_of(found: Iterable[FoundDevice], pairs: Iterable[KeyPair]) -> Mapping[Session, float]:
+    """The completed handshakes of all devices, with their stamps.
+
+    A device counts for the key that it has, not for the one that it should have.  One with a foreign key is left out.
+    """
+    own = {pair.private: pair.public for pair in pairs}
+    return {
+        (own[device.private], public): peer.handshake_at
+        for device in found
+        if device.private in own
+        for public, peer in device.peers.items()
+        if peer.handshake_at
+    }
+
+
+def usage_of_older(
+    pairs: Sequence[KeyPair],
+    peers: Mapping[NodeId, Sequence[Peer]],
+    handshakes: Mapping[Session, Handshake],
+    now: float,
+) -> Usage:
+    """``peers``: the keys of each other node, the oldest first (``Plan.peers``).
+
+    A peer has moved when the newest pair has a session with the key that this node sends to (``chosen``).  A session
+    with any of its keys is not enough: if each side counted on the other's older key, both could be removed at once.
+    """
+    usage = Usage.UNUSED
+    own = [pair.public for pair in pairs]
+    for theirs in peers.values():
+        by_key = ([key for key in own if (key, peer.public) in handshakes] for peer in theirs)
+        working = [(peer, keys) for peer, keys in zip(theirs, by_key, strict=True) if keys]
+        if working and own[-1] not in working[-1][1]:
+            peer, keys = working[-1]
+            latest = max(handshakes[key, peer.public].changed_at for key in keys)
+            usage = max(usage, Usage.ALIVE if now - latest < ALIVE_S else Usage.SILENT)
+    return usage
+
+
+def observed(
+    before: Overlap,
+    pairs: Sequence[KeyPair],
+    peers: Mapping[NodeId, Sequence[Peer]],
+    handshakes: Mapping[Session, Handshake],
+    now: float,
+) -> Overlap:
+    """The state after another look.  The time without use begins anew with a rotation, and when a peer falls back."""
+    newest = pairs[-1].public if pairs else b""
+    usage = usage_of_older(pairs, peers, handshakes, now)
+    if usage is not Usage.UNUSED:
+        return Overlap(newest=newest, usage=usage)
+    since = before.unused_since if before.newest == newest else None
+    return Overlap(newest=newest, usage=usage, unused_since=now if since is None else since)
+
+
+def next_pairs(
+    pairs: Sequence[KeyPair],
+    overlap: Overlap,
+    make: Callable[[], bytes],
+    *,
+    boot_s: float,
+    now: float,
+    limits: Limits,
+) -> tuple[KeyPair, ...]:
+    """The key pairs from now on, the oldest first: one is added, or the older one is removed, or neither.
+
+    The newer pair takes the slot that the newest does not have.
+    """
+    if not pairs:
+        return (KeyPair(private=make(), slot=0, made_at=boot_s),)
+    newest = pairs[-1]
+    age = boot_s - newest.made_at
+    if age < 0 or (len(pairs) == 1 and age >= limits.period_s):  # less than 0: a pair of another boot
+        return (newest, KeyPair(private=make(), slot=1 - newest.slot, made_at=boot_s))
+    if len(pairs) > 1 and overlap.newest == newest.public and _is_over(overlap, age, now, limits):
+        return (newest,)
+    return tuple(pairs)
+
+
+def _is_over(overlap: Overlap, age: float, now: float, limits: Limits) -> bool:
+    """Whether the older of two pairs goes.  ``age``: of the newer one."""
+    match overlap.usage:
+        case Usage.UNUSED:
+            return overlap.unused_since is not None and now - overlap.unused_since >= limits.overlap_s
+        case Usage.SILENT:
+            return age >= limits.period_s
+        case Usage.ALIVE:
+            return age >= limits.bound_s
