@@ -20,7 +20,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from skep.model.ids import NodeId
-from skep.model.tables import Table
+from skep.model.tables import Table, TableNode
 from skep.model.wireguard import PublicKey
 from skep.paths import DEFAULT_RUN
 
@@ -93,7 +93,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     peers: Mapping[NodeId, tuple[Peer, ...]] = {}
     sources: frozenset[tuple[str, int]] = frozenset()
     contested: tuple[NodeId, ...] = ()
-    """Nodes that publish a key which another node publishes too: such a key is used for neither."""
+    """Nodes that publish a key, or one with the address of a key, which another node publishes too: it is used for
+    neither."""
     keyless: tuple[NodeId, ...] = ()
     """Nodes of encrypted networks without a usable key: nothing is sent to them, nothing taken from them."""
 
@@ -155,7 +156,8 @@ class FoundDevice(msgspec.Struct, frozen=True, kw_only=True):
 def inner_address(public: bytes) -> str:
     """The address of a key inside the tunnels: 64 bits of its hash.
 
-    Among 10,000 keys two have the same one with a probability of 3e-12.
+    Among 10,000 keys two have the same one by chance with a probability of 3e-12.  A key with a given address takes
+    2**64 attempts, one with the address of any of 10,000 keys 2**51, within a day; ``plan_of`` then uses neither.
     """
     return str(IPv6Address(_PREFIX + sha256(public).digest()[:8]))
 
@@ -183,10 +185,13 @@ def plan_of(own: NodeId, pairs: Sequence[KeyPair], tables: Iterable[Table], *, p
     """
     encrypted = [table for table in tables if table.head.is_encrypted]
     nodes = {id: node for table in encrypted for id, node in table.nodes.items() if id != own}
-    claims = Counter(one.key for node in nodes.values() for one in frozenset(node.wireguard_keys))
-    claims.update(pair.public for pair in pairs)
+    # By address, not by key: a key may have been made so that its address is that of another one.
+    claims = Counter(inner for node in nodes.values() for inner in _inner_addresses(node))
+    claims.update(inner_address(pair.public) for pair in pairs)
     peers = {
-        id: tuple(_peer(one, node.underlay) for one in node.wireguard_keys if claims[one.key] == 1)
+        id: tuple(
+            _peer(one, node.underlay) for one in node.wireguard_keys if claims[inner_address(one.key)] == 1
+        )
         for id, node in sorted(nodes.items())
     }
     by_key = {peer.public: peer for of_node in peers.values() for peer in of_node}
@@ -214,7 +219,7 @@ def plan_of(own: NodeId, pairs: Sequence[KeyPair], tables: Iterable[Table], *, p
         contested=tuple(
             id
             for id, node in sorted(nodes.items())
-            if any(claims[one.key] > 1 for one in node.wireguard_keys)
+            if any(claims[inner] > 1 for inner in _inner_addresses(node))
         ),
         keyless=tuple(id for id, of_node in peers.items() if not of_node),
     )
@@ -298,6 +303,10 @@ def _is_as_wanted(found: FoundPeer | None, peer: Peer) -> bool:
         and found.keepalive_s == KEEPALIVE_S
         and found.has_endpoint
     )
+
+
+def _inner_addresses(node: TableNode) -> frozenset[str]:
+    return frozenset(inner_address(one.key) for one in node.wireguard_keys)
 
 
 def _peer(key: PublicKey, underlay: str) -> Peer:

@@ -28,6 +28,7 @@ from skep.model.tables import (
     TableService,
     TableSet,
 )
+from skep.model.wireguard import KEYS_MAX
 
 T = TypeVar("T")
 
@@ -113,7 +114,7 @@ def _node(node: TableNode) -> TableNode:
     # A manager sees a node on its own machine at a loopback address.
     if not (is_of_a_machine(underlay) or underlay.is_loopback):
         raise ValueError(f"node {node.id} has the underlay address {node.underlay!r}")
-    keys = tuple(one for one in node.wireguard_keys if one.is_valid)
+    keys = tuple(one for one in node.wireguard_keys[:KEYS_MAX] if one.is_valid)
     return replace(node, underlay=str(underlay), addresses=_addresses(node.addresses), wireguard_keys=keys)
 
 

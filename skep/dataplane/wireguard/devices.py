@@ -1,4 +1,4 @@
-"""WireGuard devices: made, read and written.  What they should be is ``plan.py``'s matter.
+"""WireGuard devices: made, read and written as ``plan/wireguard.py`` has decided.
 
 Devices are made in the node's own namespace, where their UDP sockets stay, and moved to the tunnels' namespace, where
 packets enter and leave them.  The kernel's are configured over generic netlink (``kernel.py``), wireguard-go's over its
@@ -9,6 +9,7 @@ Sources: wireguard.com/xplatform (the protocol of the socket); wireguard.com/net
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,13 +48,11 @@ class KernelDevices:
         self._namespaces = namespaces
 
     async def place(self, name: str, namespace: Path, mtu: int) -> int:
+        async def make(home: AsyncIPRoute, target: int) -> None:
+            await home.link("add", ifname=name, kind="wireguard", mtu=mtu, net_ns_fd=target)
+
         try:
-            if index := await self._namespaces.run(namespace, _index_of, name):
-                return index
-            async with self._namespaces.netlink(self._namespaces.home) as home:
-                with namespace.open("rb") as target:
-                    await home.link("add", ifname=name, kind="wireguard", mtu=mtu, net_ns_fd=target.fileno())
-            return await self._namespaces.run(namespace, _index_of, name)
+            return await _index_after(self._namespaces, name, namespace, make)
         except (OSError, NetlinkError) as error:
             raise Unavailable(f"the kernel makes no WireGuard device: {error}") from error
 
@@ -77,12 +76,18 @@ class UserSpaceDevices:
         self._namespaces = namespaces
 
     async def place(self, name: str, namespace: Path, mtu: int) -> int:
+        async def move(home: AsyncIPRoute, target: int) -> None:
+            """If its process has made it already.
+
+            It is moved while it is down: wireguard-go notices by itself when it is up in another namespace, within a
+            second.
+            """
+            for index in await home.link_lookup(ifname=name):
+                await home.link("set", index=index, mtu=mtu)
+                await home.link("set", index=index, net_ns_fd=target)
+
         try:
-            if index := await self._namespaces.run(namespace, _index_of, name):
-                return index
-            async with self._namespaces.netlink(self._namespaces.home) as home:
-                await _move(home, name, namespace, mtu)
-            return await self._namespaces.run(namespace, _index_of, name)
+            return await _index_after(self._namespaces, name, namespace, move)
         except (OSError, NetlinkError) as error:
             raise Unavailable(f"the device {name} cannot be moved: {error}") from error
 
@@ -93,7 +98,7 @@ class UserSpaceDevices:
         await self._answered(name, socket_message(change))
 
     async def _answered(self, name: str, request: str) -> str:
-        """Raises: Unavailable: nobody serves the socket, or the request was refused."""
+        """wireguard-go's response.  Raises: Unavailable: no process serves the socket, or it refused the request."""
         try:
             async with asyncio.timeout(_ANSWER_S_MAX):
                 path = str(SOCKETS / f"{name}.sock")
@@ -162,17 +167,20 @@ def parsed_device(text: str) -> FoundDevice:
     )
 
 
-async def _move(home: AsyncIPRoute, name: str, namespace: Path, mtu: int) -> None:
-    """Move the device ``name`` from ``home``, if its process has made it there already.
+async def _index_after(
+    namespaces: Namespaces, name: str, namespace: Path, bring: Callable[[AsyncIPRoute, int], Awaitable[None]]
+) -> int:
+    """Index of the device ``name`` in ``namespace``, to where ``bring`` brings it; 0: it is not there yet.
 
-    It is moved while it is down: wireguard-go notices by itself when it is up in another namespace, within a second.
+    ``bring`` is called with netlink of the node's own namespace and an open file of ``namespace``, if the device is not
+    there.  Raises: OSError, NetlinkError.
     """
-    found = await home.link_lookup(ifname=name)
-    if not found:
-        return
+    if index := await namespaces.run(namespace, _index_of, name):
+        return index
     with namespace.open("rb") as target:
-        await home.link("set", index=found[0], mtu=mtu)
-        await home.link("set", index=found[0], net_ns_fd=target.fileno())
+        async with namespaces.netlink(namespaces.home) as home:
+            await bring(home, target.fileno())
+    return await namespaces.run(namespace, _index_of, name)
 
 
 def _index_of(name: str) -> int:

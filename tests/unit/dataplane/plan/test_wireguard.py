@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.dataplane.plan import wireguard
 from skep.dataplane.plan.wireguard import (
     Change,
     Device,
@@ -74,6 +76,47 @@ def test_nobody_else_has_this_nodes_key() -> None:
     plan = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (OWN, THEIRS)})])
     assert plan.devices[0].peers.keys() == {THEIRS.public}
     assert plan.contested == (N2,)
+
+
+def test_keys_with_the_same_address_are_used_for_neither_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that made its key so would get what is sent to the other one: a device knows a peer by that address."""
+    real = inner_address
+    twin = {THEIRS.public: "fd73::1", THIRD.public: "fd73::1"}
+    monkeypatch.setattr(wireguard, "inner_address", lambda public: twin.get(public) or real(public))
+    table = a_secure_table({"n1": (OWN,), "n2": (THEIRS, THEIRS_NEXT), "n3": (THIRD,)})
+    plan = plan_of(N1, (OWN,), [table])
+    assert plan.devices[0].peers.keys() == {THEIRS_NEXT.public}, "the owner goes on by its other key"
+    assert plan.contested == (N2, N3)
+    twin[THIRD.public] = real(OWN.public)
+    plan = plan_of(N1, (OWN,), [table])
+    assert THIRD.public not in plan.devices[0].peers, "nor is it this node's own"
+
+
+def test_an_old_key_that_another_node_publishes_again_changes_nothing() -> None:
+    """Its owner has rotated, so no node has the private half.  While the owner still publishes it, it is contested, and
+    the owner is reached by the newer one.
+    """
+    replayed = a_secure_table({"n1": (OWN,), "n2": (THEIRS_NEXT,), "n3": (THEIRS, THIRD)})
+    plan = plan_of(N1, (OWN,), [replayed])
+    assert (plan.contested, plan.keyless) == ((), ())
+    assert chosen(plan, {(OWN.public, THEIRS_NEXT.public), (OWN.public, THIRD.public)}).addresses == {
+        N2: inner_address(THEIRS_NEXT.public),
+        N3: inner_address(THIRD.public),
+    }
+    during = a_secure_table({"n1": (OWN,), "n2": (THEIRS, THEIRS_NEXT), "n3": (THEIRS, THIRD)})
+    plan = plan_of(N1, (OWN,), [during])
+    assert plan.contested == (N2, N3)
+    assert plan.devices[0].peers.keys() == {THEIRS_NEXT.public, THIRD.public}
+
+
+def test_an_endpoint_follows_the_node_and_never_another_nodes_packets() -> None:
+    """A node that publishes another's address gets packets for its own keys sent there, and nothing else changes."""
+    table = a_secure_table({"n1": (OWN,), "n2": (THEIRS,), "n3": (THIRD,)})
+    moved = msgspec.structs.replace(table.nodes[N3], underlay=table.nodes[N2].underlay)
+    lying = msgspec.structs.replace(table, nodes={**table.nodes, N3: moved})
+    before, after = (plan_of(N1, (OWN,), [one]).devices[0] for one in (table, lying))
+    assert changes(_as_made(before), after, before).put == (after.peers[THIRD.public],)
+    assert after.peers[THEIRS.public] == before.peers[THEIRS.public]
 
 
 def test_frames_of_a_network_come_from_its_own_nodes_only() -> None:

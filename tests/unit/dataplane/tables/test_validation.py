@@ -26,6 +26,7 @@ from skep.model.tables import (
     changed,
     whole,
 )
+from skep.model.wireguard import PublicKey
 
 NET = NetworkId("net1")
 HEAD = NetworkHead(id=NET, name="net1", segments=(Segment("10.0.1.0/24", "10.0.1.1", 4096),))
@@ -81,6 +82,18 @@ def test_a_node_at_no_address_of_a_machine_is_left_out_alone_and_said(underlay: 
     (change,) = valid_set(news, notes.append).changes
     assert changed(None, change).nodes == {GOOD.id: GOOD}
     assert len(notes) == 1
+
+
+def test_a_node_has_two_wireguard_keys_at_most_and_none_that_is_malformed() -> None:
+    """A manager could name thousands, each of which would be a peer of every device."""
+    many = tuple(PublicKey(bytes([number]) * 32, 4799) for number in range(1, 100))
+    wrong = (PublicKey(b"short", 4799), PublicKey(bytes(32), 0))
+    nodes = {
+        NodeId(id): TableNode(id=NodeId(id), underlay="192.168.0.3", wireguard_keys=keys)
+        for id, keys in (("many", many), ("wrong", wrong))
+    }
+    table = valid_table(replace(TABLE, nodes=nodes), lambda _: None)
+    assert {id: node.wireguard_keys for id, node in table.nodes.items()} == {"many": many[:2], "wrong": ()}
 
 
 def test_an_entry_that_is_not_sound_any_more_goes() -> None:
