@@ -5,6 +5,7 @@ its scans: with the defaults (700 new objects, 10, 10) they take more than half 
 processes the reports of 1,500 nodes, since objects of a burst move to the oldest generation, which is scanned in whole.
 """
 
+import ctypes
 import gc
 
 YOUNG_OBJECTS_MAX = 5_000
@@ -20,6 +21,15 @@ OLD_LOOKS = 1_000
 
 def configure_gc() -> None:
     """Call it once a process has loaded what it keeps: that is never scanned again, and the rest less often."""
+    freeze()
+    gc.set_threshold(YOUNG_OBJECTS_MAX, MIDDLE_LOOKS, OLD_LOOKS)
+
+
+def freeze() -> None:
+    """Free what nothing refers to, return it to the kernel, and exclude the rest from all collections.
+
+    What is never scanned again stays shared with the processes that are forked from this one.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS_MAX, MIDDLE_LOOKS, OLD_LOOKS)
+    ctypes.CDLL(None).malloc_trim(0)

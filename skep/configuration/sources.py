@@ -4,7 +4,6 @@ import argparse
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +154,8 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
 
 def _advice(key: str, known: Mapping[str, object]) -> str:
     """What to do about an unknown key: the nearest known one, if one is near."""
+    from difflib import get_close_matches  # rarely needed, and 0.15 MB in every process
+
     near = get_close_matches(key.replace("_", "-"), known, n=1)
     return f"did you mean {near[0]!r}?" if near else "correct or remove it"
 

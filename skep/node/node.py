@@ -5,7 +5,6 @@ and the Engine API.  A layer is given the layers below it when it is made.
 """
 
 import asyncio
-import gc
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -30,6 +29,7 @@ from skep.agent.task_files import TaskFiles
 from skep.agent.task_logs import NoLogs, TaskLogs
 from skep.agent.worker import Worker
 from skep.aio.failures import isolate
+from skep.aio.gc_settings import freeze
 from skep.api.client import Client
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
@@ -163,8 +163,7 @@ class Node:
                 run(partial(run_after, self._worker.wait_ready, restarts), "plain containers")
             await wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
             async with front.listening(self._configuration.api_hosts, _tls_of(self._configuration)):
-                gc.collect()
-                gc.freeze()
+                freeze()
                 ready()
                 await asyncio.Event().wait()
 

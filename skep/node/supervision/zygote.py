@@ -16,7 +16,6 @@ its arguments.  ``Fork`` then only sends them.  A spare process ends with the zy
 
 import asyncio
 import ctypes
-import gc
 import os
 import resource
 import select
@@ -35,6 +34,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import SystemClock
+from skep.aio.gc_settings import freeze
 from skep.errors import Unavailable
 from skep.linux.detached import set_title
 from skep.node.notify import notify
@@ -166,8 +166,7 @@ def host(
     Args:
         preparations: of the entries that can have a spare process.
     """
-    gc.collect()
-    gc.freeze()  # what was imported is never scanned again, so its pages stay shared
+    freeze()
     children = Children(entries, preparations)
     relay = _Relay()
     for number in _SIGNALS:
@@ -348,8 +347,7 @@ def _wait(entry: Entry, prepare: Preparation) -> None:
     """Be a spare process for ``entry``, until arguments come or the zygote ends."""
     set_title("skep-standby")
     prepare()
-    gc.collect()
-    gc.freeze()
+    freeze()
     arguments = os.read(_KEPT, _MESSAGE_BYTES_MAX)
     os.close(_KEPT)
     if arguments:
