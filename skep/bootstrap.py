@@ -21,7 +21,7 @@ REMOVED = 3
 """Exit code of a manager process whose etcd member was removed by the other managers."""
 
 FUTILE = 4
-"""Exit code of a manager process that would fail again in the same way; its last error text says what to do."""
+"""Exit code of a manager process that would fail again in the same way; its last error text has the remedy."""
 
 STARVED = 5
 """Exit code of a manager process that lacks a resource of the machine (files, memory); a later start may succeed."""

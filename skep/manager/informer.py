@@ -47,7 +47,8 @@ async def run_informer(
 
 
 def batches_of(view: Callable[[], View], kind: type[T]) -> Iterator[Sequence[T]]:
-    """Every object of ``kind`` in batches, each read when it is asked for, so the caller may pause between them."""
+    """Every object of ``kind`` in batches, each read when the iterator is advanced, so the caller may pause between
+    them."""
     for ids in batched(view().ids(kind), BATCH):
         now = view()
         yield [found for id in ids if (found := now.lookup(kind, id)) is not None]

@@ -35,7 +35,7 @@ class Overload:
 def suspension_left(left_s: float, passed_s: float, *, is_overloaded: bool) -> float:
     """Seconds for which missed heartbeats may still be ignored, after ``passed_s`` with or without overload.
 
-    Bounded, so that permanent overload cannot keep every dead node alive.
+    Bounded, so that permanent overload cannot keep every lost node alive.
     """
     if is_overloaded:
         return max(left_s - passed_s, 0.0)

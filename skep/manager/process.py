@@ -246,7 +246,7 @@ async def _wait_for_others(
     The others may have come back under other addresses than this manager has stored.
 
     Args:
-        mark: file that tells the node process that the manager waits; it exists meanwhile.
+        mark: file that exists while the manager waits; the node process reads it.
         error: what the member itself lacks, as a sentence; written into the mark.
     """
     mark.unlink(missing_ok=True)

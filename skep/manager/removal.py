@@ -1,4 +1,4 @@
-"""The end of a service, asked for by its user or by the time to live of a job that has ended."""
+"""The end of a service: removal by a user, or at the end of a job's time to live."""
 
 from msgspec.structs import replace
 

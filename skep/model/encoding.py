@@ -40,7 +40,7 @@ def go_name(name: str) -> str:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class _ApiMeta(msgspec.StructMeta):
-    """Tells type checkers that subclasses of ``ApiObject`` are frozen and keyword-only like it."""
+    """Declares to type checkers that subclasses of ``ApiObject`` are frozen and keyword-only like it."""
 
 
 class ApiObject(

@@ -118,7 +118,7 @@ class Restart(ApiObject):
     """The restarts in a slot before a task: everything that restart decisions need, even if earlier tasks are removed.
 
     ``failures``: how many before it failed in a row; ``delay``: from its creation until it may start, in nanoseconds;
-    ``not_before``: the end of that by the clock of the leader, for people to read.
+    ``not_before``: the end of that by the clock of the leader, for display only.
     """
 
     failures: int = always(0)

@@ -66,7 +66,7 @@ async def remove(playground: str, node: str) -> None:
     """Remove the node's cgroups bottom-up, and the common parent with the last playground.
 
     A cgroup stays busy for a moment after its last process has ended.
-    Raises: Unavailable: a process lives in one for longer than that.
+    Raises: Unavailable: a process is in one for longer than that.
     """
     for hierarchy in hierarchies():
         top = hierarchy / names.cgroup(playground, node)

@@ -61,7 +61,7 @@ def node_of_cgroup(playground: str, directory: str) -> str | None:
 
 
 def port(node: str) -> str:
-    """The node's end of its cable at the switch; 15 characters at most, as the kernel wants it."""
+    """The node's end of its cable at the switch; 15 characters at most, the kernel's limit."""
     return f"v{node}"[:15]
 
 

@@ -114,7 +114,7 @@ def _skep_command(home: Path, node: Node) -> tuple[str, ...]:
 
 
 async def kill(playground: str, node: Node) -> Node:
-    """Power loss: everything that lives on the node ends at once and without a word."""
+    """Power loss: every process of the node is killed at once; none can announce its end."""
     for pid in node.pids:
         processes.kill_exactly(pid, node.started)
     await processes.kill_all(playground, node.name)
@@ -123,7 +123,7 @@ async def kill(playground: str, node: Node) -> Node:
 
 
 async def remove_files(home: Path) -> None:
-    """Remove the node's directory.  Call it when nothing lives on the node any more.
+    """Remove the node's directory.  Call it when no process of the node is left.
 
     A directory that was a mount point in the node's own mount namespace is busy until the kernel has taken that
     namespace apart, a moment after its last process.
@@ -138,7 +138,7 @@ async def remove_files(home: Path) -> None:
 
 
 def is_up(node: Node) -> bool:
-    """Whether the node's holder lives.  Its daemon may still be starting."""
+    """Whether the process that holds the node's namespaces runs.  The daemon may still be starting."""
     return any(start_ticks_of(pid) == node.started for pid in node.pids)
 
 

@@ -38,7 +38,7 @@ def of_node(playground: str, node: str) -> set[int]:
 
 
 async def kill_all(playground: str, node: str) -> None:
-    """SIGKILL everything that lives on the node; returns when nothing does any more.
+    """SIGKILL every process of the node; returns when none is left.
 
     What is found is killed again and again, since a process may start another just before it ends.
     Raises: Unavailable: something does not end (a process in an uninterruptible wait).
@@ -53,7 +53,7 @@ async def kill_all(playground: str, node: str) -> None:
 
 
 async def pause_all(playground: str, node: str) -> None:
-    """SIGSTOP everything that lives on the node; returns when nothing of it moves any more.
+    """SIGSTOP every process of the node; returns when all have stopped.
 
     Raises: Unavailable: something does not stop.
     """
@@ -67,7 +67,7 @@ async def pause_all(playground: str, node: str) -> None:
 
 
 def resume_all(playground: str, node: str) -> None:
-    """SIGCONT for everything that lives on the node."""
+    """SIGCONT for every process of the node."""
     _signal(of_node(playground, node), signal.SIGCONT)
 
 

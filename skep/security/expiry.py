@@ -1,6 +1,6 @@
 """Renewal of expired certificates: when it is allowed, and the proof of possession.
 
-Source: the request of users whose machines were off for longer than a certificate lives (SwarmKit refuses them, and
+Source: the request of users whose machines were off for longer than a certificate is valid (SwarmKit refuses them, and
 they have to leave and join again).
 """
 

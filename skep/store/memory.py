@@ -185,7 +185,7 @@ class MemoryCluster:
                 self.elect(self._choose(sorted(self._candidates)))
 
     def elect(self, node_id: NodeId, *, quietly: bool = False) -> None:
-        """Make ``node_id`` the leader.  ``quietly``: the old one learns of it only when a write fails."""
+        """Make ``node_id`` the leader.  ``quietly``: the old one notices only when a write fails."""
         self._depose(quietly=quietly)
         store = self._candidates[node_id]
         self._elections += 1

@@ -20,7 +20,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     """IP address it connects from."""
     disconnect: Callable[[], None]
-    """Close the connection; its calls end as lost.  For peers that have gone silent."""
+    """Close the connection; its calls end as lost.  For peers that do not respond any more."""
     has_crashed: Callable[[], bool] = lambda: False
     """Whether the connection was closed from the other end without GOAWAY or reset of its streams: by a kernel, after
     its process had ended.  A machine without power or without a network closes nothing."""

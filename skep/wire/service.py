@@ -1,7 +1,7 @@
 """Binding functions to methods: what a component hands to ``server.serve``.
 
 A handler sees messages and a ``Caller``; streams are async iterators.  It raises our errors, and ends a stream by
-returning: a handler that is cancelled leaves a peer without a status (grpc-go then believes in a dead
+returning: a handler that is cancelled leaves a peer without a status (grpc-go then assumes a dead
 stream for ever).
 """
 
@@ -133,7 +133,7 @@ async def run_handler(handler: Handler, stream: Stream, caller: Caller) -> None:
     except TimeoutError as error:
         raise CallFailed(Status.DEADLINE_EXCEEDED, "the call took too long") from error
     except LOST_PEER as error:
-        raise CallFailed(Status.UNAVAILABLE, "the peer is gone") from error
+        raise CallFailed(Status.UNAVAILABLE, "the peer closed the stream") from error
     except Exception as error:
         log.exception("call failed", method=handler.method.path, peer=caller.address)
         raise CallFailed(Status.INTERNAL, "internal error") from error

@@ -359,7 +359,7 @@ class Allocator:
         return grants
 
     def _new_tasks(self, view: View, service_id: ServiceId) -> list[Task]:
-        """The service's tasks that are still NEW; the others are forgotten."""
+        """The service's tasks that are still NEW; the others are dropped."""
         found = [view.lookup(Task, id) for id in self._new.pop(service_id, ())]
         tasks = [task for task in found if task is not None and is_new(task)]
         if tasks:

@@ -2,7 +2,7 @@
 
 A network has at least one IPv4 subnet, with a VXLAN id each.  With ``--ipv6`` it has IPv6 subnets too, which share
 the first VXLAN: those of the spec, or one of the cluster's own unique local addresses (RFC 4193).  Such a network
-belongs to skep nodes, unless the user says otherwise: engines allocate IPv6 addresses locally, each for itself.
+belongs to skep nodes, unless the user requests otherwise: engines allocate IPv6 addresses locally, each for itself.
 
 Subnets that the user does not name avoid the routes of the machines.  A route as wide as a whole pool does not say
 where in the pool there is room; such a pool is used if no other has room.
@@ -157,12 +157,12 @@ def _missing(network: Network) -> list[IPAMConfig]:
     named_4 = [config for config in named if ":" not in config.subnet]
     named_6 = [config for config in named if ":" in config.subnet] if _has_ipv6(network) else []
     missing = [config for config in named_4 + named_6 if subnet_of(config) not in present]
-    ours = present - {subnet_of(config) for config in named}
+    automatic = present - {subnet_of(config) for config in named}
     blanks = [config for config in requested if not config.subnet]
     if not blanks and not named_4:
         blanks = [IPAMConfig()]
-    missing += blanks[sum(subnet.version == 4 for subnet in ours) :]
-    if _has_ipv6(network) and not named_6 and not any(subnet.version == 6 for subnet in ours):
+    missing += blanks[sum(subnet.version == 4 for subnet in automatic) :]
+    if _has_ipv6(network) and not named_6 and not any(subnet.version == 6 for subnet in automatic):
         missing.append(_LOCAL_6)
     return missing
 

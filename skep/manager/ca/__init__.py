@@ -1,1 +1,1 @@
-"""The services of the cluster's certificate authority: who becomes a node."""
+"""The cluster's certificate authority: admission, certificates, revocation, and rotation of the root."""

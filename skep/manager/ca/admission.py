@@ -25,11 +25,11 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import Revocation
 
 RENEW_WINDOW = timedelta(days=30)
-"""A machine that is off for long comes back by itself: with the usual 90 days a certificate has at least 18 left, so 48
-days off are always fine.  The key on a discarded disk is useless after at most 120 days."""
+"""A machine that was off for long rejoins without help: with the usual 90 days a certificate has at least 18 left, so
+48 days off are always fine.  The key on a discarded disk is useless after at most 120 days."""
 
 SERIALS_MAX = 256
-"""Unexpired manager certificates of one node; a healthy one has two.  All of them are recorded: a forgotten one could
+"""Unexpired manager certificates of one node; a healthy one has two.  All of them are recorded: a missing one could
 not be revoked at etcd's port."""
 
 

@@ -27,7 +27,7 @@ UNKNOWN_S = 5.0
 """How long a node may be unknown to a manager with a current store; usually it is there within milliseconds."""
 
 UNKNOWN_MAX = 1024
-"""Unknown nodes that are remembered."""
+"""Unknown nodes that are cached."""
 
 
 class CallerCheck:
@@ -104,6 +104,6 @@ def check_caller(view: View, identity: Identity, access: Access) -> bool:
 
 
 def is_manager(node: Node) -> bool:
-    """Whether the node has the role of a manager now, whatever its spec says."""
+    """Whether the node has the role of a manager now, whatever role its spec has."""
     role = node.certificate.role if node.certificate is not None else node.spec.role
     return role is NodeRole.MANAGER

@@ -1,7 +1,7 @@
 """Certificates that expire soon, for logs, events and ``docker info``.  Pure.
 
 A node renews with at least a fifth of its certificate's life left, so with less it has failed to for a while.  The
-root does not renew by itself.
+root is never renewed automatically.
 """
 
 from collections.abc import Iterator

@@ -88,7 +88,7 @@ def remove_network(tx: Transaction, id: NetworkId) -> None:
     """Remove a network that no service uses.
 
     Raises:
-        NotFound: it is gone.
+        NotFound: it was removed.
         FailedPrecondition: a service uses it, or it is the cluster's own.
     """
     network = tx.get(Network, id)

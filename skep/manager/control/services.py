@@ -90,7 +90,7 @@ def update_service(
 
     Raises:
         InvalidArgument, FailedPrecondition: as for ``create_service``.
-        NotFound: it is gone.
+        NotFound: it was removed.
         Unimplemented: the update changes the mode, the name, or networks in the old place.
         OutOfSequence: the service is at another version.
     """
@@ -144,7 +144,7 @@ def remove_service(tx: Transaction, id: ServiceId, *, now: Timestamp) -> None:
     The record stays, hidden, as owner of its tasks; the leader deletes it after the last of them.
 
     Raises:
-        NotFound: it is gone.
+        NotFound: it was removed.
     """
     hide_service(tx, _present(tx, id), now)
 
@@ -282,7 +282,7 @@ def _keep_auth(tx: Transaction, payload_id: str, auth: str) -> None:
 
 
 def auth_source(word: str, service: Service) -> AuthSource:
-    """What ``registryAuthFrom`` of an update asks for.
+    """The value of ``registryAuthFrom`` of an update.
 
     Raises:
         Untranslated: it is no such word, or there is no previous spec.

@@ -1,7 +1,7 @@
 """Discovery: derives the tables of all networks and streams them to the skep nodes that are on them.
 
 Active on every manager, for the nodes that have a session here.  Tables are derived once for all of them.  A stream
-remembers for each network only the revision it was sent last, and each message is the change from there to the
+keeps for each network only the revision it was sent last, and each message is the change from there to the
 present, so a slow reader gets fewer messages and nothing twice.
 """
 

@@ -1,8 +1,8 @@
 """One network's table, with the revision of the last change of each entry.
 
-A reader that has the table as of some revision gets the entries that changed since, each once and in its present
-state.  Nothing is kept per reader.  The number of remembered changes is bounded; a reader that is further behind gets
-the whole table.
+A reader that has the table as of some revision gets the entries that changed since, each once and in its present state.
+Nothing is kept per reader.  The number of changes that are kept is bounded; a reader that is further behind gets the
+whole table.
 """
 
 from collections.abc import Collection
@@ -24,8 +24,8 @@ NODE, ENDPOINT, SERVICE = "node", "endpoint", "service"
 
 NAMES_MAX = 200
 """Names of services of one network that are checked by diagnostics."""
-REMEMBERED_MIN = 1000
-"""Changes that are remembered at least; more if the table has more entries."""
+KEPT_MIN = 1000
+"""Changes that are kept at least; more if the table has more entries."""
 
 
 class VersionedTable:
@@ -79,8 +79,8 @@ class VersionedTable:
     def _record_change(self, entry: Entry, revision: int) -> bool:
         self._changes.pop(entry, None)
         self._changes[entry] = self.changed_at = revision
-        remembered = max(REMEMBERED_MIN, len(self.nodes) + len(self.endpoints) + len(self.services))
-        while len(self._changes) > remembered:
+        kept_max = max(KEPT_MIN, len(self.nodes) + len(self.endpoints) + len(self.services))
+        while len(self._changes) > kept_max:
             first = next(iter(self._changes))
             self._floor = self._changes.pop(first)
         return True
@@ -104,7 +104,7 @@ class VersionedTable:
         return sent is None or self.changed_at > sent
 
     def endpoint_changed_at(self, id: TaskId) -> int:
-        """Revision of the endpoint's last change or removal; if that is not remembered, a revision after it."""
+        """Revision of the endpoint's last change or removal; if that is not kept any more, a revision after it."""
         return self._changes.get((ENDPOINT, id), self._floor)
 
     def since(self, sent: int | None, revision: int) -> TableChange:

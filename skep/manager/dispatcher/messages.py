@@ -23,7 +23,7 @@ class ManagerPeer(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 def managers_of(nodes: Iterable[Node], own: ManagerPeer) -> tuple[ManagerPeer, ...]:
-    """All managers, always including this one: an engine forgets every manager that a message leaves out."""
+    """All managers, always including this one: an engine drops every manager that a message leaves out."""
     known = {own.node_id: own}
     for node in nodes:
         if node.manager_status is not None and node.manager_status.addr:

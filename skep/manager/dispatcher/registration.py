@@ -21,7 +21,7 @@ RATE_PERIOD_S = 8.0
 RATE_MAX = 5
 """Registrations of one node within the period."""
 RATE_NODES_MAX = 10_000
-"""Above this number, nodes without a registration in the last period are forgotten."""
+"""Above this number, nodes without a registration in the last period are dropped."""
 
 HEARTBEAT_FAILURE = "heartbeat failure"
 """Message of a node that is down; SwarmKit's text."""
@@ -160,14 +160,14 @@ def _without_others_address(
     labels.pop(REFUSED_DATA_PATH_LABEL, None)
     announced = labels.get(DATA_PATH_LABEL)
     if announced is not None:
-        others = [one.id for one in tx.find(Node, underlay=_as_usual(announced)) if one.id != id]
-        if others and _as_usual(announced) != connects_from:
+        others = [one.id for one in tx.find(Node, underlay=_normalized(announced)) if one.id != id]
+        if others and _normalized(announced) != connects_from:
             labels[REFUSED_DATA_PATH_LABEL] = labels.pop(DATA_PATH_LABEL)
     engine = msgspec.structs.replace(description.engine, labels=labels)
     return msgspec.structs.replace(description, engine=engine)
 
 
-def _as_usual(text: str) -> str:
+def _normalized(text: str) -> str:
     try:
         return str(parsed(text))
     except ValueError:

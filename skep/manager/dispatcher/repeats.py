@@ -75,7 +75,7 @@ class RepeatedReports:
                 log.debug("repeated reports not written", reports=len(failed), reason=str(failed[0]))
 
     def _allowed(self, now: float) -> Sequence[Report]:
-        """Reports that may be written at ``now``; sessions that have ended are forgotten."""
+        """Reports that may be written at ``now``; sessions that have ended are dropped."""
         due: list[Report] = []
         for session_id, delayed in list(self._delayed.items()):
             session = self._live(delayed.node_id)

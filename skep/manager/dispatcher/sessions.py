@@ -133,7 +133,7 @@ class LiveSession:
 
 
 class Absence(msgspec.Struct, frozen=True, kw_only=True):
-    """A node that is not connected, though the store says that this manager owns its session."""
+    """A node that is not connected, though this manager owns its session in the store."""
 
     session_id: SessionId
     deadline: float

@@ -56,7 +56,7 @@ class Relays(Protocol):
 
 
 class IncompleteLogs(SkepError):
-    """Some logs could not be retrieved; the text says which."""
+    """Some logs could not be retrieved; the text names them."""
 
 
 class LogBroker:

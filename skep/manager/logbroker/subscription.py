@@ -53,7 +53,7 @@ class Subscription:
         self._room = asyncio.Event()
 
     async def put(self, line: LogLine) -> bool:
-        """Add a line, waiting for room; repeated lines are dropped.  False: the reader has gone."""
+        """Add a line, waiting for room; repeated lines are dropped.  False: the reader has closed its end."""
         if line.timestamp_ns <= self._floors_ns.get(line.node_id, {}).get(line.task_id, -1):
             return not self.is_closed
         while len(self._lines) >= LINES_MAX and not self.is_closed:
@@ -95,7 +95,7 @@ class Subscription:
         return msgspec.structs.replace(self.query, since_ns=max(min(since), self.query.since_ns), tail=None)
 
     def close(self) -> None:
-        """The reader has gone."""
+        """The reader has closed its end."""
         self.is_closed = True
         self._lines.clear()
         self._room.set()

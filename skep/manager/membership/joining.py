@@ -36,7 +36,7 @@ A = TypeVar("A", bound=Message)
 
 
 class JoinRefused(SkepError):
-    """The managers refuse this node as a manager.  The message says why."""
+    """The managers refuse this node as a manager.  The message has the reason."""
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 Usually the address is in the node object, which all managers watch.  When several managers come back under new
 addresses, none of their stores has a quorum before they have found each other.  So each one announces its node id and
-address to every address it knows, at the manager's port, over mTLS.  A manager can only announce itself.
+address to every address it has, at the manager's port, over mTLS.  A manager can only announce itself.
 """
 
 import asyncio

@@ -114,7 +114,7 @@ def key_of(change: Change) -> str:
 
 
 def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> None:
-    """Write ``change``, unless its preconditions no longer hold.  ``now``: timestamp for people to read."""
+    """Write ``change``, unless its preconditions no longer hold.  ``now``: timestamp for display."""
     match change:
         case FillSlot():
             _fill(tx, change, new_id, now)

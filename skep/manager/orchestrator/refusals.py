@@ -11,7 +11,7 @@ from skep.model.ids import ServiceId
 
 
 class Refusals:
-    """Changes in backoff, by service.  A change that is no longer decided is forgotten."""
+    """Changes in backoff, by service.  A change that is no longer decided is dropped."""
 
     def __init__(self, failures: Failures, clock: Clock) -> None:
         self._failures = failures

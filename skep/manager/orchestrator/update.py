@@ -8,7 +8,7 @@ An update has no state of its own: its progress is read from the slots.
   lead is *settled* once it was observed running or ended.  Until then, and for the update delay after it, the slot
   counts against ``parallelism``.  So does a slot without a running task that the update has not started with: an
   update that this one overtook may have left it so.
-* A lead that ends by itself before it ran for the monitor time is a failure, and so is one that is not settled within
+* A lead that ends before it ran for the monitor time is a failure, and so is one that is not settled within
   the progress deadline (a label of the service).  More failures than the ratio allows pause the update, roll it back,
   or are ignored; the update's message names the last one and its cause.
 * The update is complete when every slot was started with and the monitor time has passed since the last lead settled.
@@ -321,7 +321,7 @@ class _Rollout:
         return words + (f": {status.err}" if status.err else "")
 
     def _has_failed(self, lead: Task) -> bool:
-        """Whether the task ended by itself before the monitor time, or made no progress until the deadline."""
+        """Whether the task ended before the monitor time, not being stopped, or made no progress until the deadline."""
         if self._is_overdue(lead):
             return True
         if lead.status.state not in BY_ITSELF or _is_unseen(lead, self._seen, self._monitor_s):

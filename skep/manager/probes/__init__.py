@@ -1,1 +1,1 @@
-"""Ways between nodes: who probes whom, what is written of it, and which nodes tasks keep away from."""
+"""Reachability between nodes: targets of probes, their stored results, and the nodes that placement avoids."""

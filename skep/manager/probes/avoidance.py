@@ -1,7 +1,7 @@
 """Which nodes tasks on overlay networks avoid, so that the remaining nodes all reach each other.
 
 A pair fails only if both nodes report it: a node process that hangs or restarts responds to no probes, but its data
-path works.  That does not tell which of the two is the cause.  The node with the most failing pairs is removed first,
+path works.  That does not show which of the two is the cause.  The node with the most failing pairs is removed first,
 greedily, until no pair is left: that is the one whose machine, rack or firewall is broken, if there is such a one,
 and an arbitrary but stable choice otherwise.  At least one node is always left.
 

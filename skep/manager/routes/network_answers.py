@@ -1,4 +1,4 @@
-"""A cluster's network in the flat form of ``/networks``, and who uses it.
+"""A cluster's network in the flat form of ``/networks``, and its users.
 
 Source: moby 20.10, daemon/cluster/convert/network.go (BasicNetworkFromGRPC), api/types/types.go (NetworkResource),
 daemon/network.go (buildDetailedNetworkResources).

@@ -28,7 +28,7 @@ async def inspect_swarm(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/swarm/update")
 async def update_swarm(request: web.Request) -> web.StreamResponse:
-    """Replace the cluster's settings, and the tokens asked for."""
+    """Replace the cluster's settings, and the tokens that the query names."""
     manager = manager_of(request)
     spec = await read_json(request, SwarmSpec)
     version = version_parameter(request, "swarm")

@@ -104,7 +104,7 @@ class Scheduler:
             for task in tasks:
                 self._update_accounting(task.id, task, view)
             return
-        for task in tasks:  # one of them raised: each by itself, so that only that one fails
+        for task in tasks:  # one of them raised: each separately, so that only that one fails
             self._update_task(task.id)
 
     def _on_commit(self, commit: Commit) -> None:
@@ -251,7 +251,7 @@ class Scheduler:
                 else:
                     others.append(group)
             return firsts, others
-        return {}, groups  # one of them raised: each by itself, so that only that one fails
+        return {}, groups  # one of them raised: each separately, so that only that one fails
 
     def _decide_group(self, group: Group, limit: int, now: float) -> Placed:
         """Decide up to ``limit`` tasks of the group; the rest is queued again."""
@@ -302,7 +302,7 @@ class Scheduler:
         with self._accounting_failures.caught("first tasks"):
             placed = place(tasks, shape, self._choices, now=now, limit=len(tasks), is_last=False)
         if placed is None:
-            # One of them, or a node, raised: each by itself, so that only that one fails.
+            # One of them, or a node, raised: each separately, so that only that one fails.
             alone = [self._decide_group(_group_of(task), 1, now) for task in tasks]
             return Placed(
                 assignments=tuple(one for some in alone for one in some.assignments),

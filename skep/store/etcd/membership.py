@@ -64,7 +64,7 @@ class RaftMembers:
             self._is_only_member = False
             reply = await self._client.add_learner(url)
             self._own.is_one_of_several()
-        log.info("manager learns", node=name)
+        log.info("learner added", node=name)
         return parsed_members(reply.members)
 
     async def promote(self, name: str) -> None:

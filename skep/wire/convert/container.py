@@ -1,7 +1,7 @@
 """Container specs: what a task's container should be.
 
 The limit of processes is a field of the container here and of the resources in the API, so it is converted with
-the task's spec (``task_spec.py``); so are registry credentials, which no object of ours holds.
+the task's spec (``task_spec.py``); so are registry credentials, which no stored object holds.
 """
 
 import msgspec

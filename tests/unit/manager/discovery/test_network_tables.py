@@ -243,11 +243,11 @@ def test_what_is_kept_up_is_what_is_derived_from_scratch(
             seldom.catch_up(tables)
             assert without_revision(seldom.tables) == without_revision(often.tables)
 
-    minimum, versioned_table.REMEMBERED_MIN = versioned_table.REMEMBERED_MIN, remembered
+    minimum, versioned_table.KEPT_MIN = versioned_table.KEPT_MIN, remembered
     try:
         asyncio.run(run())
     finally:
-        versioned_table.REMEMBERED_MIN = minimum
+        versioned_table.KEPT_MIN = minimum
 
 
 def test_a_tasks_report_costs_no_look_at_the_others() -> None:
