@@ -7,7 +7,6 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.network_tables import merged
-from skep.manager.discovery.derive import table_of
 from skep.manager.discovery.network_tables import NetworkTables
 from skep.model.ids import NetworkId, NodeId
 from skep.model.network import Network
@@ -20,6 +19,7 @@ from skep.store.memory import MemoryCluster, MemoryStore
 from skep.wire.convert.tables import messages_of, pieces_of, table_set_from_pb
 from tests.contract.test_damaged_objects import damage
 from tests.support.builders import a_node, a_service, a_task, an_overlay
+from tests.support.derived_tables import table_of
 
 INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)
 WEB = a_service("web")

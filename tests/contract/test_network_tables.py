@@ -16,7 +16,6 @@ from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables, TableListener
 from skep.errors import FailedPrecondition, NotFound, Unavailable
-from skep.manager.discovery.derive import table_of
 from skep.model.ids import NetworkId, NodeId
 from skep.model.network import Network
 from skep.model.node import Node, NodeRole, NodeState, NodeStatus
@@ -28,6 +27,7 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.methods import MESSAGE_BYTES_MAX
 from tests.support.builders import a_node, a_service, a_task, an_overlay
+from tests.support.derived_tables import table_of
 from tests.support.wire_rig import Cluster, a_session, a_worker, an_agent, put, until
 
 NET1, NET2 = an_overlay("net1"), an_overlay("net2", subnet="10.0.2.0/24")

@@ -16,7 +16,6 @@ from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
 from skep.errors import Unavailable
-from skep.manager.discovery.derive import table_of
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
@@ -28,6 +27,7 @@ from skep.security.tls import ServerTls
 from skep.store.memory import MemoryStore
 from skep.wire.server import serve
 from tests.support.builders import a_service, a_task, an_overlay
+from tests.support.derived_tables import table_of
 from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, an_agent_of, put, until, with_all_methods
 
 NET = an_overlay("net1", subnet="10.0.0.0/16")

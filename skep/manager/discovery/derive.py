@@ -1,4 +1,4 @@
-"""The table of one network, derived from the store.  Pure; ``network_tables.py`` does the same incrementally.
+"""The entries of one network's table, derived from objects of the store.  Pure; ``network_tables.py`` keeps the tables.
 
 * An endpoint is in the table from its task's assignment until the task has ended or its node is down: so it can be
   reached before it starts, and until its last connection is closed.
@@ -14,15 +14,13 @@ Source: moby, daemon/cluster/executor/container/container.go (serviceConfig), da
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
 
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
-from skep.model.overlays import head_of, is_encrypted
+from skep.model.overlays import is_encrypted
 from skep.model.planes import (
     claimed_underlay,
-    data_path_port,
     holder,
     is_docker_node,
     is_overlay,
@@ -30,50 +28,12 @@ from skep.model.planes import (
 )
 from skep.model.publishing import publish_options
 from skep.model.service import PublishMode, Service
-from skep.model.swarm import Swarm
-from skep.model.tables import Table, TableEndpoint, TableNode, TablePort, TableService
+from skep.model.tables import TableEndpoint, TableNode, TablePort, TableService
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.wireguard import published_keys
 from skep.store.interface import View
 
-K = TypeVar("K", bound=str)
-V = TypeVar("V")
-
 SHORT_ID_CHARACTERS = 12
-
-
-def table_of(view: View, network: Network) -> Table:
-    """The whole table of ``network``, as of the view's revision; goes through all tasks."""
-    tasks = [task for task in view.find(Task) if network.id in overlay_attachments(task)]
-    unread = unread_services(view)
-    services = {service.id: service for service in view.find(Service)}
-    nodes = {node.id: node for node in view.find(Node)}
-    publishes = bool(unread - services.keys()) or any(is_publishing(service) for service in services.values())
-    claiming: dict[str, list[Node]] = {}
-    for node in nodes.values():
-        claiming.setdefault(claimed_underlay(node) or "", []).append(node)
-    with_tasks = {task.service_id for task in tasks}
-    hosts = {task.node_id for task in tasks}
-    is_everywhere = network.spec.ingress and publishes
-    return Table(
-        head=head_of(network, data_path_port(view.find(Swarm))),
-        revision=view.revision,
-        nodes=_present(
-            (node.id, node_on(node, network, claiming.get(claimed_underlay(node) or "", ())))
-            for node in nodes.values()
-            if is_everywhere or node.id in hosts
-        ),
-        endpoints=_present(
-            (task.id, endpoint_of(task, services.get(task.service_id), nodes.get(task.node_id), network.id))
-            for task in tasks
-        ),
-        services=_present(
-            (service.id, service_on(service, network, has_tasks=service.id in with_tasks))
-            for service in services.values()
-            if service.id not in unread
-        ),
-        unread=tuple(sorted(unread)),
-    )
 
 
 def unread_services(view: View) -> frozenset[ServiceId]:
@@ -92,10 +52,6 @@ def unread_services(view: View) -> frozenset[ServiceId]:
 def has_endpoint(service: Service) -> bool:
     """Whether its addresses or ports are known."""
     return bool(service.endpoint.virtual_ips or service.endpoint.ports)
-
-
-def _present(entries: Iterable[tuple[K, V | None]]) -> Mapping[K, V]:
-    return {id: entry for id, entry in entries if entry is not None}
 
 
 # -- entries of a table ------------------------------------------------------------------------------------------

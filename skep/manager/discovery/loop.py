@@ -12,8 +12,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 
-import structlog
-
 from skep.aio.clock import Clock
 from skep.aio.event import Event
 from skep.aio.time_slices import TimeSlices
@@ -35,8 +33,6 @@ from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from skep.wire.convert.tables import messages_of
 from skep.wire.service import Handler, duplex
-
-log = structlog.get_logger(__name__)
 
 PAUSE_S = 0.01
 """Changes within this time are sent together."""

@@ -38,7 +38,6 @@ log = structlog.get_logger(__name__)
 TICK_S = 0.2
 PING_S = 0.5
 RESPONSE_SECONDS_MAX = 1.5
-CONNECT_SECONDS_MAX = 2.0
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 1.0
 """Short: a manager that is back must be seen before it counts as silent."""

@@ -23,11 +23,6 @@ def quorum(voters: int) -> int:
     return voters // 2 + 1
 
 
-def tolerated(voters: int) -> int:
-    """How many of ``voters`` may be away."""
-    return voters - quorum(voters)
-
-
 def keeps_quorum(voters: Collection[str], reachable: Collection[str], leaving: str) -> bool:
     """Whether those that stay still decide once ``leaving`` has no vote any more.
 

@@ -11,7 +11,6 @@ from itertools import islice
 from random import Random
 from typing import TypeAlias
 
-import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
@@ -33,8 +32,6 @@ from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, View
 from skep.store.updates import batched
-
-log = structlog.get_logger()
 
 Group: TypeAlias = str
 """Tasks decided together: ``<service>/<version>``, or a single task's id."""

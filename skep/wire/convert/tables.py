@@ -1,9 +1,6 @@
 """Tables of networks: cut into pieces by the manager, put together again by the node."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
-
-from google.protobuf.message import Message
 
 from skep.errors import InvalidArgument
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
@@ -20,8 +17,6 @@ from skep.model.tables import (
 )
 from skep.model.wireguard import PublicKey
 from skep.wire import skep_pb2 as pb
-
-M = TypeVar("M", bound=Message)
 
 PIECE_BYTES = 128 * 1024
 """Of a change; some 5 ms of encoding, and a message takes several."""

@@ -1,8 +1,6 @@
 """Points in time, durations, names: the values that every object is made of."""
 
 from collections.abc import Mapping
-from enum import Enum
-from typing import TypeVar
 
 import msgspec
 from google.protobuf.duration_pb2 import Duration as DurationType
@@ -14,8 +12,6 @@ from skep.model.times import SECOND_NS, ZERO_TIME, Timestamp, timestamp, unix_ns
 from skep.wire import swarm_pb2 as pb
 from skep.wire.descriptors import Duration
 from skep.wire.descriptors import Timestamp as PbTimestamp
-
-E = TypeVar("E", bound=Enum)
 
 _SECONDS_MIN = -62_135_596_800  # 0001-01-01, where Go's time begins
 _SECONDS_MAX = 253_402_300_799  # 9999-12-31

@@ -6,7 +6,6 @@ from random import Random
 from typing import NewType, TypeAlias
 
 import msgspec
-import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
@@ -32,8 +31,6 @@ from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
 from skep.store.kinds import SpecVersion
-
-log = structlog.get_logger()
 
 BATCH = 500
 """Slots and services decided before their changes are committed together."""

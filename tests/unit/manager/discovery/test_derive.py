@@ -7,7 +7,6 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.discovery.derive import table_of
 from skep.model.ids import ServiceId, TaskId
 from skep.model.meta import Driver
 from skep.model.network import Network
@@ -29,6 +28,7 @@ from skep.model.times import Timestamp
 from skep.model.wireguard import PUBLIC_KEYS_LABEL, PublicKey, public_keys_label
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_docker_node, a_node, a_service, a_task, an_overlay
+from tests.support.derived_tables import table_of
 
 NET = an_overlay("net1")
 INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)

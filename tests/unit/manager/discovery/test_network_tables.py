@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.discovery import versioned_table
-from skep.manager.discovery.derive import is_publishing, overlay_attachments, table_of
+from skep.manager.discovery.derive import is_publishing, overlay_attachments
 from skep.manager.discovery.network_tables import KINDS, NetworkTables
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.meta import Driver
@@ -25,6 +25,7 @@ from skep.model.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay
+from tests.support.derived_tables import table_of
 
 NETWORKS = [
     an_overlay("net1"),
