@@ -142,6 +142,8 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Host-mode ports to publish on the node."""
     endpoints: tuple[EndpointConfig, ...] = msgspec.field(name="places", default=())
     """Networks it is on, in the order of its interfaces; none: the node's gateway bridge alone."""
+    is_on_host: bool = False
+    """It has no network namespace of its own, but the node's."""
     exposed_ports: tuple[str, ...] = ()
     healthcheck: HealthConfig | None = None
     log: LogConfig = LogConfig()
@@ -205,6 +207,22 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     """None: it is a task's."""
     is_retired: bool = False
     """It never ran and never will: its sandbox is freed."""
+
+    @property
+    def mode(self) -> NetworkMode:
+        """What it has for a network; a task without networks is on the gateway bridge alone."""
+        if self.plain is not None:
+            return self.plain.mode
+        if self.config.is_on_host:
+            return NetworkMode.HOST
+        return NetworkMode.NETWORKS if self.config.endpoints else NetworkMode.BRIDGE
+
+    @property
+    def network_mode(self) -> str:
+        """The same, as Docker's API shows it."""
+        if self.plain is not None:
+            return self.plain.network_mode
+        return "host" if self.config.is_on_host else "default"
 
     @property
     def pid(self) -> int:

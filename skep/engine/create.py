@@ -33,7 +33,8 @@ _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
 _IGNORED_BIND_OPTIONS = frozenset({"", "rw", "z", "Z", "consistent", "cached", "delegated"})
 _HOST_GATEWAY = "host-gateway"
-_LOG_DRIVERS = ("", "json-file", "local", "none")
+LOG_DRIVERS = ("json-file", "local")
+"""Those that keep what a container writes; ``none`` is there everywhere."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKmMgGtT])?[iI]?[bB]?")
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -191,6 +192,7 @@ def container_config(
         dns_options=host.dns_options,
         ports=() if is_on_host else (*task.ports, *_ports(request, exposed)),
         endpoints=task.endpoints,
+        is_on_host=is_on_host,
         exposed_ports=tuple(sorted(exposed)),
         healthcheck=health.merged(request.healthcheck, image.healthcheck),
         log=log_config(
@@ -395,7 +397,7 @@ def _bind(text: str) -> Mount:
 
 def log_config(driver: Driver) -> LogConfig:
     """Raises: InvalidArgument: no such driver here, or an option that cannot be."""
-    if driver.name not in _LOG_DRIVERS:
+    if driver.name not in ("", "none", *LOG_DRIVERS):
         raise InvalidArgument(f"logger: no log driver named '{driver.name}' is registered")
     try:
         max_files = int(driver.options.get("max-file", "1"))

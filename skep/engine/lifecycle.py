@@ -31,6 +31,7 @@ from skep.engine.runtime import Runtime
 from skep.engine.state import ContainerStore
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
+from skep.model.sandbox import NetworkMode
 from skep.model.times import ZERO_TIME, timestamp
 
 log = structlog.get_logger()
@@ -337,7 +338,9 @@ class Lifecycle:
         await self._persist_restoring(partial(self._network.restore, live), "networks not restored")
         connected = {config.id for config, _ in live}
         for container in self._store.list():
-            work = self._adopt(container, has_network=container.id in connected)
+            work = self._adopt(
+                container, has_network=container.id in connected or container.mode is NetworkMode.HOST
+            )
             await isolate(
                 work,
                 "container not adopted",

@@ -9,7 +9,7 @@ from skep.engine.container import Container, ContainerState
 from skep.engine.processes import is_alive
 from skep.model.ids import ContainerId, TaskId
 from skep.model.labels import LABEL_TASK_ID
-from skep.model.sandbox import EndpointRequest, NetworkMode, Sandbox, SandboxConfig
+from skep.model.sandbox import EndpointRequest, Sandbox, SandboxConfig
 
 
 class Networking(Protocol):
@@ -52,17 +52,13 @@ class Networking(Protocol):
 
 def sandbox_config(container: Container) -> SandboxConfig:
     """``container`` as its networks see it."""
-    config, plain = container.config, container.plain
-    if plain is not None:
-        mode, networks = plain.mode, plain.networks
-    else:  # of a task without networks, which is on the gateway bridge alone
-        mode, networks = NetworkMode.NETWORKS if config.endpoints else NetworkMode.BRIDGE, ()
+    config = container.config
     return SandboxConfig(
         id=container.id,
         name=container.name,
         task=TaskId(container.labels.get(LABEL_TASK_ID, "")),
-        mode=mode,
-        networks=networks,
+        mode=container.mode,
+        networks=container.plain.networks if container.plain is not None else (),
         endpoints=config.endpoints,
         ports=config.ports,
         sysctls=config.sysctls,

@@ -224,7 +224,7 @@ def _rlimits(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -
 def _linux(container: Container, capacity: Capacity, cgroup: str, warnings: list[str]) -> dict[str, Any]:
     config = container.config
     namespaces = [{"type": type} for type in ("mount", "pid", "ipc", "uts")]
-    is_on_host = container.plain is not None and container.plain.mode is NetworkMode.HOST
+    is_on_host = container.mode is NetworkMode.HOST
     if not is_on_host:
         network = {"type": "network"}
         if container.sandbox is not None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from skep import __version__
 from skep.configuration.configuration import Configuration
+from skep.engine.create import LOG_DRIVERS
 from skep.linux.routes import read_routes
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
 from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL, PATHS_LABEL
@@ -15,7 +16,7 @@ from skep.node.machine import Machine
 
 _PLUGINS = (
     *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null")),
-    EnginePlugin(type="Log", name="json-file"),
+    *(EnginePlugin(type="Log", name=name) for name in LOG_DRIVERS),
     EnginePlugin(type="Volume", name="local"),
 )
 _OVERLAY = EnginePlugin(type="Network", name="overlay")

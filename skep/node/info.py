@@ -16,6 +16,7 @@ from skep.configuration.configuration import Configuration
 from skep.dataplane.wireguard.methods import choose
 from skep.engine import apparmor
 from skep.engine.container import Counts
+from skep.engine.create import LOG_DRIVERS
 from skep.model.times import Timestamp
 from skep.model.wireguard import ENCRYPTION_LABEL, Method
 from skep.node.features import Features
@@ -90,7 +91,7 @@ def info(
             "Volume": ["local"],
             "Network": ["bridge", "host", "null", "overlay"],
             "Authorization": None,
-            "Log": ["json-file"],
+            "Log": list(LOG_DRIVERS),
         },
         **_limits(features),
         "IPv4Forwarding": True,

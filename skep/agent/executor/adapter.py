@@ -5,7 +5,7 @@ container_operations.go (ingress comes first).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import ip_interface, ip_network
 
 import msgspec
@@ -20,7 +20,7 @@ from skep.model.ids import NodeId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.network import MTU_OPTION, MTUS, Network
 from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
-from skep.model.planes import is_overlay
+from skep.model.planes import driver_of, is_overlay
 from skep.model.publishing import publish_options
 from skep.model.sandbox import EndpointConfig, PublishedPort
 from skep.model.service import PortConfig, PublishMode
@@ -78,7 +78,7 @@ def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
         user=spec.user,
         tty=spec.tty,
         open_stdin=spec.open_stdin,
-        env=spec.env,
+        env=(*spec.env, *_resource_variables(task.task)),
         entrypoint=spec.command or None,
         cmd=spec.args,
         healthcheck=spec.healthcheck,
@@ -101,6 +101,7 @@ def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
             security_opt=_security_options(spec.privileges or Privileges()),
             mounts=spec.mounts,
             sysctls=spec.sysctls,
+            network_mode=_network_mode(task.task),
             memory=limits.memory_bytes if limits else 0,
             memory_reservation=reservations.memory_bytes if reservations else 0,
             nano_cpus=limits.nano_cpus if limits else 0,
@@ -133,6 +134,34 @@ def task_options(task: AssignedTask, node: NodeFacts, mounts: Sequence[MountPoin
         hosts=spec.hosts,
         stop_grace_ns=spec.stop_grace_ns,
     )
+
+
+def _resource_variables(task: Task) -> Iterator[str]:
+    """``DOCKER_RESOURCE_GPU=a,b``: the generic resources that the scheduler gave the task.
+
+    Source: swarmkit, api/genericresource/helpers.go (EnvFormat).
+    """
+    given: dict[str, list[str]] = {}
+    for one in task.generic_resources:
+        if (named := one.named_resource_spec) is not None:
+            given.setdefault(named.kind, []).append(named.value)
+        if (discrete := one.discrete_resource_spec) is not None:
+            given.setdefault(discrete.kind, []).append(str(discrete.value))
+    for kind, values in given.items():
+        yield f"DOCKER_RESOURCE_{kind.upper()}={','.join(values)}"
+
+
+def _network_mode(task: Task) -> str:
+    """``host`` on the node's own network, which has to be the task's only one.
+
+    Source: moby, daemon/cluster/executor/container/container.go (hostConfig: the first network, if it is predefined).
+    """
+    attached = [one.network for one in task.networks_attachments if one.network is not None]
+    if not any(driver_of(one) == "host" for one in attached):
+        return ""
+    if len(attached) > 1:
+        raise Rejected("conflicting options: a container on the network host is on no other")
+    return "host"
 
 
 def published_port(port: PortConfig, service_labels: Mapping[str, str]) -> PublishedPort:

@@ -140,7 +140,7 @@ def summary(container: Container, images: ImageStore, now_ns: int) -> dict[str, 
         "Labels": dict(container.labels),
         "State": container.state.value,
         "Status": status(container, now_ns),
-        "HostConfig": {"NetworkMode": container.plain.network_mode if container.plain else "default"},
+        "HostConfig": {"NetworkMode": container.network_mode},
         "NetworkSettings": {"Networks": networks(container)},
         "Mounts": _mounts(container),
     }
@@ -319,10 +319,10 @@ def _security_options(container: Container) -> list[str]:
 
 def _plain_host_config(container: Container) -> dict[str, Any]:
     plain = container.plain
+    mode = {"NetworkMode": container.network_mode}
     if plain is None:
-        return {}
-    return {
-        "NetworkMode": plain.network_mode,
+        return mode
+    return mode | {
         "RestartPolicy": {"Name": plain.restart.name, "MaximumRetryCount": plain.restart.attempts_max},
         "AutoRemove": plain.auto_remove,
     }

@@ -82,10 +82,10 @@ def networks(container: Container) -> dict[str, Any]:
         return {endpoint.network_name: _overlay(container, endpoint) for endpoint in sandbox.endpoints}
     is_up = container.is_running
     name = sandbox.network or "bridge"
-    if container.plain is not None:
-        if container.plain.mode is NetworkMode.NETWORKS:
-            return {}
-        name = container.plain.mode.value
+    if container.plain is not None and container.mode is NetworkMode.NETWORKS:
+        return {}
+    if container.plain is not None or container.mode is NetworkMode.HOST:
+        name = container.mode.value
     return {
         name: {
             **_NO_NETWORK,

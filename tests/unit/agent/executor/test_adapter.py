@@ -17,11 +17,14 @@ from skep.model.container import (
     SeccompOpts,
     SELinuxContext,
 )
-from skep.model.ids import NodeId
+from skep.model.ids import NetworkId, NodeId
 from skep.model.meta import Driver
-from skep.model.service import TaskSpec
-from skep.model.task import AssignedTask
+from skep.model.network import Network, NetworkSpec
+from skep.model.service import DiscreteResource, GenericResource, NamedResource, TaskSpec
+from skep.model.task import AssignedTask, NetworkAttachment
 from tests.support.builders import a_task
+
+NODE = NodeFacts(id=NodeId("n"), hostname="n")
 
 
 @pytest.mark.parametrize(
@@ -85,3 +88,34 @@ def test_a_tasks_options_reach_its_container() -> None:
     assert (config.stop_grace_ns, config.open_stdin, config.init) == (1_500_000_000, True, True)
     assert (config.log.type, config.log.max_files) == ("json-file", 2)
     assert [mount.source for mount in mounts(request)] == ["data-4"]
+
+
+def on_networks(*drivers: str) -> AssignedTask:
+    networks = [
+        Network(id=NetworkId(driver), spec=NetworkSpec(name=driver, driver_configuration=Driver(name=driver)))
+        for driver in drivers
+    ]
+    spec = TaskSpec(container_spec=ContainerSpec(image="i", command=("true",)))
+    attachments = tuple(NetworkAttachment(network=one) for one in networks)
+    return AssignedTask(
+        task=replace(a_task("t"), spec=spec, networks_attachments=attachments), service_name="web"
+    )
+
+
+def test_a_task_on_the_network_host_has_the_nodes() -> None:
+    assert create_request(on_networks("host"), NODE).host_config.network_mode == "host"
+    assert create_request(on_networks("overlay"), NODE).host_config.network_mode == ""
+    with pytest.raises(Rejected, match="conflicting options: a container on the network host is on no other"):
+        create_request(on_networks("overlay", "host"), NODE)
+
+
+def test_generic_resources_are_variables_of_the_container() -> None:
+    given = (
+        GenericResource(named_resource_spec=NamedResource(kind="gpu", value="a")),
+        GenericResource(discrete_resource_spec=DiscreteResource(kind="ssd", value=2)),
+        GenericResource(named_resource_spec=NamedResource(kind="gpu", value="b")),
+    )
+    spec = TaskSpec(container_spec=ContainerSpec(image="i", env=("A=b",)))
+    task = replace(a_task("t"), spec=spec, generic_resources=given)
+    env = create_request(AssignedTask(task=task, service_name="web"), NODE).env
+    assert env == ("A=b", "DOCKER_RESOURCE_GPU=a,b", "DOCKER_RESOURCE_SSD=2")
