@@ -1,15 +1,17 @@
-"""Answers a manager's questions for logs.
+"""Serves a manager's log subscriptions (``docker service logs``).
 
 Each subscription is published on a stream of its own, so a reader that is slow holds up only itself.
 """
 
 import asyncio
+from collections.abc import AsyncIterator
+from typing import Protocol
 
 import structlog
 
-from skep.agent.assignments import LogSource
 from skep.aio.failures import log_error
 from skep.errors import SkepError, Unavailable, Unimplemented
+from skep.model.logs import LogLine, LogQuery
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel
@@ -19,6 +21,16 @@ log = structlog.get_logger(__name__)
 
 SUBSCRIPTIONS_MAX = 80
 """Answered at one time: the manager allows 100 streams per connection, and some are needed for the rest."""
+
+
+class LogSource(Protocol):
+    """Reads the logs of this node's tasks."""
+
+    def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
+        """Lines of all tasks of this node that ``query`` means, each task's in their order.
+
+        Ends when everything is read, or with ``follow`` only when the iterator is closed.
+        """
 
 
 class LogPublisher:

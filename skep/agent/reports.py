@@ -11,14 +11,14 @@ BATCH_MAX = 200
 
 
 class Reports:
-    """Implements ``assignments.StatusReports``; the agent's session takes from it.  Bounded by the node's tasks."""
+    """Statuses to send: the worker puts them in, the session takes them out.  At most one of each task."""
 
     def __init__(self) -> None:
         self._pending: dict[TaskId, TaskStatus] = {}
         self._changed = asyncio.Event()
 
     def report(self, task_id: TaskId, status: TaskStatus) -> None:
-        """Replace what was not sent yet of this task."""
+        """Send ``status`` as soon as there is a session; it replaces one of the same task that is not sent yet."""
         self._pending.pop(task_id, None)  # a task that reports often goes behind the others
         self._pending[task_id] = status
         self._changed.set()

@@ -6,7 +6,7 @@ lies between sessions (statuses not delivered, the revision seen) is kept by the
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -14,9 +14,8 @@ import msgspec
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
-from skep.agent.assignments import AssignmentSink, LogSource
 from skep.agent.probe_stream import ProbeSource, ProbeStream
-from skep.agent.publishing import LogPublisher
+from skep.agent.publishing import LogPublisher, LogSource
 from skep.agent.reports import Reports
 from skep.agent.revisions import SeenRevision
 from skep.agent.session_state import SessionState
@@ -27,8 +26,11 @@ from skep.aio.failures import retry
 from skep.aio.groups import first_alone
 from skep.aio.race import Preempted, run_unless, wait_first
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
+from skep.model.assignment import AssignmentSet
+from skep.model.ids import TaskId
 from skep.model.node import NodeDescription
 from skep.model.revisions import Revision
+from skep.model.task import TaskStatus
 from skep.model.times import SECOND_NS
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -59,6 +61,16 @@ Part: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 def unknown_load() -> None:
     """Of a node that does not measure its load."""
+
+
+class AssignmentSink(Protocol):
+    """Takes assignments and acts on them (``agent/worker.py``)."""
+
+    async def assign(self, change: AssignmentSet) -> None:
+        """Take over ``change``; return when it is accepted, not when its tasks run.  Called one at a time."""
+
+    def statuses(self) -> Mapping[TaskId, TaskStatus]:
+        """The present status of every task known here; the agent reports all of them in each new session."""
 
 
 class NodeServices(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,14 +9,13 @@ own.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TypeAlias
 
 import msgspec
 import structlog
 
-from skep.agent.attempts import CUT_OFF_S, next_attempt
 from skep.agent.executor.interface import Controller, TaskExit
 from skep.agent.session_state import SessionState
 from skep.aio.clock import Clock
@@ -25,10 +24,16 @@ from skep.aio.race import Preempted, run_unless
 from skep.errors import SkepError
 from skep.model.ids import TaskId
 from skep.model.labels import drain_s
-from skep.model.task import AssignedTask, ContainerStatus, PortStatus, TaskState, TaskStatus
-from skep.model.times import timestamp
+from skep.model.service import RestartCondition, RestartPolicy
+from skep.model.task import AssignedTask, ContainerStatus, PortStatus, Task, TaskState, TaskStatus
+from skep.model.times import SECOND_NS, timestamp
 
 log = structlog.get_logger()
+
+
+DEFAULT_DELAY_S = 5.0
+CUT_OFF_S = 10.0
+"""An outage shorter than this is left to the leader: managers restart and move."""
 
 
 class Verb(Enum):
@@ -97,6 +102,37 @@ def next_step(observed: TaskState, desired: TaskState) -> Step:
 def failed_state(observed: TaskState) -> TaskState:
     """What a task becomes whose verb failed: before its start it was never accepted by this node."""
     return TaskState.REJECTED if observed < TaskState.STARTING else TaskState.FAILED
+
+
+def next_attempt(task: Task, exit_code: int, attempts: Sequence[float], now: float) -> float | None:
+    """Seconds until a process that ended without a manager is started again; None: the policy allows no more.
+
+    With a manager the leader replaces what has ended.  Without one the restart policy of the task is followed here: the
+    same task stays RUNNING, and each attempt is counted.  When the policy gives up, the task has failed, and the leader
+    receives that state with the next session.
+
+    Args:
+        exit_code: of the process that has ended; a failure that has none counts as 1.
+        attempts: when earlier attempts were made (any clock, that of ``now``).
+
+    A job's task runs once: the leader decides about further runs.  The attachment of a plain container to a
+    network is requested by that container only.
+
+    Source: swarmkit, manager/orchestrator/restart/restart.go (the policy's meaning).
+    """
+    policy = task.spec.restart_policy or RestartPolicy()
+    if task.job_iteration is not None or task.spec.network_attachment_spec is not None:
+        return None
+    match policy.condition or RestartCondition.ANY:
+        case RestartCondition.NONE:
+            return None
+        case RestartCondition.ON_FAILURE if exit_code == 0:
+            return None
+    if policy.max_attempts:
+        opens_at = now - policy.window / SECOND_NS if policy.window else float("-inf")
+        if sum(at > opens_at for at in attempts) >= policy.max_attempts:
+            return None
+    return DEFAULT_DELAY_S if policy.delay is None else policy.delay / SECOND_NS
 
 
 class TaskDriver:

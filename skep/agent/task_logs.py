@@ -9,12 +9,12 @@ from contextlib import aclosing
 
 import structlog
 
-from skep.agent.assignments import LogLine, LogQuery, LogStream
 from skep.aio.groups import errors_as_they_are
 from skep.engine.container import Container, LogFilter, Stream
 from skep.engine.engine import Engine
 from skep.errors import SkepError, Unimplemented
 from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.logs import LogLine, LogQuery, LogStream
 
 log = structlog.get_logger(__name__)
 

@@ -14,13 +14,14 @@ from typing import Any, Protocol
 
 import structlog
 
-from skep.agent.assignments import AssignmentSet, ConfigFile, SecretFile, StatusReports
 from skep.agent.executor.interface import Controller, Executor, Rejected, Running, TaskExit
+from skep.agent.reports import Reports
 from skep.agent.session_state import SessionState
 from skep.agent.task import TaskDriver
 from skep.agent.task_files import RememberedTask, TaskFiles
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
+from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
 from skep.model.ids import ConfigId, SecretId, TaskId
 from skep.model.labels import ON_DISCONNECT, OnDisconnect, disconnect_policy
 from skep.model.task import AssignedTask, TaskState, TaskStatus
@@ -60,7 +61,7 @@ class Worker:
         *,
         executor: Executor,
         files: TaskFiles,
-        reports: StatusReports,
+        reports: Reports,
         clock: Clock,
         payloads: PayloadSink | None = None,
         session_state: SessionState | None = None,

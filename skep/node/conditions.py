@@ -1,6 +1,6 @@
-"""What is wrong with this node at present.  Each condition has a name, a sentence, and one owner.
+"""Conditions of this node: what is wrong at present.  Each has a name, a message, and one part that sets it.
 
-Level-triggered: ``raise_`` gives the present state and may be repeated.  A condition is a warning of ``/info`` (and so
+Level-triggered: ``set`` gives the present state and may be repeated.  A condition is a warning of ``/info`` (and so
 of ``skep status``) at once, and reaches the managers as an engine label, with the node's description: there it is part
 of the node's status message and of its events, and a placement constraint can avoid the node
 (``engine.labels.skep.condition.disk``).
@@ -27,14 +27,14 @@ class _Condition(msgspec.Struct):
 
 
 class Conditions:
-    """The conditions of one node.  Any thread may raise and clear them."""
+    """The conditions of one node.  Any thread may set and clear them."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._conditions: dict[str, _Condition] = {}
         self._lock = threading.Lock()
 
-    def raise_(self, name: str, message: str) -> None:
+    def set(self, name: str, message: str) -> None:
         """``name``: lower-case words with dashes; ``message``: a sentence with what to do, without a full stop.
 
         A condition that continues may get another message; the log has the first one and each that differs.
@@ -55,9 +55,9 @@ class Conditions:
             condition.cleared_at = self._clock.monotonic()
         log.info("condition has ended", name=name)
 
-    def say(self, name: str) -> Callable[[str], None]:
-        """A function that raises the condition with its message, and clears it with an empty text."""
-        return lambda message: self.raise_(name, message) if message else self.clear(name)
+    def reporter(self, name: str) -> Callable[[str], None]:
+        """A function that sets the condition to its argument, and clears it when that is empty."""
+        return lambda message: self.set(name, message) if message else self.clear(name)
 
     def present(self) -> Mapping[str, str]:
         """Name -> message of what is wrong now."""

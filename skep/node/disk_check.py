@@ -54,8 +54,8 @@ class DiskCheck:
     async def run(self) -> None:
         """Look until cancelled."""
         while True:
-            self._conditions.say("disk")(await self.look())
-            self._conditions.say("disk-full")(self._store_full_text())
+            self._conditions.reporter("disk")(await self.look())
+            self._conditions.reporter("disk-full")(self._store_full_text())
             await self._clock.sleep(PERIOD_S)
 
     async def look(self, within_s: float = HANG_S) -> str:

@@ -18,7 +18,7 @@ def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
 
     An AppArmor profile that is missing is a condition: containers do not start without it.
     """
-    conditions.say("apparmor")(apparmor.problem())
+    conditions.reporter("apparmor")(apparmor.problem())
     program = shutil.which(runc) or ""
     output = requirements.version_output(program) or ""
     flaws = runc_flaws.warning(output, runc_flaws.changelog_of(Path(program)))
@@ -27,7 +27,7 @@ def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
 
 async def keep_profile(conditions: Conditions, clock: Clock) -> None:
     """Look until cancelled whether containers can be given their AppArmor profile, which others may load or unload."""
-    say = conditions.say("apparmor")
+    report = conditions.reporter("apparmor")
     while True:
         await clock.sleep(PROFILE_S)
-        say(await asyncio.to_thread(apparmor.problem))
+        report(await asyncio.to_thread(apparmor.problem))

@@ -6,9 +6,10 @@ and the Engine API.  A layer is given the layers below it when it is made.
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from typing import Any
 
 import structlog
 from aiohttp import web
@@ -28,8 +29,11 @@ from skep.agent.session_state import SessionState
 from skep.agent.task_files import TaskFiles
 from skep.agent.task_logs import NoLogs, TaskLogs
 from skep.agent.worker import Worker
-from skep.aio.failures import isolate
+from skep.aio.clock import Clock
+from skep.aio.failures import isolate, retry
 from skep.aio.gc_settings import freeze
+from skep.aio.groups import first_alone
+from skep.aio.race import Preempted, run_unless
 from skep.api.client import Client
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
@@ -50,6 +54,7 @@ from skep.engine.capacity import find_programs
 from skep.engine.cgroups import Cgroups
 from skep.engine.images.registry import Policy
 from skep.engine.images.store import ImageStore
+from skep.errors import SkepError
 from skep.linux.processes import boot_id
 from skep.model.conditions import NEIGHBOURS
 from skep.model.ids import NodeId, new_container_id, new_id
@@ -57,7 +62,6 @@ from skep.model.meta import Driver
 from skep.model.node import NodeRole
 from skep.model.wireguard import Method
 from skep.node import info
-from skep.node.background import run_after, run_part, wait_briefly
 from skep.node.cluster_work import NodeWork
 from skep.node.description import NodeDescriber, has_overlays
 from skep.node.disk_check import DiskCheck
@@ -80,6 +84,7 @@ from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkSources, network_routes
 from skep.node.routes.plain_containers import plain_container_routes
 from skep.node.runner import Dependencies
+from skep.node.supervision.zygote import ZygoteGone
 from skep.node.swarm_info import why_waiting
 from skep.node.system import NodeSystem, engine_id
 from skep.security.locking import KeyLock
@@ -91,6 +96,8 @@ _CONTAINERS_FOUND_S_MAX = 15.0
 
 _REVISION_FILE = "seen.json"
 """Newest assignments that this node has received.  In the certificates' directory, with which it is removed."""
+
+_Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Node:
@@ -143,7 +150,7 @@ class Node:
         Raises: SkepError: a host cannot be listened on, the data directory is damaged.
         """
         async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
-            run = partial(run_part, group, self._clock)
+            run = partial(_run_part, group, self._clock)
             run(self._environment.processes.net.run, "net process")
             await self._open_apis(stack)
             if self._engine is not None:
@@ -160,8 +167,8 @@ class Node:
             group.create_task(self._membership.run(), name="membership")
             if self._engine is not None:
                 restarts = self._engine.run_restart_policies
-                run(partial(run_after, self._worker.wait_ready, restarts), "plain containers")
-            await wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
+                run(partial(_run_after, self._worker.wait_ready, restarts), "plain containers")
+            await _wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
             async with front.listening(self._configuration.api_hosts, _tls_of(self._configuration)):
                 freeze()
                 ready()
@@ -191,7 +198,7 @@ class Node:
             policy=_registry_policy(configuration),
             clock=self._clock,
             on_event=self._events.publish_image,
-            report=environment.conditions.say("images"),
+            report=environment.conditions.reporter("images"),
         )
         # Connections to the net process: several, so that ports do not wait for the names of a thousand containers.
         net = partial(NetClient, self._paths.net_socket, self._clock, self._random)
@@ -289,7 +296,7 @@ class Node:
             self._known_managers(node),
             save_managers,
             address_of=node.reach,
-            show_unreached=self._environment.conditions.say("no-manager"),
+            show_unreached=self._environment.conditions.reporter("no-manager"),
         )
         agent = Agent(
             credentials=credentials,
@@ -335,7 +342,7 @@ class Node:
             dependencies,
             manager_api=self._manager_api,
             new_id=new_id,
-            show_condition=conditions.say("swarm"),
+            show_condition=conditions.reporter("swarm"),
         )
 
     # --- the Engine API ---------------------------------------------------------------------------------------
@@ -448,7 +455,7 @@ class Node:
             run(self._engine.images.settle, "images")
         run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
         if self._network is not None:
-            run(NeighbourTables(conditions.say(NEIGHBOURS), clock).run, "neighbour tables")
+            run(NeighbourTables(conditions.reporter(NEIGHBOURS), clock).run, "neighbour tables")
         if self._docker is not None:
             run(partial(self._docker.follow, clock, self._random), "docker engine")
 
@@ -500,3 +507,29 @@ def _tls_of(configuration: Configuration) -> ssl.SSLContext | None:
     if certificate is None or key is None or authority is None:
         return None
     return tls_context(certificate, key, authority)
+
+
+def _run_part(group: asyncio.TaskGroup, clock: Clock, work: _Work, name: str) -> None:
+    """Run a part of the node in ``group``, again after every failure, with growing pauses."""
+
+    async def run() -> None:
+        with first_alone(SkepError):
+            await work()
+
+    # Only another node process has another zygote.
+    repeated = retry(run, "part of the node failed", clock=clock, passes=(ZygoteGone,), part=name)
+    group.create_task(repeated, name=name)
+
+
+async def _wait_briefly(ready: Coroutine[Any, Any, None], seconds: float, clock: Clock) -> None:
+    """Wait until the containers of earlier processes are known, so that no list lacks one."""
+    try:
+        await run_unless(ready, clock.sleep(seconds))
+    except Preempted:
+        log.warning("not all containers are found again yet", after_s=seconds)
+
+
+async def _run_after(ready: _Work, work: _Work) -> None:
+    """``work``, once ``ready`` has returned."""
+    await ready()
+    await work()

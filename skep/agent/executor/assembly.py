@@ -92,7 +92,7 @@ def oci_executor(
         starts_max=2 * (os.cpu_count() or 1),
         hostname=hostname,
         log_default=log_default or Driver(name="json-file"),
-        report_restore=conditions.say("restore") if conditions is not None else lambda _: None,
+        report_restore=conditions.reporter("restore") if conditions is not None else lambda _: None,
     )
     runtime = runtime_of(paths, programs or find_programs(), Cgroups(cgroup_parent), resolver)
     engine = Engine(
@@ -155,7 +155,7 @@ def container_network(
         encryption or NO_ENCRYPTION,
         repairs,
         clock,
-        conditions.say("encrypted-networks") if conditions is not None else lambda _: None,
+        conditions.reporter("encrypted-networks") if conditions is not None else lambda _: None,
     )
     probe_namespace = ProbeNamespace(
         pins=Namespaces(paths.probes, namespaces.home),
@@ -211,7 +211,7 @@ def container_network(
         naming=naming,
         clock=clock,
         rng=rng,
-        say=conditions.say("networks") if conditions is not None else lambda _: None,
+        say=conditions.reporter("networks") if conditions is not None else lambda _: None,
     )
 
 

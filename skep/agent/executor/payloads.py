@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from skep.agent.assignments import ConfigFile, SecretFile
 from skep.aio.trees import discard_tree_now
 from skep.engine.container import MountPoint
 from skep.errors import InvalidArgument, NotFound
@@ -18,6 +17,7 @@ from skep.gotemplate import Struct, to_text
 from skep.linux.files import replace_file
 from skep.linux.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount
 from skep.model import templates
+from skep.model.assignment import ConfigFile, SecretFile
 from skep.model.container import ConfigReference, ContainerSpec, SecretReference
 from skep.model.ids import ConfigId, SecretId
 

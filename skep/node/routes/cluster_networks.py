@@ -16,9 +16,8 @@ from skep.engine.container import Container
 from skep.errors import AlreadyExists, Unavailable
 from skep.model.ids import NetworkId, TaskId
 from skep.model.network import Network
-from skep.model.tables import Table
+from skep.model.tables import Table, TableEndpoint, TableService
 from skep.model.task import AssignedTask, TaskStatus
-from skep.node.routes.network_tables import peers, services
 from skep.node.routes.network_users import meant_by, networks_in_use, on_overlay
 
 _MANAGER_WAIT_S = 5.0
@@ -133,9 +132,9 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
         found = network_form.flat_form(network)
         table = self.tables.tables.get(network.id)
         if table is not None:
-            found["Peers"] = peers(table)
+            found["Peers"] = _peers(table)
             if is_verbose:
-                found["Services"] = services(table)
+                found["Services"] = _services(table)
         return found
 
     def _attached(self) -> dict[str, Network]:
@@ -169,3 +168,40 @@ def _facts(network: Network) -> Facts:
         labels=network.spec.labels,
         is_used=True,
     )
+
+
+def _peers(table: Table) -> list[dict[str, str]]:
+    """``Peers`` of ``docker network inspect``; a table knows nodes by their ids."""
+    return [{"Name": node.id, "IP": node.underlay} for _, node in sorted(table.nodes.items())]
+
+
+def _services(table: Table) -> dict[str, Any]:
+    """``Services`` of ``docker network inspect --verbose``; plain containers stand under no name."""
+    shown: dict[str, Any] = {
+        service.name: _entry(service, table) for _, service in sorted(table.services.items())
+    }
+    plain = [_line(one, table) for _, one in sorted(table.endpoints.items()) if not one.service_id]
+    if plain:
+        shown[""] = {"VIP": "<nil>", "Ports": [], "LocalLBIndex": 0, "Tasks": plain}
+    return shown
+
+
+def _entry(service: TableService, table: Table) -> dict[str, Any]:
+    return {
+        "VIP": service.virtual_ips[0] if service.virtual_ips else "<nil>",
+        "Ports": [f"Target: {port.target}, Publish: {port.published}" for port in service.ports],
+        "LocalLBIndex": 0,
+        "Tasks": [
+            _line(one, table) for _, one in sorted(table.endpoints.items()) if one.service_id == service.id
+        ],
+    }
+
+
+def _line(endpoint: TableEndpoint, table: Table) -> dict[str, Any]:
+    node = table.nodes.get(endpoint.node_id)
+    return {
+        "Name": endpoint.name,
+        "EndpointID": network_form.endpoint_id(endpoint.task_id, table.head.id),
+        "EndpointIP": endpoint.addresses[0] if endpoint.addresses else "",
+        "Info": {"Host IP": node.underlay if node is not None else ""},
+    }

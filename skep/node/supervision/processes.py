@@ -67,7 +67,7 @@ class NodeProcesses:
             final={REMOVED: _REMOVED},
             futile=FUTILE,
             starved=STARVED,
-            show_condition=self._conditions.say("manager"),
+            show_condition=self._conditions.reporter("manager"),
             wait_hung=partial(wait_manager_hung, self._paths, self._hand_over, self._clock),
         )
         return self._new("manager", policy=policy)

@@ -37,7 +37,6 @@ from skep.aio.clock import SystemClock
 from skep.aio.gc_settings import freeze
 from skep.errors import Unavailable
 from skep.linux.detached import set_title
-from skep.node.notify import notify
 
 log = structlog.get_logger()
 
@@ -130,7 +129,7 @@ class Zygote:
         await self._request(KeepSpare(entry, wanted))
 
     def notify(self, state: str) -> None:
-        """Notify systemd (``node.notify``)."""
+        """Notify systemd (``notify``)."""
         with suppress(OSError):
             self._connection.send(msgspec.msgpack.encode(Request(0, Notify(state))))
 
@@ -407,3 +406,20 @@ def _become(work: Callable[[], None], kept: int | None = None) -> NoReturn:
             sys.stderr.flush()
         finally:
             os._exit(status)
+
+
+def notify(state: str) -> None:
+    """Send ``READY=1``, ``RELOADING=1`` or ``STOPPING=1`` to ``$NOTIFY_SOCKET``; nothing without one.
+
+    Source: systemd, sd_notify(3).
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as line:
+        try:
+            line.sendto(state.encode(), address)
+        except OSError:
+            pass  # systemd does not listen any more; the service does not depend on it

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.assignments import AssignmentSet
 from skep.agent.executor.oci import OciExecutor
 from skep.agent.reports import Reports
 from skep.agent.task_files import TaskFiles
@@ -15,6 +14,7 @@ from skep.agent.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.engine.container import ContainerState
 from skep.errors import SkepError
+from skep.model.assignment import AssignmentSet
 from skep.model.ids import new_container_id
 from skep.model.task import TaskState
 from tests.integration.node.conftest import eventually

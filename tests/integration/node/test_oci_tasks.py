@@ -6,7 +6,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.agent.assignments import ConfigFile, LogQuery, LogStream, SecretFile
 from skep.agent.executor.interface import Rejected
 from skep.agent.executor.oci import OciExecutor
 from skep.agent.executor.payloads import Payloads
@@ -14,6 +13,7 @@ from skep.agent.task_logs import TaskLogs
 from skep.engine.container import LogFilter
 from skep.engine.images.image import ContainerDefaults
 from skep.errors import SkepError
+from skep.model.assignment import ConfigFile, SecretFile
 from skep.model.container import (
     BindOptions,
     ConfigReference,
@@ -25,6 +25,7 @@ from skep.model.container import (
     VolumeOptions,
 )
 from skep.model.ids import ConfigId, NodeId, SecretId, ServiceId, TaskId, new_id
+from skep.model.logs import LogQuery, LogStream
 from skep.model.meta import Driver
 from skep.model.service import Limits, PortConfig, PublishMode, ResourceRequirements, TaskSpec
 from skep.model.task import AssignedTask, Task

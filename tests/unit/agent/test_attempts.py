@@ -4,7 +4,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.agent.attempts import DEFAULT_DELAY_S, next_attempt
+from skep.agent.task import DEFAULT_DELAY_S, next_attempt
 from skep.model.meta import Version
 from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import Task

@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.agent.assignments import AssignmentSet
 from skep.agent.executor.interface import Controller, Rejected, Running
 from skep.agent.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
 from skep.agent.task_files import TaskFiles
 from skep.agent.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.errors import SkepError
+from skep.model.assignment import AssignmentSet
 from skep.model.container import ContainerSpec
 from skep.model.ids import ServiceId, TaskId
 from skep.model.labels import DRAIN

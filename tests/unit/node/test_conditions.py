@@ -36,9 +36,9 @@ def described(conditions: Conditions) -> NodeDescription:
 
 
 def test_a_condition_is_a_warning_until_it_is_cleared(conditions: Conditions):
-    conditions.raise_("disk", "the disk is full")
-    conditions.raise_("disk", "the disk is nearly full")
-    conditions.raise_("clock", "the clock is wrong")
+    conditions.set("disk", "the disk is full")
+    conditions.set("disk", "the disk is nearly full")
+    conditions.set("clock", "the clock is wrong")
     assert conditions.warnings() == ("the clock is wrong", "the disk is nearly full")
     conditions.clear("clock")
     conditions.clear("never raised")
@@ -48,11 +48,11 @@ def test_a_condition_is_a_warning_until_it_is_cleared(conditions: Conditions):
 def test_the_managers_hear_of_the_end_later_so_that_flapping_is_one_condition(
     conditions: Conditions, clock: HandClock
 ):
-    conditions.raise_("disk", "full")
+    conditions.set("disk", "full")
     conditions.clear("disk")
     assert conditions.labels() == {"skep.condition.disk": "full"}
     clock.now += LABEL_SECONDS_MIN / 2
-    conditions.raise_("disk", "full")
+    conditions.set("disk", "full")
     conditions.clear("disk")
     clock.now += LABEL_SECONDS_MIN / 2
     assert conditions.labels() == {"skep.condition.disk": "full"}
@@ -61,7 +61,7 @@ def test_the_managers_hear_of_the_end_later_so_that_flapping_is_one_condition(
 
 
 def test_a_ready_nodes_status_message_has_its_conditions(conditions: Conditions):
-    conditions.raise_("disk", "the disk is full")
+    conditions.set("disk", "the disk is full")
     node = replace(
         a_node("w1"), description=described(conditions), status=NodeStatus(state=NodeState.READY, message="m")
     )
@@ -72,7 +72,7 @@ def test_a_ready_nodes_status_message_has_its_conditions(conditions: Conditions)
 
 def test_events_say_when_conditions_change(conditions: Conditions):
     before = replace(a_node("w1"), description=described(conditions))
-    conditions.raise_("disk", "the disk is full")
+    conditions.set("disk", "the disk is full")
     after = replace(before, description=described(conditions))
     (message,) = messages_of(Updated(old=before, new=after), 0)
     assert message.actor.attributes["conditions.old"] == ""
@@ -95,7 +95,7 @@ def test_skep_status_lists_ready_nodes_that_say_what_is_wrong():
 
 def test_what_a_node_says_is_bounded_on_both_sides(conditions: Conditions):
     for number in range(CONDITIONS_MAX + 5):
-        conditions.raise_(f"c{number:02}", "x" * 5000)
+        conditions.set(f"c{number:02}", "x" * 5000)
     assert len(conditions.labels()) == CONDITIONS_MAX
     assert set(map(len, conditions.labels().values())) == {CHARACTERS_MAX}
     sent = {f"skep.condition.{number}": "y" * 5000 for number in range(1000)}

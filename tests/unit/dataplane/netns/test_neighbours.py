@@ -99,7 +99,7 @@ async def watched(*numbers: int, refusal: str = "") -> Conditions:
     each = counts(*numbers)
     with pytest.raises((Ended, RuntimeError)):
         await NeighbourTables(
-            conditions.say(NEIGHBOURS), clock, raise_limits=lambda: refusal, count=lambda: next(each)
+            conditions.reporter(NEIGHBOURS), clock, raise_limits=lambda: refusal, count=lambda: next(each)
         ).run()
     return conditions
 
