@@ -77,7 +77,8 @@ class Credentials(Protocol):
     """Set with every change; cleared by the session, which sends it to the manager."""
 
     @property
-    def identity(self) -> Identity: ...
+    def identity(self) -> Identity:
+        """Node, cluster and role of the certificate."""
 
     @property
     def tls_info(self) -> TLSInfo:
@@ -134,6 +135,7 @@ class Agent:
 
     @property
     def node_id(self) -> NodeId:
+        """In the certificate."""
         return self._credentials.identity.node_id
 
     @property

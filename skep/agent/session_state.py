@@ -34,6 +34,7 @@ class SessionState:
 
     @property
     def has_session(self) -> bool:
+        """Whether there is a session now."""
         return self._has_session
 
     def begin(self) -> None:
@@ -88,6 +89,7 @@ class SessionState:
 
     @property
     def is_stopping(self) -> bool:
+        """Whether this process is about to stop as planned."""
         return self._stopping.is_set()
 
     async def wait_stopping(self) -> None:

@@ -43,11 +43,14 @@ def stop_reason(assigned: AssignedTask, silence_s: float) -> str:
 class PayloadSink(Protocol):
     """Keeps the data of secrets and configs (``engine/mounts/payloads.py``)."""
 
-    def put(self, secrets: Iterable[SecretFile], configs: Iterable[ConfigFile]) -> None: ...
+    def put(self, secrets: Iterable[SecretFile], configs: Iterable[ConfigFile]) -> None:
+        """Keep the data of these.  Raises: OSError."""
 
-    def drop(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None: ...
+    def drop(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
+        """Forget the data of these; those that are not kept are ignored."""
 
-    def keep_only(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None: ...
+    def keep_only(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
+        """Forget the data of all others."""
 
 
 class Worker:
@@ -288,12 +291,15 @@ class BrokenController:
         """There is nothing."""
 
     async def prepare(self) -> None:
+        """Raises: Rejected, always."""
         raise Rejected(describe_error(self._error)) from self._error
 
     async def start(self) -> Running:
+        """Raises: Rejected, always."""
         raise Rejected(describe_error(self._error)) from self._error
 
     async def wait(self) -> TaskExit:
+        """The error as the end of the task."""
         return TaskExit(exit_code=1, message=describe_error(self._error))
 
     async def shutdown(self, drain_s: float = 0.0) -> None:

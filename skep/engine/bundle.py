@@ -84,6 +84,7 @@ class Bundles:
         return self._run / id
 
     def rootfs(self, id: ContainerId) -> Path:
+        """Where the container's root file system is mounted."""
         return self.bundle(id) / "rootfs"
 
     def log(self, id: ContainerId) -> Path:
@@ -91,6 +92,7 @@ class Bundles:
         return self.path(id) / "log" / "current"
 
     def exec_path(self, id: ContainerId, exec_id: str) -> Path:
+        """Directory of an exec; it is there while the exec runs."""
         return self.bundle(id) / "exec" / exec_id
 
     # --- records ----------------------------------------------------------------------------------------------

@@ -160,6 +160,11 @@ _decode = msgspec.json.Decoder(_Answer).decode
 
 
 async def read_pid(responses: asyncio.StreamReader, verb: str = "create") -> int:
+    """The pid in conmon's next response.
+
+    Raises: StartError: the runtime refused, or conmon ended.
+
+    """
     line = await responses.readline()
     if not line:
         raise StartError("conmon ended without a response", verb)

@@ -81,6 +81,7 @@ class Files:
         self._rest = b""
 
     def open_oldest(self) -> None:
+        """Open the oldest file; nothing happens when there is none."""
         self._open(next(iter(generations(self._current)), None))
 
     def open_for_tail(self, lines: int) -> None:
@@ -115,6 +116,7 @@ class Files:
                 return []
 
     def close(self) -> None:
+        """Close the file that is open."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -24,6 +24,8 @@ BODY_EMPTY = "Config cannot be empty in order to create a container"
 
 
 class LogOptions(ApiObject):
+    """``--log-driver`` and ``--log-opt``."""
+
     __go_name__: ClassVar[str | None] = "container.LogConfig"
 
     type: str = ""
@@ -31,6 +33,8 @@ class LogOptions(ApiObject):
 
 
 class RestartOptions(ApiObject):
+    """``--restart``."""
+
     __go_name__: ClassVar[str | None] = "container.RestartPolicy"
 
     name: str = ""
@@ -38,6 +42,8 @@ class RestartOptions(ApiObject):
 
 
 class PortBinding(ApiObject):
+    """Where on the node a container's port is published.  ``host_port`` empty or 0: a free one."""
+
     __go_name__: ClassVar[str | None] = "nat.PortBinding"
 
     host_ip: str = msgspec.field(name="HostIp", default="")
@@ -81,6 +87,8 @@ class HostConfig(ApiObject):
 
 
 class EndpointIPAM(ApiObject):
+    """Addresses that the user has chosen for an endpoint."""
+
     __go_name__: ClassVar[str | None] = "network.EndpointIPAMConfig"
 
     ipv4_address: str = ""
@@ -96,6 +104,8 @@ class EndpointSettings(ApiObject):
 
 
 class NetworkingConfig(ApiObject):
+    """``EndpointsConfig``: options by network name or id."""
+
     __go_name__: ClassVar[str | None] = "network.NetworkingConfig"
 
     endpoints_config: Mapping[str, EndpointSettings | None] = {}

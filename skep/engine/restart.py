@@ -88,13 +88,17 @@ class Containers(Protocol):
 
     events: Events
 
-    def plain_containers(self) -> Sequence[Container]: ...
+    def plain_containers(self) -> Sequence[Container]:
+        """Those without a task."""
 
-    def get(self, word: str) -> Container: ...
+    def get(self, word: str) -> Container:
+        """Raises: NotFound."""
 
-    async def restart(self, id: ContainerId, *, ignore_stop: bool) -> bool: ...
+    async def restart(self, id: ContainerId, *, ignore_stop: bool) -> bool:
+        """Start it by its policy; False: it runs, or its user has stopped it.  Raises: NotFound; SkepError."""
 
-    async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None: ...
+    async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None:
+        """Raises: NotFound; SkepError."""
 
 
 class RestartMonitor:

@@ -29,6 +29,8 @@ class CPUUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Throttling(msgspec.Struct, frozen=True, kw_only=True):
+    """Periods of the CPU limit, those in which it was reached, and nanoseconds waited because of it."""
+
     periods: int = 0
     throttled_periods: int = 0
     throttled_time: int = 0
@@ -54,11 +56,15 @@ class MemoryStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class PidsStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Processes and threads now, and at most."""
+
     current: int = 0
     limit: int = 0
 
 
 class NetworkStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of one interface, as the container sees it."""
+
     rx_bytes: int = 0
     rx_packets: int = 0
     rx_errors: int = 0
@@ -70,6 +76,8 @@ class NetworkStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BlkioEntry(msgspec.Struct, frozen=True):
+    """One counter of one block device.  ``op``: Read, Write, ..."""
+
     major: int
     minor: int
     op: str
@@ -77,6 +85,8 @@ class BlkioEntry(msgspec.Struct, frozen=True):
 
 
 class BlkioStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of block devices."""
+
     io_service_bytes_recursive: tuple[BlkioEntry, ...] | None = None
     io_serviced_recursive: tuple[BlkioEntry, ...] | None = None
 

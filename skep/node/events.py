@@ -39,9 +39,8 @@ Message = Mapping[str, Any]
 class EventLines(Protocol):
     """Where others' events come from: the manager, the machine's Docker Engine (``Client``)."""
 
-    def lines(
-        self, path: str, query: Mapping[str, str]
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
+    def lines(self, path: str, query: Mapping[str, str]) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """The lines of a response, each one JSON value.  Raises: SkepError."""
 
 
 class EventRequest(msgspec.Struct, frozen=True):
@@ -69,6 +68,7 @@ class Reader:
         self._waiting.put_nowait(message)
 
     async def next(self) -> Message | None:
+        """The next message; None: the stream has ended."""
         return await self._waiting.get()
 
 

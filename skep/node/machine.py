@@ -30,6 +30,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def nano_cpus(self) -> int:
+        """Processors in Docker's unit: 10^9 for each."""
         return self.cpus * _SECOND_TO_NANO
 
 

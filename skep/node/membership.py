@@ -348,10 +348,12 @@ class Membership:
 
     @property
     def is_in_swarm(self) -> bool:
+        """Whether this node is a member, locked ones included."""
         return self.node is not None
 
     @property
     def is_manager(self) -> bool:
+        """Whether it is a member with the role manager."""
         return self.node is not None and self.node.is_manager
 
     @property

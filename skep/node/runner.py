@@ -42,7 +42,8 @@ class AgentConnection(Protocol):
     registered: asyncio.Event
 
     @property
-    def managers(self) -> tuple[Peer, ...]: ...
+    def managers(self) -> tuple[Peer, ...]:
+        """As the last session listed them."""
 
     @property
     def role(self) -> NodeRole:
@@ -51,7 +52,8 @@ class AgentConnection(Protocol):
     def renew_certificate(self) -> None:
         """Request another certificate from the managers, as soon as one is reached."""
 
-    async def run(self) -> None: ...
+    async def run(self) -> None:
+        """Keep a session until cancelled.  Raises: SkepError: the cluster refuses this node."""
 
     def try_now(self) -> None:
         """A manager has just begun to serve: without a session, request one at once."""

@@ -54,15 +54,18 @@ class NodeSystem:
 
     @property
     def swarm_header(self) -> str:
+        """See ``routes.system.System``."""
         return self._membership.header
 
     def version(self) -> Mapping[str, Any]:
+        """With the version of the Docker Engine, if there is one."""
         if self._docker is None:
             return info.version(self._node, str(NEWEST))
         node = msgspec.structs.replace(self._node, engine=self._docker.version)
         return info.version(node, str(self._docker.api_version))
 
     async def info(self) -> Mapping[str, Any]:
+        """Of this node, its membership, and the Docker Engine, if there is one."""
         swarm = await self._membership.info()
         counts = self._engine.counts() if self._engine is not None else Counts()
         if self._docker is not None:
@@ -80,6 +83,7 @@ class NodeSystem:
         )
 
     async def stream_events(self, request: EventRequest, send: Callable[[Message], Awaitable[None]]) -> None:
+        """Events of this node, of its manager, and of the Docker Engine."""
         sources = [self._manager_api] if self._membership.is_manager else []
         if self._docker is not None:
             sources.append(self._docker.api)

@@ -86,15 +86,18 @@ class OciExecutor:
         return OciController(self, task, registry_auth)
 
     async def leftovers(self) -> Sequence[TaskId]:
+        """The tasks that a container's label names."""
         found = {one.labels[LABEL_TASK_ID] for one in self.engine.list() if LABEL_TASK_ID in one.labels}
         return [TaskId(id) for id in sorted(found)]
 
     async def discard(self, task_id: TaskId) -> None:
+        """Kill and remove the containers of a task."""
         for container in self.engine.list():
             if container.labels.get(LABEL_TASK_ID) == task_id:
                 await self.remove_container(container)
 
     def identify(self, node_id: NodeId) -> None:
+        """Also for the overlay networks and the routing mesh."""
         self.node = msgspec.structs.replace(self.node, id=node_id)
         self.network.overlays.identify(node_id)
         self.network.mesh.identify(node_id)
@@ -117,10 +120,12 @@ class OciController:
         self._registry_auth = registry_auth
 
     def observed(self) -> Running | None:
+        """From the container's record."""
         container = self._container()
         return None if container is None else _running(container)
 
     async def prepare(self) -> None:
+        """Fetch the image and create the container, with its networks and its ports."""
         if self._container() is not None:
             return
         task, executor = self._task, self._executor
@@ -138,6 +143,7 @@ class OciController:
             raise Rejected(str(error)) from error
 
     async def start(self) -> Running:
+        """Start the container; with a health check, return once it is healthy."""
         container = self._require()
         if container.was_started:
             return await self._healthy(container)
@@ -167,6 +173,7 @@ class OciController:
         return _running(container)
 
     async def wait(self) -> TaskExit:
+        """Return when the container has ended; one that becomes unhealthy is stopped first."""
         id = self._require().id
         container = await self._engine.health.wait(id, HealthStatus.UNHEALTHY)
         reason = ""
@@ -177,6 +184,7 @@ class OciController:
         return _exit_of(container, reason or container.error)
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
+        """Wait for the last connection, then stop the container and free its networks."""
         container = self._container()
         if container is not None:
             await self._drain(container, drain_s)
@@ -197,6 +205,7 @@ class OciController:
             await clock.sleep(min(DRAIN_POLL_S, left_s))
 
     async def terminate(self) -> None:
+        """Kill the container."""
         container = self._container()
         if container is not None and container.is_running:
             try:
@@ -206,6 +215,7 @@ class OciController:
             await self._engine.wait(container.id)
 
     async def update(self, task: AssignedTask) -> None:
+        """Change the limits of the running container."""
         self._task = task
         container = self._container()
         if container is None or not container.is_running:
@@ -220,6 +230,7 @@ class OciController:
         )
 
     async def remove(self) -> None:
+        """Remove the container, its secrets and its anonymous volumes."""
         container = self._container()
         if container is not None:
             await self._executor.remove_container(container)

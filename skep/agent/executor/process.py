@@ -61,16 +61,20 @@ class ProcessExecutor:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
+        """Make the directory of the tasks; the commands run on when the block ends."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         yield
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
+        """A controller of the command; it needs no credentials."""
         return ProcessController(self.directory, task)
 
     async def leftovers(self) -> Sequence[TaskId]:
+        """The tasks that have a directory."""
         return sorted(TaskId(entry.name) for entry in self.directory.iterdir())
 
     async def discard(self, task_id: TaskId) -> None:
+        """Kill the command and remove its directory."""
         path = self.directory / task_id
         await _kill(path)
         await remove_tree(path)
@@ -87,6 +91,7 @@ class ProcessController:
         self._path = directory / task.task.id
 
     def observed(self) -> Running | None:
+        """From the files that the waiting shell has written."""
         if not self._path.is_dir():
             return None
         started, code = _started(self._path), _exit_code(self._path)
@@ -100,6 +105,7 @@ class ProcessController:
         )
 
     async def prepare(self) -> None:
+        """Check that the task can be a plain command."""
         spec = self._spec()
         arguments = (*spec.command, *spec.args)
         if not arguments:
@@ -113,6 +119,7 @@ class ProcessController:
         self._path.mkdir(mode=0o700, exist_ok=True)
 
     async def start(self) -> Running:
+        """Start the command below its waiting shell."""
         if not self._path.is_dir():
             raise NotFound(f"No such process: {self._task.name}")
         if _started(self._path) is None:
@@ -130,6 +137,7 @@ class ProcessController:
         return observed
 
     async def wait(self) -> TaskExit:
+        """Return when the command has ended; exit code 255 where the waiting shell was killed."""
         started = _started(self._path)
         if started is None:
             raise NotFound(f"No such process: {self._task.name}")
@@ -141,6 +149,7 @@ class ProcessController:
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
+        """Stop signal, then kill; nothing is drained."""
         started = _started(self._path)
         if started is None or not is_alive(started.command):
             return
@@ -154,12 +163,14 @@ class ProcessController:
         await wait_gone(started.waiting)
 
     async def terminate(self) -> None:
+        """Kill the command and its process group."""
         await _kill(self._path)
 
     async def update(self, task: AssignedTask) -> None:
         """A plain command has no limits."""
 
     async def remove(self) -> None:
+        """Kill the command and remove its directory."""
         await _kill(self._path)
         await remove_tree(self._path)
 

@@ -43,6 +43,7 @@ class Process:
         self.ended = asyncio.Event()
 
     def end(self, exit_code: int) -> None:
+        """End with this exit code; the first end counts."""
         if self.exit_code is None:
             self.exit_code = exit_code
             self.ended.set()
@@ -56,6 +57,7 @@ class Machine:
         self._last_pid = 1
 
     def new_process(self, id: TaskId) -> Process:
+        """A task's process, not started yet."""
         self._last_pid += 1
         self.processes[id] = Process(self._last_pid)
         return self.processes[id]
@@ -84,15 +86,19 @@ class SimulatedExecutor:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
+        """Nothing is to be made ready."""
         yield
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
+        """A controller that needs no image."""
         return SimulatedController(self, task)
 
     async def leftovers(self) -> Sequence[TaskId]:
+        """The tasks that have a process on the machine."""
         return sorted(self.machine.processes)
 
     async def discard(self, task_id: TaskId) -> None:
+        """End a task's process and forget it."""
         process = self.machine.processes.pop(task_id, None)
         if process is not None:
             process.end(137)
@@ -113,6 +119,7 @@ class SimulatedController:
         self._id = task.task.id
 
     def observed(self) -> Running | None:
+        """From the machine's process."""
         process = self._executor.machine.processes.get(self._id)
         if process is None:
             return None
@@ -126,6 +133,7 @@ class SimulatedController:
         )
 
     async def prepare(self) -> None:
+        """Takes as long as the behaviour has it; rejected as often as that."""
         if self._id in self._executor.machine.processes:
             return
         await self._executor.take(self._executor.behaviour.prepare_s)
@@ -134,6 +142,7 @@ class SimulatedController:
         self._executor.machine.new_process(self._id)
 
     async def start(self) -> Running:
+        """Start the process."""
         process = self._require()
         if not process.started:
             await self._executor.take(self._executor.behaviour.start_s)
@@ -143,6 +152,7 @@ class SimulatedController:
         return observed
 
     async def wait(self) -> TaskExit:
+        """Return when the process has ended; with ``run_s`` it ends by itself after about that time."""
         process, behaviour = self._require(), self._executor.behaviour
         if behaviour.run_s is None:
             await process.ended.wait()
@@ -152,6 +162,7 @@ class SimulatedController:
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
+        """End the process after the time that stopping takes."""
         process = self._executor.machine.processes.get(self._id)
         if process is not None and process.exit_code is None:
             if process.started:
@@ -159,6 +170,7 @@ class SimulatedController:
             process.end(143)
 
     async def terminate(self) -> None:
+        """End the process at once."""
         process = self._executor.machine.processes.get(self._id)
         if process is not None:
             process.end(137)
@@ -167,6 +179,7 @@ class SimulatedController:
         """Limits mean nothing here."""
 
     async def remove(self) -> None:
+        """End the process and forget it."""
         await self._executor.discard(self._id)
 
     async def _run_for(self, process: Process, seconds: float) -> None:

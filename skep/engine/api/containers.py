@@ -101,6 +101,7 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
 
 @_table.get("/containers/json")
 async def list_containers(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker ps``: one line per container; ``limit`` n: the n newest, running or not."""
     filters = Filters.of(request)
     selection = Selection(
         filters=filters,
@@ -120,6 +121,7 @@ async def list_containers(node: Served, request: web.Request) -> web.StreamRespo
 
 @_table.get("/containers/{id}/json")
 async def inspect_container(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker inspect``."""
     container = node.engine.get(request.match_info["id"])
     exec_ids = [exec.id for exec in node.engine.execs.of(container.id)]
     response = container_responses.inspected(container, node.engine.bundles, exec_ids)
@@ -137,18 +139,21 @@ async def _sizes(node: Served, container: Container) -> dict[str, int]:
 
 @_table.get("/containers/{id}/top")
 async def show_processes(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker top``."""
     top = await node.engine.top(request.match_info["id"], request.query.get("ps_args", ""))
     return json_answer({"Processes": top.processes, "Titles": top.titles})
 
 
 @_table.get("/containers/{id}/changes")
 async def show_changes(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker diff``; null: the container changed nothing."""
     changes = await asyncio.to_thread(node.engine.changes, request.match_info["id"])
     return json_answer([{"Path": path, "Kind": kind} for kind, path in changes] or None)
 
 
 @_table.post("/containers/{id}/wait")
 async def wait(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker wait``: the exit code, once the condition holds."""
     condition = _condition(request)
     container = node.engine.get(request.match_info["id"])
     async with JsonLines(request) as lines:  # the header is sent before the container has ended
@@ -164,6 +169,7 @@ async def wait(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/kill")
 async def kill(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker kill``."""
     word = request.match_info["id"]
     try:
         await node.engine.kill(word, request.query.get("signal") or "SIGKILL")
@@ -174,6 +180,7 @@ async def kill(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/stop")
 async def stop(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker stop``; 304: it does not run."""
     container = node.engine.get(request.match_info["id"])
     grace_s = _grace(request)
     if not container.is_running:
@@ -185,6 +192,7 @@ async def stop(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/start")
 async def start(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker start``; 304: it runs already."""
     container = node.engine.get(request.match_info["id"])
     if container.is_running:
         raise NotModified
@@ -194,6 +202,7 @@ async def start(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/restart")
 async def restart(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker restart``: stop and start, also of one that does not run."""
     container = node.engine.get(request.match_info["id"])
     await node.engine.stop(container.id, _grace(request))
     await node.engine.start(container.id)
@@ -202,6 +211,7 @@ async def restart(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/pause")
 async def pause(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker pause``."""
     container = node.engine.get(request.match_info["id"])
     if container.state is ContainerState.PAUSED:
         raise NotRunning(f"Container {container.id} is already paused")
@@ -211,6 +221,7 @@ async def pause(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/unpause")
 async def unpause(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker unpause``."""
     container = node.engine.get(request.match_info["id"])
     if container.state is not ContainerState.PAUSED:
         raise Untranslated(f"Container {container.id} is not paused")
@@ -220,6 +231,7 @@ async def unpause(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/resize")
 async def resize(node: Served, request: web.Request) -> web.StreamResponse:
+    """Set the size of the terminal to ``h`` rows and ``w`` columns."""
     height, width = integer(request, "h"), integer(request, "w")
     await node.engine.resize(request.match_info["id"], height, width)
     return web.Response()
@@ -227,6 +239,7 @@ async def resize(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/update")
 async def update(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker update``: limits of a container that runs; what the body leaves out stays."""
     container = node.engine.get(request.match_info["id"])
     await node.engine.update(container.id, **_limits(container, await read_json(request, Limits)))
     return json_answer({"Warnings": None})
@@ -234,6 +247,7 @@ async def update(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/prune")
 async def prune(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker container prune``: remove containers that have ended; those that never ran stay."""
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "until")
     now_ns = node.clock.now_ns()
@@ -253,6 +267,7 @@ async def prune(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.delete("/containers/{id}")
 async def remove(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker rm``, with the layers that were kept for this container only."""
     container = node.engine.get(request.match_info["id"])
     await node.engine.remove(container.id, force=flag(request, "force"), with_volumes=flag(request, "v"))
     await node.engine.images.sweep({user.image_id for user in image_users(node.engine)})
@@ -261,6 +276,7 @@ async def remove(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/rename")
 async def rename(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker rename``, of plain containers."""
     container = node.engine.get(request.match_info["id"])
     if container.plain is None:
         raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
@@ -270,6 +286,7 @@ async def rename(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.get("/containers/{id}/export")
 async def export(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker export``: not supported."""
     node.engine.get(request.match_info["id"])
     raise Unimplemented('This node does not export containers: use "docker exec" and tar.')
 
@@ -278,6 +295,7 @@ async def export(node: Served, request: web.Request) -> web.StreamResponse:
 @_table.get("/containers/{id}/archive")
 @_table.put("/containers/{id}/archive")
 async def copy(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker cp``: not supported."""
     node.engine.get(request.match_info["id"])
     raise Unimplemented('This node does not copy files of containers: use "docker exec" and tar.')
 

@@ -110,11 +110,12 @@ class Hijacked(web.StreamResponse):
     """What a handler returns for a connection that is no longer HTTP: nothing is written for it."""
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Write no head: it was sent when the connection was taken over."""
         self.force_close()
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
-        return None
+        """Write no end: the connection was closed by its user."""
 
 
 class _Raw(asyncio.StreamReaderProtocol):

@@ -57,6 +57,7 @@ def image_routes(
 
 @_table.get("/images/json")
 async def list_images(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker images``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "before", "since", "reference", "until")
     filter = _filter(node.images, filters, node.clock)
@@ -70,6 +71,7 @@ async def list_images(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/images/create")
 async def create_image(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker pull``, with its progress; an import of a file system is not supported."""
     if "fromImage" not in request.query:
         raise Unimplemented('This node imports no file systems: use "docker load", or an engine beside it.')
     reference = _wanted(request.query["fromImage"], request.query.get("tag", ""))
@@ -84,6 +86,7 @@ async def create_image(node: Served, request: web.Request) -> web.StreamResponse
 
 @_table.post("/images/load")
 async def load_images(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker load``, with its progress."""
     is_quiet = flag(request, "quiet") if "quiet" in request.query else True
 
     async def load(report: Report) -> None:
@@ -102,11 +105,13 @@ async def load_images(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.get("/images/get")
 async def save_images(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker save`` of several images, as one archive."""
     return await _saved(node, request, request.query.getall("names", []))
 
 
 @_table.get("/images/{name:.+}/get")
 async def save_image(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker save`` of one image."""
     return await _saved(node, request, [request.match_info["name"]])
 
 
@@ -123,6 +128,7 @@ async def _saved(node: Served, request: web.Request, names: list[str]) -> web.St
 
 @_table.post("/images/prune")
 async def prune_images(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker image prune``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "label!", "until")
     removed, freed_bytes = await node.images.prune(
@@ -134,6 +140,7 @@ async def prune_images(node: Served, request: web.Request) -> web.StreamResponse
 
 @_table.get("/images/{name:.+}/json")
 async def inspect_image(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker image inspect``."""
     name = request.match_info["name"]
     try:
         image = node.images.get(name)
@@ -144,11 +151,13 @@ async def inspect_image(node: Served, request: web.Request) -> web.StreamRespons
 
 @_table.get("/images/{name:.+}/history")
 async def image_history(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker history``."""
     return json_list_answer(image_responses.history(node.images.get(request.match_info["name"]), node.images))
 
 
 @_table.post("/images/{name:.+}/tag")
 async def tag_image(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker tag``."""
     node.images.get(request.match_info["name"])
     try:
         reference = parse_reference(request.query.get("repo", ""))
@@ -164,11 +173,13 @@ async def tag_image(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/images/{name:.+}/push")
 async def push_image(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker push``: not supported."""
     raise Unimplemented("This node does not push images: push from where they are built.")
 
 
 @_table.delete("/images/{name:.+}")
 async def remove_image(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker rmi``."""
     name = request.match_info["name"]
     if not name.strip():
         raise InvalidArgument("image name cannot be blank")
@@ -180,6 +191,7 @@ async def remove_image(node: Served, request: web.Request) -> web.StreamResponse
 
 @_table.get("/distribution/{name:.+}/json")
 async def inspect_distribution(node: Served, request: web.Request) -> web.StreamResponse:
+    """What a registry has under a name, without a pull: digest and platforms."""
     name = request.match_info["name"]
     if is_digest(name):
         raise InvalidArgument(f"unknown image reference format: {name}")

@@ -45,6 +45,8 @@ class ContainerDefaults(ApiObject):
 
 
 class RootFS(msgspec.Struct, frozen=True):
+    """``rootfs`` of the configuration: its layers by digest of their plain tar, bottom first."""
+
     type: str = "layers"
     diff_ids: tuple[str, ...] | None = None
 
@@ -84,6 +86,7 @@ class ImageConfig(msgspec.Struct, frozen=True):
 
     @property
     def defaults(self) -> ContainerDefaults:
+        """Options for containers of the image; empty where it sets none."""
         return self.config or ContainerDefaults()
 
 
@@ -102,10 +105,12 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tags(self) -> Sequence[Reference]:
+        """The references with a tag."""
         return tuple(reference for reference in self.references if reference.tag)
 
     @property
     def digests(self) -> Sequence[Reference]:
+        """The references with a digest."""
         return tuple(reference for reference in self.references if reference.digest)
 
     @property
@@ -115,6 +120,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def created(self) -> str:
+        """When it was built, as its configuration has it."""
         return self.config.created or ZERO_TIME
 
 

@@ -120,6 +120,7 @@ class Layers:
             raise unread
 
     def get(self, chain_id: str) -> Layer | None:
+        """The layer with this chain id; None: it is not here."""
         return self._layers.get(chain_id)
 
     def all(self) -> Mapping[str, Layer]:

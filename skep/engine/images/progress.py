@@ -17,6 +17,8 @@ class ProgressDetail(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error in a stream of progress."""
+
     code: int = 0
     message: str = ""
 

@@ -62,6 +62,7 @@ class Reference(msgspec.Struct, frozen=True, order=True):
 
     @property
     def is_name_only(self) -> bool:
+        """Whether it has neither tag nor digest, and so means all tags of a repository."""
         return not self.tag and not self.digest
 
     def __str__(self) -> str:

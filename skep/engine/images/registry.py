@@ -136,6 +136,7 @@ class Document(msgspec.Struct, frozen=True):
 
     @property
     def digest(self) -> Digest:
+        """The digest of its bytes, by which a registry addresses it."""
         return digest_of(self.content)
 
 

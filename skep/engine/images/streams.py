@@ -24,15 +24,19 @@ class Decompressor(Protocol):
     """What zlib, bz2 and lzma share, one member or stream at a time."""
 
     @property
-    def eof(self) -> bool: ...
+    def eof(self) -> bool:
+        """Whether the member has ended."""
 
     @property
-    def unused_data(self) -> bytes: ...
+    def unused_data(self) -> bytes:
+        """What follows the end of the member."""
 
     @property
-    def needs_input(self) -> bool: ...
+    def needs_input(self) -> bool:
+        """False: ``decompress(b"")`` gives more output."""
 
-    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """At most ``max_length`` bytes of output."""
 
 
 def plain_chunks(source: BinaryIO) -> Iterator[bytes]:

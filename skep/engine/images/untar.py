@@ -124,6 +124,7 @@ class Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        """The next header.  Raises: Malformed, in the words of Go's archive/tar."""
         try:
             return super().fromtarfile(tarfile)
         except _Truncated as error:

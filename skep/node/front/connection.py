@@ -49,29 +49,35 @@ class Connection(asyncio.Protocol):
     # --- called by the event loop -----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         if self._on_open is not None:
             self._on_open(self)
 
     def data_received(self, data: bytes) -> None:
+        """Keep what came; reading pauses at ``_BUFFER_BYTES_MAX``."""
         self._buffer += data
         if len(self._buffer) >= _BUFFER_BYTES_MAX:
             self.transport.pause_reading()
         self._readable.set()
 
     def eof_received(self) -> bool:
+        """The client sends no more."""
         self._end()
         # the other direction stays open; TLS has no half-close in asyncio
         return self.transport.get_extra_info("sslcontext") is None
 
     def pause_writing(self) -> None:
+        """The transport's buffer is full."""
         self._writable.clear()
 
     def resume_writing(self) -> None:
+        """The transport's buffer has room again."""
         self._writable.set()
 
     def connection_lost(self, _error: Exception | None) -> None:
+        """Wake whatever waits on the connection."""
         self._lost = True
         self._end()
         self._writable.set()
@@ -84,6 +90,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def transport(self) -> asyncio.Transport:
+        """Of the connection; there is one as soon as a client has connected."""
         assert self._transport is not None, "used before the connection stood"
         return self._transport
 

@@ -31,10 +31,12 @@ class Member(Protocol):
     """This node's membership of a cluster."""
 
     @property
-    def is_manager(self) -> bool: ...
+    def is_manager(self) -> bool:
+        """Whether this node is a manager."""
 
     @property
-    def is_in_swarm(self) -> bool: ...
+    def is_in_swarm(self) -> bool:
+        """Whether this node is in a cluster."""
 
     def manager_refusal(self) -> str | None:
         """Docker's text where this node has no manager; None: it has one, or will soon."""
@@ -43,16 +45,19 @@ class Member(Protocol):
 class Tasks(Protocol):
     """What runs here for the cluster."""
 
-    def tasks(self) -> Mapping[TaskId, AssignedTask]: ...
+    def tasks(self) -> Mapping[TaskId, AssignedTask]:
+        """The assigned tasks, by id."""
 
-    def statuses(self) -> Mapping[TaskId, TaskStatus]: ...
+    def statuses(self) -> Mapping[TaskId, TaskStatus]:
+        """What was observed of them, by id."""
 
 
 class Tables(Protocol):
     """The network tables of this node."""
 
     @property
-    def tables(self) -> Mapping[NetworkId, Table]: ...
+    def tables(self) -> Mapping[NetworkId, Table]:
+        """The tables that were received last, by network."""
 
 
 class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,17 +20,22 @@ from skep.model.swarm import InitRequest, JoinRequest, UnlockRequest
 class SwarmMember(Protocol):
     """The node's membership, as these routes ask it."""
 
-    async def init(self, request: InitRequest) -> NodeId: ...
+    async def init(self, request: InitRequest) -> NodeId:
+        """Create a cluster; gives this node's id."""
 
-    async def join(self, request: JoinRequest) -> None: ...
+    async def join(self, request: JoinRequest) -> None:
+        """Join a cluster."""
 
-    async def leave(self, *, force: bool) -> None: ...
+    async def leave(self, *, force: bool) -> None:
+        """Leave the cluster."""
 
-    async def unlock(self, request: UnlockRequest) -> None: ...
+    async def unlock(self, request: UnlockRequest) -> None:
+        """Decrypt what autolock has locked."""
 
     async def restore(
         self, pieces: AsyncIterator[bytes], key: bytes, advertise_addr: str, *, is_dry: bool
-    ) -> RestorePlan: ...
+    ) -> RestorePlan:
+        """Become the manager that made the backup in ``pieces``; ``is_dry``: only read it."""
 
 
 MEMBER: web.AppKey[SwarmMember] = web.AppKey("member", SwarmMember)
@@ -40,23 +45,27 @@ routes = Routes()
 
 @routes.post("/swarm/init")
 async def init(request: web.Request) -> web.StreamResponse:
+    """``docker swarm init``."""
     return json_answer(await request.app[MEMBER].init(await read_json(request, InitRequest)))
 
 
 @routes.post("/swarm/join")
 async def join(request: web.Request) -> web.StreamResponse:
+    """``docker swarm join``."""
     await request.app[MEMBER].join(await read_json(request, JoinRequest))
     return web.Response()
 
 
 @routes.post("/swarm/leave")
 async def leave(request: web.Request) -> web.StreamResponse:
+    """``docker swarm leave``."""
     await request.app[MEMBER].leave(force=flag(request, "force"))
     return web.Response()
 
 
 @routes.post("/swarm/unlock")
 async def unlock(request: web.Request) -> web.StreamResponse:
+    """``docker swarm unlock``."""
     await request.app[MEMBER].unlock(await read_json(request, UnlockRequest))
     return web.Response()
 

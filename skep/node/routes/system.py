@@ -18,15 +18,17 @@ class System(Protocol):
     """The node, as these routes use it."""
 
     @property
-    def swarm_header(self) -> str: ...
+    def swarm_header(self) -> str:
+        """The ``Swarm`` header of ``/_ping``."""
 
-    def version(self) -> Mapping[str, Any]: ...
+    def version(self) -> Mapping[str, Any]:
+        """The response to ``GET /version``."""
 
-    async def info(self) -> Mapping[str, Any]: ...
+    async def info(self) -> Mapping[str, Any]:
+        """The response to ``GET /info``."""
 
-    async def stream_events(
-        self, request: EventRequest, send: Callable[[Message], Awaitable[None]]
-    ) -> None: ...
+    async def stream_events(self, request: EventRequest, send: Callable[[Message], Awaitable[None]]) -> None:
+        """``send`` the requested events, past and present, until the requested end."""
 
 
 SYSTEM: web.AppKey[System] = web.AppKey("system", System)
@@ -51,11 +53,13 @@ async def ping(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/version")
 async def show_version(request: web.Request) -> web.StreamResponse:
+    """``docker version``."""
     return json_answer(request.app[SYSTEM].version())
 
 
 @routes.get("/info")
 async def show_info(request: web.Request) -> web.StreamResponse:
+    """``docker info``."""
     return json_answer(await request.app[SYSTEM].info())
 
 

@@ -32,9 +32,11 @@ _RETRY_SECONDS_MAX = 5.0
 class Forks(Protocol):
     """Starts processes (``Zygote``)."""
 
-    async def fork(self, entry: str, arguments: Sequence[str]) -> int: ...
+    async def fork(self, entry: str, arguments: Sequence[str]) -> int:
+        """Start the process of ``entry``; gives its pid.  Raises: ZygoteGone."""
 
-    async def reap(self, pid: int) -> int | None: ...
+    async def reap(self, pid: int) -> int | None:
+        """How a child that has ended did so: its exit code, or minus the signal; None: not known."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):

@@ -58,11 +58,15 @@ _PAUSE_S = 0.2
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
+    """Start a process: call the function ``entry`` with these arguments in it."""
+
     entry: str
     arguments: tuple[str, ...]
 
 
 class Reap(msgspec.Struct, frozen=True, tag=True):
+    """Wait for a process that has ended."""
+
     pid: int
 
 
