@@ -128,6 +128,7 @@ class Agent:
         self._session_state = session_state or SessionState(clock)
         self._seen = services.seen or SeenRevision(None, credentials.identity.cluster_id)
         self._peer: Peer | None = None
+        """Of the last attempt at a session; while ``registered`` is set, of the session."""
         self._channel: Channel | None = None
         """Of the session, while there is one."""
         self._try_now = asyncio.Event()
@@ -171,23 +172,25 @@ class Agent:
 
     # -- network attachments of plain containers -----------------------------------------------------------------
 
-    async def attach_network(self, container_id: ContainerId, wish: EndpointRequest) -> TaskId:
-        """Ask for a place on a network of the cluster.
+    async def attach_network(self, container_id: ContainerId, endpoint: EndpointRequest) -> TaskId:
+        """Request an endpoint on a network of the cluster.
 
         Raises: SkepError in Docker's words; Unavailable: there is no session.
         """
         config = pb.NetworkAttachmentConfig(
-            target=wish.network, aliases=wish.aliases, addresses=[wish.address] if wish.address else []
+            target=endpoint.network,
+            aliases=endpoint.aliases,
+            addresses=[endpoint.address] if endpoint.address else [],
         )
         request = pb.AttachNetworkRequest(config=config, container_id=container_id)
-        with rpc_words(f"Could not attach to network {wish.network}"):
+        with rpc_words(f"Could not attach to network {endpoint.network}"):
             reply = await self._session_channel().call(
                 methods.ATTACH_NETWORK, request, timeout_s=ATTACH_SECONDS_MAX
             )
         return TaskId(reply.attachment_id)
 
     async def detach_network(self, id: TaskId) -> None:
-        """Give a place back.  Raises: SkepError."""
+        """Release an endpoint.  Raises: SkepError."""
         request = pb.DetachNetworkRequest(attachment_id=id)
         await self._session_channel().call(methods.DETACH_NETWORK, request, timeout_s=DETACH_SECONDS_MAX)
 
@@ -224,6 +227,7 @@ class Agent:
             log.error("no manager is known")
             return Attempt.NONE
         had_session = is_connected = False
+        self._peer = peer
         try:
             timeout_s = self._managers.connect_timeout(peer)
             address = self._managers.address_of(peer)
@@ -246,14 +250,14 @@ class Agent:
         return Attempt.NONE if is_connected or self._managers.is_last_of_round(peer) else Attempt.NEXT
 
     async def _hold_session(self, channel: Channel, peer: Peer) -> None:
-        """Hold a session until it breaks; on the same connection later, where the manager says so.
+        """Hold a session until it breaks; on the same connection later, where the manager requests it.
 
         Raises: SkepError: why.
         """
         for postponed in count(1):
             session = Session(
                 channel,
-                _Host(self, peer),
+                self,
                 self._services,
                 self._clock,
                 self._description,
@@ -272,12 +276,14 @@ class Agent:
     def _description(self) -> NodeDescription:
         return msgspec.structs.replace(self._describe(), tls_info=self._credentials.tls_info)
 
-    def take_message(self, message: pb.SessionMessage, peer: Peer) -> None:
+    # -- called by the session (``SessionHost``) -----------------------------------------------------------------
+
+    def session_message(self, message: pb.SessionMessage) -> None:
         """Apply a message about this node and its cluster."""
+        assert self._peer is not None, "the peer of the session"
         if not self.registered.is_set():
-            log.info("registered", manager=peer.addr, session=message.session_id)
-            self._managers.worked(peer)
-            self._peer = peer
+            log.info("registered", manager=self._peer.addr, session=message.session_id)
+            self._managers.worked(self._peer)
             self._session_state.begin()
             self.registered.set()
         peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
@@ -303,26 +309,3 @@ class Agent:
     def response_timeout_s(self, period_s: float) -> float:
         """How long to wait for the response to a heartbeat."""
         return response_timeout(period_s, len(self._managers.peers))
-
-
-class _Host(msgspec.Struct, frozen=True):
-    """The agent, as a session with ``peer`` calls it."""
-
-    agent: Agent
-    peer: Peer
-
-    def session_message(self, message: pb.SessionMessage) -> None:
-        self.agent.take_message(message, self.peer)
-
-    def accept_revision(self, revision: Revision) -> None:
-        self.agent.accept_revision(revision)
-
-    def record_response(self, requested_at: float) -> None:
-        self.agent.record_response(requested_at)
-
-    @property
-    def session_state(self) -> SessionState:
-        return self.agent.session_state
-
-    def response_timeout_s(self, period_s: float) -> float:
-        return self.agent.response_timeout_s(period_s)

@@ -1,6 +1,6 @@
 """A node's credentials, and when they are renewed.
 
-A certificate is renewed at a random point of 50 to 80 % of its life, when a manager asks for it (the root is rotated),
+A certificate is renewed at a random point of 50 to 80 % of its life, when a manager requests it (the root is rotated),
 and when the node's role has changed.  The node's sessions do not notice: a new certificate counts from the next
 connection on.
 
@@ -45,7 +45,7 @@ LOOK_AGAIN_S = 3600.0
 
 
 def renewal_time(not_before: datetime, not_after: datetime, random: Random) -> datetime:
-    """When to ask for the next certificate: at a random point of 50 to 80 % of the span.
+    """When to request the next certificate: at a random point of 50 to 80 % of the span.
 
     Random, so that nodes that joined together do not renew together.
     """

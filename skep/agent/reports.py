@@ -19,7 +19,7 @@ class Reports:
 
     def report(self, task_id: TaskId, status: TaskStatus) -> None:
         """Send ``status`` as soon as there is a session; it replaces one of the same task that is not sent yet."""
-        self._pending.pop(task_id, None)  # a task that reports often goes behind the others
+        self._pending.pop(task_id, None)  # a task that reports often is queued behind the others
         self._pending[task_id] = status
         self._changed.set()
 

@@ -1,4 +1,4 @@
-"""How new the assignments are that this node has seen: it never goes back, not over a restart either.
+"""The newest revision of assignments that this node has seen.  It never decreases, not over a restart either.
 
 A manager that lags behind the others, or was restored from an old copy, would otherwise start what was stopped and
 stop what was started.  Only a higher incarnation (a restore, a forced new cluster) starts counting again.

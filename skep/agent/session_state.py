@@ -75,7 +75,7 @@ class SessionState:
     # --- a planned stop ---------------------------------------------------------------------------------------
 
     async def announce_stop(self) -> None:
-        """Have the manager know that this process stops and will be back: it waits longer before it replaces tasks.
+        """Announce to the manager that this process restarts, so that it waits longer before it replaces tasks.
 
         Returns when the manager has confirmed it, at once where there is no session, or after a second.
         """

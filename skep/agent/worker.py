@@ -1,7 +1,7 @@
 """The tasks assigned to this node: one driver each, remembered over restarts, removed when no longer assigned.
 
-A complete set of assignments is the truth: what it does not name goes, also what an earlier process left
-and no process remembers.  A difference adds and removes.  Until the first complete set nothing unknown is
+After a complete set of assignments exactly its tasks are kept: others are removed, also those that an earlier
+process left and no file records.  A difference adds and removes.  Until the first complete set nothing unknown is
 touched: without a manager the node continues with what it remembers.
 
 Source: swarmkit, agent/worker.go.
@@ -29,7 +29,7 @@ from skep.model.task import AssignedTask, TaskState, TaskStatus
 log = structlog.get_logger()
 
 CUT_OFF_CHECK_S = 0.5
-"""How often is looked, while there is no manager, whose tasks have to stop."""
+"""Between two checks, while there is no session, which tasks have to stop."""
 
 
 def stop_reason(assigned: AssignedTask, silence_s: float) -> str:

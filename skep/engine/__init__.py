@@ -1,1 +1,1 @@
-"""A container engine: containers under runc and conmon, images, volumes.  It knows nothing of clusters."""
+"""A container engine: containers under runc and conmon, images, volumes.  It has no notion of a cluster."""

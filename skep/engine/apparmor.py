@@ -90,7 +90,7 @@ def profile_text(
 
 
 def load_default() -> None:
-    """Have the kernel know ``DEFAULT_PROFILE``.  Blocks.  Raises: FailedPrecondition: it is refused."""
+    """Load ``DEFAULT_PROFILE`` into the kernel.  Blocks.  Raises: FailedPrecondition: it is refused."""
     if is_loaded(_profiles(), DEFAULT_PROFILE):
         return
     text = profile_text(DEFAULT_PROFILE, own_profile(), is_included=lambda one: (_INCLUDED / one).exists())
@@ -136,7 +136,7 @@ def own_profile() -> str:
 
 
 def label_of(context: str) -> str:
-    """``a b (enforce)`` -> ``a b``; ``unconfined`` has no mode.  A kernel without AppArmor may say nothing."""
+    """``a b (enforce)`` -> ``a b``; ``unconfined`` has no mode.  Without AppArmor it may be empty."""
     text = context.strip("\n\0")
     name, mode, _ = text.rpartition(" (")
     return name if mode and text.endswith(")") else text

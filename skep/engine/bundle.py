@@ -180,7 +180,7 @@ class Bundles:
     async def discard(self, id: ContainerId) -> None:
         """Remove the directories with everything in them.
 
-        The record goes last, so that an interrupted removal is continued.
+        The record is removed last, so that an interrupted removal is continued.
         Raises: OSError: something of them is left, the record too.
         """
         await asyncio.to_thread(self.release, id)

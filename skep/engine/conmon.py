@@ -148,7 +148,7 @@ def _spawn(
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """One line from conmon; a negative number comes with the runtime's words."""
+    """One line from conmon; a negative number comes with the runtime's message."""
 
     data: int = 0
     pid: int = 0
@@ -202,7 +202,7 @@ def control(path: Path, command: bytes) -> None:
 
 
 def plain(errors: bytes) -> str:
-    """runc's words without its logging dress (``time="..." level=error msg="..."``)."""
+    """runc's message without the format of its log (``time="..." level=error msg="..."``)."""
     text = errors.decode(errors="replace").strip()
     match = _LOGGED.search(text)
     if match is not None:

@@ -149,7 +149,7 @@ class Engine:
             yield
 
     async def run_restart_policies(self) -> None:
-        """Restart or remove plain containers that have ended, as they ask for, until cancelled."""
+        """Restart plain containers by their policies, and remove those with ``--rm``, until cancelled."""
         await self._restarts.run()
 
     # --- reading ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The record of a container on disk: one line of JSON for each state it has been in, and the last whole one counts.
 
 A change is appended.  A new file each time would be an inode made and one deleted, which on some file systems costs
-more with every inode deleted a moment ago (ext4 without a journal looks at each of them); to replace a file by rename
+more with every inode deleted a moment ago (ext4 without a journal reads each of them); to replace a file by rename
 makes ext4 write the data out at once.  Both delay every start by milliseconds.
 
 A line begins with the line feed, so that one torn by the end of the process (or a full disk) spoils no later one.

@@ -41,7 +41,7 @@ class RuncState:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def knows(self, id: ContainerId) -> bool:
+    def has(self, id: ContainerId) -> bool:
         """Whether runc has a container with this id."""
         return (self._root / id).exists()
 

@@ -144,7 +144,7 @@ class Runtime:
 
     async def delete(self, id: ContainerId) -> None:
         """Remove runc's state and the container's cgroups; kills what is left of it.  Harmless on nothing."""
-        if self._state.knows(id):
+        if self._state.has(id):
             with suppress(RuntimeFailed):
                 await self.run("delete", "--force", id)
         self.cgroups.remove(id)
@@ -172,9 +172,9 @@ class Runtime:
         await self.run("resume", id)
 
     async def status(self, id: ContainerId) -> str:
-        """``created``, ``running``, ``paused``, ``stopped``; empty for a container runc does not know.
+        """``created``, ``running``, ``paused``, ``stopped``; empty for a container that runc does not have.
 
-        When the command fails (no memory for a process, say), runc's files tell.
+        When the command fails (no memory for a process, for example), it is read from runc's files.
         """
         try:
             output = await self.run("state", id)

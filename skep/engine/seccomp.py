@@ -146,7 +146,7 @@ def _rule_for_runtime(rule: Mapping[str, Any]) -> dict[str, Any]:
 
 def kernel_version(release: str) -> tuple[int, int]:
     """Major and minor number of a kernel's release (``uname -r``).  Raises: ValueError."""
-    found = _RELEASE.match(release)  # some say 6.16+deb14-amd64
+    found = _RELEASE.match(release)  # 6.16+deb14-amd64, for example
     if found is None:
         raise ValueError(f"no version of a kernel: {release}")
     return int(found[1]), int(found[2])

@@ -1,7 +1,7 @@
 """The default seccomp profile: which system calls a container may make.  Data, and its form in Docker's JSON.
 
 What is not named here fails with EPERM.  The verdicts are those of Docker's own default (moby/profiles, seccomp
-v0.2.3); tests/unit/engine/test_default_profile.py has digests of them all.  Names that libseccomp does not know are
+v0.2.3); tests/unit/engine/test_default_profile.py has digests of them all.  Names that libseccomp does not have are
 passed over by runc.
 """
 

@@ -1,4 +1,4 @@
-"""What a container uses, in the words of ``GET /containers/{id}/stats``.
+"""What a container uses, in the form of ``GET /containers/{id}/stats``.
 
 One sample; the previous one that docker subtracts (``precpu_stats``) is kept by the caller.
 Source: moby, daemon/stats_unix.go; fields of cgroup v1 and v2 are brought to the same names there.

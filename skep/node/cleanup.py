@@ -16,8 +16,8 @@ log = structlog.get_logger()
 def remove_cluster_data(paths: Paths) -> None:
     """Remove everything that belongs to the cluster.
 
-    ``node.json`` goes first: without it the rest is an unfinished leave.  That is recognized by the certificates and
-    the manager's directory, so they go last.
+    ``node.json`` is removed first: without it the rest is an unfinished leave.  That is recognized by the certificates
+    and the manager's directory, so they are removed last.
     """
     paths.node_json.unlink(missing_ok=True)
     for directory in (

@@ -52,7 +52,7 @@ class DiskCheck:
         self._writing: asyncio.Future[str] | None = None
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Check every ``PERIOD_S`` until cancelled."""
         while True:
             self._conditions.reporter("disk")(await self.look())
             self._conditions.reporter("disk-full")(self._store_full_text())

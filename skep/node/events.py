@@ -22,12 +22,12 @@ from skep.model.times import SECOND_NS
 log = structlog.get_logger()
 
 KEPT = 1024
-"""Past events that can be asked for (the engine keeps 256)."""
+"""Past events that a client can request (Docker keeps 256)."""
 BEHIND_MAX = 1024
 READERS_MAX = 256
 
 KINDS = ("container", "daemon", "volume", "plugin", "network", "service", "node", "secret", "config")
-"""Filters by id or name.  As in the engine they look at the id and name of any event: ``service=web`` also takes
+"""Filters by id or name.  As in Docker they are compared with id and name of any event: ``service=web`` also takes
 those of the containers ``web.1.<task>``."""
 
 LOCAL_TYPES = frozenset({"container", "image", "daemon", "volume", "plugin"})

@@ -1,6 +1,6 @@
 """The first node of a new cluster: the checks before, and its identity, certificate and keys.
 
-Source: moby, daemon/cluster/swarm.go (Init), noderunner.go (the words of a failed start).
+Source: moby, daemon/cluster/swarm.go (Init), noderunner.go (errors of a failed start).
 """
 
 import errno

@@ -1,7 +1,7 @@
 """``/info`` and ``/version`` of this node, in Docker's full shape.
 
-What Docker has and we do not (plugins, build, live restore as an option) is given as it is true for us; clients
-print these fields without asking whether they are there.
+Fields for what Docker has and this node does not (plugins, build, live restore as an option) have the values that
+hold here; clients print them without checking that they exist.
 
 Source: moby 20.10, daemon/info.go; recorded responses of a real engine.
 """
@@ -169,7 +169,7 @@ def _runtime(node: Node, swarm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def registry_config(configuration: Configuration) -> dict[str, Any]:
-    """Which registries are reached how.  The loopback network is insecure for everybody, as in Docker."""
+    """``RegistryConfig``.  The loopback network is always insecure, as in Docker."""
     networks = [registry for registry in configuration.insecure_registries if "/" in registry]
     hosts = [registry for registry in configuration.insecure_registries if "/" not in registry]
     mirrors = list(configuration.registry_mirrors)

@@ -1,4 +1,4 @@
-"""What containers of this node are confined by, as far as it is the machine's and not this program's."""
+"""Checks of what confines containers beside the engine's own settings: runc's version and the AppArmor profile."""
 
 import asyncio
 import shutil
@@ -10,7 +10,7 @@ from skep.node import requirements
 from skep.node.conditions import Conditions
 
 PROFILE_S = 30.0
-"""Between two looks at the AppArmor profile."""
+"""Between two checks of the AppArmor profile."""
 
 
 def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
@@ -26,7 +26,7 @@ def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
 
 
 async def keep_profile(conditions: Conditions, clock: Clock) -> None:
-    """Look until cancelled whether containers can be given their AppArmor profile, which others may load or unload."""
+    """Keep the condition ``apparmor`` current until cancelled: other programs may load or unload the profile."""
     report = conditions.reporter("apparmor")
     while True:
         await clock.sleep(PROFILE_S)

@@ -107,7 +107,7 @@ class LoadMeter:
         self._is_readable = True
 
     def load(self) -> float | None:
-        """The load to tell now, 0 to 1; None: not known yet."""
+        """The load to report now, 0 to 1; None: not known yet."""
         now = self._clock.monotonic()
         if self._measured is None or now - self._measured.at >= SAMPLE_S:
             try:

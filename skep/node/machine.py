@@ -11,7 +11,7 @@ _SECOND_TO_NANO = 1_000_000_000
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """Plain facts, in Docker's words where it has any."""
+    """Facts about the machine, as ``/info`` has them."""
 
     hostname: str
     architecture: str
@@ -38,7 +38,7 @@ _GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i6
 
 
 def this_machine() -> Machine:
-    """Look at the machine this process runs on."""
+    """The machine that this process runs on."""
     release = _os_release()
     return Machine(
         hostname=socket.gethostname(),

@@ -1,7 +1,7 @@
 """The manager process of this node, while the node has a manager's certificate.
 
-A node that is promoted writes its manager's files and starts it; the manager then asks the others to be admitted.  One
-that is demoted stops it and removes its files.  ``node.json`` follows.
+A node that is promoted writes its manager's files and starts it; the manager then requests admission from the others.
+One that is demoted stops it and removes its files.  ``node.json`` follows.
 """
 
 import asyncio
@@ -135,8 +135,8 @@ class ManagerSupervisor:
     async def _start_over(self) -> None:
         """Removed by the other managers: discard the manager's data, and be admitted as a new one.
 
-        They refuse it while it is to be demoted; a moment later its certificate says so.  One that is promoted again
-        by then needs another certificate as well: etcd's peers refuse the one that it was removed with.
+        They refuse it while it is to be demoted; a moment later its certificate has the role.  One that is promoted
+        again by then needs another certificate as well: etcd's peers refuse the one that it was removed with.
         """
         self._renew_certificate()
         with suppress(TimeoutError):

@@ -78,15 +78,14 @@ from skep.node.local import LocalNode
 from skep.node.manager_files import ManagerFiles
 from skep.node.membership import Membership
 from skep.node.reaping import reap_orphans
-from skep.node.routes import swarm as swarm_routes
-from skep.node.routes import system as system_routes
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkSources, network_routes
 from skep.node.routes.plain_containers import plain_container_routes
+from skep.node.routes.swarm import swarm_routes
+from skep.node.routes.system import NodeSystem, engine_id, last_routes, system_routes
 from skep.node.runner import Dependencies
 from skep.node.supervision.zygote import ZygoteGone
 from skep.node.swarm_info import why_waiting
-from skep.node.system import NodeSystem, engine_id
 from skep.security.locking import KeyLock
 
 log = structlog.get_logger()
@@ -175,7 +174,7 @@ class Node:
                 await asyncio.Event().wait()
 
     async def announce_stop(self) -> None:
-        """Have the manager know that this process stops as planned, so that no task is replaced meanwhile."""
+        """Announce a planned stop to the manager, so that it does not replace tasks during the restart."""
         await self._session.announce_stop()
 
     def reload(self, configuration: Configuration) -> None:
@@ -413,14 +412,12 @@ class Node:
             docker=docker.api if docker is not None else None,
         )
         app = application(
-            system_routes.routes,
-            swarm_routes.routes,
+            system_routes(self._system),
+            swarm_routes(self._membership),
             self._container_routes(network_routes(networks), cluster),
-            system_routes.last_routes,
+            last_routes,
             newest=NEWEST if docker is None else lambda: docker.api_version,
         )
-        app[system_routes.SYSTEM] = self._system
-        app[swarm_routes.MEMBER] = self._membership
         app.on_response_prepare.append(_close_after_response)
         return app
 

@@ -80,7 +80,7 @@ def tool_problem(tool: Tool, program: str | None, output: str | None) -> str:
         )
     found = version_in(output)
     if found is None:
-        return f"{program} does not say its version: name another {tool.name} with {tool.flag}"
+        return f"{program} does not print its version: name another {tool.name} with {tool.flag}"
     if found < tool.oldest:
         return (
             f"{tool.name} {_dotted(found)} is too old, skep needs {_dotted(tool.oldest)} or newer: "

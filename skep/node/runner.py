@@ -87,7 +87,7 @@ class ClusterWork(Protocol):
     """What runs on this node for the cluster (``node.cluster_work``)."""
 
     async def release_attachments(self) -> None:
-        """Detach plain containers from the cluster's networks, while a manager can be told."""
+        """Detach plain containers from the cluster's networks, while a manager can be reached."""
 
     async def remove_all(self) -> None:
         """Stop and remove every task and every network of the cluster."""

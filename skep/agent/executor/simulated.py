@@ -1,6 +1,6 @@
 """Tasks that only pretend: for whole clusters on simulated time, and for load without containers.
 
-Time and chance are arguments.  What "runs" is kept in a ``Machine`` that outlives executors, as a real
+Clock and random numbers are arguments.  What "runs" is kept in a ``Machine`` that outlives executors, as a real
 machine outlives its node process.
 """
 

@@ -1,4 +1,4 @@
-"""What containers say and use, as streams: ``logs``, ``attach``, ``stats``.
+"""Streams of a container: ``logs``, ``attach``, ``stats``.
 
 Source: moby 20.10, api/server/router/container/container_routes.go, api/server/httputils/write_log_stream.go,
 daemon/stats.go.
@@ -152,7 +152,7 @@ def _fixed_timestamp(moment_ns: int) -> str:
 
 
 def _details(container: Container) -> str:
-    """Labels and variables that the log options ask for: ``env=a,labels=b``.
+    """Labels and variables that the log options name: ``env=a,labels=b``.
 
     Source: moby 20.10, daemon/logger/loginfo.go (ExtraAttributes).
     """

@@ -1,4 +1,4 @@
-"""``docker exec``: create, start, look at and resize further processes in containers.
+"""``docker exec``: create, start, inspect and resize further processes in containers.
 
 Source: moby 20.10, api/server/router/container/exec.go.
 """

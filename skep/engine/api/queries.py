@@ -1,4 +1,4 @@
-"""Query parameters, with the engine's words for those that cannot be read."""
+"""Query parameters, with Docker's errors for those that cannot be parsed."""
 
 from aiohttp import web
 

@@ -1,4 +1,4 @@
-"""Layers as directories for overlayfs: one per chain id, shared by all images that stand on it.
+"""Layers as directories for overlayfs: one per chain id, shared by all images that have it.
 
 ``layers/<chain>/`` holds ``diff`` (the files, whiteouts in overlay form), ``content`` (the layer's tar, compressed,
 so that an image leaves this node with the bytes it came with) and ``layer.json``.  It is made in ``tmp`` and renamed
@@ -162,22 +162,22 @@ class Layers:
             return layer
 
     def detach(self, chain_ids: Iterable[str]) -> Sequence[Path]:
-        """Take layers that nothing stands on out of sight, at once; the caller deletes the returned directories.
+        """Remove unused layers from the store, at once; the caller deletes the returned directories.
 
         One that the file system refuses stays a layer.
         """
-        graves = []
+        detached = []
         for chain_id in chain_ids:
             if chain_id not in self._layers:
                 continue
             try:
-                graves.append(Path(tempfile.mkdtemp(prefix="gone-", dir=self._scratch)))
-                (self._root / hex_of(chain_id)).rename(graves[-1] / "layer")
+                detached.append(Path(tempfile.mkdtemp(prefix="gone-", dir=self._scratch)))
+                (self._root / hex_of(chain_id)).rename(detached[-1] / "layer")
             except OSError as error:
                 log_error(error, "layer not removed", chain_id=chain_id)
             else:
                 del self._layers[chain_id]
-        return graves
+        return detached
 
     async def _unpack(
         self, content: Path, workspace: Path, chain_id: Digest, diff_id: Digest, blob: Digest
@@ -322,7 +322,7 @@ def _publish(workspace: Path, final: Path, layer: Layer) -> None:
             raise UnpackFailed(f"{workspace}: {os.strerror(ctypes.get_errno()).lower()}")
     finally:
         os.close(directory)
-    if final.exists():  # what it is could not be read; a container may stand on it until this process ends
+    if final.exists():  # what it is could not be read; a container may use it until this process ends
         final.rename(workspace.with_name(f"{workspace.name}-replaced"))
     workspace.rename(final)
     sync_directory(final.parent)

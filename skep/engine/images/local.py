@@ -9,11 +9,11 @@ What cannot be read at the start (no descriptor is free, the disk fails) is read
 names, or no layer is deleted, since it is not known which are used.
 
 An image is *damaged* when its configuration is not what its id says, or one of its layers is missing.  It cannot be
-run; other images can.  Its layers stay, since containers may stand on them; while its configuration cannot be read, it
+run; other images can.  Its layers stay, since containers may use them; while its configuration cannot be read, it
 is not known which layers these are, so none is deleted at all.  It is whole again when it is pulled or loaded again,
 and gone when it is removed.
 
-Reads are synchronous, from memory.  Layers that a load or pull is about to stand on are *pinned*, so that a
+Reads are synchronous, from memory.  Layers that a load or pull is about to use are *pinned*, so that a
 removal beside it leaves them; what is neither pinned nor part of an image is deleted.
 """
 
@@ -451,8 +451,8 @@ class LocalImages:
                 needed.update(chain_ids(config.diff_ids))
         unneeded = [layer for id, layer in self.layer_store.all().items() if id not in needed]
         chain = [layer.chain_id for layer in reversed(unneeded)]
-        for grave in self.layer_store.detach(chain):
-            await discard_tree(grave)
+        for directory in self.layer_store.detach(chain):
+            await discard_tree(directory)
         return chain
 
 

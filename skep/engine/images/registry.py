@@ -3,7 +3,7 @@
 A registry that requires authentication responds with 401 and a challenge at first; the response to that, a
 token or a password, is kept for the rest of the conversation.  It is for the registry alone: redirects, mostly of
 blobs to another party's store, are followed without it, and a challenge on the other side of one is not answered.
-TLS is verified except for registries configured as insecure and those on loopback, and only these are asked without
+TLS is verified except for registries configured as insecure and those on loopback, and only these are reached without
 TLS; no redirect leads out of it.
 
 Source: OCI distribution-spec; moby 20.10, registry/{config,endpoint_v1,service_v2,auth}.go, distribution/errors.go;
@@ -63,7 +63,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """How registries are reached.
 
     ``insecure``: hosts (``name[:port]``) and networks (``10.0.0.0/8``) whose certificate is not checked and that may
-    be asked without TLS; loopback always is one.  ``mirrors``: base URLs asked before Docker Hub.
+    be reached without TLS; loopback always is one.  ``mirrors``: base URLs tried before Docker Hub.
     """
 
     insecure: frozenset[str] = frozenset()
@@ -81,7 +81,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         return any(address in network for network in map(_network, self.insecure) if network is not None)
 
     def endpoints(self, domain: str) -> Sequence["Endpoint"]:
-        """Where to ask for images of ``domain``, in this order."""
+        """Base URLs to try for images of ``domain``, in this order."""
         if domain == DEFAULT_DOMAIN:
             mirrors = [
                 Endpoint(
@@ -206,7 +206,7 @@ class Repository:
     async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
         """A blob's bytes from ``start`` on: the offset they really begin at, and the pieces.
 
-        A registry may not know ranges and begin at 0.  Raises: NotFound, PermissionDenied, RegistryError.
+        A registry without ranges begins at 0.  Raises: NotFound, PermissionDenied, RegistryError.
         """
         headers = {"Range": f"bytes={start}-"} if start else {}
         async with self._get(f"/v2/{self._reference.path}/blobs/{digest}", headers=headers) as response:

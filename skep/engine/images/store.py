@@ -126,7 +126,7 @@ class ImageStore(LocalImages):
         ids = [image.id for image in gone]
         layers = await self.discard({name for _, name in names}, ids, {user.image_id for user in users})
         for id, _ in names:
-            self.announce("untag", id, id)  # as in the engine, which does not say which name
+            self.announce("untag", id, id)  # as in Docker: the event does not have the name
         for id in ids:
             self.announce("delete", id, id)
         return Removed(tuple(name.familiar for _, name in names), (*ids, *layers))

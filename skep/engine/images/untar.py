@@ -1,6 +1,6 @@
 """The worker that unpacks a tar stream: a process of its own, chrooted into the directory it fills.
 
-Archives are hostile input, so whatever they say happens inside the chroot: an absolute name, ``..``, a symbolic
+Archives are hostile input, so they are unpacked inside a chroot: an absolute name, ``..``, a symbolic
 link to ``/etc`` or a hard link can reach no further than the layer itself, however they are combined, and there is
 no check that could race.  This is also how Docker confines them, hence what Docker accepts is accepted here.  What else
 it gives up is in ``confinement``.
@@ -131,7 +131,7 @@ class Header(tarfile.TarInfo):
             raise Malformed("unexpected EOF") from error
         except _Invalid as error:
             raise Malformed("archive/tar: invalid tar header") from error
-        except _Subsequent as error:  # what stands after a long name; its kind is in the words alone
+        except _Subsequent as error:  # a header after a long name; only the text names the kind of error
             is_invalid = str(error) in ("bad checksum", "invalid header")
             raise Malformed("archive/tar: invalid tar header" if is_invalid else "unexpected EOF") from error
 

@@ -1,4 +1,4 @@
-"""Which request goes where: an ordered table, the first rule that fits decides."""
+"""Which process answers a request: an ordered table, the first rule that matches decides."""
 
 import re
 from collections.abc import Callable

@@ -176,7 +176,7 @@ def _facts(network: Network) -> Facts:
 
 
 def _peers(table: Table) -> list[dict[str, str]]:
-    """``Peers`` of ``docker network inspect``; a table knows nodes by their ids."""
+    """``Peers`` of ``docker network inspect``; a table has ids of nodes only."""
     return [{"Name": node.id, "IP": node.underlay} for _, node in sorted(table.nodes.items())]
 
 

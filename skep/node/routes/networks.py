@@ -1,8 +1,8 @@
 """``/networks`` of a node: the cluster's, its own, and those of the Docker Engine beside it, as one list.
 
-The kind of network decides where a request goes.  Networks of the cluster belong to the managers; a worker has
-only those that its own tasks use.  Networks of the node belong to the Docker Engine where there is one, except
-the gateway bridge.
+The kind of network decides which process answers a request.  Networks of the cluster belong to the managers; a worker
+has only those that its own tasks use.  Networks of the node belong to the Docker Engine where there is one, except the
+gateway bridge.
 
 Source: moby 20.10, api/server/router/network/network_routes.go, daemon/network.go, libnetwork/controller.go.
 """

@@ -80,7 +80,7 @@ _OF_EVERY_NODE = frozenset({"", "default", "bridge", "host", "none"})
 
 
 def _request_of(body: bytes) -> _Request:
-    """Empty where it cannot be decoded: the Docker Engine refuses it then, in its own words."""
+    """Empty where it cannot be decoded: the Docker Engine refuses it then."""
     try:
         return msgspec.json.decode(body, type=_Request)
     except msgspec.DecodeError:

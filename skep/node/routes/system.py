@@ -1,75 +1,156 @@
-"""``/_ping``, ``/version``, ``/info``, ``/events``; and the refusal of unsupported routes.
+"""``/_ping``, ``/version``, ``/info``, ``/events`` of this node; and the refusal of unsupported routes.
 
 Source: moby 20.10, api/server/router/system/system_routes.go.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+import hashlib
+from base64 import b32encode
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import msgspec
 from aiohttp import web
 
+from skep.api.client import Client
 from skep.api.server import Filters, JsonLines, Routes, json_answer
+from skep.api.tables import Table
 from skep.api.timestamps import period_of
+from skep.api.versions import NEWEST
+from skep.configuration.configuration import Configuration
+from skep.engine.container import Counts
+from skep.engine.engine import Engine
 from skep.errors import NotFound, Unimplemented
-from skep.node.events import EventRequest, Message
+from skep.model.times import timestamp
+from skep.node import features, info
+from skep.node.docker_engine import DockerEngine
+from skep.node.events import EventRequest, Message, NodeEvents
+from skep.node.membership import Membership
 
 
-class System(Protocol):
-    """The node, as these routes use it."""
+class NodeSystem:
+    """What ``/_ping``, ``/version``, ``/info`` and ``/events`` show.
+
+    Args:
+        engine: this node's containers; None: it runs none.
+        docker: the machine's Docker Engine, if there is one.
+        warnings: sentences about the configuration, conditions, published ports and connections to other nodes.
+    """
+
+    def __init__(
+        self,
+        node: info.Node,
+        *,
+        membership: Membership,
+        manager_api: Client,
+        events: NodeEvents,
+        engine: Engine | None,
+        docker: DockerEngine | None,
+        warnings: Callable[[], Sequence[str]],
+    ) -> None:
+        self._node = node
+        self._membership = membership
+        self._manager_api = manager_api
+        self._events = events
+        self._engine = engine
+        self._docker = docker
+        self._warnings = warnings
+
+    def configure(self, configuration: Configuration) -> None:
+        """Show ``configuration`` from now on (it was reloaded)."""
+        self._node = msgspec.structs.replace(self._node, configuration=configuration)
 
     @property
     def swarm_header(self) -> str:
         """The ``Swarm`` header of ``/_ping``."""
+        return self._membership.header
 
     def version(self) -> Mapping[str, Any]:
-        """The response to ``GET /version``."""
+        """With the version of the Docker Engine, if there is one."""
+        if self._docker is None:
+            return info.version(self._node, str(NEWEST))
+        node = msgspec.structs.replace(self._node, engine=self._docker.version)
+        return info.version(node, str(self._docker.api_version))
 
     async def info(self) -> Mapping[str, Any]:
-        """The response to ``GET /info``."""
+        """Of this node, its membership, and the Docker Engine, if there is one."""
+        swarm = await self._membership.info()
+        counts = self._engine.counts() if self._engine is not None else Counts()
+        if self._docker is not None:
+            counts += await self._docker.counts()
+        return info.info(
+            self._node,
+            counts=counts,
+            swarm=swarm,
+            warnings=(
+                *swarm.get("Warnings", ()),
+                *features.warnings(self._node.features),
+                *(f"WARNING: {sentence}" for sentence in self._warnings()),
+            ),
+            now=timestamp(self._events.clock.now_ns()),
+        )
 
     async def stream_events(self, request: EventRequest, send: Callable[[Message], Awaitable[None]]) -> None:
-        """``send`` the requested events, past and present, until the requested end."""
+        """Events of this node, of its manager, and of the Docker Engine."""
+        sources = [self._manager_api] if self._membership.is_manager else []
+        if self._docker is not None:
+            sources.append(self._docker.api)
+        await self._events.stream(request, sources, send)
 
 
-SYSTEM: web.AppKey[System] = web.AppKey("system", System)
+def engine_id(data_dir: Path) -> str:
+    """The ``ID`` of ``/info``: the same for as long as this data directory stays on this machine."""
+    try:
+        machine = Path("/etc/machine-id").read_bytes()
+    except OSError:
+        machine = b""
+    text = b32encode(hashlib.sha256(machine + bytes(data_dir)).digest()).decode()[:48]
+    return ":".join(text[start : start + 4] for start in range(0, 48, 4))
 
-routes = Routes()
+
+_table = Table[NodeSystem]()
+
 last_routes = Routes()
 """The application's last routes: they match every request that no other route matches."""
 
 
-@routes.head("/_ping")
-@routes.get("/_ping")
-async def ping(request: web.Request) -> web.StreamResponse:
+def system_routes(system: NodeSystem) -> list[web.RouteDef]:
+    """``/_ping``, ``/version``, ``/info`` and ``/events``."""
+    return _table.bound(system)
+
+
+@_table.head("/_ping")
+@_table.get("/_ping")
+async def ping(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """Alive; the headers have the version of the API."""
     headers = {
         "Cache-Control": "no-cache, no-store, must-revalidate",
         "Pragma": "no-cache",
-        "Swarm": request.app[SYSTEM].swarm_header,
+        "Swarm": system.swarm_header,
     }
     body = "" if request.method == "HEAD" else "OK"
     return web.Response(text=body, headers=headers, content_type="text/plain", charset="utf-8")
 
 
-@routes.get("/version")
-async def show_version(request: web.Request) -> web.StreamResponse:
+@_table.get("/version")
+async def show_version(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """``docker version``."""
-    return json_answer(request.app[SYSTEM].version())
+    return json_answer(system.version())
 
 
-@routes.get("/info")
-async def show_info(request: web.Request) -> web.StreamResponse:
+@_table.get("/info")
+async def show_info(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """``docker info``."""
-    return json_answer(await request.app[SYSTEM].info())
+    return json_answer(await system.info())
 
 
-@routes.get("/events")
-async def stream_events(request: web.Request) -> web.StreamResponse:
+@_table.get("/events")
+async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """Events of this node and of the cluster, one JSON object per line, each sent at once."""
     since, until = period_of(request)
     wanted = EventRequest(since, until, Filters.of(request), dict(request.query))
     async with JsonLines(request) as lines:
-        await request.app[SYSTEM].stream_events(wanted, lines.send)
+        await system.stream_events(wanted, lines.send)
     return lines.response
 
 

@@ -19,7 +19,7 @@ class StartAgain(msgspec.Struct, frozen=True):
 
 
 class GiveUp(msgspec.Struct, frozen=True):
-    """No more, until somebody has looked at it."""
+    """Not again; ``crashes``: ends within ``CRASH_WINDOW_S``."""
 
     crashes: int
 
@@ -35,7 +35,7 @@ def after_end(ends: Sequence[float], now: float, rng: float, *, gives_up: bool) 
     The pause grows with every end within the last minute; the fifth of them is the last, if ``gives_up``.
 
     Args:
-        chance: from 0 to 1; spreads the pause over half to all of its length.
+        rng: a number from 0 to 1; spreads the pause over half to all of its length.
     """
     count = len(recent(ends, now))
     if gives_up and count >= CRASHES_MAX:

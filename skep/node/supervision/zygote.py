@@ -242,11 +242,7 @@ def _be_node(node: Callable[[Zygote], int], connection: socket.socket, zygote: i
     except BaseException:
         traceback.print_exc()
     finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
+        _exit(status)
 
 
 def serve(connection: socket.socket, children: "Children", ended: int) -> None:
@@ -405,11 +401,7 @@ def _become(work: Callable[[], None], kept: int | None = None) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
+        _exit(status)
 
 
 def notify(state: str) -> None:
@@ -427,3 +419,12 @@ def notify(state: str) -> None:
             line.sendto(state.encode(), address)
         except OSError:
             pass  # systemd does not listen any more; the service does not depend on it
+
+
+def _exit(status: int) -> NoReturn:
+    """End a forked process: flush, and run none of what its parent has registered for its own end."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
