@@ -17,7 +17,6 @@ import structlog
 
 from skep.agent.managers import ManagerList, Peer, response_timeout
 from skep.agent.renewal import ChooseManager
-from skep.agent.revisions import SeenRevision
 from skep.agent.session import NodeServices, Session
 from skep.agent.session_state import SessionState
 from skep.aio.backoff import Backoff
@@ -112,7 +111,7 @@ class Agent:
         services: NodeServices,
         clock: Clock,
         random: Random,
-        session_state: SessionState | None = None,
+        session_state: SessionState,
     ) -> None:
         """
         Args:
@@ -125,8 +124,7 @@ class Agent:
         self._clock = clock
         self._random = random
         self._credentials = credentials
-        self._session_state = session_state or SessionState(clock)
-        self._seen = services.seen or SeenRevision(None, credentials.identity.cluster_id)
+        self._session_state = session_state
         self._peer: Peer | None = None
         """Of the last attempt at a session; while ``registered`` is set, of the session."""
         self._channel: Channel | None = None
@@ -164,7 +162,7 @@ class Agent:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_session(), name="keep a session")
             group.create_task(self._credentials.run(self._manager_to_renew_with), name="keep a certificate")
-            group.create_task(self._seen.run(), name="keep the revision")
+            group.create_task(self._services.seen.run(), name="keep the revision")
 
     def try_now(self) -> None:
         """A manager has just begun to serve: without a session, make the next attempt at once."""
@@ -295,7 +293,7 @@ class Agent:
 
     def accept_revision(self, revision: Revision) -> None:
         """Raises: FailedPrecondition: the manager is behind what this node has seen."""
-        self._seen.advance(revision)
+        self._services.seen.advance(revision)
 
     def record_response(self, requested_at: float) -> None:
         """The manager has responded to a heartbeat sent at ``requested_at``."""

@@ -5,7 +5,6 @@ lies between sessions (statuses not delivered, the revision seen) is kept by the
 """
 
 import asyncio
-import random
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -80,16 +79,16 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
         load: the share of the node in use, 0 to 1, None while it is unknown; sent with each heartbeat.
         tables: is given the network tables; None: the node has no cluster networks.
         probes: of other nodes; None: there are none.
-        seen: the newest revision, which is kept in a file; None: in memory only.
+        seen: the newest revision of assignments.
     """
 
     sink: AssignmentSink
     reports: Reports
     logs: LogSource
+    seen: SeenRevision
     load: Callable[[], float | None] = unknown_load
     tables: TableSink | None = None
     probes: ProbeSource | None = None
-    seen: SeenRevision | None = None
 
 
 class SessionHost(Protocol):
@@ -122,8 +121,8 @@ class Session:
         services: NodeServices,
         clock: Clock,
         describe: Callable[[], NodeDescription],
-        description_changed: asyncio.Event | None = None,
-        rng: Callable[[], float] = random.random,
+        description_changed: asyncio.Event,
+        rng: Callable[[], float],
     ) -> None:
         """
         Args:
@@ -135,7 +134,7 @@ class Session:
         self._services = services
         self._clock = clock
         self._describe = describe
-        self._description_changed = description_changed or asyncio.Event()
+        self._description_changed = description_changed
         self._rng = rng
         self._publisher = LogPublisher(channel, services.logs)
         self._tables = TableStream(channel, services.tables) if services.tables is not None else None

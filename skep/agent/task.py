@@ -146,14 +146,13 @@ class TaskDriver:
         *,
         clock: Clock,
         on_status: Callable[[TaskId, TaskStatus], None],
-        session_state: SessionState | None = None,
+        session_state: SessionState,
         attempts: int = 0,
     ) -> None:
         """
         Args:
             status: the furthest known one of the task; ``on_status`` is called with every state reached from there.
-            contact: whether there is a manager; without one the task follows its restart policy itself.  None: it
-                never does.
+            session_state: whether there is a manager; without one the task follows its restart policy itself.
             attempts: how often it did so before this process began.
         """
         self.task = task
@@ -263,7 +262,7 @@ class TaskDriver:
     async def _may_try_again(self, ended: TaskExit) -> bool:
         """Whether there is no manager to replace the task, and its policy allows an attempt; returns when it is due."""
         session_state = self._session_state
-        if session_state is None or session_state.has_session:
+        if session_state.has_session:
             return False
         code = ended.exit_code or (1 if ended.message else 0)
         delay_s = next_attempt(self.task.task, code, self._attempts, self._clock.monotonic())

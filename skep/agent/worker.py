@@ -66,10 +66,10 @@ class Worker:
         files: TaskFiles,
         reports: Reports,
         clock: Clock,
+        session_state: SessionState,
         payloads: PayloadSink | None = None,
-        session_state: SessionState | None = None,
     ) -> None:
-        """``payloads``: None for an executor that mounts nothing; ``session_state``: None: unknown."""
+        """``payloads``: None for an executor that mounts nothing."""
         self._executor = executor
         self._files = files
         self._reports = reports
@@ -92,8 +92,7 @@ class Worker:
             # A session may have begun before, without these statuses.
             for id, status in self.statuses().items():
                 self._reports.report(id, status)
-            if self._session_state is not None:
-                self._spawn(self._stop_when_cut_off(self._session_state), "stop-when-cut-off")
+            self._spawn(self._stop_when_cut_off(), "stop-when-cut-off")
             self._spawn(self._files.run(), "task-files")
             self._ready.set()
 
@@ -229,11 +228,11 @@ class Worker:
 
         await retry(free, "task not removed", clock=self._clock, task=id)
 
-    async def _stop_when_cut_off(self, session_state: SessionState) -> None:
+    async def _stop_when_cut_off(self) -> None:
         """Stop the tasks of services that want it so, each when this node was cut off for its service's delay."""
         while True:
-            await session_state.wait_no_session()
-            silence_s = session_state.total_silence_s()
+            await self._session_state.wait_no_session()
+            silence_s = self._session_state.total_silence_s()
             for driver in self._drivers.values():
                 reason = stop_reason(driver.task, silence_s)
                 if reason and not driver.status.state.is_terminal:

@@ -6,7 +6,9 @@ from random import Random
 from skep.agent.agent import LONGEST_RETRY_S, Agent
 from skep.agent.managers import ManagerList, Peer
 from skep.agent.renewal import KeyPairCredentials
+from skep.agent.revisions import SeenRevision
 from skep.agent.session import NodeServices
+from skep.agent.session_state import SessionState
 from skep.aio.clock import SystemClock
 from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, a_worker, describe
 
@@ -32,9 +34,15 @@ async def test_an_agent_that_hears_of_a_manager_does_not_wait_for_its_next_attem
         credentials=KeyPairCredentials(tmp_path, clock, Random(1)),
         managers=ManagerList([Peer(MANAGER_ID, cluster.address)]),
         describe=describe,
-        services=NodeServices(sink=worker, reports=worker.reports, logs=worker),
+        services=NodeServices(
+            sink=worker,
+            reports=worker.reports,
+            logs=worker,
+            seen=SeenRevision(None, pair.identity.cluster_id),
+        ),
         clock=clock,
         random=Random(1),
+        session_state=SessionState(clock),
     )
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         running = group.create_task(agent.run())

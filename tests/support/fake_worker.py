@@ -4,11 +4,20 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 from skep.agent.reports import Reports
+from skep.agent.session_state import SessionState
+from skep.aio.clock import SystemClock
 from skep.model.assignment import AssignmentSet
 from skep.model.ids import TaskId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.task import AssignedTask, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp
+
+
+def a_session() -> SessionState:
+    """The state of a node that has a session: a manager replaces its tasks."""
+    state = SessionState(SystemClock())
+    state.begin()
+    return state
 
 
 class FakeWorker:

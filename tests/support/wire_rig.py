@@ -16,7 +16,9 @@ from skep.agent.certificates import join
 from skep.agent.managers import ManagerList, Peer
 from skep.agent.probe_stream import ProbeSource
 from skep.agent.renewal import KeyPairCredentials
+from skep.agent.revisions import SeenRevision
 from skep.agent.session import NodeServices, unknown_load
+from skep.agent.session_state import SessionState
 from skep.agent.table_stream import TableSink
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable, Unimplemented
@@ -347,10 +349,17 @@ async def an_agent_of(
         managers=ManagerList(managers),
         describe=partial(describe, probes=paths is not None),
         services=NodeServices(
-            sink=worker, reports=worker.reports, logs=worker, load=load, tables=tables, probes=paths
+            sink=worker,
+            reports=worker.reports,
+            logs=worker,
+            seen=SeenRevision(None, pair.identity.cluster_id),
+            load=load,
+            tables=tables,
+            probes=paths,
         ),
         clock=SystemClock(),
         random=random,
+        session_state=SessionState(SystemClock()),
     )
     running = asyncio.create_task(agent.run())
     try:

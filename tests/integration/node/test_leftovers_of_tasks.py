@@ -19,6 +19,7 @@ from skep.model.ids import new_container_id
 from skep.model.task import TaskState
 from tests.integration.node.conftest import eventually
 from tests.integration.node.test_oci_tasks import a_task
+from tests.support.fake_worker import a_session
 from tests.support.runc_lab import Lab
 
 
@@ -77,7 +78,9 @@ async def test_a_task_that_is_taken_away_while_it_is_made_ready_leaves_nothing(
     """Its removal waits for what is being made: overtaking that, it would find nothing to free."""
     executor = lab.executor()
     files = TaskFiles(tmp_path / "tasks")
-    worker = Worker(executor=executor, files=files, reports=Reports(), clock=SystemClock())
+    worker = Worker(
+        executor=executor, files=files, reports=Reports(), clock=SystemClock(), session_state=a_session()
+    )
     running = asyncio.create_task(worker.run())
     try:
         await worker.wait_ready()

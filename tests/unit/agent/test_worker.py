@@ -21,6 +21,7 @@ from skep.model.ids import ServiceId, TaskId
 from skep.model.labels import DRAIN
 from skep.model.service import Limits, ResourceRequirements, TaskSpec
 from skep.model.task import AssignedTask, Task, TaskState, TaskStatus
+from tests.support.fake_worker import a_session
 
 QUICK = Behaviour(prepare_s=0.0, start_s=0.0, shutdown_s=0.0)
 RUNNING = TaskState.RUNNING
@@ -91,7 +92,11 @@ class Node:
         self.reports = Reports()
         executor = ChoosingExecutor(self)
         worker = Worker(
-            executor=executor, files=TaskFiles(self.directory), reports=self.reports, clock=SystemClock()
+            executor=executor,
+            files=TaskFiles(self.directory),
+            reports=self.reports,
+            clock=SystemClock(),
+            session_state=a_session(),
         )
         async with asyncio.TaskGroup() as group:
             running = group.create_task(worker.run())

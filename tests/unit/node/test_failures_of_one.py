@@ -17,6 +17,7 @@ from skep.agent.worker import Worker
 from skep.engine.container import ContainerState
 from skep.errors import Unavailable
 from skep.model.task import TaskState
+from tests.support.fake_worker import a_session
 from tests.support.file_faults import ERRNOS, Faults, file_faults
 from tests.support.oci_rig import EngineExecutor, Machine, QuickClock, memory_engine
 from tests.unit.agent.test_worker import Reports, assigned, complete, difference
@@ -50,6 +51,7 @@ class Life:
             files=TaskFiles(self.directory / "tasks", QuickClock()),
             reports=self.reports,
             clock=QuickClock(),
+            session_state=a_session(),
         )
         async with asyncio.TaskGroup() as group:
             running = group.create_task(worker.run())
