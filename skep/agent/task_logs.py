@@ -14,13 +14,10 @@ from skep.engine.container import Container, LogFilter, Stream
 from skep.engine.engine import Engine
 from skep.errors import SkepError, Unimplemented
 from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.labels import LABEL_NODE_ID, LABEL_SERVICE_ID, LABEL_TASK_ID
 from skep.model.logs import LogLine, LogQuery, LogStream
 
 log = structlog.get_logger(__name__)
-
-LABEL_TASK = "com.docker.swarm.task.id"
-LABEL_SERVICE = "com.docker.swarm.service.id"
-LABEL_NODE = "com.docker.swarm.node.id"
 
 _LINES_AHEAD_MAX = 1000
 """Read and not yet taken; a slow reader then holds the reading of all its tasks."""
@@ -92,9 +89,9 @@ class TaskLogs:
             async for entry in entries:
                 await lines.put(
                     LogLine(
-                        task_id=TaskId(container.labels[LABEL_TASK]),
-                        service_id=ServiceId(container.labels.get(LABEL_SERVICE, "")),
-                        node_id=NodeId(container.labels.get(LABEL_NODE, "")),
+                        task_id=TaskId(container.labels[LABEL_TASK_ID]),
+                        service_id=ServiceId(container.labels.get(LABEL_SERVICE_ID, "")),
+                        node_id=NodeId(container.labels.get(LABEL_NODE_ID, "")),
                         stream=_BACK[entry.stream],
                         timestamp_ns=entry.timestamp_ns,
                         data=entry.data,
@@ -116,12 +113,12 @@ class NoLogs:
 def is_meant(container: Container, query: LogQuery) -> bool:
     """Whether the query names this container's task by any of its three ways."""
     labels = container.labels
-    if LABEL_TASK not in labels:
+    if LABEL_TASK_ID not in labels:
         return False
     return (
-        labels[LABEL_TASK] in query.tasks
-        or labels.get(LABEL_SERVICE) in query.services
-        or labels.get(LABEL_NODE) in query.nodes
+        labels[LABEL_TASK_ID] in query.tasks
+        or labels.get(LABEL_SERVICE_ID) in query.services
+        or labels.get(LABEL_NODE_ID) in query.nodes
     )
 
 

@@ -36,6 +36,10 @@ IGNORE_PATHS = "skep.ignore-paths"
 
 LABEL_TASK_ID = "com.docker.swarm.task.id"
 """Docker's label of a task's container, by which the container is identified."""
+LABEL_SERVICE_ID = "com.docker.swarm.service.id"
+LABEL_SERVICE_NAME = "com.docker.swarm.service.name"
+LABEL_NODE_ID = "com.docker.swarm.node.id"
+"""Further labels of a task's container, as Docker's."""
 
 DELAY_S_MAX = 365 * 24 * 3600.0
 

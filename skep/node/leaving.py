@@ -1,15 +1,21 @@
-"""Leaving a cluster as a manager: Docker's warnings, and the removal from the raft group.
+"""Leaving a cluster: Docker's warnings, the removal from the raft group, and that of the cluster's data on this node.
 
 Source: moby 20.10, daemon/cluster/swarm.go (Leave).
 """
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import structlog
 
+from skep.aio.trees import discard_tree_now
 from skep.api.client import Client
 from skep.errors import SkepError
+from skep.linux.detached import read_pid_file
+from skep.node.runner import ClusterWork
+from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
+from skep.paths import Paths
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, client_context
 from skep.wire import methods
@@ -70,3 +76,38 @@ async def leave_manager_group(managers: Sequence[str], pair: KeyPair) -> bool:
         else:
             return True
     return False
+
+
+def remove_cluster_data(paths: Paths) -> None:
+    """Remove everything that belongs to the cluster.
+
+    ``node.json`` is removed first: without it the rest is an unfinished leave.  That is recognized by the certificates
+    and the manager's directory, so they are removed last.
+    """
+    paths.node_json.unlink(missing_ok=True)
+    for directory in (
+        *(paths.tables, paths.kept_tables, paths.certificates),
+        *(paths.removed_manager, paths.manager),
+    ):
+        discard_tree_now(directory)
+
+
+async def forget_swarm(paths: Paths) -> None:
+    """End a manager process that is no longer supervised, and remove the cluster's data."""
+    await _end_unsupervised_manager(paths)
+    await asyncio.to_thread(remove_cluster_data, paths)
+
+
+async def _end_unsupervised_manager(paths: Paths) -> None:
+    running = read_pid_file(paths.pid_file("manager"))
+    if running is not None:
+        await terminate(running, STOP_GRACE_S)
+
+
+async def clear_unfinished(paths: Paths, work: ClusterWork) -> None:
+    """Remove what an init, a join or a leave that was interrupted has left on this node."""
+    await _end_unsupervised_manager(paths)
+    if paths.manager.exists() or paths.certificates.exists():
+        log.warning("traces of an unfinished init or leave are removed")
+        await work.remove_all()
+        remove_cluster_data(paths)

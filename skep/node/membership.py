@@ -31,7 +31,6 @@ from skep.model.addresses import host_of
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import InitRequest, JoinRequest, UnlockRequest
-from skep.node.cleanup import clear_unfinished, forget_swarm
 from skep.node.founding import (
     NewCluster,
     check_listening,
@@ -41,7 +40,7 @@ from skep.node.founding import (
     moved,
 )
 from skep.node.interfaces import read_interfaces
-from skep.node.leaving import leave_manager_group, objection
+from skep.node.leaving import clear_unfinished, forget_swarm, leave_manager_group, objection
 from skep.node.local import LocalNode, read_local_node, write_local_node
 from skep.node.membership_states import Event, State, after, docker_state
 from skep.node.restoring import Restored, endpoints_for, plan_of, received, restored_node

@@ -14,6 +14,7 @@ from skep.api.filters import Filters
 from skep.engine.container import Container, ContainerState
 from skep.engine.images.image import Image
 from skep.errors import InvalidArgument
+from skep.model.labels import LABEL_TASK_ID
 
 FILTERS = (
     *("ancestor", "before", "exited", "expose", "health", "id", "is-task", "isolation", "label", "name"),
@@ -21,7 +22,6 @@ FILTERS = (
 )
 _STATES = frozenset({*(state.value for state in ContainerState), "restarting", "dead"})
 _HEALTH = frozenset({"none", "starting", "healthy", "unhealthy"})
-_TASK = "com.docker.swarm.task.id"
 _REPETITIONS_MAX = 3
 """More of them in a pattern could keep Python's matcher busy for a long time."""
 
@@ -138,7 +138,7 @@ def _pattern(value: str) -> re.Pattern[str]:
 
 
 def _is_task(container: Container, wanted: Sequence[str]) -> bool:
-    return not wanted or (_TASK in container.labels) == (wanted[0] in ("true", "1"))
+    return not wanted or (LABEL_TASK_ID in container.labels) == (wanted[0] in ("true", "1"))
 
 
 def _matches_volume(container: Container, wanted: Sequence[str]) -> bool:

@@ -9,11 +9,10 @@ from skep.dataplane.addresses import mac_of
 from skep.dataplane.local.objects import LocalNetwork
 from skep.engine.container import Container
 from skep.model.ids import TaskId
+from skep.model.labels import LABEL_TASK_ID
 from skep.model.network import Network
 from skep.model.planes import is_overlay
 from skep.model.task import AssignedTask, TaskState, TaskStatus
-
-_TASK_LABEL = "com.docker.swarm.task.id"
 
 
 def networks_in_use(
@@ -47,7 +46,7 @@ def on_overlay(
         if container.plain is not None:
             entries |= on_bridge(network_id, (container,))
             continue
-        assigned = tasks.get(TaskId(container.labels.get(_TASK_LABEL, "")))
+        assigned = tasks.get(TaskId(container.labels.get(LABEL_TASK_ID, "")))
         if assigned is None or not container.is_running:
             continue
         for attachment in assigned.task.networks_attachments:

@@ -48,6 +48,7 @@ from skep.errors import (
     Unimplemented,
 )
 from skep.linux.routes import read_routes
+from skep.model.labels import LABEL_SERVICE_NAME
 from skep.node.routes.cluster_networks import FROM_A_WORKER, ClusterNetworks, forwarded_headers
 from skep.node.routes.network_users import on_bridge, on_builtin, on_gateway
 
@@ -281,7 +282,7 @@ class _NodeNetworks:
         container = engine.get(word)
         if container.plain is not None:
             return True
-        service = container.labels.get("com.docker.swarm.service.name", "")
+        service = container.labels.get(LABEL_SERVICE_NAME, "")
         raise FailedPrecondition(
             f"container {container.name} belongs to a task of service {service}: its networks are the service's "
             f"(docker service update --network-add, --network-rm)"

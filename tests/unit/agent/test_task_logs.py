@@ -3,13 +3,14 @@
 from collections.abc import AsyncGenerator, Sequence
 from typing import cast
 
-from skep.agent.task_logs import LABEL_TASK, TaskLogs
+from skep.agent.task_logs import TaskLogs
 from skep.aio.clock import SystemClock
 from skep.engine.container import Container, ContainerConfig, LogEntry, LogFilter, Stream
 from skep.engine.engine import Engine
 from skep.engine.events import Events
 from skep.errors import NotFound
 from skep.model.ids import ContainerId, TaskId
+from skep.model.labels import LABEL_TASK_ID
 from skep.model.logs import LogQuery
 
 
@@ -24,7 +25,12 @@ class SomeUnreadable:
         config = ContainerConfig(path="/bin/true")
         return [
             Container(
-                id=ContainerId(id), name=id, image="i", image_id="i", config=config, labels={LABEL_TASK: id}
+                id=ContainerId(id),
+                name=id,
+                image="i",
+                image_id="i",
+                config=config,
+                labels={LABEL_TASK_ID: id},
             )
             for id in ("gone", "there")
         ]
