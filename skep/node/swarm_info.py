@@ -1,4 +1,4 @@
-"""The ``Swarm`` section of ``/info``, and Docker's refusals of requests that need a manager.
+"""The ``Swarm`` object of ``/info``, and Docker's error texts for requests that need a manager.
 
 Source: moby 20.10, daemon/cluster/{swarm,cluster}.go, cli/command/system/info.go (the warning).
 """
@@ -44,7 +44,7 @@ TIMED_OUT = (
     "this node kept nothing of the attempt."
 )
 FROZEN = "replacement of tasks is frozen"
-"""The beginning of a manager's reason."""
+"""Begins the part of a node's status message in which a manager says why it replaces no tasks."""
 TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This configuration provides
          no fault tolerance, and poses a high risk to lose control over the cluster.
          Refer to https://docs.docker.com/engine/swarm/admin_guide/ to configure the
@@ -55,11 +55,11 @@ NO_LEADER = (
     "Make sure more than half of the managers are online."
 )
 _TIMEOUT_S = 7.0
-"""A manager without a quorum responds so after 5 s."""
+"""Of requests to the manager of this node, which responds after 5 s where it has no quorum."""
 
 
 def why_waiting(mark: Path) -> str:
-    """What a starting manager waits for, from its ``mark``; empty: it does not wait."""
+    """``Error`` while this node's manager starts: what it waits for, from its file ``mark``; empty: nothing."""
     try:
         own_error = mark.read_text()
     except OSError:
@@ -68,7 +68,7 @@ def why_waiting(mark: Path) -> str:
 
 
 def why_no_vote(mark: Path) -> str:
-    """Why a manager that was admitted has no vote yet; empty: unknown."""
+    """Why a manager that was admitted has no vote yet, from its file ``mark``; empty: unknown."""
     try:
         return mark.read_text()
     except OSError:
@@ -78,7 +78,12 @@ def why_no_vote(mark: Path) -> str:
 def local_section(
     node: LocalNode | None, *, status: str, error: str, managers: Sequence[Peer]
 ) -> dict[str, Any]:
-    """The part that needs no manager.  ``managers``: as the agent received them last."""
+    """The fields that need no manager.
+
+    Args:
+        status: ``LocalNodeState``.
+        managers: as the agent received them last; empty: those of ``node.json``.
+    """
     section: dict[str, Any] = {
         "NodeID": "",
         "NodeAddr": "",
@@ -95,7 +100,7 @@ def local_section(
 
 
 async def cluster_section(manager_api: Client) -> dict[str, Any]:
-    """The part that a manager adds; without a leader, its last state and at once the ``Error`` about it."""
+    """The fields that a manager adds, with ``Warnings``; without a leader ``Error`` and the number of managers only."""
     try:
         quorum = await manager_api.get("/skep/quorum", timeout_s=_TIMEOUT_S)
         if not quorum["HasLeader"]:
@@ -118,7 +123,10 @@ async def cluster_section(manager_api: Client) -> dict[str, Any]:
 
 
 def lost_quorum(quorum: Mapping[str, Any]) -> str:
-    """Docker's sentence, which managers do not respond, and this manager's own error."""
+    """``Error`` without a leader: Docker's text, which managers do not respond, and this manager's own error.
+
+    ``quorum``: the response to ``GET /skep/quorum``; its keys keep the names that other versions read.
+    """
     managers = quorum["Managers"]
     silent = [manager["Hostname"] for manager in managers if not manager["Answers"]]
     sentences = [NO_LEADER]
@@ -133,7 +141,7 @@ def lost_quorum(quorum: Mapping[str, Any]) -> str:
 
 
 def frozen_warnings(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why no task is replaced, if so, from the status of a node that is down."""
+    """Why tasks of nodes that are down are not replaced; empty: they are.  ``nodes``: as ``GET /nodes`` shows them."""
     for node in nodes:
         message = node["Status"].get("Message", "")
         if FROZEN in message:

@@ -10,17 +10,17 @@ from contextlib import aclosing
 import msgspec
 from aiohttp import web
 
-from skep.aio.clock import Clock, SystemClock
+from skep.aio.clock import Clock
 from skep.api.server import (
     ApiVersion,
     JsonLines,
     OutputFrames,
     OutputStream,
-    Routes,
     api_version,
     flag,
     json_answer,
 )
+from skep.api.tables import Table
 from skep.api.timestamps import parse_unix_time
 from skep.engine.api.detach import DetachKeys, parse_keys
 from skep.engine.api.hijack import MULTIPLEXED, RAW, Duplex, Hijacked, hijacked
@@ -35,52 +35,63 @@ _NAMES_ITS_FORM = ApiVersion("1.42")
 _STATS_PERIOD_S = 1.0
 
 
-def output_routes(engine: Engine, *, clock: Clock | None = None) -> Routes:
+class Served(msgspec.Struct, frozen=True):
+    """What these routes serve."""
+
+    engine: Engine
+    clock: Clock
+
+
+_table = Table[Served]()
+
+
+def output_routes(engine: Engine, clock: Clock) -> list[web.RouteDef]:
     """``/containers/{id}/logs``, ``.../attach``, ``.../stats``."""
-    table = Routes()
-    clock = clock or SystemClock()
+    return _table.bound(Served(engine, clock))
 
-    @table.get("/containers/{id}/logs")
-    async def show_logs(request: web.Request) -> web.StreamResponse:
-        filter = _log_filter(request, follow=flag(request, "follow"))
-        container = engine.get(request.match_info["id"])
-        frames = OutputFrames(
-            request, tty=container.config.tty, content_type=_content_type(request, container)
-        )
-        async with aclosing(engine.logs(container.id, filter)) as entries, frames:
-            async for entry in entries:
-                await frames.send(OutputStream(entry.stream.value), _line(entry, request, container))
-        return frames.response
 
-    @table.post("/containers/{id}/attach")
-    async def attach(request: web.Request) -> web.StreamResponse:
-        container = engine.get(request.match_info["id"])
-        keys = parse_keys(request.query.get("detachKeys", ""))
-        async with hijacked(request, tty=container.config.tty) as client:
-            if flag(request, "logs"):
-                filter = _log_filter(request, follow=False)
-                async with aclosing(engine.logs(container.id, filter)) as entries:
-                    async for entry in entries:
-                        await client.send(OutputStream(entry.stream.value), entry.data)
-            if flag(request, "stream"):
-                await _follow(engine, request, container, client, keys)
-        return Hijacked()
+@_table.get("/containers/{id}/logs")
+async def show_logs(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker logs``."""
+    filter = _log_filter(request, follow=flag(request, "follow"))
+    container = node.engine.get(request.match_info["id"])
+    frames = OutputFrames(request, tty=container.config.tty, content_type=_content_type(request, container))
+    async with aclosing(node.engine.logs(container.id, filter)) as entries, frames:
+        async for entry in entries:
+            await frames.send(OutputStream(entry.stream.value), _line(entry, request, container))
+    return frames.response
 
-    @table.get("/containers/{id}/stats")
-    async def show_stats(request: web.Request) -> web.StreamResponse:
-        container = engine.get(request.match_info["id"])
-        streams = flag(request, "stream") if "stream" in request.query else True
-        if not streams and (flag(request, "one-shot") or not container.is_running):
-            return json_answer(await engine.stats(container.id))
-        samples = _samples(engine, container, clock)
-        if not streams:
-            return json_answer(await anext(samples))
-        async with JsonLines(request) as lines:
-            async for sample in samples:
-                await lines.send(sample)
-        return lines.response
 
-    return table
+@_table.post("/containers/{id}/attach")
+async def attach(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker attach``, and the streams of ``docker run``."""
+    container = node.engine.get(request.match_info["id"])
+    keys = parse_keys(request.query.get("detachKeys", ""))
+    async with hijacked(request, tty=container.config.tty) as client:
+        if flag(request, "logs"):
+            filter = _log_filter(request, follow=False)
+            async with aclosing(node.engine.logs(container.id, filter)) as entries:
+                async for entry in entries:
+                    await client.send(OutputStream(entry.stream.value), entry.data)
+        if flag(request, "stream"):
+            await _follow(node.engine, request, container, client, keys)
+    return Hijacked()
+
+
+@_table.get("/containers/{id}/stats")
+async def show_stats(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker stats``: a sample each second, or one."""
+    container = node.engine.get(request.match_info["id"])
+    streams = flag(request, "stream") if "stream" in request.query else True
+    if not streams and (flag(request, "one-shot") or not container.is_running):
+        return json_answer(await node.engine.stats(container.id))
+    samples = _samples(node.engine, container, node.clock)
+    if not streams:
+        return json_answer(await anext(samples))
+    async with JsonLines(request) as lines:
+        async for sample in samples:
+            await lines.send(sample)
+    return lines.response
 
 
 async def _follow(

@@ -78,7 +78,7 @@ def container_routes(engine: Engine, clock: Clock | None = None) -> Iterable[web
     """``/containers/...`` and ``/exec/...``, without ``/containers/create``."""
     clock = clock or SystemClock()
     own = _table.bound(Served(engine, clock))
-    return (*own, *exec_routes(engine), *output_routes(engine, clock=clock))
+    return (*own, *exec_routes(engine.execs), *output_routes(engine, clock))
 
 
 def create_routes(engine: Engine) -> Routes:

@@ -8,13 +8,14 @@ from typing import Any
 from aiohttp import web
 
 from skep.api.errors import Untranslated
-from skep.api.server import OutputStream, Routes, json_answer, read_body, read_json
+from skep.api.server import OutputStream, json_answer, read_body, read_json
+from skep.api.tables import Table
 from skep.engine.api.detach import DetachKeys, parse_keys
 from skep.engine.api.hijack import Duplex, Hijacked, hijacked
 from skep.engine.api.queries import integer
 from skep.engine.api.terminal import join
 from skep.engine.container import Exec, ExecConfig
-from skep.engine.engine import Engine
+from skep.engine.execs import Execs
 from skep.errors import InvalidArgument, SkepError
 from skep.model.encoding import ApiObject
 
@@ -48,61 +49,70 @@ class ExecStart(ApiObject):
     """Height and width (since API 1.42)."""
 
 
-def exec_routes(engine: Engine) -> Routes:
+_table = Table[Execs]()
+
+
+def exec_routes(execs: Execs) -> list[web.RouteDef]:
     """``/containers/{id}/exec`` and ``/exec/...``."""
-    table = Routes()
-    execs = engine.execs
+    return _table.bound(execs)
 
-    @table.post("/containers/{id}/exec")
-    async def create_exec(request: web.Request) -> web.StreamResponse:
-        body = await read_json(request, ExecRequest)
-        if not body.cmd:
-            raise InvalidArgument("No exec command specified")
-        try:
-            parse_keys(body.detach_keys)
-        except InvalidArgument as error:
-            raise Untranslated(f"Invalid escape keys ({body.detach_keys}) provided") from error
-        exec_id = execs.create(request.match_info["id"], _config_of(body))
-        return json_answer({"Id": exec_id}, 201)
 
-    @table.post("/exec/{id}/start")
-    async def start_exec(request: web.Request) -> web.StreamResponse:
-        id = request.match_info["id"]
-        options = await read_json(request, ExecStart) if await read_body(request) else ExecStart()
-        exec = execs.get(id)
-        if options.detach:
-            (await execs.start(id)).close()
-            return web.Response()
-        async with hijacked(request, tty=options.tty) as client:
-            try:
-                await _run(client, exec, options)
-            except SkepError as error:
-                # Too late for a status: Docker, too, sends it as output.
-                await client.send(OutputStream.STDOUT, f"{error}\r\n".encode())
-        return Hijacked()
+@_table.post("/containers/{id}/exec")
+async def create_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
+    """Create an exec; it is started by a request of its own."""
+    body = await read_json(request, ExecRequest)
+    if not body.cmd:
+        raise InvalidArgument("No exec command specified")
+    try:
+        parse_keys(body.detach_keys)
+    except InvalidArgument as error:
+        raise Untranslated(f"Invalid escape keys ({body.detach_keys}) provided") from error
+    exec_id = execs.create(request.match_info["id"], _config_of(body))
+    return json_answer({"Id": exec_id}, 201)
 
-    async def _run(client: Duplex, exec: Exec, options: ExecStart) -> None:
-        process = await execs.start(exec.id)
-        try:
-            if exec.config.tty and len(options.console_size) == 2:
-                execs.resize(exec.id, *options.console_size)
-            keys = DetachKeys(parse_keys(exec.config.detach_keys)) if exec.config.tty else None
-            has_ended = await join(client, process, takes_input=exec.config.attach_stdin, keys=keys)
-        finally:
-            process.close()
-        if has_ended:
-            await execs.wait(exec.id)  # clients read the exit code as soon as the connection closes
 
-    @table.get("/exec/{id}/json")
-    async def inspect_exec(request: web.Request) -> web.StreamResponse:
-        return json_answer(_inspected(execs.get(request.match_info["id"])))
-
-    @table.post("/exec/{id}/resize")
-    async def resize_exec(request: web.Request) -> web.StreamResponse:
-        execs.resize(request.match_info["id"], integer(request, "h"), integer(request, "w"))
+@_table.post("/exec/{id}/start")
+async def start_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
+    """Start an exec, attached to the connection unless ``Detach`` is given."""
+    id = request.match_info["id"]
+    options = await read_json(request, ExecStart) if await read_body(request) else ExecStart()
+    exec = execs.get(id)
+    if options.detach:
+        (await execs.start(id)).close()
         return web.Response()
+    async with hijacked(request, tty=options.tty) as client:
+        try:
+            await _run(execs, client, exec, options)
+        except SkepError as error:
+            # Too late for a status: Docker, too, sends it as output.
+            await client.send(OutputStream.STDOUT, f"{error}\r\n".encode())
+    return Hijacked()
 
-    return table
+
+async def _run(execs: Execs, client: Duplex, exec: Exec, options: ExecStart) -> None:
+    process = await execs.start(exec.id)
+    try:
+        if exec.config.tty and len(options.console_size) == 2:
+            execs.resize(exec.id, *options.console_size)
+        keys = DetachKeys(parse_keys(exec.config.detach_keys)) if exec.config.tty else None
+        has_ended = await join(client, process, takes_input=exec.config.attach_stdin, keys=keys)
+    finally:
+        process.close()
+    if has_ended:
+        await execs.wait(exec.id)  # clients read the exit code as soon as the connection closes
+
+
+@_table.get("/exec/{id}/json")
+async def inspect_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
+    """Whether it runs, and its exit code."""
+    return json_answer(_inspected(execs.get(request.match_info["id"])))
+
+
+@_table.post("/exec/{id}/resize")
+async def resize_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
+    """Set the size of its terminal to ``h`` rows and ``w`` columns."""
+    execs.resize(request.match_info["id"], integer(request, "h"), integer(request, "w"))
+    return web.Response()
 
 
 def _config_of(body: ExecRequest) -> ExecConfig:

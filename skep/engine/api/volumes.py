@@ -7,10 +7,12 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import structlog
 from aiohttp import web
 
-from skep.api.server import Filters, Routes, api_version, flag, json_answer, read_json
+from skep.api.server import Filters, api_version, flag, json_answer, read_json
+from skep.api.tables import Table
 from skep.api.versions import ApiVersion
 from skep.engine.api.pruning import has_prunable_labels
 from skep.engine.container import Container
@@ -39,66 +41,86 @@ class VolumeRequest(ApiObject):
     cluster_volume_spec: Mapping[str, Any] | None = None
 
 
-def volume_routes(volumes: Volumes, containers: Listing) -> Routes:
+class Served(msgspec.Struct, frozen=True):
+    """What these routes serve."""
+
+    volumes: Volumes
+    containers: Listing
+
+
+_table = Table[Served]()
+
+
+def volume_routes(volumes: Volumes, containers: Listing) -> list[web.RouteDef]:
     """``/volumes``: list, inspect, create, remove, prune."""
-    table = Routes()
+    return _table.bound(Served(volumes, containers))
 
-    @table.post("/volumes/create")
-    async def create_volume(request: web.Request) -> web.StreamResponse:
-        body = await read_json(request, VolumeRequest)
-        name = body.name or volumes.new_name()
-        _check(body, name)
-        volumes.ensure(name, body.labels if body.name else {**body.labels, ANONYMOUS: ""})
-        return json_answer(shown_volume(volumes, name), status=201)
 
-    @table.post("/volumes/prune")
-    async def prune_volumes(request: web.Request) -> web.StreamResponse:
-        filters = Filters.of(request)
-        filters.refuse_unknown("label", "label!", "all")
-        named_too = api_version(request) < _NAMED_ARE_KEPT or _is_true(filters, "all")
-        removed, reclaimed = [], 0
-        for name in volumes.names():
-            labels = volumes.labels(name) or {}
-            if not has_prunable_labels(labels, filters) or not (named_too or ANONYMOUS in labels):
-                continue
-            size = await asyncio.to_thread(tree_bytes, str(volumes.path(name)))
-            # Checked last: a container may have been created meanwhile.
-            if name in users_by_volume(containers()):
-                continue
-            try:
-                await volumes.remove(name)
-            except SkepError as error:
-                log.warning("volume not pruned", volume=name, reason=str(error))
-                continue
-            removed.append(name)
-            reclaimed += size
-        return json_answer({"VolumesDeleted": removed, "SpaceReclaimed": reclaimed})
+@_table.post("/volumes/create")
+async def create_volume(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker volume create``; one that exists stays as it is."""
+    body = await read_json(request, VolumeRequest)
+    name = body.name or node.volumes.new_name()
+    _check(body, name)
+    node.volumes.ensure(name, body.labels if body.name else {**body.labels, ANONYMOUS: ""})
+    return json_answer(shown_volume(node.volumes, name), status=201)
 
-    @table.get("/volumes")
-    async def list_volumes(request: web.Request) -> web.StreamResponse:
-        filters = Filters.of(request)
-        filters.refuse_unknown("dangling", "driver", "label", "name")
-        used = users_by_volume(containers())
-        found = [
-            one for name in volumes.names() if _is_wanted(one := shown_volume(volumes, name), filters, used)
-        ]
-        return json_answer({"Volumes": found, "Warnings": None})
 
-    @table.get("/volumes/{name}")
-    async def inspect_volume(request: web.Request) -> web.StreamResponse:
-        return json_answer(shown_volume(volumes, _known(volumes, request.match_info["name"])))
+@_table.post("/volumes/prune")
+async def prune_volumes(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker volume prune``: without ``all``, those without a name only (since API 1.42)."""
+    filters = Filters.of(request)
+    filters.refuse_unknown("label", "label!", "all")
+    named_too = api_version(request) < _NAMED_ARE_KEPT or _is_true(filters, "all")
+    removed, reclaimed = [], 0
+    for name in node.volumes.names():
+        labels = node.volumes.labels(name) or {}
+        if not has_prunable_labels(labels, filters) or not (named_too or ANONYMOUS in labels):
+            continue
+        size = await asyncio.to_thread(tree_bytes, str(node.volumes.path(name)))
+        # Checked last: a container may have been created meanwhile.
+        if name in users_by_volume(node.containers()):
+            continue
+        try:
+            await node.volumes.remove(name)
+        except SkepError as error:
+            log.warning("volume not pruned", volume=name, reason=str(error))
+            continue
+        removed.append(name)
+        reclaimed += size
+    return json_answer({"VolumesDeleted": removed, "SpaceReclaimed": reclaimed})
 
-    @table.delete("/volumes/{name}")
-    async def remove_volume(request: web.Request) -> web.StreamResponse:
-        name = request.match_info["name"]
-        if name not in volumes.names() and flag(request, "force"):
-            return web.Response(status=204)
-        if users := users_by_volume(containers()).get(_known(volumes, name)):
-            raise AlreadyExists(f"remove {name}: volume is in use - [{', '.join(users)}]")
-        await volumes.remove(name)
+
+@_table.get("/volumes")
+async def list_volumes(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker volume ls``."""
+    filters = Filters.of(request)
+    filters.refuse_unknown("dangling", "driver", "label", "name")
+    used = users_by_volume(node.containers())
+    found = [
+        one
+        for name in node.volumes.names()
+        if _is_wanted(one := shown_volume(node.volumes, name), filters, used)
+    ]
+    return json_answer({"Volumes": found, "Warnings": None})
+
+
+@_table.get("/volumes/{name}")
+async def inspect_volume(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker volume inspect``."""
+    return json_answer(shown_volume(node.volumes, _known(node.volumes, request.match_info["name"])))
+
+
+@_table.delete("/volumes/{name}")
+async def remove_volume(node: Served, request: web.Request) -> web.StreamResponse:
+    """``docker volume rm``."""
+    name = request.match_info["name"]
+    if name not in node.volumes.names() and flag(request, "force"):
         return web.Response(status=204)
-
-    return table
+    if users := users_by_volume(node.containers()).get(_known(node.volumes, name)):
+        raise AlreadyExists(f"remove {name}: volume is in use - [{', '.join(users)}]")
+    await node.volumes.remove(name)
+    return web.Response(status=204)
 
 
 def users_by_volume(containers: Collection[Container]) -> Mapping[str, Sequence[str]]:
