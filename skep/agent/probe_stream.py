@@ -59,7 +59,7 @@ class NodeProbes:
     async def diagnose(self, own: PathPeer | None, request: DiagnosticsRequest) -> tuple[PathReport, ...]:
         """Findings about names are a report of this node about itself."""
         reports = await self._probes.diagnose(request.peers, throughput=request.throughput)
-        findings = await self._names.look(request.names)
+        findings = await self._names.check(request.names)
         if own is None or not findings:
             return reports
         return (*reports, PathReport(peer=own.node_id, findings=findings))

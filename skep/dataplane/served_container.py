@@ -1,4 +1,4 @@
-"""One container as the net process serves it: its name server and its virtual addresses, in its namespace."""
+"""One container's name server and virtual addresses in its namespace, run by the net process."""
 
 import asyncio
 import socket
@@ -17,7 +17,7 @@ from skep.dataplane.dns.server import ContainerServer, Forwarding, Sockets, open
 from skep.dataplane.dns.upstream import Forwarder, NameServer
 from skep.dataplane.netns import conntrack, nft, nft_table
 from skep.dataplane.netns.namespaces import Namespaces, set_sysctl
-from skep.dataplane.netns.nft_changes import ForeignChanges, open_notifications
+from skep.dataplane.netns.nft_changes import TableWatch, open_notifications
 from skep.dataplane.plan.vip import FAMILIES, Plan, VipBackends
 from skep.dataplane.plan.vip import NAME as VIP_TABLE
 from skep.dataplane.protocol import Named
@@ -37,9 +37,9 @@ OUR_TABLES = frozenset(
 
 
 class ContainerRecord(msgspec.Struct, frozen=True):
-    """What the next process has to know of a container.
+    """What the net process saves of a container for the next one.
 
-    ``namespace``: device and inode of its namespace, so that another one at the same path is not taken for it.
+    ``namespace``: device and inode of its namespace, to recognise another one at the same path.
     """
 
     named: Named
@@ -54,7 +54,7 @@ class ContainerRecord(msgspec.Struct, frozen=True):
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """What all containers share.  ``start_task``: gives a task a parent."""
+    """What all containers share.  ``start_task``: starts a supervised task."""
 
     directory: Path
     namespaces: Namespaces
@@ -65,19 +65,19 @@ class Environment(msgspec.Struct, frozen=True):
 
 
 class ServedContainer:
-    """One container.  ``record``: of an earlier process or request, or new; ``foreign_change``: called when another
-    program has changed tables of ours."""
+    """One container.  ``record``: of an earlier process or request, or new; ``on_foreign_change``: called when another
+    program has changed our tables in its namespace."""
 
     def __init__(
-        self, environment: Environment, record: ContainerRecord, foreign_change: Callable[[], None]
+        self, environment: Environment, record: ContainerRecord, on_foreign_change: Callable[[], None]
     ) -> None:
         self.named = record.named
         self.record = record
         self.sockets: Sockets | None = None
         self._environment = environment
-        self._foreign_change = foreign_change
+        self._on_foreign_change = on_foreign_change
         self._server: ContainerServer | None = None
-        self._notifications: socket.socket | None = None
+        self._watch: TableWatch | None = None
         self._packets: socket.socket | None = None
         self._elements: ElementSocket | None = None
         self._is_closed = False
@@ -87,15 +87,15 @@ class ServedContainer:
         self.virtual = VirtualAddresses(environment.networks.backends, self._write, loaded)
 
     def adopt(self, sockets: Sockets) -> None:
-        """Answer at once at sockets that are open already, with rules that lead to them."""
+        """Serve at once at ``sockets``, which an earlier process or object has opened, with their rules."""
         self.sockets = sockets
         self._server = self._new_server(sockets)
         self._server.start()
 
     async def open(self) -> None:
-        """Have sockets, rules and notifications in the namespace, and answer.
+        """Open sockets, write rules, watch for changes by others, and serve.
 
-        Raises: SkepError, OSError: not now, or it was closed meanwhile.
+        Raises: SkepError, OSError: that failed, or it was closed meanwhile.
         """
         async with self._opening:  # a second call closes what the first has opened
             await self._open()
@@ -104,18 +104,19 @@ class ServedContainer:
         path = Path(self.named.netns)
         self._subnets = self._own_subnets()
         self._stop_listening()  # packets are logged to one socket only
-        had = self.sockets
-        sockets, notifications, packets = await self._environment.namespaces.run(path, self._opened)
-        if self._is_closed:  # meanwhile: what is new would never be closed
-            for one in (notifications, packets, sockets if sockets is not had else None):
+        earlier = self.sockets
+        sockets, notifications, packets = await self._environment.namespaces.run(
+            path, self._prepare_namespace
+        )
+        if self._is_closed:  # meanwhile: new sockets would never be closed
+            for one in (notifications, packets, sockets if sockets is not earlier else None):
                 if one is not None:
                     one.close()
             raise Unavailable("the container was forgotten while it was opened")
-        self._notifications, self._packets = notifications, packets
+        self._packets = packets
         if packets is not None:
             asyncio.get_running_loop().add_reader(packets, self._read_packets, packets)
-        changes = ForeignChanges(self._environment.namespaces.writer)
-        asyncio.get_running_loop().add_reader(notifications, self._read_changes, notifications, changes)
+        self._watch = TableWatch(notifications, self._environment.namespaces.writer, self._note_changes)
         if self.sockets is None:
             self.adopt(sockets)
         self.virtual.mark_unknown()
@@ -124,14 +125,14 @@ class ServedContainer:
         self.record = msgspec.structs.replace(
             self.record, udp_port=udp, tcp_port=tcp, namespace=namespace_at(path)
         )
-        self.write_down()
+        self.save()
 
-    def is_in_order(self) -> bool:
-        """Whether it is open, in the namespace that is there."""
-        return self._notifications is not None and self.record.is_same_namespace()
+    def is_open(self) -> bool:
+        """Whether it is open, and its namespace is the same as then."""
+        return self._watch is not None and self._watch.is_open and self.record.is_same_namespace()
 
     async def repair(self) -> None:
-        """Write all rules again.  Raises: SkepError, OSError."""
+        """Write all tables again.  Raises: SkepError, OSError."""
         if self.sockets is not None:
             tables = [names_table(*self.sockets.ports)]
             tables += on_demand.on_demand_tables(self._subnets) if self._packets else ()
@@ -140,27 +141,27 @@ class ServedContainer:
         self.virtual.mark_unknown()
         await self.virtual.apply()
 
-    def answer(self, message: bytes, client: tuple[str, int]) -> None:
-        """Answer a question that came to an earlier server of this container."""
+    def respond(self, message: bytes, client: tuple[str, int]) -> None:
+        """Respond to a query that an earlier server of this container has received."""
         if self._server is not None:
             self._server.received(message, client)
 
     def pause(self) -> tuple[tuple[str, int, bytes], ...]:
-        """Answer nothing more; the questions that wait."""
+        """Stop serving; returns the pending queries."""
         return self._server.stop() if self._server is not None else ()
 
     def resume(self) -> None:
-        """Answer again."""
+        """Serve again after ``pause``."""
         if self._server is not None:
             self._server.start()
 
-    def give_sockets(self) -> Sockets | None:
-        """The sockets, for another owner."""
+    def release_sockets(self) -> Sockets | None:
+        """The sockets, which the caller owns from now on."""
         sockets, self.sockets = self.sockets, None
         return sockets
 
     def close(self) -> None:
-        """Let go of everything; the rules stay, and lead nowhere."""
+        """Close sockets and watches.  The rules stay in the namespace."""
         self._is_closed = True
         self.pause()
         self._server = None
@@ -170,8 +171,8 @@ class ServedContainer:
             self.sockets.close()
             self.sockets = None
 
-    def write_down(self) -> None:
-        """Keep for the next process what it has to know; of one that is closed, nothing."""
+    def save(self) -> None:
+        """Save the record for the next process, unless this object is closed."""
         if self._is_closed:
             return
         loaded = tuple(sorted(self.virtual.loaded))
@@ -179,18 +180,21 @@ class ServedContainer:
         content = msgspec.msgpack.encode(self.record)
         replace_file(self._environment.directory / self.named.id, content, is_durable=False)
 
-    # --- what names stand for ---------------------------------------------------------------------------------
+    # --- resolver (dns.server) ---------------------------------------------------------------------------------
 
-    def decide(self, query: Query) -> Decision:
+    def resolve(self, query: Query) -> Decision:
+        """How to respond to ``query`` at present."""
         networks = self._environment.networks
         return decide(query, [networks.index(id) for id in self._network_ids()], self._environment.rng())
 
     def is_loaded(self, virtual: Services) -> bool:
+        """Whether the rules of these services' virtual addresses are in the namespace."""
         return self.virtual.is_usable(virtual)
 
     async def load(self, virtual: Services) -> None:
+        """Write their rules.  Raises: SkepError, OSError."""
         await self.virtual.load(virtual)
-        self.write_down()
+        self.save()
 
     # ----------------------------------------------------------------------------------------------------------
 
@@ -205,11 +209,14 @@ class ServedContainer:
         """Whether its networks have other subnets than when it was opened."""
         return self._own_subnets() != self._subnets
 
-    def _opened(self) -> tuple[Sockets, socket.socket, socket.socket | None]:
-        """In the namespace: sockets (unless there are any), the rules that lead to them, times, notifications, and
-        packets to addresses that were not resolved (None: this kernel does not log them)."""
-        had = self.sockets
-        sockets = had or open_sockets(self.record.udp_port, self.record.tcp_port)
+    def _prepare_namespace(self) -> tuple[Sockets, socket.socket, socket.socket | None]:
+        """In the namespace: sockets (unless there are any), their rules, and sysctls.
+
+        Returns sockets, nftables notifications, and logged packets to unresolved addresses (None: the kernel does not
+        support it).
+        """
+        earlier = self.sockets
+        sockets = earlier or open_sockets(self.record.udp_port, self.record.tcp_port)
         try:
             nft.create([names_table(*sockets.ports)])
             packets = on_demand.open_on_demand(self._subnets)
@@ -222,7 +229,7 @@ class ServedContainer:
                     packets.close()
                 raise
         except BaseException:
-            if had is None:
+            if earlier is None:
                 sockets.close()
             raise
 
@@ -261,52 +268,48 @@ class ServedContainer:
             try:
                 address = ip_address(one.address.partition("%")[0])
             except ValueError:
-                continue  # not an address: of no use to anyone
+                continue  # not an address
             is_inside = any(address in subnet for subnet in subnets)
             if (is_inside or self.named.forwards) and str(address) != ADDRESS:
                 servers.append(NameServer(one.address, one.port, is_inside))
-        return Forwarding(tuple(servers), self._open_inside, self.named.forwards_single_labels)
+        return Forwarding(tuple(servers), self._socket_inside, self.named.forwards_single_labels)
 
-    async def _open_inside(self, kind: socket.SocketKind, family: socket.AddressFamily) -> socket.socket:
+    async def _socket_inside(self, kind: socket.SocketKind, family: socket.AddressFamily) -> socket.socket:
         return await self._environment.namespaces.run(Path(self.named.netns), socket.socket, family, kind)
 
-    def _read_changes(self, opened: socket.socket, changes: ForeignChanges) -> None:
-        try:
-            tables = changes.read(opened)
-        except OSError:
-            self._stop_listening()
-            return
+    def _note_changes(self, tables: frozenset[str] | None) -> None:
         if tables is None or tables & OUR_TABLES:
-            self._foreign_change()
+            self._on_foreign_change()
 
     def _read_packets(self, packets: socket.socket) -> None:
-        """There were packets to addresses that may be virtual and not led yet."""
+        """Packets to addresses whose services may not be loaded yet."""
         for address in on_demand.read(packets):
             for network in self._network_ids():
                 _, service = self._environment.networks.index(network).reverse.get(
                     address, ("", ServiceId(""))
                 )
                 if service and not self.virtual.is_usable(frozenset({(network, service)})):
-                    self._environment.start_task(self._load_late(network, service))
+                    self._environment.start_task(self._load_on_demand(network, service))
 
-    async def _load_late(self, network: NetworkId, service: ServiceId) -> None:
+    async def _load_on_demand(self, network: NetworkId, service: ServiceId) -> None:
         try:
             await self.load(frozenset({(network, service)}))
             backends = self._environment.networks.backends(network).get(service, {})
-            await self._environment.namespaces.run(Path(self.named.netns), _start_over, backends)
+            await self._environment.namespaces.run(Path(self.named.netns), _reset_flows, backends)
         except (SkepError, OSError) as error:  # the next packet comes in half a minute
-            log.warning("a virtual address is not led", container=self.named.id, reason=str(error))
+            log.warning("virtual address not loaded", container=self.named.id, reason=str(error))
 
     def _stop_listening(self) -> None:
-        for opened in (self._notifications, self._packets):
-            if opened is not None:
-                asyncio.get_running_loop().remove_reader(opened)
-                opened.close()
-        self._notifications = self._packets = None
+        if self._watch is not None:
+            self._watch.close()
+        if self._packets is not None:
+            asyncio.get_running_loop().remove_reader(self._packets)
+            self._packets.close()
+        self._watch = self._packets = None
 
 
-def _start_over(backends: VipBackends) -> None:
-    """Drop what was sent to these addresses before they were led, in the thread's namespace."""
+def _reset_flows(backends: VipBackends) -> None:
+    """Delete flows to these addresses that began before their rules, in the thread's namespace."""
     delete_stale_flows(backends)
     flush_pending(backends.keys())
 

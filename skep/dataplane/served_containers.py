@@ -1,4 +1,4 @@
-"""All containers that the net process serves: taken over, served, kept as the tables are, repaired, given on."""
+"""The containers that the net process serves: taken over from an earlier process, updated, repaired, handed over."""
 
 import asyncio
 import socket
@@ -26,15 +26,15 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 _REFRESH_S = 8.0
-"""How long a caller waits until all namespaces are as the tables say; what takes longer goes on by itself."""
+"""How long a caller waits until all namespaces are updated; what takes longer goes on in the background."""
 _REPAIR_PAUSE_S = 1.0
-"""Between two repairs of one namespace, so that another program that keeps changing them costs little."""
-_WAITING_MAX = 512
-"""Questions that are handed over; clients ask the others again."""
+"""Between two repairs of one namespace, so that a program that changes our tables all the time costs little."""
+_PENDING_MAX = 512
+"""Pending queries that are handed over; clients repeat the others."""
 
 
-class _Need(IntEnum):
-    """What a namespace needs; the larger includes the smaller."""
+class _Work(IntEnum):
+    """What has to be done in a namespace; the larger includes the smaller."""
 
     APPLY = 1
     REPAIR = 2
@@ -42,7 +42,7 @@ class _Need(IntEnum):
 
 
 class ServedContainers:
-    """``new_id``: 16 bits that cannot be guessed; ``start_task``: gives a task a parent, and contains its failure."""
+    """``new_id``: 16 random bits; ``start_task``: starts a supervised task, whose failure ends no other."""
 
     def __init__(
         self,
@@ -63,15 +63,16 @@ class ServedContainers:
             paths.names, namespaces, self._networks, Forwarder(clock, new_id), rng, start_task
         )
         self._served: dict[str, ServedContainer] = {}
-        self._needs: dict[str, _Need] = {}
-        self._mending: dict[str, asyncio.Task[None]] = {}
+        self._work: dict[str, _Work] = {}
+        self._workers: dict[str, asyncio.Task[None]] = {}
         self.repairs = Repairs()
 
     def list(self) -> Sequence[Named]:
+        """The containers that are served."""
         return tuple(one.named for one in self._served.values())
 
-    def take_over(self, sockets: Mapping[Label, socket.socket], waiting: Iterable[Waiting]) -> None:
-        """Serve what an earlier process wrote down: at its sockets where it gave them, else at new ones."""
+    def take_over(self, sockets: Mapping[Label, socket.socket], pending: Iterable[Waiting]) -> None:
+        """Serve the containers that an earlier process has saved, at its sockets where they were handed over."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._directory.iterdir()):
             record = _read(path)
@@ -83,31 +84,31 @@ class ServedContainers:
             served = self._served[id] = self._new(record)
             if udp is not None and tcp is not None:
                 served.adopt(Sockets(udp, tcp))
-            self._mend(id, _Need.OPEN)
-        self._answer(waiting)
+            self._schedule(id, _Work.OPEN)
+        self._respond(pending)
 
     async def serve(self, named: Named) -> None:
-        """Have names in the namespace of ``named``, as it says.  Raises: FailedPrecondition."""
-        record, had = ContainerRecord(named), None
-        waiting: tuple[Waiting, ...] = ()
+        """Serve the container ``named``, anew if it has changed.  Raises: FailedPrecondition."""
+        record, earlier = ContainerRecord(named), None
+        pending: tuple[Waiting, ...] = ()
         old = self._served.get(named.id)
         if old is not None:
-            if old.named == named and old.is_in_order():
+            if old.named == named and old.is_open():
                 return
-            waiting = self._paused(old)
+            pending = self._paused(old)
             if old.record.is_same_namespace():
-                record, had = msgspec.structs.replace(old.record, named=named), old.give_sockets()
+                record, earlier = msgspec.structs.replace(old.record, named=named), old.release_sockets()
             old.close()
         served = self._served[named.id] = self._new(record)
-        if had is not None:
-            served.adopt(had)
+        if earlier is not None:
+            served.adopt(earlier)
         try:
             await served.open()
         except (SkepError, OSError) as error:
             if self._served.get(named.id) is served:
                 self.forget(named.id)
             raise FailedPrecondition(f"no names in the container's namespace: {error}") from error
-        self._answer(waiting)
+        self._respond(pending)
 
     def forget(self, id: str) -> None:
         """Stop serving the container; ignored when it is not served."""
@@ -115,10 +116,12 @@ class ServedContainers:
         if served is not None:
             served.close()
         (self._directory / id).unlink(missing_ok=True)
-        self._networks.keep(place.network for one in self._served.values() for place in one.named.networks)
+        self._networks.keep(
+            attachment.network for one in self._served.values() for attachment in one.named.networks
+        )
 
     async def refresh(self, networks: Iterable[NetworkId]) -> None:
-        """These tables (none: all) are others now; return when every namespace is as they say.
+        """The tables of ``networks`` (empty: all) have changed; return when every namespace is updated.
 
         Raises: Unavailable: some are not yet.
         """
@@ -126,27 +129,27 @@ class ServedContainers:
         touched = {id: served for id, served in self._served.items() if served.virtual.mark_changed(changed)}
         for id, served in self._served.items():
             if served.has_other_subnets():
-                self._mend(id, _Need.OPEN)
+                self._schedule(id, _Work.OPEN)
         failed = [
             id
-            for id, is_done in zip(touched, await self._settled(touched.values()), strict=True)
+            for id, is_done in zip(touched, await self._apply_all(touched.values()), strict=True)
             if not is_done
         ]
         for id in failed:
-            self._mend(id, _Need.APPLY)
+            self._schedule(id, _Work.APPLY)
         if failed:
             raise Unavailable(f"{len(failed)} of {len(touched)} containers lack the new virtual addresses")
 
     def pause(self) -> tuple[Waiting, ...]:
-        """Answer nothing more; the questions that wait, for the next process."""
-        waiting = tuple(one for served in self._served.values() for one in self._paused(served))
-        return waiting[:_WAITING_MAX]
+        """Stop serving; returns the pending queries for the next process."""
+        pending = tuple(one for served in self._served.values() for one in self._paused(served))
+        return pending[:_PENDING_MAX]
 
-    def resume(self, waiting: Iterable[Waiting]) -> None:
-        """No process took it over: go on."""
+    def resume(self, pending: Iterable[Waiting]) -> None:
+        """Serve again: no process has taken over."""
         for served in self._served.values():
             served.resume()
-        self._answer(waiting)
+        self._respond(pending)
 
     def sockets(self) -> Mapping[Label, socket.socket]:
         """The sockets of all containers."""
@@ -158,6 +161,7 @@ class ServedContainers:
         }
 
     def close(self) -> None:
+        """Close all sockets."""
         for served in self._served.values():
             served.close()
 
@@ -165,72 +169,69 @@ class ServedContainers:
 
     def _new(self, record: ContainerRecord) -> ServedContainer:
         id = record.named.id
-        return ServedContainer(self._environment, record, lambda: self._mend(id, _Need.REPAIR))
+        return ServedContainer(self._environment, record, lambda: self._schedule(id, _Work.REPAIR))
 
     def _paused(self, served: ServedContainer) -> tuple[Waiting, ...]:
         return tuple(Waiting(served.named.id, *one) for one in served.pause())
 
-    def _answer(self, waiting: Iterable[Waiting]) -> None:
-        for one in waiting:
+    def _respond(self, pending: Iterable[Waiting]) -> None:
+        for one in pending:
             if (served := self._served.get(one.container)) is not None:
-                served.answer(one.message, (one.address, one.port))
+                served.respond(one.message, (one.address, one.port))
 
-    async def _settled(self, served: Iterable[ServedContainer]) -> Sequence[bool]:
-        """Which of ``served`` have come to be as they should."""
+    async def _apply_all(self, served: Iterable[ServedContainer]) -> Sequence[bool]:
+        """Apply the virtual addresses of ``served``; whether each succeeded."""
 
-        async def settled(one: ServedContainer) -> bool:
+        async def apply(one: ServedContainer) -> bool:
             try:
                 async with asyncio.timeout(_REFRESH_S):
                     await one.virtual.apply()
             except (SkepError, OSError, TimeoutError) as error:
                 if not Path(one.named.netns).exists():
-                    return True  # the container is gone, and will be forgotten
-                log.warning("virtual addresses are out of date", container=one.named.id, reason=str(error))
+                    return True  # the container has ended, and will be forgotten
+                log.warning("virtual addresses not updated", container=one.named.id, reason=str(error))
                 return False
             return True
 
-        return await asyncio.gather(*map(settled, served))
+        return await asyncio.gather(*map(apply, served))
 
-    def _mend(self, id: str, need: _Need) -> None:
-        self._needs[id] = max(self._needs.get(id, need), need)
-        if id not in self._mending:
-            self._mending[id] = self._start_task(self._mend_one(id))
+    def _schedule(self, id: str, work: _Work) -> None:
+        self._work[id] = max(self._work.get(id, work), work)
+        if id not in self._workers:
+            self._workers[id] = self._start_task(self._run(id))
 
-    async def _mend_one(self, id: str) -> None:
-        """Do what the container's namespace needs until it needs nothing more, or is gone."""
+    async def _run(self, id: str) -> None:
+        """Do the container's scheduled work until there is none, or the container is gone."""
         backoff = Backoff(rng=self._rng)
         try:
-            while (need := self._needs.pop(id, None)) is not None and (
+            while (work := self._work.pop(id, None)) is not None and (
                 served := self._served.get(id)
             ) is not None:
                 try:
-                    await self._meet(served, need)
+                    await self._do(served, work)
                 except (SkepError, OSError) as error:
                     if not Path(served.named.netns).exists():
                         return  # it will be forgotten
-                    log.warning(
-                        "names and virtual addresses not repaired yet", container=id, reason=str(error)
-                    )
-                    self._needs[id] = max(self._needs.get(id, need), need)
+                    log.warning("network not repaired yet", container=id, reason=str(error))
+                    self._work[id] = max(self._work.get(id, work), work)
                     await backoff.sleep(self._clock)
         finally:
-            self._mending.pop(id, None)
+            self._workers.pop(id, None)
 
-    async def _meet(self, served: ServedContainer, need: _Need) -> None:
-        match need:
-            case _Need.APPLY:
+    async def _do(self, served: ServedContainer, work: _Work) -> None:
+        match work:
+            case _Work.APPLY:
                 await served.virtual.apply()
-            case _Need.REPAIR:
+            case _Work.REPAIR:
                 await served.repair()
-                self.repairs.count(["rules"])
-                log.warning("network repaired", container=served.named.id, rules=1)
+                self.repairs.record(served.named.id, ["rules"])
                 await self._clock.sleep(_REPAIR_PAUSE_S)
-            case _Need.OPEN:
+            case _Work.OPEN:
                 await served.open()
 
 
 def _read(path: Path) -> ContainerRecord | None:
-    """None: that is none.  Raises: OSError: it cannot be read now."""
+    """None: no record.  Raises: OSError: it cannot be read at present."""
     try:
         return msgspec.msgpack.decode(path.read_bytes(), type=ContainerRecord)
     except msgspec.DecodeError:

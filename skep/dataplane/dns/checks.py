@@ -1,4 +1,4 @@
-"""Whether containers resolve names as the store has them: queried as a container does, in its namespace."""
+"""Checks whether containers resolve names to the addresses in the store: queries as a container's, in its namespace."""
 
 import asyncio
 import os
@@ -16,10 +16,10 @@ from skep.dataplane.dns.messages import (
     UDP_BYTES_MAX,
     A,
     addresses_in,
-    asked,
+    encode_query,
+    encode_question,
     encoded,
-    is_answer,
-    question_of,
+    is_response,
 )
 from skep.dataplane.dns.rules import ADDRESS
 from skep.dataplane.netns.namespaces import inside
@@ -30,32 +30,33 @@ from skep.model.sandbox import Sandbox
 log = structlog.get_logger(__name__)
 
 PORT = 53
-ANSWER_S = 0.5
+RESPONSE_S = 0.5
 UNANSWERED_MAX = 3
-"""Questions of one network without an answer; then the others are not asked any more."""
-AGAIN_S = 1.0
-"""What a name stands for may have changed a moment ago."""
+"""Names of one network without a response, after which its other names are skipped."""
+REPEAT_S = 1.0
+"""Before a wrong name is queried again: its addresses may have changed a moment ago."""
 
-Told = Mapping[str, tuple[str, ...]]
+Resolved = Mapping[str, tuple[str, ...]]
+"""The addresses of each name, sorted."""
 
 
 class NameChecks:
-    """Asks in the namespaces of this node's containers.  ``sandboxes``: those of running containers."""
+    """Queries in the namespaces of this node's containers.  ``sandboxes``: those of running containers."""
 
     def __init__(self, sandboxes: Callable[[], Iterable[Sandbox]], clock: Clock) -> None:
         self._sandboxes = sandboxes
         self._clock = clock
 
-    async def look(self, truth: Sequence[NetworkNames]) -> tuple[PathFinding, ...]:
-        """A finding for each network that a container here is on; twice wrong is wrong."""
+    async def check(self, networks: Sequence[NetworkNames]) -> tuple[PathFinding, ...]:
+        """A finding for each of ``networks`` that a container here is on; wrong names are queried twice."""
         findings = []
-        for network in truth:
+        for network in networks:
             namespace = self._namespace_on(network.network_id)
             if namespace is None or not network.names:
                 continue
             wrong = await self._wrong(namespace, network)
             if wrong:
-                await self._clock.sleep(AGAIN_S)
+                await self._clock.sleep(REPEAT_S)
                 wrong = await self._wrong(namespace, network)
             findings.append(finding_of(network, wrong))
         return tuple(findings)
@@ -66,18 +67,18 @@ class NameChecks:
                 return Path(sandbox.netns)
         return None
 
-    async def _wrong(self, namespace: Path, network: NetworkNames) -> Told:
-        """The names that are told otherwise than the store has them, and what is told."""
+    async def _wrong(self, namespace: Path, network: NetworkNames) -> Resolved:
+        """The names with other addresses than in the store, as resolved."""
         names = [name for name in network.names if _is_name(name)]
         try:
-            told = await asyncio.to_thread(inside, namespace, partial(_ask_all, names, network.network))
+            resolved = await asyncio.to_thread(inside, namespace, partial(_query_all, names, network.network))
         except OSError as error:
-            log.info("names cannot be asked for", network=network.network, reason=str(error))
+            log.info("names cannot be queried", network=network.network, reason=str(error))
             return {}  # the container has gone meanwhile
-        return {name: told[name] for name in told if told[name] != _spelled(network.names[name])}
+        return {name: found for name, found in resolved.items() if found != _normalized(network.names[name])}
 
 
-def finding_of(network: NetworkNames, wrong: Told) -> PathFinding:
+def finding_of(network: NetworkNames, wrong: Resolved) -> PathFinding:
     """All of a network's names count as lost if one is wrong."""
     sent = len(network.names)
     return PathFinding(
@@ -85,13 +86,13 @@ def finding_of(network: NetworkNames, wrong: Told) -> PathFinding:
         port=f"{PORT}/udp",
         sent=sent,
         lost=sent if wrong else 0,
-        detail=_sentence(network, wrong)[:DETAIL_CHARACTERS_MAX] if wrong else "",
+        detail=_detail(network, wrong)[:DETAIL_CHARACTERS_MAX] if wrong else "",
     )
 
 
-def _sentence(network: NetworkNames, wrong: Told) -> str:
-    name, told = next(iter(sorted(wrong.items())))
-    here, there = ", ".join(told) or "no address", ", ".join(network.names[name])
+def _detail(network: NetworkNames, wrong: Resolved) -> str:
+    name, addresses = next(iter(sorted(wrong.items())))
+    here, there = ", ".join(addresses) or "no address", ", ".join(network.names[name])
     others = len(wrong) - 1
     more = f", and {others} more are wrong" if others > 1 else ", and one more is wrong" if others else ""
     return (
@@ -99,7 +100,7 @@ def _sentence(network: NetworkNames, wrong: Told) -> str:
     )
 
 
-def _spelled(addresses: Iterable[str]) -> tuple[str, ...]:
+def _normalized(addresses: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(str(ip_address(one)) for one in addresses))
 
 
@@ -111,37 +112,37 @@ def _is_name(name: str) -> bool:
     return True
 
 
-def _ask_all(names: Sequence[str], network: str) -> Told:
-    """What the container's name server says, for as long as it answers.  Raises: OSError: there is no way to ask."""
-    told: dict[str, tuple[str, ...]] = {}
+def _query_all(names: Sequence[str], network: str) -> Resolved:
+    """As resolved by the container's name server, while it responds.  Raises: OSError: no query can be sent."""
+    resolved: dict[str, tuple[str, ...]] = {}
     unanswered = 0
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        asking.settimeout(ANSWER_S)
-        asking.connect((ADDRESS, PORT))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(RESPONSE_S)
+        client.connect((ADDRESS, PORT))
         for name in names:
-            answers = [_ask(asking, f"{name}.{network}", kind) for kind in (A, AAAA)]
-            told[name] = tuple(sorted(address for answer in answers for address in answer or ()))
-            unanswered += None in answers
+            responses = [_query(client, f"{name}.{network}", kind) for kind in (A, AAAA)]
+            resolved[name] = tuple(sorted(address for found in responses for address in found or ()))
+            unanswered += None in responses
             if unanswered >= UNANSWERED_MAX:
                 break
-    return told
+    return resolved
 
 
-def _ask(asking: socket.socket, name: str, kind: int) -> tuple[str, ...] | None:
-    """None: no answer."""
+def _query(client: socket.socket, name: str, kind: int) -> tuple[str, ...] | None:
+    """None: no response."""
     id = int.from_bytes(os.urandom(2), "big")
-    question = question_of(name, kind)
-    asking.send(asked(id, question))
-    for data in _received(asking):
-        if is_answer(data, id, question):
+    question = encode_question(name, kind)
+    client.send(encode_query(id, question))
+    for data in _received(client):
+        if is_response(data, id, question):
             return addresses_in(data, question)
     return None
 
 
-def _received(asking: socket.socket) -> Iterator[bytes]:
-    """What comes within the socket's time."""
+def _received(client: socket.socket) -> Iterator[bytes]:
+    """Datagrams, until the socket's timeout."""
     while True:
         try:
-            yield asking.recv(UDP_BYTES_MAX)
-        except OSError:  # its time is over, or nobody listens there
+            yield client.recv(UDP_BYTES_MAX)
+        except OSError:  # the timeout, or the port is closed
             return

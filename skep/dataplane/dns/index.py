@@ -1,7 +1,7 @@
-"""A network's table as questions need it.
+"""A network's table, indexed by name.
 
-A table changes often and is large, and of its names few are asked for: so what is made for each version is only what a
-lookup starts from (services, containers and tasks by name), and a name is worked out when it is first asked for.
+A table is large and changes often, and few of its names are queried: so for each version only services, containers and
+tasks are indexed by name, and the addresses of a name are computed with its first query.
 """
 
 import socket
@@ -22,7 +22,7 @@ _TASKS, _ALL_TASKS = "tasks.", "all.tasks."
 
 
 class Known(msgspec.Struct, frozen=True):
-    """What a name stands for.  Addresses are packed.
+    """The addresses of a name, packed.
 
     ``services``: those whose virtual addresses are among them.
     """
@@ -33,7 +33,7 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class Index:
-    """One version of ``table``.  Names are spelled as in questions, without the network's own as a suffix.
+    """One version of ``table``.  Names are as in queries, without the network's own as a suffix.
 
     The ingress network has no names.  Source: moby, libnetwork/network.go (addSvcRecords).
     """
@@ -56,10 +56,10 @@ class Index:
                 self._services[name].append(id)
 
     def find(self, name: str) -> Known | None:
-        """What ``name`` stands for; None: nothing here has it.
+        """The addresses of ``name``; None: the network does not have it.
 
-        A name that several things claim stands for all of them, as with Docker; one whose tasks do not serve is
-        known, and has no address.  Source: moby, libnetwork/service_common.go (addEndpointNameResolution).
+        A name of several objects has the addresses of all, as with Docker.  A name without serving tasks is known, and
+        has no address.  Source: moby, libnetwork/service_common.go (addEndpointNameResolution).
         """
         known = self._found.get(name)
         if known is None:
@@ -80,7 +80,7 @@ class Index:
 
     @cached_property
     def reverse(self) -> dict[str, tuple[str, ServiceId]]:
-        """From an address to what is there, and the service if the address is virtual."""
+        """Name by address, and the service if the address is virtual."""
         found: dict[str, tuple[str, ServiceId]] = {}
         for _, endpoint in sorted(self._table.endpoints.items()):
             for address in endpoint.addresses:

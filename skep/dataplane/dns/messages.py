@@ -15,7 +15,7 @@ IN = 1
 NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED, BADVERS = 0, 1, 2, 3, 4, 5, 16
 
 QUERY_BYTES_MAX = 4096
-"""Longer datagrams are refused unread; over TCP a longer message ends the connection."""
+"""Longer datagrams are refused without parsing; over TCP a longer message ends the connection."""
 UDP_BYTES_MIN = 512
 UDP_BYTES_MAX = 4096
 TCP_BYTES_MAX = 65535
@@ -29,7 +29,7 @@ _ADDRESS_BYTES = {A: 4, AAAA: 16}
 
 
 class Query(msgspec.Struct, frozen=True):
-    """One question.  ``name``: lower case without the last dot; ``question``: as it stands in the message."""
+    """A query with one question.  ``name``: lower case without the last dot; ``question``: as in the message."""
 
     id: int
     flags: int
@@ -38,13 +38,13 @@ class Query(msgspec.Struct, frozen=True):
     class_: int
     question: bytes
     udp_bytes_max: int = UDP_BYTES_MIN
-    """How long an answer over UDP may be."""
+    """Of a response over UDP."""
     has_options: bool = False
-    """It has an OPT record, so the answer has one too."""
+    """It has an OPT record, so the response has one too."""
 
 
 class Record(msgspec.Struct, frozen=True):
-    """A record of an answer.  ``data`` as on the wire; ``owner``: as on the wire, empty: the question's name."""
+    """A resource record.  ``data`` as on the wire; ``owner``: as on the wire, empty: the question's name."""
 
     type: int
     data: bytes
@@ -52,7 +52,7 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def parse(data: bytes) -> Query | bytes | None:
-    """What was asked; or the reply to what cannot be; or None for what is not answered at all.
+    """The query; bytes: the error response to a malformed one; None: no response is sent.
 
     Messages with other than one question are malformed.  Source: miekg/dns, acceptfunc.go, which moby uses.
     """
@@ -83,7 +83,7 @@ def reply(
     ttl_s: int = 0,
     bytes_max: int = UDP_BYTES_MIN,
 ) -> bytes:
-    """The answer to ``query`` in at most ``bytes_max``; records that do not fit are left out, and it says so."""
+    """The response to ``query`` in at most ``bytes_max``; if records do not fit, it is marked as truncated."""
     room = bytes_max - _HEADER.size - len(query.question) - (_OPT_BYTES if query.has_options else 0)
     packed, answered, room = _packed(answers, ttl_s, room)
     more, added, _ = _packed(extra, ttl_s, room) if answered == len(answers) else (b"", 0, 0)
@@ -97,18 +97,18 @@ def reply(
     return _HEADER.pack(query.id, flags, 1, answered, 0, added) + query.question + packed + more + options
 
 
-def question_of(name: str, type: int) -> bytes:
-    """The question as it stands in a message.  Raises: ValueError: ``name`` cannot be a DNS name."""
+def encode_question(name: str, type: int) -> bytes:
+    """The question as encoded in a message.  Raises: ValueError: ``name`` cannot be a DNS name."""
     return encoded(name) + struct.pack("!HH", type, IN)
 
 
-def asked(id: int, question: bytes) -> bytes:
-    """A message that asks nothing else."""
+def encode_query(id: int, question: bytes) -> bytes:
+    """A query with this question only."""
     return _HEADER.pack(id, _RD, 1, 0, 0, 0) + question
 
 
 def addresses_in(data: bytes, question: bytes) -> tuple[str, ...]:
-    """The addresses that an answer to ``question`` (``is_answer``) gives, sorted; nothing of what cannot be read."""
+    """The addresses in a response to ``question`` (``is_response``), sorted; empty if it is malformed."""
     count = int.from_bytes(data[6:8], "big")
     at: int | None = _HEADER.size + len(question)
     found = []
@@ -129,26 +129,26 @@ def forwardable(data: bytes, id: int) -> bytes:
     return id.to_bytes(2, "big") + data[2:]
 
 
-def is_answer(data: bytes, id: int, question: bytes) -> bool:
-    """Whether ``data`` answers ``question`` that was asked under ``id``, as far as its beginning tells."""
+def is_response(data: bytes, id: int, question: bytes) -> bool:
+    """Whether ``data`` is a response to ``question`` with ``id``, by header and question."""
     if len(data) < _HEADER.size:
         return False
     its_id, flags, questions, _, _, _ = _HEADER.unpack_from(data)
     if its_id != id or not flags & _QR or flags & _OPCODE:
         return False
-    if questions == 0:  # a server that understood nothing repeats nothing
+    if questions == 0:  # a server that could not parse the query does not repeat the question
         return flags & 0xF in (FORMERR, SERVFAIL, NOTIMP, REFUSED)
     start = _HEADER.size
     return questions == 1 and data[start : start + len(question)].lower() == question.lower()
 
 
-def code_of(data: bytes) -> int:
-    """The answer's code, as far as the header has it."""
+def response_code(data: bytes) -> int:
+    """The response code in the header, without the bits of EDNS."""
     return data[3] & 0xF
 
 
 def fitting(data: bytes, query: Query, bytes_max: int) -> bytes:
-    """Another server's answer under the asker's id; if it is too long, the word that there is more."""
+    """Another server's response with the client's id; a truncated one if it is too long."""
     if len(data) <= bytes_max:
         return forwardable(data, query.id)
     flags = int.from_bytes(data[2:4], "big") | _TC
@@ -169,12 +169,12 @@ def encoded(name: str) -> bytes:
 
 
 def key(name: str) -> str:
-    """``name`` as ``Query.name`` spells it."""
+    """``name`` in the form of ``Query.name``."""
     return name.encode().decode("latin-1").lower()
 
 
 def _question(data: bytes) -> tuple[str, int] | None:
-    """(name, where the question ends)."""
+    """(name, offset of the question's end)."""
     at = _HEADER.size
     labels: list[bytes] = []
     size = len(data)
@@ -196,7 +196,7 @@ def _question(data: bytes) -> tuple[str, int] | None:
 
 
 def _with_options(query: Query, data: bytes, at: int, count: int) -> Query | bytes:
-    """``query`` with what its OPT record says."""
+    """``query`` with the values of its OPT record."""
     found = False
     for _ in range(count):
         start = at
@@ -217,7 +217,7 @@ def _with_options(query: Query, data: bytes, at: int, count: int) -> Query | byt
 
 
 def _past_name(data: bytes, at: int) -> int | None:
-    """Where the name at ``at`` ends.  Nothing is followed, so nothing can go in circles."""
+    """Offset of the end of the name at ``at``.  Pointers are not followed, so there are no loops."""
     while at < len(data):
         length = data[at]
         if length == 0:

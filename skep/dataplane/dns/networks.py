@@ -1,6 +1,6 @@
-"""The tables that the node process keeps on tmpfs, as names and virtual addresses need them.
+"""The network tables on tmpfs, indexed for names and virtual addresses.
 
-Each is read once per version, for all containers.
+Each version of a table is read once, for all containers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 Services = frozenset[tuple[NetworkId, ServiceId]]
 
 
-class _Read:
+class _Version:
     """One version of a table.  Its index is made with the first query."""
 
     def __init__(self, table: Table) -> None:
@@ -37,9 +37,10 @@ class Networks:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._read: dict[NetworkId, _Read] = {}
+        self._read: dict[NetworkId, _Version] = {}
 
     def index(self, id: NetworkId) -> Index:
+        """The names of a network."""
         return self._of(id).index
 
     def backends(self, id: NetworkId) -> Mapping[ServiceId, VipBackends]:
@@ -47,9 +48,9 @@ class Networks:
         return self._of(id).backends
 
     def refresh(self, ids: Iterable[NetworkId]) -> Services:
-        """Read these again; gives the services that have other backends than before.
+        """Read these again; returns the services whose backends have changed.
 
-        A network that was not read before has nothing that could be out of date.
+        Networks that were not read before are not read now either.
         """
         changed: set[tuple[NetworkId, ServiceId]] = set()
         for id in ids:
@@ -63,6 +64,7 @@ class Networks:
         return frozenset(changed)
 
     def known(self) -> tuple[NetworkId, ...]:
+        """The networks that were read."""
         return tuple(self._read)
 
     def keep(self, ids: Iterable[NetworkId]) -> None:
@@ -70,18 +72,18 @@ class Networks:
         wanted = set(ids)
         self._read = {id: read for id, read in self._read.items() if id in wanted}
 
-    def _of(self, id: NetworkId) -> _Read:
+    def _of(self, id: NetworkId) -> _Version:
         if id not in self._read:
             self._read[id] = self._from_file(id)
         return self._read[id]
 
-    def _from_file(self, id: NetworkId) -> _Read:
+    def _from_file(self, id: NetworkId) -> _Version:
         try:
-            return _Read(msgspec.msgpack.decode((self._directory / id).read_bytes(), type=Table))
+            return _Version(msgspec.msgpack.decode((self._directory / id).read_bytes(), type=Table))
         except FileNotFoundError:
             pass
-        except (OSError, ValueError) as error:  # not a table, or one with addresses that are none
+        except (OSError, ValueError) as error:  # not a table, or invalid addresses in it
             log.error("table of a network cannot be read", network=id, reason=str(error))
             if id in self._read:
                 return self._read[id]
-        return _Read(Table(head=NetworkHead(id=id, name="")))
+        return _Version(Table(head=NetworkHead(id=id, name="")))

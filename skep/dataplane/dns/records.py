@@ -1,8 +1,8 @@
-"""What a question is answered with: pure.
+"""Resolves a query by the network tables: pure.
 
-A name is looked for in the container's networks in their order, as it stands; then with its last labels taken for
-a network's name: ``web.front`` is ``web`` on ``front``.  The first network that knows it answers, for all types, so a
-name of ours is never asked for elsewhere.  Source: moby, libnetwork/sandbox.go (ResolveName).
+A name is looked up in the container's networks in their order, first as it is, then with its last labels as a
+network's name: ``web.front`` is ``web`` on ``front``.  The first network that has the name is authoritative for all
+types, so such a name is never forwarded.  Source: moby, libnetwork/sandbox.go (ResolveName).
 """
 
 import re
@@ -19,16 +19,16 @@ from skep.model.ids import NetworkId, ServiceId
 T = TypeVar("T")
 
 TTL_S = 1
-"""Docker says 600, and names of its go stale in programs that believe it.  A task that goes is let finish for the
-grace time of its service (1 s by default): that long an old answer may be used."""
+"""Docker's is 600, with which programs use stale addresses.  A task that stops is kept for the drain time of its
+service (1 s by default), which covers cached responses."""
 _SERVICE_PORT = re.compile(r"_([0-9]{1,5})\._(?:tcp|udp|sctp)\.(.+)")
 _REVERSE_IPV4, _REVERSE_IPV6 = ".in-addr.arpa", ".ip6.arpa"
 
 
 class Found(msgspec.Struct, frozen=True):
-    """The name is ours; without ``answers`` it has nothing of the type.
+    """The name is in a network; without ``answers`` it has no record of the type.
 
-    ``virtual``: services whose virtual addresses are given away, with their networks.
+    ``virtual``: services whose virtual addresses are in the response, with their networks.
     """
 
     answers: tuple[Record, ...] = ()
@@ -37,11 +37,11 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Missing(msgspec.Struct, frozen=True):
-    """The name could only be ours, and there is no such thing."""
+    """The name could only be in a network, and does not exist."""
 
 
 class Foreign(msgspec.Struct, frozen=True):
-    """Not ours.  ``is_single_label``: nor anybody's in the public DNS."""
+    """Not in a network.  ``is_single_label``: nor possible in the public DNS."""
 
     is_single_label: bool
 
@@ -50,9 +50,9 @@ Decision: TypeAlias = Found | Missing | Foreign
 
 
 def decide(query: Query, networks: Sequence[Index], rng: float) -> Decision:
-    """The answer to ``query`` of a container on ``networks``, which are in its order.
+    """How to respond to ``query`` of a container on ``networks``, in the container's order.
 
-    ``rng``: in [0, 1); where among several addresses the answer begins.
+    ``rng``: in [0, 1); which of several addresses comes first.
     """
     name = query.name
     foreign = Foreign("." not in name and name != "")
@@ -60,7 +60,7 @@ def decide(query: Query, networks: Sequence[Index], rng: float) -> Decision:
         return foreign
     if query.type == PTR or name.endswith((_REVERSE_IPV4, _REVERSE_IPV6)):
         return _reverse(query, networks) or foreign
-    for index, local in _readings(name, networks):
+    for index, local in _candidates(name, networks):
         known = index.find(local)
         if known is not None:
             return _addresses(query.type, index.id, known, rng)
@@ -74,8 +74,8 @@ def decide(query: Query, networks: Sequence[Index], rng: float) -> Decision:
     return foreign
 
 
-def _readings(name: str, networks: Sequence[Index]) -> Iterator[tuple[Index, str]]:
-    """Where ``name`` may be found, and under which name there."""
+def _candidates(name: str, networks: Sequence[Index]) -> Iterator[tuple[Index, str]]:
+    """The networks that may have ``name``, and its local name there."""
     for index in networks:
         yield index, name
     end = name.rfind(".")
@@ -117,7 +117,7 @@ def _reverse(query: Query, networks: Sequence[Index]) -> Found | Missing | None:
 
 
 def _targets(name: str, index: Index, rng: float) -> Found | None:
-    """``_<port>._<protocol>.<service>``: its serving tasks with that port.  None: it is something else."""
+    """``_<port>._<protocol>.<service>``: its serving tasks with that port.  None: another kind of name."""
     matched = _SERVICE_PORT.fullmatch(name)
     if matched is None:
         return None
@@ -139,13 +139,13 @@ def _targets(name: str, index: Index, rng: float) -> Found | None:
 
 
 def rotated(values: tuple[T, ...], rng: float) -> tuple[T, ...]:
-    """``values`` beginning somewhere else."""
+    """``values``, rotated by the share ``rng`` of their number."""
     start = int(rng * len(values))
     return values[start:] + values[:start]
 
 
 def reversed_address(name: str) -> IPv4Address | IPv6Address | None:
-    """The address that a name below in-addr.arpa or ip6.arpa stands for; None: none, or a part of one."""
+    """The address of a name below in-addr.arpa or ip6.arpa; None: it is not a whole address."""
     try:
         if name.endswith(_REVERSE_IPV4):
             return IPv4Address(".".join(reversed(name.removesuffix(_REVERSE_IPV4).split("."))))

@@ -1,4 +1,4 @@
-"""The nftables table that leads a container's queries to the net process's sockets.
+"""The nftables table that redirects a container's queries to the net process's sockets.
 
 The sockets are bound in the container's namespace to ports that were free, not to 53, where the container may run a
 name server of its own.

@@ -1,7 +1,7 @@
-"""The name server of one container: two sockets in its namespace, and what arrives there.
+"""The name server of one container: a UDP and a TCP socket in its namespace.
 
-What is known is answered in the moment it is read; what has to wait (for rules to be loaded, for another name server)
-becomes a task, of which a container has a bounded number.
+A query is answered at once where possible.  One that has to wait (for rules to be loaded, for another name server)
+becomes a task; the number of a container's tasks is bounded.
 """
 
 import asyncio
@@ -36,59 +36,61 @@ from skep.model.ids import NetworkId, ServiceId
 
 log = structlog.get_logger()
 
-WAITING_MAX = 256
-"""Questions of one container that wait; more are refused.  As many again may wait for what is ours, so that who asks
-too much elsewhere still finds services."""
+PENDING_MAX = 256
+"""Pending queries of one container; more are refused.  Twice as many may be pending for names in its networks, so
+that a container with too many forwarded queries still resolves services."""
 CONNECTIONS_MAX = 64
 """TCP connections of one container; more are closed at once."""
 IDLE_S = 10.0
-"""A TCP connection without a question is closed after that."""
+"""A TCP connection without a query is closed after that."""
 SINGLE_LABEL_S = 1.0
-"""A name of one label, which the public DNS cannot have, is looked for elsewhere for so long."""
+"""Deadline for a forwarded name of one label, which the public DNS cannot have."""
 _BURST = 32
-"""Datagrams of one container that are read before others have their turn."""
+"""Datagrams of one container that are read before other work of the event loop."""
 _BACKLOG = 128
 ACCEPT_PAUSE_S = 0.1
-"""After a connection could not be taken for want of descriptors: it still waits, and would be tried without end."""
+"""After accept failed for lack of descriptors: the connection stays readable, which would be a busy loop."""
 
-Waiting = tuple[str, int, bytes]
-"""A question that waits: client's address and port, message."""
-Virtual = frozenset[tuple[NetworkId, ServiceId]]
+PendingQuery = tuple[str, int, bytes]
+"""A pending query: client's address and port, message."""
+Services = frozenset[tuple[NetworkId, ServiceId]]
 
 
 class Sockets(msgspec.Struct, frozen=True):
-    """Where a container's questions arrive."""
+    """Of a container's name server."""
 
     udp: socket.socket
     tcp: socket.socket
 
     @property
     def ports(self) -> tuple[int, int]:
+        """Of UDP and TCP."""
         return self.udp.getsockname()[1], self.tcp.getsockname()[1]
 
     def close(self) -> None:
+        """Close both."""
         self.udp.close()
         self.tcp.close()
 
 
-class Answers(Protocol):
-    """What a container's names stand for."""
+class Resolver(Protocol):
+    """Resolves names for one container."""
 
-    def decide(self, query: Query) -> Decision:
-        """What to answer, as of now."""
+    def resolve(self, query: Query) -> Decision:
+        """How to respond to ``query`` at present."""
 
-    def is_loaded(self, virtual: Virtual) -> bool:
-        """Whether the container can use these virtual addresses."""
+    def is_loaded(self, services: Services) -> bool:
+        """Whether the rules of these services' virtual addresses are in the container's namespace."""
 
-    async def load(self, virtual: Virtual) -> None:
-        """Make it so.  Raises: SkepError."""
+    async def load(self, services: Services) -> None:
+        """Write their rules.  Raises: SkepError."""
 
 
 class Forwarding(msgspec.Struct, frozen=True):
-    """What becomes of names that are not ours.
+    """How names of no network are forwarded.
 
-    ``does_single_labels``: False: they are answered with nothing, so that the client goes on with its search
-    domains (it was told to, by ``ndots``).
+    ``does_single_labels``: False: those of one label get an empty response, so that the client goes on with its search
+    domains (as ``ndots`` demands).
     """
 
     servers: tuple[NameServer, ...]
@@ -97,7 +99,7 @@ class Forwarding(msgspec.Struct, frozen=True):
 
 
 def open_sockets(udp_port: int, tcp_port: int) -> Sockets:
-    """The sockets, in the namespace of the calling thread.  A port that is taken (0: any) becomes another one.
+    """The sockets, in the namespace of the calling thread.  A port in use (0: any) is replaced by another one.
 
     Raises: OSError.
     """
@@ -112,32 +114,33 @@ def open_sockets(udp_port: int, tcp_port: int) -> Sockets:
 
 
 class ContainerServer:
-    """Answers one container from ``start`` to ``stop``.
+    """Serves one container from ``start`` to ``stop``.
 
-    ``start_task``: gives a task a parent.
+    ``start_task``: starts a supervised task.
     """
 
     def __init__(
         self,
         container: str,
         sockets: Sockets,
-        answers: Answers,
+        resolver: Resolver,
         forwarder: Forwarder,
         forwarding: Forwarding,
         start_task: Callable[[Awaitable[None]], asyncio.Task[None]],
     ) -> None:
         self.sockets = sockets
         self._container = container
-        self._answers = answers
+        self._resolver = resolver
         self._forwarder = forwarder
         self._forwarding = forwarding
         self._start_task = start_task
-        self._waiting: dict[asyncio.Task[None], Waiting] = {}
+        self._pending: dict[asyncio.Task[None], PendingQuery] = {}
         self._connections: set[asyncio.Task[None]] = set()
         self._is_running = False
         self._resuming: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
+        """Begin to serve."""
         loop = asyncio.get_running_loop()
         for one in (self.sockets.udp, self.sockets.tcp):
             one.setblocking(False)
@@ -145,8 +148,8 @@ class ContainerServer:
         loop.add_reader(self.sockets.udp, self._read)
         loop.add_reader(self.sockets.tcp, self._accept)
 
-    def stop(self) -> tuple[Waiting, ...]:
-        """Read nothing more; what waits is given back, for another server to answer.  The sockets stay open."""
+    def stop(self) -> tuple[PendingQuery, ...]:
+        """Stop reading; returns the pending queries for another server.  The sockets stay open."""
         if not self._is_running:
             return ()
         self._is_running = False
@@ -156,55 +159,55 @@ class ContainerServer:
         if self._resuming is not None:
             self._resuming.cancel()
             self._resuming = None
-        waiting = tuple(one for task, one in self._waiting.items() if not task.done())
-        for task in (*self._waiting, *self._connections):
+        pending = tuple(one for task, one in self._pending.items() if not task.done())
+        for task in (*self._pending, *self._connections):
             task.cancel()
-        return waiting
+        return pending
 
     def received(self, data: bytes, client: tuple[str, int]) -> None:
-        """Answer the datagram ``data``, now or later."""
+        """Respond to the datagram ``data``, at once or later."""
         query = parse(data)
         if query is None:
             return
         if isinstance(query, bytes):
             self._send(query, client)
             return
-        decision = self._answers.decide(query)
-        answer = self._at_once(query, decision, query.udp_bytes_max)
-        most = WAITING_MAX if isinstance(decision, Foreign) else 2 * WAITING_MAX
-        if answer is None and len(self._waiting) >= most:
-            answer = reply(query, REFUSED, bytes_max=query.udp_bytes_max)
-        if answer is not None:
-            self._send(answer, client)
+        decision = self._resolver.resolve(query)
+        response = self._immediate(query, decision, query.udp_bytes_max)
+        most = PENDING_MAX if isinstance(decision, Foreign) else 2 * PENDING_MAX
+        if response is None and len(self._pending) >= most:
+            response = reply(query, REFUSED, bytes_max=query.udp_bytes_max)
+        if response is not None:
+            self._send(response, client)
             return
-        task = self._start_task(self._answer_later(query, data, decision, client))
-        self._waiting[task] = (*client, data)
-        task.add_done_callback(lambda done: self._waiting.pop(done, None))
+        task = self._start_task(self._respond_later(query, data, decision, client))
+        self._pending[task] = (*client, data)
+        task.add_done_callback(lambda done: self._pending.pop(done, None))
 
     def _read(self) -> None:
         for _ in range(_BURST):
             try:
                 data, client = self.sockets.udp.recvfrom(QUERY_BYTES_MAX + 1)
             except OSError:
-                return  # nothing more, or nothing that could be repaired
+                return  # nothing more to read, or an error that reading again does not fix
             self.received(data, client)
 
-    def _send(self, answer: bytes, client: tuple[str, int]) -> None:
+    def _send(self, response: bytes, client: tuple[str, int]) -> None:
         try:
-            self.sockets.udp.sendto(answer, client)
+            self.sockets.udp.sendto(response, client)
         except OSError:
-            return  # a full buffer, or a made-up address; the asker asks again
+            return  # a full buffer, or a forged address; a client repeats its query
 
-    async def _answer_later(
+    async def _respond_later(
         self, query: Query, data: bytes, decision: Decision, client: tuple[str, int]
     ) -> None:
-        self._send(await self._later(query, data, decision, query.udp_bytes_max, is_tcp=False), client)
+        self._send(await self._delayed(query, data, decision, query.udp_bytes_max, is_tcp=False), client)
 
-    def _at_once(self, query: Query, decision: Decision, bytes_max: int) -> bytes | None:
-        """The answer to ``query`` if nothing has to be waited for."""
+    def _immediate(self, query: Query, decision: Decision, bytes_max: int) -> bytes | None:
+        """The response to ``query`` if it needs no waiting."""
         match decision:
             case Found(answers, extra, virtual):
-                if not self._answers.is_loaded(virtual):
+                if not self._resolver.is_loaded(virtual):
                     return None
                 return reply(query, NOERROR, answers, extra, ttl_s=TTL_S, bytes_max=bytes_max)
             case Missing():
@@ -213,27 +216,25 @@ class ContainerServer:
                 if is_single_label:
                     if not self._forwarding.does_single_labels and query.type in (A, AAAA):
                         return reply(query, NOERROR, bytes_max=bytes_max)
-                    if self._forwarder.are_silent(self._forwarding.servers, self._container):
+                    if self._forwarder.are_unresponsive(self._forwarding.servers, self._container):
                         return reply(query, NXDOMAIN, bytes_max=bytes_max)
                 return None if self._forwarding.servers else reply(query, SERVFAIL, bytes_max=bytes_max)
 
-    async def _later(
+    async def _delayed(
         self, query: Query, data: bytes, decision: Decision, bytes_max: int, *, is_tcp: bool
     ) -> bytes:
-        """The answer to ``query`` once all that it needs is there."""
+        """The response to ``query``, after waiting for rules or another name server."""
         failure = reply(query, SERVFAIL, bytes_max=bytes_max)
         match decision:
             case Found(answers, extra, virtual):
                 try:
-                    await self._answers.load(virtual)
+                    await self._resolver.load(virtual)
                 except (SkepError, OSError) as error:
-                    log.warning(
-                        "a virtual address is not answered", container=self._container, reason=str(error)
-                    )
+                    log.warning("virtual address not loaded", container=self._container, reason=str(error))
                     return failure
                 return reply(query, NOERROR, answers, extra, ttl_s=TTL_S, bytes_max=bytes_max)
             case Foreign(is_single_label):
-                found = await self._forwarder.ask(
+                found = await self._forwarder.forward(
                     self._container,
                     query,
                     data,
@@ -256,13 +257,13 @@ class ContainerServer:
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(self.sockets.tcp)
                 self._resuming = loop.call_later(ACCEPT_PAUSE_S, self._accept_again)
-            return  # else it has gone again
+            return  # or the client has closed it
         if len(self._connections) >= CONNECTIONS_MAX:
             connection.close()
             return
         connection = set_aside(connection)
         connection.setblocking(False)
-        task = self._start_task(self._converse(connection))
+        task = self._start_task(self._serve_connection(connection))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
 
@@ -270,7 +271,7 @@ class ContainerServer:
         self._resuming = None
         asyncio.get_running_loop().add_reader(self.sockets.tcp, self._accept)
 
-    async def _converse(self, connection: socket.socket) -> None:
+    async def _serve_connection(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         try:
             while True:
@@ -279,18 +280,18 @@ class ContainerServer:
                 query = parse(data)
                 if query is None:
                     return
-                answer = query if isinstance(query, bytes) else await self._answer(query, data)
+                response = query if isinstance(query, bytes) else await self._respond(query, data)
                 async with asyncio.timeout(IDLE_S):
-                    await loop.sock_sendall(connection, len(answer).to_bytes(2, "big") + answer)
+                    await loop.sock_sendall(connection, len(response).to_bytes(2, "big") + response)
         except (OSError, TimeoutError):
             return
         finally:
             connection.close()
 
-    async def _answer(self, query: Query, data: bytes) -> bytes:
-        decision = self._answers.decide(query)
-        answer = self._at_once(query, decision, TCP_BYTES_MAX)
-        return answer or await self._later(query, data, decision, TCP_BYTES_MAX, is_tcp=True)
+    async def _respond(self, query: Query, data: bytes) -> bytes:
+        decision = self._resolver.resolve(query)
+        response = self._immediate(query, decision, TCP_BYTES_MAX)
+        return response or await self._delayed(query, data, decision, TCP_BYTES_MAX, is_tcp=True)
 
 
 def _bound(kind: socket.SocketKind, port: int) -> socket.socket:

@@ -1,11 +1,11 @@
-"""Questions that are not ours go to other name servers, each over a socket of its own.
+"""Queries for names of no network are forwarded to other name servers, each over a socket of its own.
 
-A socket of its own means a port that cannot be guessed, beside an id that cannot be guessed; and only the server it is
-connected to is read.  Servers that said nothing lately are asked last.
+With a socket of its own a query has a random port beside its random id, and receives from the connected server only.
+Servers that did not respond lately are tried last.
 
-Containers share what the node can ask at a time: when that is used up, one with fewer questions under way than another
-takes the place of the other's oldest.  A server that leaves one container's questions unanswered may be slow in one
-zone alone; it counts as silent for that container, and for all when several have found it so.
+The number of queries in flight is limited for the node.  At the limit, a container with fewer queries in flight than
+another displaces the oldest of the container with the most.  A server that does not respond to one container may be
+slow for one zone only; it counts as unresponsive for that container, and for all when several have found it so.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ from skep.dataplane.dns.messages import (
     SERVFAIL,
     TCP_BYTES_MAX,
     Query,
-    code_of,
     forwardable,
-    is_answer,
+    is_response,
     reply,
+    response_code,
 )
 from skep.errors import SkepError
 from skep.linux.descriptors import set_aside
@@ -34,16 +34,16 @@ from skep.linux.descriptors import set_aside
 log = structlog.get_logger()
 
 SERVERS_MAX = 3
-"""As many are asked.  Source: moby, libnetwork/resolver.go (maxExtDNS)."""
+"""Source: moby, libnetwork/resolver.go (maxExtDNS)."""
 IN_FLIGHT_MAX = 1024
 IN_FLIGHT_PER_CONTAINER_MAX = 256
 ATTEMPT_S = 1.3
 DEADLINE_S = 4.0
-"""Of all attempts together: C libraries wait for 5 s before they ask again."""
-SILENT_S = 10.0
-"""For so long a server that did not answer is believed to be away."""
-SEVERAL = 3
-"""Containers whose questions a server left unanswered before it counts as silent for the others."""
+"""Of all attempts together: C libraries repeat a query after 5 s."""
+UNRESPONSIVE_S = 10.0
+"""For which a server that did not respond is tried last."""
+CONTAINERS_MIN = 3
+"""Containers to which a server did not respond before it counts as unresponsive for the others."""
 _KNOWN_SERVERS_MAX = 1000
 
 
@@ -60,29 +60,30 @@ Open = Callable[[socket.SocketKind, socket.AddressFamily], Awaitable[socket.sock
 
 
 class Forwarder:
-    """Asks other name servers for all containers of the node.
+    """Forwards queries of all containers of the node.
 
-    ``new_id``: 16 bits that cannot be guessed.
+    ``new_id``: 16 random bits.
     """
 
     def __init__(self, clock: Clock, new_id: Callable[[], int]) -> None:
         self._clock = clock
         self._new_id = new_id
         self._in_flight: dict[str, dict[asyncio.Timeout, None]] = {}
-        """By container, the oldest question first."""
+        """By container, the oldest query first."""
         self._total = 0
-        self._silent_until: dict[NameServer, dict[str, float]] = {}
-        """By the containers that found them so."""
+        self._unresponsive_until: dict[NameServer, dict[str, float]] = {}
+        """By the container that found it so."""
 
     @property
     def in_flight(self) -> int:
+        """Queries of all containers."""
         return self._total
 
-    def are_silent(self, servers: Sequence[NameServer], container: str) -> bool:
-        """Whether none of ``servers`` has answered lately, as far as ``container`` should know."""
-        return all(self._is_silent(server, container) for server in servers[:SERVERS_MAX])
+    def are_unresponsive(self, servers: Sequence[NameServer], container: str) -> bool:
+        """Whether none of ``servers`` has responded lately, as seen by ``container``."""
+        return all(self._is_unresponsive(server, container) for server in servers[:SERVERS_MAX])
 
-    async def ask(
+    async def forward(
         self,
         container: str,
         query: Query,
@@ -93,26 +94,28 @@ class Forwarder:
         is_tcp: bool,
         deadline_s: float = DEADLINE_S,
     ) -> bytes | None:
-        """What the first of ``servers`` that knows says to ``query``, whose message is ``data``.
+        """The response of the first of ``servers`` that has one to ``query``, whose message is ``data``.
 
-        A server that fails or refuses is no answer; None: there was no other, or others needed its place more.  With
-        too many questions of ``container`` under way, the answer is a refusal.
+        Error responses are skipped; None: there was no other, or the query was displaced.  With too many queries of
+        ``container`` in flight, the response is REFUSED.
         """
-        if not self._has_place(container):
+        if not self._has_room(container):
             return reply(query, REFUSED, bytes_max=query.udp_bytes_max)
         try:
             async with asyncio.timeout(deadline_s) as deadline:
                 self._in_flight.setdefault(container, {})[deadline] = None
                 self._total += 1
                 try:
-                    return await self._ask(container, query, data, servers, inside, is_tcp, deadline_s)
+                    return await self._try_servers(
+                        container, query, data, servers, inside, is_tcp, deadline_s
+                    )
                 finally:
                     self._leave(container, deadline)
         except TimeoutError:
             return None
 
-    def _has_place(self, container: str) -> bool:
-        """Whether ``container`` may ask one more; if need be in the place of who asks most."""
+    def _has_room(self, container: str) -> bool:
+        """Whether ``container`` may send one more, if need be by displacing a query of the container with the most."""
         own = len(self._in_flight.get(container, ()))
         if own >= IN_FLIGHT_PER_CONTAINER_MAX:
             return False
@@ -123,12 +126,12 @@ class Forwarder:
             return False
         oldest = next(iter(self._in_flight[most]))
         self._leave(most, oldest)
-        if not oldest.expired():  # it may be on its way out, and then its time cannot be changed any more
+        if not oldest.expired():  # one that has expired cannot be rescheduled
             oldest.reschedule(asyncio.get_running_loop().time())
         return True
 
     def _leave(self, container: str, deadline: asyncio.Timeout) -> None:
-        """Again is harmless."""
+        """Idempotent."""
         here = self._in_flight.get(container, {})
         if deadline in here:
             del here[deadline]
@@ -136,7 +139,7 @@ class Forwarder:
         if not here:
             self._in_flight.pop(container, None)
 
-    async def _ask(
+    async def _try_servers(
         self,
         container: str,
         query: Query,
@@ -146,9 +149,9 @@ class Forwarder:
         is_tcp: bool,
         deadline_s: float,
     ) -> bytes | None:
-        ordered = sorted(servers[:SERVERS_MAX], key=lambda server: self._is_silent(server, container))
-        again = ordered if len(ordered) < SERVERS_MAX else []  # a packet may be lost on the way
-        # With time left for each, so that it is known who was silent.
+        ordered = sorted(servers[:SERVERS_MAX], key=lambda server: self._is_unresponsive(server, container))
+        again = ordered if len(ordered) < SERVERS_MAX else []  # a packet may be lost
+        # Leaves time for every attempt, so that each unresponsive server is known.
         attempt_s = min(ATTEMPT_S, deadline_s / (1.25 * max(len(ordered), 1)))
         failed: set[NameServer] = set()
         for server in (*ordered, *again):
@@ -156,16 +159,16 @@ class Forwarder:
                 continue
             try:
                 async with asyncio.timeout(attempt_s):
-                    answer = await self._exchange(query, data, server, inside, is_tcp)
+                    response = await self._exchange(query, data, server, inside, is_tcp)
             except TimeoutError:
-                self._note_silent(server, container)
+                self._mark_unresponsive(server, container)
                 continue
             except (OSError, SkepError, ValueError):
                 failed.add(server)
                 continue
-            self._note_heard(server, container)
-            if code_of(answer) not in (SERVFAIL, REFUSED):
-                return answer
+            self._mark_responsive(server, container)
+            if response_code(response) not in (SERVFAIL, REFUSED):
+                return response
             failed.add(server)
         return None
 
@@ -183,37 +186,37 @@ class Forwarder:
             message = forwardable(data, id)
             if is_tcp:
                 await loop.sock_sendall(opened, len(message).to_bytes(2, "big") + message)
-                answer = await read_message(opened)
-                if not is_answer(answer, id, query.question):
-                    raise ConnectionError("the answer is to another question")
-                return answer
+                response = await read_message(opened)
+                if not is_response(response, id, query.question):
+                    raise ConnectionError("the response is to another query")
+                return response
             await loop.sock_sendall(opened, message)
             while True:
-                answer = await loop.sock_recv(opened, TCP_BYTES_MAX)
-                if is_answer(answer, id, query.question):
-                    return answer
+                response = await loop.sock_recv(opened, TCP_BYTES_MAX)
+                if is_response(response, id, query.question):
+                    return response
 
-    def _is_silent(self, server: NameServer, container: str) -> bool:
-        found, now = self._silent_until.get(server, {}), self._clock.monotonic()
+    def _is_unresponsive(self, server: NameServer, container: str) -> bool:
+        found, now = self._unresponsive_until.get(server, {}), self._clock.monotonic()
         if found.get(container, 0.0) > now:
             return True
-        # One inside is not reached by others on the same way.
-        return not server.is_inside and sum(until > now for until in found.values()) >= SEVERAL
+        # A server inside a container's network may be another one for other containers.
+        return not server.is_inside and sum(until > now for until in found.values()) >= CONTAINERS_MIN
 
-    def _note_silent(self, server: NameServer, container: str) -> None:
-        if not self._is_silent(server, container):
-            log.info("name server does not answer", address=server.address, container=container)
-        if len(self._silent_until) >= _KNOWN_SERVERS_MAX:
-            self._silent_until.clear()
+    def _mark_unresponsive(self, server: NameServer, container: str) -> None:
+        if not self._is_unresponsive(server, container):
+            log.info("name server does not respond", address=server.address, container=container)
+        if len(self._unresponsive_until) >= _KNOWN_SERVERS_MAX:
+            self._unresponsive_until.clear()
         now = self._clock.monotonic()
-        found = {one: until for one, until in self._silent_until.get(server, {}).items() if until > now}
-        self._silent_until[server] = found | {container: now + SILENT_S}
+        found = {one: until for one, until in self._unresponsive_until.get(server, {}).items() if until > now}
+        self._unresponsive_until[server] = found | {container: now + UNRESPONSIVE_S}
 
-    def _note_heard(self, server: NameServer, container: str) -> None:
-        """It is there: for everybody, or by the way of this container."""
+    def _mark_responsive(self, server: NameServer, container: str) -> None:
+        """It responds: to all containers, or, inside a network, to this one."""
         if not server.is_inside:
-            self._silent_until.pop(server, None)
-        elif (found := self._silent_until.get(server)) is not None:
+            self._unresponsive_until.pop(server, None)
+        elif (found := self._unresponsive_until.get(server)) is not None:
             found.pop(container, None)
 
 
@@ -227,8 +230,8 @@ async def _exactly(connection: socket.socket, count: int) -> bytes:
     loop = asyncio.get_running_loop()
     data = b""
     while len(data) < count:
-        piece = await loop.sock_recv(connection, count - len(data))
-        if not piece:
+        chunk = await loop.sock_recv(connection, count - len(data))
+        if not chunk:
             raise ConnectionResetError("closed by the other end")
-        data += piece
+        data += chunk
     return data

@@ -18,7 +18,7 @@ from skep.aio.failures import describe_error, log_error, retry
 from skep.aio.race import wait_first
 from skep.dataplane.netns import netlink
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.nft_changes import ForeignChanges, open_notifications
+from skep.dataplane.netns.nft_changes import TableWatch, open_notifications
 from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repairs import Repairs
 
@@ -74,7 +74,7 @@ class Healer:
         self._clock = clock
         self._rng = rng
         self._share = share
-        self._sockets: dict[NetnsReconciler, list[socket.socket]] = {}
+        self._sockets: dict[NetnsReconciler, list[socket.socket | TableWatch]] = {}
         self._due: dict[NetnsReconciler, bool] = {}
         """Whether the comparison is to be thorough."""
         self._failing: dict[NetnsReconciler, _Failing] = {}
@@ -90,22 +90,22 @@ class Healer:
             groups.append(netlink.GROUP_NEIGHBOUR)
         path = reconciler.path
         opened = await self._namespaces.run(path, netlink.listening, socket.NETLINK_ROUTE, groups)
-        self._listen(reconciler, opened, partial(self._read_routes, reconciler, opened))
+        if self._keep(reconciler, opened):
+            asyncio.get_running_loop().add_reader(opened, self._read_routes, reconciler, opened)
         if not reconciler.scope.is_container:
             await self.watch_tables(reconciler)
 
     async def watch_tables(self, reconciler: NetnsReconciler) -> None:
         """Notice changes of its nftables tables by other writers, too.  Raises: OSError."""
         opened = await self._namespaces.run(reconciler.path, open_notifications)
-        changes = ForeignChanges(reconciler.writer)
-        self._listen(reconciler, opened, partial(self._read_tables, reconciler, opened, changes))
+        self._keep(reconciler, TableWatch(opened, reconciler.writer, partial(self._note_foreign, reconciler)))
 
-    def _listen(self, reconciler: NetnsReconciler, opened: socket.socket, read: Callable[[], None]) -> None:
+    def _keep(self, reconciler: NetnsReconciler, opened: socket.socket | TableWatch) -> bool:
         if reconciler not in self._sockets:  # forgotten meanwhile
             opened.close()
-            return
+            return False
         self._sockets[reconciler].append(opened)
-        asyncio.get_running_loop().add_reader(opened, read)
+        return True
 
     def take_turns(self, reconciler: NetnsReconciler) -> None:
         """Compare ``reconciler`` in the slow round, whether its changes are reported or not."""
@@ -123,7 +123,8 @@ class Healer:
         """Look at ``reconciler`` no more."""
         loop = asyncio.get_running_loop()
         for one in self._sockets.pop(reconciler, ()):
-            loop.remove_reader(one)
+            if isinstance(one, socket.socket):
+                loop.remove_reader(one)
             one.close()
         self._due.pop(reconciler, None)
         self._failing.pop(reconciler, None)
@@ -160,10 +161,7 @@ class Healer:
         if is_due:
             self._mark_due(reconciler, is_thorough=False)
 
-    def _read_tables(
-        self, reconciler: NetnsReconciler, source: socket.socket, changes: ForeignChanges
-    ) -> None:
-        tables = changes.read(source)
+    def _note_foreign(self, reconciler: NetnsReconciler, tables: frozenset[str] | None) -> None:
         if tables is None:
             self._mark_due(reconciler, is_thorough=True)
         elif reconciler.note_foreign(tables):

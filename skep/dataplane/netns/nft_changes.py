@@ -6,8 +6,10 @@ nftables reports what each transaction changed and, last, the name of the thread
 Source: linux, net/netfilter/nf_tables_api.c (nf_tables_gen_notify).
 """
 
+import asyncio
 import errno
 import socket
+from collections.abc import Callable
 
 from skep.dataplane.netns import netlink
 
@@ -31,6 +33,44 @@ def open_notifications() -> socket.socket:
         opened.close()
         raise
     return opened
+
+
+class TableWatch:
+    """Notices changes of nftables tables by other writers.  Made in the event loop.
+
+    Args:
+        opened: by ``open_notifications``; owned by this object from now on.
+        writer: the name of our own threads.
+        on_change: called with the changed tables (``ip skep``); None: notifications were lost, any may have changed.
+    """
+
+    def __init__(
+        self, opened: socket.socket, writer: str, on_change: Callable[[frozenset[str] | None], None]
+    ) -> None:
+        self._socket = opened
+        self._changes = ForeignChanges(writer)
+        self._on_change = on_change
+        asyncio.get_running_loop().add_reader(opened, self._read)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether changes are still noticed."""
+        return self._socket.fileno() >= 0
+
+    def close(self) -> None:
+        """Stop watching.  Idempotent."""
+        if self.is_open:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+
+    def _read(self) -> None:
+        try:
+            tables = self._changes.read(self._socket)
+        except OSError:  # nothing more will be reported
+            self.close()
+            return
+        if tables is None or tables:
+            self._on_change(tables)
 
 
 class ForeignChanges:

@@ -1,7 +1,6 @@
 """Keeps one network namespace in its wanted state."""
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -187,8 +186,7 @@ class NetnsReconciler:
         if not was_applied:
             return 0
         if repaired:
-            self._repairs.count(repaired)
-            log.warning("network repaired", namespace=self.name, **_as_keys(repaired))
+            self._repairs.record(self.name, repaired)
         return len(repaired)
 
     async def remake(self, name: str) -> None:
@@ -462,7 +460,3 @@ def without(state: State, link: str) -> State:
         routes=frozenset(one for one in state.routes if one.link != link),
         entries=frozenset(one for one in state.entries if one.link != link),
     )
-
-
-def _as_keys(kinds: Sequence[str]) -> dict[str, int]:
-    return {kind.replace(" ", "_"): number for kind, number in Counter(kinds).items()}

@@ -3,8 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+import structlog
+
 from skep.dataplane.netns.diff import AddLink, ChangeLink, DeleteLink, Operation, Put, Remove
 from skep.dataplane.netns.state import Address, Entry, EntryKind, Rule
+
+log = structlog.get_logger()
 
 _ENTRIES = {
     EntryKind.FORWARD: "forwarding",
@@ -30,11 +34,18 @@ class Repairs:
 
     @property
     def total(self) -> int:
+        """Number of all kinds."""
         return self._counts.total()
 
-    def count(self, kinds: Iterable[str]) -> None:
-        """Note one repair for each of ``kinds``."""
-        self._counts.update(kinds)
+    def record(self, namespace: str, kinds: Iterable[str]) -> None:
+        """Count and log one repair for each of ``kinds``."""
+        counts = Counter(kinds)
+        self._counts.update(counts)
+        log.warning(
+            "network repaired",
+            namespace=namespace,
+            **{kind.replace(" ", "_"): number for kind, number in counts.items()},
+        )
 
 
 def kind_of(operation: Operation) -> str:

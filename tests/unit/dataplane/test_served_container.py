@@ -64,7 +64,7 @@ async def test_what_was_opened_for_a_container_that_is_gone_is_closed_and_nothin
         await opening
     sockets, notifications, packets = opened
     assert [one.fileno() for one in (sockets.udp, sockets.tcp, notifications, packets)] == [-1] * 4
-    served.write_down()
+    served.save()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,7 +75,7 @@ async def test_sockets_that_have_another_owner_by_then_stay_open(tmp_path: Path)
     served.sockets = sockets
     opening = asyncio.ensure_future(served.open())
     await namespaces.is_inside.wait()
-    assert served.give_sockets() is sockets
+    assert served.release_sockets() is sockets
     served.close()
     namespaces.go.set()
     with pytest.raises(Unavailable):

@@ -40,13 +40,15 @@ async def served(lab: NamesLab) -> Sandbox:
 
 
 async def test_names_that_are_as_the_store_says_are_well(lab: NamesLab) -> None:
-    (finding,) = await checks(await served(lab)).look([truth(SAID)])
+    (finding,) = await checks(await served(lab)).check([truth(SAID)])
     assert (finding.check, finding.port, finding.sent, finding.lost) == (PathCheck.NAMES, "53/udp", 3, 0)
 
 
 async def test_a_name_that_leads_elsewhere_is_told(lab: NamesLab) -> None:
     container = await served(lab)
-    (finding,) = await checks(container).look([truth({**SAID, "web": ("10.0.1.77",), "gone": ("10.0.1.5",)})])
+    (finding,) = await checks(container).check(
+        [truth({**SAID, "web": ("10.0.1.77",), "gone": ("10.0.1.5",)})]
+    )
     assert finding.is_failing
     assert finding.detail == (
         "on network front, gone is no address to containers here and 10.0.1.5 to the managers, and one more is wrong"
@@ -56,7 +58,7 @@ async def test_a_name_that_leads_elsewhere_is_told(lab: NamesLab) -> None:
 async def test_what_changes_just_now_is_asked_again(lab: NamesLab) -> None:
     container = await served(lab)
     new = a_served("new", "10.0.1.50", ["10.0.1.51"])
-    looking = asyncio.create_task(checks(container).look([truth({"new": ("10.0.1.50",)})]))
+    looking = asyncio.create_task(checks(container).check([truth({"new": ("10.0.1.50",)})]))
     await asyncio.sleep(0)
     await lab.change(a_network(WEB, new))
     (finding,) = await looking
@@ -66,13 +68,13 @@ async def test_what_changes_just_now_is_asked_again(lab: NamesLab) -> None:
 async def test_a_container_without_a_name_server_is_told_within_seconds(lab: NamesLab) -> None:
     await lab.container("c1")
     async with asyncio.timeout(10):
-        (finding,) = await checks(a_sandbox(lab, "c1")).look([truth(SAID)])
+        (finding,) = await checks(a_sandbox(lab, "c1")).check([truth(SAID)])
     assert finding.is_failing
 
 
 async def test_where_no_container_runs_there_is_nothing_to_ask(lab: NamesLab) -> None:
     container = await served(lab)
-    assert await checks().look([truth(SAID)]) == ()
-    assert await checks(container).look([truth({})]) == ()
+    assert await checks().check([truth(SAID)]) == ()
+    assert await checks(container).check([truth({})]) == ()
     elsewhere = a_network(name="back").head
-    assert await checks(container).look([truth(SAID, elsewhere)]) == ()
+    assert await checks(container).check([truth(SAID, elsewhere)]) == ()

@@ -14,12 +14,12 @@ from skep.dataplane.dns.messages import Query, Record, parse, reply
 ADDRESS = bytes((10, 0, 1, 2))
 
 
-def asked(name: str = "web", type: str = "A", **header: int) -> bytes:
+def encode_query(name: str = "web", type: str = "A", **header: int) -> bytes:
     return DNSRecord(DNSHeader(id=7, **{"rd": 1, **header}), q=DNSQuestion(name, getattr(QTYPE, type))).pack()
 
 
 def with_options(size: int, *, version: int = 0) -> bytes:
-    record = DNSRecord.parse(asked())
+    record = DNSRecord.parse(encode_query())
     record.add_ar(EDNS0(udp_len=size, version=version))
     return record.pack()
 
@@ -39,7 +39,7 @@ def refused(data: bytes) -> int:
 
 
 def test_a_question_is_read_without_regard_to_case() -> None:
-    query = parsed(asked("Tasks.WEB.Front."))
+    query = parsed(encode_query("Tasks.WEB.Front."))
     assert (query.name, query.type, query.class_, query.udp_bytes_max) == (
         "tasks.web.front",
         messages.A,
@@ -49,7 +49,7 @@ def test_a_question_is_read_without_regard_to_case() -> None:
 
 
 def test_an_answer_is_what_another_reader_takes_it_for() -> None:
-    query = parsed(asked("WEB"))
+    query = parsed(encode_query("WEB"))
     answer = DNSRecord.parse(reply(query, 0, (Record(messages.A, ADDRESS),), ttl_s=1))
     assert (answer.header.id, answer.header.qr, answer.header.ra, answer.header.rd) == (7, 1, 1, 1)
     assert str(answer.q.qname) == "WEB.", "the question is repeated as it was"
@@ -60,7 +60,7 @@ def test_an_answer_is_what_another_reader_takes_it_for() -> None:
 
 def test_names_in_answers_are_read_by_another_reader() -> None:
     target = messages.encoded("web.1.t1.front")
-    query = parsed(asked("_80._tcp.web", "SRV"))
+    query = parsed(encode_query("_80._tcp.web", "SRV"))
     service = Record(messages.SRV, struct.pack("!HHH", 0, 0, 80) + target)
     packed = reply(query, 0, (service,), (Record(messages.A, ADDRESS, target),))
     answer = DNSRecord.parse(packed)
@@ -72,18 +72,18 @@ def test_names_in_answers_are_read_by_another_reader() -> None:
 @pytest.mark.parametrize(
     ("data", "code"),
     [
-        (asked()[:-1], messages.FORMERR),
-        (asked()[:12], messages.FORMERR),
-        (asked() + b"x" * 5000, messages.FORMERR),
+        (encode_query()[:-1], messages.FORMERR),
+        (encode_query()[:12], messages.FORMERR),
+        (encode_query() + b"x" * 5000, messages.FORMERR),
         (DNSRecord(DNSHeader(id=7)).pack(), messages.FORMERR),
         (DNSRecord(DNSHeader(id=7), questions=[DNSQuestion("a"), DNSQuestion("b")]).pack(), messages.FORMERR),
-        (asked(opcode=5), messages.NOTIMP),
-        (asked(opcode=4), messages.NOTIMP),
-        (asked()[:12] + b"\xc0\x0c\0\1\0\1", messages.FORMERR),
-        (asked()[:12] + b"\x40a\0\0\1\0\1", messages.FORMERR),
-        (asked()[:12] + (b"\x3f" + b"a" * 63) * 4 + b"\0\0\1\0\1", messages.FORMERR),
+        (encode_query(opcode=5), messages.NOTIMP),
+        (encode_query(opcode=4), messages.NOTIMP),
+        (encode_query()[:12] + b"\xc0\x0c\0\1\0\1", messages.FORMERR),
+        (encode_query()[:12] + b"\x40a\0\0\1\0\1", messages.FORMERR),
+        (encode_query()[:12] + (b"\x3f" + b"a" * 63) * 4 + b"\0\0\1\0\1", messages.FORMERR),
         (with_options(1232)[:-1], messages.FORMERR),
-        (asked()[:11] + b"\1" + asked()[12:], messages.FORMERR),
+        (encode_query()[:11] + b"\1" + encode_query()[12:], messages.FORMERR),
     ],
     ids=[
         "cut", "no question at all", "oversized", "none", "several", "update", "notify", "pointer to itself",
@@ -94,7 +94,7 @@ def test_what_is_no_question_is_refused(data: bytes, code: int) -> None:
     assert refused(data) == code
 
 
-@pytest.mark.parametrize("data", [b"", b"\0" * 11, DNSRecord.parse(asked()).reply().pack()])
+@pytest.mark.parametrize("data", [b"", b"\0" * 11, DNSRecord.parse(encode_query()).reply().pack()])
 def test_answers_and_fragments_are_not_answered(data: bytes) -> None:
     assert parse(data) is None
 
@@ -115,7 +115,7 @@ def test_a_client_says_how_much_it_can_take(said: int, room: int) -> None:
 
 
 def test_extra_records_are_left_out_without_a_word() -> None:
-    query = parsed(asked())
+    query = parsed(encode_query())
     extra = tuple(Record(messages.AAAA, bytes(16), messages.encoded("x" * 60)) for _ in range(10))
     answer = DNSRecord.parse(reply(query, 0, (Record(messages.A, ADDRESS),), extra))
     assert answer.header.tc == 0
@@ -131,19 +131,19 @@ def test_options_of_a_later_version_are_refused_with_ours() -> None:
 
 
 def test_an_answer_counts_only_for_the_question_that_was_asked() -> None:
-    question = DNSRecord.parse(asked("web.example"))
+    question = DNSRecord.parse(encode_query("web.example"))
     answer = question.replyZone("web.example 60 A 192.0.2.1").pack()
-    asked_for = parsed(asked("WEB.example")).question
-    assert messages.is_answer(answer, 7, asked_for)
-    assert not messages.is_answer(answer, 8, asked_for)
-    assert not messages.is_answer(answer, 7, parsed(asked("mail.example")).question)
-    assert not messages.is_answer(asked("web.example"), 7, asked_for), "that is a question"
-    assert not messages.is_answer(b"", 7, asked_for)
+    asked_for = parsed(encode_query("WEB.example")).question
+    assert messages.is_response(answer, 7, asked_for)
+    assert not messages.is_response(answer, 8, asked_for)
+    assert not messages.is_response(answer, 7, parsed(encode_query("mail.example")).question)
+    assert not messages.is_response(encode_query("web.example"), 7, asked_for), "that is a question"
+    assert not messages.is_response(b"", 7, asked_for)
 
 
 def test_an_answer_from_elsewhere_that_is_too_long_says_so_in_the_room_there_is() -> None:
-    query = parsed(asked("web.example"))
-    record = DNSRecord.parse(asked("web.example")).reply()
+    query = parsed(encode_query("web.example"))
+    record = DNSRecord.parse(encode_query("web.example")).reply()
     record.add_answer(*(RR("web.example", rdata=A(str(IPv4Address(number)))) for number in range(100)))
     cut = DNSRecord.parse(messages.fitting(record.pack(), query, 512))
     assert (cut.header.tc, cut.header.id, len(cut.rr), str(cut.q.qname)) == (1, 7, 0, "web.example.")
@@ -151,7 +151,7 @@ def test_an_answer_from_elsewhere_that_is_too_long_says_so_in_the_room_there_is(
 
 
 @given(st.binary(max_size=600))
-@example(asked())
+@example(encode_query())
 def test_no_bytes_make_it_fail(data: bytes) -> None:
     """Whatever it is: a question, a reply no longer than the least that anybody takes, or nothing."""
     answer = parse(data)
@@ -164,7 +164,7 @@ def test_no_bytes_make_it_fail(data: bytes) -> None:
 def test_no_damaged_question_makes_it_fail_or_grow(data: st.DataObject) -> None:
     """What remains of a question after some of its bytes were changed."""
     damaged = bytearray(
-        data.draw(st.sampled_from([asked("a.bc.def"), with_options(1232), asked("x", "SRV")]))
+        data.draw(st.sampled_from([encode_query("a.bc.def"), with_options(1232), encode_query("x", "SRV")]))
     )
     for _ in range(data.draw(st.integers(0, 8))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))

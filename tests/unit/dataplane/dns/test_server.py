@@ -8,7 +8,7 @@ import socket
 from skep.aio.clock import SystemClock
 from skep.dataplane.dns.messages import Query
 from skep.dataplane.dns.records import Decision, Missing
-from skep.dataplane.dns.server import ACCEPT_PAUSE_S, ContainerServer, Forwarding, Sockets, Virtual
+from skep.dataplane.dns.server import ACCEPT_PAUSE_S, ContainerServer, Forwarding, Services, Sockets
 from skep.dataplane.dns.upstream import Forwarder
 
 WAIT_S = 5.0
@@ -18,13 +18,13 @@ QUESTION = b"\x00\x07\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00" + b"\x03web\x05fr
 class Nothing:
     """Knows no name."""
 
-    def decide(self, query: Query) -> Decision:
+    def resolve(self, query: Query) -> Decision:
         return Missing()
 
-    def is_loaded(self, virtual: Virtual) -> bool:
+    def is_loaded(self, virtual: Services) -> bool:
         return True
 
-    async def load(self, virtual: Virtual) -> None:
+    async def load(self, virtual: Services) -> None:
         pass
 
 

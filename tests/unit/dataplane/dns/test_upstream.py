@@ -10,8 +10,8 @@ from dnslib import DNSRecord
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.dns import upstream
-from skep.dataplane.dns.messages import REFUSED, Query, code_of, parse
-from skep.dataplane.dns.upstream import SEVERAL, Forwarder, NameServer
+from skep.dataplane.dns.messages import REFUSED, Query, parse, response_code
+from skep.dataplane.dns.upstream import CONTAINERS_MIN, Forwarder, NameServer
 from tests.support import upstream as lab
 from tests.support.upstream import knows
 
@@ -40,7 +40,7 @@ class Asking:
             return socket.socket(family, kind)
 
         return asyncio.create_task(
-            self.forwarder.ask(
+            self.forwarder.forward(
                 container, query, QUESTION, [server], inside=inside, is_tcp=False, deadline_s=deadline_s
             )
         )
@@ -71,11 +71,11 @@ async def test_containers_that_ask_much_leave_room_for_others(silent: NameServer
     await asking.under_way(8)
     refused = await asking.ask("a", silent)
     assert refused is not None
-    assert code_of(refused) == REFUSED
+    assert response_code(refused) == REFUSED
     async with serving(knows("192.0.2.1")) as good:
         answer = await asking.ask("c", good)
         assert answer is not None
-        assert code_of(answer) == 0
+        assert response_code(answer) == 0
     assert await hogs[0] is None  # the oldest of who asked most
     assert sum(hog.done() for hog in hogs) == 1
     others = [asking.ask(container, silent) for container in ("c", "d", "e", "f")]
@@ -95,7 +95,7 @@ async def test_who_has_as_much_as_anybody_is_refused_when_all_is_taken(silent: N
     await asking.under_way(8)
     answer = await asking.ask("a", silent)
     assert answer is not None
-    assert code_of(answer) == REFUSED
+    assert response_code(answer) == REFUSED
     under_way.append(asking.ask("e", silent))  # it has none, and another two
     assert await under_way[0] is None
     await asking.under_way(8)
@@ -120,7 +120,7 @@ async def test_a_place_is_taken_from_a_question_whose_time_is_over_but_which_has
         await asyncio.sleep(0)
         answer = await new[0]
     assert answer is not None
-    assert code_of(answer) == 0
+    assert response_code(answer) == 0
     assert await hogs[0] is None
     for one in hogs:
         one.cancel()
@@ -132,24 +132,24 @@ async def test_a_server_that_leaves_one_containers_questions_is_silent_for_that_
     silent: NameServer,
 ) -> None:
     asking = Asking()
-    for number in range(SEVERAL):
-        assert not asking.forwarder.are_silent([silent], "other")
+    for number in range(CONTAINERS_MIN):
+        assert not asking.forwarder.are_unresponsive([silent], "other")
         assert await asking.ask(f"c{number}", silent, deadline_s=0.05) is None
-        assert asking.forwarder.are_silent([silent], f"c{number}")
-    assert asking.forwarder.are_silent([silent], "other")
+        assert asking.forwarder.are_unresponsive([silent], f"c{number}")
+    assert asking.forwarder.are_unresponsive([silent], "other")
     inside = NameServer(silent.address, silent.port, is_inside=True)
-    for number in range(SEVERAL):
+    for number in range(CONTAINERS_MIN):
         assert await asking.ask(f"c{number}", inside, deadline_s=0.05) is None
-    assert not asking.forwarder.are_silent([inside], "other")
+    assert not asking.forwarder.are_unresponsive([inside], "other")
 
 
 async def test_a_server_that_answers_anybody_is_there_for_all() -> None:
     is_deaf = [True]
     async with serving(lambda question: None if is_deaf[0] else knows("192.0.2.1")(question)) as server:
         asking = Asking()
-        for number in range(SEVERAL):
+        for number in range(CONTAINERS_MIN):
             await asking.ask(f"c{number}", server, deadline_s=0.05)
-        assert asking.forwarder.are_silent([server], "other")
+        assert asking.forwarder.are_unresponsive([server], "other")
         is_deaf[0] = False
         assert await asking.ask("c0", server) is not None
-        assert not any(asking.forwarder.are_silent([server], one) for one in ("other", "c0", "c1"))
+        assert not any(asking.forwarder.are_unresponsive([server], one) for one in ("other", "c0", "c1"))

@@ -172,7 +172,7 @@ async def test_what_is_settled_later_is_settled_once_and_a_failure_keeps_nobody_
 )
 def test_repairs_are_counted_by_kind(operation: AddLink | SetSysctl | Put, kind: str) -> None:
     repairs = Repairs()
-    repairs.count([kind_of(operation)] * 2)
+    repairs.record("net", [kind_of(operation)] * 2)
     assert (repairs.counts, repairs.total) == ({kind: 2}, 2)
 
 
