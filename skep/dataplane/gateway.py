@@ -1,11 +1,11 @@
-"""The gateway bridge: every container's way out, and the way in by host-mode ports.
+"""The gateway bridge: the default route of every container, and host-mode ports.
 
-One bridge per node with a subnet that collides with no route of the machine.  Each container gets an address on it,
-and an interface with the default route.  What of it is in the kernel is a part of the wanted state of the node's own
-namespace (``NetnsReconciler``), so that it is healed as everything else.
+One bridge per node with a subnet that overlaps no route of the machine.  Each container gets an address on it, and an
+interface with the default route.  Its kernel state is a part of the wanted state of the node's own namespace
+(``NetnsReconciler``), which repairs it.
 
-A container on a network with IPv6 gets out by IPv6 too, where the machine has it: from a unique local /64 that the node
-chose once, under the node's own address.  While no such container is there, the node is left as it was.
+A container on a network with IPv6 has IPv6 egress as well, where the machine has it: from a unique local /64 that the
+node chose once, translated to the node's own address.  Without such containers nothing of the node's IPv6 is changed.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ _HOME_SYSCTLS = {
 
 
 class Gateway:
-    """The gateway bridge of one node.  ``state``: file that remembers the chosen subnet, another the IPv6 one."""
+    """The gateway bridge of one node.  ``state``: file with the chosen subnet; the IPv6 one is beside it."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Gateway:
         self._changing = asyncio.Lock()
 
     async def restore(self, live: Mapping[ContainerId, Sandbox]) -> None:
-        """Make bridge and rules, keep what belongs to the ``live`` containers and free all other ports.
+        """Make bridge and rules, keep addresses and ports of the ``live`` containers and release all other ports.
 
         Raises: SkepError: this node cannot network containers.
         """
@@ -91,7 +91,7 @@ class Gateway:
                     self._addresses.claim(IPv4Address(sandbox.address), id)
                     self._sandboxes[id] = sandbox
             await self._restore_ports()
-            await self._settle()
+            await self._apply()
 
     async def connect(
         self,
@@ -103,12 +103,12 @@ class Gateway:
         is_open: bool = False,
         wants_ipv6: bool = False,
     ) -> Sandbox:
-        """A way out for a container, bare of address and route yet, and its host-mode ``ports`` published.
+        """An interface for a container, without address and route so far, and its host-mode ``ports`` published.
 
-        ``is_open``: it and others like it reach each other by the bridge; ``wants_ipv6``: out by IPv6 too, where the
-        machine has it.  Raises: AlreadyExists: a port is taken; SkepError.
+        ``is_open``: it reaches other open ones by the bridge; ``wants_ipv6``: with IPv6 egress, where the machine has
+        it.  Raises: AlreadyExists: a port is in use; SkepError.
         """
-        addresses = self._opened()
+        addresses = self._require_addresses()
         address = addresses.take(container_id)
         reserved: list[PublishedPort] = []
         try:
@@ -134,25 +134,25 @@ class Gateway:
                 gateway6=str(subnet6[1]) if subnet6 is not None else "",
             )
             self._sandboxes[container_id] = sandbox
-            await self._settle()
+            await self._apply()
         except BaseException:
             await asyncio.shield(self._undo(container_id, str(address), reserved))
             raise
         return sandbox
 
     async def disconnect(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """Free everything that ``connect`` gave; harmless when it is free already."""
+        """Release address and ports of ``connect``.  Idempotent."""
         if sandbox.address:
             await self._undo(container_id, sandbox.address, sandbox.ports)
 
     async def cut(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """The same for a container that runs on: its interface goes, too.  Raises: SkepError."""
+        """``disconnect`` a running container: its interface is removed, too.  Raises: SkepError."""
         if sandbox.port:
             await apply_operations(self._namespaces, self._namespaces.home, [DeleteLink(sandbox.port)])
         await self.disconnect(container_id, sandbox)
 
     def sandbox_of(self, container_id: ContainerId) -> Sandbox | None:
-        """What ``connect`` gave a container that was not disconnected since; None: nothing."""
+        """The result of ``connect`` of a connected container; None: it is not connected."""
         return self._sandboxes.get(container_id)
 
     # --- another subnet ---------------------------------------------------------------------------------------
@@ -164,11 +164,11 @@ class Gateway:
 
     @property
     def subnet(self) -> IPv4Network | None:
-        """None: it is not made yet."""
+        """Of the bridge; None: it is not made yet."""
         return self._addresses.subnet if self._addresses is not None else None
 
     def users(self) -> Sequence[str]:
-        """Ids of the containers on it."""
+        """Ids of the connected containers."""
         return self._addresses.owners() if self._addresses is not None else ()
 
     async def move(self, subnet: IPv4Network | None) -> None:
@@ -187,8 +187,8 @@ class Gateway:
                     )
         if self.users():
             raise FailedPrecondition("containers are on the node's gateway bridge")
-        self._addresses = None  # no container gets an address of the old subnet any more
-        # With all addresses it has: the node's own namespace may hold more than is known here.
+        self._addresses = None  # no more addresses of the old subnet
+        # With all its addresses: it may have others than the wanted state.
         await self._home.remove(self._bridge)
         if subnet is None:
             self._state.unlink(missing_ok=True)
@@ -205,16 +205,16 @@ class Gateway:
             try:
                 await self._home.apply()  # before another container gets the port
             except SkepError as error:  # the next comparison removes it
-                log.warning("the gateway was not cleared", container=container_id, error=str(error))
+                log.warning("gateway rules not removed", container=container_id, error=str(error))
         else:
             self._deferred.soon(_PART, self._home.apply)
         for port in ports:
             if port.publish_mode is PublishMode.HOST:
                 await self._reservations.release(port.protocol, port.published_port, port.host_ip)
-        self._opened().release(IPv4Address(address), container_id)
+        self._require_addresses().release(IPv4Address(address), container_id)
 
-    async def _settle(self) -> None:
-        """Bring bridge, ports and rules about.  Raises: SkepError."""
+    async def _apply(self) -> None:
+        """Apply bridge, ports and rules.  Raises: SkepError."""
         self._set_part()
         if self._used_subnet6() is not None and not self._forwards_ipv6:
             await self._namespaces.run(self._namespaces.home, forward_ipv6)
@@ -222,7 +222,11 @@ class Gateway:
         await self._home.apply()
 
     def _set_part(self) -> None:
-        subnet, subnet6, sandboxes = self._opened().subnet, self._used_subnet6(), self._sandboxes.values()
+        subnet, subnet6, sandboxes = (
+            self._require_addresses().subnet,
+            self._used_subnet6(),
+            self._sandboxes.values(),
+        )
         state = gateway_state(self._bridge, subnet, sandboxes, subnet6)
         owners = [
             Owner(one.port, one.mac_address, tuple(filter(None, (one.address, one.address6))))
@@ -252,7 +256,7 @@ class Gateway:
         for protocol, number, address in sorted(wanted - held):
             try:
                 await self._reservations.reserve(protocol, number, address)
-            except SkepError as error:  # the container has it by the rules all the same
+            except SkepError as error:  # the rules publish it nevertheless
                 log.warning("host port not reserved again", protocol=protocol, port=number, error=str(error))
         for protocol, number, address in sorted(held - wanted):  # of containers that are gone
             await self._reservations.release(protocol, number, address)
@@ -260,11 +264,11 @@ class Gateway:
     # --- subnet -----------------------------------------------------------------------------------------------
 
     async def _choose_subnets(self) -> tuple[IPv4Network, IPv6Network | None]:
-        """For IPv4, and for IPv6 where this machine leads anybody out by it."""
+        """For IPv4, and for IPv6 if this machine can give containers IPv6 egress."""
         at_home = self._namespaces.home
         refusal = await self._namespaces.run(at_home, ipv6_refusal)
         if refusal:
-            log.info("no way out by IPv6 for containers", reason=refusal)
+            log.info("no ipv6 egress for containers", reason=refusal)
         async with self._namespaces.netlink(at_home) as home:
             index = await _index(home, self._bridge)
             taken = await _networks_except(home, index, IPv4Network)
@@ -274,7 +278,7 @@ class Gateway:
             taken6 = await _networks_except(home, index, IPv6Network)
             return subnet, stored_subnet(self._state6, taken6, IPv6Network, _fresh_unique_local)
 
-    def _opened(self) -> Addresses:
+    def _require_addresses(self) -> Addresses:
         if self._addresses is None:
             raise Unavailable("the node's network is not set up yet")
         return self._addresses
@@ -283,9 +287,9 @@ class Gateway:
 def gateway_state(
     bridge: str, subnet: IPv4Network, sandboxes: Iterable[Sandbox], subnet6: IPv6Network | None = None
 ) -> State:
-    """What the node's own namespace has to hold of the gateway network.  ``subnet6``: None: IPv6 is unused.
+    """The gateway network's part of the node's own namespace.  ``subnet6``: None: IPv6 is unused.
 
-    The bridge has a MAC address of its own: without one it takes its lowest port's, and changes it with the ports.
+    The bridge has a fixed MAC address: otherwise it has that of its lowest port, which changes with the ports.
     """
     links = {bridge: Link(name=bridge, kind="bridge", mtu=USUAL_MTU, mac=mac_of(subnet[1]))}
     for one in sandboxes:
@@ -307,7 +311,7 @@ def gateway_state(
         addresses=frozenset(addresses),
         sysctls={
             **_HOME_SYSCTLS,
-            # A client on the node may use 127.0.0.1; nothing from outside gets there (chain ``raw``).
+            # For clients on the node at 127.0.0.1; packets from outside are dropped (chain ``raw``).
             f"net/ipv4/conf/{bridge}/route_localnet": "1",
             f"net/ipv4/conf/{bridge}/rp_filter": "0",
             **sysctls6,
@@ -318,7 +322,7 @@ def gateway_state(
 def new_port_name() -> str:
     """Name of a container's port on the bridge; the kernel takes 15 characters.
 
-    Not made from the container's id: the port of an earlier start may take the kernel a moment to vanish.
+    Not derived from the container's id: the kernel may take a moment to remove the port of an earlier start.
     """
     return f"vs{secrets.token_hex(6)}"
 
@@ -338,7 +342,7 @@ async def _index(route: AsyncIPRoute, name: str) -> int:
 
 
 async def _networks_except(route: AsyncIPRoute, index: int, version: type[Network]) -> list[Network]:
-    """What the node's routes reach, leaving out those through the link ``index``."""
+    """Destinations of the node's routes, without those through the link ``index``."""
     networks = []
     async for answer in await route.route("dump", family=_FAMILIES[version]):
         destination = answer.get("dst")

@@ -1,1 +1,1 @@
-"""Published ports and connections that are relayed by a process instead of the kernel."""
+"""Published ports that are relayed by the net process instead of the kernel."""

@@ -1,4 +1,4 @@
-"""The header by which a relayed connection says who its client is.
+"""The PROXY header, which names the client of a relayed connection.
 
 Source: haproxy, doc/proxy-protocol.txt, sections 2.1 (version 1) and 2.2 (version 2).
 """
@@ -12,9 +12,9 @@ _TCP_OVER_IPV4, _TCP_OVER_IPV6 = 0x11, 0x21
 
 
 def proxy_header(version: int, client: tuple[str, int], own: tuple[str, int]) -> bytes:
-    """What a TCP connection from ``client`` to ``own`` (address, port; of one family) begins with.
+    """The header of a TCP connection from ``client`` to ``own`` (address, port; of one family).
 
-    ``version``: 1 or 2; 0 gives nothing.
+    ``version``: 1 or 2; 0: no header.
     """
     if version == 0:
         return b""

@@ -1,6 +1,6 @@
-"""Relays the published ports that the kernel cannot lead to tasks (``relays.py``), in the net process.
+"""Relays the published ports that the kernel cannot forward to tasks (``relays.py``), in the net process.
 
-The wanted relays are in a file; a change of it changes the backends of new connections, and open ones go on.
+The wanted relays are in a file.  A change of it applies to new connections; open ones go on.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class Relays:
     """All relays of one node.
 
     Args:
-        plan: the file; missing: nothing is served.  It has a directory of its own.
+        plan: the file; missing: there are no relays.  No other file is in its directory.
         in_namespace: calls a function in the node's own network namespace (sockets opened there stay there).
     """
 
@@ -48,7 +48,7 @@ class Relays:
         self._clock = clock
         self._rng = rng
         self._in_namespace = in_namespace
-        self._open: dict[_Key, TcpRelay | UdpRelay] = {}
+        self._relays: dict[_Key, TcpRelay | UdpRelay] = {}
         self._refused: set[_Key] = set()
 
     async def run(self) -> None:
@@ -59,44 +59,44 @@ class Relays:
             while True:
                 try:
                     with closing(FileWatch(self._plan.parent)) as watch:
-                        await self._follow_changes(watch, backoff)
+                        await self._apply_changes(watch, backoff)
                 except OSError as error:
-                    log.warning("changes of relays not watched", reason=str(error))
-                    await self._follow()
+                    log.warning("relays not watched", reason=str(error))
+                    await self._apply()
                     await backoff.sleep(self._clock)
         finally:
-            for relay in self._open.values():
+            for relay in self._relays.values():
                 relay.close(ends_connections=True)
 
-    async def _follow_changes(self, watch: FileWatch, backoff: Backoff) -> None:
+    async def _apply_changes(self, watch: FileWatch, backoff: Backoff) -> None:
         while True:
-            await self._follow()
+            await self._apply()
             if not self._refused:
                 backoff.reset()
                 await watch.wait_changed()
                 continue
-            with suppress(TimeoutError):  # a port may be free by then
+            with suppress(TimeoutError):  # the port may be free by then
                 async with asyncio.timeout(backoff.next_delay_s()):
                     await watch.wait_changed()
 
-    async def _follow(self) -> None:
+    async def _apply(self) -> None:
         wanted = {(one.protocol, one.address, one.port): one for one in self._read()}
-        for key in self._open.keys() - wanted.keys():
-            self._open.pop(key).close()
+        for key in self._relays.keys() - wanted.keys():
+            self._relays.pop(key).close()
         refused = set()
         for key, port in wanted.items():
             try:
-                if (relay := self._open.get(key)) is not None:
+                if (relay := self._relays.get(key)) is not None:
                     relay.update(port)
                 else:
-                    self._open[key] = await self._opened(port)
-            except Exception as error:  # whatever it is, it is one port
+                    self._relays[key] = await self._open_relay(port)
+            except Exception as error:  # one port's error affects no other
                 refused.add(key)
                 if key not in self._refused:
                     log.warning("port is not relayed", port=key, reason=describe_error(error))
         self._refused = refused
 
-    async def _opened(self, port: RelayPort) -> TcpRelay | UdpRelay:
+    async def _open_relay(self, port: RelayPort) -> TcpRelay | UdpRelay:
         if port.protocol == "udp":
             return UdpRelay(
                 port, self._in_namespace(lambda: _bound(port)), self._clock, self._rng, self._in_namespace
@@ -106,7 +106,7 @@ class Relays:
         return relay
 
     def _read(self) -> tuple[RelayPort, ...]:
-        """What is wanted; as it was while that cannot be read."""
+        """The wanted relays; the last ones while the file cannot be read."""
         try:
             self._planned = msgspec.json.decode(self._plan.read_bytes(), type=tuple[RelayPort, ...])
         except FileNotFoundError:
@@ -117,7 +117,7 @@ class Relays:
 
 
 def _bound(port: RelayPort) -> socket.socket:
-    """Raises: OSError: another program has the port, or the address is not this node's."""
+    """Raises: OSError: the port is in use, or the address is not this node's."""
     family = socket.AF_INET6 if ":" in port.address else socket.AF_INET
     kind = socket.SOCK_DGRAM if port.protocol == "udp" else socket.SOCK_STREAM
     opened = socket.socket(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)

@@ -1,8 +1,8 @@
-"""Published ports that user space serves, with their backends.  Pure.
+"""Published ports that are served in user space, with their backends.  Pure.
 
-The kernel cannot lead ``[::1]`` to a container, nor IPv6 to tasks that have IPv4 addresses only, nor begin a connection
-with a PROXY header.  The net process serves these (``relay.py``), so that they go on without the node process, which
-writes down for it what is to be served.
+The kernel cannot forward ``[::1]`` to a container, nor IPv6 to tasks that have IPv4 addresses only, nor begin a
+connection with a PROXY header.  The net process serves these (``relay.py``) from a file that the node process writes,
+so that they go on without the node process.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ from skep.dataplane.plan.ingress import STICKY_SLOTS, MeshPort, Plan, sticky_slo
 class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
     """One port on one address.
 
-    ``backends``: address and port, as the client's choice of them goes: a client's address has always the same place
-    among them where ``is_sticky``.  ``proxy_protocol``: version of the header each connection begins with, or 0.
+    ``backends``: address and port; with ``is_sticky`` one per slot, and a client's address always has the same slot.
+    ``proxy_protocol``: version of the header that each connection begins with, or 0.
     """
 
     protocol: str
@@ -29,7 +29,7 @@ class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def relay_ports(plan: Plan) -> tuple[RelayPort, ...]:
-    """What the net process serves for ``plan``."""
+    """The relays of ``plan``."""
     return tuple(relay for port in plan.ports if port.protocol != "sctp" for relay in _relays(port))
 
 
@@ -62,7 +62,7 @@ def sticky_slot(client: str) -> int:
 
 
 def backend_order(port: RelayPort, client: str, rng: Callable[[], float]) -> tuple[tuple[str, int], ...]:
-    """All tasks that serve, each once; the first is the client's, the others in case it cannot be reached.
+    """All serving tasks, each once: first the client's, then the others, which are tried if it cannot be reached.
 
     ``rng``: numbers from 0 to 1, less than 1.
     """

@@ -1,4 +1,4 @@
-"""One relayed UDP port: a socket towards a task for each client, for as long as they talk."""
+"""One relayed UDP port: a session for each client, with a socket connected to a task."""
 
 import asyncio
 import socket
@@ -13,16 +13,16 @@ from skep.dataplane.proxy.relays import RelayPort, backend_order
 from skep.linux.descriptors import set_aside
 
 SESSIONS_MAX = 1024
-"""Of one port; for one more the one that was silent longest ends."""
-SILENT_S = 90.0
-"""After that a session may end.  Source: moby, libnetwork/cmd/proxy/udp_proxy_linux.go (UDPConnTrackTimeout)."""
+"""Of one port; a further one replaces the one that was idle longest."""
+IDLE_S = 90.0
+"""After which a session may end.  Source: moby, libnetwork/cmd/proxy/udp_proxy_linux.go (UDPConnTrackTimeout)."""
 _DATAGRAM_BYTES_MAX = 65535
 _AT_ONCE_MAX = 64
-"""Datagrams taken before others have their turn."""
+"""Datagrams read before other work of the event loop."""
 _CONTROL_BYTES = socket.CMSG_SPACE(20)
 
 _Client = tuple[Any, bytes]
-"""The client's socket address, and the address of the node that it asked (as the kernel gives it)."""
+"""The client's socket address, and the destination address of its datagrams (as the kernel gives it)."""
 
 
 class _Session(msgspec.Struct):
@@ -32,7 +32,7 @@ class _Session(msgspec.Struct):
 
 
 class UdpRelay:
-    """Serves one port by ``listener``, which is bound.  Only IPv6: the kernel leads IPv4 by itself."""
+    """Serves one port by ``listener``, which is bound.  Only IPv6: the kernel forwards IPv4."""
 
     def __init__(
         self,
@@ -48,33 +48,33 @@ class UdpRelay:
         self._rng = rng
         self._in_namespace = in_namespace
         self._sessions: dict[_Client, _Session] = {}
-        self._next_look_s = 0.0
-        # An answer has to leave from the address that was asked.
+        self._next_check_s = 0.0
+        # A response has to have the request's destination as its source.
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-        asyncio.get_running_loop().add_reader(listener, self._take)
+        asyncio.get_running_loop().add_reader(listener, self._read_clients)
 
     def update(self, port: RelayPort) -> None:
-        """Sessions with tasks that serve no more end: the client's next datagram goes to another."""
+        """End the sessions with removed backends: the client's next datagram goes to another one."""
         self._port = port
         for client, session in tuple(self._sessions.items()):
             if session.backend not in port.backends:
                 self._end(client)
 
     def close(self, *, ends_connections: bool = False) -> None:
-        """Take nothing more; there is no session without the port."""
+        """Close the port and all sessions."""
         for client in tuple(self._sessions):
             self._end(client)
         asyncio.get_running_loop().remove_reader(self._listener)
         self._listener.close()
 
-    def _take(self) -> None:
+    def _read_clients(self) -> None:
         """Datagrams from clients."""
         for _ in range(_AT_ONCE_MAX):
             try:
                 data, control, _, peer = self._listener.recvmsg(_DATAGRAM_BYTES_MAX, _CONTROL_BYTES)
-            except OSError:  # nothing more for now, or the answer to an answer
+            except OSError:  # nothing more to read, or an ICMP error
                 return
-            asked = next(
+            destination = next(
                 (
                     value
                     for level, kind, value in control
@@ -82,14 +82,14 @@ class UdpRelay:
                 ),
                 b"",
             )
-            session = self._session((peer, asked))
+            session = self._session((peer, destination))
             if session is not None:
                 session.last_s = self._clock.monotonic()
-                with suppress(OSError):  # a datagram that cannot be sent is lost, as they are
+                with suppress(OSError):  # UDP may lose datagrams
                     session.socket.send(data)
 
     def _session(self, client: _Client) -> _Session | None:
-        self._end_silent()
+        self._end_idle()
         session = self._sessions.get(client)
         if session is None:
             backends = backend_order(self._port, client[0][0], self._rng)
@@ -99,36 +99,36 @@ class UdpRelay:
                 self._end(min(self._sessions, key=lambda one: self._sessions[one].last_s))
             family = socket.AF_INET6 if ":" in backends[0][0] else socket.AF_INET
             kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-            opened = set_aside(self._in_namespace(lambda: socket.socket(family, kind)))
+            backend = set_aside(self._in_namespace(lambda: socket.socket(family, kind)))
             try:
-                opened.connect(backends[0])
+                backend.connect(backends[0])
             except OSError:
-                opened.close()
+                backend.close()
                 return None
-            session = self._sessions[client] = _Session(opened, backends[0], self._clock.monotonic())
-            asyncio.get_running_loop().add_reader(opened, self._give_back, client, session)
+            session = self._sessions[client] = _Session(backend, backends[0], self._clock.monotonic())
+            asyncio.get_running_loop().add_reader(backend, self._read_backend, client, session)
         return session
 
-    def _give_back(self, client: _Client, session: _Session) -> None:
-        """Answers from a task."""
-        peer, asked = client
-        control = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, asked)] if asked else []
+    def _read_backend(self, client: _Client, session: _Session) -> None:
+        """Datagrams from a task."""
+        peer, destination = client
+        control = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, destination)] if destination else []
         for _ in range(_AT_ONCE_MAX):
             try:
                 data = session.socket.recv(_DATAGRAM_BYTES_MAX)
-            except OSError:  # nothing more for now, or nobody listens there
+            except OSError:  # nothing more to read, or the port is closed
                 return
             session.last_s = self._clock.monotonic()
             with suppress(OSError):
                 self._listener.sendmsg([data], control, 0, peer)
 
-    def _end_silent(self) -> None:
+    def _end_idle(self) -> None:
         now_s = self._clock.monotonic()
-        if now_s < self._next_look_s:
+        if now_s < self._next_check_s:
             return
-        self._next_look_s = now_s + SILENT_S / 10
+        self._next_check_s = now_s + IDLE_S / 10
         for client, session in tuple(self._sessions.items()):
-            if now_s - session.last_s > SILENT_S:
+            if now_s - session.last_s > IDLE_S:
                 self._end(client)
 
     def _end(self, client: _Client) -> None:

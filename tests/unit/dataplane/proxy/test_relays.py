@@ -40,7 +40,7 @@ async def test_a_port_that_cannot_be_and_a_plan_that_cannot_be_read_end_no_other
         while not await answers(first):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         plan.write_bytes(b"\xff")
-        await relays._follow()
+        await relays._apply()
         assert await answers(first)
         plan.write_bytes(msgspec.json.encode([a_relay(second)]))
         while not await answers(second) or await answers(first):  # noqa: ASYNC110

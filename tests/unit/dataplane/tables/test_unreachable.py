@@ -53,7 +53,7 @@ def serves(table: Table) -> set[str]:
     return {str(id) for id, one in table.endpoints.items() if one.is_serving}
 
 
-def test_who_fails_and_is_settled_is_unreachable_peers() -> None:
+def test_peers_that_fail_by_a_settled_verdict_are_unreachable() -> None:
     found = reports(m2=True, m3=True, w1=False) | {NodeId("w2"): a_report(fails=True, rounds=1)}
     assert unreachable_peers(found) == Unreachable(plain=nodes("m2", "m3"))
 
