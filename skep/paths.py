@@ -38,18 +38,22 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def certificates(self) -> Path:
+        """Directory of the node's certificate and the root certificates."""
         return self.data / "certificates"
 
     @property
     def node_key(self) -> Path:
+        """Private key of the node's certificate."""
         return self.certificates / "swarm-node.key"
 
     @property
     def tasks(self) -> Path:
+        """Directory of the assigned tasks."""
         return self.data / "tasks"
 
     @property
     def networks(self) -> Path:
+        """Directory of what the node has chosen for its networks, and of saved tables."""
         return self.data / "networks"
 
     @property
@@ -59,10 +63,12 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def images(self) -> Path:
+        """Directory of images and layers."""
         return self.data / "images"
 
     @property
     def containers(self) -> Path:
+        """Directory of the containers."""
         return self.data / "containers"
 
     @property
@@ -72,6 +78,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def volumes(self) -> Path:
+        """Directory of the volumes."""
         return self.data / "volumes"
 
     @property
@@ -86,10 +93,12 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def manager_config(self) -> Path:
+        """What the node process writes for the manager process."""
         return self.manager / "config.json"
 
     @property
     def manager_keys(self) -> Path:
+        """Directory of the manager's secret keys."""
         return self.manager / "keys"
 
     @property
@@ -114,6 +123,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def etcd(self) -> Path:
+        """Data directory of etcd."""
         return self.manager / "etcd"
 
     @property
@@ -155,10 +165,12 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def api_socket(self) -> Path:
+        """Of the node process."""
         return self.run / "skep.sock"
 
     @property
     def manager_socket(self) -> Path:
+        """Where the manager process takes connections from the node process."""
         return self.run / "manager.sock"
 
     @property
@@ -178,10 +190,12 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def etcd_socket(self) -> Path:
+        """For etcd's clients on this machine."""
         return self.run / "etcd.sock"
 
     @property
     def net_socket(self) -> Path:
+        """For requests to the net process."""
         return self.run / "net.sock"
 
     @property
@@ -221,6 +235,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def netns(self) -> Path:
+        """Where network namespaces are pinned."""
         return self.run / "netns"
 
     @property
@@ -240,6 +255,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def runc(self) -> Path:
+        """State directory of runc."""
         return self.run / "runc"
 
     @property
@@ -254,6 +270,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def tls(self) -> Path:
+        """Directory of the certificates that etcd reads."""
         return self.run / "tls"
 
     @property

@@ -25,9 +25,11 @@ class SystemClock:
     """The clocks of this machine."""
 
     def now_ns(self) -> int:
+        """Wall clock, nanoseconds since 1970."""
         return time.time_ns()
 
     def monotonic(self) -> float:
+        """Seconds since an arbitrary moment."""
         return time.monotonic()
 
     def since_boot(self) -> float:
@@ -35,4 +37,5 @@ class SystemClock:
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     async def sleep(self, seconds: float) -> None:
+        """``asyncio.sleep``; a negative time counts as 0."""
         await asyncio.sleep(max(seconds, 0.0))

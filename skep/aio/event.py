@@ -13,15 +13,18 @@ class Event:
         self._waiters: list[asyncio.Future[None]] | None = None
 
     def is_set(self) -> bool:
+        """Whether it is set."""
         return self._is_set
 
     def set(self) -> None:
+        """Set it, and wake up all that wait."""
         self._is_set = True
         for waiter in self._waiters or ():
             if not waiter.done():
                 waiter.set_result(None)
 
     def clear(self) -> None:
+        """Reset it; later calls of ``wait`` wait again."""
         self._is_set = False
 
     async def wait(self) -> bool:

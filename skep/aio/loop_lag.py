@@ -1,4 +1,4 @@
-"""Lag of an event loop: how late it runs tasks whose time has come.
+"""Lag of an event loop: by how much it runs tasks later than scheduled.
 
 There are three causes, which the kernel's accounting of the thread distinguishes: it *ran* (a callback computed for too
 long, an error of this program), it *waited for a processor* (the machine is busy with something else), or it *slept* (a
@@ -20,7 +20,7 @@ from skep.aio.clock import Clock
 log = structlog.get_logger()
 
 PERIOD_S = 0.05
-"""Between two measurements.  Of a delay that begins in between, only what outlasts the next one is measured."""
+"""Between two measurements.  A delay is measured from the next one on."""
 
 LATE_S = 0.1
 """Lag that is logged."""
@@ -39,7 +39,7 @@ class Lag(msgspec.Struct, frozen=True, rename="pascal"):
     looks: int
     ms_max: float
     ms_p999: float
-    """Rounded up to one of ``bounds_ms``; the largest lag where that is smaller."""
+    """Rounded up to one of ``bounds_ms``, at most the largest lag."""
     bounds_ms: tuple[int, ...]
     counts: tuple[int, ...]
 
@@ -52,7 +52,7 @@ class LoopLag:
         self._ms_max = 0.0
 
     async def run(self, clock: Clock) -> None:
-        """Measure until cancelled; a lag of ``LATE_S`` is logged, with its cause and where the loop stood."""
+        """Measure until cancelled; a lag of ``LATE_S`` is logged, with its cause and the stack of the loop."""
         with StackWatch() as watch, ThreadTimes() as times:
             spent = times.read()
             while True:
@@ -65,7 +65,7 @@ class LoopLag:
                     _tell(lag_s, spent[0] - last[0], spent[1] - last[1], stood)
 
     def note(self, lag_s: float) -> None:
-        """Count one look that came ``lag_s`` late."""
+        """Count one measurement of ``lag_s``."""
         lag_ms = max(lag_s * 1000, 0.0)
         self._counts[bisect_left(BOUNDS_MS, lag_ms)] += 1
         self._ms_max = max(self._ms_max, lag_ms)
@@ -86,7 +86,7 @@ class LoopLag:
 
 
 class ThreadTimes:
-    """What the present thread does."""
+    """Scheduling of the present thread."""
 
     def __enter__(self) -> "ThreadTimes":
         try:
@@ -100,7 +100,7 @@ class ThreadTimes:
             os.close(self._file)
 
     def read(self) -> tuple[float, float]:
-        """Seconds for which it ran, and for which it could have run and waited for a processor, since it began."""
+        """Seconds in which it ran, and in which it was runnable and waited for a processor, since it began."""
         if self._file < 0:
             return 0.0, 0.0
         ran_ns, waited_ns, _ = os.pread(self._file, 100, 0).split()
@@ -108,11 +108,11 @@ class ThreadTimes:
 
 
 class StackWatch:
-    """A thread that notes where the thread which made it stands, when that has not called ``turn`` for a while."""
+    """A thread that records the stack of the thread which made it, when that has not called ``turn`` for a while."""
 
     def __init__(self) -> None:
         self.stood: tuple[str, ...] = ()
-        """Innermost first, at the first look at which it was late; empty: it was not."""
+        """Innermost first, when it was first found late; empty: it was not late."""
         self._turns = 0
         self._watched = threading.get_ident()
         self._stopped = threading.Event()
@@ -129,7 +129,7 @@ class StackWatch:
         self._thread.join()
 
     def turn(self) -> tuple[str, ...]:
-        """The watched thread goes on; gives where it stood, if it was late."""
+        """Called by the watched thread; returns its recorded stack, if it was late."""
         self._turns += 1
         stood, self.stood = self.stood, ()
         return stood
@@ -153,7 +153,7 @@ def stack_of(frame: FrameType | None) -> tuple[str, ...]:
 
 
 def cause(lag_s: float, ran_s: float, waited_s: float) -> str:
-    """What most of a lag was: the thread ``ran``, ``waited for a processor``, or ``slept``."""
+    """The main cause of a lag: the thread ``ran``, ``waited for a processor``, or ``slept``."""
     parts = {"ran": ran_s, "waited for a processor": waited_s, "slept": lag_s - ran_s - waited_s}
     return max(parts, key=parts.__getitem__)
 

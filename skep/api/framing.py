@@ -26,6 +26,7 @@ class Head(msgspec.Struct, frozen=True):
     headers: tuple[tuple[bytes, bytes], ...]
 
     def all(self, name: bytes) -> list[bytes]:
+        """The values of all headers called ``name``, which is in lower case."""
         return [value for key, value in self.headers if key == name]
 
     def tokens(self, name: bytes) -> list[bytes]:
@@ -49,6 +50,7 @@ class Body:
     is_complete = True
 
     def take(self, data: bytes) -> tuple[bytes, bytes]:
+        """Split ``data``; this base class has no body."""
         return b"", data
 
 
@@ -60,6 +62,7 @@ class Sized(Body):
         self.is_complete = length == 0
 
     def take(self, data: bytes) -> tuple[bytes, bytes]:
+        """Split ``data`` at the end of the body."""
         mine, rest = data[: self.bytes_left], data[self.bytes_left :]
         self.bytes_left -= len(mine)
         self.is_complete = self.bytes_left == 0

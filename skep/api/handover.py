@@ -48,6 +48,8 @@ class State(IntEnum):
 
 
 class Kind(IntEnum):
+    """What a message is about."""
+
     STATES = 1
     """To the manager, first: the descriptor is the state table's."""
     CONNECTION = 2
@@ -189,6 +191,7 @@ def pack_slots(slots: Sequence[int]) -> bytes:
 
 
 def unpack_slots(data: bytes) -> tuple[int, ...]:
+    """The reverse of ``pack_slots``."""
     return struct.unpack(f"!{len(data) // 4}I", data)
 
 

@@ -39,6 +39,8 @@ class SubnetBody(ApiObject):
 
 
 class IPAMBody(ApiObject):
+    """The addresses of a network, as in requests and responses."""
+
     __go_name__ = "network.IPAM"
 
     driver: str = always("")

@@ -59,6 +59,7 @@ class ResponseHook(AbstractAccessLogger):
     connection: "_Connection | None" = None
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        """Called by aiohttp at the end of a response."""
         if self.connection is not None:
             self.connection.end_response(is_last=not response.keep_alive)
 
@@ -149,12 +150,15 @@ class PassedConnections:
 
     @property
     def is_stopping(self) -> bool:
+        """Whether connections are being passed back."""
         return self._is_stopping
 
     def opened(self, connection: "_Connection") -> None:
+        """``connection`` is served from now on."""
         self._open.add(connection)
 
     def closed(self, connection: "_Connection") -> None:
+        """``connection`` is served no more."""
         self._open.discard(connection)
 
     def gone(self, peer: "_Peer") -> None:

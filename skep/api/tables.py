@@ -17,18 +17,23 @@ class Table(Generic[T]):
         self._handlers: list[tuple[str, str, BoundHandler[T]]] = []
 
     def get(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
+        """Decorator of a handler of GET."""
         return self._adding("GET", path)
 
     def head(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
+        """Decorator of a handler of HEAD."""
         return self._adding("HEAD", path)
 
     def post(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
+        """Decorator of a handler of POST."""
         return self._adding("POST", path)
 
     def put(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
+        """Decorator of a handler of PUT."""
         return self._adding("PUT", path)
 
     def delete(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
+        """Decorator of a handler of DELETE."""
         return self._adding("DELETE", path)
 
     def bound(self, subject: T) -> list[web.RouteDef]:

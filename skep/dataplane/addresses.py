@@ -1,4 +1,4 @@
-"""Which addresses the node's own networks use: pure choices."""
+"""Addresses and subnets of the node's own networks.  Pure."""
 
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -18,7 +18,7 @@ def free_subnet(taken: Iterable[IPv4Network]) -> IPv4Network:
 
     Raises: ResourceExhausted: there is none.
     """
-    used = [network for network in taken if network.prefixlen > 0]  # the default route is everywhere
+    used = [network for network in taken if network.prefixlen > 0]  # without the default route
     for subnet in POOL:
         if not any(subnet.overlaps(network) for network in used):
             return subnet
@@ -28,7 +28,7 @@ def free_subnet(taken: Iterable[IPv4Network]) -> IPv4Network:
 
 
 UNIQUE_LOCAL_BITS = 40
-"""Of chance in a network of RFC 4193."""
+"""Random bits of an RFC 4193 prefix."""
 
 
 def unique_local(rng: int) -> IPv6Network:
@@ -37,12 +37,12 @@ def unique_local(rng: int) -> IPv6Network:
 
 
 def beside(address: IPv4Address, subnet: IPv6Network) -> IPv6Address:
-    """The IPv6 address beside ``address``: as unique as that, so it need not be allocated."""
+    """The IPv6 address derived from ``address``: as unique, so it is not allocated."""
     return subnet[int(address)]
 
 
 class Addresses:
-    """The addresses of one subnet.  The first is the gateway's, unless the user says another one.
+    """The addresses of one subnet.  The first is the gateway's, unless the user chooses another.
 
     The next free one after the last given is taken, so that an address is not reused at once (its
     neighbours may still remember the old owner).
@@ -56,7 +56,7 @@ class Addresses:
         pool: IPv4Network | None = None,
         reserved: Iterable[IPv4Address] = (),
     ) -> None:
-        """``pool``: the part of the subnet that is given away unasked; ``reserved``: never given."""
+        """``pool``: the part of the subnet for addresses that no user requests; ``reserved``: never allocated."""
         self.subnet = subnet
         self.gateway = gateway or subnet[1]
         self._reserved = frozenset({self.gateway, *reserved})
@@ -78,7 +78,7 @@ class Addresses:
         raise ResourceExhausted(f"no address is left in {self.subnet}")
 
     def take_requested(self, address: IPv4Address, owner: str) -> IPv4Address:
-        """Exactly ``address``.  Raises: InvalidArgument: not of this subnet; FailedPrecondition: it is taken."""
+        """Allocate ``address``.  Raises: InvalidArgument: not of this subnet; FailedPrecondition: it is in use."""
         if not int(self.subnet[1]) <= int(address) <= int(self.subnet[-2]):
             raise InvalidArgument(f"invalid address {address}: it is no host address of {self.subnet}")
         if address in self._used or address in self._reserved:
@@ -87,7 +87,7 @@ class Addresses:
         return address
 
     def claim(self, address: IPv4Address, owner: str) -> None:
-        """Note that ``owner`` has ``address`` already."""
+        """Record that ``owner`` has ``address`` already."""
         self._used[address] = owner
         if self._first <= int(address) <= self._last_of_pool:
             self._last = max(self._last, int(address))
@@ -97,7 +97,7 @@ class Addresses:
         return tuple(self._used.values())
 
     def release(self, address: IPv4Address, owner: str) -> None:
-        """Give it back; ignored when it is not ``owner``'s."""
+        """Release it; ignored when it is not ``owner``'s."""
         if self._used.get(address) == owner:
             del self._used[address]
 

@@ -47,6 +47,7 @@ class Listener(socket.socket):
         return listener
 
     def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection, whose descriptor is moved to a high number."""
         connection, peer = super().accept()
         return set_aside(connection), peer
 

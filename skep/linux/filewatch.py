@@ -49,6 +49,7 @@ class FileWatch:
                 return
 
     def close(self) -> None:
+        """Stop watching."""
         if self._descriptor is not None:
             os.close(self._descriptor)
 

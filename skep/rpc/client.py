@@ -74,6 +74,7 @@ class ClientStream(Stream):
 
     @property
     def is_gone(self) -> bool:
+        """Whether the server reads no more of it."""
         return self.has_ended
 
     @property
@@ -182,6 +183,7 @@ class ClientStream(Stream):
             self._finish()
 
     def reset(self, code: int) -> None:
+        """The server has reset the stream."""
         self.end(Lost(f"the call was reset, code {code}"))
 
     def end(self, error: Lost) -> None:
@@ -301,27 +303,32 @@ class ClientConnection(Connection[ClientStream]):
     # -- called by the transport --------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the preface and the settings."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = CoalescingTransport(transport) if self._coalesces else transport
         self.is_open = True
         self.write(self.bounds.greeting())
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """End all streams."""
         self._lose(Lost(f"the connection broke: {exc or 'closed by the other end'}"))
         self._transport = None
 
     def resume_writing(self) -> None:
+        """The server reads again."""
         self._answers_owed = 0
         super().resume_writing()
 
     # -- frames -----------------------------------------------------------------------------------------------------
 
     def known(self, stream_id: int) -> ClientStream | None:
+        """As in ``Connection``."""
         if not stream_id % 2 or stream_id >= self._next_id:
             raise Violation("a stream that was never opened")
         return self._streams.get(stream_id)
 
     def take_data(self, frame: Frame) -> None:
+        """As in ``Connection``."""
         # The connection's window is given back at once, so that a slow reader holds up only its own stream.
         self._spent_bytes += len(frame.payload)
         if self._spent_bytes >= self.bounds.connection_window // 2:
@@ -334,21 +341,25 @@ class ClientConnection(Connection[ClientStream]):
                 stream.end(Lost("the response ended without a status"))
 
     def take_block(self, stream_id: int, block: bytes, *, is_last: bool) -> None:
+        """As in ``Connection``."""
         received = headers.response_headers(block)
         if stream := self.known(stream_id):
             stream.take_headers(received, is_last=is_last)
 
     def take_goaway(self) -> None:
+        """As in ``Connection``: close, and end all streams."""
         if self._transport is not None:
             self._transport.close()
         self._lose(Lost("the server goes away"))
 
     def fail(self, fault: Violation) -> None:
+        """As in ``Connection``: abort, and end all streams."""
         if self._transport is not None:
             self._transport.abort()
         self._lose(Lost(f"not HTTP/2 as agreed: {fault}"))
 
     def hold_answer(self) -> None:
+        """As in ``Connection``."""
         # Unlike a server, a client goes on reading while the peer does not: both would wait for ever.
         self._answers_owed += 1
         if self._answers_owed > ANSWERS_WHILE_PAUSED_MAX:

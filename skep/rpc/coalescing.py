@@ -22,6 +22,7 @@ class CoalescingTransport(asyncio.Transport):
         self._pending = b""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send ``data`` with the other writes of this turn of the event loop."""
         if not data:
             return
         if not self._pending:
@@ -37,21 +38,27 @@ class CoalescingTransport(asyncio.Transport):
             self._transport.write(pending)
 
     def close(self) -> None:
+        """Send what is left, and close."""
         self.flush()
         self._transport.close()
 
     def abort(self) -> None:
+        """Close at once."""
         self._pending = b""
         self._transport.abort()
 
     def is_closing(self) -> bool:
+        """As of the transport below."""
         return self._transport.is_closing()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """As of the transport below."""
         return self._transport.get_extra_info(name, default)
 
     def pause_reading(self) -> None:
+        """As of the transport below."""
         self._transport.pause_reading()
 
     def resume_reading(self) -> None:
+        """As of the transport below."""
         self._transport.resume_reading()

@@ -132,6 +132,7 @@ class Connection(asyncio.Protocol, Generic[S]):
     # -- called by the transport --------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
+        """Handle complete frames, keep the rest."""
         if not self.is_open:
             return
         try:
@@ -141,9 +142,11 @@ class Connection(asyncio.Protocol, Generic[S]):
             self.fail(fault)
 
     def pause_writing(self) -> None:
+        """The peer does not read."""
         self.is_paused = True
 
     def resume_writing(self) -> None:
+        """The peer reads again: send what was held back."""
         self.is_paused = False
         self._send_on()
 

@@ -77,13 +77,16 @@ class ServerStream(Stream):
 
     @property
     def has_ended(self) -> bool:
+        """Whether the client has sent everything."""
         return self._has_ended
 
     @property
     def is_gone(self) -> bool:
+        """Whether the client reads no more of it."""
         return self._is_gone
 
     def reset(self, code: int) -> None:
+        """The client has reset the stream."""
         self.give_up()
 
     def give_up(self) -> None:
@@ -279,11 +282,13 @@ class ServerConnection(Connection[ServerStream]):
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
+        """The client reads again: read its frames again, too."""
         if self._transport is not None:
             self._transport.resume_reading()
         super().resume_writing()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """Cancel all handlers."""
         self._give_up()
         # No cycles: what TLS holds of a connection is freed at once, not when the collector comes by.
         self._handle = _handle_none
@@ -361,11 +366,13 @@ class ServerConnection(Connection[ServerStream]):
     # -- frames ---------------------------------------------------------------------------------------------------
 
     def known(self, stream_id: int) -> ServerStream | None:
+        """As in ``Connection``."""
         if not stream_id % 2 or stream_id > self._last_stream_id:
             raise Violation("a stream that was never opened")
         return self._streams.get(stream_id)
 
     def take_data(self, frame: Frame) -> None:
+        """As in ``Connection``."""
         stream, size = self.known(frame.stream_id), len(frame.payload)
         data = frames.content(frame)
         self._window_in -= size
@@ -381,6 +388,7 @@ class ServerConnection(Connection[ServerStream]):
             stream.end()
 
     def take_block(self, stream_id: int, block: bytes, *, is_last: bool) -> None:
+        """As in ``Connection``: headers begin a stream, trailers end one."""
         request, self._table = headers.decoded(self._table, block)
         if stream_id <= self._last_stream_id:
             # Trailers.  Those of a stream that has ended crossed our end of it.
@@ -411,9 +419,11 @@ class ServerConnection(Connection[ServerStream]):
             self.became_idle()
 
     def take_goaway(self) -> None:
+        """As in ``Connection``."""
         self.close()
 
     def fail(self, fault: Violation) -> None:
+        """As in ``Connection``: close with the code of the fault."""
         log.info("connection closed: not a peer of gRPC", reason=str(fault))
         self.close(fault.code)
 

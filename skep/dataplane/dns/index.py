@@ -93,6 +93,7 @@ class Index:
 
     @cached_property
     def subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """Of the network; malformed ones are left out."""
         found = []
         for segment in self._table.head.segments:
             with suppress(ValueError):  # what is no subnet has no addresses

@@ -59,6 +59,7 @@ class Sockets:
         self.requesting, self.responding, self.listening = opened
 
     def close(self) -> None:
+        """Close all three."""
         for one in (self.requesting, self.responding, self.listening):
             one.close()
 

@@ -51,6 +51,7 @@ class Sink(asyncio.Protocol):
         self._count = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Refuse it unless it is from a peer and there is room."""
         assert isinstance(transport, asyncio.Transport), "of TCP"
         self._transport = transport
         address = (transport.get_extra_info("peername") or ("",))[0]
@@ -63,16 +64,19 @@ class Sink(asyncio.Protocol):
         self._deadline = asyncio.get_running_loop().call_later(deadline_s, transport.abort)
 
     def data_received(self, data: bytes) -> None:
+        """Count ``data``, up to the bound of a transfer."""
         self._count += len(data)
         if self._count > BYTES_MAX and self._transport is not None:
             self._transport.abort()
 
     def eof_received(self) -> bool:
+        """Send the count, and close."""
         if self._transport is not None:
             self._transport.write(_COUNT.pack(self._count))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Release its place."""
         self._connections.discard(self)
         if self._deadline is not None:
             self._deadline.cancel()

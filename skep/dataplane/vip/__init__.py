@@ -1,5 +1,5 @@
-"""Virtual addresses: in each container's namespace nftables lead them to the tasks that serve.
+"""Virtual addresses: nftables rules in each container's namespace, which map them to serving tasks.
 
-``plan.vip`` is what a namespace is to have, ``virtual_addresses`` writes it, by ``elements`` where only elements of
-maps change; ``on_demand`` notices packets to addresses that are not led yet.
+``plan.vip`` plans a namespace's rules, ``virtual_addresses`` writes them, by ``elements`` where only elements of maps
+change; ``on_demand`` loads the addresses of packets that were sent without a DNS query.
 """

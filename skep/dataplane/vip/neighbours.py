@@ -1,7 +1,8 @@
-"""Packets to a virtual address that wait for the resolution of a neighbour that does not exist.
+"""Packets to a virtual address that are queued for the resolution of a neighbour that does not exist.
 
-A packet that left before the address was led waits for three seconds for the neighbour's MAC address, then fails; and
-TCP retransmits nothing while it waits.  So the entry gets an unused MAC address: the next attempt is led.
+A packet sent before the rules of the address were there waits three seconds for the neighbour's MAC address and then
+fails; TCP retransmits nothing while it waits.  So the entry gets an unused MAC address: the next attempt reaches a
+backend.
 """
 
 import socket
@@ -19,7 +20,7 @@ _TIMEOUT_S = 2.0
 
 
 def flush_pending(addresses: Collection[str]) -> None:
-    """Send what waits for ``addresses``, in the namespace of the calling thread.  Blocks.  Raises: OSError."""
+    """Send the packets queued for ``addresses``, in the namespace of the calling thread.  Blocks.  Raises: OSError."""
     for family in sorted({socket.AF_INET6 if is_ipv6(one) else socket.AF_INET for one in addresses}):
         packed = {
             socket.inet_pton(family, one) for one in addresses if is_ipv6(one) == (family == socket.AF_INET6)
@@ -31,7 +32,7 @@ def flush_pending(addresses: Collection[str]) -> None:
                     body += netlink.attribute(_DESTINATION, address)
                     body += netlink.attribute(_LINK_ADDRESS, _UNUSED_MAC)
                     connection.send(netlink.request(netlink.NEWNEIGH, netlink.ACK | netlink.REPLACE, body))
-                    connection.recv(1 << 12)  # one that is no neighbour any more does not matter
+                    connection.recv(1 << 12)  # the neighbour may be gone: its error is ignored
 
 
 def _pending(connection: socket.socket, family: int) -> Iterator[tuple[int, bytes]]:

@@ -1,9 +1,9 @@
 """Virtual addresses that a container uses without having resolved their names.
 
-Programs learn them from the API (a proxy that is configured by it), from a cache, from another container.  So the first
+Programs get them from the API (a proxy that is configured by it), from a cache, from another container.  So the first
 packet to each address of the container's networks is logged to this process (nfnetlink_log), at most once in half a
-minute; if it is a virtual address, its service is loaded, and the packet's connection tracking entry removed, so that
-the next attempt (of TCP: after a second) is led.
+minute.  If it is a virtual address, its service is loaded, and the packet's connection tracking entry deleted, so that
+the next attempt (of TCP: after a second) reaches a backend.
 """
 
 import socket
@@ -22,10 +22,10 @@ NAME = "skep_asked"
 FAMILIES = ("ip", "ip6")
 _GROUP = 11
 _BYTES = 40
-"""As much of a packet as has its destination."""
+"""Of a packet, up to its destination address."""
 _LOG = f"log group {_GROUP} snaplen {_BYTES}"
 _LOGGED_MAX = 512
-"""The kernel makes room for as many from the start: 8 KiB."""
+"""The kernel allocates their buffer at once: 8 KiB."""
 _SUBSYSTEM_LOG = 4
 _PACKET, _CONFIGURE = _SUBSYSTEM_LOG << 8, _SUBSYSTEM_LOG << 8 | 1
 _COMMAND, _MODE, _AT_ONCE = 1, 2, 5
@@ -60,13 +60,13 @@ def open_on_demand(subnets: tuple[IPv4Network | IPv6Network, ...]) -> socket.soc
     try:
         packets = open_packets()
     except OSError as error:
-        log.info("virtual addresses are led only after their names were resolved", reason=str(error))
+        log.info("virtual addresses are loaded only by name", reason=str(error))
         return None
     try:
         nft.create(on_demand_tables(subnets), stale=[f"{family} {NAME}" for family in FAMILIES])
     except nft.NftFailed as error:
         packets.close()
-        log.info("virtual addresses are led only after their names were resolved", reason=str(error))
+        log.info("virtual addresses are loaded only by name", reason=str(error))
         return None
     return packets
 
@@ -91,7 +91,7 @@ def read(opened: socket.socket) -> frozenset[str]:
     for _ in range(_READS_MAX):
         try:
             data = opened.recv(1 << 16)
-        except OSError:  # nothing more, or some were lost: the next packet is logged again
+        except OSError:  # nothing more to read, or some were lost: the next packet is logged again
             break
         found |= destinations(data)
     return frozenset(found)

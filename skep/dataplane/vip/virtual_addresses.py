@@ -1,7 +1,7 @@
-"""Keeps the virtual addresses of one container's namespace as the network tables are.
+"""Keeps the virtual addresses in one container's namespace up to date with the network tables.
 
-A service is loaded when the container first resolves its name, and stays for as long as the container lives: a program
-may keep the address for as long.  Changes that come while the namespace is being written are written together, next.
+A service is loaded when the container first resolves its name, and stays for the life of the container: a program may
+keep the address for as long.  Changes that come while the namespace is being written are written together, next.
 """
 
 import asyncio
@@ -42,32 +42,33 @@ class VirtualAddresses:
 
     @property
     def loaded(self) -> Services:
+        """The services whose rules are in the namespace, or are being written."""
         return self._loaded
 
     def is_usable(self, services: Services) -> bool:
-        """Whether the namespace leads the virtual addresses of ``services``."""
+        """Whether the rules of ``services`` are in the namespace."""
         return services <= self._usable
 
     async def load(self, services: Services) -> None:
-        """Lead the virtual addresses of ``services`` from now on.  Raises: SkepError, OSError."""
+        """Write the rules of ``services``, and keep them up to date.  Raises: SkepError, OSError."""
         if not services <= self._loaded:
             self._loaded |= services
             self._is_outdated = True
         await self.apply()
 
     def mark_changed(self, services: Services) -> bool:
-        """These have other backends than before; whether ``apply`` has work."""
+        """The backends of ``services`` have changed; returns whether ``apply`` has work."""
         if services & self._loaded:
             self._is_outdated = True
         return self._is_outdated
 
     def mark_unknown(self) -> None:
-        """Another program may have written to the namespace: ``apply`` writes all of it, if there is anything."""
+        """Another program may have changed the rules: the next ``apply`` writes all of them, if there are any."""
         if self._loaded:
             self._is_unknown = self._is_outdated = True
 
     async def apply(self) -> None:
-        """Return when the namespace is as wanted.  Raises: SkepError, OSError: it is not."""
+        """Return when the namespace is up to date.  Raises: SkepError, OSError."""
         async with self._writing:
             while self._is_outdated:
                 services = self._loaded
@@ -84,7 +85,7 @@ class VirtualAddresses:
                     self._is_outdated = self._is_unknown = True
                     if written is None or not isinstance(error, nft.NftFailed):
                         raise
-                    continue  # the namespace holds something else than was assumed: write all of it
+                    continue  # the namespace differs from what was assumed: write all of it
                 self._written = planned.after
                 self._usable = services
 
@@ -109,9 +110,9 @@ def write_plan(planned: Plan, elements: ElementSocket) -> None:
 
 
 def delete_stale_flows(backends: VipBackends) -> frozenset[str]:
-    """Delete the UDP flows to these addresses that lead to none of their backends; gives addresses that have UDP flows.
+    """Delete the UDP flows to these addresses whose backend was removed; returns the addresses that have UDP flows.
 
-    And those of all protocols that are not led anywhere: they began before the address was.
+    Also flows of all protocols without a backend, which began before the rules of the address.
 
     In the namespace of the calling thread.  Blocks.  Raises: OSError: some flows may be stale.
     """
@@ -132,9 +133,9 @@ def delete_stale_flows(backends: VipBackends) -> frozenset[str]:
 
 
 def _delete_flows(backends: VipBackends) -> frozenset[str]:
-    """The same; where it fails, every address may have flows."""
+    """``delete_stale_flows``; after an error, every address may have flows."""
     try:
         return delete_stale_flows(backends)
-    except OSError as error:  # new connections are led rightly all the same
-        log.warning("flows to virtual addresses not moved", reason=str(error))
+    except OSError as error:  # new connections are not affected
+        log.warning("stale flows not deleted", reason=str(error))
         return frozenset(backends)

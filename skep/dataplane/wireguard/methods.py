@@ -23,7 +23,8 @@ class Features(Protocol):
     """What the machine can do (``node.features``)."""
 
     @property
-    def missing(self) -> Mapping[str, str]: ...
+    def missing(self) -> Mapping[str, str]:
+        """Features that the machine lacks, with the reason."""
 
 
 class Refusal(msgspec.Struct, frozen=True):

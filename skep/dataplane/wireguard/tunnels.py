@@ -91,9 +91,11 @@ _KINDS = {Method.KERNEL: "wireguard", Method.USER_SPACE: "tun"}
 class Process(Protocol):
     """A supervised wireguard-go (``supervision.supervisor.Supervisor``)."""
 
-    async def run(self) -> None: ...
+    async def run(self) -> None:
+        """Keep it running until cancelled."""
 
-    def dismiss(self) -> None: ...
+    def dismiss(self) -> None:
+        """Have it stopped when ``run`` is cancelled."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,10 @@ async def serving(answer: Callable[[DNSRecord], bytes | None]) -> AsyncIterator[
         yield NameServer(server.address, server.port)
 
 
+ALL_S = 0.5
+"""Deadline of all attempts: the one attempt has to end before it also where the machine is busy."""
+
+
 class Asking:
     """Containers with one forwarder."""
 
@@ -134,21 +138,21 @@ async def test_a_server_that_leaves_one_containers_questions_is_silent_for_that_
     asking = Asking()
     for number in range(CONTAINERS_MIN):
         assert not asking.forwarder.are_unresponsive([silent], "other")
-        assert await asking.ask(f"c{number}", silent, deadline_s=0.05) is None
+        assert await asking.ask(f"c{number}", silent, deadline_s=ALL_S) is None
         assert asking.forwarder.are_unresponsive([silent], f"c{number}")
     assert asking.forwarder.are_unresponsive([silent], "other")
     inside = NameServer(silent.address, silent.port, is_inside=True)
     for number in range(CONTAINERS_MIN):
-        assert await asking.ask(f"c{number}", inside, deadline_s=0.05) is None
+        assert await asking.ask(f"c{number}", inside, deadline_s=ALL_S) is None
     assert not asking.forwarder.are_unresponsive([inside], "other")
 
 
-async def test_a_server_that_answers_anybody_is_there_for_all() -> None:
+async def test_a_server_that_responds_to_one_container_counts_as_responsive_for_all() -> None:
     is_deaf = [True]
     async with serving(lambda question: None if is_deaf[0] else knows("192.0.2.1")(question)) as server:
         asking = Asking()
         for number in range(CONTAINERS_MIN):
-            await asking.ask(f"c{number}", server, deadline_s=0.05)
+            await asking.ask(f"c{number}", server, deadline_s=ALL_S)
         assert asking.forwarder.are_unresponsive([server], "other")
         is_deaf[0] = False
         assert await asking.ask("c0", server) is not None
