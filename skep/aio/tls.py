@@ -1,9 +1,9 @@
 """TLS connections that cost a fraction of what asyncio's own do; made by ``accept`` and ``connect``.
 
-* asyncio gives each TLS connection a buffer of 256 KiB to read into.  What was read is handed to OpenSSL before
+* asyncio gives each TLS connection a buffer of 256 KiB to read into.  Data is handed to OpenSSL before
   anything else is read, so one buffer serves all connections of a thread.
-* It keeps the peer's certificate as dictionaries, besides OpenSSL's own, and a queue for what waits to be written.
-  Here the former are made when somebody asks, and the latter is a list.
+* It keeps the peer's certificate as dictionaries, besides OpenSSL's own, and a queue of pending writes.
+  Here the former are made on demand, and the latter is a list.
 """
 
 import asyncio

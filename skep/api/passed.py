@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from skep.api.framing import (
     HEAD_BYTES_MAX,
-    Body,
+    Incoming,
     Malformed,
     Sized,
     is_for_manager,
@@ -214,8 +215,36 @@ class _Peer:
             )
 
 
+class _Exchange:
+    """A request that is being received or answered."""
+
+    __slots__ = ("body", "is_answered", "is_last", "is_small")
+
+    def __init__(self, request: Incoming) -> None:
+        self.body = request.body
+        self.is_small = isinstance(request.body, Sized) and request.body.bytes_left <= SMALL_BODY
+        self.is_answered = False
+        self.is_last = request.upgrades
+        """The connection is closed after it."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the request was received whole and answered."""
+        return self.is_answered and self.body.is_complete
+
+
+class _Phase(Enum):
+    SERVING = auto()
+    LEAVING = auto()
+    """Nothing is read any more; passed back once all that was written has left."""
+    PASSED_BACK = auto()
+
+
 class _Connection(asyncio.BufferedProtocol):
-    """One client's connection: its requests go to aiohttp's handler, each when the one before was answered."""
+    """One client's connection: its requests go to aiohttp's handler, each when the one before was answered.
+
+    How far its exchange is, is also in the state table, for the node process (``state``).
+    """
 
     def __init__(self, owner: PassedConnections, peer: _Peer, passed: Message) -> None:
         self._owner = owner
@@ -224,12 +253,9 @@ class _Connection(asyncio.BufferedProtocol):
         self._is_remote = passed.is_remote
         self._handler = owner.new_handler()
         self._unread = passed.data
-        self._body: Body | None = None
-        """Of the request that is being received or answered."""
-        self._is_small = self._is_answered = self._is_last = False
+        self._exchange: _Exchange | None = None
+        self._phase = _Phase.SERVING
         self._is_paused = False
-        self._is_leaving = False
-        self._is_passed_back = False
         self._loop = asyncio.get_running_loop()
         self._since = self._loop.time()
         """When the present request began, the last one was answered, or a long body went on."""
@@ -270,13 +296,13 @@ class _Connection(asyncio.BufferedProtocol):
         return _read_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._body is None and not self._unread:
+        if self._exchange is None and not self._unread:
             self._since = self._loop.time()
         self._unread += _read_buffer[:nbytes]
         self._advance()
 
     def eof_received(self) -> None:
-        if self._body is None and not self._unread:
+        if self._exchange is None and not self._unread:
             self.state = State.IDLE  # what there was to read was the end: no response is owed
 
     def pause_writing(self) -> None:
@@ -284,13 +310,13 @@ class _Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._handler.resume_writing()
-        if self._is_leaving:
+        if self._phase is _Phase.LEAVING:
             self._pass_back()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._owner.closed(self)
         self._handler.connection_lost(error)
-        if self._is_passed_back or self._owner.is_stopping:
+        if self._phase is _Phase.PASSED_BACK or self._owner.is_stopping:
             return  # the node process has it, or goes on by its state when this process has ended
         with suppress(OSError):  # the node process has a duplicate: closing ours would not end the connection
             self._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
@@ -300,16 +326,16 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _advance(self) -> None:
         """Give the handler what it may have of what was read."""
-        while self._unread and not self._is_leaving:
-            if self._body is None:
+        while self._unread and self._phase is _Phase.SERVING:
+            if self._exchange is None:
                 if not self._begin_request():
                     break
-            elif self._body.is_complete:
+            elif self._exchange.body.is_complete:
                 break  # sent ahead: its turn comes with the end of the response
             else:
-                self._feed(b"", self._unread)
+                self._feed(self._exchange, b"", self._unread)
         is_full = len(self._unread) >= _BUFFER_BYTES_MAX
-        if is_full != self._is_paused and not self._is_leaving:
+        if is_full != self._is_paused and self._phase is _Phase.SERVING:
             self._is_paused = is_full
             if is_full:
                 self._transport.pause_reading()
@@ -329,38 +355,35 @@ class _Connection(asyncio.BufferedProtocol):
         if request is None or not is_for_manager(path_of(request.target)):
             self._pass_back()  # what is malformed or too long is refused by the node process
             return False
-        self._body = request.body
-        self._is_answered, self._is_last = False, request.upgrades
-        self._is_small = isinstance(request.body, Sized) and request.body.bytes_left <= SMALL_BODY
-        self._feed(raw, self._unread[end:])
+        exchange = self._exchange = _Exchange(request)
+        self._feed(exchange, raw, self._unread[end:])
         return True
 
-    def _feed(self, head: bytes, data: bytes) -> None:
-        """Give the handler ``head`` and what of ``data`` belongs to the body of the present request."""
-        assert self._body is not None
+    def _feed(self, exchange: _Exchange, head: bytes, data: bytes) -> None:
+        """Give the handler ``head`` and what of ``data`` belongs to the body of ``exchange``."""
         try:
-            mine, self._unread = self._body.take(data)
+            mine, self._unread = exchange.body.take(data)
         except Malformed:
-            mine, self._unread, self._is_last = data, b"", True  # aiohttp refuses it
-        if not self._is_small:
+            mine, self._unread, exchange.is_last = data, b"", True  # aiohttp refuses it
+        if not exchange.is_small:
             self._since = self._loop.time()
         self._handler.data_received(head + mine)
-        if self._is_last:
+        if exchange.is_last:
             self._handler.close()
-        self._end_request()
+        self._end_exchange()
 
     def end_response(self, *, is_last: bool) -> None:
         """Called when all of a response is written.  ``is_last``: the connection is closed after it."""
-        self._is_answered = not is_last
-        self._end_request()
+        if self._exchange is not None:
+            self._exchange.is_answered = not is_last
+        self._end_exchange()
         if self._unread:
             self._loop.call_soon(self._advance)
 
-    def _end_request(self) -> None:
-        """The exchange is over when the request was received whole and answered."""
-        if self._body is None or not self._body.is_complete or not self._is_answered:
+    def _end_exchange(self) -> None:
+        if self._exchange is None or not self._exchange.is_over:
             return
-        self._body = None
+        self._exchange = None
         self._since = self._loop.time()
         if self._unread:
             self.state = State.REQUESTED
@@ -372,27 +395,28 @@ class _Connection(asyncio.BufferedProtocol):
 
     def close_if_overdue(self, now: float) -> None:
         """Close the connection if its client has begun a request too long ago, or has been idle for too long."""
-        if self._body is None:
+        limit_s = None
+        if self._exchange is None:
             limit_s = REQUEST_S if self._unread else IDLE_S if self._is_remote else None
-        elif isinstance(self._body, Sized) and not self._body.is_complete:
+        elif isinstance(self._exchange.body, Sized) and not self._exchange.body.is_complete:
             limit_s = REQUEST_S
-        else:
-            limit_s = None
         if limit_s is not None and now - self._since >= limit_s:
             self._transport.close()
 
     def pass_back_if_idle(self) -> None:
         """Pass the connection back unless a request is being received or answered."""
-        if self._body is None and not self._unread:
+        if self._exchange is None and not self._unread:
             self._pass_back()
 
     def _pass_back(self) -> None:
         """Pass the connection back, with what was read of the next request, once all that was written has left."""
-        if not self._is_leaving:
-            self._is_leaving = True
+        if self._phase is _Phase.SERVING:
+            self._phase = _Phase.LEAVING
             self._transport.pause_reading()
             self._transport.set_write_buffer_limits(0)  # resume_writing is called when nothing is left
-        if self._is_passed_back or self._transport.is_closing() or self._transport.get_write_buffer_size():
+        if self._phase is _Phase.PASSED_BACK or self._transport.is_closing():
+            return
+        if self._transport.get_write_buffer_size():
             return
         to = self._owner.return_to(self._peer)
         if to is not None:
@@ -408,5 +432,5 @@ class _Connection(asyncio.BufferedProtocol):
                         is_remote=self._is_remote,
                     )
                 )
-                self._is_passed_back = True
+                self._phase = _Phase.PASSED_BACK
         self._transport.abort()

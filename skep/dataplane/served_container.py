@@ -199,7 +199,7 @@ class ServedContainer:
     # ----------------------------------------------------------------------------------------------------------
 
     def _network_ids(self) -> list[NetworkId]:
-        return [place.network for place in self.named.networks]
+        return [attachment.network for attachment in self.named.networks]
 
     def _own_subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
         networks = self._environment.networks

@@ -1,8 +1,8 @@
-"""Descriptors that stay are kept at high numbers.
+"""Long-lived descriptors are moved to high numbers.
 
-libnftables waits for the kernel by select(2), which knows the first 1,024 descriptors alone: with a socket beyond them
-the C library ends the process.  A process with hundreds of containers has more than those, so what is kept for long
-goes out of the way, and the low numbers are left to what is open for a moment.
+libnftables waits for the kernel by select(2), which supports the first 1,024 descriptors only: with a higher one the C
+library aborts the process.  A process with hundreds of containers has more open, so long-lived descriptors get high
+numbers, and the low ones are left to short-lived ones.
 """
 
 import fcntl

@@ -60,7 +60,7 @@ def open_pidfd(pid: int, start_ticks: int) -> int | None:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
-    # Asked after the descriptor is held: the number cannot have gone to another process since.
+    # Checked with the descriptor open, so that the number cannot have been reused since.
     if start_ticks_of(pid) == start_ticks:
         return descriptor
     os.close(descriptor)

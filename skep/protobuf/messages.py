@@ -1,6 +1,6 @@
 """Message classes from a committed descriptor set, in a pool of their own.
 
-A private pool cannot clash with anybody else's registration of the same messages, and it works with every protobuf
+A private pool cannot clash with another library's registration of the same messages, and works with every protobuf
 runtime from 4.25 on.  Standard messages (timestamps, durations) exist in each pool anew: only these may be put into
 its messages.
 """

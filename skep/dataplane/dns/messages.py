@@ -1,8 +1,8 @@
-"""DNS messages (RFC 1035, EDNS by RFC 6891): as much of them as a server of few record types needs.
+"""DNS messages (RFC 1035, EDNS by RFC 6891), as far as a server of few record types needs them.
 
-Questions come from containers and are not trusted: whatever the bytes are, ``parse`` gives a question, a reply that
-refuses it, or nothing, and never raises.  A question's name may not be compressed, so there are no loops to fall
-into; an answer is never longer than the asker said, and says when something was left out.
+Queries come from containers and are not trusted: for any bytes ``parse`` returns a query, an error response or nothing,
+and never raises.  The name in a question may not be compressed, so there are no loops.  A response is never longer than
+the query allows, and marked as truncated if records were left out.
 """
 
 import struct

@@ -11,7 +11,7 @@ ADDRESS = "127.0.0.11"
 
 
 def names_table(udp_port: int, tcp_port: int) -> NftTable:
-    """The container's loopback addresses cannot be reached from outside, whatever ``route_localnet`` says."""
+    """The container's loopback addresses cannot be reached from outside, whatever ``route_localnet`` is."""
     return NftTable(
         name=f"ip {NAME}",
         chains=(

@@ -76,7 +76,7 @@ class Sink(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Release its place."""
+        """Make room for another connection."""
         self._connections.discard(self)
         if self._deadline is not None:
             self._deadline.cancel()

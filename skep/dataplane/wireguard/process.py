@@ -1,7 +1,7 @@
 """Starts wireguard-go: one process per WireGuard device, forked by the zygote and supervised like the others.
 
-The process outlives the node process.  It has no plan of its own: whoever supervises it configures its device by the
-socket that it serves (``devices.UserSpaceDevices``).
+The process outlives the node process.  Its supervisor configures the device by the socket that it
+serves (``devices.UserSpaceDevices``).
 """
 
 import os
@@ -16,7 +16,7 @@ from skep.paths import Paths
 
 PROGRAM = "wireguard-go"
 VERSION = "wireguard-go"
-"""What the pid file says in place of a version of skep: another version of skep goes on with the same process."""
+"""In the pid file in place of a version of skep: another version of skep goes on with the same process."""
 _NICENESS = -10
 """The kernel forwards packets without waiting for a processor; busy containers must not slow the tunnels down."""
 
