@@ -22,8 +22,8 @@ import msgspec
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.api.answers import OutputStream
 from skep.api.errors import error_of
+from skep.api.responses import OutputStream
 from skep.api.ssh import Destination, forwarded
 from skep.api.versions import NEWEST, ApiVersion
 from skep.errors import InvalidArgument, SkepError, Unavailable, reason_of

@@ -5,8 +5,8 @@ each connection it may pass (`State`, written by the process that serves the con
 connections: the descriptor, and the bytes that were read of it already.
 
 The node process keeps a duplicate of each descriptor it has passed, until the manager sends `CLOSED` for it or
-passes it back. So it can go on with the connections of a manager process that ends: the state says whether a
-response is owed.
+passes it back. So it can go on with the connections of a manager process that ends: the state shows whether a
+response is missing.
 
 A message is one packet of a SOCK_SEQPACKET socket, or several where the bytes read are long (`REST`).  The header:
 kind, flags (1 byte each), slot (the connection's index in the table) and the length of all its data (4 bytes each,
@@ -62,7 +62,7 @@ class Kind(IntEnum):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One message.  Whoever receives it owns ``descriptor``; None if the receiver had no room for it."""
+    """One message.  ``descriptor``: owned by the receiver; None if it had no room for it."""
 
     kind: Kind
     slot: int = 0

@@ -142,7 +142,7 @@ def _check_dependent(body: NetworkBody) -> None:
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What of a network the filters ask for."""
+    """The properties of a network that filters match."""
 
     id: str
     name: str

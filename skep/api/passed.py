@@ -189,7 +189,7 @@ class _Peer:
         return self._states
 
     def closed(self, slot: int) -> None:
-        """Tell the node process that a connection has ended, together with others of the same moment."""
+        """Report the end of a connection to the node process, together with others of the same moment."""
         if not self._closed:
             asyncio.get_running_loop().call_later(_CLOSED_S, self._send_closed)
         self._closed.append(slot)

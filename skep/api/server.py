@@ -26,7 +26,10 @@ from aiohttp import web
 from aiohttp.web_urldispatcher import AbstractResource
 from yarl import URL
 
-from skep.api.answers import (
+from skep.api.bodies import Unrecognized, decode_body
+from skep.api.errors import NotModified, status_of
+from skep.api.filters import Filters
+from skep.api.responses import (
     JsonLines,
     OutputFrames,
     OutputStream,
@@ -35,9 +38,6 @@ from skep.api.answers import (
     json_list_answer,
     known_list_answer,
 )
-from skep.api.bodies import Unrecognized, decode_body
-from skep.api.errors import NotModified, status_of
-from skep.api.filters import Filters
 from skep.api.versions import NEWEST, ApiVersion, requested
 from skep.errors import ResourceExhausted, SkepError
 

@@ -35,7 +35,7 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, url: str) -> Self:
-        """Raises: InvalidArgument: it is no such URL, or holds what ssh should ask for itself."""
+        """Raises: InvalidArgument: it is no such URL, or has a password."""
         parts = urlsplit(url)
         if not parts.hostname or parts.password or parts.query or parts.fragment:
             raise InvalidArgument(f"unable to parse docker host `{url}`: write ssh://user@machine")
@@ -64,7 +64,7 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
 
 @asynccontextmanager
 async def forwarded(destination: Destination) -> AsyncGenerator[str, None]:
-    """A local socket that leads to ``destination``, in the block.
+    """A local socket connected to ``destination``, in the block.
 
     Raises: Unavailable: with the last line of ssh's output.
     """

@@ -1,4 +1,4 @@
-"""What ``POST /swarm/init`` and ``/swarm/join`` ask for, checked before anything is made.
+"""The requests ``POST /swarm/init`` and ``/swarm/join``, checked before anything is made.
 
 Pure: the machine's interfaces come in as an argument.  The words are the engine's.
 
@@ -85,7 +85,7 @@ class Founding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Joining(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked join request.  ``remote_addrs``: managers to ask, ``host:port``."""
+    """A checked join request.  ``remote_addrs``: managers, ``host:port``."""
 
     endpoints: Endpoints
     remote_addrs: tuple[str, ...]

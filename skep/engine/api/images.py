@@ -13,9 +13,9 @@ from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
 from skep.api.errors import Untranslated
-from skep.api.moments import parse_moment
 from skep.api.server import Filters, api_version, flag, json_answer, json_list_answer
 from skep.api.tables import Table
+from skep.api.timestamps import parse_time
 from skep.engine.api import image_responses
 from skep.engine.api.progress import answer_with_progress
 from skep.engine.images import pulling
@@ -243,7 +243,7 @@ def _until(filters: Filters, clock: Clock) -> int | None:
         case ():
             return None
         case (moment,):
-            return parse_moment(moment, clock.now_ns())
+            return parse_time(moment, clock.now_ns())
         case _:
             raise InvalidArgument("more than one until filter specified")
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from skep.api.filters import Filters
-from skep.api.moments import parse_moment
+from skep.api.timestamps import parse_time
 from skep.model.times import unix_ns
 
 
@@ -12,7 +12,7 @@ def is_prunable(created_at: str, labels: Mapping[str, str], filters: Filters, no
 
     ``label`` names those it has to have, ``label!`` those it may not have, ``until`` when it was made at the latest.
     """
-    return all(unix_ns(created_at) < parse_moment(moment, now_ns) for moment in filters["until"]) and (
+    return all(unix_ns(created_at) < parse_time(moment, now_ns) for moment in filters["until"]) and (
         has_prunable_labels(labels, filters)
     )
 

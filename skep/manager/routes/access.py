@@ -10,10 +10,10 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
-from skep.api.answers import KnownJson
 from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
 from skep.api.gosyntax import BOOLEANS
+from skep.api.responses import KnownJson
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable
 from skep.manager.events import ClusterEvents
 from skep.manager.quorum import Quorum

@@ -12,8 +12,8 @@ from urllib.parse import quote_plus
 from aiohttp import web
 from msgspec.structs import replace
 
-from skep.api.answers import MULTIPLEXED_STREAM, RAW_STREAM
 from skep.api.errors import Untranslated
+from skep.api.responses import MULTIPLEXED_STREAM, RAW_STREAM
 from skep.api.server import ApiVersion, OutputFrames, OutputStream, Routes, api_version, flag
 from skep.api.timestamps import parse_unix_time
 from skep.errors import SkepError

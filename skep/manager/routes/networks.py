@@ -8,7 +8,6 @@ from functools import partial
 import structlog
 from aiohttp import web
 
-from skep.api.moments import parse_moment
 from skep.api.networks import (
     PRUNE_FILTERS,
     NetworkBody,
@@ -20,6 +19,7 @@ from skep.api.networks import (
     fits,
 )
 from skep.api.server import Filters, Routes, json_answer, json_list_answer, read_json
+from skep.api.timestamps import parse_time
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.manager.control import networks as control
 from skep.manager.routes.access import current_view, manager_of, wrapped_flag
@@ -76,7 +76,7 @@ async def prune_networks(request: web.Request) -> web.StreamResponse:
     filters.refuse_unknown(*PRUNE_FILTERS)
     manager = manager_of(request)
     now_ns = manager.clock.now_ns()
-    moments = [parse_moment(text, now_ns) for text in filters["until"]]
+    moments = [parse_time(text, now_ns) for text in filters["until"]]
     view = await current_view(request)
     removed = []
     for network in _visible(view):

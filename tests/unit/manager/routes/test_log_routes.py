@@ -3,7 +3,7 @@
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.answers import OutputStream, frame
+from skep.api.responses import OutputStream, frame
 from skep.errors import SkepError
 from skep.manager.routes import application
 from skep.model.ids import NodeId, ServiceId, TaskId

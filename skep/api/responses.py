@@ -1,4 +1,4 @@
-"""Answers: JSON objects, long lists in pieces, streams of JSON lines, multiplexed output.
+"""Responses: JSON objects, long lists in pieces, streams of JSON lines, multiplexed output.
 
 The event loop is never held longer than it takes to encode one piece.
 """
@@ -19,7 +19,7 @@ C = TypeVar("C")
 _PIECE = 128
 """List items encoded at once: about a millisecond of tasks."""
 _KNOWN_PIECE = 512
-"""The same where most of them are known: a quarter of a millisecond; 5 ms for the first request."""
+"""The same where most of them are cached: a quarter of a millisecond; 5 ms for the first request."""
 
 RAW_STREAM = "application/vnd.docker.raw-stream"
 MULTIPLEXED_STREAM = "application/vnd.docker.multiplexed-stream"
@@ -28,7 +28,7 @@ _encoder = msgspec.json.Encoder()
 
 
 class KnownJson:
-    """The JSON of objects that never change, kept from one long list to the next: most of it is what it was.
+    """The JSON of objects that never change, cached from one long list to the next.
 
     An object is known by its id and by being the same one, shown in the same circumstances: whatever else its answer
     depends on.  What is not listed any more is forgotten.
@@ -39,7 +39,7 @@ class KnownJson:
         self._circumstances: Any = None
 
     def agreed(self, circumstances: C) -> C:
-        """Those of the last list if they are equal: they, too, are known by being the same."""
+        """Those of the last list if they are equal, so that they are identical objects."""
         if circumstances != self._circumstances:
             self._circumstances = circumstances
         agreed: C = self._circumstances
@@ -53,7 +53,7 @@ class KnownJson:
         return known[2]
 
     def keep_only(self, ids: Collection[str]) -> None:
-        """Forget all others, if there are any."""
+        """Drop all others."""
         if len(self._known) > len(ids):
             wanted = frozenset(ids)
             self._known = {id: known for id, known in self._known.items() if id in wanted}
@@ -75,7 +75,7 @@ def json_list_answer(items: Sequence[T], show: Callable[[T], Any] = lambda item:
 def known_list_answer(
     items: Sequence[T], show: Callable[[C, T], Any], circumstances: C, known: KnownJson
 ) -> web.Response:
-    """The same for all objects of a kind, which have an ``id``; of a long list only what is new is encoded."""
+    """The same for all objects of a kind, which have an ``id``; of a long list only new objects are encoded."""
     if len(items) <= _PIECE:
         return json_list_answer(items, partial(show, circumstances))
     pieces = _known_pieces(items, show, known.agreed(circumstances), known)
@@ -109,7 +109,7 @@ async def _known_pieces(
 
 
 class ChunkedAnswer:
-    """An answer that is sent in pieces while its context is open.  ``response``: what the handler returns then."""
+    """A response that is sent in pieces while its context is open.  ``response``: what the handler returns then."""
 
     def __init__(self, request: web.Request, status: int = 200, content_type: str | None = None) -> None:
         self._request = request
@@ -147,7 +147,7 @@ class OutputStream(IntEnum):
     STDOUT = 1
     STDERR = 2
     SYSTEM = 3
-    """What the engine itself has to say once a stream has begun: clients print it as an error."""
+    """Messages of the engine itself after a stream has begun: clients print them as errors."""
 
 
 def frame(stream: OutputStream, data: bytes) -> bytes:
@@ -158,7 +158,7 @@ def frame(stream: OutputStream, data: bytes) -> bytes:
 class OutputFrames(ChunkedAnswer):
     """A process's output: framed, or raw where it had a terminal.
 
-    Up to API 1.41 it has no content type (clients know from the container); from 1.42 on it says which it is.
+    Up to API 1.41 it has no content type (clients look at the container); from 1.42 on it has.
     """
 
     def __init__(self, request: web.Request, *, tty: bool, content_type: str | None) -> None:

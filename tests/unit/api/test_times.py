@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.api.moments import parse_moment
+from skep.api.timestamps import parse_time
 from skep.engine.api.container_responses import age
 from skep.errors import InvalidArgument
 
@@ -26,22 +26,22 @@ SECOND = 1_000_000_000
     ],
 )
 def test_a_moment_is_a_unix_time_a_date_or_a_duration_ago(text: str, moment: int):
-    assert parse_moment(text, NOW) == moment
+    assert parse_time(text, NOW) == moment
 
 
 @pytest.mark.parametrize("text", ["", "soon", "2026-13-01", "10", "1h30", "5x"])
 def test_what_is_no_moment_is_refused(text: str):
     if text == "10":
-        assert parse_moment(text, NOW) == 10 * SECOND
+        assert parse_time(text, NOW) == 10 * SECOND
         return
     with pytest.raises(InvalidArgument):
-        parse_moment(text, NOW)
+        parse_time(text, NOW)
 
 
 @given(st.text(max_size=30))
 def test_any_text_is_a_moment_or_refused(text: str):
     try:
-        parse_moment(text, NOW)
+        parse_time(text, NOW)
     except InvalidArgument:
         return
 
