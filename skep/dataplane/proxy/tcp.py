@@ -4,10 +4,10 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable
+from ipaddress import ip_address
 
 import structlog
 
-from skep.dataplane.proxy.proxy_header import proxy_header
 from skep.dataplane.proxy.relays import RelayPort, backend_order
 from skep.linux.descriptors import Listener, set_aside
 
@@ -23,6 +23,10 @@ _BUFFER_BYTES = 64 * 1024
 _BACKLOG = 512
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 8}
 """Detects peers that have vanished; an idle peer keeps its connection."""
+
+_SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
+_VERSION_2_PROXY = 0x21
+_TCP_OVER_IPV4, _TCP_OVER_IPV6 = 0x11, 0x21
 
 
 class TcpRelay:
@@ -108,6 +112,23 @@ class TcpRelay:
         except BaseException:
             connection.close()
             raise
+
+
+def proxy_header(version: int, client: tuple[str, int], own: tuple[str, int]) -> bytes:
+    """The header of a TCP connection from ``client`` to ``own`` (address, port; of one family).
+
+    ``version``: 1 or 2; 0: no header.  Source: haproxy, doc/proxy-protocol.txt, sections 2.1 and 2.2.
+    """
+    if version == 0:
+        return b""
+    source, destination = ip_address(client[0].partition("%")[0]), ip_address(own[0].partition("%")[0])
+    is_ipv4 = source.version == 4
+    if version == 1:
+        family = "TCP4" if is_ipv4 else "TCP6"
+        return f"PROXY {family} {source} {destination} {client[1]} {own[1]}\r\n".encode()
+    addresses = source.packed + destination.packed + struct.pack("!HH", client[1], own[1])
+    family_byte = _TCP_OVER_IPV4 if is_ipv4 else _TCP_OVER_IPV6
+    return _SIGNATURE + struct.pack("!BBH", _VERSION_2_PROXY, family_byte, len(addresses)) + addresses
 
 
 async def _copy_both_ways(

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from skep.dataplane.proxy.proxy_header import proxy_header
+from skep.dataplane.proxy.tcp import proxy_header
 
 
 def test_version_1_is_a_line() -> None:
