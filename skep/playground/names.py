@@ -73,6 +73,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ip(self) -> str:
+        """``192.168.<100 + subnet>.<host>``"""
         return f"192.168.{100 + self.subnet}.{self.host}"
 
     @property

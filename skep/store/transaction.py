@@ -119,6 +119,7 @@ class LocalTransaction:
     # -- Transaction -------------------------------------------------------------------------------------------
 
     def put(self, object: T) -> T:
+        """Sets version and times, and a task's spec from that of its service's version."""
         table = self._state.table_by_type[type(object)]
         schema = table.schema
         id: str = object.id  # type: ignore[attr-defined]
@@ -147,6 +148,7 @@ class LocalTransaction:
             self._level = level
 
     def delete(self, kind: type[T], id: str) -> None:
+        """Releases its claims, too; with a service its spec versions are deleted."""
         table = self._state.table_by_type[kind]
         current = self._current(table, id)
         owner = (table.schema.name, id)

@@ -28,6 +28,7 @@ class WatchQueue:
 
     @property
     def snapshot(self) -> View:
+        """To be read before the first commit, which releases it."""
         assert self._snapshot is not None, "it is read before the first commit"
         return self._snapshot
 

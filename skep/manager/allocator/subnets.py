@@ -51,6 +51,7 @@ class NetworkAllocations:
         self._subnets.pop(network_id, None)
 
     def has(self, network_id: NetworkId) -> bool:
+        """Whether the network was entered, allocated or not."""
         return network_id in self._subnets
 
     def vxlan_ids_except(self, network_id: NetworkId) -> frozenset[int]:

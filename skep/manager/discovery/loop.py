@@ -88,6 +88,7 @@ class Discovery:
         return self._tables.networks_of(node_id)
 
     def is_encrypted(self, network_id: NetworkId) -> bool:
+        """False for a network that has no table."""
         table = self._tables.tables.get(network_id)
         return table is not None and table.head is not None and table.head.is_encrypted
 

@@ -64,7 +64,8 @@ class Networks(Protocol):
     def is_encrypted(self, network_id: NetworkId) -> bool:
         """False for a network that has no table."""
 
-    def names_for(self, node_id: NodeId) -> tuple[NetworkNames, ...]: ...
+    def names_for(self, node_id: NodeId) -> tuple[NetworkNames, ...]:
+        """Expected addresses of names on some of the node's networks."""
 
 
 class ProbeStreams:

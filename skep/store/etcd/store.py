@@ -113,6 +113,7 @@ class EtcdStore(Updater):
 
     @property
     def leader(self) -> NodeId | None:
+        """By the leader key as of this replica; None: there is none."""
         return leader_named(self._replica.leader_record)
 
     @property
@@ -163,6 +164,7 @@ class EtcdStore(Updater):
         return is_more
 
     async def defragment(self) -> None:
+        """etcd's, of this manager's own member; the next ``space`` is measured anew."""
         self._space = None
         await self._client.defragment()
 

@@ -63,6 +63,7 @@ def attachment_to_pb(attachment: NetworkAttachment) -> pb.NetworkAttachment:
 
 
 def attachment_from_pb(message: pb.NetworkAttachment) -> NetworkAttachment:
+    """Addresses as ``ip/prefix length``; ``network`` is None if the message has none."""
     return NetworkAttachment(
         network=network_from_pb(message.network) if message.HasField("network") else None,
         addresses=tuple(message.addresses),
