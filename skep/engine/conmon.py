@@ -147,7 +147,7 @@ def _spawn(
     )
 
 
-class _Answer(msgspec.Struct, frozen=True):
+class _Response(msgspec.Struct, frozen=True):
     """One line from conmon; a negative number comes with the runtime's message."""
 
     data: int = 0
@@ -156,7 +156,7 @@ class _Answer(msgspec.Struct, frozen=True):
     message: str = ""
 
 
-_decode = msgspec.json.Decoder(_Answer).decode
+_decode = msgspec.json.Decoder(_Response).decode
 
 
 async def read_pid(responses: asyncio.StreamReader, verb: str = "create") -> int:

@@ -51,41 +51,41 @@ def output_routes(engine: Engine, clock: Clock) -> list[web.RouteDef]:
 
 
 @_table.get("/containers/{id}/logs")
-async def show_logs(node: Served, request: web.Request) -> web.StreamResponse:
+async def show_logs(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker logs``."""
     filter = _log_filter(request, follow=flag(request, "follow"))
-    container = node.engine.get(request.match_info["id"])
+    container = served.engine.get(request.match_info["id"])
     frames = OutputFrames(request, tty=container.config.tty, content_type=_content_type(request, container))
-    async with aclosing(node.engine.logs(container.id, filter)) as entries, frames:
+    async with aclosing(served.engine.logs(container.id, filter)) as entries, frames:
         async for entry in entries:
             await frames.send(OutputStream(entry.stream.value), _line(entry, request, container))
     return frames.response
 
 
 @_table.post("/containers/{id}/attach")
-async def attach(node: Served, request: web.Request) -> web.StreamResponse:
+async def attach(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker attach``, and the streams of ``docker run``."""
-    container = node.engine.get(request.match_info["id"])
+    container = served.engine.get(request.match_info["id"])
     keys = parse_keys(request.query.get("detachKeys", ""))
     async with hijacked(request, tty=container.config.tty) as client:
         if flag(request, "logs"):
             filter = _log_filter(request, follow=False)
-            async with aclosing(node.engine.logs(container.id, filter)) as entries:
+            async with aclosing(served.engine.logs(container.id, filter)) as entries:
                 async for entry in entries:
                     await client.send(OutputStream(entry.stream.value), entry.data)
         if flag(request, "stream"):
-            await _follow(node.engine, request, container, client, keys)
+            await _follow(served.engine, request, container, client, keys)
     return Hijacked()
 
 
 @_table.get("/containers/{id}/stats")
-async def show_stats(node: Served, request: web.Request) -> web.StreamResponse:
+async def show_stats(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker stats``: a sample each second, or one."""
-    container = node.engine.get(request.match_info["id"])
+    container = served.engine.get(request.match_info["id"])
     streams = flag(request, "stream") if "stream" in request.query else True
     if not streams and (flag(request, "one-shot") or not container.is_running):
-        return json_answer(await node.engine.stats(container.id))
-    samples = _samples(node.engine, container, node.clock)
+        return json_answer(await served.engine.stats(container.id))
+    samples = _samples(served.engine, container, served.clock)
     if not streams:
         return json_answer(await anext(samples))
     async with JsonLines(request) as lines:

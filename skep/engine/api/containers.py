@@ -100,64 +100,64 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
 
 
 @_table.get("/containers/json")
-async def list_containers(node: Served, request: web.Request) -> web.StreamResponse:
+async def list_containers(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker ps``: one line per container; ``limit`` n: the n newest, running or not."""
     filters = Filters.of(request)
     selection = Selection(
         filters=filters,
         all=flag(request, "all"),
         limit=_limit(request),
-        ancestors=ancestors(filters["ancestor"], node.engine.images.lookup),
+        ancestors=ancestors(filters["ancestor"], served.engine.images.lookup),
     )
-    found = select(node.engine.list(), selection)
-    has_size, now_ns, lines = flag(request, "size"), node.clock.now_ns(), []
+    found = select(served.engine.list(), selection)
+    has_size, now_ns, lines = flag(request, "size"), served.clock.now_ns(), []
     for number, container in enumerate(found, 1):
-        size = await _sizes(node, container) if has_size else {}
-        lines.append(container_responses.summary(container, node.engine.images, now_ns) | size)
+        size = await _sizes(served, container) if has_size else {}
+        lines.append(container_responses.summary(container, served.engine.images, now_ns) | size)
         if number % _LINES_AT_ONCE == 0:
             await asyncio.sleep(0)  # lets other requests run
     return json_list_answer(lines)
 
 
 @_table.get("/containers/{id}/json")
-async def inspect_container(node: Served, request: web.Request) -> web.StreamResponse:
+async def inspect_container(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker inspect``."""
-    container = node.engine.get(request.match_info["id"])
-    exec_ids = [exec.id for exec in node.engine.execs.of(container.id)]
-    response = container_responses.inspected(container, node.engine.bundles, exec_ids)
+    container = served.engine.get(request.match_info["id"])
+    exec_ids = [exec.id for exec in served.engine.execs.of(container.id)]
+    response = container_responses.inspected(container, served.engine.bundles, exec_ids)
     if flag(request, "size"):
-        response |= await _sizes(node, container)
+        response |= await _sizes(served, container)
     return json_answer(response)
 
 
-async def _sizes(node: Served, container: Container) -> dict[str, int]:
-    image = node.engine.images.lookup(container.image_id)
-    changed = await asyncio.to_thread(tree_bytes, str(node.engine.bundles.path(container.id) / "upper"))
+async def _sizes(served: Served, container: Container) -> dict[str, int]:
+    image = served.engine.images.lookup(container.image_id)
+    changed = await asyncio.to_thread(tree_bytes, str(served.engine.bundles.path(container.id) / "upper"))
     total = changed + (image.size_bytes if image is not None else 0)
     return {"SizeRw": changed, "SizeRootFs": total} if changed else {"SizeRootFs": total}
 
 
 @_table.get("/containers/{id}/top")
-async def show_processes(node: Served, request: web.Request) -> web.StreamResponse:
+async def show_processes(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker top``."""
-    top = await node.engine.top(request.match_info["id"], request.query.get("ps_args", ""))
+    top = await served.engine.top(request.match_info["id"], request.query.get("ps_args", ""))
     return json_answer({"Processes": top.processes, "Titles": top.titles})
 
 
 @_table.get("/containers/{id}/changes")
-async def show_changes(node: Served, request: web.Request) -> web.StreamResponse:
+async def show_changes(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker diff``; null: the container changed nothing."""
-    changes = await asyncio.to_thread(node.engine.changes, request.match_info["id"])
+    changes = await asyncio.to_thread(served.engine.changes, request.match_info["id"])
     return json_answer([{"Path": path, "Kind": kind} for kind, path in changes] or None)
 
 
 @_table.post("/containers/{id}/wait")
-async def wait(node: Served, request: web.Request) -> web.StreamResponse:
+async def wait(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker wait``: the exit code, once the condition holds."""
     condition = _condition(request)
-    container = node.engine.get(request.match_info["id"])
+    container = served.engine.get(request.match_info["id"])
     async with JsonLines(request) as lines:  # the header is sent before the container has ended
-        ended = await node.engine.wait(container.id, condition)
+        ended = await served.engine.wait(container.id, condition)
         response: dict[str, Any] = {"StatusCode": ended.exit_code}
         if ended.error:
             response["Error"] = {"Message": ended.error}
@@ -168,135 +168,135 @@ async def wait(node: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.post("/containers/{id}/kill")
-async def kill(node: Served, request: web.Request) -> web.StreamResponse:
+async def kill(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker kill``."""
     word = request.match_info["id"]
     try:
-        await node.engine.kill(word, request.query.get("signal") or "SIGKILL")
+        await served.engine.kill(word, request.query.get("signal") or "SIGKILL")
     except NotFound as error:
         raise NotFound(f"Cannot kill container: {word}: {error}") from error
     return web.Response(status=204)
 
 
 @_table.post("/containers/{id}/stop")
-async def stop(node: Served, request: web.Request) -> web.StreamResponse:
+async def stop(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker stop``; 304: it does not run."""
-    container = node.engine.get(request.match_info["id"])
+    container = served.engine.get(request.match_info["id"])
     grace_s = _grace(request)
     if not container.is_running:
-        node.engine.note_stopped(container.id)
+        served.engine.note_stopped(container.id)
         raise NotModified
-    await node.engine.stop(container.id, grace_s)
+    await served.engine.stop(container.id, grace_s)
     return web.Response(status=204)
 
 
 @_table.post("/containers/{id}/start")
-async def start(node: Served, request: web.Request) -> web.StreamResponse:
+async def start(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker start``; 304: it runs already."""
-    container = node.engine.get(request.match_info["id"])
+    container = served.engine.get(request.match_info["id"])
     if container.is_running:
         raise NotModified
-    await node.engine.start(container.id)
+    await served.engine.start(container.id)
     return web.Response(status=204)
 
 
 @_table.post("/containers/{id}/restart")
-async def restart(node: Served, request: web.Request) -> web.StreamResponse:
+async def restart(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker restart``: stop and start, also of one that does not run."""
-    container = node.engine.get(request.match_info["id"])
-    await node.engine.stop(container.id, _grace(request))
-    await node.engine.start(container.id)
+    container = served.engine.get(request.match_info["id"])
+    await served.engine.stop(container.id, _grace(request))
+    await served.engine.start(container.id)
     return web.Response(status=204)
 
 
 @_table.post("/containers/{id}/pause")
-async def pause(node: Served, request: web.Request) -> web.StreamResponse:
+async def pause(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker pause``."""
-    container = node.engine.get(request.match_info["id"])
+    container = served.engine.get(request.match_info["id"])
     if container.state is ContainerState.PAUSED:
         raise NotRunning(f"Container {container.id} is already paused")
-    await node.engine.pause(container.id)
+    await served.engine.pause(container.id)
     return web.Response(status=204)
 
 
 @_table.post("/containers/{id}/unpause")
-async def unpause(node: Served, request: web.Request) -> web.StreamResponse:
+async def unpause(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker unpause``."""
-    container = node.engine.get(request.match_info["id"])
+    container = served.engine.get(request.match_info["id"])
     if container.state is not ContainerState.PAUSED:
         raise Untranslated(f"Container {container.id} is not paused")
-    await node.engine.unpause(container.id)
+    await served.engine.unpause(container.id)
     return web.Response(status=204)
 
 
 @_table.post("/containers/{id}/resize")
-async def resize(node: Served, request: web.Request) -> web.StreamResponse:
+async def resize(served: Served, request: web.Request) -> web.StreamResponse:
     """Set the size of the terminal to ``h`` rows and ``w`` columns."""
     height, width = integer(request, "h"), integer(request, "w")
-    await node.engine.resize(request.match_info["id"], height, width)
+    await served.engine.resize(request.match_info["id"], height, width)
     return web.Response()
 
 
 @_table.post("/containers/{id}/update")
-async def update(node: Served, request: web.Request) -> web.StreamResponse:
+async def update(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker update``: limits of a container that runs; what the body leaves out stays."""
-    container = node.engine.get(request.match_info["id"])
-    await node.engine.update(container.id, **_limits(container, await read_json(request, Limits)))
+    container = served.engine.get(request.match_info["id"])
+    await served.engine.update(container.id, **_limits(container, await read_json(request, Limits)))
     return json_answer({"Warnings": None})
 
 
 @_table.post("/containers/prune")
-async def prune(node: Served, request: web.Request) -> web.StreamResponse:
+async def prune(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker container prune``: remove containers that have ended; those that never ran stay."""
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "until")
-    now_ns = node.clock.now_ns()
+    now_ns = served.clock.now_ns()
     freed_bytes, removed = 0, []
-    for container in node.engine.list():
+    for container in served.engine.list():
         if (
             not container.is_running
             and container.was_started
             and is_prunable(container.created_at, container.labels, filters, now_ns)
         ):
-            freed_bytes += (await _sizes(node, container)).get("SizeRw", 0)
-            await node.engine.remove(container.id)
+            freed_bytes += (await _sizes(served, container)).get("SizeRw", 0)
+            await served.engine.remove(container.id)
             removed.append(container.id)
-    await node.engine.images.sweep({user.image_id for user in image_users(node.engine)})
+    await served.engine.images.sweep({user.image_id for user in image_users(served.engine)})
     return json_answer({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
 
 
 @_table.delete("/containers/{id}")
-async def remove(node: Served, request: web.Request) -> web.StreamResponse:
+async def remove(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker rm``, with the layers that were kept for this container only."""
-    container = node.engine.get(request.match_info["id"])
-    await node.engine.remove(container.id, force=flag(request, "force"), with_volumes=flag(request, "v"))
-    await node.engine.images.sweep({user.image_id for user in image_users(node.engine)})
+    container = served.engine.get(request.match_info["id"])
+    await served.engine.remove(container.id, force=flag(request, "force"), with_volumes=flag(request, "v"))
+    await served.engine.images.sweep({user.image_id for user in image_users(served.engine)})
     return web.Response(status=204)
 
 
 @_table.post("/containers/{id}/rename")
-async def rename(node: Served, request: web.Request) -> web.StreamResponse:
+async def rename(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker rename``, of plain containers."""
-    container = node.engine.get(request.match_info["id"])
+    container = served.engine.get(request.match_info["id"])
     if container.plain is None:
         raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
-    await node.engine.rename(container.id, request.query.get("name", ""))
+    await served.engine.rename(container.id, request.query.get("name", ""))
     return web.Response(status=204)
 
 
 @_table.get("/containers/{id}/export")
-async def export(node: Served, request: web.Request) -> web.StreamResponse:
+async def export(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker export``: not supported."""
-    node.engine.get(request.match_info["id"])
+    served.engine.get(request.match_info["id"])
     raise Unimplemented('This node does not export containers: use "docker exec" and tar.')
 
 
 @_table.head("/containers/{id}/archive")
 @_table.get("/containers/{id}/archive")
 @_table.put("/containers/{id}/archive")
-async def copy(node: Served, request: web.Request) -> web.StreamResponse:
+async def copy(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker cp``: not supported."""
-    node.engine.get(request.match_info["id"])
+    served.engine.get(request.match_info["id"])
     raise Unimplemented('This node does not copy files of containers: use "docker exec" and tar.')
 
 

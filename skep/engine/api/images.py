@@ -56,21 +56,21 @@ def image_routes(
 
 
 @_table.get("/images/json")
-async def list_images(node: Served, request: web.Request) -> web.StreamResponse:
+async def list_images(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker images``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "before", "since", "reference", "until")
-    filter = _filter(node.images, filters, node.clock)
-    listed = select(node.images.images(), _replaced(filter, all=flag(request, "all")))
+    filter = _filter(served.images, filters, served.clock)
+    listed = select(served.images.images(), _replaced(filter, all=flag(request, "all")))
     version = api_version(request)
-    shared = shared_bytes(node.images, listed) if flag(request, "shared-size") else {}
+    shared = shared_bytes(served.images, listed) if flag(request, "shared-size") else {}
     return json_list_answer(
         [image_responses.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]
     )
 
 
 @_table.post("/images/create")
-async def create_image(node: Served, request: web.Request) -> web.StreamResponse:
+async def create_image(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker pull``, with its progress; an import of a file system is not supported."""
     if "fromImage" not in request.query:
         raise Unimplemented('This node imports no file systems: use "docker load", or an engine beside it.')
@@ -79,13 +79,13 @@ async def create_image(node: Served, request: web.Request) -> web.StreamResponse
     platform = request.query.get("platform", "")
 
     async def pull(report: Report) -> None:
-        await node.images.pull_all(reference, auth, report, platform=platform)
+        await served.images.pull_all(reference, auth, report, platform=platform)
 
     return await answer_with_progress(request, pull, early_errors=True)
 
 
 @_table.post("/images/load")
-async def load_images(node: Served, request: web.Request) -> web.StreamResponse:
+async def load_images(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker load``, with its progress."""
     is_quiet = flag(request, "quiet") if "quiet" in request.query else True
 
@@ -95,7 +95,7 @@ async def load_images(node: Served, request: web.Request) -> web.StreamResponse:
                 report(message)
 
         try:
-            await node.images.load(_pieces(request), report_unless_quiet)
+            await served.images.load(_pieces(request), report_unless_quiet)
         except SkepError:
             await _drain(request)
             raise
@@ -104,19 +104,19 @@ async def load_images(node: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.get("/images/get")
-async def save_images(node: Served, request: web.Request) -> web.StreamResponse:
+async def save_images(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker save`` of several images, as one archive."""
-    return await _saved(node, request, request.query.getall("names", []))
+    return await _saved(served, request, request.query.getall("names", []))
 
 
 @_table.get("/images/{name:.+}/get")
-async def save_image(node: Served, request: web.Request) -> web.StreamResponse:
+async def save_image(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker save`` of one image."""
-    return await _saved(node, request, [request.match_info["name"]])
+    return await _saved(served, request, [request.match_info["name"]])
 
 
-async def _saved(node: Served, request: web.Request, names: list[str]) -> web.StreamResponse:
-    async with aclosing(node.images.save(names)) as pieces:
+async def _saved(served: Served, request: web.Request, names: list[str]) -> web.StreamResponse:
+    async with aclosing(served.images.save(names)) as pieces:
         first = await anext(pieces, b"")  # an unknown image is still a status
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         await response.prepare(request)
@@ -127,38 +127,40 @@ async def _saved(node: Served, request: web.Request, names: list[str]) -> web.St
 
 
 @_table.post("/images/prune")
-async def prune_images(node: Served, request: web.Request) -> web.StreamResponse:
+async def prune_images(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker image prune``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "label!", "until")
-    removed, freed_bytes = await node.images.prune(
-        prunable(_filter(node.images, filters, node.clock)), users=node.users()
+    removed, freed_bytes = await served.images.prune(
+        prunable(_filter(served.images, filters, served.clock)), users=served.users()
     )
     response = {"ImagesDeleted": _removed(removed) or None, "SpaceReclaimed": freed_bytes}
     return json_answer(response)
 
 
 @_table.get("/images/{name:.+}/json")
-async def inspect_image(node: Served, request: web.Request) -> web.StreamResponse:
+async def inspect_image(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker image inspect``."""
     name = request.match_info["name"]
     try:
-        image = node.images.get(name)
+        image = served.images.get(name)
     except (NotFound, InvalidArgument) as error:
         raise type(error)(f"no such image: {name}: {error}") from error
-    return json_answer(image_responses.inspected(image, node.images, api_version(request)))
+    return json_answer(image_responses.inspected(image, served.images, api_version(request)))
 
 
 @_table.get("/images/{name:.+}/history")
-async def image_history(node: Served, request: web.Request) -> web.StreamResponse:
+async def image_history(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker history``."""
-    return json_list_answer(image_responses.history(node.images.get(request.match_info["name"]), node.images))
+    return json_list_answer(
+        image_responses.history(served.images.get(request.match_info["name"]), served.images)
+    )
 
 
 @_table.post("/images/{name:.+}/tag")
-async def tag_image(node: Served, request: web.Request) -> web.StreamResponse:
+async def tag_image(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker tag``."""
-    node.images.get(request.match_info["name"])
+    served.images.get(request.match_info["name"])
     try:
         reference = parse_reference(request.query.get("repo", ""))
         tag = request.query.get("tag", "")
@@ -167,37 +169,37 @@ async def tag_image(node: Served, request: web.Request) -> web.StreamResponse:
         raise Untranslated(str(error)) from error
     if reference.digest:
         raise Untranslated("refusing to create a tag with a digest reference")
-    await node.images.tag(request.match_info["name"], reference)
+    await served.images.tag(request.match_info["name"], reference)
     return web.Response(status=201)
 
 
 @_table.post("/images/{name:.+}/push")
-async def push_image(node: Served, request: web.Request) -> web.StreamResponse:
+async def push_image(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker push``: not supported."""
     raise Unimplemented("This node does not push images: push from where they are built.")
 
 
 @_table.delete("/images/{name:.+}")
-async def remove_image(node: Served, request: web.Request) -> web.StreamResponse:
+async def remove_image(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker rmi``."""
     name = request.match_info["name"]
     if not name.strip():
         raise InvalidArgument("image name cannot be blank")
-    removed = await node.images.remove(
-        name, force=flag(request, "force"), prune=not flag(request, "noprune"), users=node.users()
+    removed = await served.images.remove(
+        name, force=flag(request, "force"), prune=not flag(request, "noprune"), users=served.users()
     )
     return json_answer(_removed(removed))
 
 
 @_table.get("/distribution/{name:.+}/json")
-async def inspect_distribution(node: Served, request: web.Request) -> web.StreamResponse:
+async def inspect_distribution(served: Served, request: web.Request) -> web.StreamResponse:
     """What a registry has under a name, without a pull: digest and platforms."""
     name = request.match_info["name"]
     if is_digest(name):
         raise InvalidArgument(f"unknown image reference format: {name}")
     reference = parse_reference(name).with_default_tag()
     credentials = decode_credentials(request.headers.get("X-Registry-Auth", ""))
-    found = await pulling.inspect(node.images.policy, reference, credentials, node.images.limits)
+    found = await pulling.inspect(served.images.policy, reference, credentials, served.images.limits)
     return json_answer(found)
 
 

@@ -57,32 +57,32 @@ def volume_routes(volumes: Volumes, containers: Listing) -> list[web.RouteDef]:
 
 
 @_table.post("/volumes/create")
-async def create_volume(node: Served, request: web.Request) -> web.StreamResponse:
+async def create_volume(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker volume create``; one that exists stays as it is."""
     body = await read_json(request, VolumeRequest)
-    name = body.name or node.volumes.new_name()
+    name = body.name or served.volumes.new_name()
     _check(body, name)
-    node.volumes.ensure(name, body.labels if body.name else {**body.labels, ANONYMOUS: ""})
-    return json_answer(shown_volume(node.volumes, name), status=201)
+    served.volumes.ensure(name, body.labels if body.name else {**body.labels, ANONYMOUS: ""})
+    return json_answer(shown_volume(served.volumes, name), status=201)
 
 
 @_table.post("/volumes/prune")
-async def prune_volumes(node: Served, request: web.Request) -> web.StreamResponse:
+async def prune_volumes(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker volume prune``: without ``all``, those without a name only (since API 1.42)."""
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "all")
     named_too = api_version(request) < _NAMED_ARE_KEPT or _is_true(filters, "all")
     removed, reclaimed = [], 0
-    for name in node.volumes.names():
-        labels = node.volumes.labels(name) or {}
+    for name in served.volumes.names():
+        labels = served.volumes.labels(name) or {}
         if not has_prunable_labels(labels, filters) or not (named_too or ANONYMOUS in labels):
             continue
-        size = await asyncio.to_thread(tree_bytes, str(node.volumes.path(name)))
+        size = await asyncio.to_thread(tree_bytes, str(served.volumes.path(name)))
         # Checked last: a container may have been created meanwhile.
-        if name in users_by_volume(node.containers()):
+        if name in users_by_volume(served.containers()):
             continue
         try:
-            await node.volumes.remove(name)
+            await served.volumes.remove(name)
         except SkepError as error:
             log.warning("volume not pruned", volume=name, reason=str(error))
             continue
@@ -92,34 +92,34 @@ async def prune_volumes(node: Served, request: web.Request) -> web.StreamRespons
 
 
 @_table.get("/volumes")
-async def list_volumes(node: Served, request: web.Request) -> web.StreamResponse:
+async def list_volumes(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker volume ls``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "driver", "label", "name")
-    used = users_by_volume(node.containers())
+    used = users_by_volume(served.containers())
     found = [
         one
-        for name in node.volumes.names()
-        if _is_wanted(one := shown_volume(node.volumes, name), filters, used)
+        for name in served.volumes.names()
+        if _is_wanted(one := shown_volume(served.volumes, name), filters, used)
     ]
     return json_answer({"Volumes": found, "Warnings": None})
 
 
 @_table.get("/volumes/{name}")
-async def inspect_volume(node: Served, request: web.Request) -> web.StreamResponse:
+async def inspect_volume(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker volume inspect``."""
-    return json_answer(shown_volume(node.volumes, _known(node.volumes, request.match_info["name"])))
+    return json_answer(shown_volume(served.volumes, _known(served.volumes, request.match_info["name"])))
 
 
 @_table.delete("/volumes/{name}")
-async def remove_volume(node: Served, request: web.Request) -> web.StreamResponse:
+async def remove_volume(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker volume rm``."""
     name = request.match_info["name"]
-    if name not in node.volumes.names() and flag(request, "force"):
+    if name not in served.volumes.names() and flag(request, "force"):
         return web.Response(status=204)
-    if users := users_by_volume(node.containers()).get(_known(node.volumes, name)):
+    if users := users_by_volume(served.containers()).get(_known(served.volumes, name)):
         raise AlreadyExists(f"remove {name}: volume is in use - [{', '.join(users)}]")
-    await node.volumes.remove(name)
+    await served.volumes.remove(name)
     return web.Response(status=204)
 
 

@@ -76,11 +76,11 @@ class Front:
         self._engine_socket = engine_socket
         self._servers: list[asyncio.Server] = []
         self._background: list[asyncio.Task[None]] = []
-        self._silent: set[socket.socket] = set()
+        self._unread: set[socket.socket] = set()
         """Of clients of unix sockets that have not sent anything yet."""
-        self._local: set[asyncio.Task[None]] = set()
+        self._unix_tasks: set[asyncio.Task[None]] = set()
         """Serving clients of unix sockets."""
-        self._far: set[asyncio.Task[None]] = set()
+        self._tcp_tasks: set[asyncio.Task[None]] = set()
         """Serving clients of TCP hosts."""
         self._remote = _Remote()
 
@@ -103,7 +103,7 @@ class Front:
                         server.close()
                     self._close_local(sockets)
                     self._handover.close()
-                    for task in (*self._background, *self._local, *self._far):
+                    for task in (*self._background, *self._unix_tasks, *self._tcp_tasks):
                         task.cancel()
 
     def _close_local(self, sockets: Sequence[tuple[Host, socket.socket]]) -> None:
@@ -111,10 +111,10 @@ class Front:
         for host, listener in sockets:
             if isinstance(host, UnixHost):
                 loop.remove_reader(listener)
-        for connected in self._silent:
+        for connected in self._unread:
             loop.remove_reader(connected)
             connected.close()
-        self._silent.clear()
+        self._unread.clear()
 
     async def _listen(
         self,
@@ -158,11 +158,11 @@ class Front:
                 loop.remove_reader(listener)
                 loop.call_later(ACCEPT_RETRY_S, self._accept_again, group, listener)
                 return
-            if len(self._local) + len(self._silent) + self._handover.local_count >= _CONNECTIONS_MAX:
+            if len(self._unix_tasks) + len(self._unread) + self._handover.local_count >= _CONNECTIONS_MAX:
                 connected.close()
                 continue
             connected.setblocking(False)
-            self._silent.add(connected)
+            self._unread.add(connected)
             loop.add_reader(connected, self._read_first, group, connected)
 
     def _accept_again(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
@@ -178,7 +178,7 @@ class Front:
         except OSError:
             data = b""
         asyncio.get_running_loop().remove_reader(connected)
-        self._silent.remove(connected)
+        self._unread.remove(connected)
         local = Passed(connected, is_remote=False)
         if not data:
             connected.close()
@@ -210,7 +210,7 @@ class Front:
     def _start(
         self, group: asyncio.TaskGroup, serving: Coroutine[None, None, None], *, is_remote: bool
     ) -> None:
-        tasks = self._far if is_remote else self._local
+        tasks = self._tcp_tasks if is_remote else self._unix_tasks
         task = group.create_task(serving, name="api connection")
         tasks.add(task)
         task.add_done_callback(tasks.discard)
