@@ -140,7 +140,7 @@ async def _updates(lab: MeshLab) -> Figure:
         others[number % 4].is_serving = not others[number % 4].is_serving
         table, node = lab.table(), lab.nodes[0]
         began = time.perf_counter()
-        await node.mesh.apply({NETWORK: table}, frozenset({NETWORK}))
+        await node.mesh.apply(node.id, {NETWORK: table}, frozenset({NETWORK}))
         taken.append((time.perf_counter() - began) * 1e3)
     return Figure(number=0, what="a change of backends in one node's mesh", unit="ms", values=tuple(taken))
 

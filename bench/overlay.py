@@ -21,7 +21,7 @@ from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
 from bench.machine import resident_mib
 from bench.packets import packet_us
 from bench.stream import gigabits
-from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.dataplane import DataPlane
 from skep.model.ids import NetworkId, TaskId
 from skep.model.sandbox import Sandbox
 from skep.model.tables import NetworkHead, Segment, TableEndpoint
@@ -59,7 +59,7 @@ async def _measured(directory: Path, pairs: int) -> list[Figure]:
         ]
 
 
-async def _streams(lab: OverlayLab, networks: Sequence[ContainerNetwork], pairs: int) -> list[Figure]:
+async def _streams(lab: OverlayLab, networks: Sequence[DataPlane], pairs: int) -> list[Figure]:
     head = a_head(1)
     ends = [
         await node.attach(network, place(head, f"10.101.0.{number}/16"))
@@ -111,7 +111,7 @@ async def bare_vxlan(homes: Sequence[Path], underlays: Sequence[str], ends: Sequ
         await shell(end, f"ip addr add 10.88.0.{number + 5}/24 dev bare; ip link set bare up")
 
 
-async def _attaching(lab: OverlayLab, network: ContainerNetwork, pairs: int) -> list[Figure]:
+async def _attaching(lab: OverlayLab, network: DataPlane, pairs: int) -> list[Figure]:
     """One container after another, in turn on a network with few services and on one with many."""
     heads = {FEW: a_head(2), MANY: a_head(3)}
     for count, head in heads.items():
@@ -155,7 +155,7 @@ async def _attaching(lab: OverlayLab, network: ContainerNetwork, pairs: int) -> 
     ]
 
 
-async def _memory(lab: OverlayLab, network: ContainerNetwork) -> Figure:
+async def _memory(lab: OverlayLab, network: DataPlane) -> Figure:
     head, node = a_head(4), lab.nodes[0]
     lab.tell(head)
     await lab.apply([network])

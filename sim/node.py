@@ -105,7 +105,9 @@ class SimulatedNode:
             clock=self._clock,
             session_state=session_state,
         )
-        tables = NetworkTables(StoredTables(None, self._clock), (), self._clock, self._random.random)
+        tables = NetworkTables(
+            StoredTables(None, self._clock), (), session_state, self._clock, self._random.random
+        )
         managers = ManagerList(self._managers)
         agent = Agent(
             credentials=SimulatedCredentials(self._identity, self._network, self._renew),

@@ -23,15 +23,12 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import log_error
 from skep.aio.race import wait_first
-from skep.api.errors import rpc_words
-from skep.errors import RetryLater, SkepError, Unavailable
-from skep.model.ids import ContainerId, NodeId, TaskId
+from skep.errors import RetryLater, SkepError
+from skep.model.ids import NodeId
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
 from skep.model.revisions import Revision
-from skep.model.sandbox import EndpointRequest
 from skep.security.identity import Identity
-from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel
 from skep.wire.convert.node import role_from_pb
@@ -40,10 +37,6 @@ log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 2.0
-ATTACH_SECONDS_MAX = 15.0
-"""A manager responds once it is written, which takes until its store has a leader again."""
-DETACH_SECONDS_MAX = 3.0
-"""The end of a container waits no longer; the end of its task tells the manager as well."""
 UNREACHED_S = 10.0
 """After so long without any manager ``docker info`` shows it."""
 POSTPONED_MAX = 10
@@ -128,7 +121,7 @@ class Agent:
         self._peer: Peer | None = None
         """Of the last attempt at a session; while ``registered`` is set, of the session."""
         self._channel: Channel | None = None
-        """Of the session, while there is one."""
+        """Likewise."""
         self._try_now = asyncio.Event()
         self.registered = asyncio.Event()
 
@@ -159,6 +152,7 @@ class Agent:
 
     async def run(self) -> None:
         """Keep a session and a valid certificate until cancelled."""
+        self._session_state.join(self.node_id)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_session(), name="keep a session")
             group.create_task(self._credentials.run(self._manager_to_renew_with), name="keep a certificate")
@@ -167,35 +161,6 @@ class Agent:
     def try_now(self) -> None:
         """A manager has just begun to serve: without a session, make the next attempt at once."""
         self._try_now.set()
-
-    # -- network attachments of plain containers -----------------------------------------------------------------
-
-    async def attach_network(self, container_id: ContainerId, endpoint: EndpointRequest) -> TaskId:
-        """Request an endpoint on a network of the cluster.
-
-        Raises: SkepError in Docker's words; Unavailable: there is no session.
-        """
-        config = pb.NetworkAttachmentConfig(
-            target=endpoint.network,
-            aliases=endpoint.aliases,
-            addresses=[endpoint.address] if endpoint.address else [],
-        )
-        request = pb.AttachNetworkRequest(config=config, container_id=container_id)
-        with rpc_words(f"Could not attach to network {endpoint.network}"):
-            reply = await self._session_channel().call(
-                methods.ATTACH_NETWORK, request, timeout_s=ATTACH_SECONDS_MAX
-            )
-        return TaskId(reply.attachment_id)
-
-    async def detach_network(self, id: TaskId) -> None:
-        """Release an endpoint.  Raises: SkepError."""
-        request = pb.DetachNetworkRequest(attachment_id=id)
-        await self._session_channel().call(methods.DETACH_NETWORK, request, timeout_s=DETACH_SECONDS_MAX)
-
-    def _session_channel(self) -> Channel:
-        if self._channel is None or not self.registered.is_set():
-            raise Unavailable("no manager is reached at present")
-        return self._channel
 
     # -- sessions -------------------------------------------------------------------------------------------------
 
@@ -240,8 +205,6 @@ class Agent:
         except Exception as error:
             had_session = self.registered.is_set()
             log_error(error, "session failed", manager=peer.addr)
-        finally:
-            self._channel = None
         self._managers.failed(peer, was_connected=is_connected)
         if had_session:
             return Attempt.SESSION
@@ -282,7 +245,8 @@ class Agent:
         if not self.registered.is_set():
             log.info("registered", manager=self._peer.addr, session=message.session_id)
             self._managers.worked(self._peer)
-            self._session_state.begin()
+            assert self._channel is not None, "of the session"
+            self._session_state.begin(self._channel)
             self.registered.set()
         peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
         self._managers.replace(peers, {known.peer.addr: known.weight for known in message.managers})

@@ -1,7 +1,8 @@
-"""Whether this node has a session with a manager, and for how long it has had none.
+"""Who this node is in its cluster, whether it has a session with a manager, and for how long it has had none.
 
-The agent records it, and the worker reads it: what a task may do without a manager depends on it.  A planned stop of
-the node process is announced here, and the session sends it to its manager.
+The agent records it.  The worker reads it: what a task may do without a manager depends on it.  What is known after
+joining only (the node's id, the session's connection) is read here by what was made before.  A planned stop of the
+node process is announced here, and the session sends it to its manager.
 """
 
 import asyncio
@@ -11,6 +12,9 @@ import structlog
 from skep.agent.last_seen import LastSeen
 from skep.aio.clock import Clock
 from skep.aio.race import Preempted, run_unless
+from skep.errors import Unavailable
+from skep.model.ids import NodeId
+from skep.wire.client import Channel
 
 log = structlog.get_logger()
 
@@ -25,21 +29,53 @@ class SessionState:
         self._clock = clock
         self._last_seen = last_seen or LastSeen(clock.monotonic, clock.monotonic())
         self._responded_at = clock.monotonic()
-        self._has_session = False
+        self._node_id = NodeId("")
+        self._joined = asyncio.Event()
+        self._channel: Channel | None = None
         self._session = asyncio.Event()
         self._no_session = asyncio.Event()
         self._no_session.set()
         self._stopping = asyncio.Event()
         self._announced = asyncio.Event()
 
+    # --- the cluster ------------------------------------------------------------------------------------------
+
+    @property
+    def node_id(self) -> NodeId:
+        """In its present cluster; empty: the node is in none, or not known to be yet."""
+        return self._node_id
+
+    def join(self, node_id: NodeId) -> None:
+        """This node is ``node_id`` of a cluster.  Harmless when that is known."""
+        self._node_id = node_id
+        self._joined.set()
+
+    def leave(self) -> None:
+        """This node is in no cluster any more."""
+        self._node_id = NodeId("")
+        self._joined.clear()
+
+    async def wait_joined(self) -> None:
+        """Return when ``node_id`` is known."""
+        await self._joined.wait()
+
+    # --- the session ------------------------------------------------------------------------------------------
+
     @property
     def has_session(self) -> bool:
-        """Whether there is a session now."""
-        return self._has_session
+        """Whether a manager has accepted a session that has not ended."""
+        return self._channel is not None
 
-    def begin(self) -> None:
+    @property
+    def channel(self) -> Channel:
+        """The connection of the session.  Raises: Unavailable: there is none."""
+        if self._channel is None:
+            raise Unavailable("no manager is reached at present")
+        return self._channel
+
+    def begin(self, channel: Channel) -> None:
         """A manager has accepted a session."""
-        self._has_session = True
+        self._channel = channel
         self._responded_at = self._clock.monotonic()
         self._last_seen.record(0.0)
         self._session.set()
@@ -52,7 +88,7 @@ class SessionState:
 
     def end(self) -> None:
         """The session has ended."""
-        self._has_session = False
+        self._channel = None
         self._session.clear()
         self._no_session.set()
 
@@ -79,7 +115,7 @@ class SessionState:
 
         Returns when the manager has confirmed it, at once where there is no session, or after a second.
         """
-        if not self._has_session:
+        if not self.has_session:
             return
         self._stopping.set()
         try:

@@ -1,9 +1,7 @@
 """A container's whole network: a namespace, its networks, and the gateway bridge last."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -11,25 +9,17 @@ import msgspec
 import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
-from skep.aio.clock import Clock
-from skep.aio.failures import describe_error, isolate, log_error, retry
-from skep.aio.groups import errors_as_they_are
+from skep.aio.failures import describe_error, isolate, log_error
 from skep.dataplane.endpoint_allocation import EndpointAllocation
 from skep.dataplane.gateway import Gateway
-from skep.dataplane.ingress.mesh import Mesh
-from skep.dataplane.local.networks import LocalNetworks
+from skep.dataplane.ingress.reply_routing import ReplyRouting
 from skep.dataplane.name_registration import NameRegistration
 from skep.dataplane.netns.conntrack import SYSCTLS as TRACKING_SYSCTLS
-from skep.dataplane.netns.deferred import DeferredChanges
-from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.overlays import Overlays
 from skep.dataplane.plan.overlay import check_sandbox
 from skep.dataplane.plan.reply_routing import SYSCTLS as REPLY_SYSCTLS
 from skep.dataplane.plan.reply_routing import IngressEndpoint
-from skep.dataplane.probe.prober import PathProber
-from skep.dataplane.wireguard.tunnels import Tunnels
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.model.sandbox import EndpointConfig, EndpointRequest, NetworkMode, Sandbox, SandboxConfig
@@ -52,80 +42,33 @@ class ContainerNetwork:
         self,
         *,
         namespaces: Namespaces,
-        home: NetnsReconciler,
         gateway: Gateway,
         overlays: Overlays,
-        tunnels: Tunnels,
-        mesh: Mesh,
-        local: LocalNetworks,
-        healer: Healer,
-        deferred: DeferredChanges,
-        prober: PathProber,
         allocation: EndpointAllocation,
-        clock: Clock,
-        rng: Callable[[], float],
-        naming: NameRegistration | None = None,
-        say: Callable[[str], None] = lambda _: None,
+        reply_routing: ReplyRouting,
+        naming: NameRegistration | None,
+        show_condition: Callable[[str], None],
     ) -> None:
         """
         Args:
             allocation: of plain containers' endpoints.
             naming: None where names are not served.
-            say: called with the containers whose networks are not kept; an empty text: none.
+            show_condition: called with the containers whose networks are not kept; an empty text: none.
         """
-        self.namespaces = namespaces
-        self._home = home
-        self.gateway = gateway
-        self.overlays = overlays
-        self.tunnels = tunnels
-        self.mesh = mesh
-        self.prober = prober
-        self.local = local
-        self._healer = healer
-        self.naming = naming
-        self._deferred = deferred
+        self._namespaces = namespaces
+        self._gateway = gateway
+        self._overlays = overlays
         self._allocation = allocation
-        self._clock = clock
-        self._rng = rng
-        self._say = say
+        self._reply_routing = reply_routing
+        self._naming = naming
+        self._show_condition = show_condition
         self._left_out: dict[ContainerId, str] = {}
-        self.repairs = healer.repairs
-
-    @property
-    def home(self) -> Path:
-        """The node's own network namespace."""
-        return self._home.path
 
     @property
     def host_gateway(self) -> str:
         """The node's address on the gateway bridge, for ``host-gateway``; empty: there is none yet."""
-        subnet = self.gateway.subnet
+        subnet = self._gateway.subnet
         return str(subnet[1]) if subnet is not None else ""
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Keep what containers are given, whatever others change, until the block ends.
-
-        A part that fails is begun again, later and later; the others go on.
-        """
-        parts: dict[str, Callable[[], Awaitable[None]]] = {
-            "healing of networks": self._healer.run,
-            "clearing of networks": self._deferred.run,
-            "published ports": self.mesh.run,
-            "probes of other nodes": self.prober.run,
-            "encrypted networks": partial(self.tunnels.run, self.overlays.remeasured),
-        }
-        keep = partial(retry, clock=self._clock, rng=self._rng)
-        async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(keep(run, "part of the network failed", part=name), name=name)
-                for name, run in parts.items()
-            ]
-            try:
-                yield
-            finally:
-                for task in tasks:
-                    task.cancel()
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         """Make the node ready, keep the ``live`` sandboxes, free all others.
@@ -137,19 +80,17 @@ class ContainerNetwork:
         live = [(config, one) for config, one in live if self._is_sound(config.id, one)]
         sandboxes = {config.id: one for config, one in live}
         await self._allocation.restore(live)
-        self.overlays.restore(sandboxes)
-        await self.gateway.restore(sandboxes)
-        await self._healer.watch(self._home)
-        await self.prober.restore()
-        await self.overlays.begin(sandboxes)
+        self._overlays.restore(sandboxes)
+        await self._gateway.restore(sandboxes)
+        await self._overlays.begin(sandboxes)
         for id, sandbox in sandboxes.items():  # a container may have made its namespace unusable for it
             routing = self._route_replies(id, sandbox)
             await isolate(routing, "reply routing not applied yet", container=id)
-        if self.naming is not None:
-            await self.naming.restore(live)
-        for pinned in self.namespaces.pinned():
+        if self._naming is not None:
+            await self._naming.restore(live)
+        for pinned in self._namespaces.pinned():
             if pinned not in kept:
-                await isolate(self.namespaces.destroy(pinned), "namespace not removed", container=pinned)
+                await isolate(self._namespaces.destroy(pinned), "namespace not removed", container=pinned)
 
     def _is_sound(self, id: ContainerId, sandbox: Sandbox) -> bool:
         if id in self._left_out:
@@ -164,9 +105,9 @@ class ContainerNetwork:
         return True
 
     def _report_left_out(self) -> None:
-        reasons = (f"{id[:12]} ({reason})" for id, reason in sorted(self._left_out.items()))
-        names = ", ".join(reasons)
-        self._say(f"the networks of these containers are not kept, start them anew: {names}" if names else "")
+        names = ", ".join(f"{id[:12]} ({reason})" for id, reason in sorted(self._left_out.items()))
+        sentence = f"the networks of these containers are not kept, start them anew: {names}"
+        self._show_condition(sentence if names else "")
 
     async def attach(self, config: SandboxConfig) -> Sandbox:
         """A namespace with ``eth0`` and so on: its endpoints in their order, then the gateway bridge; and names in it.
@@ -177,19 +118,19 @@ class ContainerNetwork:
         if config.mode is NetworkMode.HOST:
             return Sandbox(netns="")
         id, endpoints = config.id, config.endpoints
-        sandbox = Sandbox(netns=str(self.namespaces.path(id)), sysctls=_sysctls_of(config))
+        sandbox = Sandbox(netns=str(self._namespaces.path(id)), sysctls=_sysctls_of(config))
         if config.networks:
             endpoints = await self._allocation.join(config)
         try:
-            netns = await self.namespaces.create(id, sandbox.sysctls)
-            connected = await self.overlays.connect(id, netns, endpoints)
+            netns = await self._namespaces.create(id, sandbox.sysctls)
+            connected = await self._overlays.connect(id, netns, endpoints)
             sandbox = msgspec.structs.replace(sandbox, endpoints=connected)
             if needs_way_out(config.mode, endpoints):
                 sandbox = await self._way_out(config, sandbox)
-            await self.overlays.settle_container(id, sandbox)
+            await self._overlays.settle_container(id, sandbox)
             await self._route_replies(id, sandbox)
-            if self.naming is not None:
-                await self.naming.attach(config, sandbox)
+            if self._naming is not None:
+                await self._naming.attach(config, sandbox)
         except BaseException as error:
             await asyncio.shield(self._undo(id, sandbox, endpoints))
             if isinstance(error, OSError | NetlinkError):
@@ -211,26 +152,26 @@ class ContainerNetwork:
 
         Raises: SkepError, OSError.
         """
-        served = await self.naming.served() if self.naming is not None else frozenset[str]()
-        holders = {*self.namespaces.pinned(), *self.overlays.holders(), *self.gateway.users(), *served}
+        served = await self._naming.served() if self._naming is not None else frozenset[str]()
+        holders = {*self._namespaces.pinned(), *self._overlays.holders(), *self._gateway.users(), *served}
         freed = []
         for id in sorted(map(ContainerId, holders)):
             if is_needed(id):
                 continue
-            held = self.gateway.sandbox_of(id) or Sandbox(netns=str(self.namespaces.path(id)))
-            connected = self.overlays.endpoints_of(id)
+            held = self._gateway.sandbox_of(id) or Sandbox(netns=str(self._namespaces.path(id)))
+            connected = self._overlays.endpoints_of(id)
             log.warning(
                 "network of a container that is gone removed",
                 container=id,
-                namespace=id in self.namespaces.pinned(),
+                namespace=id in self._namespaces.pinned(),
                 addresses=[held.address, *(address for one in connected for address in one.config.addresses)],
             )
             sandbox = msgspec.structs.replace(held, endpoints=connected)
             await self._undo(id, sandbox, [one.config for one in connected])
-            if self.naming is not None and id in served:
-                await self.naming.detach(id)
+            if self._naming is not None and id in served:
+                await self._naming.detach(id)
             freed.append(id)
-        await self.overlays.sweep()
+        await self._overlays.sweep()
         return freed
 
     # --- while it runs ------------------------------------------------------------------------------------------
@@ -244,15 +185,15 @@ class ContainerNetwork:
         endpoint = await self._allocation.join_one(config, request, others)
         joined, netns = sandbox, Path(sandbox.netns)
         try:
-            (connected,) = await self.overlays.connect(
+            (connected,) = await self._overlays.connect(
                 config.id, netns, (endpoint,), first=_free_interface(sandbox)
             )
             joined = msgspec.structs.replace(sandbox, endpoints=(*sandbox.endpoints, connected))
             if not joined.address and needs_way_out(config.mode, [endpoint]):
                 joined = await self._way_out(config, joined)
-            await self.overlays.change(config.id, (), joined)
-            if self.naming is not None:
-                await self.naming.attach(config, joined)
+            await self._overlays.change(config.id, (), joined)
+            if self._naming is not None:
+                await self._naming.attach(config, joined)
         except BaseException:
             await asyncio.shield(self._cut(config, joined, sandbox, (endpoint,)))
             raise
@@ -283,20 +224,20 @@ class ContainerNetwork:
         kept = {one.port for one in left.endpoints}
         try:
             if before.address and not left.address:
-                await self.gateway.cut(config.id, before)
+                await self._gateway.cut(config.id, before)
             removed = [one for one in before.endpoints if one.port not in kept]
-            await self.overlays.change(config.id, removed, left)
-            if self.naming is not None:
+            await self._overlays.change(config.id, removed, left)
+            if self._naming is not None:
                 if left.endpoints:
-                    await self.naming.attach(config, left)
+                    await self._naming.attach(config, left)
                 else:
-                    await self.naming.detach(config.id)
+                    await self._naming.detach(config.id)
         finally:
             await self._allocation.leave(config.id, gone)
 
     async def _way_out(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
         """``sandbox`` with an interface on the gateway bridge.  Raises: SkepError."""
-        found = await self.gateway.connect(
+        found = await self._gateway.connect(
             config.id,
             Path(sandbox.netns),
             _free_interface(sandbox),
@@ -310,27 +251,27 @@ class ContainerNetwork:
         """Replies of a container on the ingress network go back through the node that their client came by."""
         for one in sandbox.endpoints:
             if one.config.head.is_ingress:
-                await self.mesh.reply_routing.add(
+                await self._reply_routing.add(
                     container_id,
-                    self.overlays.reconciler_of(container_id),
+                    self._overlays.reconciler_of(container_id),
                     IngressEndpoint(one.interface, sandbox.address, sandbox.address6),
                 )
 
     async def _undo(
         self, container_id: ContainerId, sandbox: Sandbox, endpoints: Iterable[EndpointConfig]
     ) -> None:
-        self.mesh.reply_routing.remove(container_id)
-        self.overlays.disconnect(container_id, sandbox.endpoints)
+        self._reply_routing.remove(container_id)
+        self._overlays.disconnect(container_id, sandbox.endpoints)
         try:
-            if self.naming is not None and sandbox.endpoints:
-                await self.naming.detach(container_id)
+            if self._naming is not None and sandbox.endpoints:
+                await self._naming.detach(container_id)
         except SkepError as error:  # the net process notices a namespace that is gone, too
             log.warning("names of a container not removed", container=container_id, reason=str(error))
         finally:
             try:
-                await self.gateway.disconnect(container_id, sandbox)
+                await self._gateway.disconnect(container_id, sandbox)
             finally:
-                await self.namespaces.destroy(container_id)
+                await self._namespaces.destroy(container_id)
                 await self._allocation.leave(container_id, endpoints)
 
 

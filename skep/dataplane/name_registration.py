@@ -9,7 +9,7 @@ import structlog
 from skep.dataplane.protocol import Listing, Named, NameServer, Place
 from skep.errors import SkepError
 from skep.linux.name_files import forwarded_to, sets_ndots
-from skep.model.ids import ContainerId, NetworkId
+from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.sandbox import Sandbox, SandboxConfig
 from skep.model.tables import Table
 
@@ -65,9 +65,15 @@ class NameRegistration:
         """Ids of the containers that have names.  Raises: SkepError."""
         return frozenset(one.id for one in (await self._service.listing()).served)
 
-    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+    async def apply(
+        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+    ) -> None:
         """Have the net process read changed tables; called after they were written for it (``NetworkTables``)."""
-        await self._service.refresh(changed)
+        await self.refresh(changed)
+
+    async def refresh(self, networks: Iterable[NetworkId]) -> None:
+        """Have the net process read the tables of ``networks`` again, and apply them.  Raises: SkepError."""
+        await self._service.refresh(networks)
 
     def _named(self, config: SandboxConfig, sandbox: Sandbox) -> Named | None:
         node = self._resolver.read_text() if self._resolver.is_file() else ""

@@ -90,11 +90,11 @@ class Overlays:
         self._deferred = deferred
         self._tunnels = tunnels
         self._node_id = NodeId("")
+        """In the cluster that the tables are of."""
         self._tables: Mapping[NetworkId, Table] = {}
         self._knows_tables = False
         self._is_cleared = False
         self._restored = asyncio.Event()
-        self._identified = asyncio.Event()
         self._applying = asyncio.Lock()
         self._heads: dict[NetworkId, NetworkHead] = {}
         self._endpoints: dict[NetworkId, dict[ContainerId, LocalEndpoint]] = {}
@@ -104,15 +104,11 @@ class Overlays:
         self._locks: dict[NetworkId, asyncio.Lock] = {}
         self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
 
-    def identify(self, node_id: NodeId) -> None:
-        """The node's id in its present swarm."""
-        self._node_id = node_id
-        if node_id:
-            self._identified.set()
-
     # --- tables -----------------------------------------------------------------------------------------------
 
-    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+    async def apply(
+        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+    ) -> None:
         """All ``tables`` of this node's networks, of which those ``changed`` since the last call.
 
         Every network is tried.  Raises: SkepError: one was refused by the kernel; it is tried again by itself, too.
@@ -120,14 +116,13 @@ class Overlays:
         async with self._applying:
             # Containers that run already have to be known first: their ports would be removed.
             await self._restored.wait()
-            if tables:
-                await self._identified.wait()
+            self._node_id = node_id
             await self._apply(tables, changed)
 
     async def apply_nothing(self) -> None:
-        """This node has no tables: what earlier processes left of networks is cleared up."""
+        """This node has no tables: remove what earlier processes left of networks."""
         try:
-            await self.apply({}, frozenset())
+            await self.apply(NodeId(""), {}, frozenset())
         except SkepError as error:
             log.warning("networks not cleared", error=str(error))
 
@@ -214,7 +209,11 @@ class Overlays:
                 self._enter(id, sandbox.netns, endpoint)
 
     async def begin(self, live: Mapping[ContainerId, Sandbox]) -> None:
-        """The node's own network is there: keep the insides of the ``live`` containers, and take tables."""
+        """Keep the node's own namespace and those of the ``live`` containers, and take tables.
+
+        The gateway bridge is there already.  Raises: OSError.
+        """
+        await self._healer.watch(self._home)
         for id, sandbox in live.items():
             reconciler = self._container_reconciler(id, sandbox)
             reconciler.adopt()

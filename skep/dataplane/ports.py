@@ -10,13 +10,12 @@ import socket
 from collections.abc import Iterable
 from typing import Protocol
 
-from skep.dataplane.netns.namespaces import Namespaces
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
 from skep.linux.descriptors import set_aside
 
 
 class PortReservations(Protocol):
-    """Holds ports; the net process does (so that they outlive the node process), or this process itself."""
+    """Holds ports; the net process does, so that they outlive the node process."""
 
     async def reserve(self, protocol: str, port: int, address: str = "") -> int:
         """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
@@ -33,34 +32,6 @@ class PortReservations(Protocol):
 
 class AddressNotHere(FailedPrecondition):
     """The node has no such address."""
-
-
-class OwnReservations:
-    """Reservations of this process in the node's own namespace; they end with it."""
-
-    def __init__(self, namespaces: Namespaces) -> None:
-        self._namespaces = namespaces
-        self._sockets: dict[tuple[str, int, str], socket.socket] = {}
-
-    async def reserve(self, protocol: str, port: int, address: str = "") -> int:
-        opened = await self._namespaces.run(self._namespaces.home, bind, protocol, port, address)
-        chosen: int = opened.getsockname()[1]
-        self._sockets[protocol, chosen, address] = opened
-        return chosen
-
-    async def release(self, protocol: str, port: int, address: str = "") -> None:
-        opened = self._sockets.pop((protocol, port, address), None)
-        if opened is not None:
-            opened.close()
-
-    async def held(self) -> Iterable[tuple[str, int, str]]:
-        return tuple(self._sockets)
-
-    def close(self) -> None:
-        """Let go of everything."""
-        for opened in self._sockets.values():
-            opened.close()
-        self._sockets.clear()
 
 
 def bind(protocol: str, port: int, address: str = "") -> socket.socket:

@@ -84,7 +84,7 @@ class Lifecycle:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Adopt what earlier processes left, then watch all containers until the block ends."""
-        async with errors_as_they_are(), asyncio.TaskGroup() as group, self._network.running():
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
             self._group = group
             await self._restore()
             self.spawn(self._store.run(self._clock), name="records")

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from skep.engine.container import Container, ContainerState
@@ -18,9 +17,6 @@ class Networking(Protocol):
     @property
     def host_gateway(self) -> str:
         """The node's address for its containers (``host-gateway``); empty: there is none."""
-
-    def running(self) -> AbstractAsyncContextManager[None]:
-        """Keep the sandboxes as they were made, whatever else changes on the node, until the block ends."""
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         """Make the node ready, keep the ``live`` sandboxes, free all others.  Raises: SkepError."""

@@ -2,6 +2,7 @@
 
 import ipaddress
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 _LOCAL = """\
 127.0.0.1\tlocalhost
@@ -11,6 +12,8 @@ ff00::0\tip6-mcastprefix
 ff02::1\tip6-allnodes
 ff02::2\tip6-allrouters
 """
+RESOLVER = Path("/etc/resolv.conf")
+"""The node's own."""
 NAME_SERVER = "127.0.0.11"
 """The name server of a container on networks, in its own namespace."""
 _PUBLIC_NAME_SERVERS = ("8.8.8.8", "8.8.4.4")

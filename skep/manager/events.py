@@ -67,11 +67,6 @@ class ClusterEvents:
         self._past: deque[Message] = deque(maxlen=KEPT)
         self._readers: set[asyncio.Queue[Message | None]] = set()
 
-    @property
-    def readers(self) -> int:
-        """How many streams are open."""
-        return len(self._readers)
-
     async def run(self) -> None:
         """Derive events from commits until cancelled."""
         while True:

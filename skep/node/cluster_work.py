@@ -4,9 +4,10 @@ import asyncio
 
 import structlog
 
-from skep.agent.executor.attaching import ClusterAttachments, is_attachment
+from skep.agent.executor.attaching import is_attachment
 from skep.agent.executor.interface import Executor
 from skep.agent.probe_stream import ProbeSource
+from skep.agent.session_state import SessionState
 from skep.agent.worker import Worker
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
@@ -24,7 +25,7 @@ class NodeWork:
     """The cluster's work on this node.
 
     Args:
-        attachments: of plain containers to cluster networks; None: the node runs none.
+        session: of this node with its managers.
         probes: of other nodes; None: there are none.
     """
 
@@ -36,7 +37,7 @@ class NodeWork:
         clock: Clock,
         conditions: Conditions,
         *,
-        attachments: ClusterAttachments | None,
+        session: SessionState,
         probes: ProbeSource | None,
     ) -> None:
         self._worker = worker
@@ -44,13 +45,11 @@ class NodeWork:
         self._tables = tables
         self._clock = clock
         self._conditions = conditions
-        self._attachments = attachments
+        self._session = session
         self._probes = probes
 
     async def release_attachments(self) -> None:
         """Detach plain containers from the cluster's networks; after 5 s the rest is released with the node."""
-        if self._attachments is None:
-            return
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
                 for task in filter(is_attachment, tuple(self._worker.tasks().values())):
@@ -60,8 +59,7 @@ class NodeWork:
 
     async def remove_all(self) -> None:
         """Kill and remove every task, as Docker does, for up to a minute; tasks that are left then are logged."""
-        if self._attachments is not None:
-            self._attachments.ask_through(None)
+        self._session.leave()
         self._conditions.clear("no-manager")
         await self._worker.clear()
         backoff = Backoff(0.02, 0.5)

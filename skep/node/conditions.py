@@ -8,6 +8,7 @@ of the node's status message and of its events, and a placement constraint can a
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import msgspec
 import structlog
@@ -57,7 +58,14 @@ class Conditions:
 
     def reporter(self, name: str) -> Callable[[str], None]:
         """A function that sets the condition to its argument, and clears it when that is empty."""
-        return lambda message: self.set(name, message) if message else self.clear(name)
+        return partial(self.report, name)
+
+    def report(self, name: str, message: str) -> None:
+        """Set the condition to ``message``, or clear it when that is empty."""
+        if message:
+            self.set(name, message)
+        else:
+            self.clear(name)
 
     def present(self) -> Mapping[str, str]:
         """Name -> message of what is wrong now."""

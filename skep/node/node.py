@@ -5,6 +5,7 @@ and the Engine API.  A layer is given the layers below it when it is made.
 """
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,8 +16,8 @@ import structlog
 from aiohttp import web
 
 from skep.agent.agent import Agent
-from skep.agent.executor.assembly import oci_executor
-from skep.agent.executor.oci import OciExecutor
+from skep.agent.executor.attaching import ClusterAttachments, SessionRequests
+from skep.agent.executor.oci import OciExecutor, oci_executor
 from skep.agent.executor.process import ProcessExecutor
 from skep.agent.last_seen import LastSeenFile
 from skep.agent.managers import ManagerList, Peer
@@ -39,8 +40,12 @@ from skep.api.server import application, runner
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
 from skep.dataplane.client import NetClient
+from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
+from skep.dataplane.endpoint_allocation import ClusterEndpoints
 from skep.dataplane.local.networks import LocalNetworks
+from skep.dataplane.name_registration import NameRegistration
+from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.neighbours import NeighbourTables
 from skep.dataplane.tables import unreachable
 from skep.dataplane.tables.files import SharedTables, StoredTables
@@ -52,9 +57,11 @@ from skep.engine.api.containers import create_routes
 from skep.engine.api.routes import engine_routes
 from skep.engine.capacity import find_programs
 from skep.engine.cgroups import Cgroups
+from skep.engine.engine import EngineConfig
 from skep.engine.images.registry import Policy
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
+from skep.linux.name_files import RESOLVER
 from skep.linux.processes import boot_id
 from skep.model.conditions import NEIGHBOURS
 from skep.model.ids import NodeId, new_container_id, new_id
@@ -111,20 +118,19 @@ class Node:
         self._manager_api = Client.local(self._paths.manager_socket, "the manager of this node")
         self._docker = _docker_engine(configuration)
         self._events = NodeEvents(self._clock)
+        self._session = SessionState(
+            self._clock, LastSeenFile(self._paths.last_heard, self._clock.since_boot, boot_id())
+        )
         # Containers.  With the executor ``process`` there are none: tasks are plain commands.
         self._executor = self._make_executor()
         oci = self._executor if isinstance(self._executor, OciExecutor) else None
         self._engine = oci.engine if oci is not None else None
-        self._network = oci.network if oci is not None else None
-        self._attachments = oci.attachments if oci is not None else None
+        self._data_plane = oci.data_plane if oci is not None else None
         self._payloads = oci.payloads if oci is not None else None
         # Networks of the cluster.
         self._shared_tables = SharedTables(self._paths.tables)
         self._tables = self._network_tables()
         # The agent's side.
-        self._session = SessionState(
-            self._clock, LastSeenFile(self._paths.last_heard, self._clock.since_boot, boot_id())
-        )
         self._reports = Reports()
         self._worker = self._make_worker()
         self._probes = self._node_probes()
@@ -136,7 +142,7 @@ class Node:
             environment.features,
             lambda: self._configuration,
             environment.conditions,
-            self._network.tunnels.labels if self._network is not None else dict,
+            self._data_plane.tunnels.labels if self._data_plane is not None else dict,
             has_probes=self._probes is not None,
         )
         # The cluster, and the API.
@@ -199,22 +205,38 @@ class Node:
             on_event=self._events.publish_image,
             report=environment.conditions.reporter("images"),
         )
-        # Connections to the net process: several, so that ports do not wait for the names of a thousand containers.
-        net = partial(NetClient, self._paths.net_socket, self._clock, self._random)
+        attachments = ClusterAttachments(SessionRequests(self._session))
         return oci_executor(
             self._paths,
             images,
-            clock=self._clock,
-            rng=self._random,
-            hostname=environment.machine.hostname,
+            self._make_data_plane(attachments),
+            attachments,
+            EngineConfig(
+                starts_max=2 * (os.cpu_count() or 1),
+                hostname=environment.machine.hostname,
+                log_default=Driver(name="json-file", options=configuration.log_opts),
+                report_restore=environment.conditions.reporter("restore"),
+            ),
+            self._clock,
             cgroup_parent=configuration.cgroup_parent,
-            ports=net(""),
-            names=net(""),
-            mesh_ports=net("mesh"),
-            log_default=Driver(name="json-file", options=configuration.log_opts),
             programs=find_programs(configuration.runc, configuration.conmon),
-            conditions=environment.conditions,
-            encryption=Options(
+        )
+
+    def _make_data_plane(self, endpoints: ClusterEndpoints) -> DataPlane:
+        configuration, environment = self._configuration, self._environment
+        # Connections to the net process: several, so that ports do not wait for the names of a thousand containers.
+        net = partial(NetClient, self._paths.net_socket, self._clock, self._random)
+        return DataPlane(
+            Host(
+                paths=self._paths,
+                namespaces=Namespaces(self._paths.netns),
+                clock=self._clock,
+                rng=self._random,
+                show_condition=environment.conditions.report,
+            ),
+            NetProcess(net(), net("mesh"), NameRegistration(net(), RESOLVER)),
+            endpoints,
+            Options(
                 method=_encryption(environment.features, configuration.encryption),
                 since_boot=self._clock.since_boot,
                 process=environment.processes.new_wireguard,
@@ -223,28 +245,29 @@ class Node:
         )
 
     def _network_tables(self) -> NetworkTables:
-        network, tables = self._network, self._shared_tables
+        plane, tables = self._data_plane, self._shared_tables
         # Routes come before the names that lead there.
-        users = (network.overlays, network.mesh, tables, network.naming) if network is not None else (tables,)
+        users = (plane.overlays, plane.mesh, tables, plane.naming) if plane is not None else (tables,)
         return NetworkTables(
             StoredTables(self._paths.kept_tables, self._clock),
             [one for one in users if one is not None],
+            self._session,
             self._clock,
             self._random,
         )
 
     def _run_networks(self, run: Callable[..., None]) -> None:
         """Keep the networks of the cluster as their tables say."""
-        network, tables = self._network, self._tables
-        if network is not None and not tables.tables:
-            run(network.overlays.apply_nothing, "networks of an earlier process")
-            run(network.mesh.apply_nothing, "ports of an earlier process")
-        if network is not None and not self._paths.node_json.exists():
-            network.prober.set_targets(None)
+        plane, tables = self._data_plane, self._tables
+        if plane is not None and not tables.tables:
+            run(plane.overlays.apply_nothing, "networks of an earlier process")
+            run(plane.mesh.apply_nothing, "ports of an earlier process")
+        if plane is not None and not self._paths.node_json.exists():
+            plane.prober.set_targets(None)
         run(tables.run, "network tables")
-        if network is not None:
+        if plane is not None:
             watch = partial(
-                unreachable.watch, self._session, lambda: network.prober.reports, tables.exclude, self._clock
+                unreachable.watch, self._session, lambda: plane.prober.reports, tables.exclude, self._clock
             )
             run(watch, "silent peers")
 
@@ -262,9 +285,9 @@ class Node:
 
     def _node_probes(self) -> NodeProbes | None:
         """Probes of other nodes, where this one can have overlay networks."""
-        if self._engine is None or self._network is None or not has_overlays(self._environment.features):
+        if self._engine is None or self._data_plane is None or not has_overlays(self._environment.features):
             return None
-        return NodeProbes(self._network.prober, NameChecks(self._engine.running_sandboxes, self._clock))
+        return NodeProbes(self._data_plane.prober, NameChecks(self._engine.running_sandboxes, self._clock))
 
     def _new_agent(
         self,
@@ -274,7 +297,6 @@ class Node:
     ) -> Agent:
         """An agent for ``node``, not yet running (``runner.NewAgent``)."""
         certificates = self._paths.certificates
-        self._executor.identify(node.node_id)
         credentials = KeyPairCredentials(
             certificates,
             self._clock,
@@ -297,7 +319,7 @@ class Node:
             address_of=node.reach,
             show_unreached=self._environment.conditions.reporter("no-manager"),
         )
-        agent = Agent(
+        return Agent(
             credentials=credentials,
             managers=managers,
             describe=lambda: self._describer.describe(node.data_path_addr),
@@ -306,9 +328,6 @@ class Node:
             random=self._environment.random,
             session_state=self._session,
         )
-        if self._attachments is not None:
-            self._attachments.ask_through(agent)
-        return agent
 
     def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:
         """Those that the managers have sent last, and those of the configuration."""
@@ -333,7 +352,7 @@ class Node:
                 self._tables,
                 self._clock,
                 conditions,
-                attachments=self._attachments,
+                session=self._session,
                 probes=self._probes,
             ),
         )
@@ -371,9 +390,9 @@ class Node:
 
     def _network_warnings(self) -> tuple[str, ...]:
         """Of published ports and of connections to other nodes."""
-        if self._network is None:
+        if self._data_plane is None:
             return ()
-        return (*self._network.mesh.warnings(), *self._network.prober.warnings())
+        return (*self._data_plane.mesh.warnings(), *self._data_plane.prober.warnings())
 
     async def _open_apis(self, stack: AsyncExitStack) -> None:
         """Connect to the manager's API, and to that of the machine's Docker Engine, if there is one."""
@@ -389,8 +408,8 @@ class Node:
         """What this node serves itself."""
         engine, docker = self._engine, self._docker
         local = (
-            self._network.local
-            if self._network is not None
+            self._data_plane.local
+            if self._data_plane is not None
             else LocalNetworks(
                 self._paths.networks / "local", None, clock=self._clock, new_id=new_container_id
             )
@@ -451,7 +470,7 @@ class Node:
                 run(partial(keep_profile, conditions, clock), "apparmor profile")
             run(self._engine.images.settle, "images")
         run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
-        if self._network is not None:
+        if self._data_plane is not None:
             run(NeighbourTables(conditions.reporter(NEIGHBOURS), clock).run, "neighbour tables")
         if self._docker is not None:
             run(partial(self._docker.follow, clock, self._random), "docker engine")

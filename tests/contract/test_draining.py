@@ -29,6 +29,7 @@ from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.wire.client import Channel, connected
 from skep.wire.server import serve
 from tests.support.builders import a_service, a_task, an_overlay
+from tests.support.tables import a_member
 from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, an_agent_of, put, until, with_all_methods
 
 NET = an_overlay("net1")
@@ -50,7 +51,9 @@ class Consumer:
         self.gate.set()
         self.serving: set[str] = set()
 
-    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+    async def apply(
+        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+    ) -> None:
         await self.gate.wait()
         self.serving = {
             id for table in tables.values() for id, one in table.endpoints.items() if one.is_serving
@@ -76,7 +79,9 @@ class Joined:
 @asynccontextmanager
 async def joined(pair: KeyPair, directory: Path, manager: Peer) -> AsyncIterator[Joined]:
     clock, worker, consumer = SystemClock(), FakeWorker(), Consumer()
-    network_tables = NetworkTables(StoredTables(None, clock), (consumer,), clock, Random(1).random)
+    network_tables = NetworkTables(
+        StoredTables(None, clock), (consumer,), a_member(), clock, Random(1).random
+    )
     running = asyncio.create_task(network_tables.run())
     directory.mkdir()
     try:

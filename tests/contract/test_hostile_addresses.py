@@ -25,6 +25,7 @@ from tests.contract.test_network_tables import (
     placed,
 )
 from tests.support.builders import a_service
+from tests.support.tables import a_member
 from tests.support.wire_rig import Cluster, a_session, a_worker, put, until
 
 
@@ -66,7 +67,9 @@ async def test_a_table_of_an_older_manager_is_taken_without_what_cannot_be_acted
     tmp_path: Path,
 ) -> None:
     clock, listening = SystemClock(), Listening()
-    network_tables = NetworkTables(StoredTables(tmp_path, clock), (listening,), clock, Random(1).random)
+    network_tables = NetworkTables(
+        StoredTables(tmp_path, clock), (listening,), a_member(), clock, Random(1).random
+    )
     good = TableNode(id=OTHER, underlay="192.168.0.9")
     bad = TableNode(id=NodeId("bad"), underlay="fe80::1%x")
     table = Table(head=NetworkHead(id=NET1.id, name="net1"), nodes={good.id: good, bad.id: bad})
@@ -82,6 +85,6 @@ async def test_a_table_of_an_older_manager_is_taken_without_what_cannot_be_acted
     kept = StoredTables(tmp_path, clock)
     kept.schedule(NET1.id, table, 1)
     await kept.flush()
-    again = NetworkTables(StoredTables(tmp_path, clock), (), clock, Random(1).random)
+    again = NetworkTables(StoredTables(tmp_path, clock), (), a_member(), clock, Random(1).random)
     again.load()
     assert set(again.tables[NET1.id].nodes) == {OTHER}

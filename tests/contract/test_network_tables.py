@@ -28,6 +28,7 @@ from skep.wire import skep_pb2 as skep
 from skep.wire.methods import MESSAGE_BYTES_MAX
 from tests.support.builders import a_node, a_service, a_task, an_overlay
 from tests.support.derived_tables import table_of
+from tests.support.tables import a_member
 from tests.support.wire_rig import Cluster, a_session, a_worker, an_agent, put, until
 
 NET1, NET2 = an_overlay("net1"), an_overlay("net2", subnet="10.0.2.0/24")
@@ -50,7 +51,9 @@ class Listening:
         self.may_go_on = asyncio.Event()
         self.may_go_on.set()
 
-    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+    async def apply(
+        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+    ) -> None:
         await self.may_go_on.wait()
         self.told.append(changed)
         self.tables = tables
@@ -64,7 +67,7 @@ async def a_node_with_tables(
     clock = SystemClock()
     shared = SharedTables(directory / "run")
     network_tables = NetworkTables(
-        StoredTables(directory / "networks", clock), (shared, *listeners), clock, Random(1).random
+        StoredTables(directory / "networks", clock), (shared, *listeners), a_member(), clock, Random(1).random
     )
     await asyncio.to_thread(network_tables.load)
     running = asyncio.create_task(network_tables.run())
@@ -178,7 +181,9 @@ async def test_a_node_finds_its_tables_again_without_a_manager(cluster: Cluster,
     listening = Listening()
     clock = SystemClock()
     stored = StoredTables(tmp_path / "networks", clock)
-    again = NetworkTables(stored, (SharedTables(tmp_path / "again"), listening), clock, Random(1).random)
+    again = NetworkTables(
+        stored, (SharedTables(tmp_path / "again"), listening), a_member(), clock, Random(1).random
+    )
     again.load()
     assert again.tables == before
     running = asyncio.create_task(again.run())

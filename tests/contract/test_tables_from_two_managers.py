@@ -28,6 +28,7 @@ from skep.store.memory import MemoryStore
 from skep.wire.server import serve
 from tests.support.builders import a_service, a_task, an_overlay
 from tests.support.derived_tables import table_of
+from tests.support.tables import a_member
 from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, an_agent_of, put, until, with_all_methods
 
 NET = an_overlay("net1", subnet="10.0.0.0/16")
@@ -70,7 +71,7 @@ class Recording(NetworkTables):
 
     def __init__(self) -> None:
         clock = SystemClock()
-        super().__init__(StoredTables(None, clock), (), clock, Random(1).random)
+        super().__init__(StoredTables(None, clock), (), a_member(), clock, Random(1).random)
         self.sets: list[TableSet] = []
 
     def update(self, changed: TableSet, incarnation: int) -> None:

@@ -26,7 +26,6 @@ from skep.dataplane.netns.reconciler import CONTAINER, NetnsReconciler, Scope
 from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.netns.state import Link, State
 from skep.dataplane.plan.reply_routing import IngressEndpoint
-from skep.dataplane.ports import OwnReservations
 from skep.dataplane.proxy.relay import Relays
 from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
 from skep.model.publishing import PublishOptions
@@ -39,6 +38,7 @@ from skep.model.tables import (
     TablePort,
     TableService,
 )
+from tests.support.reservations import OwnReservations
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ class LabNode:
         self.healer = self._new_healer()
         scope = Scope(has_own_routes=False)
         self.home = NetnsReconciler("node", self.netns, self.namespaces, self.repairs, scope)
-        mesh = Mesh(
+        return Mesh(
             namespaces=self.namespaces,
             home=self.home,
             reply_routing=ReplyRouting(self.healer),
@@ -143,8 +143,6 @@ class LabNode:
             clock=SystemClock(),
             rng=random.random,
         )
-        mesh.identify(self.id)
-        return mesh
 
     def _new_healer(self) -> Healer:
         return Healer(self.namespaces, SystemClock(), self.repairs, rng=random.random)
@@ -224,7 +222,7 @@ class MeshLab:
         """All nodes get to know the present table."""
         self._revision += 1
         for node in self.nodes:
-            await node.mesh.apply({NETWORK: self.table()}, frozenset({NETWORK}))
+            await node.mesh.apply(node.id, {NETWORK: self.table()}, frozenset({NETWORK}))
 
     async def add_task(self, name: str, node: LabNode) -> LabTask:
         """A task that serves on port 80, its way back written; in the table with the next ``spread``."""

@@ -21,7 +21,7 @@ from skep.engine.runtime import Ended, Runtime, Started
 from skep.engine.volumes import Volumes
 from skep.errors import NotFound
 from skep.linux import syscalls
-from skep.model.ids import ContainerId, NodeId, TaskId
+from skep.model.ids import ContainerId, TaskId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.sandbox import EndpointRequest, Sandbox, SandboxConfig
 from skep.model.task import AssignedTask, ContainerStatus
@@ -120,10 +120,6 @@ class MemoryNetwork:
     async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
         """There are no names."""
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        yield
-
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         self._machine.fault("restore", "")
 
@@ -197,9 +193,6 @@ class EngineExecutor:
         found = self.engine.find_by_label(LABEL_TASK_ID, task_id)
         if found is not None:
             await self.engine.remove(found.id, force=True)
-
-    def identify(self, node_id: NodeId) -> None:
-        """Nothing here carries it."""
 
 
 class ContainerController:

@@ -8,22 +8,27 @@ import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from skep.agent.executor.assembly import oci_executor
-from skep.agent.executor.oci import OciExecutor
+from skep.agent.executor.attaching import ClusterAttachments, SessionRequests
+from skep.agent.executor.oci import OciExecutor, oci_executor
+from skep.agent.session_state import SessionState
 from skep.aio.clock import SystemClock
+from skep.dataplane.dataplane import DataPlane, Host, NetProcess
+from skep.dataplane.endpoint_allocation import ClusterEndpoints
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.ports import OwnReservations
+from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION, Options
 from skep.engine import cgroups
+from skep.engine.engine import EngineConfig
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image, ImageConfig
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, Unavailable
 from skep.linux.syscalls import unmount_if_mounted
-from skep.model.ids import NodeId
 from skep.paths import Paths
+from tests.support.reservations import OwnReservations
 
 IMAGE = "busybox:1"
 IMAGE_ID = Digest("sha256:" + "b" * 64)
@@ -109,6 +114,36 @@ class TreeImages(ImageStore):
         raise Unavailable(f"cannot reach the registry of {word}")
 
 
+def a_data_plane(
+    paths: Paths,
+    namespaces: Namespaces,
+    ports: OwnReservations,
+    endpoints: ClusterEndpoints | None = None,
+    encryption: Options = NO_ENCRYPTION,
+) -> DataPlane:
+    """Networks of a node without a net process."""
+    clock = SystemClock()
+    host = Host(paths=paths, namespaces=namespaces, clock=clock, rng=random.random)
+    net = NetProcess(ports, OwnReservations(namespaces))
+    return DataPlane(host, net, endpoints or no_cluster(), encryption)
+
+
+def no_cluster() -> ClusterAttachments:
+    """Of a node that is in no swarm."""
+    return ClusterAttachments(SessionRequests(SessionState(SystemClock())))
+
+
+def an_executor(
+    paths: Paths, images: Any, cgroup_parent: str, namespaces: Namespaces, ports: OwnReservations
+) -> OciExecutor:
+    """Containers and networks of a node that is in no swarm."""
+    attachments = no_cluster()
+    plane = a_data_plane(paths, namespaces, ports, attachments)
+    config = EngineConfig(starts_max=2 * (os.cpu_count() or 1), hostname="lab")
+    clock = SystemClock()
+    return oci_executor(paths, images, plane, attachments, config, clock, cgroup_parent=cgroup_parent)
+
+
 class Lab:
     """One machine: directories, a network namespace and cgroups of its own, on which executors come and go."""
 
@@ -127,18 +162,7 @@ class Lab:
         if self._ports is not None:
             self._ports.close()
         self._ports = OwnReservations(namespaces)
-        executor = oci_executor(
-            self.paths,
-            self.images,
-            clock=SystemClock(),
-            rng=random.random,
-            hostname="lab",
-            cgroup_parent=self.cgroup_parent,
-            namespaces=namespaces,
-            ports=self._ports,
-        )
-        executor.identify(NodeId("node1"))
-        return executor
+        return an_executor(self.paths, self.images, self.cgroup_parent, namespaces, self._ports)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Lab"]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from skep.agent.session_state import SessionState
+from skep.aio.clock import SystemClock
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableService
 
@@ -73,3 +75,10 @@ def a_container(name: str, address: str, *, aliases: Sequence[str] = ()) -> Tabl
         is_running=True,
         is_serving=True,
     )
+
+
+def a_member(id: str = "n1") -> SessionState:
+    """A node that is ``id`` of a cluster, without a session."""
+    state = SessionState(SystemClock())
+    state.join(NodeId(id))
+    return state

@@ -280,13 +280,13 @@ def of_service(container: Mapping[str, Any], directory: Path) -> Any:
         template = task_spec_from_pb(task_spec_to_pb(spec.task_template))
         task = Task(id=TaskId("t"), slot=1, node_id=NodeId("n"), service_id=ServiceId("s"), spec=template)
         assigned = AssignedTask(task=task, service_name="web")
-        node = NodeFacts(id=NodeId("n"), hostname="n")
+        node = NodeFacts(hostname="n")
         request = create_request(assigned, node)
         container_spec = template.container_spec
         assert container_spec is not None
         files = Payloads(directory / "files").mounts("t", container_spec.secrets, container_spec.configs)
         payloads = container_spec.secrets, container_spec.configs
-        return payloads, of_request(request, task_options(assigned, node, files), directory)
+        return payloads, of_request(request, task_options(assigned, files), directory)
     except SkepError as error:
         return str(error)
 

@@ -16,7 +16,6 @@ from skep.engine.request import CreateRequest, HostConfig, LogOptions, TaskOptio
 from skep.gotemplate import Struct
 from skep.model import templates
 from skep.model.container import ContainerSpec, Privileges
-from skep.model.ids import NodeId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.network import MTU_OPTION, MTUS, Network
 from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
@@ -30,9 +29,8 @@ from skep.model.times import SECOND_NS
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The node as placeholders and labels of its tasks show it."""
+    """The node as placeholders of its tasks show it."""
 
-    id: NodeId
     hostname: str
     os: str = "linux"
     architecture: str = ""
@@ -52,7 +50,7 @@ def context_of(task: AssignedTask, node: NodeFacts) -> Struct:
         service_id=task.task.service_id,
         service_name=task.service_name,
         service_labels=task.service_labels,
-        node_id=node.id,
+        node_id=task.task.node_id,
         hostname=node.hostname,
         os=node.os,
         architecture=node.architecture,
@@ -112,12 +110,12 @@ def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
     )
 
 
-def task_options(task: AssignedTask, node: NodeFacts, mounts: Sequence[MountPoint]) -> TaskOptions:
+def task_options(task: AssignedTask, mounts: Sequence[MountPoint]) -> TaskOptions:
     """What the request has no field for.  ``mounts``: of secrets and configs.  Raises: Rejected."""
     spec = container_spec(task)
     return TaskOptions(
         labels={
-            "com.docker.swarm.node.id": node.id,
+            "com.docker.swarm.node.id": task.task.node_id,
             "com.docker.swarm.service.id": task.task.service_id,
             "com.docker.swarm.service.name": task.service_name,
             "com.docker.swarm.task": "",

@@ -17,13 +17,21 @@ import structlog
 
 from skep.agent.executor.adapter import endpoint_configs
 from skep.agent.executor.interface import Rejected, Running, TaskExit
+from skep.agent.session_state import SessionState
+from skep.api.errors import rpc_words
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.ids import ContainerId, NetworkId, TaskId
 from skep.model.sandbox import EndpointConfig, EndpointRequest
 from skep.model.task import AssignedTask, ContainerStatus
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
 
 log = structlog.get_logger()
 
+ATTACH_SECONDS_MAX = 15.0
+"""A manager responds once it is written, which takes until its store has a leader again."""
+DETACH_SECONDS_MAX = 3.0
+"""The end of a container waits no longer; the end of its task reports the same to the manager."""
 ENDPOINT_SECONDS_MAX = 20.0
 """From the managers' response to the address; Docker waits as long."""
 _TIMED_OUT = (
@@ -36,13 +44,49 @@ Evict = Callable[[ContainerId, NetworkId], Awaitable[None]]
 
 
 class Managers(Protocol):
-    """The node's session with a manager (``node.agent.Agent``)."""
+    """Requests of endpoints (``SessionRequests``)."""
 
     async def attach_network(self, container_id: ContainerId, request: EndpointRequest) -> TaskId:
-        """Request an endpoint.  Raises: SkepError, in the manager's words; Unavailable: there is no session."""
+        """Request an endpoint.
+
+        Raises: NotFound: the node is in no swarm, so there is no such network; SkepError, in Docker's words;
+        Unavailable: there is no session.
+        """
 
     async def detach_network(self, id: TaskId) -> None:
         """Release an endpoint.  Raises: SkepError."""
+
+
+class SessionRequests:
+    """Requests endpoints from the manager that this node has its session with."""
+
+    def __init__(self, session: SessionState) -> None:
+        self._session = session
+
+    async def attach_network(self, container_id: ContainerId, request: EndpointRequest) -> TaskId:
+        """Request an endpoint.
+
+        Raises: NotFound: the node is in no swarm, so there is no such network; SkepError, in Docker's words;
+        Unavailable: there is no session.
+        """
+        if not self._session.node_id:
+            raise NotFound(f"network {request.network} not found")
+        config = pb.NetworkAttachmentConfig(
+            target=request.network,
+            aliases=request.aliases,
+            addresses=[request.address] if request.address else [],
+        )
+        message = pb.AttachNetworkRequest(config=config, container_id=container_id)
+        with rpc_words(f"Could not attach to network {request.network}"):
+            response = await self._session.channel.call(
+                methods.ATTACH_NETWORK, message, timeout_s=ATTACH_SECONDS_MAX
+            )
+        return TaskId(response.attachment_id)
+
+    async def detach_network(self, id: TaskId) -> None:
+        """Release an endpoint.  Raises: SkepError."""
+        message = pb.DetachNetworkRequest(attachment_id=id)
+        await self._session.channel.call(methods.DETACH_NETWORK, message, timeout_s=DETACH_SECONDS_MAX)
 
 
 class _Held:
@@ -59,15 +103,11 @@ class _Held:
 class ClusterAttachments:
     """The endpoints of this node's plain containers on cluster networks."""
 
-    def __init__(self) -> None:
-        self._managers: Managers | None = None
+    def __init__(self, managers: Managers) -> None:
+        self._managers = managers
         self._requesting: Counter[ContainerId] = Counter()
         self._held: dict[TaskId, _Held] = {}
         self._arrived = asyncio.Event()
-
-    def ask_through(self, managers: Managers | None) -> None:
-        """Where requests go from now on; None: the node is in no swarm."""
-        self._managers = managers
 
     def restore(self, held: Iterable[tuple[TaskId, ContainerId]]) -> None:
         """Take over endpoints that containers of an earlier process of this node still have."""
@@ -79,13 +119,10 @@ class ClusterAttachments:
 
         Raises: NotFound: the node is in no swarm, so there is no such network; SkepError, in Docker's words.
         """
-        managers = self._managers
-        if managers is None:
-            raise NotFound(f"network {request.network} not found")
         self._requesting[container_id] += 1
         id = TaskId("")
         try:
-            id = await managers.attach_network(container_id, request)
+            id = await self._managers.attach_network(container_id, request)
             async with asyncio.timeout(ENDPOINT_SECONDS_MAX):
                 return await self._claim(id)
         except TimeoutError as error:
@@ -123,8 +160,6 @@ class ClusterAttachments:
 
     async def _detach(self, id: TaskId) -> None:
         """Best effort: a manager learns the same from the end of the task."""
-        if self._managers is None:
-            return
         try:
             await self._managers.detach_network(id)
         except SkepError as error:

@@ -18,7 +18,7 @@ from typing import Protocol
 import msgspec
 
 from skep.errors import SkepError
-from skep.model.ids import NodeId, TaskId
+from skep.model.ids import TaskId
 from skep.model.service import PortConfig
 from skep.model.task import AssignedTask, ContainerStatus
 
@@ -112,6 +112,3 @@ class Executor(Protocol):
 
     async def discard(self, task_id: TaskId) -> None:
         """Free everything held for a task that is assigned no more, as ``remove`` does."""
-
-    def identify(self, node_id: NodeId) -> None:
-        """Set the node id under which tasks run (it becomes a label)."""

@@ -5,11 +5,11 @@ label, so nothing about tasks is kept here.
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
-import msgspec
 import structlog
 
 from skep.agent.executor import adapter
@@ -20,17 +20,24 @@ from skep.agent.executor.payloads import Payloads
 from skep.agent.executor.pulling import ImagePuller
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
-from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.netns.connections import inbound_of
+from skep.engine.bundle import Bundles
+from skep.engine.capacity import Programs, capacity_of, find_programs
+from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, HealthStatus, NotRunning
-from skep.engine.engine import Engine
+from skep.engine.engine import Engine, EngineConfig
 from skep.engine.images.store import ImageStore
+from skep.engine.runtime import Runtime
+from skep.engine.volumes import Volumes
 from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.linux.name_files import RESOLVER
 from skep.model import templates
-from skep.model.ids import NodeId, TaskId
+from skep.model.ids import TaskId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.planes import is_overlay
 from skep.model.task import AssignedTask, ContainerStatus
+from skep.paths import Paths
 
 log = structlog.get_logger()
 
@@ -50,24 +57,18 @@ class OciExecutor:
         self,
         *,
         engine: Engine,
-        images: ImageStore,
+        data_plane: DataPlane,
         payloads: Payloads,
-        network: ContainerNetwork,
         attachments: ClusterAttachments,
         clock: Clock,
         node: NodeFacts,
     ) -> None:
-        """
-        Args:
-            images: from which tasks' images are pulled.
-            attachments: endpoints of plain containers on the cluster's networks, which are tasks too.
-            node: its id is set by ``identify``.
-        """
+        """``attachments``: plain containers' endpoints on the cluster's networks, which are tasks too."""
         self.engine = engine
+        self.data_plane = data_plane
         self.payloads = payloads
-        self.network = network
         self.attachments = attachments
-        self.image_puller = ImagePuller(images, clock)
+        self.image_puller = ImagePuller(engine.images, clock)
         self.clock = clock
         self.node = node
 
@@ -76,7 +77,7 @@ class OciExecutor:
         """Adopt the containers of earlier processes; they run on when the block ends."""
         opening = partial(asyncio.to_thread, self.payloads.open)
         await retry(opening, "file system for secrets not mounted", clock=self.clock, longest_s=10.0)
-        async with self.engine.running():
+        async with self.data_plane.running(), self.engine.running():
             yield
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
@@ -96,18 +97,57 @@ class OciExecutor:
             if container.labels.get(LABEL_TASK_ID) == task_id:
                 await self.remove_container(container)
 
-    def identify(self, node_id: NodeId) -> None:
-        """Also for the overlay networks and the routing mesh."""
-        self.node = msgspec.structs.replace(self.node, id=node_id)
-        self.network.overlays.identify(node_id)
-        self.network.mesh.identify(node_id)
-
     async def remove_container(self, container: Container) -> None:
         """Remove a task's container with its secrets and its anonymous volumes."""
         with suppress(NotFound):  # removed by hand meanwhile
             await self.engine.remove(container.id, force=True)
         self.payloads.forget(container.labels.get(LABEL_TASK_ID, ""))
         await self.engine.volumes.remove_anonymous(container.config.mounts)
+
+
+def oci_executor(
+    paths: Paths,
+    images: ImageStore,
+    data_plane: DataPlane,
+    attachments: ClusterAttachments,
+    config: EngineConfig,
+    clock: Clock,
+    *,
+    cgroup_parent: str = "skep",
+    programs: Programs | None = None,
+) -> OciExecutor:
+    """The executor of one node, with its engine.
+
+    Args:
+        cgroup_parent: below each cgroup hierarchy; two nodes on one machine need two.
+        programs: runc and conmon; None: those on the PATH.
+    """
+    cgroups, programs = Cgroups(cgroup_parent), programs or find_programs()
+    capacity = capacity_of(cgroups, programs)
+    runtime = Runtime(
+        runc=programs.runc,
+        conmon=programs.conmon,
+        root=paths.runc,
+        bundles=Bundles(paths.containers, paths.bundles, cgroups, capacity, RESOLVER),
+        cgroups=cgroups,
+        capacity=capacity,
+    )
+    engine = Engine(
+        runtime=runtime,
+        images=images,
+        volumes=Volumes(paths.volumes),
+        network=data_plane.containers,
+        clock=clock,
+        config=config,
+    )
+    return OciExecutor(
+        engine=engine,
+        data_plane=data_plane,
+        payloads=Payloads(paths.secrets),
+        attachments=attachments,
+        clock=clock,
+        node=NodeFacts(hostname=config.hostname, architecture=os.uname().machine),
+    )
 
 
 class OciController:
@@ -136,7 +176,7 @@ class OciController:
             await self._engine.create(
                 adapter.create_request(task, executor.node),
                 name=task.name,
-                task=adapter.task_options(task, executor.node, secrets),
+                task=adapter.task_options(task, secrets),
                 image=image,
             )
         except InvalidArgument as error:

@@ -23,7 +23,7 @@ from skep.engine.signals import signal_number
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.container import ContainerSpec
-from skep.model.ids import NodeId, TaskId
+from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, ContainerStatus
 
 _START_DEADLINE_S = 10.0
@@ -78,9 +78,6 @@ class ProcessExecutor:
         path = self.directory / task_id
         await _kill(path)
         await remove_tree(path)
-
-    def identify(self, node_id: NodeId) -> None:
-        """Nothing here carries the node's id."""
 
 
 class ProcessController:

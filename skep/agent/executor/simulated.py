@@ -15,7 +15,7 @@ from skep.agent.executor.interface import Controller, Rejected, Running, TaskExi
 from skep.aio.clock import Clock
 from skep.aio.race import wait_first
 from skep.errors import NotFound
-from skep.model.ids import NodeId, TaskId
+from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, ContainerStatus
 
 
@@ -102,9 +102,6 @@ class SimulatedExecutor:
         process = self.machine.processes.pop(task_id, None)
         if process is not None:
             process.end(137)
-
-    def identify(self, node_id: NodeId) -> None:
-        """Nothing here carries the node's id."""
 
     async def take(self, seconds: float) -> None:
         """Spend about ``seconds``."""

@@ -87,22 +87,21 @@ class Mesh:
         """Ports that are not published here because another program on this node has them; the reason, in Docker's
         words."""
 
-    def identify(self, node_id: NodeId) -> None:
-        """The node's id in its present swarm."""
-        self._node_id = node_id
+    async def apply(
+        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+    ) -> None:
+        """Publish the ports of the ingress network's table; without one none is published.
 
-    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
-        """Publish what the ingress network's table says; without one nothing is published.
-
-        A port that another program has is tried again by itself.  Raises: SkepError: the rest is not as it should be.
+        A port that another program holds is tried again by itself.  Raises: SkepError: another failure.
         """
+        self._node_id = node_id
         self._table = next((table for table in tables.values() if table.head.is_ingress), None)
         await self._follow()
 
     async def apply_nothing(self) -> None:
-        """This node has no tables: what an earlier process left is cleared up."""
+        """This node has no tables: remove what an earlier process has published."""
         try:
-            await self.apply({}, frozenset())
+            await self.apply(NodeId(""), {}, frozenset())
         except SkepError as error:
             log.warning("published ports not cleared", reason=str(error))
 

@@ -4,10 +4,9 @@ A bridge network is made like an overlay without other nodes: a namespace with a
 last.  Its network table is written here, where the net process reads those of the cluster's networks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import structlog
@@ -15,6 +14,7 @@ import structlog
 from skep.dataplane.addresses import Addresses
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, find, gateway_of, head_of, is_local, subnet_of
+from skep.dataplane.name_registration import NameRegistration
 from skep.errors import InvalidArgument, SkepError
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
@@ -26,26 +26,19 @@ log = structlog.get_logger()
 _SHORT_ID_CHARACTERS = 12
 
 
-class Readers(Protocol):
-    """Reads the tables (``NetClient``)."""
-
-    async def refresh(self, networks: Iterable[NetworkId] = ()) -> None:
-        """Have the tables of ``networks`` read again.  Raises: SkepError."""
-
-
 class LocalEndpoints:
     """Addresses and names on bridge networks.
 
     Args:
         networks: which there are.
         tables: where the net process reads tables.
-        readers: None where names are not served.
+        naming: None where names are not served.
     """
 
-    def __init__(self, networks: LocalNetworks, tables: Path, readers: Readers | None) -> None:
+    def __init__(self, networks: LocalNetworks, tables: Path, naming: NameRegistration | None) -> None:
         self._networks = networks
         self._tables = tables
-        self._readers = readers
+        self._naming = naming
         self._addresses: dict[str, Addresses] = {}
         self._endpoints: dict[str, dict[ContainerId, TableEndpoint]] = {}
 
@@ -136,8 +129,8 @@ class LocalEndpoints:
             self._tables.mkdir(parents=True, exist_ok=True)
             table = Table(head=head_of(network), endpoints={one.task_id: one for one in endpoints.values()})
             replace_file(path, msgspec.msgpack.encode(table), is_durable=False)
-        if self._readers is not None:
-            await self._readers.refresh((NetworkId(id),))
+        if self._naming is not None:
+            await self._naming.refresh((NetworkId(id),))
 
     def _addresses_of(self, network: LocalNetwork) -> Addresses:
         known = self._addresses.get(network.id)

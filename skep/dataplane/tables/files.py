@@ -20,7 +20,7 @@ from skep.aio.trees import discard_tree_now
 from skep.dataplane.local.objects import is_local
 from skep.dataplane.tables.unreachable import restored
 from skep.linux.files import is_no_file, replace_file
-from skep.model.ids import NetworkId
+from skep.model.ids import NetworkId, NodeId
 from skep.model.revisions import Revision
 from skep.model.tables import Table
 
@@ -53,7 +53,9 @@ class SharedTables:
         tables, self.has_unread = _load_all(self._directory, _decode_table, _itself)
         return {table.head.id: restored(table) for table in tables}
 
-    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+    async def apply(
+        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+    ) -> None:
         """Write changed tables and remove deleted ones; the first time also those that an earlier process left."""
         await asyncio.to_thread(self._write, tables, changed)
 

@@ -36,26 +36,43 @@ NOTHING: Mapping[NetworkId, Table] = MappingProxyType({})
 class TableListener(Protocol):
     """Applies tables: to bridges and neighbours, names, virtual addresses, published ports."""
 
-    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+    async def apply(
+        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+    ) -> None:
         """Apply ``tables``, of which those in ``changed`` differ from the last call.
+
+        ``node_id``: this node's in the cluster that the tables are of.
 
         The node has left a network that is in ``changed`` and not in ``tables``.  Returns when all is applied.  After
         an error it is called again with the same networks, and those that changed meanwhile.
         """
 
 
+class ClusterIdentity(Protocol):
+    """The node's id in its cluster (``agent.session_state``)."""
+
+    @property
+    def node_id(self) -> NodeId:
+        """Empty: the node is in no cluster, or the id is not known yet."""
+
+    async def wait_joined(self) -> None:
+        """Return when ``node_id`` is known."""
+
+
 class NetworkTables:
-    """This node's tables."""
+    """This node's tables.  They are applied once the node's id is known."""
 
     def __init__(
         self,
         stored: StoredTables,
         listeners: Sequence[TableListener],
+        identity: ClusterIdentity,
         clock: Clock,
         rng: Callable[[], float],
     ) -> None:
         self._stored = stored
         self._subscribers = [_Subscriber(listener, rng) for listener in listeners]
+        self._identity = identity
         self._clock = clock
         self._rng = rng
         self._tables: Mapping[NetworkId, Table] = NOTHING
@@ -165,12 +182,15 @@ class NetworkTables:
     async def _distribute(self) -> None:
         while True:
             self._has_changes.clear()
-            tables, incarnation = self._effective(), self._seen.incarnation
+            tables, incarnation, node_id = self._effective(), self._seen.incarnation, self._identity.node_id
+            if tables and not node_id:
+                await wait_first(self._has_changes.wait(), self._identity.wait_joined())
+                continue
             for subscriber in self._subscribers:
                 subscriber.pending, subscriber.changed = subscriber.pending | subscriber.changed, frozenset()
             for subscriber in self._subscribers:
                 if subscriber.pending and subscriber.retry_at <= self._clock.monotonic():
-                    await self._apply(subscriber, tables)
+                    await self._apply(subscriber, node_id, tables)
             pending = frozenset[NetworkId]().union(*(one.pending for one in self._subscribers))
             kept = {id: revision for id, revision in self._applied.items() if id in tables and id in pending}
             done = {
@@ -196,10 +216,12 @@ class NetworkTables:
             else self._tables
         )
 
-    async def _apply(self, subscriber: "_Subscriber", tables: Mapping[NetworkId, Table]) -> None:
+    async def _apply(
+        self, subscriber: "_Subscriber", node_id: NodeId, tables: Mapping[NetworkId, Table]
+    ) -> None:
         """Broad ``except``: a bug in one listener must not keep the others from their tables."""
         try:
-            await subscriber.listener.apply(tables, subscriber.pending)
+            await subscriber.listener.apply(node_id, tables, subscriber.pending)
         except Exception as error:
             delay_s = subscriber.backoff.next_delay_s()
             subscriber.retry_at = self._clock.monotonic() + delay_s

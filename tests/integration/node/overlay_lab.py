@@ -1,23 +1,21 @@
 """Nodes for tests of overlay networks: each a namespace with containers' namespaces, joined by an underlay."""
 
 import asyncio
-import random
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from skep.agent.executor.assembly import container_network
-from skep.aio.clock import SystemClock
-from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.ports import OwnReservations
-from skep.dataplane.wireguard.tunnels import Options
+from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId, new_container_id
 from skep.model.sandbox import EndpointConfig, NetworkMode, PublishedPort, Sandbox, SandboxConfig
 from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode
 from skep.model.wireguard import PublicKey, published_keys
 from skep.paths import Paths
+from tests.support.reservations import OwnReservations
+from tests.support.runc_lab import a_data_plane
 
 WEB = NetworkHead(id=NetworkId("webnet"), name="web", segments=(Segment("10.0.1.0/24", "10.0.1.1", 4097),))
 TWO_SUBNETS = NetworkHead(
@@ -43,45 +41,39 @@ class LabNode:
 
     def __init__(self, root: Path, id: NodeId, home: Path, underlay: str) -> None:
         self.id = id
-        self.encryption: Options | None = None
+        self.encryption = NO_ENCRYPTION
         self.public_keys: Callable[[], tuple[PublicKey, ...]] = tuple
         self.home = home
         self.underlay = underlay
         self.paths = Paths(root / "data", root / "run")
         self.namespaces = Namespaces(self.paths.netns, home)
         self.endpoints: dict[ContainerId, Sandbox] = {}
-        self._ports: OwnReservations | None = None
+        self.network: DataPlane | None = None
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[ContainerNetwork]:
+    async def running(self) -> AsyncIterator[DataPlane]:
         """A node process: takes over what is there, and leaves it."""
         ports = OwnReservations(self.namespaces)
-        network = container_network(
-            self.paths,
-            namespaces=self.namespaces,
-            ports=ports,
-            clock=SystemClock(),
-            rng=random.random,
-            encryption=self.encryption,
-        )
+        network = a_data_plane(self.paths, self.namespaces, ports, encryption=self.encryption)
+        self.network = network
         self.public_keys = lambda: published_keys(network.tunnels.labels())
-        network.overlays.identify(self.id)
         try:
             async with network.running():
-                await network.restore([(a_container(id, ()), one) for id, one in self.endpoints.items()])
+                live = [(a_container(id, ()), one) for id, one in self.endpoints.items()]
+                await network.containers.restore(live)
                 yield network
         finally:
             ports.close()
 
-    async def attach(self, network: ContainerNetwork, *places: EndpointConfig) -> Sandbox:
+    async def attach(self, network: DataPlane, *places: EndpointConfig) -> Sandbox:
         """A container's namespace."""
         id = new_container_id()
-        self.endpoints[id] = await network.attach(a_container(id, places))
+        self.endpoints[id] = await network.containers.attach(a_container(id, places))
         return self.endpoints[id]
 
-    async def detach(self, network: ContainerNetwork, endpoint: Sandbox) -> None:
+    async def detach(self, network: DataPlane, endpoint: Sandbox) -> None:
         id = next(id for id, one in self.endpoints.items() if one == endpoint)
-        await network.detach(id, self.endpoints.pop(id))
+        await network.containers.detach(id, self.endpoints.pop(id))
 
 
 def a_container(
@@ -136,7 +128,7 @@ class OverlayLab:
             self._spaces.close()
 
     @asynccontextmanager
-    async def networks(self) -> AsyncIterator[list[ContainerNetwork]]:
+    async def networks(self) -> AsyncIterator[list[DataPlane]]:
         """A node process on each node."""
         async with AsyncExitStack() as stack:
             yield [await stack.enter_async_context(node.running()) for node in self.nodes]
@@ -165,10 +157,14 @@ class OverlayLab:
         self.tables[head.id] = table
         return table
 
-    async def apply(self, networks: Sequence[ContainerNetwork], *ids: NetworkId) -> None:
+    def id_of(self, network: DataPlane) -> NodeId:
+        """Of the node whose networks these are."""
+        return next(one.id for one in self.nodes if one.network is network)
+
+    async def apply(self, networks: Sequence[DataPlane], *ids: NetworkId) -> None:
         """Every node gets the tables; ``ids``: changed ones."""
         for network in networks:
-            await network.overlays.apply(self.tables, frozenset(ids or self.tables))
+            await network.overlays.apply(self.id_of(network), self.tables, frozenset(ids or self.tables))
 
 
 def place(head: NetworkHead, *addresses: str) -> EndpointConfig:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.dataplane import DataPlane
 from skep.model.paths import PathCheck, PathPeer, PathReport, ProbeTargets
 from tests.integration.node.overlay_lab import LabNode, OverlayLab
 from tests.support.etcd_rig import peer_files
@@ -28,7 +28,7 @@ def a_peer(node: LabNode, *, has_ports: bool = False) -> PathPeer:
     )
 
 
-def set_all_targets(lab: OverlayLab, networks: list[ContainerNetwork], *, has_ports: bool = False) -> None:
+def set_all_targets(lab: OverlayLab, networks: list[DataPlane], *, has_ports: bool = False) -> None:
     """Everybody probes everybody."""
     peers = [a_peer(node, has_ports=has_ports) for node in lab.nodes]
     for node, network in zip(lab.nodes, networks, strict=True):
@@ -38,7 +38,7 @@ def set_all_targets(lab: OverlayLab, networks: list[ContainerNetwork], *, has_po
 
 
 async def report_until(
-    network: ContainerNetwork, peer: LabNode, fits: Callable[[PathReport], bool], within_s: float = 30.0
+    network: DataPlane, peer: LabNode, fits: Callable[[PathReport], bool], within_s: float = 30.0
 ) -> PathReport:
     """The first report on ``peer`` that ``fits``."""
     report: PathReport | None = None

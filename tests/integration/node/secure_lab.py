@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.plan.wireguard import device_name
 from skep.dataplane.wireguard.tunnels import Options
 from skep.model.tables import Segment
@@ -95,7 +95,7 @@ class SecureLab:
                     process=lambda slot, node=node: self._process(node, slot),
                 )
             )
-        self.networks: list[ContainerNetwork] = []
+        self.networks: list[DataPlane] = []
         self._stacks: list[AsyncExitStack] = []
 
     async def begin(self) -> None:
@@ -121,7 +121,7 @@ class SecureLab:
         await self._stacks[number].aclose()
 
 
-async def encrypt(lab: OverlayLab, networks: Sequence[ContainerNetwork]) -> None:
+async def encrypt(lab: OverlayLab, networks: Sequence[DataPlane]) -> None:
     """An encrypted network on all nodes, which have to be able to."""
     lab.tell(SECURE_TWO)
     await lab.apply(networks, SECURE_TWO.id)

@@ -1,7 +1,7 @@
 """Containers under runc on overlay networks of their node."""
 
 from skep.engine.engine import Engine
-from skep.model.ids import NetworkId
+from skep.model.ids import NetworkId, NodeId
 from skep.model.sandbox import EndpointConfig
 from skep.model.tables import NetworkHead, Segment
 from tests.integration.node.conftest import Runner, eventually
@@ -60,7 +60,7 @@ async def test_a_new_process_finds_the_interfaces_again(lab: Lab) -> None:
     second = lab.executor()
     async with second.running():
         run = Runner(lab, second.engine)
-        await second.network.overlays.apply({}, frozenset())
+        await second.data_plane.overlays.apply(NodeId(""), {}, frozenset())
         assert second.engine.get(server.id).sandbox == server.sandbox
         places = (EndpointConfig(head=WEB, addresses=("10.0.1.6/24",)),)
         assert "1 packets received" in await run.output("ping", "-c", "1", "10.0.1.5", endpoints=places)

@@ -119,7 +119,7 @@ async def test_the_last_encrypted_network_takes_the_tunnels_along(tmp_path: Path
         assert networks[0].tunnels.namespace.exists()
         await lab.nodes[0].detach(networks[0], endpoint)
         lab.tables.clear()
-        await networks[0].overlays.apply({}, frozenset({SECURE_TWO.id}))
+        await networks[0].overlays.apply(lab.id_of(networks[0]), {}, frozenset({SECURE_TWO.id}))
         process = secure.processes["n1", 0].process
         assert process is not None
         await process.wait()

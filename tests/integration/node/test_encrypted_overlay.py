@@ -319,7 +319,7 @@ async def test_a_node_process_that_follows_goes_on_with_keys_and_sessions(tmp_pa
             await pings.wait_arrived(50)
             async with lab.nodes[0].running() as network:
                 assert lab.nodes[0].public_keys() == keys
-                await network.overlays.apply(lab.tables, frozenset(lab.tables))
+                await network.overlays.apply(lab.id_of(network), lab.tables, frozenset(lab.tables))
                 await pings.wait_arrived(300)
         assert pings.sent == len(pings.arrived)
         assert secure.processes["n1", 0].process is process, "it was not started anew"

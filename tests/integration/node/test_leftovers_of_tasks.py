@@ -12,6 +12,7 @@ from skep.agent.reports import Reports
 from skep.agent.task_files import TaskFiles
 from skep.agent.worker import Worker
 from skep.aio.clock import SystemClock
+from skep.dataplane.netns.namespaces import Namespaces
 from skep.engine.container import ContainerState
 from skep.errors import SkepError
 from skep.model.assignment import AssignmentSet
@@ -26,7 +27,7 @@ from tests.support.runc_lab import Lab
 def held(lab: Lab, executor: OciExecutor) -> set[str]:
     """Whoever has a namespace or an address."""
     pinned = lab.paths.netns.iterdir() if lab.paths.netns.exists() else ()
-    return {*(one.name for one in pinned), *executor.network.gateway.users()}
+    return {*(one.name for one in pinned), *executor.data_plane.gateway.users()}
 
 
 async def wait_until_something_is_held(lab: Lab, executor: OciExecutor) -> None:
@@ -123,9 +124,9 @@ async def test_what_is_held_for_containers_that_are_gone_is_swept_away(
     kept = executor.controller(a_task("sleep", "60"))
     await kept.prepare()
     before = held(lab, executor)
-    namespaces, gone = executor.network.namespaces, new_container_id()
+    namespaces, gone = Namespaces(lab.paths.netns, lab.home), new_container_id()
     netns = await namespaces.create(gone, {})
-    await executor.network.gateway.connect(gone, netns, "eth0", ())
+    await executor.data_plane.gateway.connect(gone, netns, "eth0", ())
     bare = new_container_id()
     await namespaces.create(bare, {})
     assert held(lab, executor) == before | {gone, bare}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.netns.checksums import offloads, set_offloads
 from skep.dataplane.plan.probe import address_of
 from skep.model.paths import PathCheck, ProbeTargets
@@ -69,7 +69,7 @@ async def until_mtu(ends: list[Sandbox], mtu: int) -> None:
                 await asyncio.sleep(0.05)
 
 
-async def two_ends(lab: OverlayLab, networks: list[ContainerNetwork], *numbers: int) -> list[Sandbox]:
+async def two_ends(lab: OverlayLab, networks: list[DataPlane], *numbers: int) -> list[Sandbox]:
     ends = [
         await lab.nodes[number].attach(networks[number], place(WEB, f"10.0.1.{5 + number}/24"))
         for number in numbers
@@ -118,7 +118,7 @@ async def test_the_next_process_begins_with_what_was_measured(lab: OverlayLab) -
         set_all_targets(lab, networks)
         await until_mtu(ends, 1350)
     async with lab.nodes[0].running() as network:
-        await network.overlays.apply(lab.tables, frozenset())
+        await network.overlays.apply(lab.id_of(network), lab.tables, frozenset())
         assert await mtu_of(ends[0]) == 1350
         report = await report_until(network, lab.nodes[2], lambda one: bool(one.failing))
         assert report.mtu == 1400
@@ -217,7 +217,7 @@ async def test_a_card_that_computes_wrong_checksums_is_found_and_asked_no_more(l
         assert networks[1].prober.warnings() == ()
         assert await namespaces.run(second.paths.overlays / WEB.id, offloads, "vx4097")
     async with first.running() as network:
-        await network.overlays.apply(lab.tables, frozenset())
+        await network.overlays.apply(lab.id_of(network), lab.tables, frozenset())
         network.prober.set_targets(ProbeTargets(node=a_peer(first), peers=(a_peer(second),)))
         async with asyncio.timeout(10):
             while not network.prober.warnings():  # noqa: ASYNC110  # it is seen at the device, nothing is tried anew

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.netns import nft, nft_table
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
@@ -31,7 +31,7 @@ class Scene(msgspec.Struct):
     """Two nodes, a container on each, on a network of both IP versions and on ingress."""
 
     lab: OverlayLab
-    networks: list[ContainerNetwork]
+    networks: list[DataPlane]
     here: Sandbox
     there: Sandbox
 

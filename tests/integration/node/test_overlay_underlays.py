@@ -105,7 +105,7 @@ async def test_whatever_happens_in_whatever_order_the_end_is_right(lab: OverlayL
     try:
         for _ in range(3):
             async with first.running() as near:
-                await near.overlays.apply(lab.tables, frozenset(lab.tables))
+                await near.overlays.apply(lab.id_of(near), lab.tables, frozenset(lab.tables))
                 for _ in range(8):
                     node, network = rng.choice([(first, near), (second, far)])
                     match rng.choice(("attach", "attach", "detach", "tell", "forget", "break")):
@@ -135,7 +135,7 @@ async def test_whatever_happens_in_whatever_order_the_end_is_right(lab: OverlayL
             for node, network in ((first, near), (second, far)):
                 for end in list(node.endpoints.values()):
                     await node.detach(network, end)
-                await network.overlays.apply({}, frozenset(head.id for head in heads))
+                await network.overlays.apply(lab.id_of(network), {}, frozenset(head.id for head in heads))
                 async with asyncio.timeout(10):
                     while list(node.paths.overlays.iterdir()) or await _left(node.home):  # noqa: ASYNC110
                         await asyncio.sleep(0.05)
@@ -173,7 +173,7 @@ async def test_containers_that_end_many_at_a_time_are_no_deviation(lab: OverlayL
     node = lab.nodes[0]
     async with node.running() as network:
         lab.tell(WEB)
-        await network.overlays.apply(lab.tables, frozenset(lab.tables))
+        await network.overlays.apply(lab.id_of(network), lab.tables, frozenset(lab.tables))
         for _ in range(3):
             await asyncio.gather(
                 *(

@@ -178,7 +178,7 @@ async def test_a_restarted_process_interrupts_nothing_and_removes_what_is_nobody
         async with first.running() as network:
             assert await reaches(near, "10.0.1.6"), "nothing is removed before the tables have come"
             lab.tables = {WEB.id: lab.tables[WEB.id]}
-            await network.overlays.apply(lab.tables, frozenset())
+            await network.overlays.apply(lab.id_of(network), lab.tables, frozenset())
             after = await shell(
                 first.paths.overlays / WEB.id, "ip -o link; bridge fdb | sort; ip neigh | sort"
             )
@@ -234,7 +234,7 @@ async def test_nothing_is_left_at_the_end(lab: OverlayLab) -> None:
             for endpoint in list(node.endpoints.values()):
                 await node.detach(network, endpoint)
             assert node.paths.overlays.joinpath(WEB.id).exists(), "its table is still there"
-            await network.overlays.apply({}, frozenset(lab.tables))
+            await network.overlays.apply(lab.id_of(network), {}, frozenset(lab.tables))
         async with asyncio.timeout(10):
             while await shell(node.home, listing) != before or list(node.paths.overlays.iterdir()):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
@@ -317,7 +317,7 @@ async def test_one_table_that_makes_no_sense_keeps_no_other_network_from_working
         lab.tables |= {TWO_SUBNETS.id: bad, outside: elsewhere}
         for network in networks[:2]:
             with pytest.raises(SkepError, match="invalid"):
-                await network.overlays.apply(lab.tables, frozenset(lab.tables))
+                await network.overlays.apply(lab.id_of(network), lab.tables, frozenset(lab.tables))
         assert await reaches(one, "10.0.1.6")
         del lab.tables[outside]
         lab.tell(TWO_SUBNETS)
@@ -328,22 +328,22 @@ async def test_a_container_that_cannot_have_its_port_leaves_nothing(lab: Overlay
     node = lab.nodes[0]
     port = PublishedPort(protocol="tcp", target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
     async with node.running() as network:
-        await network.overlays.apply({}, frozenset())
+        await network.overlays.apply(lab.id_of(network), {}, frozenset())
         first = new_container_id()
-        node.endpoints[first] = await network.attach(
+        node.endpoints[first] = await network.containers.attach(
             a_container(first, (place(WEB, "10.0.1.5/24"),), ports=(port,))
         )
         with pytest.raises(AlreadyExists, match="port is already allocated"):
-            await network.attach(
+            await network.containers.attach(
                 a_container(new_container_id(), (place(TWO_SUBNETS, "10.0.2.5/24"),), ports=(port,))
             )
         assert node.namespaces.pinned() == [first]
         async with asyncio.timeout(10):
             while sorted(path.name for path in node.paths.overlays.iterdir()) != [WEB.id]:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        await network.detach(first, node.endpoints.pop(first))
+        await network.containers.detach(first, node.endpoints.pop(first))
         second = new_container_id()
-        node.endpoints[second] = await network.attach(
+        node.endpoints[second] = await network.containers.attach(
             a_container(second, (place(WEB, "10.0.1.5/24"),), ports=(port,))
         )
         assert node.endpoints[second].ports[0].published_port == 8080

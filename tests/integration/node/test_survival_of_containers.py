@@ -14,6 +14,8 @@ from skep.engine.processes import is_alive
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.runc_lab import Lab
 
+ROOT = Path(__file__).parents[3]
+
 
 async def test_a_restart_finds_running_containers_and_their_exit_code(lab: Lab) -> None:
     first = lab.executor()
@@ -52,18 +54,19 @@ async def test_what_ended_while_nobody_looked_is_settled_at_the_next_start(lab: 
 async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> None:
     """A process of its own starts a container and is killed with SIGKILL, with its whole process group."""
     script = textwrap.dedent(f"""
-        import asyncio, random, sys
+        import asyncio
         from pathlib import Path
-        from skep.aio.clock import SystemClock
-        from skep.agent.executor.assembly import oci_executor
         from skep.dataplane.netns.namespaces import Namespaces
         from skep.engine.container import ContainerConfig, NewContainer
+        from tests.support.reservations import OwnReservations
         from skep.paths import Paths
+        from tests.support.runc_lab import TreeImages, an_executor
 
         async def main():
             paths = Paths(Path({str(lab.paths.data)!r}), Path({str(lab.paths.run)!r}))
-            executor = oci_executor(paths, None, clock=SystemClock(), rng=random.random, hostname="lab",
-                cgroup_parent={lab.cgroup_parent!r}, namespaces=Namespaces(paths.netns, Path({str(lab.home)!r})))
+            namespaces = Namespaces(paths.netns, Path({str(lab.home)!r}))
+            executor = an_executor(paths, TreeImages(Path({str(lab.tree)!r})), {lab.cgroup_parent!r}, namespaces,
+                OwnReservations(namespaces))
             async with executor.running():
                 config = ContainerConfig(path="sleep", args=("100",))
                 made = await executor.engine.add(NewContainer(
@@ -75,7 +78,7 @@ async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> Non
         asyncio.run(main())
     """)
     node = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", script, stdout=subprocess.PIPE, start_new_session=True
+        sys.executable, "-c", script, stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT
     )
     assert node.stdout is not None
     assert await node.stdout.readline() == b"started\n"

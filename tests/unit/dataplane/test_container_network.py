@@ -11,10 +11,16 @@ import pytest
 from msgspec.structs import replace
 
 from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.dataplane import DataPlane, Host, NetProcess
+from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.nft import NftFailed
+from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION
 from skep.model.ids import ContainerId
 from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox, SandboxConfig
+from skep.paths import Paths
 from tests.support.oci_rig import QuickClock
+from tests.support.reservations import OwnReservations
+from tests.support.runc_lab import no_cluster
 from tests.unit.dataplane.plan.test_overlay import HEAD
 
 
@@ -22,12 +28,11 @@ async def nothing(*_: Any) -> None:
     """Succeeds."""
 
 
-class Mesh:
+class ReplyRouting:
     """Of a node on which the first container has made its namespace unusable."""
 
     def __init__(self) -> None:
         self.routed: list[str] = []
-        self.reply_routing = self
 
     async def add(self, id: ContainerId, *_: Any) -> None:
         if id.startswith("0"):
@@ -55,16 +60,18 @@ def on_the_ingress_network(number: int) -> tuple[SandboxConfig, Sandbox]:
     return SandboxConfig(id=ContainerId(f"{number}" * 64), name=f"c{number}"), sandbox
 
 
-PARTS = ("namespaces", "home", "gateway", "local", "healer", "deferred", "prober", "allocation", "tunnels")
+PARTS = ("namespaces", "gateway", "allocation")
 
 
-def network_of(parts: dict[str, Any], **more: Any) -> ContainerNetwork:
-    return ContainerNetwork(**parts, **more, clock=QuickClock(), rng=lambda: 0.5)
+def network_of(parts: dict[str, Any], show_condition: Any = lambda _: None, **more: Any) -> ContainerNetwork:
+    return ContainerNetwork(**parts, **more, show_condition=show_condition)
 
 
-async def test_a_part_that_fails_is_begun_again_and_ends_no_other() -> None:
+async def test_a_part_that_fails_is_started_again_and_ends_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun: Counter[str] = Counter()
-    bugs = {name: [KeyError("bug"), OSError(24, "no descriptor")] for name in ("healer", "mesh")}
+    bugs = {name: [KeyError("bug"), OSError(24, "no descriptor")] for name in ("_healer", "mesh")}
 
     def part(name: str) -> Any:
         async def run(*_: object) -> None:
@@ -73,18 +80,23 @@ async def test_a_part_that_fails_is_begun_again_and_ends_no_other() -> None:
                 raise bugs[name].pop()
             await asyncio.Event().wait()
 
-        return SimpleNamespace(run=run, repairs=None, path=Path("/home"))
+        return SimpleNamespace(run=run, restore=nothing)
 
-    parts = {name: part(name) for name in PARTS}
-    network = network_of(parts, overlays=SimpleNamespace(remeasured=nothing), mesh=part("mesh"))
-    async with asyncio.timeout(30), network.running():
-        while begun != {"healer": 3, "mesh": 3, "deferred": 1, "prober": 1, "tunnels": 1}:  # noqa: ASYNC110
+    paths = Paths(tmp_path / "data", tmp_path / "run")
+    namespaces = Namespaces(paths.netns)
+    ports = OwnReservations(namespaces)
+    host = Host(paths=paths, namespaces=namespaces, clock=QuickClock(), rng=lambda: 0.5)
+    plane = DataPlane(host, NetProcess(ports, ports), no_cluster(), NO_ENCRYPTION)
+    for name in ("_healer", "_deferred", "mesh", "prober", "tunnels"):
+        monkeypatch.setattr(plane, name, part(name))
+    async with asyncio.timeout(30), plane.running():
+        while begun != {"_healer": 3, "mesh": 3, "_deferred": 1, "prober": 1, "tunnels": 1}:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("odd", ["10.0.0.2", "10.0.0.300/24", "", "fd00::/129"])
 async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_restored(odd: str) -> None:
-    mesh, naming, said, destroyed = Mesh(), NameRegistration(), list[str](), list[str]()
+    replies, naming, said, destroyed = ReplyRouting(), NameRegistration(), list[str](), list[str]()
     (bad, sandbox), (good, sound) = on_the_ingress_network(1), on_the_ingress_network(2)
     (endpoint,) = sandbox.endpoints
     endpoints = (replace(endpoint, config=replace(endpoint.config, addresses=(odd, "nothing"))),)
@@ -95,10 +107,7 @@ async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_r
         raise OSError(5, "Input/output error")
 
     part = SimpleNamespace(
-        path=Path("/home"),
         restore=nothing,
-        watch=nothing,
-        repairs=None,
         pinned=lambda: [bad.id, good.id, "gone", "stray"],
         destroy=destroy,
         leave=nothing,
@@ -113,7 +122,9 @@ async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_r
         restore=lambda _: None, begin=begin, disconnect=lambda *_: None, reconciler_of=lambda _: None
     )
     parts = dict.fromkeys(PARTS, part)
-    network = network_of(parts, overlays=overlays, mesh=mesh, naming=naming, say=said.append)
+    network = network_of(
+        parts, overlays=overlays, reply_routing=replies, naming=naming, show_condition=said.append
+    )
     for _ in range(2):
         await network.restore([(bad, sandbox), (good, sound)])
     assert began == [good.id] * 2
@@ -126,14 +137,12 @@ async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_r
 
 
 async def test_a_container_that_made_its_namespace_unusable_keeps_no_other_from_its_network() -> None:
-    mesh, naming = Mesh(), NameRegistration()
-    part = SimpleNamespace(
-        path=Path("/home"), restore=nothing, begin=nothing, watch=nothing, repairs=None, pinned=list
-    )
+    replies, naming = ReplyRouting(), NameRegistration()
+    part = SimpleNamespace(restore=nothing, pinned=list)
     parts: dict[str, Any] = dict.fromkeys(PARTS, part)
     overlays = SimpleNamespace(restore=lambda _: None, begin=nothing, reconciler_of=lambda _: None)
-    network = network_of(parts, overlays=overlays, mesh=mesh, naming=naming)
+    network = network_of(parts, overlays=overlays, reply_routing=replies, naming=naming)
     live = [on_the_ingress_network(number) for number in (0, 1)]
     await network.restore(live)
-    assert mesh.routed == [live[1][0].id]
+    assert replies.routed == [live[1][0].id]
     assert naming.served == [config.id for config, _ in live]

@@ -51,6 +51,7 @@ from tests.support.archives import a_config, a_file, a_tar, sha256
 from tests.support.file_faults import Faults, file_faults, walk
 from tests.support.oci_rig import QuickClock
 from tests.support.registry_rig import a_manifest
+from tests.support.tables import a_member
 from tests.unit.dataplane.tables.test_network_tables import Part, a_table, received
 from tests.unit.node.test_runner import Fakes, FakeWork
 from tests.unit.security.test_keypair import a_pair
@@ -217,7 +218,7 @@ async def test_the_nodes_place_in_its_swarm(tmp_path: Path) -> None:
 async def tables_come(directory: Path, faults: Faults) -> None:
     stored, shared = StoredTables(directory / "kept", QuickClock()), SharedTables(directory / "shared")
     part = Part()
-    network_tables = NetworkTables(stored, [shared, part], QuickClock(), Random(1).random)
+    network_tables = NetworkTables(stored, [shared, part], a_member(), QuickClock(), Random(1).random)
     restoring = asyncio.create_task(network_tables.restore(shared))
     while not (restoring.done() or shared.has_unread or stored.has_unread):  # noqa: ASYNC110
         await asyncio.sleep(0)
@@ -243,7 +244,7 @@ async def test_tables_of_networks(tmp_path: Path) -> None:
     template = tmp_path / "template"
     stored, shared = StoredTables(template / "kept", QuickClock()), SharedTables(template / "shared")
     tables = {one.head.id: one for one in (a_table("a", "old"), a_table("b", "old"))}
-    await shared.apply(tables, frozenset(tables))
+    await shared.apply(NodeId("n1"), tables, frozenset(tables))
     for id, table in tables.items():
         stored.schedule(id, table, 1)
     await stored.flush()

@@ -17,14 +17,14 @@ from skep.model.container import (
     SeccompOpts,
     SELinuxContext,
 )
-from skep.model.ids import NetworkId, NodeId
+from skep.model.ids import NetworkId
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
 from skep.model.service import DiscreteResource, GenericResource, NamedResource, TaskSpec
 from skep.model.task import AssignedTask, NetworkAttachment
 from tests.support.builders import a_task
 
-NODE = NodeFacts(id=NodeId("n"), hostname="n")
+NODE = NodeFacts(hostname="n")
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_the_rest_of_a_services_privileges_reaches_its_containers() -> None:
 def configured(privileges: Privileges) -> ContainerConfig:
     spec = TaskSpec(container_spec=ContainerSpec(image="busybox:1", args=("true",), privileges=privileges))
     task = AssignedTask(task=replace(a_task("t1"), spec=spec))
-    facts = NodeFacts(id=NodeId("n1"), hostname="m1")
-    request, options = create_request(task, facts), task_options(task, facts, ())
+    facts = NodeFacts(hostname="m1")
+    request, options = create_request(task, facts), task_options(task, ())
     return container_config(request, ContainerDefaults(), options, NodeDefaults("m1", "", Driver()))
 
 
@@ -80,8 +80,8 @@ def test_a_tasks_options_reach_its_container() -> None:
         init=True,
     )
     task = AssignedTask(task=replace(a_task("t1", slot=4), spec=TaskSpec(container_spec=spec)))
-    facts = NodeFacts(id=NodeId("n1"), hostname="m1")
-    request, options = create_request(task, facts), task_options(task, facts, ())
+    facts = NodeFacts(hostname="m1")
+    request, options = create_request(task, facts), task_options(task, ())
     node = NodeDefaults("m1", "", Driver(name="json-file", options={"max-file": "2"}))
     config = container_config(request, ContainerDefaults(env=("A=1",)), options, node)
     assert (config.env, config.hosts) == (("A=1", "NODE=m1"), ("10.0.0.1 one two",))

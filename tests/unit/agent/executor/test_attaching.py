@@ -5,10 +5,12 @@ import asyncio
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.executor.attaching import AttachmentController, ClusterAttachments
+from skep.agent.executor.attaching import AttachmentController, ClusterAttachments, SessionRequests
 from skep.agent.executor.interface import Rejected
+from skep.agent.session_state import SessionState
+from skep.aio.clock import SystemClock
 from skep.errors import NotFound, Unavailable
-from skep.model.ids import ContainerId, NetworkId, TaskId
+from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
 from skep.model.sandbox import EndpointRequest
 from skep.model.service import NetworkAttachmentSpec, TaskSpec
 from skep.model.task import AssignedTask, NetworkAttachment
@@ -47,8 +49,8 @@ async def never(container_id: ContainerId, network_id: NetworkId) -> None:
 
 
 async def test_an_endpoint_is_the_containers_until_it_is_released() -> None:
-    attachments, managers = ClusterAttachments(), Managers()
-    attachments.ask_through(managers)
+    managers = Managers()
+    attachments = ClusterAttachments(managers)
     taking = asyncio.ensure_future(attachments.take(BOX, REQUEST))
     await managers.asked.wait()
     controller = AttachmentController(attachments, never, a_task_for("t1"))
@@ -61,8 +63,8 @@ async def test_an_endpoint_is_the_containers_until_it_is_released() -> None:
 
 
 async def test_an_endpoint_that_no_container_waits_for_is_rejected() -> None:
-    attachments, managers = ClusterAttachments(), Managers()
-    attachments.ask_through(managers)
+    managers = Managers()
+    attachments = ClusterAttachments(managers)
     taking = asyncio.ensure_future(attachments.take(BOX, REQUEST))
     await managers.asked.wait()
     taking.cancel()
@@ -73,18 +75,28 @@ async def test_an_endpoint_that_no_container_waits_for_is_rejected() -> None:
 
 
 async def test_without_a_swarm_or_a_manager_there_is_no_endpoint() -> None:
-    attachments, managers = ClusterAttachments(), Managers()
+    session = SessionState(SystemClock())
+    attachments = ClusterAttachments(SessionRequests(session))
     with pytest.raises(NotFound, match="network net1 not found"):
         await attachments.take(BOX, REQUEST)
-    attachments.ask_through(managers)
+    session.join(NodeId("n1"))
+    with pytest.raises(Unavailable, match="no manager is reached"):
+        await attachments.take(BOX, REQUEST)
+    session.leave()
+    with pytest.raises(NotFound, match="network net1 not found"):
+        await attachments.take(BOX, REQUEST)
+
+
+async def test_an_endpoint_that_no_manager_gave_is_not_released() -> None:
+    managers = Managers()
     managers.error = Unavailable("no manager is reached at present")
     with pytest.raises(Unavailable):
-        await attachments.take(BOX, REQUEST)
+        await ClusterAttachments(managers).take(BOX, REQUEST)
     assert managers.detached == []
 
 
 async def test_endpoints_of_running_containers_outlive_the_process() -> None:
-    attachments = ClusterAttachments()
+    attachments = ClusterAttachments(Managers())
     attachments.restore([(TaskId("t1"), BOX)])
     controller = AttachmentController(attachments, never, a_task_for("t1"))
     await controller.prepare()
@@ -98,7 +110,7 @@ async def test_endpoints_of_running_containers_outlive_the_process() -> None:
 
 
 async def test_an_endpoint_that_the_cluster_takes_back_is_left_by_its_container() -> None:
-    attachments, left = ClusterAttachments(), []
+    attachments, left = ClusterAttachments(Managers()), []
 
     async def evict(container_id: ContainerId, network_id: NetworkId) -> None:
         left.append((container_id, network_id))

@@ -16,6 +16,7 @@ from skep.errors import FailedPrecondition, Unavailable
 from skep.model.ids import NetworkId, NodeId
 from skep.model.revisions import Revision
 from skep.model.tables import NetworkHead, Table, TableNode, TableSet, difference, whole
+from tests.support.tables import a_member
 
 A, B = NetworkId("a"), NetworkId("b")
 
@@ -50,7 +51,9 @@ class Part:
                 self._moved.clear()
                 await self._moved.wait()
 
-    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+    async def apply(
+        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+    ) -> None:
         self.order.append(self.name)
         self.asked.append(changed)
         self._moved.set()
@@ -63,7 +66,7 @@ class Part:
 
 def some_tables(*parts: TableListener, directory: Path | None = None) -> NetworkTables:
     clock = SystemClock()
-    return NetworkTables(StoredTables(directory, clock), parts, clock, lambda: 0.0)
+    return NetworkTables(StoredTables(directory, clock), parts, a_member(), clock, lambda: 0.0)
 
 
 @asynccontextmanager
@@ -220,7 +223,7 @@ async def test_what_was_in_force_is_newer_than_the_disk(tmp_path: Path) -> None:
     (disk / "b").write_bytes(msgspec.msgpack.encode(Kept(2, a_table("b", revision=5))))
     shared = SharedTables(tmp_path / "run")
     newer = a_table("a", "n1", revision=7)
-    await shared.apply({A: newer}, frozenset({A}))
+    await shared.apply(NodeId("n1"), {A: newer}, frozenset({A}))
     part = Part()
     network_tables = some_tables(part, directory=disk)
     (tmp_path / "run" / "b").write_bytes(b"damaged")
@@ -253,13 +256,13 @@ def test_damaged_files_are_told_and_dropped(tmp_path: Path) -> None:
 async def test_what_an_earlier_process_left_on_tmpfs_is_removed(tmp_path: Path) -> None:
     (tmp_path / "old").write_bytes(b"")
     shared = SharedTables(tmp_path)
-    await shared.apply({A: a_table("a")}, frozenset({A}))
+    await shared.apply(NodeId("n1"), {A: a_table("a")}, frozenset({A}))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 async def test_tables_that_are_run_again_go_on_writing(tmp_path: Path) -> None:
     stored = StoredTables(tmp_path / "tables", SystemClock())
-    network_tables = NetworkTables(stored, [], SystemClock(), lambda: 0.5)
+    network_tables = NetworkTables(stored, [], a_member(), SystemClock(), lambda: 0.5)
     for number in (1, 2):
         running = asyncio.create_task(network_tables.run())
         network_tables.update(received(a_table("a", f"n{number}", revision=number)), incarnation=1)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from typing import cast
 
 from skep.agent.session_state import SessionState
 from skep.aio.clock import SystemClock
@@ -18,7 +19,10 @@ from skep.dataplane.tables.unreachable import (
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.paths import PathCheck, PathFinding, PathReport
 from skep.model.tables import NetworkHead, Table, TableEndpoint
+from skep.wire.client import Channel
 from tests.unit.dataplane.tables.test_network_tables import Part, received, running, some_tables
+
+CHANNEL = cast("Channel", object())
 
 
 def nodes(*names: str) -> frozenset[NodeId]:
@@ -144,14 +148,14 @@ async def watched(until_s: float, **happens: float) -> list[tuple[float, Unreach
         if not said or said[-1][1] != silence:
             said.append((clock.now, silence))
 
-    session_state.begin()
+    session_state.begin(CHANNEL)
     session_state.end()
     task = asyncio.create_task(watch(session_state, latest, exclude, clock))
     for _ in range(5000):  # with a manager there is nothing to wait for, and no time passes
         if clock.now >= until_s or task.done():
             break
         if clock.now >= happens.get("gained", 1e9) and not session_state.has_session:
-            session_state.begin()
+            session_state.begin(CHANNEL)
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])

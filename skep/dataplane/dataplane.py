@@ -1,0 +1,169 @@
+"""The composition of the data plane: every part of one node's networks, made once, and run together."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import msgspec
+
+from skep.aio.clock import Clock
+from skep.aio.failures import retry
+from skep.aio.groups import errors_as_they_are
+from skep.dataplane.container_network import ContainerNetwork
+from skep.dataplane.endpoint_allocation import ClusterEndpoints, EndpointAllocation
+from skep.dataplane.gateway import BRIDGE, Gateway
+from skep.dataplane.ingress.mesh import Mesh
+from skep.dataplane.ingress.reply_routing import ReplyRouting
+from skep.dataplane.local.endpoints import LocalEndpoints
+from skep.dataplane.local.networks import LocalNetworks
+from skep.dataplane.name_registration import NameRegistration
+from skep.dataplane.netns.deferred import DeferredChanges
+from skep.dataplane.netns.healer import Healer
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.reconciler import NetnsReconciler
+from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.overlays import Overlays, node_reconciler
+from skep.dataplane.ports import PortReservations
+from skep.dataplane.probe.data_path import DataPath
+from skep.dataplane.probe.namespace import ProbeNamespace
+from skep.dataplane.probe.port_probe import PortChecks, PortProbe
+from skep.dataplane.probe.prober import PathProber
+from skep.dataplane.wireguard.tunnels import Options, Tunnels
+from skep.model.ids import new_container_id
+from skep.paths import Paths
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """What the data plane of a node is built on.
+
+    Args:
+        namespaces: of containers, and the node's own.
+        rng: numbers from 0 to 1.
+        show_condition: called with the name of a condition of the node and its message; an empty message ends it.
+    """
+
+    paths: Paths
+    namespaces: Namespaces
+    clock: Clock
+    rng: Callable[[], float]
+    show_condition: Callable[[str, str], None] = lambda name, message: None
+
+
+class NetProcess(msgspec.Struct, frozen=True):
+    """The services of the net process.
+
+    ``ports``: of containers in host mode; ``mesh_ports``: of the routing mesh; ``names`` None: names are not served.
+    """
+
+    ports: PortReservations
+    mesh_ports: PortReservations
+    names: NameRegistration | None = None
+
+
+class DataPlane:
+    """The networks of one node."""
+
+    def __init__(self, host: Host, net: NetProcess, endpoints: ClusterEndpoints, encryption: Options) -> None:
+        """
+        Args:
+            endpoints: plain containers' endpoints on the cluster's networks.
+            encryption: how this node encrypts networks between nodes.
+        """
+        paths, namespaces, clock, rng = host.paths, host.namespaces, host.clock, host.rng
+        self._clock = clock
+        self._rng = rng
+        self.naming = net.names
+        self.repairs = Repairs()
+        self._healer = Healer(namespaces, clock, self.repairs, rng=rng)
+        self._deferred = DeferredChanges(clock)
+        home = node_reconciler(namespaces, self.repairs)
+        show_encryption = partial(host.show_condition, "encrypted-networks")
+        self.tunnels = Tunnels(paths, namespaces, encryption, self.repairs, clock, show_encryption)
+        data_path = _data_path(host, home, self._healer)
+        self.overlays = Overlays(
+            namespaces=namespaces,
+            pins=Namespaces(paths.overlays, namespaces.home),
+            home=home,
+            healer=self._healer,
+            deferred=self._deferred,
+            tunnels=self.tunnels,
+            measurements=data_path,
+        )
+        checks = PortChecks(PortProbe(namespaces, clock, _random_number), self.tunnels)
+        self.prober = PathProber(
+            data_path, checks, paths.measured_paths, self.overlays.remeasured, clock, rng
+        )
+        replies = ReplyRouting(self._healer)
+        self.mesh = Mesh(
+            namespaces=namespaces,
+            home=home,
+            reply_routing=replies,
+            ports=net.mesh_ports,
+            relays=paths.relays,
+            clock=clock,
+            rng=rng,
+        )
+        self.gateway = Gateway(
+            namespaces=namespaces,
+            home=home,
+            deferred=self._deferred,
+            ports=net.ports,
+            state=paths.networks / "gateway",
+        )
+        self.local = LocalNetworks(
+            paths.networks / "local", self.gateway, clock=clock, new_id=new_container_id
+        )
+        local_endpoints = LocalEndpoints(self.local, paths.tables, net.names)
+        self.containers = ContainerNetwork(
+            namespaces=namespaces,
+            gateway=self.gateway,
+            overlays=self.overlays,
+            allocation=EndpointAllocation(local_endpoints, endpoints),
+            reply_routing=replies,
+            naming=net.names,
+            show_condition=partial(host.show_condition, "networks"),
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keep everything as it is wanted, whatever others change, until the block ends.
+
+        A part that fails is started again, with growing pauses; the others continue.
+        """
+        parts: dict[str, Callable[[], Awaitable[None]]] = {
+            "healing of networks": self._healer.run,
+            "clearing of networks": self._deferred.run,
+            "published ports": self.mesh.run,
+            "probes of other nodes": self.prober.run,
+            "encrypted networks": partial(self.tunnels.run, self.overlays.remeasured),
+        }
+        keep = partial(retry, clock=self._clock, rng=self._rng)
+        await self.prober.restore()
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(keep(run, "part of the network failed", part=name), name=name)
+                for name, run in parts.items()
+            ]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+
+def _data_path(host: Host, home: NetnsReconciler, healer: Healer) -> DataPath:
+    """Probes of other nodes, in a namespace of their own."""
+    namespace = ProbeNamespace(
+        pins=Namespaces(host.paths.probes, host.namespaces.home),
+        home=home,
+        repairs=healer.repairs,
+        healer=healer,
+        bridges=(BRIDGE,),
+    )
+    return DataPath(namespace, host.namespaces, host.clock, _random_number)
+
+
+def _random_number() -> int:
+    return secrets.randbits(64)

@@ -1,0 +1,35 @@
+"""Ports that this process holds itself, in place of the net process."""
+
+import socket
+from collections.abc import Iterable
+
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.ports import bind
+
+
+class OwnReservations:
+    """Reservations of this process in the node's own namespace; they end with it."""
+
+    def __init__(self, namespaces: Namespaces) -> None:
+        self._namespaces = namespaces
+        self._sockets: dict[tuple[str, int, str], socket.socket] = {}
+
+    async def reserve(self, protocol: str, port: int, address: str = "") -> int:
+        opened = await self._namespaces.run(self._namespaces.home, bind, protocol, port, address)
+        chosen: int = opened.getsockname()[1]
+        self._sockets[protocol, chosen, address] = opened
+        return chosen
+
+    async def release(self, protocol: str, port: int, address: str = "") -> None:
+        opened = self._sockets.pop((protocol, port, address), None)
+        if opened is not None:
+            opened.close()
+
+    async def held(self) -> Iterable[tuple[str, int, str]]:
+        return tuple(self._sockets)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for opened in self._sockets.values():
+            opened.close()
+        self._sockets.clear()
