@@ -48,6 +48,8 @@ class KernelDevices:
         self._namespaces = namespaces
 
     async def place(self, name: str, namespace: Path, mtu: int) -> int:
+        """Make the device in the node's own namespace and ``namespace`` at once."""
+
         async def make(home: AsyncIPRoute, target: int) -> None:
             await home.link("add", ifname=name, kind="wireguard", mtu=mtu, net_ns_fd=target)
 
@@ -57,12 +59,14 @@ class KernelDevices:
             raise Unavailable(f"the kernel makes no WireGuard device: {error}") from error
 
     async def read(self, name: str, namespace: Path) -> FoundDevice:
+        """By generic netlink in ``namespace``."""
         try:
             return await self._namespaces.run(namespace, kernel.read_device, name)
         except OSError as error:
             raise Unavailable(f"the device {name} cannot be read: {error}") from error
 
     async def write(self, name: str, namespace: Path, change: Change) -> None:
+        """In as many messages as the peers need; a new private key and the removal of all peers are in one."""
         try:
             await self._namespaces.run(namespace, kernel.change_device, name, change)
         except OSError as error:
@@ -76,6 +80,8 @@ class UserSpaceDevices:
         self._namespaces = namespaces
 
     async def place(self, name: str, namespace: Path, mtu: int) -> int:
+        """Move the device to ``namespace`` once its process has made it."""
+
         async def move(home: AsyncIPRoute, target: int) -> None:
             """If its process has made it already.
 
@@ -92,9 +98,11 @@ class UserSpaceDevices:
             raise Unavailable(f"the device {name} cannot be moved: {error}") from error
 
     async def read(self, name: str, namespace: Path) -> FoundDevice:
+        """By its socket."""
         return parsed_device(await self._answered(name, "get=1\n\n"))
 
     async def write(self, name: str, namespace: Path, change: Change) -> None:
+        """In one message, which wireguard-go carries out line by line."""
         await self._answered(name, socket_message(change))
 
     async def _answered(self, name: str, request: str) -> str:
