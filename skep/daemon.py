@@ -327,3 +327,7 @@ def _prepare(paths: Paths) -> None:
             f"the data dir {paths.data} has layout {found!r} and this version of skep knows {FORMAT!r}: "
             "run the version that wrote it, or name another one with --data-dir"
         )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """``skep daemon``: runs one node.  Its flags are the configuration's, see ``skep daemon --help``."""
 
-import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,5 +18,5 @@ import click
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def daemon(flags: Sequence[str]) -> None:
     """Run this machine's node."""
-    # By name: the daemon stands above the commands, and none of them should pay for its imports.
-    sys.exit(importlib.import_module("skep.daemon").main(list(flags)))
+    # In a new interpreter: all processes of the node would share click and these modules, which none of them uses.
+    os.execv(sys.executable, (sys.executable, "-P", "-m", "skep.daemon", *flags))
