@@ -1,4 +1,4 @@
-"""Asks the net process: one kept connection, opened again when the process was replaced."""
+"""The client of the net process: one kept connection, opened again when the process was replaced."""
 
 import secrets
 from collections.abc import Callable, Iterable
@@ -31,10 +31,10 @@ from skep.model.ids import NetworkId
 
 
 class NetClient:
-    """The node process's end: ``PortReservations`` of ``dataplane/ports.py`` that outlive the node process.
+    """Ports that outlive the node process (``ports.PortReservations``), and names.
 
-    While the net process restarts a call waits; after 10 s it raises ``Unavailable``.  ``owner``: a word for whom
-    ports are held; each owner sees its own only.
+    While the net process restarts a call waits; after 10 s it raises ``Unavailable``.  ``owner``: of the ports that are
+    reserved; each owner sees its own only.
     """
 
     def __init__(self, path: Path, clock: Clock, rng: Callable[[], float], owner: str = "") -> None:
@@ -44,7 +44,7 @@ class NetClient:
     async def reserve(self, protocol: str, port: int, address: str = "") -> int:
         """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
 
-        Raises: AlreadyExists: another program has it; AddressNotHere; FailedPrecondition: it cannot be had here;
+        Raises: AlreadyExists: another program has it; AddressNotHere; FailedPrecondition: it cannot be bound here;
         Unavailable.
         """
         token = f"{self._owner}:{secrets.token_hex(8)}"
@@ -80,9 +80,9 @@ class NetClient:
         return answer
 
     async def serve(self, named: Named) -> None:
-        """Have names and virtual addresses in a container's namespace; they are there when this returns.
+        """Serve names and virtual addresses in a container's namespace, in place of those it had.
 
-        Doing it again changes what they are.  Raises: FailedPrecondition: they cannot be had there; Unavailable.
+        Returns when queries are answered.  Raises: FailedPrecondition: they cannot be served there; Unavailable.
         """
         match await self._ask(Serve(named)):
             case Done():
@@ -93,15 +93,15 @@ class NetClient:
                 raise _unexpected(other)
 
     async def forget(self, id: str) -> None:
-        """A container needs no names any more; ignored when it has none.  Raises: Unavailable."""
+        """Serve none to container ``id`` any more; harmless when it has none.  Raises: Unavailable."""
         answer = await self._ask(Forget(id))
         if not isinstance(answer, Done):
             raise _unexpected(answer)
 
     async def refresh(self, networks: Iterable[NetworkId] = ()) -> None:
-        """The tables of ``networks`` (none: all) are others now; returns when every namespace is as they say.
+        """The tables of ``networks`` (none: all) have changed; returns when they are applied in every namespace.
 
-        Raises: Unavailable: some namespace is not; the net process goes on trying.
+        Raises: Unavailable: in some namespace they are not; the net process tries again by itself.
         """
         match await self._ask(Refresh(tuple(networks))):
             case Done():
@@ -112,7 +112,7 @@ class NetClient:
                 raise _unexpected(other)
 
     def close(self) -> None:
-        """Drop the connection; the next call opens another."""
+        """Close the connection; the next call opens another."""
         self._ipc.close()
 
     async def _ask(self, request: Request) -> Answer:

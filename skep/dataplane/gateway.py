@@ -11,9 +11,10 @@ node chose once, translated to the node's own address.  Without such containers 
 import asyncio
 import secrets
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -32,13 +33,15 @@ from skep.dataplane.plan.gateway import HostPort, between_table, gateway_table, 
 from skep.dataplane.plan.overlay import USUAL_MTU
 from skep.dataplane.plan.packet_filter import Owner, spoofing_filter
 from skep.dataplane.ports import PortReservations
-from skep.dataplane.remembered import Network, remember, stored_subnet
 from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import ContainerId
 from skep.model.sandbox import PublishedPort, Sandbox
 from skep.model.service import PublishMode
 
 log = structlog.get_logger()
+
+Network = TypeVar("Network", IPv4Network, IPv6Network)
 
 BRIDGE = "skep-gw"
 _PART = "gateway"
@@ -193,7 +196,7 @@ class Gateway:
         if subnet is None:
             self._state.unlink(missing_ok=True)
         else:
-            remember(self._state, subnet)
+            _save(self._state, subnet)
         await self.restore({})
 
     async def _undo(self, container_id: ContainerId, address: str, ports: Sequence[PublishedPort]) -> None:
@@ -353,3 +356,32 @@ async def _networks_except(route: AsyncIPRoute, index: int, version: type[Networ
 
 def _fresh_unique_local() -> IPv6Network:
     return unique_local(secrets.randbits(UNIQUE_LOCAL_BITS))
+
+
+def stored_subnet(
+    file: Path, taken: Iterable[Network], version: type[Network], fresh: Callable[[], Network]
+) -> Network:
+    """The subnet that ``file`` has, unless one of ``taken`` collides with it by now: then a ``fresh`` one.
+
+    ``taken``: what the machine's routes reach.  Raises: what ``fresh`` does; OSError: it cannot be read, or
+    not be written.
+    """
+    try:
+        remembered = version(file.read_text().strip())
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not is_no_file(error):
+            raise  # containers are on it
+    else:
+        # The default route is everywhere.
+        if not any(remembered.overlaps(network) for network in taken if network.prefixlen):
+            return remembered
+        log.warning("the gateway's subnet collides with a route and is changed", subnet=str(remembered))
+    subnet = fresh()
+    _save(file, subnet)
+    return subnet
+
+
+def _save(file: Path, subnet: IPv4Network | IPv6Network) -> None:
+    """Keep ``subnet`` for the next process.  Raises: OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, f"{subnet}\n".encode(), is_durable=False)

@@ -1,4 +1,4 @@
-"""Sockets from one net process to the next, so that nothing is missed while the version changes."""
+"""Passes sockets from one net process to the next, so that no query is lost while the version changes."""
 
 import os
 import socket
@@ -9,6 +9,7 @@ import msgspec
 import structlog
 
 from skep.dataplane.ipc import LENGTH_BYTES
+from skep.dataplane.ports import PROTOCOL_NUMBERS, Held
 from skep.dataplane.protocol import (
     FRAME_BYTES_MAX,
     HandedOver,
@@ -18,7 +19,6 @@ from skep.dataplane.protocol import (
     decode_answer,
     frame,
 )
-from skep.dataplane.reservations import PROTOCOL_NUMBERS, Held
 from skep.linux.descriptors import set_aside_descriptor
 
 log = structlog.get_logger()
@@ -29,7 +29,7 @@ _SOCKETS_PER_MESSAGE = 200
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """What a predecessor had."""
+    """What the predecessor held."""
 
     held: Held
     named: Mapping[Label, socket.socket] = {}
@@ -60,7 +60,7 @@ def take(path: Path) -> Taken | None:
     except (FileNotFoundError, ConnectionRefusedError):
         return None
     except OSError as error:
-        log.warning("predecessor does not hand over", reason=str(error))
+        log.warning("predecessor has not handed over", reason=str(error))
         return None
     # One of a version before sends no labels.
     named = dict(zip(answer.labels, received, strict=False))

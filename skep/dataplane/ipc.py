@@ -1,6 +1,6 @@
-"""Questions and answers with another process of this node, over a unix socket: one request, one answer.
+"""Requests to another process of this node, over a unix socket: one request, one response.
 
-Each message has its length (4 bytes, big-endian) before it.  A process speaks with the one of the version before:
+Each message has its length (4 bytes, big-endian) before it.  The processes may be of two consecutive versions, so
 fields of messages are only ever added.
 """
 
@@ -19,7 +19,7 @@ _FIRST_RETRY_S = 0.02
 _RETRY_S_MAX = 0.5
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-"""The answering end of one connection."""
+"""Serves one connection."""
 
 
 def framed(body: bytes) -> bytes:
@@ -28,7 +28,7 @@ def framed(body: bytes) -> bytes:
 
 
 async def read_frame(reader: asyncio.StreamReader, bytes_max: int) -> bytes | None:
-    """The next message; None: the other end has closed.  Raises: Unavailable: it speaks something else."""
+    """The next message; None: the other end has closed.  Raises: Unavailable: not a message."""
     try:
         length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
         if length > bytes_max:
@@ -49,15 +49,15 @@ async def serve(converse: Serve, path: Path) -> asyncio.Server:
 
 
 class IpcClient:
-    """The asking end: one kept connection, opened again when the other process was replaced.
+    """A client: one kept connection, opened again when the other process was replaced.
 
-    While that restarts a question waits; after 10 s it raises ``Unavailable``.
+    A request waits while that process restarts, for up to 10 s.
     """
 
     def __init__(
         self, path: Path, clock: Clock, rng: Callable[[], float], *, whom: str, bytes_max: int
     ) -> None:
-        """``whom``: the other process, in words; ``bytes_max``: of an answer."""
+        """``whom``: the other process, for error texts; ``bytes_max``: of a response."""
         self._path = path
         self._clock = clock
         self._rng = rng
@@ -67,7 +67,7 @@ class IpcClient:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, body: bytes) -> bytes:
-        """The answer to ``body``, which is sent again over a new connection when one breaks.  Raises: Unavailable."""
+        """The response to ``body``, which is sent again over a new connection when one breaks.  Raises: Unavailable."""
         message = framed(body)
         backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=self._rng)
         try:
@@ -79,13 +79,13 @@ class IpcClient:
                         self.close()
                         await backoff.sleep(self._clock)
                     except BaseException:
-                        self.close()  # an answer may still be under way: this connection is of no more use
+                        self.close()  # a response may still come: the connection cannot be used again
                         raise
         except TimeoutError as error:
             raise Unavailable(f"{self._whom} does not answer on {self._path}") from error
 
     def close(self) -> None:
-        """Drop the connection; the next question opens another."""
+        """Close the connection; the next request opens another."""
         if self._streams is not None:
             self._streams[1].close()
             self._streams = None

@@ -3,15 +3,24 @@
 A reserved port is a bound socket; the packets go to the container by nftables before they would reach it.  A daemon
 that wants the port meets EADDRINUSE, and so does Skep when another program has it.  The socket does not listen: a
 client that connects before the rules are there is refused, and not accepted by a socket that never answers.
+
+The net process holds the sockets (``Reservations``) and records them in a file, from which the net process that follows
+a crash opens them again.
 """
 
 import errno
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
-from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
+import msgspec
+
+from skep.dataplane.protocol import Reservation
+from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SkepError, Unavailable
 from skep.linux.descriptors import set_aside
+from skep.linux.files import is_no_file, replace_file
 
 
 class PortReservations(Protocol):
@@ -68,3 +77,68 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
             ) from error
         raise Unavailable(f"cannot reserve port {port}/{protocol}: {error.strerror}") from error
     return set_aside(opened)
+
+
+PROTOCOL_NUMBERS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP, "sctp": socket.IPPROTO_SCTP}
+
+Held = dict[Reservation, socket.socket]
+
+
+class Reservations:
+    """The host ports that this process holds.  ``state``: the file in which they are recorded."""
+
+    def __init__(self, state: Path, held: Held) -> None:
+        self._state = state
+        self._held = held
+
+    def list(self) -> Sequence[Reservation]:
+        """All that are held."""
+        return tuple(self._held)
+
+    def sockets(self) -> Sequence[socket.socket]:
+        """In the order of ``list``."""
+        return tuple(self._held.values())
+
+    def reserve(self, protocol: str, port: int, token: str, address: str = "") -> int:
+        """Hold ``port`` (0: any free one); the same answer again for the same ``token``.
+
+        Raises: AlreadyExists: another program has it; InvalidArgument, AddressNotHere, Unavailable: it cannot be had at
+        all.
+        """
+        for held in self._held:
+            if held.token == token:
+                return held.port
+        opened = bind(protocol, port, address)
+        reservation = Reservation(protocol, opened.getsockname()[1], token, address)
+        self._held[reservation] = opened
+        self.record()
+        return reservation.port
+
+    def release(self, protocol: str, port: int, address: str = "") -> None:
+        """Let ``port`` go; harmless when it is not held."""
+        wanted = (protocol, port, address)
+        for held in [one for one in self._held if (one.protocol, one.port, one.address) == wanted]:
+            self._held.pop(held).close()
+        self.record()
+
+    def record(self) -> None:
+        """Write the file.  Raises: OSError."""
+        replace_file(self._state, msgspec.json.encode(self.list()), is_durable=False)
+
+
+def reopened(state: Path) -> Held:
+    """The ports in the file of an earlier process, bound again; those that another program has are left out.
+
+    Raises: OSError: it cannot be read now.
+    """
+    try:
+        reservations = msgspec.json.decode(state.read_bytes(), type=tuple[Reservation, ...])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not is_no_file(error):
+            raise
+        return {}
+    held: Held = {}
+    for reservation in reservations:
+        with suppress(SkepError):
+            held[reservation] = bind(reservation.protocol, reservation.port, reservation.address)
+    return held

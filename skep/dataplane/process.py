@@ -17,7 +17,7 @@ from skep.dataplane import handover
 from skep.dataplane.handover import Taken
 from skep.dataplane.ipc import read_frame, serve
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.ports import AddressNotHere
+from skep.dataplane.ports import AddressNotHere, Reservations, reopened
 from skep.dataplane.protocol import (
     FRAME_BYTES_MAX,
     Answer,
@@ -39,7 +39,6 @@ from skep.dataplane.protocol import (
     frame,
 )
 from skep.dataplane.proxy.relay import Relays
-from skep.dataplane.reservations import Reservations, reopened
 from skep.dataplane.served_containers import ServedContainers
 from skep.errors import AlreadyExists, SkepError
 from skep.linux.detached import detached
@@ -120,7 +119,7 @@ async def _serve(paths: Paths, reservations: Reservations, serving: ServedContai
     all_closed = asyncio.Event()
     is_leaving = False  # later requests go to the next process: clients try again
 
-    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal is_leaving
         open_now.add(writer)
         try:
@@ -142,16 +141,16 @@ async def _serve(paths: Paths, reservations: Reservations, serving: ServedContai
                 writer.write(frame(await _answer(request, reservations, serving)))
                 await writer.drain()
         except (SkepError, msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
-            log.warning("conversation ended", reason=str(error))
+            log.warning("connection ended by an error", reason=str(error))
         finally:
             writer.close()
             open_now.discard(writer)
             if not open_now:
                 all_closed.set()
 
-    server = await serve(converse, paths.net_socket)
-    with closing(server):  # only that: waiting for it would be waiting for the conversations
-        reservations.write_down()
+    server = await serve(serve_connection, paths.net_socket)
+    with closing(server):  # only that: waiting for it would be waiting for its connections
+        reservations.record()
         log.info("net process serves", ports=len(reservations.list()), containers=len(serving.list()))
         await over.wait()
         is_leaving = True
@@ -202,7 +201,7 @@ async def _answer(request: Request, reservations: Reservations, serving: ServedC
         case Refresh(networks):
             return await _done(serving.refresh(networks))
         case HandOver():
-            raise AssertionError("handing over is a conversation of its own")
+            raise AssertionError("handed over before")
 
 
 async def _done(work: Awaitable[None]) -> Done | Refused:

@@ -1,8 +1,9 @@
-"""What is said over ``net.sock``: one request, one answer, each with its length (4 bytes, big-endian) before it.
+"""The messages of ``net.sock``: one request, one response, each with its length (4 bytes, big-endian) before it.
 
 Hand-over is the exception: ``HandedOver`` is followed by single bytes that carry the sockets in ancillary data
-(``SCM_RIGHTS``): first those of ``labels``, in their order, then those of reservations; which reservation a socket is
-says its own name.  A process speaks this with the one of the version before: fields are only ever added.
+(``SCM_RIGHTS``): first those of ``labels``, in their order, then those of reservations; a socket's address
+says which reservation it is.  The processes may be of two consecutive versions, so fields are only ever added, and the
+names of the requests and responses, which are their tags, stay.
 """
 
 from typing import cast
@@ -18,7 +19,7 @@ FRAME_BYTES_MAX = 4 * 1024 * 1024
 class Reservation(msgspec.Struct, frozen=True):
     """A host port that is held.
 
-    ``token``: whose call it came from, so that the call may be repeated; ``address`` empty: every IPv4 address.
+    ``token``: of the call that reserved it, so that the call may be repeated; ``address`` empty: every IPv4 address.
     """
 
     protocol: str
@@ -35,7 +36,7 @@ class NameServer(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """A container's place on a network."""
+    """A container's endpoint on a network."""
 
     network: NetworkId
     task: TaskId = TaskId("")
@@ -49,12 +50,12 @@ class Named(msgspec.Struct, frozen=True, kw_only=True):
     netns: str
     """Path of its namespace."""
     networks: tuple[Place, ...]
-    """In the order in which names are looked for."""
+    """In the order in which names are looked up."""
     servers: tuple[NameServer, ...] = ()
     """Servers for other names, from the node's namespace, or from the container's if they are on a network of
     its own."""
     forwards: bool = True
-    """False: the container has no way out, so nothing is asked from the node's namespace for it."""
+    """False: the container has no way out, so no query is forwarded from the node's namespace."""
     forwards_single_labels: bool = True
     """False: ``ndots`` was set, so that clients try their search domains instead."""
 
@@ -94,17 +95,19 @@ class Forget(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refresh(msgspec.Struct, frozen=True, tag=True):
-    """The tables of these networks are others now (all, if none is named); answered with ``Done`` when names and
-    virtual addresses are as they say in every namespace, with ``Refused`` if that did not come about everywhere."""
+    """The tables of these networks have changed (all, if none is named); answered with ``Done`` when names and
+    virtual addresses are served by them in every namespace, with ``Refused`` where that failed."""
 
     networks: tuple[NetworkId, ...] = ()
 
 
 class HandOver(msgspec.Struct, frozen=True, tag=True):
-    """Give everything to the process that asks, and end; answered with ``HandedOver``."""
+    """Give everything to the client, and end; answered with ``HandedOver``."""
 
 
 class Reserved(msgspec.Struct, frozen=True, tag=True):
+    """The port that is held now."""
+
     port: int
 
 
@@ -120,7 +123,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    pass
+    """The request was carried out."""
 
 
 class Listing(msgspec.Struct, frozen=True, tag=True):
@@ -139,7 +142,7 @@ class Label(msgspec.Struct, frozen=True):
 
 
 class Waiting(msgspec.Struct, frozen=True):
-    """A question that was read and not yet answered."""
+    """A DNS query that was read and not yet answered."""
 
     container: str
     address: str
@@ -148,6 +151,8 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 class HandedOver(msgspec.Struct, frozen=True, tag=True):
+    """Everything that the process held; the sockets follow."""
+
     reservations: tuple[Reservation, ...]
     labels: tuple[Label, ...] = ()
     waiting: tuple[Waiting, ...] = ()
@@ -163,8 +168,10 @@ def frame(message: Request | Answer) -> bytes:
 
 
 def decode_request(body: bytes) -> Request:
+    """Raises: msgspec.DecodeError; UnicodeDecodeError."""
     return cast("Request", msgspec.msgpack.decode(body, type=Request))
 
 
 def decode_answer(body: bytes) -> Answer:
+    """Raises: msgspec.DecodeError; UnicodeDecodeError."""
     return cast("Answer", msgspec.msgpack.decode(body, type=Answer))

@@ -2,8 +2,9 @@
 
 import asyncio
 import os
+import re
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
-from skep.dataplane.ingress.obstacles import forwarding_tables, obstacles
 from skep.dataplane.ingress.reply_routing import ReplyRouting
 from skep.dataplane.netns import conntrack, nft
 from skep.dataplane.netns.forwarding import forward_ipv6
@@ -45,6 +45,10 @@ _FIRST_RETRY_S, _RETRY_S_MAX = 1.0, 30.0
 OBSTACLES_S = 15.0
 """Between two reads of what other firewalls of the machine forbid."""
 _PART = "published ports"
+OUR_TABLES = frozenset({"ip skep", "ip6 skep", "ip skep_ingress", "ip6 skep_ingress", "inet skep_overlay"})
+_TABLE = re.compile(r"table (\S+ \S+) {")
+_HOOK = re.compile(r"type filter hook forward priority [^;]+; policy (accept|drop);")
+_LAST_WORD = re.compile(r"\s*(?:counter packets \d+ bytes \d+ )?(?:drop|reject\b.*)")
 
 
 class Mesh:
@@ -268,3 +272,51 @@ def _sysctls(plan: Plan) -> Mapping[str, str]:
         f"net/ipv4/conf/{BRIDGE}/rp_filter": "0",
         **({"net/ipv6/conf/all/forwarding": "1"} if plan.has_ipv6 else {}),
     }
+
+
+# --- firewalls of the machine that stop what is forwarded to containers --------
+#
+# A packet passes nftables only if every base chain accepts it: an accept in our table overrides no drop in another's,
+# which is not ours to change.  So a firewall that forbids forwarding needs an exception.  (Docker's iptables rules make
+# one by themselves: they are in the chain that forbids.)
+
+
+def forwarding_tables(chains: str) -> tuple[str, ...]:
+    """Others' tables with a chain at the forward hook, from ``nft list chains``."""
+    return tuple(dict.fromkeys(table for table, body in _tables(chains) if _HOOK.search(body)))
+
+
+def obstacles(tables: Iterable[str], bridges: Iterable[str]) -> tuple[str, ...]:
+    """Sentences on those of others' ``tables`` (``nft list table``, each) that forbid forwarding to ``bridges``.
+
+    A table that names a bridge of ours is taken to make an exception for it.
+    """
+    names = tuple(bridges)
+    found = []
+    for text in tables:
+        for table, body in _tables(text):
+            chain = _forbidding_chain(body)
+            missing = [name for name in names if name not in body]
+            if chain and missing:
+                found.append(
+                    f"chain {chain} of nftables table {table} forbids forwarding: published ports lead nowhere until "
+                    f"it accepts packets to and from {' and '.join(missing)}"
+                )
+    return tuple(found)
+
+
+def _tables(text: str) -> Iterable[tuple[str, str]]:
+    for part in re.split(r"(?m)^(?=table )", text):
+        match = _TABLE.match(part)
+        if match is not None and match[1] not in OUR_TABLES:
+            yield match[1], part
+
+
+def _forbidding_chain(body: str) -> str:
+    """The chain at the forward hook that drops or rejects what no rule of it accepted; empty: there is none."""
+    for part in re.split(r"(?m)^\tchain ", body)[1:]:
+        hook = _HOOK.search(part)
+        rules = [line for line in part.splitlines()[1:] if line.startswith("\t\t")]
+        if hook is not None and (hook[1] == "drop" or _LAST_WORD.fullmatch(rules[-1])):
+            return part.partition(" ")[0]
+    return ""

@@ -45,6 +45,7 @@ class Namespaces:
         )
 
     def path(self, id: str) -> Path:
+        """Where namespace ``id`` is pinned."""
         return self._directory / id
 
     def pinned(self) -> list[str]:

@@ -51,6 +51,7 @@ class Turns:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
+        """Have the turn with others.  Blocks."""
         with self._changed:
             self._changed.wait_for(lambda: not self._is_alone and not self._waiting)
             self._sharing += 1
@@ -63,6 +64,7 @@ class Turns:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
+        """Have the turn alone.  Blocks."""
         with self._changed:
             self._waiting += 1
             self._changed.wait_for(lambda: not self._is_alone and not self._sharing)

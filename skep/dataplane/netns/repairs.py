@@ -1,4 +1,4 @@
-"""What other programs had changed and was repaired, for metrics."""
+"""Counts repairs of what other programs had changed, for metrics."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -49,7 +49,7 @@ class Repairs:
 
 
 def kind_of(operation: Operation) -> str:
-    """Which kind of deviation ``operation`` puts right."""
+    """The kind of deviation that ``operation`` repairs."""
     match operation:
         case AddLink() | ChangeLink() | DeleteLink():
             return "link"

@@ -59,14 +59,17 @@ class MeshPort(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def answers_ipv4(self) -> bool:
+        """Whether it is published on IPv4 addresses of the node."""
         return self.options.host_ip == "" or ip_address(self.options.host_ip).version == 4
 
     @property
     def answers_ipv6(self) -> bool:
+        """Whether it is published on IPv6 addresses of the node."""
         return self.options.host_ip == "" or ip_address(self.options.host_ip).version == 6
 
     @property
     def key(self) -> PortKey:
+        """Protocol, port, and the only address that it is published on (empty: all)."""
         return self.protocol, self.published, self.only_address
 
     def backends(self, version: int) -> frozenset[str]:
@@ -195,6 +198,7 @@ class Family(msgspec.Struct, frozen=True):
 
     @property
     def table(self) -> str:
+        """Family and name of the nftables table."""
         return f"{self.name} {_TABLE}"
 
 

@@ -217,6 +217,7 @@ def in_place(before: Backends, backends: Backends) -> Backends:
 
 
 def is_ipv6(address: str) -> bool:
+    """Whether the text of an address is IPv6."""
     return ":" in address
 
 

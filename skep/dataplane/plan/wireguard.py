@@ -126,6 +126,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_needed(self) -> bool:
+        """Whether there is anything to change."""
         return self != Change()
 
     def __repr__(self) -> str:

@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.dataplane.addresses import POOL, Addresses, beside, free_subnet, mac_of, unique_local
-from skep.dataplane.gateway import gateway_state
+from skep.dataplane.gateway import gateway_state, stored_subnet
 from skep.dataplane.netns.forwarding import forward_ipv6
 from skep.dataplane.netns.nft_table import changes, whole
 from skep.dataplane.plan.gateway import HostPort, gateway_table, gateway_table_ipv6
-from skep.dataplane.remembered import stored_subnet
 from skep.errors import ResourceExhausted
 
 

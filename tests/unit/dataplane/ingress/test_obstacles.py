@@ -1,6 +1,6 @@
 """What other firewalls of a machine say of forwarding."""
 
-from skep.dataplane.ingress.obstacles import forwarding_tables, obstacles
+from skep.dataplane.ingress.mesh import forwarding_tables, obstacles
 
 UFW = """table ip filter {
 \tchain FORWARD {
