@@ -63,19 +63,19 @@ class ClusterLab:
 
     def init(self) -> None:
         first = self.nodes[0]
-        wish = {"ListenAddr": f"0.0.0.0:{PORT}", "AdvertiseAddr": first.addr}
-        engine(first).post("/swarm/init", wish)
+        requested = {"ListenAddr": f"0.0.0.0:{PORT}", "AdvertiseAddr": first.addr}
+        engine(first).post("/swarm/init", requested)
 
     def join(self, node: Node) -> None:
         first = self.nodes[0]
         token = engine(first).get("/swarm")["JoinTokens"][node.role.capitalize()]
-        wish = {
+        requested = {
             "ListenAddr": f"0.0.0.0:{PORT}",
             "AdvertiseAddr": node.addr,
             "RemoteAddrs": [f"{first.addr}:{PORT}"],
             "JoinToken": token,
         }
-        engine(node).post("/swarm/join", wish)
+        engine(node).post("/swarm/join", requested)
 
     def form(self) -> None:
         """One cluster of all machines; returns when all are ready."""

@@ -34,8 +34,10 @@ def figures(pairs: int) -> list[Figure]:
             stack.callback(lab.down)
             lab.up()
             lab.form()
-            wish = specification(lab, "ends", create_network(lab, "bench"), None, has_virtual_address=False)
-            service = create_service(lab, wish)
+            requested = specification(
+                lab, "ends", create_network(lab, "bench"), None, has_virtual_address=False
+            )
+            service = create_service(lab, requested)
             wait_running(lab, service, 2)
             ends[way] = placed(lab, service)
         return asyncio.run(_measured(ends, pairs))

@@ -52,9 +52,9 @@ def specification(
     }
 
 
-def create_service(lab: ClusterLab, wish: dict[str, Any]) -> str:
+def create_service(lab: ClusterLab, requested: dict[str, Any]) -> str:
     """Gives its id."""
-    answer: dict[str, str] = engine(lab.nodes[0]).post("/services/create", wish)
+    answer: dict[str, str] = engine(lab.nodes[0]).post("/services/create", requested)
     return answer["ID"]
 
 
@@ -62,8 +62,8 @@ def scale(lab: ClusterLab, service: str, replicas: int) -> None:
     """Have so many replicas of a service."""
     through = engine(lab.nodes[0])
     now = through.get(f"/services/{service}")
-    wish = now["Spec"] | {"Mode": {"Replicated": {"Replicas": replicas}}}
-    through.post(f"/services/{service}/update", wish, version=now["Version"]["Index"])
+    requested = now["Spec"] | {"Mode": {"Replicated": {"Replicas": replicas}}}
+    through.post(f"/services/{service}/update", requested, version=now["Version"]["Index"])
 
 
 def running(lab: ClusterLab, service: str) -> list[dict[str, Any]]:

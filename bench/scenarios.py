@@ -67,10 +67,10 @@ def on_overlay(lab: Any, name: str, subnet: str = "") -> str:
     for existing in lab.engine.get("/networks"):
         if existing["Name"] == name:
             return str(existing["Id"])
-    wish: dict[str, Any] = {"Name": name, "Driver": "overlay"}
+    requested: dict[str, Any] = {"Name": name, "Driver": "overlay"}
     if subnet:
-        wish["IPAM"] = {"Config": [{"Subnet": subnet}]}
-    answer: dict[str, str] = lab.engine.post("/networks/create", wish)
+        requested["IPAM"] = {"Config": [{"Subnet": subnet}]}
+    answer: dict[str, str] = lab.engine.post("/networks/create", requested)
     return answer["Id"]
 
 

@@ -149,8 +149,8 @@ class _Node(Agent):
 
     def take_assignments(self, message: pb.AssignmentsMessage) -> None:
         if message.type == pb.AssignmentsMessage.COMPLETE:
-            told = {change.assignment.task.id for change in message.changes}
-            for id in self._states.keys() - told:
+            reported = {change.assignment.task.id for change in message.changes}
+            for id in self._states.keys() - reported:
                 self._forget(id)
         for change in message.changes:
             if not change.assignment.HasField("task"):

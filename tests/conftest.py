@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test without what it needs fails; it is skipped only where somebody asked for that by SKEP_SKIP=1."""
+    """A test whose requirements are missing fails; with SKEP_SKIP=1 it is skipped."""
     needs = [need for marker in item.iter_markers("needs") for need in marker.args]
     if item.nodeid.startswith("tests/integration/"):
         needs += INTEGRATION_NEEDS

@@ -1,4 +1,4 @@
-"""Who is alone has nobody beside it, and does not wait for ever."""
+"""A test marked ``alone`` runs without others beside it, and does not wait for ever."""
 
 import threading
 from pathlib import Path
@@ -23,11 +23,11 @@ def test_others_are_beside_each_other(turns: Turns) -> None:
 def test_one_that_is_alone_waits_for_others_and_they_for_it_in_the_order_in_which_they_came(
     turns: Turns,
 ) -> None:
-    told: list[str] = []
+    reported: list[str] = []
 
     def enter(name: str, *, alone: bool) -> None:
         with turns.taken(alone=alone):
-            told.append(name)
+            reported.append(name)
 
     with turns.taken(alone=False):
         waiting = threading.Thread(target=enter, args=("alone",), kwargs={"alone": True})
@@ -36,7 +36,7 @@ def test_one_that_is_alone_waits_for_others_and_they_for_it_in_the_order_in_whic
         other = threading.Thread(target=enter, args=("other",), kwargs={"alone": False})
         other.start()
         other.join(0.2)
-        assert told == []
+        assert reported == []
     waiting.join(5)
     other.join(5)
-    assert told == ["alone", "other"]
+    assert reported == ["alone", "other"]

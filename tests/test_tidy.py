@@ -76,7 +76,7 @@ def test_only_the_clock_reads_the_clock() -> None:
 
 
 def test_every_task_has_a_parent() -> None:
-    """asyncio.create_task and ensure_future start what nobody waits for: use a TaskGroup."""
+    """asyncio.create_task and ensure_future start tasks without a parent: use a TaskGroup."""
     found = [
         f"{path.relative_to(ROOT)}:{call.lineno}"
         for path, tree in modules()

@@ -39,7 +39,7 @@ from tests.support.etcd_rig import a_member, member_settings
 
 
 class CannedLogs:
-    """Gives the same lines to everybody, and remembers what was asked for."""
+    """A log source with fixed lines that records the queries."""
 
     def __init__(self, *lines: LogLine) -> None:
         self.lines = lines

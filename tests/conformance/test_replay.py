@@ -31,7 +31,7 @@ DIFFERENCES = {
     "the service by its name in another case": "names are unique without regard to case, and found so",
     "the swarm": "agents of skep nodes report once a second by default, not every five",
     "the swarm before an update": "as `the swarm`",
-    "a network in use": "who uses it is also told by name",
+    "a network in use": "the error also names the users",
     "a body of 3 MB": "our bound on one object is 1 MiB, and says so",
     "init listening on a port that is none": "refused before anything is started",
     "join with a token that is none": "the token is checked by the node process",

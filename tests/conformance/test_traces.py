@@ -32,12 +32,12 @@ from tests.conformance.traces import (
     Act,
     Action,
     Create,
+    Observed,
     Observer,
     Scenario,
     Seen,
-    Told,
     Update,
-    told,
+    reported,
 )
 
 RECORDED = Path(__file__).parent / "recorded" / "traces.json"
@@ -122,41 +122,41 @@ def look(cluster: SimulatedCluster, observer: Observer, at_s: float) -> None:
     observer.look(at_s, tasks, update)
 
 
-def with_cause(theirs: Told, ours: Told) -> Told:
+def with_cause(theirs: Observed, ours: Observed) -> Observed:
     """Our messages go on where the engine's end."""
     *states, message = theirs.updates
     goes_on = ours.updates[-1].startswith(f"{message}: ")
     return replace(theirs, updates=(*states, ours.updates[-1] if goes_on else message))
 
 
-def how_often_it_crashes_is_chance(theirs: Told, ours: Told) -> Told:
+def how_often_it_crashes_is_chance(theirs: Observed, ours: Observed) -> Observed:
     """How many tasks of the failing version a slot has, before the rollback comes to it, is a matter of speed."""
 
-    def is_back(told: Told, slot: str) -> bool:
-        *past, last = told.slots[slot]
+    def is_back(reported: Observed, slot: str) -> bool:
+        *past, last = reported.slots[slot]
         return last == "running" and "running" not in past and len(past) >= 2
 
     is_alike = all(is_back(theirs, slot) and is_back(ours, slot) for slot in ("1", "2"))
     return with_cause(replace(theirs, slots=ours.slots if is_alike else theirs.slots), ours)
 
 
-def what_ran_runs_on(theirs: Told, ours: Told) -> Told:
+def what_ran_runs_on(theirs: Observed, ours: Observed) -> Observed:
     """The engine stops a task for one that cannot be prepared."""
     assert theirs.slots["1"] == ("gone",)
     return with_cause(replace(theirs, slots={**theirs.slots, "1": ("running",)}), ours)
 
 
-DIFFERENCES: dict[str, Callable[[Told, Told], Told]] = {
+DIFFERENCES: dict[str, Callable[[Observed, Observed], Observed]] = {
     "failing update, rollback": how_often_it_crashes_is_chance,
     "missing image, pause": what_ran_runs_on,
 }
-"""Scenario -> what is to be told instead of what the engine's trace tells, which the other trace may decide."""
+"""Scenario -> the expected observation where it differs from the engine's trace, which may depend on ours."""
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 @pytest.mark.parametrize("seed", range(2))
 def test_what_happens_is_what_happened_to_an_engine(scenario: Scenario, seed: int) -> None:
-    theirs, ours = told(recording().traces[scenario.name]), told(played(scenario.actions, seed))
+    theirs, ours = reported(recording().traces[scenario.name]), reported(played(scenario.actions, seed))
     differing = DIFFERENCES.get(scenario.name)
     assert ours == (differing(theirs, ours) if differing is not None else theirs)
 
@@ -176,17 +176,19 @@ def test_what_happens_is_what_happened_to_an_engine(scenario: Scenario, seed: in
     ],
     ids=["starts beside", "every version is new", "no failure counts", "ever again"],
 )
-def test_a_wrong_twin_is_told_from_an_engine(module: Any, name: str, twin: Any, scenario: str) -> None:
+def test_a_wrong_twin_differs_from_an_engine(module: Any, name: str, twin: Any, scenario: str) -> None:
     (meant,) = (one for one in SCENARIOS if one.name == scenario)
     with patch.object(module, name, twin):
-        assert told(played(meant.actions, 0)) != told(recording().traces[scenario])
+        assert reported(played(meant.actions, 0)) != reported(recording().traces[scenario])
 
 
 def test_every_scenario_was_recorded_and_every_difference_is_of_one() -> None:
     assert set(recording().traces) == {scenario.name for scenario in SCENARIOS}
     assert set(recording().traces) >= DIFFERENCES.keys()
     for name, differing in DIFFERENCES.items():
-        theirs = told(recording().traces[name])
+        theirs = reported(recording().traces[name])
         assert any(
-            differing(theirs, told(played(one.actions, 0))) != theirs for one in SCENARIOS if one.name == name
+            differing(theirs, reported(played(one.actions, 0))) != theirs
+            for one in SCENARIOS
+            if one.name == name
         )

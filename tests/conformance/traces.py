@@ -2,7 +2,7 @@
 
 A scenario is a list of actions; each runs until nothing has changed for a while.  A trace is every change that an
 observer of the API sees meanwhile: of a task its desired and its observed state, of the service its update status.
-``told`` takes from a trace what does not depend on how fast anybody is.
+``told`` extracts from a trace what does not depend on timing.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,7 +34,7 @@ QUIET_S = 2.5
 """Longer than any delay above: what has not changed for so long has come to rest."""
 LONGEST_S = 40.0
 NO_UPDATE = "none"
-"""Stands between two updates for a moment; whoever looks late does not see it."""
+"""A short state between two updates, which a slow observer misses."""
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -72,8 +72,8 @@ class Seen(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str = ""
 
 
-class Told(msgspec.Struct, frozen=True):
-    """What a trace says whoever made it."""
+class Observed(msgspec.Struct, frozen=True):
+    """The part of a trace that is the same for every implementation."""
 
     slots: dict[str, tuple[str, ...]]
     """Slot -> its tasks that came to run, oldest first: in which state each is seen last."""
@@ -172,7 +172,7 @@ class Observer:
         self._tasks, self._update = present, update
 
 
-def told(trace: Iterable[Seen]) -> Told:
+def reported(trace: Iterable[Seen]) -> Observed:
     """What counts of ``trace``."""
     states: dict[str, list[str]] = {}
     running: set[str] = set()
@@ -196,7 +196,7 @@ def told(trace: Iterable[Seen]) -> Told:
     for task in sorted(states, key=_order):
         if "running" in states[task]:
             slots.setdefault(_slot(task), []).append(states[task][-1])
-    return Told(
+    return Observed(
         {slot: tuple(ends) for slot, ends in sorted(slots.items())},
         tuple(sorted(together)),
         (*_distinct(updates), message),

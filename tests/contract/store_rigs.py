@@ -32,7 +32,7 @@ class Rig(Protocol):
     other: Store
 
     async def depose(self) -> None:
-        """Another manager becomes leader, and nobody tells ``store``."""
+        """Make another manager the leader without notifying ``store``."""
 
     def lose_request(self) -> None:
         """The next write of ``store`` gets lost before it is stored."""
@@ -44,7 +44,7 @@ class Rig(Protocol):
         """``store`` reaches no quorum any more."""
 
     def cut_other(self) -> None:
-        """``other`` hears nothing any more."""
+        """Stop the watch of ``other``."""
 
     def mend(self) -> None:
         """Connections work again."""

@@ -64,7 +64,7 @@ def error_of(service: str) -> Callable[[MemoryStore], str]:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_a_service_that_makes_no_sense_stops_nobody_and_says_so(
+def test_a_nonsensical_service_shows_its_error_and_affects_no_other(
     absurd: Callable[[Transaction], None], words: str
 ) -> None:
     cluster = cluster_with(a_node("n1"))
@@ -79,7 +79,7 @@ def test_a_service_that_makes_no_sense_stops_nobody_and_says_so(
     asyncio.run(live())
 
 
-def test_a_network_that_makes_no_sense_stops_nobody_and_its_task_says_so() -> None:
+def test_a_nonsensical_network_shows_its_error_at_its_task_and_affects_no_other() -> None:
     nonsense = IPAMOptions(configs=(IPAMConfig(subnet="nonsense", gateway="no"),))
     network = an_overlay("bad", subnet="")
     network = replace(network, spec=replace(network.spec, ipam_options=nonsense))
@@ -98,7 +98,7 @@ def test_a_network_that_makes_no_sense_stops_nobody_and_its_task_says_so() -> No
     asyncio.run(live())
 
 
-def test_a_node_that_makes_no_sense_gets_nothing_and_stops_nobody() -> None:
+def test_a_nonsensical_node_gets_no_tasks_and_affects_no_other() -> None:
     negative = Resources(nano_cpus=-1, memory_bytes=-(10**18))
     cluster = cluster_with(a_node("n1"), a_node("n2", has=negative))
 
@@ -117,7 +117,7 @@ def test_a_node_that_makes_no_sense_gets_nothing_and_stops_nobody() -> None:
     asyncio.run(live())
 
 
-def test_a_task_that_makes_no_sense_stops_nobody() -> None:
+def test_a_nonsensical_task_affects_no_other() -> None:
     """It has no spec, no service and a node that there never was."""
     task = replace(a_task("t1", service="nobody", node="nowhere"), spec=TaskSpec())
     cluster = cluster_with(a_node("n1"), task)

@@ -77,7 +77,7 @@ async def test_an_unknown_method_is_unimplemented(cluster, tmp_path):
             await channel.call(method, pb.HeartbeatRequest())
 
 
-async def test_an_engine_with_the_manager_token_hears_why_it_cannot_be_one(cluster, tmp_path):
+async def test_an_engine_with_the_manager_token_is_refused_with_the_reason(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     method = methods.Unary(
         "/docker.swarmkit.v1.RaftMembership/Join", pb.HeartbeatRequest, pb.HeartbeatResponse

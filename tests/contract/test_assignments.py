@@ -48,7 +48,7 @@ async def test_an_assigned_task_reaches_the_node_and_its_status_the_store(cluste
         assert cluster.view.get(Task, task.id).status.message == "started"
 
 
-async def test_a_task_is_not_told_before_it_is_assigned(cluster, tmp_path):
+async def test_a_task_is_not_sent_before_it_is_assigned(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     async with an_agent(cluster, pair, tmp_path) as (agent, worker):
         service, task = service_task(agent.node_id)
@@ -62,7 +62,7 @@ async def test_a_task_is_not_told_before_it_is_assigned(cluster, tmp_path):
         assert task.id not in worker.tasks
 
 
-async def test_a_wish_that_changes_and_a_task_that_goes_reach_the_node(cluster, tmp_path):
+async def test_a_changed_desired_state_and_a_removed_task_reach_the_node(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     async with an_agent(cluster, pair, tmp_path) as (agent, worker):
         service, task = service_task(agent.node_id)
@@ -272,17 +272,17 @@ async def test_assignments_of_an_earlier_incarnation_are_refused_until_a_later_o
         await until(lambda: first.id in worker.tasks)
 
         cluster.store.cluster.incarnation = 6
-        told = len(worker.sets)
+        reported = len(worker.sets)
         sessions = {cluster.node(agent.node_id).session.session_id}
         service, later = service_task(agent.node_id)
         await put(cluster, service, later)
 
         def tried_again() -> bool:
             sessions.add(cluster.node(agent.node_id).session.session_id)
-            return len(sessions) == 3  # so a whole session, with everything it was told, lies between
+            return len(sessions) == 3  # so one complete session, with all its assignments, lies between
 
         await until(tried_again, within_s=20)
-        assert len(worker.sets) == told
+        assert len(worker.sets) == reported
         assert set(worker.tasks) == {first.id}
 
         cluster.store.cluster.incarnation = 8

@@ -1,4 +1,4 @@
-"""The control loops of a leader on either store, without nodes: from a wish to assignments, and back to nothing."""
+"""The control loops of a leader on either store, without nodes: from a spec to assignments, and its removal."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

@@ -87,7 +87,7 @@ async def _put(store: Store, *objects: object) -> None:
 
 
 @pytest.mark.parametrize("kind", [schema.name for schema in SCHEMAS])
-def test_an_object_that_cannot_be_read_stops_nobody_and_says_so(kind: str) -> None:
+def test_an_unreadable_object_shows_its_error_and_affects_no_other(kind: str) -> None:
     cluster = cluster_with(a_node("n1"), a_node("n2"))
 
     async def live() -> None:
@@ -121,7 +121,7 @@ def an_object(kind: str, id: str) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "part"), PARTS)
-def test_a_part_that_cannot_be_read_stops_nobody_and_is_told_until_it_is_written_anew(
+def test_an_unreadable_part_affects_no_other_and_is_reported_until_it_is_rewritten(
     kind: str, part: str
 ) -> None:
     cluster = cluster_with(a_node("n1"), a_node("n2"), an_object(kind, "broken"))
@@ -132,7 +132,7 @@ def test_a_part_that_cannot_be_read_stops_nobody_and_is_told_until_it_is_written
         assert list(store.view().damaged(schema.type)["broken"]) == [part]
         async with leading(store):
             await a_good_service_converges(store)
-        fresh, _ = cluster.load()  # whoever loads the store later is told the same
+        fresh, _ = cluster.load()  # a later load of the store reports the same
         assert store.view().damaged(schema.type) == fresh.damaged(schema.type)
 
     asyncio.run(live())
@@ -162,17 +162,17 @@ async def test_an_object_with_a_part_that_cannot_be_read_says_so_itself(
         (swarm,) = store.view().find(Swarm)
         id = {"service": "web", "task": "t1", "node": "n1", "network": "net1"}.get(kind, swarm.id)
 
-        async def told() -> str:
+        async def reported() -> str:
             answer: Any = await (await client.get(path)).json()
             for name in told_in.split("."):
                 answer = answer.get(name, "")
             return str(answer)
 
-        assert "cannot be read" not in await told()
+        assert "cannot be read" not in await reported()
         damage(store.cluster, kind, id, part)
-        assert f"its {part} cannot be read: " in await told()
+        assert f"its {part} cannot be read: " in await reported()
         store.cluster.commit(Proposal(puts=((keys.object_key(kind, id, part), b"{}"),)), None)
-        assert "cannot be read" not in await told()
+        assert "cannot be read" not in await reported()
 
 
 @pytest.fixture(params=["memory", pytest.param("etcd", marks=pytest.mark.needs("etcd", "setpriv"))])

@@ -52,7 +52,7 @@ class Manager:
         for _ in self.tables.begin(store.view()):
             pass
 
-    def told(self, tables: Mapping[NetworkId, Table], since: int | None) -> Mapping[NetworkId, Table]:
+    def reported(self, tables: Mapping[NetworkId, Table], since: int | None) -> Mapping[NetworkId, Table]:
         """A node's tables after the next set, as it goes over the wire."""
         assert self.tables.networks_of(NodeId("n2")) == [INGRESS.id], "every node answers for published ports"
         book, revision = self.tables.tables[INGRESS.id], self.tables.revision
@@ -74,13 +74,13 @@ def shown(tables: Mapping[NetworkId, Table]) -> tuple[object, ...]:
 @pytest.mark.parametrize("part", ["", "endpoint"])
 async def test_a_service_that_cannot_be_read_keeps_its_place_on_the_nodes(part: str) -> None:
     cluster, store = await a_cluster()
-    tables = Manager(store).told({}, None)
+    tables = Manager(store).reported({}, None)
     known = (("web", ("10.0.0.5",), (PUBLISHED,)),)
     assert shown(tables) == known
     damage(cluster, "service", "web", part)
 
     anew = Manager(MemoryStore(SystemClock(), cluster))
-    after = anew.told(tables, None)
+    after = anew.reported(tables, None)
     assert shown(after) == known
     assert after[INGRESS.id].endpoints == tables[INGRESS.id].endpoints, "the names of its tasks, too"
 
@@ -92,7 +92,7 @@ async def test_a_service_that_cannot_be_read_keeps_its_place_on_the_nodes(part: 
     )
     events = await noted(anew, renamed)
     assert events
-    mended = anew.told(after, commit_of)
+    mended = anew.reported(after, commit_of)
     assert shown(mended) == (("mended", ("10.0.0.5",), ()),)
     assert mended[INGRESS.id].unread == ()
 

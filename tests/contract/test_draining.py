@@ -44,7 +44,7 @@ async def cluster() -> AsyncIterator[Cluster]:
 
 
 class Consumer:
-    """A node's data plane: while the gate is shut, what it was told is not in force."""
+    """A node's data plane: received tables are not applied while the gate is shut."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -61,7 +61,7 @@ class Consumer:
 
 
 class Joined:
-    """A node with what it is told."""
+    """A node with the tables and assignments it receives."""
 
     def __init__(self, worker: FakeWorker, consumer: Consumer, network_tables: NetworkTables) -> None:
         self.worker = worker
@@ -126,7 +126,7 @@ async def stop(cluster: Cluster, task: Task, desired: TaskState = TaskState.SHUT
     await cluster.store.update(lambda tx: tx.put(replace(tx.get(Task, task.id), desired_state=desired)))
 
 
-async def test_a_task_hears_of_its_stop_when_no_node_uses_it_any_more(
+async def test_a_task_is_stopped_after_every_node_has_removed_its_backend(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     async with two_nodes(cluster, tmp_path) as (first, second):
@@ -135,7 +135,7 @@ async def test_a_task_hears_of_its_stop_when_no_node_uses_it_any_more(
         await stop(cluster, task)
         await until(lambda: task.id not in first.consumer.serving)
         await until(lambda: not second.is_told_serving(task))
-        # What else the node is to hear, it hears at once.
+        # Other assignments reach the node at once.
         another = a_task(new_id(), node="n1", state=TaskState.ASSIGNED)
         await put(cluster, another)
         await until(lambda: another.id in first.worker.tasks)
@@ -162,7 +162,7 @@ async def test_a_stop_is_held_back_for_no_longer_than_the_service_says(
 @pytest.mark.parametrize(
     "why", ["the service goes", "no draining", "it ended", "its record goes", "the user is gone"]
 )
-async def test_nothing_is_held_back_where_nobody_is_helped(
+async def test_a_stop_is_not_delayed_when_that_helps_no_client(
     cluster: Cluster, tmp_path: Path, why: str
 ) -> None:
     labels = {"skep.drain": "0s"} if why == "no draining" else LONG

@@ -100,7 +100,7 @@ async def test_an_engine_gets_the_gossip_keys_and_each_rotation(cluster: Cluster
         assert all(kept.get(key.lamport_time, key.key) == key.key for key in changed.network_bootstrap_keys)
 
 
-async def test_a_skep_node_is_told_no_key(cluster: Cluster, tmp_path: Path) -> None:
+async def test_a_skep_node_gets_no_gossip_key(cluster: Cluster, tmp_path: Path) -> None:
     pair = await a_worker(cluster, tmp_path)
     async with (
         connected(cluster.address, client_context(pair), "swarm-manager") as channel,
@@ -256,7 +256,7 @@ async def test_the_leader_makes_the_keys_once_and_rotates_them_every_twelve_hour
 
 @pytest.fixture
 def port() -> int:
-    """A port that nobody has on any address of the loopback network."""
+    """A port that is free on every address of the loopback network."""
     with socket.socket() as probe:
         probe.bind(("0.0.0.0", 0))
         return int(probe.getsockname()[1])
@@ -264,7 +264,7 @@ def port() -> int:
 
 @asynccontextmanager
 async def an_echo(host: str, port: int) -> AsyncIterator[None]:
-    """A gossip member that answers with what it heard."""
+    """A gossip member that echoes what it received."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"heard " + await reader.read())
@@ -286,9 +286,9 @@ async def a_relay(store: MemoryStore, port: int) -> AsyncIterator[None]:
 
 
 async def asked(port: int, source: str) -> bytes:
-    """What is answered to somebody at the address ``source``: nothing if the connection is closed at once.
+    """The response to a client at the address ``source``; empty if the connection is closed at once.
 
-    Raises: ConnectionRefusedError: nobody listens.
+    Raises: ConnectionRefusedError: no listener.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
     try:
@@ -322,15 +322,15 @@ async def test_a_manager_passes_gossip_on_between_docker_nodes_only(port: int) -
     store = MemoryStore(SystemClock())
     async with an_echo("127.0.0.2", port), a_relay(store, port):
         with pytest.raises(ConnectionRefusedError):
-            await asked(port, "127.0.0.3")  # no docker node: nobody listens
+            await asked(port, "127.0.0.3")  # no docker node: no listener
         await store.update(lambda tx: (tx.put(at("d1", "127.0.0.2")), tx.put(at("d2", "127.0.0.3"))))
         await listens(port)
         assert await asked(port, "127.0.0.3") == b"heard hello"
         assert await asked(port, "127.0.0.9") == b""  # no docker node's address
-        assert await asked(port, "127.0.0.2") == b""  # d2 does not listen; nobody is passed on to itself
+        assert await asked(port, "127.0.0.2") == b""  # d2 does not listen, and no node is relayed to itself
 
 
-async def test_a_dead_docker_node_is_nobodys_peer(port: int) -> None:
+async def test_a_dead_docker_node_is_in_no_peer_list(port: int) -> None:
     store = MemoryStore(SystemClock())
     down = at("d1", "127.0.0.2")
     down = replace(down, status=replace(down.status, state=NodeState.DOWN))

@@ -54,7 +54,7 @@ class Machines:
         observed = controller.observed()
         assert observed is not None
         async with asyncio.timeout(10):
-            while self._is_real and not catches_sigterm(observed.container.pid):  # noqa: ASYNC110  # it tells nobody
+            while self._is_real and not catches_sigterm(observed.container.pid):  # noqa: ASYNC110  # there is no event
                 await asyncio.sleep(0.01)
 
 
@@ -186,7 +186,7 @@ async def test_a_new_executor_adopts_what_runs(machines: Machines) -> None:
     await second.remove()
 
 
-async def test_an_end_that_nobody_watched_is_known_afterwards(machines: Machines) -> None:
+async def test_an_unobserved_end_is_reported_afterwards(machines: Machines) -> None:
     task = a_task("sh", "-c", "exit 5")
     first = await started(await machines.executor(Behaviour(run_s=0.05, exit_code=5)), task)
     await first.wait()

@@ -87,7 +87,7 @@ async def test_a_known_node_comes_back_by_itself_within_the_window(cluster, tmp_
         assert keypair.load(tmp_path).certificate_pem == renewed.certificate_pem
 
 
-async def test_after_the_window_it_is_told_what_to_do(cluster, tmp_path):
+async def test_after_the_renewal_window_the_error_says_what_to_do(cluster, tmp_path):
     pair = await a_node_off_for(cluster, tmp_path, days=31)
     with pytest.raises(PermissionDenied, match="leave the swarm and join it again"):
         await renew_expired(cluster.address, pair)
@@ -121,7 +121,7 @@ async def test_the_role_is_what_the_cluster_says_not_the_old_certificate(cluster
     assert (await renew_expired(cluster.address, pair)).identity.role is NodeRole.WORKER
 
 
-async def test_who_lacks_the_key_gets_nothing(cluster, tmp_path):
+async def test_a_renewal_without_the_key_is_refused(cluster, tmp_path):
     """The certificate itself is public: every manager's is seen in a handshake."""
     pair = await a_node_off_for(cluster, tmp_path, days=10)
     key = new_private_key()

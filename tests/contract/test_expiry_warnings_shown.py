@@ -1,4 +1,4 @@
-"""A certificate that expires soon: what readers of events and of ``docker info`` are told of it."""
+"""A certificate that expires soon: its warnings in events and in ``docker info``."""
 
 import asyncio
 from contextlib import aclosing

@@ -14,7 +14,7 @@ from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, a_worker, de
 
 
 class StandingClock(SystemClock):
-    """No wait ever ends.  ``tired`` is set when somebody begins to wait for his next attempt."""
+    """A clock whose waits never end.  ``tired`` is set when a wait for the next attempt begins."""
 
     def __init__(self) -> None:
         self.tired = asyncio.Event()
@@ -25,7 +25,7 @@ class StandingClock(SystemClock):
         await asyncio.Event().wait()
 
 
-async def test_an_agent_that_hears_of_a_manager_does_not_wait_for_its_next_attempt(tmp_path):
+async def test_a_new_manager_list_ends_the_backoff_of_an_agent(tmp_path):
     cluster = Cluster()
     async with cluster.serving():
         pair = await a_worker(cluster, tmp_path)

@@ -1,4 +1,4 @@
-"""What users hear from a manager whose store is nearly full."""
+"""The responses of a manager whose store is nearly full."""
 
 from collections.abc import AsyncIterator
 from typing import Any

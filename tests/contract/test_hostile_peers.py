@@ -1,4 +1,4 @@
-"""What somebody hostile can do to the port that nodes and managers meet at: little, at a bounded cost."""
+"""Hostile clients of the port of nodes and managers: their effect and their cost are bounded."""
 
 import asyncio
 import gc
@@ -58,7 +58,7 @@ def descriptors(count: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("many", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
-async def test_connections_without_a_handshake_are_bounded_and_hold_nobody_up(cluster, tmp_path, many):
+async def test_connections_without_a_handshake_are_bounded_and_delay_no_others(cluster, tmp_path, many):
     pair = await a_worker(cluster, tmp_path)
     loop = asyncio.get_running_loop()
     silent: list[socket.socket] = []
@@ -307,7 +307,7 @@ async def a_deaf_client(cluster: Cluster, pair: KeyPair) -> tuple[Deaf, asyncio.
     return Deaf(reader, writer), writer
 
 
-async def test_pings_whose_answers_nobody_reads_are_not_taken_without_end(cluster, tmp_path):
+async def test_pings_are_bounded_when_the_replies_are_not_read(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     deaf, writer = await a_deaf_client(cluster, pair)
     before = resident_bytes()

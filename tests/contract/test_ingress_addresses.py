@@ -176,4 +176,4 @@ async def test_nodes_leave_an_ingress_network_that_is_removed(store: Store) -> N
         kept = [node.attachments for node in store.view().find(Node)]
         await store.update(remove_network, NetworkId("ingress"))
         await wait_for(store, lambda view: not any(node.attachments for node in view.find(Node)))
-        assert all(kept)  # until then they stay, though nobody publishes anything
+        assert all(kept)  # until then they stay, though no service publishes a port

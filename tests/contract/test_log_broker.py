@@ -56,7 +56,7 @@ async def test_a_followed_subscription_ends_on_the_node_when_its_reader_goes(clu
         await until(lambda: worker.closed_logs == 1)
 
 
-async def test_a_follower_hears_of_tasks_that_come_later(cluster, tmp_path):
+async def test_a_follower_gets_the_logs_of_later_tasks(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     async with an_agent(cluster, pair, tmp_path) as (agent, worker):
         service, task = service_task(agent.node_id)

@@ -121,10 +121,10 @@ async def test_a_worker_has_no_part_in_the_link(cluster: Cluster, tmp_path: Path
                 await relay.receive()
 
 
-async def test_who_is_no_manager_of_the_cluster_is_told_the_incarnation_and_not_believed(
+async def test_a_caller_that_is_no_manager_gets_the_incarnation_and_is_not_believed(
     cluster: Cluster,
 ) -> None:
-    """A later incarnation ends a manager for good; whoever has the root's key could say so."""
+    """A later incarnation ends a manager permanently, and anyone with the root's key could send one."""
     observe_incarnation: list[NodeId] = []
     minted = cluster.pair(new_id(), NodeRole.MANAGER)
     async with Manager(cluster, 1).serving() as one:
@@ -197,7 +197,7 @@ async def test_any_manager_gives_the_logs_of_every_node(cluster: Cluster, tmp_pa
         assert not two.logs._subscriptions
 
 
-async def test_a_follower_at_another_manager_hears_what_comes_later(cluster: Cluster, tmp_path: Path) -> None:
+async def test_a_follower_at_another_manager_gets_later_logs(cluster: Cluster, tmp_path: Path) -> None:
     async with a_node_of_two(cluster, tmp_path) as (one, two, node_id, worker):
         service, task = service_task(node_id)
         await put(cluster, service, task)

@@ -1,4 +1,4 @@
-"""More nodes than a manager can take at once: who is told to come later, and what they cost the loop."""
+"""More nodes than a manager can accept at once: which of them get a retry time, and their cost on the loop."""
 
 import asyncio
 import gc
@@ -33,7 +33,7 @@ async def cluster():
         yield serving
 
 
-async def test_a_refusal_says_when_to_come_and_counts_as_any_other_for_who_does_not_know_it(
+async def test_a_refusal_has_a_retry_time_and_counts_as_a_failure_for_older_nodes(
     cluster, tmp_path, monkeypatch
 ):
     pair = await a_worker(cluster, tmp_path)
@@ -50,9 +50,7 @@ async def test_a_refusal_says_when_to_come_and_counts_as_any_other_for_who_does_
     assert admission.SHORTEST_S <= refused.value.after_s <= admission.LONGEST_S
 
 
-async def test_a_node_that_is_told_to_come_later_does_so_on_the_same_connection(
-    cluster, tmp_path, monkeypatch
-):
+async def test_a_node_that_is_sent_away_retries_on_the_same_connection(cluster, tmp_path, monkeypatch):
     pair = await a_worker(cluster, tmp_path)
     made: list[object] = []
     new_protocol = cluster.bound._server.new_protocol

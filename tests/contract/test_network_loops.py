@@ -58,8 +58,8 @@ async def a_service_on(store: Store, network: Network, replicas: int) -> Service
     spec = a_service_spec("web")
     template = replace(spec.task_template, networks=(NetworkAttachmentConfig(target=network.id),))
     mode = ServiceMode(replicated=ReplicatedService(replicas=replicas))
-    wish = settled(replace(spec, task_template=template, mode=mode))
-    return await store.update(create_service, wish, new_id=new_id, new_name=str, now=NOW)
+    requested = settled(replace(spec, task_template=template, mode=mode))
+    return await store.update(create_service, requested, new_id=new_id, new_name=str, now=NOW)
 
 
 def addresses(store: Store) -> list[str]:

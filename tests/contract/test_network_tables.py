@@ -43,10 +43,10 @@ async def cluster() -> AsyncIterator[Cluster]:
 
 
 class Listening:
-    """Remembers what it is told; fails or waits when it is told to."""
+    """Records the tables it receives; fails or waits on demand."""
 
     def __init__(self) -> None:
-        self.told: list[frozenset[NetworkId]] = []
+        self.reported: list[frozenset[NetworkId]] = []
         self.tables: Mapping[NetworkId, Table] = {}
         self.may_go_on = asyncio.Event()
         self.may_go_on.set()
@@ -55,7 +55,7 @@ class Listening:
         self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
     ) -> None:
         await self.may_go_on.wait()
-        self.told.append(changed)
+        self.reported.append(changed)
         self.tables = tables
 
 
@@ -105,7 +105,7 @@ def shows(cluster: Cluster, network_tables: NetworkTables, *networks: Network) -
     return shown(network_tables) == {one.id: from_store(cluster, one) for one in networks}
 
 
-async def test_a_node_is_told_its_networks_and_nothing_of_others(cluster: Cluster, tmp_path: Path) -> None:
+async def test_a_node_gets_the_tables_of_its_networks_only(cluster: Cluster, tmp_path: Path) -> None:
     pair = await a_worker(cluster, tmp_path)
     web = a_service("web")
     await put(
@@ -117,7 +117,7 @@ async def test_a_node_is_told_its_networks_and_nothing_of_others(cluster: Cluste
         await put(cluster, mine)
         await until(lambda: shows(cluster, network_tables, NET1))
         assert {one.node_id for one in network_tables.tables[NET1.id].endpoints.values()} == {OTHER, node_id}
-        # What happens on the other network is no news here; what follows on its own one is.
+        # Changes of the other network are not sent; later ones of its own network are.
         revision = network_tables.tables[NET1.id].revision
         await put(cluster, placed(web, OTHER, NET2))
         await put(cluster, replace(mine, status=replace(mine.status, state=TaskState.RUNNING)))
@@ -167,7 +167,7 @@ async def test_what_a_node_has_in_force_is_acknowledged(cluster: Cluster, tmp_pa
             await waiting
         assert listening.tables[NET1.id] == network_tables.tables[NET1.id]
         assert known.has_applied(NET1.id, changed_at)
-    await until(lambda: known.smallest(NET1.id) is None)  # whoever is gone is waited for by nobody
+    await until(lambda: known.smallest(NET1.id) is None)  # there is no wait for a removed node
 
 
 async def test_a_node_finds_its_tables_again_without_a_manager(cluster: Cluster, tmp_path: Path) -> None:
@@ -187,10 +187,10 @@ async def test_a_node_finds_its_tables_again_without_a_manager(cluster: Cluster,
     again.load()
     assert again.tables == before
     running = asyncio.create_task(again.run())
-    await until(lambda: listening.told)
+    await until(lambda: listening.reported)
     running.cancel()
     await asyncio.wait([running])
-    assert listening.told == [frozenset(before)]
+    assert listening.reported == [frozenset(before)]
     found = {
         p.name: msgspec.msgpack.decode(p.read_bytes(), type=Table) for p in (tmp_path / "again").iterdir()
     }
@@ -228,7 +228,7 @@ def _told_again(network_tables: NetworkTables) -> Any:
 async def test_a_large_table_comes_in_pieces_and_counts_when_it_is_whole(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    """500 services with 20 tasks each, told by messages that nobody refuses."""
+    """500 services with 20 tasks each, in messages below the size limit."""
     pair = await a_worker(cluster, tmp_path)
     (tmp_path / "keys").mkdir()
     node_id = pair.identity.node_id
@@ -260,7 +260,7 @@ async def test_a_large_table_comes_in_pieces_and_counts_when_it_is_whole(
         await until(lambda: shows(cluster, network_tables, NET1))
 
 
-async def test_a_node_cannot_acknowledge_what_it_was_not_told(cluster: Cluster, tmp_path: Path) -> None:
+async def test_a_node_cannot_acknowledge_a_revision_it_was_not_sent(cluster: Cluster, tmp_path: Path) -> None:
     pair = await a_worker(cluster, tmp_path)
     known = cluster.discovery.acknowledgements
     web = a_service("web")
@@ -332,13 +332,13 @@ async def test_a_node_goes_on_with_a_manager_that_knows_no_tables(cluster: Clust
             web = a_service("web")
             await put(older, NET1, web, placed(web, node_id, NET1, state=TaskState.ASSIGNED))
             later = older.dispatcher.session(node_id, session.session_id if session else "")
-            heard = later.last_seen
-            await until(lambda: later.last_seen > heard)  # heartbeats go on in the same session
+            received = later.last_seen
+            await until(lambda: later.last_seen > received)  # heartbeats go on in the same session
             assert network_tables.tables == {}
             assert older.node(node_id).session == session
 
 
-async def test_many_nodes_hear_the_same(cluster: Cluster, tmp_path: Path) -> None:
+async def test_many_nodes_get_the_same_tables(cluster: Cluster, tmp_path: Path) -> None:
     web = a_service("web")
     await put(cluster, NET1, web)
     pairs = [cluster.pair(f"node{number:02}", NodeRole.WORKER) for number in range(12)]

@@ -170,12 +170,12 @@ async def test_predefined_networks_stay(rig: Rig, name: str) -> None:
 async def test_the_gateway_bridge_is_removed_and_made_again_with_another_subnet(rig: Rig) -> None:
     assert (await rig.ask("DELETE", "/networks/docker_gwbridge"))[0] == 204
     assert "docker_gwbridge" not in await rig.names()
-    wish = {"Name": "docker_gwbridge", "IPAM": {"Config": [{"Subnet": "172.29.0.0/16"}]}}
-    assert (await rig.ask("POST", "/networks/create", wish))[0] == 201
+    requested = {"Name": "docker_gwbridge", "IPAM": {"Config": [{"Subnet": "172.29.0.0/16"}]}}
+    assert (await rig.ask("POST", "/networks/create", requested))[0] == 201
     _, shown = await rig.ask("GET", "/networks/docker_gwbridge")
     assert shown["IPAM"]["Config"] == [{"Subnet": "172.29.0.0/16", "Gateway": "172.29.0.1"}]
     taken = (409, "network with name docker_gwbridge already exists")
-    assert await rig.message("POST", "/networks/create", wish) == taken
+    assert await rig.message("POST", "/networks/create", requested) == taken
 
 
 async def test_the_gateway_bridge_stays_while_containers_are_on_it(rig: Rig) -> None:
@@ -224,8 +224,8 @@ async def test_a_manager_that_restarts_is_waited_for(tmp_path: Path) -> None:
 )
 async def test_a_gateway_bridge_that_cannot_be_is_refused(rig: Rig, config: Any) -> None:
     await rig.ask("DELETE", "/networks/docker_gwbridge")
-    wish = {"Name": "docker_gwbridge", "IPAM": {"Config": config}}
-    status, _ = await rig.message("POST", "/networks/create", wish)
+    requested = {"Name": "docker_gwbridge", "IPAM": {"Config": config}}
+    status, _ = await rig.message("POST", "/networks/create", requested)
     assert status in (400, 500)
     assert rig.gateway.subnet == IPv4Network("172.18.0.0/16")
     assert "docker_gwbridge" not in await rig.names()
@@ -263,12 +263,12 @@ async def allocate(rig: Rig, name: str) -> Network:
 
 
 async def test_inspect_shows_services_tasks_peers_and_that_the_network_is_nearly_full(rig: Rig) -> None:
-    wish = {
+    requested = {
         "Name": "o1",
         "Driver": "overlay",
         "IPAM": {"Config": [{"Subnet": "10.9.0.0/29"}]},
     }
-    assert (await rig.ask("POST", "/networks/create", wish))[0] == 201
+    assert (await rig.ask("POST", "/networks/create", requested))[0] == 201
     network = await allocate(rig, "o1")
     node = replace(a_node("n2"), status=replace(a_node("n2").status, addr="10.77.0.2"))
     service = a_service("web")
@@ -309,8 +309,8 @@ async def test_inspect_shows_services_tasks_peers_and_that_the_network_is_nearly
 
 
 async def test_a_clash_with_a_node_that_came_later_is_reported(rig: Rig) -> None:
-    wish = {"Name": "o1", "Driver": "overlay", "IPAM": {"Config": [{"Subnet": "10.9.0.0/24"}]}}
-    assert (await rig.ask("POST", "/networks/create", wish))[0] == 201
+    requested = {"Name": "o1", "Driver": "overlay", "IPAM": {"Config": [{"Subnet": "10.9.0.0/24"}]}}
+    assert (await rig.ask("POST", "/networks/create", requested))[0] == 201
     await allocate(rig, "o1")
     node = a_node("n9")
     engine = replace(node.description.engine, labels={"skep.node": "true", "skep.routes": "10.9.0.0/16=eth3"})
@@ -326,7 +326,7 @@ async def test_a_clash_with_a_node_that_came_later_is_reported(rig: Rig) -> None
     assert "10.9.7.0/24 overlaps with 10.9.0.0/16 on eth3 of node late" in message
 
 
-async def test_prune_takes_what_nobody_uses_and_the_filters_mean(rig: Rig) -> None:
+async def test_prune_removes_unused_networks_that_match_the_filters(rig: Rig) -> None:
     for name, labels in (("o1", {"keep": "1"}), ("o2", {}), ("o3", {})):
         body = {"Name": name, "Driver": "overlay", "Labels": labels}
         assert (await rig.ask("POST", "/networks/create", body))[0] == 201

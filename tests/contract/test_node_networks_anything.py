@@ -99,7 +99,7 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
 
 @settings(max_examples=200, deadline=None)
 @given(body=bodies | anything)
-def test_any_wish_for_a_network_is_taken_or_refused_with_a_sentence(asking: Asking, body: Any) -> None:
+def test_any_network_request_is_accepted_or_refused_with_a_message(asking: Asking, body: Any) -> None:
     asking.check("POST", "/networks/create", msgspec.json.encode(body))
     assert asking.check("GET", "/networks") == 200
 

@@ -89,7 +89,7 @@ async def test_another_nodes_session_is_of_no_use(cluster, victim, thief, has_ow
 
 
 async def attempt(cluster: Cluster, pair: KeyPair, name: str, session_id: str) -> object:
-    """Make a call with somebody's session id; gives the error or the first answer."""
+    """Make a call with a given session id; returns the error or the first response."""
     method = GUARDED[name]
     request = method.request(session_id=session_id)
     try:

@@ -65,15 +65,13 @@ def failing(cluster: Cluster, id: NodeId) -> set[tuple[str, str]]:
     return {(path.peer, path.port) for path in cluster.node(id).failing_paths}
 
 
-async def test_a_node_is_told_of_others_and_others_of_it_as_it_comes_and_goes(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+async def test_probe_targets_follow_nodes_that_come_and_go(cluster: Cluster, tmp_path: Path) -> None:
     async with probing(cluster, tmp_path, 2) as nodes:
         (one, probes), (other, _) = nodes
-        wish = probes.wishes[-1]
-        assert wish is not None
-        assert wish.node.node_id == one.node_id
-        (peer,) = wish.peers
+        requested = probes.requests[-1]
+        assert requested is not None
+        assert requested.node.node_id == one.node_id
+        (peer,) = requested.peers
         assert (peer.node_id, peer.hostname, peer.data_path) == (other.node_id, "worker", "127.0.0.1")
         assert (peer.vxlan_port, peer.control, peer.gossip, peer.encrypted) == (4789, "", "", False)
         down = replace(cluster.node(other.node_id), status=NodeStatus(state=NodeState.DOWN))
@@ -90,7 +88,7 @@ async def test_a_pair_that_fails_is_written_and_the_later_node_is_cut_off_until_
         of_one.say(a_report(b, a_finding(fails=True), rounds=1), a_report(third.node_id))
         of_other.say(a_report(a, a_finding(fails=True)))
         await until(lambda: failing(cluster, b) == {(a, "4789/udp")})
-        # One end alone cuts nobody off, and a first round says nothing yet.
+        # One end alone excludes no node, and the first round does not count.
         assert failing(cluster, a) == set()
         of_one.say(a_report(b, a_finding(fails=True)))
         await until(lambda: failing(cluster, a) == {(b, "4789/udp")})
@@ -113,7 +111,7 @@ async def test_what_is_well_writes_nothing(cluster: Cluster, tmp_path: Path) -> 
         before = cluster.view.revision
         of_one.say(*(a_report(other.node_id, rounds=rounds) for rounds in range(2, 50)))
         of_other.say(a_report(one.node_id, a_finding(PathCheck.CONTROL, "2377/tcp", fails=True)))
-        # What follows on the stream has been heard after it.
+        # Later messages of the stream have been received after it.
         async with asyncio.timeout(10):
             await cluster.paths.run_diagnostics(one.node_id, throughput=False)
             await cluster.paths.run_diagnostics(other.node_id, throughput=False)
@@ -132,8 +130,8 @@ async def test_what_was_written_outlives_the_manager_until_the_node_says_otherwi
         session = cluster.node(one.node_id).session
         cluster.dispatcher._sessions.redirect(one.node_id, Unavailable("move on"), now=0.0, grace_s=60.0)
         await until(lambda: cluster.node(one.node_id).session != session)
-        wishes = len(of_one.wishes)
-        await until(lambda: len(of_one.wishes) > wishes)
+        requests = len(of_one.requests)
+        await until(lambda: len(of_one.requests) > requests)
         assert failing(cluster, one.node_id) == {(other.node_id, "4789/udp")}
         of_one.say(a_report(other.node_id))
         await until(lambda: not failing(cluster, one.node_id))
@@ -146,8 +144,8 @@ async def test_a_node_of_an_older_version_is_no_peer_and_what_was_said_of_it_is_
         (tmp_path / "old").mkdir()
         pair = await a_worker(cluster, tmp_path / "old")
         async with an_agent(cluster, pair, tmp_path / "old") as (older, _):
-            told = FailingPath(peer=NodeId("gone"), check="overlay", port="4789/udp")
-            await put(cluster, replace(cluster.node(older.node_id), failing_paths=(told,)))
+            reported = FailingPath(peer=NodeId("gone"), check="overlay", port="4789/udp")
+            await put(cluster, replace(cluster.node(older.node_id), failing_paths=(reported,)))
             # Looked at when the nodes change next.
             await put(cluster, replace(a_docker_node("d1"), status=NodeStatus(state=NodeState.DOWN)))
             await until(lambda: not failing(cluster, older.node_id))
@@ -162,11 +160,11 @@ async def test_a_manager_of_an_older_version_asks_for_no_paths(tmp_path: Path) -
         pair = await a_worker(older, tmp_path)
         async with an_agent(older, pair, tmp_path, paths=probes) as (agent, _):
             session = older.node(agent.node_id).session
-            heard = older.dispatcher.session(agent.node_id, session.session_id if session else "")
-            before = heard.last_seen
-            await until(lambda: heard.last_seen > before + 0.5)  # it goes on with what it knows
+            received = older.dispatcher.session(agent.node_id, session.session_id if session else "")
+            before = received.last_seen
+            await until(lambda: received.last_seen > before + 0.5)  # it goes on with what it knows
             assert older.node(agent.node_id).session == session
-    assert probes.wishes == []
+    assert probes.requests == []
 
 
 async def test_managers_ask_docker_nodes_for_gossip(cluster: Cluster, tmp_path: Path) -> None:
@@ -175,11 +173,11 @@ async def test_managers_ask_docker_nodes_for_gossip(cluster: Cluster, tmp_path: 
     probes = ScriptedProbes()
     async with an_agent(cluster, cluster.pair(MANAGER_ID), tmp_path, paths=probes):
         await until(lambda: probes.peers == {"d1"})
-        wish = probes.wishes[-1]
-        assert wish is not None
-        assert wish.peers[0].gossip == "192.0.2.7:7946"
-        assert wish.peers[0].data_path == ""
-        assert wish.node.control == cluster.address
+        requested = probes.requests[-1]
+        assert requested is not None
+        assert requested.peers[0].gossip == "192.0.2.7:7946"
+        assert requested.peers[0].data_path == ""
+        assert requested.node.control == cluster.address
 
 
 # -- examinations ---------------------------------------------------------------------------------------------------
@@ -196,9 +194,7 @@ async def examined(diagnostics: Diagnostics, within_s: float = 5.0) -> dict[str,
     return found
 
 
-async def test_all_nodes_are_examined_and_who_does_not_answer_is_named(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+async def test_all_nodes_are_examined_and_silent_ones_are_named(cluster: Cluster, tmp_path: Path) -> None:
     async with probing(cluster, tmp_path, 3) as nodes:
         (one, of_one), (other, of_other), (third, of_third) = nodes
         of_one.answers = (a_report(other.node_id, a_finding(fails=True)),)
@@ -268,7 +264,7 @@ async def test_a_stream_without_a_session_or_with_too_much_to_say_ends(
 
 
 async def _say(channel: Channel, *changed: skep.PathNews) -> None:
-    """Say all of it, and hear until the stream ends."""
+    """Send all messages, and receive until the stream ends."""
     async with channel.stream(methods.PATHS) as call:
         for one in changed:
             await call.send(one)

@@ -83,7 +83,7 @@ async def test_a_former_managers_certificate_is_refused_at_every_call_of_manager
 
 
 async def test_a_manager_that_was_minted_is_refused_at_every_call_of_managers(cluster, monkeypatch):
-    """Who was a manager has the root's key, and makes certificates for nodes that nobody knows."""
+    """A former manager has the root's key, and can make certificates for nodes that do not exist."""
     monkeypatch.setattr("skep.manager.ca.caller_check.UNKNOWN_S", 0.05)
     minted = cluster.pair(new_id(), NodeRole.MANAGER)
     async with connected(cluster.address, client_context(minted), "swarm-manager") as channel:
@@ -169,7 +169,7 @@ async def test_a_manager_cut_off_answers_no_node_because_it_may_have_been_remove
 
 
 async def test_forged_words_about_the_caller_are_not_believed(cluster, tmp_path):
-    """SwarmKit's managers forward calls with the caller's identity as metadata; ours take it from nobody."""
+    """SwarmKit's managers forward calls with the caller's identity as metadata, which is ignored here."""
     pair = await a_worker(cluster, tmp_path)
     forged = {
         "forwarded_cert": "true",

@@ -31,14 +31,14 @@ async def cluster():
         yield serving
 
 
-async def rotate(cluster: Cluster, wish: CAConfig | None = None) -> None:
+async def rotate(cluster: Cluster, requested: CAConfig | None = None) -> None:
     """What ``docker swarm ca --rotate`` asks for."""
     swarm = cluster.swarm
     config = swarm.spec.ca_config
-    wish = wish or replace(config, force_rotate=config.force_rotate + 1)
+    requested = requested or replace(config, force_rotate=config.force_rotate + 1)
     await cluster.store.update(
         update_swarm,
-        replace(swarm.spec, ca_config=wish),
+        replace(swarm.spec, ca_config=requested),
         swarm.version.index,
         Rotations(),
         new_id=new_id,
@@ -165,12 +165,12 @@ async def test_the_present_root_given_again_ends_a_rotation(cluster, tmp_path):
     before = cluster.swarm.tls_info
     async with an_agent(cluster, pair, tmp_path / "w") as (agent, _):
         await rotate(cluster)
-        wish = replace(
+        requested = replace(
             cluster.swarm.spec.ca_config,
             signing_ca_cert=cluster.authority.root_pem.decode(),
             signing_ca_key=cluster.authority.key_pem.decode(),
         )
-        await rotate(cluster, wish)
+        await rotate(cluster, requested)
         assert cluster.swarm.tls_info == before
         assert not cluster.swarm.root_rotation_in_progress
         assert cluster.swarm.spec.ca_config.signing_ca_key == ""

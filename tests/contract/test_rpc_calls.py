@@ -204,9 +204,7 @@ async def test_both_talk_on_one_stream(peer: Peer, calls: Client) -> None:
         assert await stream.receive() == b"THREE"
 
 
-async def test_who_takes_messages_gets_those_that_come_while_the_reader_waits(
-    peer: Peer, calls: Client
-) -> None:
+async def test_a_message_consumer_gets_messages_while_the_reader_waits(peer: Peer, calls: Client) -> None:
     """In order, and what it leaves is the reader's."""
     taken: list[bytes] = []
 
@@ -231,7 +229,7 @@ async def test_who_takes_messages_gets_those_that_come_while_the_reader_waits(
         assert taken[2:] + rest == [b"FOUR", b"NOT THAT"]
 
 
-async def test_what_who_takes_messages_raises_the_reader_gets(peer: Peer, calls: Client) -> None:
+async def test_an_error_of_the_message_consumer_is_raised_in_the_reader(peer: Peer, calls: Client) -> None:
     def fail(message: bytes) -> bool:
         raise LookupError(message)
 
@@ -250,7 +248,7 @@ async def test_a_call_that_was_begun_is_on_its_way_before_it_is_awaited(peer: Pe
     call, late = calls.begin("/t/echo", b"one", TIMEOUT_S), calls.begin("/t/hang", b"", 0.05)
     assert call is not None
     assert late is not None
-    await asyncio.wait_for(peer.hanging.wait(), TIMEOUT_S)  # though nobody awaits its answer
+    await asyncio.wait_for(peer.hanging.wait(), TIMEOUT_S)  # though its response is not awaited
     assert await call.response() == b"one"
     with pytest.raises(TimeoutError):
         await late.response()

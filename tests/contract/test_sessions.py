@@ -136,9 +136,7 @@ async def heard_late(cluster, channel, node_id, session_id, *, rival: bool) -> t
 
 
 @pytest.mark.parametrize(("rival", "states"), [(True, []), (False, [NodeState.DOWN])])
-async def test_a_node_that_is_heard_while_its_fall_is_written_keeps_its_session(
-    cluster, tmp_path, rival, states
-):
+async def test_a_heartbeat_while_the_node_is_marked_down_keeps_its_session(cluster, tmp_path, rival, states):
     """A write that comes too late is not repeated; one that is committed all the same is taken back."""
     pair = await a_worker(cluster, tmp_path)
     async with a_session(cluster, pair) as (channel, session_id):
@@ -194,7 +192,7 @@ async def test_a_node_that_does_not_come_back_to_a_restarted_manager_is_down(tmp
     async with AsyncExitStack() as agents, cluster.serving():
         pair = await a_worker(cluster, tmp_path)
         await agents.enter_async_context(an_agent(cluster, pair, tmp_path))
-        # It outlived the manager: nobody was there to miss it.
+        # It outlived the manager: there was none to miss its heartbeats.
     assert cluster.node(pair.identity.node_id).status.state is NodeState.READY
     async with cluster.serving(cluster.port):
         await cluster.until(lambda view: view.get(Node, pair.identity.node_id).status.state is NodeState.DOWN)
@@ -238,10 +236,10 @@ async def test_a_node_that_stops_as_planned_is_waited_for_longer_than_one_that_f
 
 async def test_a_load_goes_with_the_heartbeats_to_the_node_that_the_scheduler_sees(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
-    told: list[float | None] = [None]
-    async with an_agent(cluster, pair, tmp_path, load=lambda: told[0]) as (agent, _):
+    reported: list[float | None] = [None]
+    async with an_agent(cluster, pair, tmp_path, load=lambda: reported[0]) as (agent, _):
         assert cluster.node(agent.node_id).load is None
-        told[0] = 0.634
+        reported[0] = 0.634
         await cluster.until(lambda view: view.get(Node, agent.node_id).load is not None)
         assert cluster.node(agent.node_id).load == 0.6
         described = cluster.node(agent.node_id)

@@ -36,10 +36,10 @@ from tests.support.builders import a_node, a_service, a_task
 
 
 async def test_an_object_comes_back_as_it_was_put(store: Store) -> None:
-    wish = a_service("web", replicas=3, ports=(port(8080),))
-    stored = await store.update(put, wish)
-    assert stored.spec == wish.spec
-    assert store.view().get(Service, wish.id) == stored
+    requested = a_service("web", replicas=3, ports=(port(8080),))
+    stored = await store.update(put, requested)
+    assert stored.spec == requested.spec
+    assert store.view().get(Service, requested.id) == stored
 
 
 async def test_every_manager_sees_the_same_objects(rig: Rig) -> None:

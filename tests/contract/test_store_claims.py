@@ -282,7 +282,7 @@ async def test_two_networks_never_get_one_vxlan_id_or_subnet(rig: Rig) -> None:
 
 
 async def test_a_service_with_many_ports_and_references_comes_and_goes(store: Store) -> None:
-    """150 ports and 500 secrets: Docker has no limit, and whoever publishes a range has many ports."""
+    """150 ports and 500 secrets: Docker has no limit, and a published range has many ports."""
     secrets = tuple(f"s{number}" for number in range(500))
     await store.update_each(lambda tx, name: tx.put(a_secret(name)), secrets)
     ports = tuple(port(30_000 + number) for number in range(150))

@@ -160,7 +160,7 @@ async def test_a_term_whose_writer_is_cancelled_goes_on_once_it_shows_what_came_
     await terms.aclose()
 
 
-async def test_a_term_whose_writer_is_cancelled_with_a_write_under_way_and_hears_nothing_is_over(
+async def test_a_term_ends_when_a_cancelled_write_has_no_outcome_in_time(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What came of the write shows when the next term of the same manager begins, and nothing comes of it later."""

@@ -29,7 +29,7 @@ from tests.contract.store_words import (
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
 
-async def test_the_version_grows_with_the_wish_and_only_with_it(store: Store) -> None:
+async def test_the_version_grows_with_the_spec_and_only_with_it(store: Store) -> None:
     first = await store.update(put, a_node("n1"))
     reported = await store.update(change, Node, "n1", status=replace(first.status, message="fine"))
     assert reported.version == first.version

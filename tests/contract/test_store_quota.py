@@ -57,7 +57,7 @@ class Rig:
 
 async def wait_until(rig: Rig, is_so: Callable[[Space], bool]) -> None:
     async with asyncio.timeout(30):
-        while not is_so(await rig.store.space()):  # noqa: ASYNC110 (etcd tells nobody)
+        while not is_so(await rig.store.space()):  # noqa: ASYNC110 (there is no event)
             await asyncio.sleep(0.1)
 
 

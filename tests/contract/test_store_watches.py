@@ -75,7 +75,7 @@ async def test_a_commit_shows_all_changes_of_one_transaction_at_once(rig: Rig) -
     assert updates[0].new.status.state is TaskState.FAILED  # type: ignore[attr-defined]
 
 
-async def test_a_watch_hears_only_of_its_kinds(rig: Rig) -> None:
+async def test_a_watch_gets_events_of_its_kinds_only(rig: Rig) -> None:
     async with rig.store.watch(Secret) as watch:
         await rig.store.update(put, a_task("t1"))
         await rig.store.update(put, a_secret("s"))
@@ -118,9 +118,9 @@ async def test_after_compaction_a_replica_loads_again_and_tells_exactly_the_diff
         await rig.compact()
         rig.mend()
         (commit,) = await taken(watch, 1)
-        heard = [(type(event).__name__, event) for event in commit.events]
-        assert [name for name, _ in heard] == ["Deleted", "Updated", "Created"]
-        match [event for _, event in heard]:
+        received = [(type(event).__name__, event) for event in commit.events]
+        assert [name for name, _ in received] == ["Deleted", "Updated", "Created"]
+        match [event for _, event in received]:
             case [
                 Deleted(Task(id="t0")),
                 Updated(Task(id="t1", node_id=""), Task(id="t1", node_id="n2")),

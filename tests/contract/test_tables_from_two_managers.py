@@ -67,7 +67,7 @@ async def another_manager(cluster: Cluster) -> AsyncIterator[tuple[Dispatcher, s
 
 
 class Recording(NetworkTables):
-    """Remembers what it was told."""
+    """Records the tables it receives."""
 
     def __init__(self) -> None:
         clock = SystemClock()
@@ -79,7 +79,7 @@ class Recording(NetworkTables):
         super().update(changed, incarnation)
 
 
-async def test_tables_go_on_where_they_were_whoever_tells_them(cluster: Cluster, tmp_path: Path) -> None:
+async def test_tables_continue_at_another_manager(cluster: Cluster, tmp_path: Path) -> None:
     web = a_service("web", replicas=100)
     numbers = count()
 

@@ -83,14 +83,14 @@ async def test_what_cannot_be_put_into_a_table_leaves_the_rest_of_it(
     await put(store, a_node("n1"), NETWORK, a_service("web", replicas=2))
     if not comes_later:
         await put(store, placed("bad", BAD))
-    discovery = Discovery(store, lambda *_: pytest.fail("nobody asks"), CLOCK)
+    discovery = Discovery(store, lambda *_: pytest.fail("not called"), CLOCK)
     async with running(discovery):
         await put(store, placed("bad", BAD), placed("good", GOOD))
         await until(lambda: "good" in discovery._tables.tables[NETWORK.id].endpoints)
     assert "bad" not in discovery._tables.tables[NETWORK.id].endpoints
 
 
-async def test_a_commit_of_which_no_event_can_be_told_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_commit_without_a_presentable_event_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     real = events.messages_of
 
     def messages_of(event: Any, now_ns: int) -> Any:
@@ -100,10 +100,10 @@ async def test_a_commit_of_which_no_event_can_be_told_is_passed_over(monkeypatch
 
     monkeypatch.setattr(events, "messages_of", messages_of)
     store = MemoryStore(CLOCK)
-    told = ClusterEvents(store, CLOCK)
-    async with running(told):
+    reported = ClusterEvents(store, CLOCK)
+    async with running(reported):
         await put(store, a_service("bad"), a_service("good"))
-        await until(lambda: [message.actor.id for message in told._past] == ["good"])
+        await until(lambda: [message.actor.id for message in reported._past] == ["good"])
 
 
 async def test_a_node_that_the_dispatcher_makes_nothing_of_costs_no_other_its_session(

@@ -10,10 +10,12 @@ from tests.integration.cluster import TestCluster, TestNode, a_playground, remov
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failure is told with what the nodes said last."""
+    """Add the last log lines of the nodes to a failure."""
     report = yield
     if report.failed:
-        report.sections += [(f"what {name} said last", words) for name, words in last_words.told() if words]
+        report.sections += [
+            (f"what {name} said last", words) for name, words in last_words.reported() if words
+        ]
     return report
 
 

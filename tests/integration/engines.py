@@ -47,7 +47,7 @@ def wait_inside(engine: TestNode, container: str, text: str, *command: str) -> s
 
 
 def fetched(cluster: TestCluster, source: str, url: str) -> str:
-    """What a node gets from ``url``; nothing if nobody answers."""
+    """What a node gets from ``url``; empty without a response."""
     script = f"from urllib.request import urlopen; print(urlopen({url!r}, timeout=2).read().decode(), end='')"
     done = cluster.skep("exec", source, "--", sys.executable, "-c", script, check=False)
     assert done.returncode == 0 or "urlopen error" in done.stderr or "timed out" in done.stderr, done.stderr

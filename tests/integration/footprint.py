@@ -101,7 +101,7 @@ def inhabitants(playground: str) -> Inhabitants:
 
 
 def survivors(before: Inhabitants) -> Inhabitants:
-    """Which of those processes are still there, and which of the namespaces somebody lives in who did so then.
+    """Which of those processes still exist, and which of those namespaces still have one of their processes.
 
     The kernel gives the number of a namespace that has gone to the next one, which may be another test's.
     """

@@ -1,4 +1,4 @@
-"""What a manager answers somebody who has a node's files and says that it is another: run inside a node's namespace.
+"""A manager's responses to a client with one node's files that claims to be another: run inside a node's namespace.
 
     python -m tests.integration.impostor CERTIFICATES MANAGER HOSTNAME NETWORK ATTACHMENT
 

@@ -20,7 +20,7 @@ def of(directory: Path) -> str:
     return "\n".join(line for log in sorted(directory.glob("*/skep.log")) for line in _of_node(log))
 
 
-def told() -> Iterator[tuple[str, str]]:
+def reported() -> Iterator[tuple[str, str]]:
     """Name and words of each playground; those of ended ones once."""
     for name, directory in live.items():
         yield name, of(directory)

@@ -1,9 +1,9 @@
-"""What somebody gets at a manager's ports who has a node's files: run inside a node's network namespace.
+"""The responses of a manager's ports to a client with a node's files: run inside a node's network namespace.
 
     python -m tests.integration.stolen once CERTIFICATES ADDRESS...    which addresses take the certificate, as JSON
     python -m tests.integration.stolen hold CERTIFICATES ADDRESS       says "open", and when the other end closes
 
-An address is ``ip:port`` for gRPC, ``peer:ip:port`` for etcd's peers.  Whom it talks to, it does not care.
+An address is ``ip:port`` for gRPC, ``peer:ip:port`` for etcd's peers.  Server certificates are not verified.
 """
 
 import asyncio

@@ -296,4 +296,6 @@ def test_on_a_network_that_only_the_cluster_has_skep_runs_the_container_itself(
     wait_until(lambda: node.docker(*ping, check=False).returncode == 0, "the task is found by name")
     node.docker("rm", "-f", "probe")
     node.docker("service", "rm", "db")
-    wait_until(lambda: node.docker("network", "rm", "lab", check=False).returncode == 0, "nobody is on it")
+    wait_until(
+        lambda: node.docker("network", "rm", "lab", check=False).returncode == 0, "the network is unused"
+    )

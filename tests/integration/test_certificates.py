@@ -127,7 +127,7 @@ def test_what_swarm_ca_cannot_do_is_refused_in_words(trio: TestCluster, m1: Test
     assert "flag requires the `--rotate` flag" in refused
 
 
-def test_a_root_of_the_users_own_is_taken_and_its_key_shown_to_nobody(
+def test_an_external_root_is_accepted_and_its_key_never_shown(
     trio: TestCluster, m1: TestNode, tmp_path: Path
 ):
     rotate_to(m1, ROOT, tmp_path)
@@ -215,12 +215,12 @@ def test_a_join_that_cannot_work_says_why_and_leaves_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", ["nobody", "somebody who says nothing", "somebody else"])
+@pytest.mark.parametrize("who", ["no listener", "a silent listener", "another program"])
 def test_a_join_to_where_no_manager_is_says_so(trio: TestCluster, m1: TestNode, outsider: TestNode, who: str):
     token = said(m1, "swarm", "join-token", "-q", "worker").strip()
     netns = trio.node("m1").description["netns"]
-    port = {"nobody": 3999, "somebody who says nothing": 3998, "somebody else": 3997}[who]
-    program = {"nobody": "", "somebody who says nothing": _SILENT, "somebody else": _GREETING}[who]
+    port = {"no listener": 3999, "a silent listener": 3998, "another program": 3997}[who]
+    program = {"no listener": "", "a silent listener": _SILENT, "another program": _GREETING}[who]
     with listening(netns, program, port):
         address = f"{trio.node('m1').description['addr']}:{port}"
         words = refusal(outsider, "swarm", "join", "--token", token, address)
@@ -244,7 +244,7 @@ while True:
 
 @contextmanager
 def listening(netns: str, program: str, port: int) -> Iterator[None]:
-    """Somebody on ``port`` of a node, who is no manager."""
+    """Run a server that is no manager on ``port`` of a node."""
     if not program:
         yield
         return

@@ -57,7 +57,7 @@ async def reaches(cluster: Cluster, task: Task, state: TaskState) -> None:
     await until(lambda: status_of(cluster, task).state is state, within_s=30)
 
 
-async def wish(cluster: Cluster, task: Task, desired: TaskState) -> None:
+async def requested(cluster: Cluster, task: Task, desired: TaskState) -> None:
     await cluster.store.update(
         lambda tx: tx.put(msgspec.structs.replace(tx.get(Task, task.id), desired_state=desired))
     )
@@ -168,7 +168,7 @@ async def test_an_unmodified_engine_works_as_a_node(namespace):
 
             again = await run_task(cluster, node_id, ContainerSpec(image=IMAGE, command=LOOP))
             await reaches(cluster, again, TaskState.RUNNING)
-            await wish(cluster, again, TaskState.SHUTDOWN)
+            await requested(cluster, again, TaskState.SHUTDOWN)
             await reaches(cluster, again, TaskState.SHUTDOWN)
             tasks = (web, failing, absent, again)
             await cluster.store.update(lambda tx: [tx.delete(Task, task.id) for task in tasks])

@@ -79,8 +79,8 @@ def test_events_of_the_cluster_and_of_containers_come_in_one_stream(m1: TestNode
     wait_until(lambda: not m1.client().api.containers(all=True), "the container is removed")
     until = m1.docker("info", "--format", "{{.SystemTime}}", cli=cli).stdout.strip()
     form = "{{.Type}} {{.Action}} {{.Actor.ID}}"
-    told = m1.docker("events", "--since", since, "--until", until, "--format", form, cli=cli).stdout
-    lines = told.splitlines()
+    reported = m1.docker("events", "--since", since, "--until", until, "--format", form, cli=cli).stdout
+    lines = reported.splitlines()
     for wanted in (
         f"service create {task['ServiceID']}",
         f"container create {container}",

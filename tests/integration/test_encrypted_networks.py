@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(180)
 
 VXLAN, WIREGUARD, PROCESS = 4789, 4799, "wireguard-go"
 PROBE_HEADER = b"\x08\0\0\0" + PROBE_VNI.to_bytes(3, "big") + b"\0"
-"""Nodes probe each other on VXLAN all the time; that is nobody's traffic."""
+"""The nodes' own probes on VXLAN do not count as traffic of containers."""
 SAID = b"GET /hosts HTTP/1.1"
 """What containers say to each other in these tests."""
 

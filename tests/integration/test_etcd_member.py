@@ -317,9 +317,9 @@ async def test_without_room_it_is_started_again_later_and_later_and_says_so(
 ) -> None:
     """Bytes may be free and inodes not; or the room is gone again as soon as the store begins to write."""
     script = 'echo \'{"level":"fatal","msg":"failed to create WAL: no space left on device"}\' >&2; exit 1'
-    clock, told = CountingClock(), []
+    clock, reported = CountingClock(), []
     backoff = Backoff(0.03, 5.0, rng=lambda: 1.0)
-    member = Member(settings, a_fake_etcd(tmp_path / "etcd", script), clock, backoff, told.append)
+    member = Member(settings, a_fake_etcd(tmp_path / "etcd", script), clock, backoff, reported.append)
 
     async def run() -> None:
         async with member.running():
@@ -333,8 +333,8 @@ async def test_without_room_it_is_started_again_later_and_later_and_says_so(
         await asyncio.wait([running])
     grown = [0.03 * 2**number for number in range(7)]
     assert [pause for pause in clock.pauses if pause in grown][: len(grown)] == grown
-    assert "has run out of disk space. Make room: it goes on by itself." in told[0]
-    assert told[-1] == ""
+    assert "has run out of disk space. Make room: it goes on by itself." in reported[0]
+    assert reported[-1] == ""
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ async def _offer(settings: MemberSettings, context: ssl.SSLContext) -> None:
 def _context(settings: MemberSettings, files: object = None) -> ssl.SSLContext:
     context = ssl.SSLContext(
         ssl.PROTOCOL_TLS_CLIENT
-    )  # the default one is strict about what nobody here looks at
+    )  # the default one is strict about fields that are not used here
     context.load_verify_locations(settings.peer_files.roots)
     context.check_hostname = False
     if files is not None:

@@ -220,7 +220,7 @@ async def test_many_large_objects_are_loaded_page_by_page(settings: MemberSettin
         assert len(expected) == 20
 
 
-async def test_a_damaged_value_is_left_out_and_stops_nobody(settings: MemberSettings) -> None:
+async def test_a_damaged_value_is_skipped_and_affects_no_other(settings: MemberSettings) -> None:
     async with founded(settings) as (_, store):
         for name in ("a", "b", "c"):
             await store.update(put_secret, name)
@@ -235,7 +235,7 @@ async def test_a_damaged_value_is_left_out_and_stops_nobody(settings: MemberSett
         assert [secret.id for secret in again.view().find(Secret)] == ["a", "d"]
 
 
-async def test_in_a_new_incarnation_a_leader_of_a_later_raft_term_bars_nobody(
+async def test_in_a_new_incarnation_a_record_of_a_later_raft_term_bars_no_leader(
     settings: MemberSettings,
 ) -> None:
     """Raft's terms begin anew in a restored store; the record of who led is from before."""

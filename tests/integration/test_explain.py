@@ -20,12 +20,12 @@ def test_a_service_without_a_node_says_which_filter_refused_and_its_task_what_ea
     words = ("--reserve-memory", "900g", "--constraint", "node.labels.zone == north")
     m1.docker("service", "create", "--detach", "--name", "web", *words, IMAGE, "sleep", "60")
     refusal = "no suitable node (insufficient resources on 1 node)"
-    wait_until(lambda: refusal in explained(m1, "web"), "the refusal is told")
+    wait_until(lambda: refusal in explained(m1, "web"), "the refusal is shown")
     assert "0 of 1 tasks run; 1 wait: " in explained(m1, "web")
     (task,) = m1.client().api.tasks(filters={"service": "web"})
-    told = explained(m1, task["ID"])
-    assert "921600 MiB of memory wanted" in told
-    assert "constraints not satisfied: node.labels.zone == north" in told
+    reported = explained(m1, task["ID"])
+    assert "921600 MiB of memory wanted" in reported
+    assert "constraints not satisfied: node.labels.zone == north" in reported
 
 
 def test_a_service_that_runs_says_so_and_its_failures_name_code_and_signal(m1: TestNode) -> None:
@@ -45,7 +45,7 @@ def test_what_does_not_exist_is_said_to_be_neither(m1: TestNode) -> None:
 
 
 def test_a_task_with_a_cluster_volume_waits_and_says_so_in_dockers_words(m1: TestNode) -> None:
-    """There are none yet: as in a cluster of engines in which nobody has made that volume."""
+    """Cluster volumes do not exist, as in a cluster of engines without that volume."""
     mount = ("--mount", "type=cluster,source=data,target=/data")
     m1.docker("service", "create", "--detach", "--name", "web", *mount, IMAGE, "sleep", "60")
     refusal = "no suitable node (cannot fulfill requested CSI volume mounts on 1 node)"

@@ -31,23 +31,23 @@ def busy_processors() -> Iterator[list[subprocess.Popen[bytes]]]:
 @contextmanager
 def node_events(node: TestNode) -> Iterator[list[dict[str, str]]]:
     """Attributes of the events of nodes, as they come."""
-    heard: list[dict[str, str]] = []
+    received: list[dict[str, str]] = []
     stream = node.client().events(decode=True, filters={"type": "node"})
 
     def listen() -> None:
-        heard.extend(event["Actor"]["Attributes"] for event in stream)
+        received.extend(event["Actor"]["Attributes"] for event in stream)
 
     listening = threading.Thread(target=listen, daemon=True)
     listening.start()
     try:
-        yield heard
+        yield received
     finally:
         stream.close()
         listening.join(5)
 
 
-def went_down(heard: list[dict[str, str]]) -> list[str]:
-    return [event["name"] for event in heard if event.get("state.new") == "down"]
+def went_down(received: list[dict[str, str]]) -> list[str]:
+    return [event["name"] for event in received if event.get("state.new") == "down"]
 
 
 def keep_scaling(node: TestNode, replicas: int, seconds: float) -> None:
@@ -78,10 +78,10 @@ def test_no_node_is_taken_for_dead_while_the_machine_is_busy(
 ) -> None:
     with a_playground("busy", managers=1, workers=workers) as cluster:
         m1 = cluster.node("m1")
-        with node_events(m1) as heard, busy_processors():
+        with node_events(m1) as received, busy_processors():
             keep_scaling(m1, replicas, seconds)
             m1.docker("node", "update", "--label-add", "seen=yes", "w1")  # events do come
-        assert heard
-        assert went_down(heard) == []
+        assert received
+        assert went_down(received) == []
         tasks = m1.client().api.tasks(filters={"service": "load"})
         assert all(task["Status"]["State"] != "failed" for task in tasks)

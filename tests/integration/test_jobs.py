@@ -1,4 +1,4 @@
-"""Jobs through the docker command: as many runs as asked for, again on the next update, given up when told so."""
+"""Jobs through the docker command: the requested runs, again after an update, and the limit of attempts."""
 
 import subprocess
 from typing import Any

@@ -77,7 +77,7 @@ async def test_everything_is_encrypted_anew_and_nothing_seems_to_change(settings
 
 
 async def test_an_interrupted_rotation_goes_on_with_the_next_leader(settings: MemberSettings) -> None:
-    """The first life ends with a new key in the ring and nothing re-encrypted: nobody leads in it."""
+    """The first run ends with a new key in the ring and nothing re-encrypted: it has no leader."""
     async with founded(settings) as (_, store):
         await store.update_each(put_secret, SECRETS)
         await store.rotate_data_key()
@@ -171,7 +171,7 @@ async def replaced(store: EtcdStore, new: bytes) -> None:
 async def test_the_wrapping_key_is_replaced_in_one_write_and_everything_encrypted_anew(
     settings: MemberSettings,
 ) -> None:
-    """Another manager that has been given the new key goes on; with the old one alone nobody comes up."""
+    """Another manager with the new key continues; with only the old one none starts."""
     new = new_wrapping_key()
     async with (
         founded(settings) as (_, store),

@@ -178,7 +178,7 @@ def test_networks_avoid_what_machines_reach_and_refuse_it_by_name(own_cluster: T
         (node,) = json.loads(m1.docker("node", "inspect", "self").stdout)
         return f"{second}=lan0" in node["Description"]["Engine"]["Labels"]["skep.routes"]
 
-    wait_until(reported, "the node has told its new route", within_s=90)
+    wait_until(reported, "the node has reported its new route", within_s=90)
     m1.docker("network", "create", "-d", "overlay", "auto")
     assert wait_subnets(m1, "auto") == ["10.0.2.0/24"]
     refused = m1.docker("network", "create", "-d", "overlay", "--subnet", "10.0.0.0/20", "named", check=False)

@@ -76,7 +76,7 @@ def test_a_worker_lists_an_overlay_only_while_a_task_of_its_own_uses_it(m1: Test
     assert "(service near)" in refused.stderr
 
 
-def test_inspect_shows_who_is_on_a_network(m1: TestNode, w1: TestNode) -> None:
+def test_inspect_shows_the_containers_of_a_network(m1: TestNode, w1: TestNode) -> None:
     m1.docker("network", "create", "-d", "overlay", "--subnet", "10.60.0.0/24", "back")
     create(m1, "web", 2, "--network", "back", *SPREAD, command=IDLE)
     wait_running(m1, "web", 2)

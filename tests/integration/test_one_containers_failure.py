@@ -62,7 +62,7 @@ def test_a_thousand_nested_directories_hurt_nothing() -> None:
         nest(home(m1) / "images" / "tmp" / "layer-odd", 1500)
         m1.kill(before["skep-node"][0])
         wait_until(lambda: m1.pids("skep-node") not in ([], before["skep-node"]), "another node process")
-        wait_until(lambda: ("0" * 64) not in containers_on_disk(m1), "what is nobody's is removed", 60)
+        wait_until(lambda: ("0" * 64) not in containers_on_disk(m1), "the untracked container is removed", 60)
         wait_until(lambda: listed(m1, "web"), "what ran before is known")
         left = processes(m1)
         assert left == before | {"skep-node": left["skep-node"]}

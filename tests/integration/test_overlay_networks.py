@@ -63,7 +63,7 @@ def fetches(node: TestNode, service: str, address: str) -> bool:
 
 
 def adopted(node: TestNode, service: str) -> dict[str, int] | None:
-    """The service's containers with their processes, None while nobody answers."""
+    """The service's containers with their processes, None without a response."""
     try:
         return container_pids(node, service)
     except (requests.exceptions.ConnectionError, docker.errors.DockerException):

@@ -84,7 +84,7 @@ def failing(answers: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
     }
 
 
-def _told(manager: TestNode, since: float) -> set[str]:
+def _reported(manager: TestNode, since: float) -> set[str]:
     """What events about nodes have named since then: host name and port."""
     seconds = time.monotonic() - since + 1
     words = ("--filter", "type=node", "--since", f"{seconds:.0f}s", "--until", "0s", "--format", "{{json .}}")
@@ -138,7 +138,7 @@ def test_a_blocked_data_path_is_named_and_avoided_until_it_is_open_again(
         cut_off = wait_until(lambda: _cut_off(m1), "one of the two is cut off", left_s)
         assert len(cut_off) == 1
         assert cut_off[0] in ("w1", "w2")
-        wait_until(lambda: {"w1 4789/udp", "w2 4789/udp"} <= _told(m1, since), "events name both", 5)
+        wait_until(lambda: {"w1 4789/udp", "w2 4789/udp"} <= _reported(m1, since), "events name both", 5)
         # No task on an overlay network is placed there; others are.
         m1.docker(
             "service",
@@ -171,7 +171,7 @@ def test_a_blocked_data_path_is_named_and_avoided_until_it_is_open_again(
             check=True,
         ).stdout
         assert "overlay traffic fails on 1 node" in explained
-        # Told to, it takes tasks all the same.
+        # With the label it takes tasks nevertheless.
         m1.docker("node", "update", "--label-add", "skep.ignore-paths=true", cut_off[0])
         wait_running(m1, "only", 1)
         m1.docker("node", "update", "--label-rm", "skep.ignore-paths", cut_off[0])

@@ -145,7 +145,7 @@ def test_a_killed_node_is_dead_and_starts_again_with_its_disk(trio: TestCluster)
     trio.skep("kill", "w2")
     assert states(trio)["w2"] == "down"
     assert list(trio.node("w2").processes()) == []
-    assert not reaches(trio, "m1", "w2"), "the kernel of a node without power answers nobody"
+    assert not reaches(trio, "m1", "w2"), "the kernel of a node without power sends no answer"
     subprocess.run(before["start"], check=True, capture_output=True, timeout=60)
     assert trio.node("w2").description["pids"] != before["pids"]
     trio.node("w2").docker("image", "inspect", IMAGE)

@@ -17,7 +17,7 @@ NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 @pytest.fixture
 def scripts(tmp_path: Path) -> Path:
-    """A copy of the set-up scripts that anybody may read."""
+    """A world-readable copy of the set-up scripts."""
     for directory in (tmp_path, *tmp_path.parents):
         if directory.is_relative_to("/tmp") and directory != Path("/tmp"):
             directory.chmod(0o755)

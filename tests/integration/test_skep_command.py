@@ -59,7 +59,7 @@ def test_a_node_that_does_not_answer_is_said_in_plain_words() -> None:
 
 
 class _Server(asyncssh.SSHServer):
-    """Lets everybody with the right key reach the sockets of this machine."""
+    """An SSH server that gives holders of the right key access to the sockets of this machine."""
 
     def unix_connection_requested(self, dest_path: str) -> bool:
         return True

@@ -146,7 +146,7 @@ def test_a_dead_workers_tasks_are_replaced_and_what_it_ran_is_not_started_again_
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_cut_off_keeps_its_containers_until_it_hears_that_they_were_replaced(
+def test_a_partitioned_worker_keeps_its_containers_until_it_gets_new_assignments(
     trio: TestCluster, m1: TestNode
 ) -> None:
     create(m1, "web", 3, *QUICK)
@@ -349,9 +349,9 @@ def test_an_update_that_loses_its_only_node_midway_ends_and_names_task_and_cause
     only = ("--constraint", "node.hostname==w1", "--label", "skep.progress-deadline=5s")
     lose_w1_during_an_update(trio, m1, 2, *only)
     try:
-        told = wait_until(lambda: waiting_update(m1), "the update tells what it waits for")
-        assert "no suitable node" in told["WaitingFor"]
-        assert told["Step"].endswith("of 2 tasks are new")
+        reported = wait_until(lambda: waiting_update(m1), "the update tells what it waits for")
+        assert "no suitable node" in reported["WaitingFor"]
+        assert reported["Step"].endswith("of 2 tasks are new")
         wait_until(lambda: update_status(m1)["State"] == "paused", "the update has ended", within_s=60)
         message = update_status(m1)["Message"]
         known = {task["ID"] for task in m1.client().api.tasks(filters={"service": "web"})}

@@ -33,13 +33,13 @@ def cluster() -> Iterator[SimulatedCluster]:
         yield cluster
 
 
-def told(cluster: SimulatedCluster) -> list[str]:
+def reported(cluster: SimulatedCluster) -> list[str]:
     manager = cluster.running_managers[M1]
     return list(cache_differences(manager.loops, cluster.view))
 
 
 def test_books_at_rest_are_as_the_store_has_them_and_nothing_is_left_over(cluster: SimulatedCluster) -> None:
-    assert told(cluster) == []
+    assert reported(cluster) == []
     assert cluster.leftovers() == []
     assert cluster.observer.violations == []
 
@@ -143,7 +143,7 @@ def test_what_is_left_over_is_rejected(
     assert cluster.leftovers() == []
 
 
-def test_timers_that_nobody_cancels_are_rejected(cluster: SimulatedCluster) -> None:
+def test_leaked_timers_are_rejected(cluster: SimulatedCluster) -> None:
     timers = [cluster.loop.call_later(1000.0, print) for _ in range(4 * TIMERS_MAX)]
     assert "timers run" in cluster.leftovers()[0]
     for timer in timers:

@@ -27,5 +27,5 @@ def test_a_scenario_is_generated_beforehand_and_some_have_changes_of_leader() ->
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["observations", pytest.param("counts", marks=pytest.mark.slow)])
-def test_a_leader_that_takes_the_begin_of_its_term_for_what_happened_is_found(name: str) -> None:
+def test_a_leader_that_dates_events_to_its_election_is_found(name: str) -> None:
     assert judge(by_name(name), seeds=SEEDS).seed is not None

@@ -28,7 +28,7 @@ def put(number: int) -> pb.TxnRequest:
 
 
 @pytest.mark.parametrize("managers", [1, 3])
-def test_a_disk_that_hangs_writes_nothing_and_then_everything_in_order_and_nobody_else_leads(
+def test_a_hanging_disk_delays_writes_in_order_and_causes_no_election(
     managers: int,
 ) -> None:
     with SimulatedCluster(managers=managers, workers=1, seed=1) as cluster:

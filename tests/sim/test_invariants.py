@@ -113,7 +113,7 @@ def test_a_task_on_the_fuller_node_is_rejected_while_nodes_are_quiet() -> None:
     assert len(history.violations) == 1
 
 
-def test_with_start_first_a_task_that_stops_before_its_heir_runs_is_rejected() -> None:
+def test_with_start_first_a_task_that_stops_before_its_replacement_runs_is_rejected() -> None:
     history = History(UpdatesKeepServing())
     history.put(
         a_node(W1), a_service(UpdateOrder.START_FIRST), a_task("old", node="w1", state=TaskState.RUNNING)
@@ -124,7 +124,7 @@ def test_with_start_first_a_task_that_stops_before_its_heir_runs_is_rejected() -
     assert history.violations == ["task old was stopped before ['new'] ran"]
 
 
-def test_with_start_first_a_task_that_has_just_come_to_run_may_be_stopped_by_who_did_not_know() -> None:
+def test_with_start_first_a_task_that_has_just_started_may_be_stopped() -> None:
     history = History(UpdatesKeepServing())
     history.put(a_node(W1), a_service(UpdateOrder.START_FIRST), a_task("old", node="w1"))
     history.put(a_task("new", image="app:2", node="w1"), a_task("old", node="w1", state=TaskState.RUNNING))
@@ -132,7 +132,7 @@ def test_with_start_first_a_task_that_has_just_come_to_run_may_be_stopped_by_who
     assert history.violations == []
 
 
-def test_a_slot_that_is_given_up_whole_has_no_heir_to_wait_for() -> None:
+def test_a_slot_that_is_removed_waits_for_no_replacement() -> None:
     history = History(UpdatesKeepServing())
     history.put(a_node(W1), a_service(UpdateOrder.START_FIRST))
     history.put(a_task("old", node="w1", state=TaskState.RUNNING), a_task("new", image="app:2", node="w1"))
@@ -140,7 +140,7 @@ def test_a_slot_that_is_given_up_whole_has_no_heir_to_wait_for() -> None:
     assert history.violations == []
 
 
-def test_a_task_written_by_who_does_not_lead_is_rejected() -> None:
+def test_a_task_written_by_a_follower_is_rejected() -> None:
     history = History(one_leader_writes)
     history.put(a_task("t1"))
     assert history.violations == []
@@ -148,7 +148,7 @@ def test_a_task_written_by_who_does_not_lead_is_rejected() -> None:
     assert history.violations == ["m2 wrote task t2, while m1 leads"]
 
 
-def test_a_report_by_who_has_not_the_session_is_rejected() -> None:
+def test_a_report_written_without_the_session_is_rejected() -> None:
     history = History(session_owners_report)
     history.put(a_node(W1, owner=OTHER), a_task("t1", node="w1", state=TaskState.ASSIGNED))
     history.put(a_task("t1", node="w1", state=TaskState.ACCEPTED), by=OTHER)
@@ -157,7 +157,7 @@ def test_a_report_by_who_has_not_the_session_is_rejected() -> None:
     assert history.violations == ["m1 wrote a report of w1 on t1; m2 has its session"]
 
 
-def test_a_node_judged_by_who_has_not_the_session_is_rejected() -> None:
+def test_a_node_marked_down_without_the_session_is_rejected() -> None:
     history = History(session_owners_report)
     history.put(a_node(W1, owner=OTHER))
     history.put(a_node(W1, owner=OTHER, state=NodeState.DOWN), by=LEADER)
@@ -173,7 +173,7 @@ def test_a_session_that_is_given_away_is_rejected() -> None:
     assert history.violations == ["m1 made m2 the owner of the session of w1"]
 
 
-def test_a_node_called_down_without_a_fault_is_rejected() -> None:
+def test_a_node_marked_down_without_a_fault_is_rejected() -> None:
     history = History(NoFalseDown(lambda: 90.0, lambda manager: 0.0))
     history.put(a_node(W1), a_node(W2))
     history.put(a_node(W1, state=NodeState.DOWN))
@@ -182,7 +182,7 @@ def test_a_node_called_down_without_a_fault_is_rejected() -> None:
     assert history.violations == ["w2 was marked down after 20.0 s without a fault"]
 
 
-def test_a_node_called_down_by_a_manager_that_has_just_begun_is_rejected() -> None:
+def test_a_node_marked_down_by_a_manager_that_has_just_started_is_rejected() -> None:
     history = History(NoFalseDown(lambda: 99.0, lambda manager: 99.0))
     history.put(a_node(W1), a_node(W2))
     history.put(a_node(W1, state=NodeState.DOWN))
@@ -200,8 +200,8 @@ def test_a_task_shown_as_running_on_a_node_whose_lease_is_over_is_rejected() -> 
     ]
 
 
-class Told:
-    """A service that somebody was told of."""
+class Observed:
+    """A service whose creation was acknowledged."""
 
     def __init__(self) -> None:
         self.acknowledgements = Acknowledgements()
@@ -215,52 +215,55 @@ class Told:
 
 
 def test_an_acknowledged_service_that_vanishes_is_rejected() -> None:
-    told = Told()
-    told.history.commit(lambda tx: tx.delete(Service, "web"))
-    assert told.history.violations == ["service web vanished"]
+    reported = Observed()
+    reported.history.commit(lambda tx: tx.delete(Service, "web"))
+    assert reported.history.violations == ["service web vanished"]
 
 
 def test_an_acknowledged_write_that_a_later_read_does_not_show_is_rejected() -> None:
-    told = Told()
-    assert list(told.acknowledgements.broken(told.history.state, told.acknowledgements.given())) == []
-    assert list(told.acknowledgements.broken(State(), told.acknowledgements.given())) == [
+    reported = Observed()
+    assert (
+        list(reported.acknowledgements.broken(reported.history.state, reported.acknowledgements.given()))
+        == []
+    )
+    assert list(reported.acknowledgements.broken(State(), reported.acknowledgements.given())) == [
         "service web, acknowledged at 1, is not there"
     ]
 
 
-def test_a_spec_that_nobody_asked_for_is_rejected() -> None:
-    told = Told()
-    told.history.put(msgspec.structs.replace(told.service, spec=a_service_spec("web", replicas=7)))
-    assert told.history.violations == ["service web got a spec that was not requested"]
+def test_a_spec_that_was_not_requested_is_rejected() -> None:
+    reported = Observed()
+    reported.history.put(msgspec.structs.replace(reported.service, spec=a_service_spec("web", replicas=7)))
+    assert reported.history.violations == ["service web got a spec that was not requested"]
 
 
 def test_an_acknowledgement_of_what_is_not_committed_is_rejected() -> None:
-    told = Told()
-    later = msgspec.structs.replace(told.service, version=Version(index=9))
-    assert list(told.acknowledgements.acknowledge(later, told.history.state)) == [
+    reported = Observed()
+    later = msgspec.structs.replace(reported.service, version=Version(index=9))
+    assert list(reported.acknowledgements.acknowledge(later, reported.history.state)) == [
         "service web is at 1, 9 was acknowledged"
     ]
 
 
-def test_a_refused_service_that_exists_all_the_same_is_rejected() -> None:
-    told = Told()
-    record = told.acknowledgements.services[ServiceId("web")]
-    assert list(told.acknowledgements.refused(record, told.history.state)) == [
+def test_a_refused_service_that_exists_is_rejected() -> None:
+    reported = Observed()
+    record = reported.acknowledgements.services[ServiceId("web")]
+    assert list(reported.acknowledgements.refused(record, reported.history.state)) == [
         "service web exists, though its creation was refused"
     ]
 
 
-def test_an_update_that_happens_though_it_was_refused_is_rejected() -> None:
-    told = Told()
+def test_a_refused_update_that_takes_effect_is_rejected() -> None:
+    reported = Observed()
     spec = a_service_spec("web", replicas=7)
-    told.acknowledgements.requested(ServiceId("web"), spec)
-    told.history.put(msgspec.structs.replace(told.service, spec=spec))
-    assert told.history.violations == []
-    refused = told.acknowledgements.refused_update(ServiceId("web"), spec, told.history.state)
+    reported.acknowledgements.requested(ServiceId("web"), spec)
+    reported.history.put(msgspec.structs.replace(reported.service, spec=spec))
+    assert reported.history.violations == []
+    refused = reported.acknowledgements.refused_update(ServiceId("web"), spec, reported.history.state)
     assert list(refused) == ["service web got a spec that was refused"]
 
 
-def test_a_task_said_to_run_where_nothing_runs_is_rejected_at_rest() -> None:
+def test_a_running_task_without_a_container_is_rejected_at_rest() -> None:
     history = History()
     task = a_task("t1", node="w1", state=TaskState.RUNNING)
     history.put(task)
@@ -270,14 +273,14 @@ def test_a_task_said_to_run_where_nothing_runs_is_rejected_at_rest() -> None:
     ]
 
 
-def test_a_container_that_nobody_wants_is_rejected_at_rest() -> None:
+def test_a_container_without_a_task_is_rejected_at_rest() -> None:
     stranger = a_task("t9", node="w1", state=TaskState.RUNNING)
     assert list(rest_violations(State(), [(W1, stranger)])) == [
         "container of task t9 on w1 belongs to no task that is to run there"
     ]
 
 
-def test_what_a_node_keeps_of_a_task_that_is_gone_is_rejected_at_rest() -> None:
+def test_state_that_a_node_keeps_of_a_removed_task_is_rejected_at_rest() -> None:
     history = History()
     history.put(a_task("here", node=W1, state=TaskState.COMPLETE, desired=TaskState.SHUTDOWN))
     kept = [(W1, TaskId("here")), (W1, TaskId("gone")), (W2, TaskId("here"))]

@@ -19,7 +19,7 @@ from tests.sim.histories import W1, W2, History, a_node, a_run, a_service, a_tas
 from tests.support.builders import a_service_spec
 
 
-def test_more_tasks_than_a_fault_took_are_rejected() -> None:
+def test_more_new_tasks_than_a_fault_ended_are_rejected() -> None:
     web, db = ServiceId("web"), ServiceId("db")
     before = Counter({web: 3, db: 2})
     after = before + Counter({web: 2, db: 7})
@@ -54,7 +54,7 @@ def an_update_that_is_taken_back(first: TaskState = TaskState.RUNNING) -> Histor
     return history
 
 
-def test_a_second_task_of_what_is_asked_for_is_rejected() -> None:
+def test_a_second_task_of_the_current_spec_is_rejected() -> None:
     history = an_update_that_is_taken_back()
     begin(history, a_task("t3", slot=2))
     history.put(a_task("t4"))
@@ -96,7 +96,7 @@ class Decided:
         self.history.after(30).put(msgspec.structs.replace(task, desired_state=desired))
 
 
-def test_a_placement_that_is_taken_back_for_no_reason_is_rejected() -> None:
+def test_a_placement_that_is_reversed_without_a_cause_is_rejected() -> None:
     decided = Decided()
     decided.end()
     assert decided.history.violations == [
@@ -125,7 +125,7 @@ def test_a_task_that_has_ended_is_not_taken_back() -> None:
     assert decided.history.violations == []
 
 
-def test_a_scale_down_that_is_taken_back_for_no_reason_is_rejected() -> None:
+def test_a_scale_down_that_is_reversed_without_a_cause_is_rejected() -> None:
     decided = Decided()
     decided.history.put(msgspec.structs.replace(decided.service, spec=a_service_spec("web", replicas=2)))
     decided.end(TaskState.REMOVE)
@@ -172,7 +172,7 @@ def test_a_container_started_beside_the_one_it_replaces_is_rejected() -> None:
 
 
 def test_a_container_that_a_node_starts_late_may_stand_beside_its_successor() -> None:
-    """The node was cut off, and hears of the task when that has been replaced for long."""
+    """The node was partitioned, and receives the task long after its replacement."""
     rule = Containers()
     history = History(rule)
     late = a_task("late", node="w1", state=TaskState.ASSIGNED)

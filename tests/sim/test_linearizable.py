@@ -33,12 +33,12 @@ def test_two_readers_see_two_writes_in_the_same_order() -> None:
     assert not is_linearizable([*writes, read(1, 2, "a"), read(3, 4, "b"), read(5, 6, "a")])
 
 
-def test_what_two_swaps_both_initialize_was_there_for_one_of_them_only() -> None:
+def test_two_swaps_cannot_both_have_replaced_the_same_value() -> None:
     assert not is_linearizable([swap(0, 3, None, "a"), swap(1, 3, None, "b")])
     assert is_linearizable([swap(0, 3, None, "a"), swap(1, 3, "a", "b")])
 
 
-def test_what_nobody_was_answered_may_happen_late_or_never() -> None:
+def test_an_operation_without_a_response_may_take_effect_late_or_never() -> None:
     lost = write(0, inf, "a")
     assert is_linearizable([lost, read(5, 6, None), read(7, 8, "a")])
     assert is_linearizable([lost, read(5, 6, None), read(7, 8, None)])

@@ -16,7 +16,7 @@ from tests.support.builders import a_service_spec
 
 SEEDS = range(3)
 ELECTION_S = 2.5
-"""A manager that dies may have led: nobody registers until there is another leader, and nodes try again by and by."""
+"""A manager that dies may have led: no node registers until there is a new leader, and nodes retry with backoff."""
 
 
 def session_owner(cluster: SimulatedCluster, node: NodeId) -> NodeId:
@@ -53,7 +53,7 @@ def test_sessions_that_crowd_at_one_manager_spread_and_nothing_is_noticed(seed: 
         cluster.run_until(
             lambda: all(session_owner(cluster, id) == crowded for id in cluster.workers), within_s=30
         )
-        cluster.run_for(15)  # whoever took too long to find the only manager left has been replaced
+        cluster.run_for(15)  # tasks of nodes that reconnected too late have been replaced
         cluster.run_until(lambda: cluster.running("web") == 18, within_s=10)
         tasks, created = {task.id for task in cluster.wanted("web")}, cluster.created("web")
         cluster.links.mend(cut)
@@ -74,7 +74,7 @@ def sessions_of(cluster: SimulatedCluster) -> Counter[NodeId]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_node_that_dies_with_its_manager_is_judged_by_the_leader(seed: int) -> None:
-    """Nobody else owns its session: the leader adopts it after 2 s of silence, and gives it three periods."""
+    """Its session has no other owner: the leader adopts it after 2 s of silence, and gives it three periods."""
     with SimulatedCluster(managers=3, workers=5, seed=seed) as cluster:
         cluster.create(a_service_spec("web", replicas=10))
         cluster.run_until(lambda: cluster.running("web") == 10, within_s=5)

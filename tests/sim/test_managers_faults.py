@@ -18,7 +18,7 @@ from skep.store.space import QUOTA_BYTES, refusal
 from tests.support.builders import a_service_spec
 
 
-def test_a_manager_that_hangs_hears_nothing_and_its_member_goes_on() -> None:
+def test_a_hung_manager_receives_nothing_and_its_member_continues() -> None:
     with SimulatedCluster(managers=3, workers=1, seed=1) as cluster:
         hung, other = NodeId("m1"), NodeId("m2")
         end = hang_manager(cluster, hung, for_s=1.0)

@@ -57,19 +57,19 @@ def reconnect(cluster: SimulatedCluster, lost: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("is_the_leader_reached", [True, False])
-def test_nodes_that_are_told_to_come_later_are_not_taken_for_dead(
+def test_nodes_with_a_retry_time_are_not_taken_for_dead(
     monkeypatch: pytest.MonkeyPatch, is_the_leader_reached: bool
 ) -> None:
     """The others take one in 0.4 s: the last one is in after 8 s or 16 s; the leader waits for 5 s for those it adopts.
 
-    A leader that no node reaches is not crowded: it has to be told.
+    A leader that no node reaches is not crowded itself: the other managers must report that they are.
     """
     monkeypatch.setattr(admission, "AT_ONCE_MAX", 1)
     with SimulatedCluster(managers=3, workers=40) as cluster:
         cluster.create(a_service_spec("web", replicas=40))
         chosen = of_one_manager(cluster)
         cluster.run_until(lambda: cluster.running("web") == 40, within_s=60)
-        cluster.run_for(60)  # nobody is waited for any more but by the usual grace
+        cluster.run_for(60)  # the usual grace applies again
 
         def lost() -> None:
             cluster.crash(chosen)

@@ -123,7 +123,7 @@ def replaced(history: History) -> None:
         ({ON_DISCONNECT: "stop", ON_DISCONNECT_DELAY: "5s"}, 15.0),  # and ten seconds to stop
     ],
 )
-def test_a_task_that_loses_its_place_before_the_delay_is_over_is_rejected(
+def test_a_task_that_is_replaced_before_the_delay_is_over_is_rejected(
     labels: dict[str, str], kept_s: float
 ) -> None:
     early, late = a_lost_node(**labels), a_lost_node(**labels)
@@ -136,13 +136,13 @@ def test_a_task_that_loses_its_place_before_the_delay_is_over_is_rejected(
         ]
 
 
-def test_a_task_that_is_to_be_kept_and_loses_its_place_is_rejected() -> None:
+def test_a_task_that_is_replaced_despite_keep_is_rejected() -> None:
     history = a_lost_node(**{ON_DISCONNECT: "keep"})
     replaced(history.after(1000.0))
     assert history.violations == ["task t1 was replaced despite keep, 1000.00 s after w1 went down"]
 
 
-def test_a_task_that_is_to_be_kept_goes_when_somebody_asks_for_that() -> None:
+def test_a_task_with_keep_is_replaced_on_request() -> None:
     drained, updated = (a_lost_node(**{ON_DISCONNECT: "keep"}) for _ in range(2))
     node = drained.state.get(Node, W1)
     drained.put(replace(node, spec=NodeSpec(availability=Availability.DRAIN)))
@@ -174,8 +174,8 @@ def test_a_container_that_its_node_had_the_time_to_stop_by_itself_has_no_success
     successor = of(a_task("t2", node=W2), spec)
     history.put(successor)
     history.after(40.0).note(containers.started(W2, successor, history.now, history.state))
-    told = ["task t2 started while t1, which w1 was to stop by itself, still ran there"]
-    assert history.violations == (told if is_wrong else [])
+    reported = ["task t2 started while t1, which w1 was to stop by itself, still ran there"]
+    assert history.violations == (reported if is_wrong else [])
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_a_container_that_its_node_had_to_stop_because_it_is_cut_off_is_gone(
     task = of(a_task("t1", node=W1, state=RUNNING), spec)
     history.put(task)
     history.note(containers.started(W1, task, history.now, history.state))
-    for _ in range(2):  # it is told once
+    for _ in range(2):  # it is reported once
         history.note(containers.outlasting(140.0, history.state))
-    told = ["task t1 still runs on w1, disconnected for 30.0 s with the policy stop"]
-    assert history.violations == (told if is_wrong else [])
+    reported = ["task t1 still runs on w1, disconnected for 30.0 s with the policy stop"]
+    assert history.violations == (reported if is_wrong else [])
 
 
 # -- what has to be there in the end ---------------------------------------------------------------------------------
@@ -219,8 +219,8 @@ def lacking(spec: ServiceSpec, *tasks: Task, **fields: object) -> Iterable[str]:
 def test_a_slot_that_does_not_run_is_not_settled() -> None:
     assert lacking(a_spec(), a_task("t1", node=W1, state=RUNNING)) == []
     assert lacking(a_spec()) == ["web has 0 slots of 1"]
-    (told,) = lacking(a_spec(), a_task("t1", node=W1, state=TaskState.STARTING))
-    assert told.startswith("slot 1 of web does not run app:1")
+    (reported,) = lacking(a_spec(), a_task("t1", node=W1, state=TaskState.STARTING))
+    assert reported.startswith("slot 1 of web does not run app:1")
 
 
 def test_a_task_on_a_node_that_it_may_not_be_on_is_not_settled() -> None:
@@ -233,8 +233,8 @@ def test_a_task_on_a_node_that_it_may_not_be_on_is_not_settled() -> None:
 def test_a_task_waits_only_while_no_node_can_take_it() -> None:
     nowhere = a_service_spec("web", replicas=1, constraints=("node.labels.zone==south",))
     assert lacking(nowhere, of(a_task("t1", state=PENDING), nowhere)) == []
-    (told,) = lacking(a_spec(), a_task("t1", state=PENDING))
-    assert told.startswith("slot 1 of web does not run")
+    (reported,) = lacking(a_spec(), a_task("t1", state=PENDING))
+    assert reported.startswith("slot 1 of web does not run")
 
 
 def test_a_port_that_others_hold_everywhere_is_waited_for() -> None:
@@ -242,8 +242,8 @@ def test_a_port_that_others_hold_everywhere_is_waited_for() -> None:
     tasks = [of(a_task(f"t{n}", slot=n, node=f"w{n}", state=RUNNING), spec) for n in (1, 2)]
     assert lacking(spec, *tasks, of(a_task("t3", slot=3, state=PENDING), spec)) == []
     two = replace(a_service_spec("web", replicas=2), endpoint_spec=HOST_PORT)
-    (told,) = lacking(two, tasks[0], of(a_task("t3", slot=2, state=PENDING), two))
-    assert told.startswith("slot 2 of web does not run")
+    (reported,) = lacking(two, tasks[0], of(a_task("t3", slot=2, state=PENDING), two))
+    assert reported.startswith("slot 2 of web does not run")
 
 
 def test_more_replicas_on_a_node_than_may_be_are_not_settled() -> None:
@@ -266,5 +266,5 @@ def test_a_global_job_that_has_not_run_on_a_node_is_not_settled() -> None:
 
 def test_an_update_that_is_still_under_way_is_not_settled() -> None:
     updating = UpdateStatus(state=UpdateState.UPDATING)
-    told = lacking(a_spec(), a_task("t1", node=W1, state=RUNNING), update_status=updating)
-    assert told == ["web is still being updated"]
+    reported = lacking(a_spec(), a_task("t1", node=W1, state=RUNNING), update_status=updating)
+    assert reported == ["web is still being updated"]

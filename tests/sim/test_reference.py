@@ -98,7 +98,7 @@ Invalidate = Callable[[ServiceSpec], ServiceSpec]
         ("odd: a constraint with a blank in its key", random_specs._placed("node role==worker")),
     ],
 )
-def test_what_an_engine_refuses_the_reference_refuses_likewise(recorded: str, invalidate: Invalidate) -> None:
+def test_the_reference_refuses_the_same_specs_as_an_engine(recorded: str, invalidate: Invalidate) -> None:
     status = status_of(recorded)
     assert respond(State(), Create(WEB, invalidate(SPEC))) == Refused(status)
     assert respond(THERE, Update(WEB, invalidate(SPEC), 7)) == Refused(status)
@@ -115,7 +115,7 @@ def test_what_an_engine_refuses_the_reference_refuses_likewise(recorded: str, in
         ("a rollback with nothing before", Rollback(WEB, 7)),
     ],
 )
-def test_what_does_not_fit_what_is_there_is_refused_as_by_an_engine(recorded: str, request_: Request) -> None:
+def test_the_reference_refuses_conflicting_requests_as_an_engine(recorded: str, request_: Request) -> None:
     assert respond(THERE, request_) == Refused(status_of(recorded))
 
 
@@ -125,7 +125,7 @@ def status_of(recorded: str) -> int:
 
 
 @pytest.mark.parametrize("constraint", random_specs.CONSTRAINTS)
-def test_a_constraint_that_can_be_read_is_no_fault(constraint: str) -> None:
+def test_valid_constraints_are_accepted(constraint: str) -> None:
     assert rejection_of(random_specs._placed(constraint)(SPEC)) is None
 
 
@@ -196,7 +196,7 @@ def version(history: History) -> int:
     return the_service(history).version.index
 
 
-def test_an_update_that_is_done_as_asked_is_right_and_one_that_nobody_asked_for_is_not() -> None:
+def test_an_update_needs_a_matching_request() -> None:
     history, responses = a_watched_history()
     asked = responses.requested(Update(WEB, NEXT, version(history)), responses.present)
     assert list(responses.accepted(asked)) == ["update of web was acknowledged and has not taken effect"]
@@ -215,14 +215,14 @@ def test_an_update_that_forgets_the_spec_before_is_rejected() -> None:
     assert violation.startswith("update of web made ")
 
 
-def test_an_update_of_an_older_version_that_is_taken_is_rejected() -> None:
+def test_an_accepted_update_of_an_older_version_is_rejected() -> None:
     history, responses = a_watched_history()
     responses.requested(Update(WEB, NEXT, version(history) - 1), responses.present)
     history.put(replace(the_service(history), spec=NEXT, previous_spec=SPEC))
     assert history.violations == ["update of web has taken effect, but must be refused with 500"]
 
 
-def test_a_refusal_is_right_in_one_of_the_states_that_the_request_has_met() -> None:
+def test_a_refusal_must_match_one_of_the_states_during_the_request() -> None:
     history, responses = a_watched_history()
     since = responses.present
     asked = responses.requested(Remove(WEB), since)
@@ -236,7 +236,7 @@ def test_a_refusal_is_right_in_one_of_the_states_that_the_request_has_met() -> N
     assert list(responses.refused(wrong, 500)) == ["update of web got status 500, not 404"]
 
 
-def test_of_two_removals_that_are_alike_one_is_acknowledged_and_one_refused_whichever_it_was() -> None:
+def test_of_two_equal_removals_either_may_be_refused() -> None:
     history, responses = a_watched_history()
     first, second = (responses.requested(Remove(WEB), responses.present) for _ in range(2))
     history.put(replace(the_service(history), removed_at="2020-01-01T00:00:00Z"))
@@ -246,7 +246,7 @@ def test_of_two_removals_that_are_alike_one_is_acknowledged_and_one_refused_whic
     assert list(responses.accepted(third)) == ["remove of web was acknowledged and has not taken effect"]
 
 
-def test_what_was_refused_and_happens_all_the_same_is_rejected() -> None:
+def test_a_refused_request_that_takes_effect_is_rejected() -> None:
     history, responses = a_watched_history()
     asked = responses.requested(Update(WEB, NEXT, version(history)), responses.present)
     history.put(replace(the_service(history), spec=NEXT, previous_spec=SPEC))
@@ -254,7 +254,7 @@ def test_what_was_refused_and_happens_all_the_same_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("action", list(UpdateFailureAction))
-def test_a_service_goes_back_by_itself_only_if_its_settings_say_so(action: UpdateFailureAction) -> None:
+def test_an_automatic_rollback_needs_the_failure_action(action: UpdateFailureAction) -> None:
     history, responses = a_watched_history()
     wish = replace(NEXT, update_config=UpdateConfig(failure_action=action))
     responses.requested(Update(WEB, wish, version(history)), responses.present)
@@ -266,7 +266,7 @@ def test_a_service_goes_back_by_itself_only_if_its_settings_say_so(action: Updat
     )
 
 
-def test_a_rollback_by_hand_needs_somebody_who_asked_for_it() -> None:
+def test_a_manual_rollback_needs_a_request() -> None:
     history, responses = a_watched_history()
     responses.requested(Update(WEB, NEXT, version(history)), responses.present)
     history.put(replace(the_service(history), spec=NEXT, previous_spec=SPEC))
@@ -295,7 +295,7 @@ def test_a_job_that_is_updated_and_not_run_again_is_rejected() -> None:
     assert violation.startswith("update of web made ")
 
 
-def test_a_node_that_changes_without_a_wish_is_rejected() -> None:
+def test_a_change_of_a_node_without_a_request_is_rejected() -> None:
     history, responses = a_watched_history()
     node = history.state.get(Node, W1)
     drained = replace(node.spec, availability=Availability.DRAIN)

@@ -38,7 +38,7 @@ def test_a_seed_gives_the_same_run_twice() -> None:
 def test_a_failure_says_how_to_see_it_again_and_what_happened_before_it() -> None:
     result = simulate(3, steps=2)
     result.violations.append("1.000 s: something was wrong")
-    told = report(result)
-    assert "make sim SEED=3" in told
-    assert "something was wrong" in told
-    assert result.trace[-1] in told
+    reported = report(result)
+    assert "make sim SEED=3" in reported
+    assert "something was wrong" in reported
+    assert result.trace[-1] in reported

@@ -309,7 +309,7 @@ def test_scaling_and_labels_start_no_task_anew(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_poisoned_object_stops_nobody_else(seed: int) -> None:
+def test_an_object_whose_decisions_fail_affects_no_other(seed: int) -> None:
     """Every decision about one service raises; every other service converges, and the bad one says so."""
     with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
         cluster.poisoned.add("bad")

@@ -44,7 +44,7 @@ def test_a_run_that_spins_is_ended_and_what_is_left_ends_in_peace() -> None:
     loop.close()
 
 
-def test_a_rule_that_raises_is_a_violation_and_disturbs_nobody() -> None:
+def test_an_error_in_a_rule_is_a_violation_and_does_not_reach_the_store() -> None:
     def rule(change: Change, view: View) -> Iterable[str]:
         yield from () if view.lookup(Service, "web") is None else [{}["web"]]
 

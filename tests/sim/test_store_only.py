@@ -27,12 +27,12 @@ CHUNK = 100
         for seeds in chunked(range(SEEDS), CHUNK)
     ],
 )
-def test_what_the_store_answers_has_an_order_and_all_replicas_show_it(first: int) -> None:
+def test_responses_of_the_store_are_linearizable_and_replicas_converge(first: int) -> None:
     failed = [report(one) for one in results(range(first, first + CHUNK), simulate) if one.violations]
     assert not failed, "\n\n".join(failed)
 
 
-def test_a_deletion_is_ones_own_only_if_one_can_tell_it_from_another_managers() -> None:
+def test_a_deletion_counts_as_applied_only_if_no_other_manager_made_it() -> None:
     """Of a manager that lagged, and lost the answer to its deletion: the one that it saw was another's."""
     (result,) = results([3559], simulate)
     assert not result.violations, report(result)
@@ -56,7 +56,9 @@ def calm() -> Iterator[StoreRun]:
 
 
 @pytest.mark.parametrize("behind_s", [5.0, 21.0, 45.0])
-def test_what_is_answered_and_does_not_show_is_not_decided_once_more(calm: StoreRun, behind_s: float) -> None:
+def test_an_acknowledged_write_that_does_not_show_yet_is_not_decided_again(
+    calm: StoreRun, behind_s: float
+) -> None:
     """The leader's watch is behind for longer than its update waits, while its writes are answered."""
     (member,) = calm.raft.members.values()
     (manager,) = calm.managers.values()
@@ -83,8 +85,8 @@ def test_a_seed_gives_the_same_run_twice() -> None:
     assert len(one.trace) > 20
 
 
-def test_a_run_of_the_store_goes_through_all_that_can_break_and_all_that_users_do() -> None:
-    told = [line for result in results(range(20), simulate) for line in result.trace]
+def test_runs_of_the_store_cover_all_faults_and_requests() -> None:
+    reported = [line for result in results(range(20), simulate) for line in result.trace]
     for word in (
         "hang",
         "crash",
@@ -98,7 +100,7 @@ def test_a_run_of_the_store_goes_through_all_that_can_break_and_all_that_users_d
         "compaction",
         "data key",
     ):
-        assert any(word in line for line in told), word
+        assert any(word in line for line in reported), word
 
 
 def test_changes_are_taken_in_where_they_arrive_and_fragments_are_put_together(

@@ -53,7 +53,7 @@ def test_one_that_is_stopped_for_a_failure_a_deadline_or_by_its_user_is_not() ->
 
 
 @pytest.mark.parametrize("is_well", [True, False])
-def test_a_well_majority_without_a_leader_is_rejected(is_well: bool) -> None:
+def test_a_healthy_majority_without_a_leader_is_rejected(is_well: bool) -> None:
     with SimulatedCluster(managers=3, workers=0, seed=1) as cluster:
         cluster.run_for(5.0)
         for manager in cluster.running_managers.values():
@@ -63,5 +63,5 @@ def test_a_well_majority_without_a_leader_is_rejected(is_well: bool) -> None:
                 cluster.raft.members[id].stall_s = 1.0
         for _ in range(3):
             cluster.run_for(LED_S - 1)
-        told = [text for text in cluster.observer.violations if "no leader" in text]
-        assert len(told) == is_well
+        reported = [text for text in cluster.observer.violations if "no leader" in text]
+        assert len(reported) == is_well

@@ -20,7 +20,7 @@ class Turns:
 
     @contextmanager
     def taken(self, *, alone: bool) -> Iterator[None]:
-        """In the room, with nobody else if ``alone``."""
+        """Hold the lock, exclusively if ``alone``."""
         with self._room.open() as room:
             with self._door.open() as door:
                 fcntl.flock(door, fcntl.LOCK_EX)

@@ -90,14 +90,14 @@ def a_service(
     spec: ServiceSpec | None = None,
     previous: ServiceSpec | None = None,
     state: UpdateState | None = None,
-    **wish: object,
+    **requested: object,
 ) -> Service:
-    """A service at spec ``version``; ``wish``: see ``a_service_spec``; ``state``: of its update."""
+    """A service at spec ``version``; ``requested``: see ``a_service_spec``; ``state``: of its update."""
     return Service(
         id=ServiceId(id or name),
         version=Version(index=version),
         spec_version=Version(index=version),
-        spec=spec or a_service_spec(name, **wish),  # type: ignore[arg-type]
+        spec=spec or a_service_spec(name, **requested),  # type: ignore[arg-type]
         previous_spec=previous,
         update_status=UpdateStatus(state=state) if state else None,
     )
@@ -149,10 +149,10 @@ def a_node(
 
 
 def a_docker_node(
-    id: str = "d1", *, plugins: tuple[str, ...] = ("bridge", "host", "overlay"), **wish: object
+    id: str = "d1", *, plugins: tuple[str, ...] = ("bridge", "host", "overlay"), **requested: object
 ) -> Node:
-    """A ready Docker Engine at an address of its own; ``wish``: see ``a_node``."""
-    node = a_node(id, **wish)  # type: ignore[arg-type]
+    """A ready Docker Engine at an address of its own; ``requested``: see ``a_node``."""
+    node = a_node(id, **requested)  # type: ignore[arg-type]
     engine = EngineDescription(
         engine_version="20.10.24",
         plugins=tuple(EnginePlugin(type="Network", name=name) for name in plugins),

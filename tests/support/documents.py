@@ -51,5 +51,5 @@ def quoted(page: Path) -> list[str]:
 
 
 def make_targets() -> set[str]:
-    """What make is told to be able to do."""
+    """The targets of the Makefile."""
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -20,7 +20,7 @@ from skep.store.etcd.member import Member
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody uses at the moment."""
+    """A free port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -21,7 +21,7 @@ def a_session() -> SessionState:
 
 
 class FakeWorker:
-    """Remembers what it is assigned; reports what it is told to.  Sink and log source in one."""
+    """Records its assignments, and sends the reports it is given.  Sink and log source in one."""
 
     def __init__(self) -> None:
         self.reports = Reports()

@@ -75,8 +75,8 @@ class Rig:
         await asyncio.Event().wait()
 
     async def turn(self) -> list[Event]:
-        """Carry what either has to say until both are silent; gives what the client heard."""
-        heard: list[Event] = []
+        """Transfer bytes in both directions until none are left; returns the events of the client."""
+        received: list[Event] = []
         while True:
             if data := self.client.data_to_send():
                 self.connection.data_received(data)
@@ -84,13 +84,13 @@ class Rig:
                 await asyncio.sleep(0)
             said = bytes(self.wire.written)
             self.wire.written.clear()
-            heard += self.client.receive_data(said) if said else []
-            for event in heard:
+            received += self.client.receive_data(said) if said else []
+            for event in received:
                 if isinstance(event, DataReceived) and event.flow_controlled_length:
                     self.client.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                     event.flow_controlled_length = 0
             if not said and not self.client.data_to_send():
-                return heard
+                return received
 
     def open(self, *, end: bool = False, **other: str) -> int:
         """Open a stream.  ``other``: headers that are not as in ``REQUEST``; their names without colon or hyphen."""
@@ -109,8 +109,8 @@ def framed(value: bytes) -> bytes:
     return b"\0" + len(message).to_bytes(4, "big") + message
 
 
-def of(kind: type[Any], heard: list[Event]) -> list[Any]:
-    return [event for event in heard if isinstance(event, kind)]
+def of(kind: type[Any], received: list[Event]) -> list[Any]:
+    return [event for event in received if isinstance(event, kind)]
 
 
 HEADERS, CONTINUATION = frames.HEADERS, frames.CONTINUATION

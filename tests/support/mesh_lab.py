@@ -247,7 +247,7 @@ class MeshLab:
         await node.mesh.reply_routing.add(ContainerId(task.name), reconciler, endpoint)
 
     async def ask(self, address: str, port: int, protocol: str = "tcp", *, timeout_s: float = 3.0) -> str:
-        """Who answers the client, and whom it says it saw: ``t1 192.0.2.100``.  Raises: OSError."""
+        """The task that answers the client, and the source address it saw: ``t1 192.0.2.100``.  Raises: OSError."""
         return await self.places.run(self.client, ask, address, port, protocol, timeout_s)
 
     async def ask_on(

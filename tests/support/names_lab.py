@@ -261,7 +261,7 @@ class Conversation:
         self.socket = opened
 
     async def say(self, line: str = "hello") -> list[str]:
-        """(who answers, whom it sees, the line)."""
+        """(backend, source address it saw, the line)."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(ANSWER_S):
             await loop.sock_sendall(self.socket, f"{line}\n".encode())

@@ -36,34 +36,34 @@ class ScriptedProbes:
     """Implements ``agent.probe_stream.ProbeSource``."""
 
     def __init__(self) -> None:
-        self.wishes: list[ProbeTargets | None] = []
+        self.requests: list[ProbeTargets | None] = []
         self.diagnosed: list[DiagnosticsRequest] = []
         self.answers: tuple[PathReport, ...] = ()
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self._reports: dict[NodeId, PathReport] = {}
-        self._news: asyncio.Queue[PathReport] = asyncio.Queue()
+        self._changed_event: asyncio.Queue[PathReport] = asyncio.Queue()
 
     def say(self, *reports: PathReport) -> None:
         for report in reports:
             self._reports[report.peer] = report
-            self._news.put_nowait(report)
+            self._changed_event.put_nowait(report)
 
     @property
     def peers(self) -> set[str]:
-        """Whom the last wish names."""
-        last = self.wishes[-1] if self.wishes else None
+        """The peers in the last targets."""
+        last = self.requests[-1] if self.requests else None
         return {peer.node_id for peer in last.peers} if last is not None else set()
 
     @property
     def reports(self) -> Mapping[NodeId, PathReport]:
         return self._reports
 
-    def set_targets(self, wish: ProbeTargets | None) -> None:
-        self.wishes.append(wish)
+    def set_targets(self, requested: ProbeTargets | None) -> None:
+        self.requests.append(requested)
 
     async def next_reports(self) -> tuple[PathReport, ...]:
-        return (await self._news.get(),)
+        return (await self._changed_event.get(),)
 
     async def diagnose(self, own: PathPeer | None, request: DiagnosticsRequest) -> tuple[PathReport, ...]:
         self.diagnosed.append(request)

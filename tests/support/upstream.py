@@ -1,4 +1,4 @@
-"""Name servers for tests, on the node, that say what they are told to."""
+"""Name servers for tests, on the node, with configurable answers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

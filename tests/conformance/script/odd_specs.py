@@ -83,8 +83,8 @@ _SPECS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def _steps() -> Iterator[Step]:
-    for number, (name, wish) in enumerate(_SPECS):
-        yield create(f"odd: {name}", service(f"odd{number}", **wish))
+    for number, (name, requested) in enumerate(_SPECS):
+        yield create(f"odd: {name}", service(f"odd{number}", **requested))
         yield get(f"kept: {name}", f"/v1.41/services/odd{number}")
         yield delete(f"gone: {name}", f"/v1.41/services/odd{number}")
 

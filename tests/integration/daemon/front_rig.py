@@ -38,7 +38,7 @@ class Owned:
 
 
 class Member:
-    """A node in a swarm, unless told otherwise."""
+    """A node in a swarm, unless configured otherwise."""
 
     refusal: str | None = None
 
@@ -75,7 +75,7 @@ class Rig:
     async def front(
         self, answer: Answer | None = None, tls: ssl.SSLContext | None = None
     ) -> AsyncIterator[None]:
-        """``answer``: what this node answers itself; it says where and how much was asked unless told otherwise."""
+        """``answer``: the node's own handler; by default it returns the path and the size of the request."""
 
         async def here(request: web.Request) -> web.StreamResponse:
             response = web.json_response({"here": request.path, "bytes": len(await request.read())})

@@ -43,7 +43,7 @@ class Connection(HTTPConnection):
 
 
 class DaemonRig:
-    """One data and run directory, and the daemon that uses them.  Tasks are plain commands unless told otherwise."""
+    """One data and run directory, and the daemon that uses them.  Tasks are plain commands by default."""
 
     def __init__(self, directory: Path) -> None:
         self.data = directory / "data"

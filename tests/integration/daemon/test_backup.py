@@ -138,7 +138,7 @@ def test_a_node_in_a_swarm_restores_nothing(rig: DaemonRig, tmp_path: Path, word
 
 
 def test_a_backup_that_breaks_off_leaves_the_one_before(rig: DaemonRig, tmp_path: Path, words: Path) -> None:
-    """Nobody answers: the file of yesterday stays as it was."""
+    """Without a response the file of yesterday stays as it was."""
     file = tmp_path / "swarm.backup"
     file.write_bytes(b"yesterday")
     rig.start()

@@ -70,16 +70,16 @@ def test_a_missing_or_old_program_is_refused_with_what_to_do(
     assert sentence in rig.refusal("--executor", "oci", flag, program)
 
 
-def test_all_that_is_missing_is_told_at_once(rig: DaemonRig, tmp_path: Path) -> None:
+def test_all_missing_programs_are_reported_at_once(rig: DaemonRig, tmp_path: Path) -> None:
     missing = str(tmp_path / "none")
-    told = rig.refusal("--executor", "oci", "--runc", missing, "--conmon", missing, "--nft", missing)
-    assert len(told.splitlines()) == 3
+    reported = rig.refusal("--executor", "oci", "--runc", missing, "--conmon", missing, "--nft", missing)
+    assert len(reported.splitlines()) == 3
 
 
 def test_a_second_daemon_on_the_same_data_dir_is_refused(rig: DaemonRig, tmp_path: Path) -> None:
     rig.start()
-    told = rig.refusal("--run-dir", str(tmp_path))
-    assert told == (
+    reported = rig.refusal("--run-dir", str(tmp_path))
+    assert reported == (
         f"skep daemon: another skep daemon uses the data dir {rig.data}: stop it, or name another one with --data-dir"
     )
     assert rig.answers()
@@ -117,8 +117,8 @@ def test_a_data_dir_from_the_future_is_refused(rig: DaemonRig) -> None:
 
 def test_a_bad_setting_is_refused_with_its_place(rig: DaemonRig) -> None:
     rig.toml.write_text('data-path-port = 80\nlog-format = "xml"\n')
-    told = rig.refusal().splitlines()
-    assert told == [
+    reported = rig.refusal().splitlines()
+    assert reported == [
         f"skep daemon: {rig.toml}: data-path-port is 80: choose a port from 1024 to 49151",
         f"skep daemon: {rig.toml}: log-format is 'xml': choose text or json",
     ]
@@ -139,7 +139,7 @@ def test_sighup_reloads_what_can_be_reloaded_and_says_so(rig: DaemonRig) -> None
 
     rig.toml.write_text("debug = maybe\n")
     rig.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: "configuration not reloaded" in rig.log.read_text(), "the bad file is told")
+    wait_until(lambda: "configuration not reloaded" in rig.log.read_text(), "the bad file is reported")
     assert rig.get("/info")[1]["Debug"] is True
 
 

@@ -61,7 +61,7 @@ def test_an_engine_that_starts_later_is_found_and_lowers_the_api_version(
     assert announced(rig) == "1.41"  # it is away for a moment; the next will hardly be another
 
 
-def test_nonsense_from_an_engine_hurts_nobody(rig: DaemonRig, tmp_path: Path) -> None:
+def test_invalid_responses_of_an_engine_do_no_harm(rig: DaemonRig, tmp_path: Path) -> None:
     path = tmp_path / "engine.sock"
     for answer in (b"", b"{", b"[]", b'{"Version": 1}', b"null"):
         with engine(path, answer):

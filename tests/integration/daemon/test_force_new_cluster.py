@@ -64,7 +64,7 @@ def test_a_forced_cluster_has_everything_and_another_incarnation(rig: DaemonRig)
 
 
 def test_a_crash_in_the_middle_of_forcing_is_made_good_at_the_next_start(rig: DaemonRig) -> None:
-    """The wish lies on the disk, nothing else has happened yet."""
+    """The request is on the disk, and has not been executed yet."""
     before = cluster_with_secrets(rig)
     rig.kill_all()
     (rig.data / "manager/recovery.json").write_text('{"stage":"wanted"}')

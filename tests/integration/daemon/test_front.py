@@ -272,7 +272,7 @@ async def test_a_client_that_does_not_read_holds_the_engine_up(front_rig: Rig) -
         while sent != before:  # until nothing moves any more
             before = sent
             await asyncio.sleep(0.2)
-        assert sent < 16, "the front took in what nobody reads"
+        assert sent < 16, "the front read a body that is not consumed"
         total = 0
         while data := await reader.read(MIB):
             total += len(data)
@@ -302,14 +302,14 @@ async def refused(rig: Rig, path: str, *headers: str) -> bytes:
     return answer
 
 
-async def test_a_refusal_of_the_front_outlives_the_body_nobody_reads(front_rig: Rig) -> None:
+async def test_a_refusal_of_the_front_is_delivered_though_the_body_is_unread(front_rig: Rig) -> None:
     front_rig.member.refusal = "This node is not a swarm manager."
     answer = await refused(front_rig, "/services/create")
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"This node is not a swarm manager." in answer
 
 
-async def test_a_refusal_of_the_manager_outlives_the_body_nobody_reads(front_rig: Rig) -> None:
+async def test_a_refusal_of_the_manager_is_delivered_though_the_body_is_unread(front_rig: Rig) -> None:
     async def refuse(_request: web.Request) -> web.StreamResponse:
         return web.json_response({"message": "too large"}, status=413)
 
@@ -319,7 +319,7 @@ async def test_a_refusal_of_the_manager_outlives_the_body_nobody_reads(front_rig
     assert b"too large" in answer
 
 
-async def test_a_refusal_of_this_node_outlives_the_body_nobody_reads(tmp_path: Path) -> None:
+async def test_a_refusal_of_this_node_is_delivered_though_the_body_is_unread(tmp_path: Path) -> None:
     async def refuse(_request: web.Request) -> web.Response:
         response = web.json_response({"message": "too large"}, status=413)
         response.force_close()
@@ -332,7 +332,7 @@ async def test_a_refusal_of_this_node_outlives_the_body_nobody_reads(tmp_path: P
     assert b"too large" in answer
 
 
-async def test_a_refusal_of_the_engine_outlives_the_body_nobody_reads(front_rig: Rig) -> None:
+async def test_a_refusal_of_the_engine_is_delivered_though_the_body_is_unread(front_rig: Rig) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 7\r\nConnection: close\r\n\r\nno such")

@@ -124,7 +124,7 @@ async def test_a_stream_takes_its_time(front_rig: Rig, hurried: None) -> None:
         writer.close()
 
 
-async def test_handshakes_are_bounded_and_hold_nobody_up(
+async def test_handshakes_are_bounded_and_delay_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("skep.aio.handshakes.HANDSHAKES_MAX", 10)

@@ -68,7 +68,7 @@ def test_a_full_disk_stops_writes_and_loses_none(small: DaemonRig) -> None:
     else:
         pytest.fail("the disk never ran full")
     wait_until(
-        lambda: "no disk space for the store" in rig.log.read_text(), "the log names the trouble", within_s=60
+        lambda: "no disk space for the store" in rig.log.read_text(), "the log names the problem", within_s=60
     )
     check_said(rig)
     manager = rig.pid_of("manager")

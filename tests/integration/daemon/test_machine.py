@@ -30,7 +30,7 @@ class Authority:
         self.root = self._write("ca.crt", self._certificate(self._name, self._key.public_key(), is_root=True))
 
     def pair(self, name: str) -> tuple[Path, Path]:
-        """Certificate and key of somebody at 127.0.0.1."""
+        """Certificate and key of a server at 127.0.0.1."""
         key = ec.generate_private_key(ec.SECP256R1())
         path = self._directory / f"{name}.key"
         path.write_bytes(
@@ -139,7 +139,7 @@ def test_what_the_kernel_cannot_do_is_published(rig: DaemonRig, tmp_path: Path) 
     assert without == features.labels(found)
 
 
-def test_systemd_is_told_that_the_daemon_is_ready_and_stops(
+def test_systemd_is_notified_when_the_daemon_is_ready_and_when_it_stops(
     rig: DaemonRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The unit says ``Type=notify``: systemd waits for that word."""

@@ -38,7 +38,7 @@ def is_free(port: int) -> bool:
     return True
 
 
-async def test_a_reserved_port_is_taken_for_everybody_else_until_it_is_released(paths: Paths) -> None:
+async def test_a_reserved_port_cannot_be_bound_until_it_is_released(paths: Paths) -> None:
     async with forks(paths) as started, net(paths, started) as client:
         port = await client.reserve("tcp", 0)
         assert not is_free(port)
@@ -100,7 +100,7 @@ async def test_a_running_process_of_our_own_version_is_adopted(paths: Paths) -> 
         assert net_process(paths).pid == pid
 
 
-async def test_what_a_zygote_forked_outlives_it_and_how_it_ended_is_told(paths: Paths) -> None:
+async def test_a_process_outlives_its_zygote_and_its_exit_status_is_reported(paths: Paths) -> None:
     async with forks(paths) as started:
         pid = await started.fork("net", ())
         child = identify(pid)
@@ -175,5 +175,5 @@ def exchange_by_relay(port: int, server: socket.socket) -> None:
                     assert accepted.recv(5) == b"hello"
             return
         except OSError:
-            assert time.monotonic() < deadline, "nobody relays"
+            assert time.monotonic() < deadline, "no relay listens"
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Tables of networks on a real node: from the wish to the files that the net process reads, over restarts."""
+"""Tables of networks on a real node: from the service to the files that the net process reads, over restarts."""
 
 import os
 import shutil
@@ -85,7 +85,7 @@ def test_a_published_service_is_in_the_tables_of_its_node_whatever_ends_and_come
 
     status, answer = swarm.ask("DELETE", "/v1.41/services/web")
     assert status == 200, answer
-    wait_until(lambda: tables(swarm) == {}, "nobody publishes anything any more", within_s=40)
+    wait_until(lambda: tables(swarm) == {}, "no service publishes a port", within_s=40)
 
 
 def test_a_killed_manager_tells_the_same_again_and_goes_on(swarm: DaemonRig) -> None:
@@ -110,7 +110,7 @@ def test_a_killed_manager_tells_the_same_again_and_goes_on(swarm: DaemonRig) -> 
     assert before.endpoints.items() <= after.endpoints.items()
 
 
-def test_who_leaves_the_swarm_keeps_no_tables(swarm: DaemonRig) -> None:
+def test_a_node_that_leaves_the_swarm_deletes_its_tables(swarm: DaemonRig) -> None:
     assert swarm.ask("POST", "/v1.41/services/create", WEB)[0] == 201
     wait_until(lambda: tables(swarm), "there is a table")
     assert swarm.ask("POST", "/swarm/leave?force=1")[0] == 200

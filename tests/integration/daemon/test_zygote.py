@@ -1,4 +1,4 @@
-"""The process that starts others, asked by somebody who does not always wait for the answer."""
+"""The process that starts others, with clients that do not always wait for the response."""
 
 import asyncio
 import os
@@ -45,7 +45,7 @@ async def started() -> AsyncIterator[StartedZygote]:
         process.end()
 
 
-async def test_an_answer_that_nobody_waited_for_is_not_taken_for_another(started: StartedZygote) -> None:
+async def test_a_late_response_is_not_taken_for_that_of_another_request(started: StartedZygote) -> None:
     os.kill(started.pid, signal.SIGSTOP)
     abandoned = asyncio.ensure_future(started.fork("stay", ()))
     await asyncio.sleep(0)  # it has asked
@@ -62,7 +62,7 @@ async def test_an_answer_that_nobody_waited_for_is_not_taken_for_another(started
         assert await started.reap(other) == -9
 
 
-async def test_a_zygote_that_has_ended_is_told_apart_from_one_that_cannot_start_something(
+async def test_a_dead_zygote_is_distinguished_from_a_failed_start(
     started: StartedZygote,
 ) -> None:
     os.kill(started.pid, signal.SIGKILL)

@@ -82,7 +82,7 @@ async def test_others_rules_stay_byte_for_byte_while_ours_come_change_and_go(lab
         "flush map ip skep_ingress backends",
     ],
 )
-async def test_what_somebody_does_to_our_tables_is_undone_within_5_s(lab: MeshLab, harm: str) -> None:
+async def test_foreign_changes_of_the_tables_are_repaired_within_5_s(lab: MeshLab, harm: str) -> None:
     node = await published(lab)
     async with node.healing():
         await node.home.heal()  # what it was when it began
@@ -96,7 +96,7 @@ async def test_what_somebody_does_to_our_tables_is_undone_within_5_s(lab: MeshLa
         assert await lab.ask(node.address, 8080) == f"t1 {CLIENT}"
 
 
-async def test_a_flush_by_somebody_who_writes_his_own_rules_leaves_both(lab: MeshLab) -> None:
+async def test_after_a_flush_by_another_program_both_sets_of_rules_exist(lab: MeshLab) -> None:
     """As ``systemctl reload nftables`` does."""
     node = await published(lab)
     async with node.healing():
@@ -158,7 +158,7 @@ async def running(node: LabNode) -> AsyncIterator[None]:
         "ip link set eth0 down; ip link set eth0 up; ip addr add fd00:1::10/64 dev eth0 nodad",
     ],
 )
-async def test_what_somebody_does_to_the_way_back_in_a_container_is_undone_within_5_s(
+async def test_foreign_changes_of_the_reply_routing_in_a_container_are_repaired_within_5_s(
     lab: MeshLab, harm: str
 ) -> None:
     await published(lab)
@@ -242,7 +242,7 @@ async def asked(lab: MeshLab, node: LabNode) -> str:
         return "refused"
 
 
-async def test_nobody_on_the_node_can_take_a_published_port(lab: MeshLab) -> None:
+async def test_a_published_port_cannot_be_bound_on_the_node(lab: MeshLab) -> None:
     node = await published(lab)
     with pytest.raises(OSError, match="in use"):
         await lab.places.run(node.netns, socket.create_server, ("0.0.0.0", 8080))

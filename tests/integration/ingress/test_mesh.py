@@ -257,7 +257,7 @@ async def test_a_client_that_sticks_meets_one_task_by_every_node(lab: MeshLab) -
     }
 
 
-async def test_a_node_asks_its_own_tasks_first_where_that_is_wished(lab: MeshLab) -> None:
+async def test_with_the_label_for_local_tasks_a_node_prefers_its_own(lab: MeshLab) -> None:
     lab.publish(("tcp", 8080, 80), prefers_local=True)
     await lab.add_task("t1", lab.nodes[0])
     await lab.add_task("t2", lab.nodes[1])

@@ -154,7 +154,7 @@ async def test_a_task_that_cannot_be_reached_is_passed_over(plain_lab: MeshLab) 
         assert {await relayed(lab, node.address_ipv6) for _ in range(8)} == {f"t2 {node.ingress[0]}"}
 
 
-async def test_a_port_that_somebody_else_has_is_relayed_when_it_is_free(lab: MeshLab) -> None:
+async def test_a_port_in_use_is_relayed_as_soon_as_it_is_free(lab: MeshLab) -> None:
     lab.publish(("tcp", 8080, 80))
     await lab.add_task("t1", lab.nodes[1])
     node = lab.nodes[0]
@@ -165,7 +165,7 @@ async def test_a_port_that_somebody_else_has_is_relayed_when_it_is_free(lab: Mes
     async with node.relaying():
         await lab.spread()
         with taken:
-            await eventually(lambda: node.relays.exists(), "the relays are told")
+            await eventually(lambda: node.relays.exists(), "the relays have their table")
             with await lab.places.run(node.netns, socket.create_connection, ("::1", 8080), 3):
                 accepted, _ = taken.accept()
                 accepted.close()

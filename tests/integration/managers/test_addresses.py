@@ -60,7 +60,7 @@ def wait_known(cluster: TestCluster, seen_by: str, name: str, addr: str) -> None
 
 @pytest.mark.slow
 def test_all_managers_move_at_once_and_find_each_other() -> None:
-    """Nobody is where anybody knew them to be; what they are told in their configuration is enough."""
+    """All known addresses are wrong; those in the configuration are enough."""
     after = {"m1": "192.168.100.51", "m2": "192.168.100.52", "m3": "192.168.100.53"}
     with a_playground("move", managers=3, workers=1) as cluster:
         m1 = cluster.node("m1")
@@ -117,7 +117,7 @@ def test_managers_behind_address_translation_reach_each_other() -> None:
 
 @pytest.mark.slow
 def test_managers_move_one_after_another() -> None:
-    """Nobody is told anything: each one that comes back tells the others where it is."""
+    """Without configuration, each manager that comes back announces its address to the others."""
     after = {"m1": "192.168.100.61", "m2": "192.168.100.62", "m3": "192.168.100.63"}
     with a_playground("moves", managers=3) as cluster:
         wait_managers(cluster.node("m1"), *ALL)

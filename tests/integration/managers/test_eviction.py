@@ -1,4 +1,4 @@
-"""A manager whose files somebody has is evicted: with them nothing is read any more, and nobody is talked to."""
+"""A manager whose files were stolen is evicted: they give no access to the store or to any manager."""
 
 import asyncio
 import json
@@ -126,9 +126,7 @@ async def data_keys_in_use(node: TestNode) -> set[int]:
     return {int.from_bytes(kv.value[1:5], "big") for kv in page.kvs if not is_clear(kv.key) and kv.value}
 
 
-def test_with_the_files_of_an_evicted_manager_nothing_is_read_and_nobody_is_reached(
-    cluster: TestCluster, tmp_path: Path
-) -> None:
+def test_the_files_of_an_evicted_manager_give_no_access(cluster: TestCluster, tmp_path: Path) -> None:
     m1 = cluster.node("m1")
     authority = Authority.create()
     for name, content in (("root.crt", authority.root_pem), ("root.key", authority.key_pem)):
@@ -212,7 +210,7 @@ def test_with_the_files_of_an_evicted_manager_nothing_is_read_and_nobody_is_reac
 
 
 def told_at(cluster: TestCluster, event: str) -> float:
-    """When m1's log told ``event`` last; 0: never."""
+    """The time of the last ``event`` in m1's log; 0: never."""
     found = 0.0
     for line in (cluster.directory / "m1" / "skep.log").read_text().splitlines():
         if event in line:

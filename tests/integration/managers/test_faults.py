@@ -264,20 +264,20 @@ def test_the_watch_of_a_manager_that_stood_still_is_cut_off_by_compaction(
     tasks = a_service(at, 4, "--constraint", "node.role==worker")
     before = pids(five, "w1", "w2")
     (manager,) = still.pids("skep-manager")
-    told = manager_log(still).count("replica reloads the store")
+    reported = manager_log(still).count("replica reloads the store")
     os.kill(manager, signal.SIGSTOP)
     try:
         wait_until(lambda: roles(at)[still.name] == UNREACHABLE, "it is shown as unreachable")
         meanwhile = {acknowledged(at) for _ in range(5)}
         api = at.client().api
-        for number in range(300):  # more than a watch holds for somebody who does not read
+        for number in range(300):  # more than a watch holds for a reader that does not read
             api.create_config(f"large-{number}", os.urandom(30_000))
         for config in api.configs():
             api.remove_config(config["ID"])
         compact(at)
     finally:
         os.kill(manager, signal.SIGCONT)
-    wait_until(lambda: manager_log(still).count("replica reloads the store") > told, "it loads again")
+    wait_until(lambda: manager_log(still).count("replica reloads the store") > reported, "it loads again")
     wait_managers(at, *MANAGERS)
     assert still.pids("skep-manager") == [manager]
     assert meanwhile <= secrets(still)
@@ -286,7 +286,7 @@ def test_the_watch_of_a_manager_that_stood_still_is_cut_off_by_compaction(
     assert pids(five, "w1", "w2") == before
 
 
-def test_a_manager_that_is_cut_off_hears_nothing_and_says_so(five: TestCluster, leads: str) -> None:
+def test_a_partitioned_manager_refuses_requests_for_lack_of_a_leader(five: TestCluster, leads: str) -> None:
     """Its own store answers and its watch is silent; it gives no answer that might be old, and its agents move on."""
     alone, at = five.node(others(leads, *MANAGERS)[0]), five.node(leads)
     tasks = a_service(at, 4, "--constraint", "node.role==worker")
@@ -298,7 +298,7 @@ def test_a_manager_that_is_cut_off_hears_nothing_and_says_so(five: TestCluster, 
         wait_until(lambda: roles(at)[alone.name] == UNREACHABLE, "it is shown as unreachable")
         said = wait_until(lambda: alone.docker("secret", "ls", check=False).stderr, "it refuses to answer")
         assert NO_LEADER in said
-        assert stale_secrets(alone) == seen, "its watch told it nothing"
+        assert stale_secrets(alone) == seen, "its watch is silent"
         assert not can_write(alone, "refused")
         wait_until(lambda: {"w1", "w2"} <= ready(at), "the workers have sessions")
         assert pids(five, "w1", "w2") == before

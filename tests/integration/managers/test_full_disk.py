@@ -1,4 +1,4 @@
-"""The disk of the leader of three runs full: another one leads, and whoever asks the full one is told."""
+"""The disk of the leader of three becomes full: another one leads, and requests to the full one get the reason."""
 
 import asyncio
 import os
@@ -130,9 +130,7 @@ def test_the_leader_of_three_runs_out_of_disk() -> None:
         wait_until(
             lambda: "disk space" in str(full.client().info()["Warnings"]), "its own conditions say so", 60
         )
-        wait_until(
-            lambda: "disk space" in condition(other, "m1"), "the others are told by its conditions", 60
-        )
+        wait_until(lambda: "disk space" in condition(other, "m1"), "the others show its conditions", 60)
         assert not put_config(full, "refused")
         assert not full.pids("etcd")
         assert roles(other)["m1"] != "leader"

@@ -1,4 +1,4 @@
-"""Three managers whose store is driven to its quota, by users and by somebody else: it comes back by itself."""
+"""Three managers whose store reaches its quota, by users and by another client: it recovers by itself."""
 
 import asyncio
 import json
@@ -98,7 +98,7 @@ async def overfill(node: TestNode) -> None:
     pytest.fail("etcd never refused")
 
 
-def told(cluster: TestCluster) -> list[dict[str, Any]]:
+def reported(cluster: TestCluster) -> list[dict[str, Any]]:
     """What the managers wrote about their space, in order of time."""
     lines = (
         {**line, "from": name}
@@ -195,7 +195,7 @@ def test_a_store_that_is_driven_to_its_quota_comes_back_by_itself() -> None:
             MADE_WITHIN_S,
         )
         wait_managers(m1, *MANAGERS)
-        assert_one_at_a_time_and_never_the_leaders_own(told(cluster), ids(m1))
+        assert_one_at_a_time_and_never_the_leaders_own(reported(cluster), ids(m1))
         m2.docker("service", "update", "--detach", "--label-add", "a=b", "web")
         assert tasks == {task["ID"] for task in running(m1, "web")}, "nothing moved"
         assert not warnings(m1)

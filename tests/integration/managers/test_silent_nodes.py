@@ -1,4 +1,4 @@
-"""Without a leader nobody takes dead nodes out of the tables: each node leaves out those that do not answer it."""
+"""Without a leader dead nodes stay in the tables: each node leaves out those that do not answer its probes."""
 
 import pytest
 
@@ -11,7 +11,7 @@ LEFT_OUT_WITHIN_S = 60
 
 
 def answers(node: TestNode) -> set[str]:
-    """Who answers so many requests in a row at the port that the node publishes; nobody, if one of them fails."""
+    """The tasks that answer a number of consecutive requests to the published port; empty if one fails."""
     space = node.description["netns"]
     try:
         return {in_namespace(space, fetch, "127.0.0.1", 8080).split()[0] for _ in range(REQUESTS)}

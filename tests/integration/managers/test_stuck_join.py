@@ -1,4 +1,4 @@
-"""A manager that is let in and never gets its vote: nobody else pays for it."""
+"""A manager that joins and never becomes a voter: the others are not affected."""
 
 import subprocess
 
@@ -28,7 +28,7 @@ def _nft(node: TestNode, rules: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_join_that_never_completes_costs_no_quorum_and_nobody_elses_turn() -> None:
+def test_a_join_that_never_completes_costs_no_quorum_and_delays_no_other_join() -> None:
     with a_playground("stuck", managers=1) as cluster:
         for name in ("m2", "m3"):
             cluster.skep("add", "manager", name)

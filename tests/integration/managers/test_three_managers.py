@@ -29,7 +29,7 @@ ALL = ("m1", "m2", "m3")
 
 @pytest.fixture(scope="module")
 def three() -> Iterator[TestCluster]:
-    """m1, m2, m3 manage, w1 works.  Each test leaves it so, whoever leads."""
+    """m1, m2 and m3 are managers, w1 is a worker.  Each test restores this, with any leader."""
     with a_playground("three", managers=3, workers=1) as cluster:
         yield cluster
 
@@ -47,7 +47,7 @@ def test_every_manager_serves_the_same_cluster(three: TestCluster) -> None:
     assert managers[0].client().info()["Swarm"]["Managers"] == 3
 
 
-def test_a_service_runs_whoever_leads_and_whoever_was_asked(three: TestCluster) -> None:
+def test_a_service_runs_with_any_leader_and_through_any_manager(three: TestCluster) -> None:
     asked = three.node(others(wait_managers(three.node("m1"), *ALL), *ALL)[0])
     create(asked, "web", 4)
     wait_running(asked, "web", 4)
@@ -66,7 +66,7 @@ def test_leadership_moves_before_a_planned_stop(three: TestCluster) -> None:
 
 
 def test_a_killed_leader_costs_nothing_that_was_acknowledged(three: TestCluster) -> None:
-    """Its manager and etcd are killed without a word; whoever is elected then, even the restarted one, goes on."""
+    """Its manager and etcd are killed; the next leader, even the restarted one, continues."""
     before = wait_managers(three.node("m1"), *ALL)
     victim, watcher = three.node(before), three.node(others(before, *ALL)[0])
     pids = [*victim.pids("skep-manager"), *victim.pids("etcd")]

@@ -31,7 +31,7 @@ def _status(node: Mapping[str, object]) -> str:
 
 
 def leader(seen_by: TestNode) -> str:
-    """Host name of the one that leads; empty: nobody does."""
+    """Host name of the leader; empty: there is none."""
     leading = [name for name, status in roles(seen_by).items() if status == LEADER]
     assert len(leading) <= 1, f"several lead: {leading}"
     return leading[0] if leading else ""

@@ -1,7 +1,7 @@
 """A web server that stops as one should: on SIGTERM it finishes what it has, and says ``Connection: close``.
 
 ``graceful_server.py PORT``.  Answers with its host's name, the client's address, and ``serving``, or ``stopping`` once
-it has been told to stop; ``/slow/SECONDS`` takes that long.
+it has been signalled to stop; ``/slow/SECONDS`` takes that long.
 It ends when its last client has gone.
 """
 

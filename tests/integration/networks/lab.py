@@ -43,7 +43,7 @@ def serve(m1: TestNode, name: str, replicas: int, *options: str) -> None:
         if Path(place).exists()
         for word in ("--mount", f"type=bind,source={place},target={place},readonly")
     ]
-    # Until it listens, nobody is sent to it.
+    # It gets no requests until it listens.
     health = ("--health-cmd", f'{PYTHON} -c "{LISTENS}"', "--health-interval", "300ms")
     command = (PYTHON, str(HERE / "graceful_server.py"), "80")
     create(m1, name, replicas, *mounts, *health, *options, command=command)

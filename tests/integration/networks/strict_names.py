@@ -14,7 +14,7 @@ import threading
 from resolving import ask  # type: ignore[import-not-found]
 
 PAUSE_S = 0.002
-"""Between questions, so that the client leaves the processors to whom it asks."""
+"""Pause between questions, so that the client leaves the processors to the servers."""
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--at-least", type=int, default=0)

@@ -53,7 +53,7 @@ def test_a_service_that_is_made_and_removed_again_and_again_is_resolved_rightly(
             wait_until(partial(answers, place, wanted), f"the names are {wanted}", 10)
             wait_until(partial(serves, place, *wanted["again"]), "it listens", 10)
         m1.docker("service", "rm", "again")
-        # A name of two labels may be somebody else's, and there is nobody to ask.
+        # A name of two labels may be an external one, and there is no upstream server.
         gone = {"again": ("NXDOMAIN",), "tasks.again": ("SERVFAIL",)}
         for place in places:
             wait_until(partial(answers, place, gone), "the names are gone", 10)
@@ -93,7 +93,7 @@ def test_requests_to_the_name_and_to_the_published_port_rotate_over_all_replicas
 
 
 def lead_to(ask_who: Callable[[int], Counter[str]], hosts: set[str]) -> bool:
-    """Whether all ``hosts`` answer, and nobody else; not, while one refuses."""
+    """Whether exactly ``hosts`` answer; false while one refuses."""
     try:
         return ask_who(12).keys() == hosts
     except OSError:

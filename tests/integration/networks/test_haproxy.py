@@ -111,7 +111,7 @@ def test_inside_the_cluster_it_follows_the_tasks_by_dns_alone(cluster: TestClust
 
 
 def follows(m1: TestNode, proxy: Path) -> bool:
-    """Whether the proxy asks each of web's tasks, and nobody else."""
+    """Whether the proxy's backends are exactly web's tasks."""
     tasks = running(m1, "web")
     hosts = {task["Status"]["ContainerStatus"]["ContainerID"][:12] for task in tasks}
     try:

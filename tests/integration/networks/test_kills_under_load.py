@@ -48,7 +48,7 @@ CLIENTS = 4
 REPLICAS = 4
 SERVERS = ("m2", "m3", "w1", "w2")
 MARGIN_S = 0.5
-"""How long a request may be under way on a busy machine, and what a node is to do after it has heard."""
+"""The longest duration of a request on a busy machine, and of a node's reaction to a change."""
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_the_leaders_manager_and_a_killed_net_process_cost_no_request(cluster: T
     leader = wait_until(lambda: leader_of(cluster), "there is a leader")
     with load(cluster) as (_, requests):
         wait_started_again(leader, strike(leader, "manager"))
-        wait_until(lambda: leader_of(cluster), "somebody leads")
+        wait_until(lambda: leader_of(cluster), "there is a leader")
         net = set(cluster.node("m1").pids("skep-net"))
         for pid in net:
             cluster.node("m1").kill(pid)
@@ -193,8 +193,8 @@ def kill_one(cluster: TestCluster, number: int) -> tuple[float, float]:
     before = tasks_of(m1)
     killed_at = time.time()
     os.kill(a_task(cluster, number), signal.SIGKILL)
-    (killed,) = wait_until(lambda: before - tasks_of(m1), "the manager has heard of it")
-    wait_until(lambda: not is_served_by(m1, killed), "m1 leads nobody to it any more")
+    (killed,) = wait_until(lambda: before - tasks_of(m1), "the manager shows it")
+    wait_until(lambda: not is_served_by(m1, killed), "m1 sends no more requests to it")
     known_at = time.time()
     wait_whole(cluster)
     return killed_at - MARGIN_S, known_at + MARGIN_S

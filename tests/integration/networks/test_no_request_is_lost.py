@@ -147,7 +147,7 @@ def test_a_stop_waits_for_the_last_request_and_no_longer(
         answered_at = time.monotonic()
 
     assert all(one.returncode == 0 for one in requests), answers
-    # The last are told to stop when nobody asks them any more, and not before.
+    # The last are stopped only when they get no more requests.
     assert {answer.split()[2] for answer in answers} == {"serving"}
     if cause is update:
         wait_until(lambda: len(tasks_of(m1) - before) == 4, "all tasks are new", 60)
@@ -165,7 +165,7 @@ def test_a_stop_waits_for_connections_no_longer_than_the_service_says(web: TestC
         scale_in(m1)
         answers = [one.communicate(timeout=60)[0] for one in requests]
     states = [answer.split()[2] for answer in answers]
-    assert states.count("stopping") > 0, "told to stop in the middle of a request, which it then finished"
+    assert states.count("stopping") > 0, "stopped in the middle of a request, which it then finished"
 
 
 @contextmanager
@@ -198,7 +198,7 @@ def slow_requests(cluster: TestCluster, count: int, seconds: int) -> Iterator[li
 def spread_out(m1: TestNode) -> None:
     """Four tasks, at least one of them on w2, and no update under way.
 
-    One that is told to stop before its server has a handler for that goes on until the grace period ends: the
+    One that is signalled before its server has a handler continues until the grace period ends: the
     kernel drops such signals for the first process of a PID namespace.
     """
     wait_running(m1, "web", 4, 60)

@@ -195,7 +195,7 @@ def wait_right(
                     if task["NodeID"] == node_id
                 }
                 if wanted_here != {one["Id"] for one in containers(node, name)}:
-                    yield f"containers of {name} that nobody asked for"
+                    yield f"containers of {name} that are not requested"
         except (OSError, ValueError, KeyError, docker.errors.DockerException) as error:
             yield f"{type(error).__name__}: {error}"
 
@@ -206,5 +206,5 @@ def wait_right(
 
 
 def reached_by(address: str, count: int) -> set[str]:
-    """Who answers at a virtual address.  Raises: OSError: somebody does not at once; a look is to be a short one."""
+    """The tasks that answer at a virtual address.  Raises: OSError: one does not answer at once."""
     return {hostname_of(address, within_s=ANSWERS_WITHIN_S) for _ in range(count)}

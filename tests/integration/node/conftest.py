@@ -80,8 +80,8 @@ class Runner:
         return text
 
     async def logs(self, container: Container, *streams: Stream) -> str:
-        wish = LogFilter(streams=frozenset(streams or Stream))
-        return "".join([entry.data.decode() async for entry in self.engine.logs(container.id, wish)])
+        requested = LogFilter(streams=frozenset(streams or Stream))
+        return "".join([entry.data.decode() async for entry in self.engine.logs(container.id, requested)])
 
 
 async def eventually(condition: Callable[[], object], what: str, within_s: float = 10) -> None:

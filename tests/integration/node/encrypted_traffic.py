@@ -1,4 +1,4 @@
-"""Traffic between the containers of two nodes, and what somebody between the nodes sees of it."""
+"""Traffic between the containers of two nodes, and what an observer between the nodes sees of it."""
 
 import asyncio
 import itertools

@@ -79,7 +79,7 @@ async def test_a_command_that_cannot_run_has_dockers_exit_code(
 async def test_a_start_that_is_cancelled_is_finished_first(
     lab: Lab, run: Runner, engine: Engine, after_s: float
 ) -> None:
-    """Otherwise its monitor would go on to make a container that nobody knows."""
+    """Otherwise its monitor would create an untracked container."""
     container = await run.create("sleep", "100")
     async with asyncio.TaskGroup() as group:
         starting = group.create_task(engine.start(container.id))
@@ -164,12 +164,14 @@ async def test_events_tell_the_story(run: Runner, engine: Engine) -> None:
         await engine.kill(container.id, "KILL")
         await engine.wait(container.id)
         await engine.remove(container.id)
-        told = []
+        reported = []
         async for event in events:
-            told.append((event.action, event.attributes.get("signal") or event.attributes.get("exitCode")))
+            reported.append(
+                (event.action, event.attributes.get("signal") or event.attributes.get("exitCode"))
+            )
             if event.action == "destroy":
                 break
-    assert told == [("create", None), ("start", None), ("kill", "9"), ("die", "137"), ("destroy", None)]
+    assert reported == [("create", None), ("start", None), ("kill", "9"), ("die", "137"), ("destroy", None)]
     assert event.attributes["name"] == container.name
     assert event.attributes["a"] == "b"
 

@@ -62,7 +62,7 @@ async def eventually_served(lab: Lab, address: str, port: int) -> bytes:
             return await fetch(lab, address, port)
         except OSError:
             await asyncio.sleep(0.02)
-    raise AssertionError(f"nobody answers at {address}:{port}")
+    raise AssertionError(f"no answer at {address}:{port}")
 
 
 async def test_containers_have_an_address_a_gateway_and_loopback(run: Runner) -> None:

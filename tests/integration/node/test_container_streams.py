@@ -111,8 +111,8 @@ async def test_tail_since_and_until_choose_lines(run: Runner, engine: Engine) ->
     entries = [entry async for entry in engine.logs(container.id, LogFilter())]
     third = entries[2].timestamp_ns
 
-    async def chosen(**wish: int) -> bytes:
-        return b"".join([one.data async for one in engine.logs(container.id, LogFilter(**wish))])
+    async def chosen(**requested: int) -> bytes:
+        return b"".join([one.data async for one in engine.logs(container.id, LogFilter(**requested))])
 
     assert await chosen(tail=2) == b"5\n6\n"
     assert await chosen(tail=0) == b""
@@ -203,13 +203,13 @@ async def test_one_cannot_attach_to_what_does_not_run(run: Runner, engine: Engin
 
 async def test_an_exec_has_its_own_streams_and_exit_code(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100", env=("FROM=container",))
-    wish = ExecConfig(
+    requested = ExecConfig(
         command=("sh", "-c", "cat; echo $FROM $EXTRA; pwd; echo err >&2; exit 5"),
         env=("EXTRA=exec",),
         working_dir="/tmp",
         attach_stdin=True,
     )
-    id = engine.execs.create(container.id, wish)
+    id = engine.execs.create(container.id, requested)
     assert engine.execs.get(id).exit_code is None
     attachment = await engine.execs.start(id)
     await attachment.write(b"input\n")

@@ -30,7 +30,7 @@ async def test_capabilities_are_dockers_and_a_filter_is_on(run: Runner) -> None:
 
 
 async def test_the_seccomp_profile_follows_the_capabilities(run: Runner) -> None:
-    """syslog(2) is for CAP_SYSLOG only, by the profile: the kernel lets everyone read unless it is told not to."""
+    """syslog(2) is for CAP_SYSLOG only, by the profile: the kernel lets every user read by default."""
     command = ("busybox", "dmesg")
     assert "not permitted" in await run.output(*command)
     assert "not permitted" not in await run.output(*command, capability_add=("SYSLOG",))

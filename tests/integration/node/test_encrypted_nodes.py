@@ -63,7 +63,7 @@ async def test_what_is_deleted_by_hand_is_back_within_five_seconds(tmp_path: Pat
         await wait_reaches(one, "10.0.2.6")
         overlay = lab.nodes[0].paths.overlays / SECURE_TWO.id
         tunnels, device = networks[0].tunnels.namespace, device_name(lab.nodes[0].paths.run, 0)
-        for namespace, deed in (
+        for namespace, action in (
             (overlay, "ip link del vx4098"),
             (overlay, "ip link set vx4098 nomaster"),
             (overlay, "ip link del br0"),
@@ -72,8 +72,8 @@ async def test_what_is_deleted_by_hand_is_back_within_five_seconds(tmp_path: Pat
             (tunnels, "ip -6 route flush table main"),
             (tunnels, f"ip link del {device}"),
         ):
-            await shell(namespace, deed)
-            assert await wait_reaches(one, "10.0.2.6") < 5.0 + 3.0, f"{deed} (a ping waits up to 3 s)"
+            await shell(namespace, action)
+            assert await wait_reaches(one, "10.0.2.6") < 5.0 + 3.0, f"{action} (a ping waits up to 3 s)"
         secure.processes["n1", 0].kill()
         assert await wait_reaches(one, "10.0.2.6") < 3.0 + 3.0
 
@@ -95,7 +95,7 @@ async def test_a_node_that_cannot_encrypt_takes_no_container_and_leaves_nothing(
         assert not networks[0].tunnels.namespace.exists()
 
 
-async def test_nothing_is_exchanged_with_a_node_whose_key_is_unknown_until_it_is_told(tmp_path: Path) -> None:
+async def test_no_packet_is_exchanged_with_a_node_until_its_key_is_known(tmp_path: Path) -> None:
     async with secure_lab(tmp_path, 2) as secure:
         lab, networks = secure.lab, secure.networks
         one = await lab.nodes[0].attach(networks[0], place(SECURE_TWO, "10.0.2.5/24"))

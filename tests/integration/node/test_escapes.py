@@ -85,7 +85,7 @@ async def test_processes_of_others_are_not_there(run: Runner, engine: Engine) ->
 
 
 async def test_each_container_has_a_session_keyring_of_its_own(run: Runner, engine: Engine) -> None:
-    """Asked without the filter, which lets nobody ask."""
+    """Without seccomp, whose profile forbids ``keyctl`` to every process."""
     first = await python(run, KEYRING, seccomp="unconfined")
     second = await python(run, KEYRING, seccomp="unconfined")
     assert first["key"] > 0, first

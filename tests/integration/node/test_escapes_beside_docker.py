@@ -145,7 +145,7 @@ async def test_an_image_that_leads_its_etc_out_gets_as_far_as_in_docker(
 
 
 async def test_absurd_users_get_as_far_as_in_docker(engine: Engine, lab: Lab, run: Runner) -> None:
-    """Nobody gets a number that is none: the engine refuses the container, Skep passes over the entry."""
+    """An invalid number is never used: the engine refuses the container, Skep skips the entry."""
     spoil_users(lab.tree)
     engine.load(lab.tree, "spoiled")
     theirs = engine.run("spoiled", "id", options=("--user", "alice"))

@@ -240,7 +240,7 @@ def read_settings() -> dict[str, str]:
 
 
 async def fresh_settings(scene: Scene) -> dict[str, str]:
-    """Those of a namespace in which nobody has been."""
+    """The objects of a fresh namespace."""
     spaces = Namespaces(scene.home.parent)
     space = await spaces.create("fresh", {})
     try:

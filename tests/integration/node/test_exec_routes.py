@@ -19,8 +19,8 @@ async def api(tmp_path: Path, executor: OciExecutor) -> AsyncIterator[Api]:
 
 
 async def an_exec(api: Api, id: str, *command: str, **config: Any) -> str:
-    wish = {"AttachStdout": True, "AttachStderr": True, "Cmd": list(command), **config}
-    status, answer = await api.ask("POST", f"/containers/{id}/exec", wish)
+    requested = {"AttachStdout": True, "AttachStderr": True, "Cmd": list(command), **config}
+    status, answer = await api.ask("POST", f"/containers/{id}/exec", requested)
     assert status == 201
     return str(answer["Id"])
 

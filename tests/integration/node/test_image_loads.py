@@ -275,7 +275,7 @@ async def test_what_an_interrupted_load_left_is_gone_after_a_restart(tmp_path: P
     assert files_below(tmp_path / "images") == {"configs", "layers", "tmp", "catalog.json"}
 
 
-async def test_two_who_load_the_same_image_at_once_get_one(images: ImageStore):
+async def test_two_concurrent_loads_of_an_image_give_one(images: ImageStore):
     archive = a_docker_archive(a_layer(a_file("big", os.urandom(1 << 20))))
     first, second = await asyncio.gather(images.load(pieces(archive)), images.load(pieces(archive)))
     assert first == second
@@ -319,7 +319,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(client: TestClient, imag
 
 
 @pytest.mark.parametrize("by", ["workspace", "layer"])
-async def test_who_is_cancelled_at_the_very_beginning_leaves_nothing(
+async def test_a_load_cancelled_at_its_start_leaves_nothing(
     images: ImageStore, tmp_path: Path, by: str
 ) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))

@@ -80,19 +80,19 @@ async def rogue() -> AsyncIterator[Rogue]:
 
 
 async def test_an_image_is_pulled_layer_by_layer(images: ImageStore, rogue: Rogue):
-    told: list[Message] = []
-    image = await images.pull(f"{rogue.address}/team/app:1", report=told.append)
+    reported: list[Message] = []
+    image = await images.pull(f"{rogue.address}/team/app:1", report=reported.append)
     assert image.id == sha256(CONFIG)
     assert [tag.familiar for tag in image.tags] == [f"{rogue.address}/team/app:1"]
     assert [one.digest for one in image.digests] == [sha256(a_manifest())]
     assert (images.layers(image)[0] / "data").stat().st_size == 300_000
-    assert told[0] == Message(id="1", status="Pulling from team/app")
-    assert told[-2:] == [
+    assert reported[0] == Message(id="1", status="Pulling from team/app")
+    assert reported[-2:] == [
         Message(status=f"Digest: {sha256(a_manifest())}"),
         Message(status=f"Status: Downloaded newer image for {rogue.address}/team/app:1"),
     ]
     layer = sha256(BLOBS[1])[7:19]
-    steps = [message.status for message in told if message.id == layer]
+    steps = [message.status for message in reported if message.id == layer]
     assert [step for step, after in zip(steps, [*steps[1:], None], strict=True) if step != after] == [
         "Pulling fs layer",
         "Downloading",
@@ -106,13 +106,13 @@ async def test_an_image_is_pulled_layer_by_layer(images: ImageStore, rogue: Rogu
 async def test_what_is_here_is_not_fetched_again(images: ImageStore, rogue: Rogue):
     await images.pull(f"{rogue.address}/app:1")
     rogue.requests.clear()
-    told: list[Message] = []
-    await images.pull(f"{rogue.address}/app:1", report=told.append)
+    reported: list[Message] = []
+    await images.pull(f"{rogue.address}/app:1", report=reported.append)
     assert not [request.path for request in rogue.requests if "/blobs/" in request.path]
-    assert told[-1].status == f"Status: Image is up to date for {rogue.address}/app:1"
+    assert reported[-1].status == f"Status: Image is up to date for {rogue.address}/app:1"
 
 
-async def test_many_who_pull_at_once_share_the_transfer(images: ImageStore, rogue: Rogue):
+async def test_concurrent_pulls_share_the_transfer(images: ImageStore, rogue: Rogue):
     pulled = await asyncio.gather(*(images.pull(f"{rogue.address}/app:1") for _ in range(10)))
     assert {image.id for image in pulled} == {sha256(CONFIG)}
     assert len([request for request in rogue.requests if "/blobs/" in request.path]) == 3
@@ -241,7 +241,7 @@ async def test_a_registry_that_wants_a_token_gets_one(images: ImageStore, rogue:
     assert image.id == sha256(CONFIG)
 
 
-async def test_a_wrong_password_is_told(images: ImageStore, rogue: Rogue):
+async def test_a_wrong_password_is_reported(images: ImageStore, rogue: Rogue):
     rogue.guard = wants_token(rogue)
     with pytest.raises(SkepError, match="unauthorized: incorrect username or password"):
         await images.pull(f"{rogue.address}/app:1", auth(username="user", password="wrong"))

@@ -63,7 +63,7 @@ async def outside(lab: Lab) -> AsyncIterator[Path]:
 
 
 async def heard_outside(lab: Lab, outside: Path, run: Runner) -> tuple[bytes, str]:
-    """What the machine outside hears of a container, and from whom."""
+    """What the machine outside receives from a container, and the source address."""
     spaces = Namespaces(lab.paths.run / "spaces", outside)
     listener = await spaces.run(outside, lambda: socket.create_server((OUTSIDE, 99), family=socket.AF_INET6))
     spaces.close()
@@ -90,11 +90,11 @@ async def test_a_container_gets_out_by_ipv6_under_the_nodes_address(lab: Lab, ou
     executor = lab.executor()
     async with executor.running():
         run = Runner(lab, executor.engine)
-        assert await lab.in_home("nft", "list", "tables", "ip6") == "", "nobody uses IPv6 yet"
+        assert await lab.in_home("nft", "list", "tables", "ip6") == "", "IPv6 is not used yet"
         assert await heard_outside(lab, outside, run) == (b"hello\n", NODE)
         accepted = await lab.in_home("cat", "/proc/sys/net/ipv6/conf/wan/accept_ra")
         assert accepted == "2\n", "the node goes on hearing of its own routes"
-        # What somebody else changes is put right.
+        # Foreign changes are repaired.
         await run.start("sleep", "1000", endpoints=places(6))
         await lab.in_home("nft", "delete", "table", "ip6", "skep")
         await wait_tables(lab, "table ip6 skep")
@@ -119,9 +119,9 @@ async def test_the_node_alone_reaches_a_container_by_its_unique_local_address(
         try_once = f"{ask} || echo nobody"
         neighbour = await run.output("sh", "-c", try_once, endpoints=places(6))
         stranger = await lab.in_home("nsenter", f"--net={outside}", "busybox", "sh", "-c", try_once)
-        for heard in (neighbour, stranger):
-            assert "nobody" in heard
-            assert "staff" not in heard
+        for received in (neighbour, stranger):
+            assert "nobody" in received
+            assert "staff" not in received
 
 
 async def test_networks_without_ipv6_or_without_a_way_out_leave_the_node_as_it_was(lab: Lab) -> None:

@@ -25,7 +25,7 @@ from tests.support.runc_lab import Lab
 
 
 def held(lab: Lab, executor: OciExecutor) -> set[str]:
-    """Whoever has a namespace or an address."""
+    """The holders of namespaces and addresses."""
     pinned = lab.paths.netns.iterdir() if lab.paths.netns.exists() else ()
     return {*(one.name for one in pinned), *executor.data_plane.gateway.users()}
 
@@ -136,7 +136,7 @@ async def test_what_is_held_for_containers_that_are_gone_is_swept_away(
 
 
 @pytest.mark.parametrize("turns", [50, 200, 800])
-async def test_a_container_that_is_removed_while_it_starts_ends_nobody_elses_work(
+async def test_the_removal_of_a_starting_container_disturbs_no_other(
     lab: Lab, executor: OciExecutor, turns: int
 ) -> None:
     """What watches it must not meet a record that is gone: in the same group, that ended all containers' keeping."""

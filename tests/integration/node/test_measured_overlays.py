@@ -28,7 +28,7 @@ async def lab(tmp_path: Path) -> AsyncIterator[OverlayLab]:
 
 
 async def a_router_between(lab: OverlayLab, apart: LabNode, address: str, mtu: int) -> None:
-    """``apart`` moves to a network of its own; the router to it carries packets of ``mtu`` bytes, and tells nobody.
+    """``apart`` moves to a network of its own, behind a router with an MTU of ``mtu`` bytes and no ICMP errors.
 
     All devices of the nodes say 1500.  Fragments are dropped before a node, as firewalls do.
     """

@@ -1,4 +1,4 @@
-"""What somebody deletes or changes by hand in a namespace of ours is back within five seconds, and counted."""
+"""Manual changes in a namespace of the data plane are repaired within five seconds, and counted."""
 
 import asyncio
 import time
@@ -165,7 +165,7 @@ async def test_a_sysctl_is_healed_by_the_slow_round(scene: Scene) -> None:
         await asyncio.sleep(0.05)
 
 
-async def test_what_nobody_changes_is_not_repaired(scene: Scene) -> None:
+async def test_without_changes_nothing_is_repaired(scene: Scene) -> None:
     """Containers come and go, tables change, names are asked: none of that is a deviation."""
     repairs, (network, other) = scene.networks[0].repairs, scene.networks
     node = scene.lab.nodes[0]
@@ -178,7 +178,7 @@ async def test_what_nobody_changes_is_not_repaired(scene: Scene) -> None:
     scene.lab.tell(DUAL)
     await scene.lab.apply([network, other], DUAL.id)
     enough = repairs.comparisons + 20
-    while repairs.comparisons < enough:  # noqa: ASYNC110  # they are told to nobody
+    while repairs.comparisons < enough:  # noqa: ASYNC110  # there is no event
         await asyncio.sleep(0.05)
     assert dict(repairs.counts) == {}
 
@@ -223,7 +223,7 @@ async def test_a_rule_that_cannot_be_is_left_out_alone(scene: Scene) -> None:
     assert said == [["peers6 fe80::1%x . 4100"]]
     repairs = network.repairs
     enough = repairs.comparisons + 20
-    while repairs.comparisons < enough:  # noqa: ASYNC110  # they are told to nobody
+    while repairs.comparisons < enough:  # noqa: ASYNC110  # there is no event
         await asyncio.sleep(0.05)
     assert dict(repairs.counts) == {}
 

@@ -48,7 +48,7 @@ async def test_nodes_on_two_routed_networks(lab: OverlayLab) -> None:
         assert await carried(first.namespaces, other, one, "10.0.1.6", 1 << 20) == 1 << 20
 
 
-async def test_the_mtu_follows_the_underlay_and_the_wish(lab: OverlayLab) -> None:
+async def test_the_mtu_follows_the_underlay_and_the_option(lab: OverlayLab) -> None:
     for node in lab.nodes:
         await shell(node.home, "ip link set under mtu 1400")
     wished = msgspec.structs.replace(TWO_SUBNETS, mtu=1200)
@@ -184,6 +184,6 @@ async def test_containers_that_end_many_at_a_time_are_no_deviation(lab: OverlayL
             ends = list(node.endpoints.values())
             await asyncio.gather(*(node.detach(network, end) for end in ends))
         enough = network.repairs.comparisons + 10
-        while network.repairs.comparisons < enough:  # noqa: ASYNC110  # they are told to nobody
+        while network.repairs.comparisons < enough:  # noqa: ASYNC110  # there is no event
             await asyncio.sleep(0.05)
         assert dict(network.repairs.counts) == {}

@@ -138,7 +138,9 @@ async def test_the_ingress_network_is_in_the_nodes_own_namespace(lab: OverlayLab
         assert await reaches(end, "10.0.0.4")
 
 
-async def test_who_leaves_the_table_is_unreachable_and_who_moves_is_found(lab: OverlayLab) -> None:
+async def test_a_task_removed_from_the_table_is_unreachable_and_a_moved_one_is_reached(
+    lab: OverlayLab,
+) -> None:
     async with lab.networks() as networks:
         asking = await lab.nodes[0].attach(networks[0], place(WEB, "10.0.1.5/24"))
         moving = await lab.nodes[1].attach(networks[1], place(WEB, "10.0.1.6/24"))
@@ -155,7 +157,7 @@ async def test_who_leaves_the_table_is_unreachable_and_who_moves_is_found(lab: O
         assert await reaches(asking, "10.0.1.6")
 
 
-async def test_a_restarted_process_interrupts_nothing_and_removes_what_is_nobodys(lab: OverlayLab) -> None:
+async def test_a_restarted_process_interrupts_nothing_and_removes_unowned_interfaces(lab: OverlayLab) -> None:
     async with AsyncExitStack() as stack:
         first, second = lab.nodes[:2]
         far_network = await stack.enter_async_context(second.running())
@@ -211,7 +213,7 @@ async def test_the_next_process_takes_the_ingress_network_over_as_it_is(lab: Ove
     )
     async with node.running() as network:
         await lab.apply([network])
-        assert await shell(node.home, listing) == before, "what is nobody's is removed, and nothing else"
+        assert await shell(node.home, listing) == before, "only unowned interfaces are removed"
 
 
 async def test_nothing_is_left_at_the_end(lab: OverlayLab) -> None:
@@ -256,7 +258,7 @@ async def test_a_container_cannot_pretend_to_be_another(lab: OverlayLab) -> None
         for target in ("10.0.1.6", "10.0.1.7"):
             assert (await tried(bad.netns, f"busybox ping -c 1 -W 1 -I 10.0.1.77 {target}"))[0] != 0
             assert await reaches(bad, target), "under its own address it does"
-        # It answers for an address that is nobody's; nobody hears it.
+        # It answers for an unused address; no other container receives that.
         assert not await reaches(near, "10.0.1.77")
         assert not await reaches(far, "10.0.1.77")
         mac = mac_of(IPv4Address("10.0.1.6"))
@@ -282,19 +284,19 @@ async def test_strangers_and_containers_send_no_vxlan(lab: OverlayLab) -> None:
                 " && ip neigh replace 10.0.1.5 lladdr 02:42:0a:00:01:05 dev vx nud permanent"
                 " && for i in 1 2 3; do busybox ping -c 1 -W 1 -I vx 10.0.1.5; done"
             )
-            heard = "cat /proc/net/dev | grep eth0 | awk '{print $3}'"
+            received = "cat /proc/net/dev | grep eth0 | awk '{print $3}'"
             await shell(stranger.home, "ip link set lo up")
-            before = int(await shell(end.netns, heard))
+            before = int(await shell(end.netns, received))
             await tried(stranger.home, forged.format(to=target, local=f"local {stranger.underlay}"))
             await tried(sender.netns, forged.format(to=target, local=""))
-            assert int(await shell(end.netns, heard)) - before == 0
+            assert int(await shell(end.netns, received)) - before == 0
             assert await reaches(sender, "10.0.1.5"), "the nodes' own frames pass"
         finally:
             lab.nodes.append(stranger)
 
 
 async def test_what_is_wanted_later_is_looked_at_first(lab: OverlayLab) -> None:
-    """A node without tables says so before its gateway is wished for; its sysctls are set all the same."""
+    """The sysctls are set also if the first state is applied before the gateway is requested."""
     node = lab.nodes[0]
     namespaces, repairs = node.namespaces, Repairs()
     home = node_reconciler(namespaces, repairs)

@@ -97,25 +97,25 @@ async def test_a_closed_port_between_two_nodes_is_named_and_nothing_else(
 
 
 @pytest.mark.slow
-async def test_a_listener_hears_what_changes_and_what_is_settled_and_nothing_else(lab: OverlayLab) -> None:
+async def test_a_listener_gets_changed_and_settled_results_only(lab: OverlayLab) -> None:
     second = lab.nodes[1]
     rules = "add table ip other; add chain ip other in { type filter hook input priority 0; };"
     await shell(second.home, f"nft '{rules} add rule ip other in udp dport 4789 drop'")
     async with lab.networks() as networks:
         set_all_targets(lab, networks)
-        heard: list[tuple[bool, int]] = []
+        received: list[tuple[bool, int]] = []
         async with asyncio.timeout(60):
-            while (False, 2) not in heard:
-                news = await networks[0].prober.next_reports()
-                heard += [(bool(one.failing), one.rounds) for one in news if one.peer == second.id]
-                if (True, 2) in heard:
+            while (False, 2) not in received:
+                changes = await networks[0].prober.next_reports()
+                received += [(bool(one.failing), one.rounds) for one in changes if one.peer == second.id]
+                if (True, 2) in received:
                     await shell(second.home, "nft delete table ip other; true")
-        assert heard == [(True, 1), (True, 2), (False, 1), (False, 2)]
+        assert received == [(True, 1), (True, 2), (False, 1), (False, 2)]
         assert is_whole(networks[0].prober.reports[second.id])
 
 
 async def test_an_examination_answers_at_once_with_throughput(lab: OverlayLab) -> None:
-    """Of peers that nobody wished for before, too, if they are told the same."""
+    """Results of peers without earlier targets are shown too, if they have the same targets."""
     first, second, third = lab.nodes
     async with lab.networks() as networks:
         set_all_targets(lab, networks)
@@ -145,7 +145,7 @@ def asked(source: str, target: str, *datagrams: bytes) -> list[bytes]:
 
 
 async def test_what_strangers_send_does_not_arrive(lab: OverlayLab) -> None:
-    """A machine that nobody named pretends to be a peer whose machine is off."""
+    """A machine that is no target pretends to be a peer whose machine is off."""
     first, second, stranger = lab.nodes
     target, forged = address_of(first.id), address_of(second.id)
     async with first.running() as one:
@@ -159,14 +159,14 @@ async def test_what_strangers_send_does_not_arrive(lab: OverlayLab) -> None:
             f" && ip addr add {forged}/8 dev vx"
             f" && ip neigh replace {target} lladdr {mac_of(IPv4Address(target))} dev vx nud permanent",
         )
-        inside, heard = first.paths.probes / "probe", "grep probe: /proc/net/dev | awk '{print $3}'"
+        inside, received = first.paths.probes / "probe", "grep probe: /proc/net/dev | awk '{print $3}'"
         questions = (encode_request(1, 0), encode_request(2, 1000))
         assert await stranger.namespaces.run(stranger.home, asked, forged, target, *questions) == []
-        assert (await shell(inside, heard)).strip() == "0"
+        assert (await shell(inside, received)).strip() == "0"
         known = (a_peer(second), a_peer(stranger))
         one.prober.set_targets(ProbeTargets(node=a_peer(first), peers=known))
         async with asyncio.timeout(10):
-            while (await shell(inside, heard)).strip() == "0":
+            while (await shell(inside, received)).strip() == "0":
                 await stranger.namespaces.run(stranger.home, asked, forged, target, encode_request(3, 0))
 
 
@@ -217,7 +217,7 @@ async def test_nothing_is_left_at_the_end_and_the_next_process_goes_on(lab: Over
         inside = first.paths.probes / "probe"
         device = await shell(inside, "ip -o link show probe")
         code, _ = await tried(inside, "ss -uanlH | grep -q 4787")
-        assert code != 0, "without a process nobody answers"
+        assert code != 0, "without a process there is no answer"
         async with first.running() as one:
             set_all_targets(lab, [one, other])
             await report_until(one, second, is_whole)

@@ -1,4 +1,4 @@
-"""What is said of a port that is closed, silent, or somebody else's."""
+"""The results for a port that is closed, silent, or another program's."""
 
 import asyncio
 import socket
@@ -14,7 +14,7 @@ from skep.dataplane.probe.port_probe import TRIES, PortProbe
 
 
 class Answering(asyncio.Protocol):
-    """Says something that is no TLS to whoever says anything."""
+    """Answers every client with bytes that are no TLS."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -46,7 +46,7 @@ def refused(error: str) -> Outcome:
     ("server", "error"),
     [(Answering, "the response is not TLS"), (Closing, "the connection is closed without an answer")],
 )
-async def test_who_speaks_no_tls_is_no_manager(
+async def test_a_port_without_tls_is_no_manager(
     knocking: PortProbe, server: type[asyncio.Protocol], error: str
 ) -> None:
     async with await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0) as listening:
@@ -55,8 +55,8 @@ async def test_who_speaks_no_tls_is_no_manager(
         assert (await knocking.connect("127.0.0.1", port)).arrived
 
 
-async def test_who_says_nothing_has_a_deadline_and_who_is_not_there_refuses(knocking: PortProbe) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and nobody reads
+async def test_a_silent_port_times_out_and_a_closed_one_refuses(knocking: PortProbe) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and does not read
         assert await knocking.tls_hello("127.0.0.1", silent.getsockname()[1]) == refused("no answer")
     port = silent_port()
     assert await knocking.tls_hello("127.0.0.1", port) == refused("connection refused")
@@ -70,7 +70,7 @@ async def test_a_tunnels_end_answers_and_one_that_is_not_there_does_not(knocking
 
 
 def silent_port() -> int:
-    """One that nobody listens at, neither by TCP nor by UDP."""
+    """A port without a listener, neither TCP nor UDP."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port: int = taken.getsockname()[1]
         return port

@@ -105,7 +105,7 @@ async def test_a_token_server_leads_the_password_nowhere_else(images: ImageStore
     assert store.requests == []
 
 
-async def test_what_roots_netrc_says_is_for_nobody(
+async def test_the_netrc_of_root_is_not_used(
     images: ImageStore, rogue: Rogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "netrc").write_text("default login root password secret\n")

@@ -36,7 +36,7 @@ async def test_a_restart_finds_running_containers_and_their_exit_code(lab: Lab) 
         assert lines == [b"went\n"]
 
 
-async def test_what_ended_while_nobody_looked_is_settled_at_the_next_start(lab: Lab) -> None:
+async def test_containers_that_ended_unobserved_are_settled_at_the_next_start(lab: Lab) -> None:
     first = lab.executor()
     async with first.running():
         container = await Runner(lab, first.engine).start("sh", "-c", "sleep 0.2; exit 6")
@@ -152,7 +152,7 @@ async def test_monitors_sit_in_a_cgroup_of_their_own(lab: Lab, run: Runner) -> N
 
 
 async def test_a_container_whose_record_is_damaged_is_ended_and_removed(lab: Lab) -> None:
-    """Nobody knows as what it runs, so it must not run on unseen."""
+    """Its configuration is lost, so it must not continue unmanaged."""
     first = lab.executor()
     async with first.running():
         container = await Runner(lab, first.engine).start("sleep", "100")

@@ -1,4 +1,4 @@
-"""Names that containers are told, compared with what the store says."""
+"""Names as containers resolve them, compared with the store."""
 
 import asyncio
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ async def test_names_that_are_as_the_store_says_are_well(lab: NamesLab) -> None:
     assert (finding.check, finding.port, finding.sent, finding.lost) == (PathCheck.NAMES, "53/udp", 3, 0)
 
 
-async def test_a_name_that_leads_elsewhere_is_told(lab: NamesLab) -> None:
+async def test_a_name_with_a_wrong_address_is_reported(lab: NamesLab) -> None:
     container = await served(lab)
     (finding,) = await checks(container).check(
         [truth({**SAID, "web": ("10.0.1.77",), "gone": ("10.0.1.5",)})]
@@ -65,7 +65,7 @@ async def test_what_changes_just_now_is_asked_again(lab: NamesLab) -> None:
     assert not finding.is_failing
 
 
-async def test_a_container_without_a_name_server_is_told_within_seconds(lab: NamesLab) -> None:
+async def test_a_container_without_a_name_server_is_reported_within_seconds(lab: NamesLab) -> None:
     await lab.container("c1")
     async with asyncio.timeout(10):
         (finding,) = await checks(a_sandbox(lab, "c1")).check([truth(SAID)])

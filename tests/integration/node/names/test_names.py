@@ -60,7 +60,9 @@ async def test_a_wrong_name_is_answered_at_once(lab: NamesLab) -> None:
         for name in ("wbe", "9.web"):
             assert (await resolver.ask(name)).header.rcode == RCODE.NXDOMAIN
         assert (await resolver.ask("99.1.0.10.in-addr.arpa", "PTR")).header.rcode == RCODE.NXDOMAIN
-        assert (await resolver.ask("example.com")).header.rcode == RCODE.SERVFAIL, "there is nobody to ask"
+        assert (await resolver.ask("example.com")).header.rcode == RCODE.SERVFAIL, (
+            "there is no upstream server"
+        )
 
 
 async def test_a_wrong_name_does_not_wait_for_servers_that_are_away(lab: NamesLab) -> None:
@@ -98,7 +100,9 @@ async def test_the_next_server_is_asked_when_one_says_nothing(lab: NamesLab) -> 
             assert await resolver.addresses("example.com") == ["192.0.2.7"], "it is asked last from now on"
 
 
-async def test_when_nobody_answers_the_failure_comes_before_the_client_asks_again(lab: NamesLab) -> None:
+async def test_without_an_answer_from_upstream_servfail_precedes_the_retry_of_the_client(
+    lab: NamesLab,
+) -> None:
     async with upstream(lambda _: None) as silent:
         await served(lab, silent)
         answer = await (await lab.resolver("c1")).ask("example.com")
@@ -164,7 +168,7 @@ async def test_with_ndots_set_clients_are_left_to_their_search_domains(lab: Name
         assert await resolver.addresses("printer.example") == ["192.0.2.7"]
 
 
-async def test_a_container_without_a_way_out_asks_nobody_outside(lab: NamesLab) -> None:
+async def test_names_of_a_container_without_a_default_route_are_not_forwarded(lab: NamesLab) -> None:
     lab.write(FRONT)
     path = await lab.container("c1")
     asked: list[DNSRecord] = []
@@ -222,12 +226,12 @@ async def test_a_container_may_have_a_name_server_of_its_own(lab: NamesLab) -> N
         assert await (await lab.resolver("c1")).addresses("web") == ["10.0.1.2"]
 
 
-async def test_nobody_outside_the_namespace_is_heard(lab: NamesLab) -> None:
+async def test_queries_from_outside_the_namespace_are_ignored(lab: NamesLab) -> None:
     """A neighbour sends packets for the loopback address, to a container that routes such packets."""
-    heard: list[str] = []
+    received: list[str] = []
 
     def noted(question: DNSRecord) -> bytes:
-        heard.append(str(question.q.qname))
+        received.append(str(question.q.qname))
         return knows("192.0.2.7")(question)
 
     async with upstream(noted) as there:
@@ -257,7 +261,7 @@ async def test_nobody_outside_the_namespace_is_heard(lab: NamesLab) -> None:
                 "such packets do arrive"
             )
         await (await lab.resolver("c1")).ask("honest.example")
-        assert heard == ["honest.example."]
+        assert received == ["honest.example."]
 
 
 def frame(mac: str, from_: str, to: str, port: int, data: bytes) -> bytes:
@@ -326,7 +330,7 @@ async def test_nonsense_does_no_harm(lab: NamesLab, kind: socket.SocketKind) -> 
     await wait_until(is_answered)
 
 
-async def test_who_asks_too_much_is_refused_and_others_are_answered(lab: NamesLab) -> None:
+async def test_a_client_over_its_limit_is_refused_and_others_are_answered(lab: NamesLab) -> None:
     async with upstream(lambda _: None) as silent:
         await served(lab, silent)
         await served(lab, id="c2")

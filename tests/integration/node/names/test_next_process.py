@@ -102,7 +102,7 @@ async def test_names_are_there_again_after_a_crash(lab: NamesLab) -> None:
     assert [one.id for one in (await lab.client.listing()).served] == ["c1"]
 
 
-async def test_what_went_while_nobody_looked_is_not_served_again(lab: NamesLab) -> None:
+async def test_entries_removed_between_two_processes_are_not_served_again(lab: NamesLab) -> None:
     await served(lab)
     crashed = net_process(lab.paths)
     os.kill(crashed.pid, signal.SIGKILL)

@@ -14,7 +14,7 @@ from tests.support.tables import a_network, a_served
 from tests.support.virtual_lab import BACKENDS, CLIENT, VIRTUAL, flow, say, started, web, who
 
 
-async def test_connections_reach_all_that_serve_evenly_and_show_who_calls(lab: NamesLab) -> None:
+async def test_connections_are_spread_evenly_and_keep_the_source_address(lab: NamesLab) -> None:
     await started(lab, "b11", "b12", "b13")
     found: Counter[str] = Counter()
     for _ in range(600):
@@ -65,7 +65,7 @@ async def test_udp_flows_leave_a_backend_that_goes(lab: NamesLab) -> None:
     flows = [await flow(lab) for _ in range(5)]
     assert {(await say(one))[0] for one in flows} == {"b11"}
     await lab.change(web("b11", "b12", "b13"))
-    assert {(await say(one))[0] for one in flows} == {"b11"}, "nobody moves who need not"
+    assert {(await say(one))[0] for one in flows} == {"b11"}, "no other connection moves"
     await lab.change(web("b12"))
     assert {(await say(one))[0] for one in flows} == {"b12"}
 
@@ -89,7 +89,7 @@ async def test_udp_flows_leave_a_backend_that_went_while_the_process_was_away(la
     await wait_until(has_moved)
 
 
-async def test_without_anybody_who_serves_connections_are_refused_at_once(lab: NamesLab) -> None:
+async def test_without_backends_connections_are_refused_at_once(lab: NamesLab) -> None:
     await started(lab)
     async with asyncio.timeout(0.5):
         with pytest.raises(ConnectionRefusedError):
@@ -211,7 +211,7 @@ async def test_idle_and_half_closed_connections_are_remembered(lab: NamesLab) ->
 
 
 async def test_a_connection_that_is_forgotten_is_reset_not_silent(lab: NamesLab) -> None:
-    """With times of a second in place of ours.  Nobody but the client's own namespace can have answered: its only
+    """With times of a second in place of ours.  Only the client's own namespace can have answered: its only
     backend still knows the connection."""
     await started(lab, "b11")
     client = lab.paths.netns / "client"

@@ -54,8 +54,8 @@ def change(planned: Plan) -> None:
 async def test_a_change_is_what_nftables_makes_of_it(lab: NamesLab) -> None:
     by_text, by_elements = await two(lab)
     there = plan({}, OLD).after
-    for wish in (CHANGED, OLD):
-        planned = plan(there, wish)
+    for requested in (CHANGED, OLD):
+        planned = plan(there, requested)
         inside(by_text, lambda planned=planned: nft.run(planned.text))  # type: ignore[misc]
         inside(by_elements, lambda planned=planned: change(planned))  # type: ignore[misc]
         assert inside(by_elements, listed) == inside(by_text, listed)

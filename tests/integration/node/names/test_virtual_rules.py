@@ -1,4 +1,4 @@
-"""The rules of virtual addresses: kept as they should be, whoever changes them and whichever process writes them."""
+"""The rules of virtual addresses are kept, whichever process changes or writes them."""
 
 import asyncio
 import os
@@ -59,7 +59,7 @@ async def _has_settled(path: Path, counts: list[int]) -> bool:
     return True
 
 
-# --- what somebody else does --------------------------------------------------------------------------------------
+# --- foreign changes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ async def _has_settled(path: Path, counts: list[int]) -> bool:
         "delete table ip skep_asked",
     ],
 )
-async def test_rules_that_somebody_changes_are_put_right(lab: NamesLab, harm: str) -> None:
+async def test_foreign_changes_of_rules_are_repaired(lab: NamesLab, harm: str) -> None:
     await started(lab, "b11")
     conversation = await lab.connect("client", VIRTUAL)
     await conversation.say()
