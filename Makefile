@@ -25,7 +25,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py encrypted_kernel.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down install check test unit contract sim mutants conformance integration escapes soak bench bench-networks bare virtual reference lock
+.PHONY: help setup setup-run demo demo-down install check test unit contract component sim mutants conformance integration escapes soak bench bench-networks bare virtual reference lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -60,8 +60,11 @@ test: check ## check, then all tests that are not slow (what the continuous inte
 unit: setup ## pure tests, seconds
 	@$(PYTEST) tests/unit tests/test_*.py
 
-contract: setup ## one suite per interface, on the fake and on the real thing
+contract: setup ## one suite per interface, on each of its implementations (store, executors)
 	@$(PYTEST) tests/contract
+
+component: setup ## one part with its real neighbours
+	@$(PYTEST) tests/component
 
 sim: setup ## simulated clusters on virtual time; SEEDS=10000 for more seeds, SEED=7 for one with its events
 	@$(BIN)/python -m sim $(if $(SEED),$(SEED),--seeds $(or $(SEEDS),500))

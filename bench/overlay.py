@@ -25,7 +25,7 @@ from skep.dataplane.dataplane import DataPlane
 from skep.model.ids import NetworkId, TaskId
 from skep.model.sandbox import Sandbox
 from skep.model.tables import NetworkHead, Segment, TableEndpoint
-from tests.integration.node.overlay_lab import LabNode, OverlayLab, place, shell
+from tests.support.overlay_lab import LabNode, OverlayLab, place, shell
 
 SECONDS = 1.0
 FEW, MANY = 5, 500

@@ -1,48 +1,19 @@
 """The control loops of a leader on either store, without nodes: from a spec to assignments, and its removal."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
-from random import Random
 
 import pytest
 from msgspec.structs import replace
 
-from skep.aio.clock import SystemClock
-from skep.manager.loops import loops
-from skep.model.ids import new_id
 from skep.model.service import ReplicatedService, Service, ServiceMode
 from skep.model.task import Task, TaskState
 from skep.model.times import Timestamp
 from skep.store.interface import NotLeader, Store, Transaction
-from tests.contract.store_rigs import FIRST, Rig
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.control_loops import leading, wait_for
+from tests.support.store_rigs import Rig
 
 REPLICAS = 50
-
-
-@asynccontextmanager
-async def leading(store: Store) -> AsyncIterator[None]:
-    """The loops run within."""
-    async with aclosing(store.terms(FIRST, "127.0.0.1:2377")) as terms:
-        term = await anext(terms)
-        async with asyncio.TaskGroup() as group:
-            running = [
-                group.create_task(loop.run()) for loop in loops(term, SystemClock(), new_id, Random(1))
-            ]
-            yield
-            for task in running:
-                task.cancel()
-
-
-async def wait_for(store: Store, condition: Callable[[], bool]) -> None:
-    """Look after each commit until ``condition``."""
-    async with store.watch(Service, Task) as watch:
-        if condition():
-            return
-        async for _ in watch:
-            if condition():
-                return
 
 
 def scale(tx: Transaction, replicas: int) -> None:

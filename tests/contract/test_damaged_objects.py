@@ -40,14 +40,22 @@ from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import ZERO_TIME
 from skep.store import keys
-from skep.store.interface import Deleted, InUse, Store, Transaction
+from skep.store.interface import Deleted, InUse, Transaction
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.store.proposal import Proposal
 from skep.store.schema import SCHEMAS
 from tests.conformance.manager import a_manager_api
-from tests.contract.damage_rigs import DamageRig, etcd_damage, memory_damage
-from tests.contract.test_control_loops import leading, wait_for
 from tests.support.builders import a_node, a_service, a_service_spec, a_task, an_overlay
+from tests.support.control_loops import leading, wait_for
+from tests.support.damage_rigs import (
+    DamageRig,
+    a_good_service_converges,
+    cluster_with,
+    damage,
+    etcd_damage,
+    memory_damage,
+    put_all,
+)
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -58,32 +66,6 @@ async def damaged(cluster: MemoryCluster, kind: str, id: str, part: str = "") ->
     damage(cluster, kind, id, part)
     assert cluster.revision == revision + 1
     return MemoryStore(SystemClock(), cluster)
-
-
-def damage(cluster: MemoryCluster, kind: str, id: str, part: str) -> None:
-    cluster.commit(Proposal(puts=((keys.object_key(kind, id, part), b'{"ID": 7, "Spec'),)), None)
-
-
-async def a_good_service_converges(store: Store) -> None:
-    await store.update(lambda tx: tx.put(a_service("good", replicas=3)))
-
-    def is_assigned() -> bool:
-        tasks = store.view().find(Task, service_id="good")
-        return sum(task.status.state is TaskState.ASSIGNED for task in tasks) == 3
-
-    await wait_for(store, is_assigned)
-
-
-def cluster_with(*objects: object) -> MemoryCluster:
-    cluster = MemoryCluster()
-    store = MemoryStore(SystemClock(), cluster)
-    asyncio.run(_put(store, *objects))
-    return cluster
-
-
-async def _put(store: Store, *objects: object) -> None:
-    for one in objects:
-        await store.update(lambda tx, one=one: tx.put(one))
 
 
 @pytest.mark.parametrize("kind", [schema.name for schema in SCHEMAS])
@@ -183,7 +165,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[D
 
 async def test_a_service_that_cannot_be_read_keeps_its_tasks(rig: DamageRig) -> None:
     web = a_service("web", replicas=2)
-    await _put(rig.store, a_node("n1"), web, a_task("t1", slot=1, node="n1", service=web))
+    await put_all(rig.store, a_node("n1"), web, a_task("t1", slot=1, node="n1", service=web))
     await rig.damage("o/service/web")
     store = await rig.loaded()
     assert list(store.view().unreadable(Service)) == ["web"]
@@ -203,7 +185,7 @@ async def test_a_node_that_cannot_be_read_keeps_its_tasks_its_session_and_its_ro
     n1 = replace(a_node("n1"), manager_status=status, session=session)
     t1 = a_task("t1", slot=1, node="n1", service=web)
     t2 = a_task("t2", slot=0, node="n1", service=everywhere)
-    await _put(rig.store, n1, a_node("n2"), web, everywhere, t1, t2)
+    await put_all(rig.store, n1, a_node("n2"), web, everywhere, t1, t2)
     await rig.damage("o/node/n1")
     store = await rig.loaded()
     node = store.view().get(Node, "n1")
@@ -238,7 +220,7 @@ async def test_a_status_that_cannot_be_read_loses_no_task_and_is_mended_by_the_n
     web = a_service("web", replicas=1)
     session = NodeSession(manager_id=NodeId("m1"), session_id=SessionId("s1"))
     node = replace(a_node("n1"), session=session)
-    await _put(rig.store, node, web, a_task("t1", slot=1, node="n1", service=web))
+    await put_all(rig.store, node, web, a_task("t1", slot=1, node="n1", service=web))
     running = rig.store.view().get(Task, "t1").status
     assert running.state is TaskState.RUNNING
     await rig.damage("o/task/t1.status")
@@ -258,7 +240,7 @@ async def test_what_was_known_before_it_was_damaged_goes_on_through_a_load_of_th
 ) -> None:
     web = a_service("web", replicas=2)
     task = a_task("t1", slot=1, node="n1", service=web)
-    await _put(rig.store, a_node("n1"), web, task)
+    await put_all(rig.store, a_node("n1"), web, task)
     before = [rig.store.view().get(kind, id) for kind, id in KNOWN]
     for key in ("o/node/n1", "o/service/web", "o/task/t1", "o/task/t1.status", "o/node/n1.status"):
         await rig.damage(key)
@@ -284,7 +266,7 @@ async def test_names_and_uses_that_cannot_be_read_hold_all_the_same_and_are_mend
     spec = a_service_spec("web")
     container = replace(spec.task_template.container_spec or ContainerSpec(), secrets=(reference,))
     spec = replace(spec, task_template=replace(spec.task_template, container_spec=container))
-    await _put(rig.store, secret, a_service("web", spec=spec))
+    await put_all(rig.store, secret, a_service("web", spec=spec))
     for prefix in ("n/", "r/"):
         for key in await rig.keys(prefix):
             await rig.damage(key)
@@ -302,7 +284,7 @@ async def test_names_and_uses_that_cannot_be_read_hold_all_the_same_and_are_mend
 
 async def test_an_ingress_network_that_cannot_be_read_is_not_taken_for_missing(rig: DamageRig) -> None:
     spec = NetworkSpec(name="ingress", driver_configuration=Driver(name="overlay"), ingress=True)
-    await _put(rig.store, Network(id=NetworkId("net1"), spec=spec))
+    await put_all(rig.store, Network(id=NetworkId("net1"), spec=spec))
     await rig.damage("o/network/net1")
     store = await rig.loaded()
     new_id = partial(next, iter(("one", "two", "three", "four")))
@@ -318,7 +300,7 @@ async def test_an_ingress_network_that_cannot_be_read_is_not_taken_for_missing(r
 async def test_with_everything_damaged_nothing_is_taken_away(rig: DamageRig) -> None:
     web = a_service("web", replicas=2)
     tasks = [a_task(f"t{slot}", slot=slot, node="n1", service=web) for slot in (1, 2)]
-    await _put(rig.store, a_node("n1"), web, *tasks)
+    await put_all(rig.store, a_node("n1"), web, *tasks)
     for key in [*await rig.keys("o/"), *await rig.keys("n/")]:
         await rig.damage(key)
     store = await rig.loaded()

@@ -18,8 +18,8 @@ from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import Timestamp
 from skep.store.interface import Store, View
-from tests.contract.store_rigs import FIRST
 from tests.support.builders import a_docker_node, a_node, a_service, an_overlay
+from tests.support.store_rigs import FIRST
 
 MESH = PortConfig(target_port=80, published_port=8080)
 HOST = PortConfig(target_port=81, published_port=8081, publish_mode=PublishMode.HOST)

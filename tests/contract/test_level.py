@@ -21,9 +21,9 @@ from skep.store.etcd.requests import etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction
 from skep.store.level import LEVEL
-from tests.contract.store_rigs import Rig, found
 from tests.support.builders import a_node
 from tests.support.etcd_rig import a_member, member_settings
+from tests.support.store_rigs import Rig, found
 
 
 def a_manager(tx: Transaction, id: str, level: int) -> None:

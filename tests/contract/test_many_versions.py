@@ -13,8 +13,8 @@ from skep.model.service import Service
 from skep.model.times import Timestamp
 from skep.store.interface import Store, Transaction
 from skep.store.kinds import SpecVersion
-from tests.contract.store_rigs import FIRST
 from tests.support.builders import a_service
+from tests.support.store_rigs import FIRST
 
 VERSIONS = 1100
 """More than one transaction removes."""

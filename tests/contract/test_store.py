@@ -23,8 +23,9 @@ from skep.store.interface import (
     Transaction,
 )
 from skep.store.kinds import Payload
-from tests.contract.store_rigs import FIRST, Rig
-from tests.contract.store_words import (
+from tests.support.builders import a_node, a_service, a_task
+from tests.support.store_rigs import FIRST, Rig
+from tests.support.store_transactions import (
     a_secret,
     change,
     delete,
@@ -32,7 +33,6 @@ from tests.contract.store_words import (
     put,
     using,
 )
-from tests.support.builders import a_node, a_service, a_task
 
 
 async def test_an_object_comes_back_as_it_was_put(store: Store) -> None:

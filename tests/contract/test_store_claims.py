@@ -29,8 +29,9 @@ from skep.store.interface import (
     Store,
     Transaction,
 )
-from tests.contract.store_rigs import Rig
-from tests.contract.store_words import (
+from tests.support.builders import a_service_spec
+from tests.support.store_rigs import Rig
+from tests.support.store_transactions import (
     a_network,
     a_secret,
     change,
@@ -40,7 +41,6 @@ from tests.contract.store_words import (
     put,
     using,
 )
-from tests.support.builders import a_service_spec
 
 T = TypeVar("T", bound=msgspec.Struct)
 

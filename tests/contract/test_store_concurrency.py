@@ -25,8 +25,9 @@ from skep.store.interface import (
     NotLeader,
     Transaction,
 )
-from tests.contract.store_rigs import FIRST, Rig
-from tests.contract.store_words import (
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.store_rigs import FIRST, Rig
+from tests.support.store_transactions import (
     a_secret,
     delete,
     eventually,
@@ -34,7 +35,6 @@ from tests.contract.store_words import (
     put,
     using,
 )
-from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
 
 async def test_no_update_is_lost_among_many_writers(rig: Rig) -> None:
@@ -157,7 +157,7 @@ async def test_a_term_whose_writer_is_cancelled_goes_on_once_it_shows_what_came_
     await asyncio.wait([writing])
     assert term.view().lookup(Secret, "s") is not None
     await term.update(put, a_secret("t"))
-    await terms.aclose()
+    await terms.aclose()  # type: ignore[attr-defined]
 
 
 async def test_a_term_ends_when_a_cancelled_write_has_no_outcome_in_time(

@@ -19,14 +19,14 @@ from skep.store.interface import (
     Transaction,
 )
 from skep.store.kinds import SpecVersion
-from tests.contract.store_rigs import Rig
-from tests.contract.store_words import (
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.store_rigs import Rig
+from tests.support.store_transactions import (
     a_secret,
     change,
     delete,
     put,
 )
-from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
 
 async def test_the_version_grows_with_the_spec_and_only_with_it(store: Store) -> None:

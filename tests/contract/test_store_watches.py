@@ -15,15 +15,15 @@ from skep.store.interface import (
     Updated,
     Watch,
 )
-from tests.contract.store_rigs import Rig
-from tests.contract.store_words import (
+from tests.support.builders import a_task
+from tests.support.store_rigs import Rig
+from tests.support.store_transactions import (
     a_secret,
     change,
     delete,
     eventually,
     put,
 )
-from tests.support.builders import a_task
 
 
 async def taken(watch: Watch, number: int) -> list[Commit]:

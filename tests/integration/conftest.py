@@ -4,8 +4,8 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.integration import last_words
-from tests.integration.cluster import TestCluster, TestNode, a_playground, remove_services, wait_until
+from tests.support import last_logs as last_words
+from tests.support.playground_rig import TestCluster, TestNode, a_playground, remove_services, wait_until
 
 
 @pytest.hookimpl(wrapper=True)

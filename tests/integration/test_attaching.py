@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.cluster import (
+from tests.support.docker_engines import FOR_ENGINES, attachments, inside, wait_inside
+from tests.support.playground_rig import (
     IDLE,
     IMAGE,
     TestCluster,
@@ -16,7 +17,6 @@ from tests.integration.cluster import (
     nodes_by_name,
     wait_until,
 )
-from tests.integration.engines import FOR_ENGINES, attachments, inside, wait_inside
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -70,7 +70,7 @@ def impostor(cluster: TestCluster, network: str, attachment: str) -> dict[str, s
         f"--net={w2.description['netns']}",
         sys.executable,
         "-m",
-        "tests.integration.impostor",
+        "tests.support.impostor",
     )
     done = subprocess.run(
         [*enter, str(files), manager, "w1", network, attachment],

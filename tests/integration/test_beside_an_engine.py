@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import (
+from tests.support.plain_engine import plain_engine
+from tests.support.playground_rig import (
     CLIS,
     IDLE,
     IMAGE,
@@ -19,8 +20,7 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.plain_engine import plain_engine
-from tests.integration.terminal import Terminal, terminal
+from tests.support.terminal import Terminal, terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("dockerd"), pytest.mark.timeout(120)]
 

@@ -12,7 +12,7 @@ from cryptography import x509
 
 from skep.security.authority import Authority
 from skep.security.tokens import join_token
-from tests.integration.cluster import (
+from tests.support.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -22,7 +22,7 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.roots import expire
+from tests.support.roots import expire
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -11,8 +11,8 @@ from urllib.request import urlopen
 import pytest
 
 from skep.aio.trees import discard_tree_now
-from tests.integration.cluster import TestCluster, wait_running, wait_until
-from tests.integration.footprint import inhabitants, machine, survivors
+from tests.support.footprint import inhabitants, machine, survivors
+from tests.support.playground_rig import TestCluster, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import TestNode, wait_until
+from tests.support.playground_rig import TestNode, wait_until
 
 
 def _is_version_1() -> bool:

@@ -8,19 +8,7 @@ import pytest
 
 from skep.model.planes import NODE_LABEL
 from skep.playground.docker import NO_IPVS, has_ipvs
-from tests.integration.cluster import (
-    IDLE,
-    IMAGE,
-    TestCluster,
-    TestNode,
-    containers,
-    create,
-    no_playground_yet,
-    running,
-    wait_running,
-    wait_until,
-)
-from tests.integration.engines import (
+from tests.support.docker_engines import (
     ENGINES,
     FOR_ENGINES,
     answers,
@@ -31,6 +19,18 @@ from tests.integration.engines import (
     node_names,
     places,
     wait_inside,
+)
+from tests.support.playground_rig import (
+    IDLE,
+    IMAGE,
+    TestCluster,
+    TestNode,
+    containers,
+    create,
+    no_playground_yet,
+    running,
+    wait_running,
+    wait_until,
 )
 
 pytestmark = [

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import (
+from tests.support.documents import PAGES, ROOT, shell_blocks
+from tests.support.playground_rig import (
     SKEP,
     TestCluster,
     TestNode,
@@ -22,7 +23,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.support.documents import PAGES, ROOT, shell_blocks
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from skep.model.paths import PROBE_VNI
-from tests.integration.cluster import (
+from tests.integration.test_overlay_networks import addresses, create_global, fetches, inside, kernel
+from tests.support.encrypted_traffic import captured_in, udp_to
+from tests.support.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -19,8 +21,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.node.encrypted_traffic import captured_in, udp_to
-from tests.integration.test_overlay_networks import addresses, create_global, fetches, inside, kernel
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -26,7 +26,7 @@ from skep.store.etcd.flags import MemberSettings
 from skep.store.etcd.member import Member, MemberFailed, MemberRemoved
 from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.orphans import write_pid
-from tests.integration.etcd_words import (
+from tests.support.etcd_calls import (
     CLOCK,
     a_fake_etcd,
     founded,

@@ -24,7 +24,7 @@ from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload
 from skep.store.leadership import LeaderRecord
-from tests.integration.etcd_words import (
+from tests.support.etcd_calls import (
     CLOCK,
     KEY,
     NODE,

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.integration.cluster import IMAGE, SKEP, TestNode, create, wait_running, wait_until
+from tests.support.playground_rig import IMAGE, SKEP, TestNode, create, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 

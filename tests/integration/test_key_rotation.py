@@ -19,7 +19,7 @@ from skep.store.etcd.initialize import cluster_in
 from skep.store.etcd.requests import PREFIX, etcd_key, is_clear
 from skep.store.etcd.store import EtcdStore, open_store
 from skep.store.interface import NotLeader, Term
-from tests.integration.etcd_words import CLOCK, KEY, founded, put_secret
+from tests.support.etcd_calls import CLOCK, KEY, founded, put_secret
 from tests.support.etcd_rig import member_settings
 
 pytestmark = pytest.mark.timeout(60)

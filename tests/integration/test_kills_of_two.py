@@ -4,8 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import TestNode, container_pids, containers, create, wait_running, wait_until
-from tests.integration.kills import PAIRS, strike, wait_started_again
+from tests.support.kills import PAIRS, strike, wait_started_again
+from tests.support.playground_rig import (
+    TestNode,
+    container_pids,
+    containers,
+    create,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(120)
 

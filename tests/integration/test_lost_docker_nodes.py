@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import (
+from tests.support.docker_engines import ENGINES, FOR_ENGINES, inside
+from tests.support.playground_rig import (
     IMAGE,
     TestCluster,
     containers,
@@ -16,7 +17,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.engines import ENGINES, FOR_ENGINES, inside
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from skep.model.tables import Table
-from tests.integration.cluster import IDLE, IMAGE, TestCluster, a_playground, wait_until
+from tests.support.playground_rig import IDLE, IMAGE, TestCluster, a_playground, wait_until
 
 NODES = ("m1", "m2", "m3", "w1", "w2")
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.cluster import (
+from tests.support.daemon_rig import daemon_rig
+from tests.support.playground_rig import (
     CLIS,
     IDLE,
     IMAGE,
@@ -21,7 +22,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.daemon.rig import daemon_rig
 
 pytestmark = pytest.mark.timeout(180)
 

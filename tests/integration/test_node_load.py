@@ -11,7 +11,7 @@ import pytest
 
 from skep.node.load import TIME_CONSTANT_S
 from skep.playground import cgroups, names
-from tests.integration.cluster import (
+from tests.support.playground_rig import (
     SKEP,
     TestCluster,
     TestNode,

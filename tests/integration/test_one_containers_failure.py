@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import IDLE, IMAGE, TestCluster, TestNode, a_playground, wait_until
-from tests.integration.cluster import containers as listed
+from tests.support.playground_rig import IDLE, IMAGE, TestCluster, TestNode, a_playground, wait_until
+from tests.support.playground_rig import containers as listed
 from tests.unit.linux.test_trees import nest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

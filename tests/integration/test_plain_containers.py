@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from skep.engine import apparmor
-from tests.integration.cluster import (
+from tests.support.docker_engines import attachments, inside, wait_inside
+from tests.support.playground_rig import (
     CLIS,
     IDLE,
     IMAGE,
@@ -20,7 +21,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.engines import attachments, inside, wait_inside
 
 pytestmark = pytest.mark.timeout(180)
 

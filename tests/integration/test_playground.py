@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from skep.linux.processes import stat_of
-from tests.integration.cluster import (
+from tests.support.footprint import inhabitants, machine, survivors
+from tests.support.playground_rig import (
     CLIS,
     IMAGE,
     SKEP,
@@ -22,7 +23,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.footprint import inhabitants, machine, survivors
 
 
 @pytest.fixture(scope="module")

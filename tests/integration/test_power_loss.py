@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import (
+from tests.support.daemon_rig import INIT, DaemonRig, daemon_rig
+from tests.support.playground_rig import (
     IDLE,
     IMAGE,
     TestNode,
@@ -19,7 +20,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.daemon.rig import INIT, DaemonRig, daemon_rig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import SKEP, TestNode, a_playground, create, ready, wait_running, wait_until
+from tests.support.playground_rig import SKEP, TestNode, a_playground, create, ready, wait_running, wait_until
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.integration.cluster import (
+from tests.support.playground_rig import (
     CLIS,
     IMAGE,
     TestNode,

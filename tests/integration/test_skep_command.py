@@ -11,7 +11,7 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from tests.integration.cluster import CLIS, SKEP, TestNode
+from tests.support.playground_rig import CLIS, SKEP, TestNode
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,9 +12,9 @@ from skep.model.node import Node
 from skep.model.secret import Secret
 from skep.store.interface import Store, Transaction
 from skep.store.state import State, differences
-from tests.contract.store_rigs import Rig, etcd_rig
-from tests.contract.store_words import a_secret, put
 from tests.support.builders import a_node
+from tests.support.store_rigs import Rig, etcd_rig
+from tests.support.store_transactions import a_secret, put
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from skep.playground.playground import Playground
-from tests.integration.cluster import (
+from tests.support.playground_rig import (
     IDLE,
     IMAGE,
     TestCluster,

@@ -7,7 +7,7 @@ import docker
 import pytest
 import requests
 
-from tests.integration.cluster import (
+from tests.support.playground_rig import (
     TestNode,
     container_pids,
     containers,

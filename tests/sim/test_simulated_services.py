@@ -19,8 +19,8 @@ from skep.model.service import (
 )
 from skep.model.task import TaskState
 from skep.model.times import SECOND_NS
-from tests.sim.words import state_of, with_image, with_replicas
 from tests.support.builders import a_service_spec
+from tests.support.sim_services import state_of, with_image, with_replicas
 
 SEEDS = range(8)
 AT_ONCE = RestartPolicy(delay=0)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.daemon.front_rig import Rig
-from tests.integration.daemon.rig import DaemonRig, daemon_rig
+from tests.support.daemon_rig import DaemonRig, daemon_rig
+from tests.support.front_rig import Rig
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from skep.playground.busybox import busybox_archive
-from tests.integration.cluster import CLIS
-from tests.integration.daemon.rig import INIT, DaemonRig, children_named, daemon_rig, is_running, wait_until
+from tests.support.daemon_rig import INIT, DaemonRig, children_named, daemon_rig, is_running, wait_until
+from tests.support.playground_rig import CLIS
 from tests.support.runc_lab import remove_cgroups
 
 # --- starting -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import ServerTls
-from tests.integration.daemon.front_rig import Rig
+from tests.support.front_rig import Rig
 
 PATIENCE_S = 10.0
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from tests.integration.daemon.front_process import process
-from tests.integration.daemon.front_rig import MIB, Rig, echo
+from tests.support.front_process import process
+from tests.support.front_rig import MIB, Rig, echo
 
 
 class Client:

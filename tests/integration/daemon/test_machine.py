@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from skep.node import features
-from tests.integration.cluster import CLIS
-from tests.integration.daemon.rig import INIT, Connection, DaemonRig, is_running, wait_until
+from tests.support.daemon_rig import INIT, Connection, DaemonRig, is_running, wait_until
 from tests.support.documents import ROOT
+from tests.support.playground_rig import CLIS
 
 PORT = 2376
 

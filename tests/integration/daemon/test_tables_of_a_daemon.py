@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from skep.model.tables import Table
-from tests.integration.daemon.rig import INIT, DaemonRig, is_running, wait_until
+from tests.support.daemon_rig import INIT, DaemonRig, is_running, wait_until
 
 WEB = {
     "Name": "web",

@@ -14,8 +14,8 @@ import pytest
 
 from skep.linux.processes import start_ticks_of
 from skep.node.supervision import zygote
-from tests.integration.daemon.rig import is_running, wait_until
 from tests.support import zygote_rig
+from tests.support.daemon_rig import is_running, wait_until
 from tests.support.zygote_rig import StartedZygote
 
 

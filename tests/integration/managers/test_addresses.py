@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from skep.playground.names import UNDERLAY
-from tests.integration.cluster import TestCluster, a_playground, wait_running, wait_until
-from tests.integration.managers.words import secrets, wait_managers, write
+from tests.support.managers_rig import secrets, wait_managers, write
+from tests.support.playground_rig import TestCluster, a_playground, wait_running, wait_until
 
 ALL = ("m1", "m2", "m3")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import TestCluster, TestNode, a_playground, wait_until
-from tests.integration.managers.words import secrets, wait_managers, write
+from tests.support.managers_rig import secrets, wait_managers, write
+from tests.support.playground_rig import TestCluster, TestNode, a_playground, wait_until
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 

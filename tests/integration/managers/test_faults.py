@@ -17,7 +17,18 @@ from requests.exceptions import RequestException
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.client import Client
 from skep.store.etcd.requests import PREFIX
-from tests.integration.cluster import (
+from tests.support.kills import PAIRS, strike, wait_started_again
+from tests.support.managers_rig import (
+    UNREACHABLE,
+    WORKER,
+    can_write,
+    others,
+    roles,
+    secrets,
+    wait_managers,
+    write,
+)
+from tests.support.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -29,17 +40,6 @@ from tests.integration.cluster import (
     running,
     wait_running,
     wait_until,
-)
-from tests.integration.kills import PAIRS, strike, wait_started_again
-from tests.integration.managers.words import (
-    UNREACHABLE,
-    WORKER,
-    can_write,
-    others,
-    roles,
-    secrets,
-    wait_managers,
-    write,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

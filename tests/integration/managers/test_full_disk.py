@@ -14,7 +14,8 @@ from requests.exceptions import RequestException
 
 from skep.model.conditions import condition_label
 from skep.store.etcd.client import Client
-from tests.integration.cluster import (
+from tests.support.managers_rig import leader, others, roles, wait_managers, write
+from tests.support.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -24,7 +25,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.managers.words import leader, others, roles, wait_managers, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

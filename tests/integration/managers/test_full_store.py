@@ -16,7 +16,8 @@ from requests.exceptions import RequestException
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.client import Client
 from skep.store.etcd.errors import OutOfSpace
-from tests.integration.cluster import (
+from tests.support.managers_rig import wait_managers
+from tests.support.playground_rig import (
     SKEP,
     TestCluster,
     TestNode,
@@ -27,7 +28,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.managers.words import wait_managers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

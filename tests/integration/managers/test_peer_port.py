@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.integration.cluster import TestNode, a_playground, wait_until
-from tests.integration.managers.words import wait_managers, write
 from tests.integration.test_path_failures import blocked, doctor, failing, in_network_of, message
+from tests.support.managers_rig import wait_managers, write
+from tests.support.playground_rig import TestNode, a_playground, wait_until
 
 LISTENER = """
 import socket, time

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.integration.cluster import SKEP, TestCluster, TestNode, a_playground, wait_running, wait_until
-from tests.integration.managers.words import (
+from tests.support.managers_rig import (
     can_write,
     roles,
     secrets,
     wait_managers,
     write,
 )
+from tests.support.playground_rig import SKEP, TestCluster, TestNode, a_playground, wait_running, wait_until
 
 NO_LEADER = (
     "The swarm does not have a leader. It's possible that too few managers are online. "

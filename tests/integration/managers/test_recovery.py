@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.cluster import (
+from tests.support.managers_rig import can_write, secrets, wait_managers, write
+from tests.support.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -13,7 +14,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.managers.words import can_write, secrets, wait_managers, write
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 

@@ -17,8 +17,9 @@ import pytest
 from docker.errors import DockerException
 from requests.exceptions import RequestException
 
-from tests.integration import cluster as rig
-from tests.integration.cluster import (
+from tests.support import playground_rig as rig
+from tests.support.managers_rig import wait_managers
+from tests.support.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -29,7 +30,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.managers.words import wait_managers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

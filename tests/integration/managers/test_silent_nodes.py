@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.integration.cluster import IMAGE, TestNode, a_playground, wait_running, wait_until
-from tests.integration.managers.words import wait_managers
 from tests.integration.test_published_ports import WHOAMI, fetch, in_namespace
+from tests.support.managers_rig import wait_managers
+from tests.support.playground_rig import IMAGE, TestNode, a_playground, wait_running, wait_until
 
 REQUESTS = 16
 LEFT_OUT_WITHIN_S = 60

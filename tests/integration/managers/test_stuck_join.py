@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from tests.integration.cluster import TestNode, a_playground, wait_until
-from tests.integration.managers.words import roles, wait_managers, write
+from tests.support.managers_rig import roles, wait_managers, write
+from tests.support.playground_rig import TestNode, a_playground, wait_until
 
 PEER_PORT = 2378
 

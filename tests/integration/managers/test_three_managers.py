@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import TestCluster, a_playground, create, wait_running, wait_until
-from tests.integration.managers.words import (
+from tests.support.managers_rig import (
     LEADER,
     REACHABLE,
     UNREACHABLE,
@@ -21,6 +20,7 @@ from tests.integration.managers.words import (
     wait_managers,
     write,
 )
+from tests.support.playground_rig import TestCluster, a_playground, create, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from skep.dataplane.netns.namespaces import inside
-from tests.integration.cluster import (
+from tests.support.playground_rig import (
     TestCluster,
     TestNode,
     container_pids,

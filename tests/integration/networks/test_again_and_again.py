@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import TestCluster, a_playground, create, wait_running, wait_until
 from tests.integration.networks.lab import (
     SERVE,
     addresses,
@@ -19,6 +18,7 @@ from tests.integration.networks.lab import (
 )
 from tests.integration.networks.resolving import ask, ask_all
 from tests.integration.networks.traces import leaving_nothing
+from tests.support.playground_rig import TestCluster, a_playground, create, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -11,14 +11,6 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.integration.cluster import (
-    TestCluster,
-    TestNode,
-    a_playground,
-    running,
-    wait_running,
-    wait_until,
-)
 from tests.integration.networks import haproxy
 from tests.integration.networks.lab import (
     asking,
@@ -30,6 +22,14 @@ from tests.integration.networks.lab import (
     wait_stopped,
 )
 from tests.integration.networks.traces import leaving_nothing
+from tests.support.playground_rig import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    running,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = [
     pytest.mark.needs("haproxy"),

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import (
+from tests.integration.networks.lab import in_place, place_of
+from tests.integration.networks.resolving import ask
+from tests.support.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -16,8 +18,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.networks.lab import in_place, place_of
-from tests.integration.networks.resolving import ask
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -13,18 +13,6 @@ import pytest
 
 from skep.linux.detached import ProcessIdentity
 from skep.model.ids import TaskId
-from tests.integration.cluster import (
-    TestCluster,
-    TestNode,
-    a_playground,
-    container_pids,
-    create,
-    ready,
-    running,
-    wait_running,
-    wait_until,
-)
-from tests.integration.kills import strike, wait_started_again
 from tests.integration.networks.lab import (
     Seen,
     addresses,
@@ -39,6 +27,18 @@ from tests.integration.networks.lab import (
 )
 from tests.integration.networks.resolving import ask_all
 from tests.integration.networks.traces import leaving_nothing, run_directory, tables
+from tests.support.kills import strike, wait_started_again
+from tests.support.playground_rig import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    container_pids,
+    create,
+    ready,
+    running,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(300)
 

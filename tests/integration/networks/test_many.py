@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.cluster import (
+from tests.support.playground_rig import (
     IMAGE,
     TestCluster,
     TestNode,

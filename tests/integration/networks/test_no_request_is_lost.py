@@ -10,16 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import (
-    TestCluster,
-    TestNode,
-    a_playground,
-    container_pids,
-    create,
-    running,
-    wait_running,
-    wait_until,
-)
 from tests.integration.networks.lab import (
     asking,
     in_place,
@@ -30,6 +20,16 @@ from tests.integration.networks.lab import (
     wait_stopped,
 )
 from tests.integration.networks.resolving import ask
+from tests.support.playground_rig import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    container_pids,
+    create,
+    running,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -15,7 +15,10 @@ from skep.linux.processes import borrowed
 from skep.model.tables import difference
 from skep.playground.playground import Playground
 from skep.store.etcd.deadlines import SILENT_S
-from tests.integration.cluster import (
+from tests.integration.networks.lab import SERVE, addresses, hostname_of, in_place, place_of, virtual_address
+from tests.integration.networks.resolving import ask_all
+from tests.integration.networks.traces import leaving_nothing, tables
+from tests.support.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -27,9 +30,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.networks.lab import SERVE, addresses, hostname_of, in_place, place_of, virtual_address
-from tests.integration.networks.resolving import ask_all
-from tests.integration.networks.traces import leaving_nothing, tables
 
 pytestmark = pytest.mark.timeout(240)
 

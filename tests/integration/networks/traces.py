@@ -12,8 +12,8 @@ import msgspec
 from pyroute2 import NFCTSocket
 
 from skep.model.tables import Table
-from tests.integration.cluster import TestCluster, TestNode, wait_until
 from tests.integration.networks.lab import in_place, remove_all
+from tests.support.playground_rig import TestCluster, TestNode, wait_until
 
 _LISTINGS = {
     "links": "ip -o link",

@@ -9,9 +9,9 @@ from skep.dataplane.plan.rotation import Limits
 from skep.model.wireguard import Method
 from skep.node.features import detect
 from tests.integration.node import test_encrypted_overlay as by_process
-from tests.integration.node.encrypted_traffic import CLOCK, TEXT, transfer
-from tests.integration.node.overlay_lab import reaches, shell
-from tests.integration.node.secure_lab import wait_reaches
+from tests.support.encrypted_traffic import CLOCK, TEXT, transfer
+from tests.support.overlay_lab import reaches, shell
+from tests.support.secure_lab import wait_reaches
 
 pytestmark = [pytest.mark.needs("root", "ip", "nsenter"), pytest.mark.timeout(600)]
 

@@ -8,8 +8,8 @@ import pytest
 from skep.dataplane.plan.wireguard import device_name
 from skep.dataplane.wireguard.methods import Refusal
 from skep.errors import FailedPrecondition
-from tests.integration.node.overlay_lab import carried, place, reaches, shell
-from tests.integration.node.secure_lab import SECURE_DUAL, SECURE_TWO, secure_lab, wait_reaches
+from tests.support.overlay_lab import carried, place, reaches, shell
+from tests.support.secure_lab import SECURE_DUAL, SECURE_TWO, secure_lab, wait_reaches
 
 pytestmark = [pytest.mark.needs("root", "ip", "nsenter", "wireguard-go"), pytest.mark.timeout(60)]
 

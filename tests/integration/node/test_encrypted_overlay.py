@@ -19,7 +19,7 @@ from skep.dataplane.wireguard.tunnels import Options
 from skep.model.ids import NodeId
 from skep.model.tables import NetworkHead, Table
 from skep.model.wireguard import Method
-from tests.integration.node.encrypted_traffic import (
+from tests.support.encrypted_traffic import (
     CLOCK,
     PORT,
     TEXT,
@@ -30,8 +30,8 @@ from tests.integration.node.encrypted_traffic import (
     transfer,
     udp_to,
 )
-from tests.integration.node.overlay_lab import LabNode, place, reaches, shell
-from tests.integration.node.secure_lab import SECURE_TWO, SecureLab, secure_lab, wait_reaches
+from tests.support.overlay_lab import LabNode, place, reaches, shell
+from tests.support.secure_lab import SECURE_TWO, SecureLab, secure_lab, wait_reaches
 
 pytestmark = [pytest.mark.needs("root", "ip", "nsenter", "wireguard-go"), pytest.mark.timeout(90)]
 

@@ -13,7 +13,7 @@ from skep.engine.container import ExecConfig, MountPoint
 from skep.engine.engine import Engine
 from skep.errors import SkepError
 from tests.integration.node.conftest import Runner
-from tests.integration.node.escapes import (
+from tests.support.escapes import (
     CALLS,
     EPERM,
     EROFS,

@@ -21,15 +21,15 @@ from skep.engine import apparmor, seccomp_default
 from skep.errors import SkepError
 from tests.integration.node import test_escapes
 from tests.integration.node.conftest import Runner
-from tests.integration.node.escapes import (
+from tests.integration.node.test_apparmor import unload_default
+from tests.support.escapes import (
     WRITE_TO_ETC,
     is_as_it_was,
     lead_etc_out,
     outcomes,
     spoil_users,
 )
-from tests.integration.node.test_apparmor import unload_default
-from tests.integration.plain_engine import docker, plain_engine
+from tests.support.plain_engine import docker, plain_engine
 from tests.support.runc_lab import Lab, busybox_tree
 
 pytestmark = [

@@ -17,9 +17,9 @@ import pytest
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.model.ids import NetworkId
 from skep.model.tables import NetworkHead, Segment
-from tests.integration.node.overlay_lab import DUAL, INGRESS, place, shell, tried
-from tests.integration.node.secure_lab import secure_lab
 from tests.integration.node.test_overlay_healing import Scene
+from tests.support.overlay_lab import DUAL, INGRESS, place, shell, tried
+from tests.support.secure_lab import secure_lab
 
 SECRET = NetworkHead(
     id=NetworkId("secretnet"),

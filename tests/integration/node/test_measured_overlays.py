@@ -12,8 +12,8 @@ from skep.dataplane.netns.checksums import offloads, set_offloads
 from skep.dataplane.plan.probe import address_of
 from skep.model.paths import PathCheck, ProbeTargets
 from skep.model.sandbox import Sandbox
-from tests.integration.node.overlay_lab import WEB, LabNode, OverlayLab, carried, place, reaches, shell
-from tests.integration.node.paths_lab import a_peer, report_until, set_all_targets
+from tests.support.overlay_lab import WEB, LabNode, OverlayLab, carried, place, reaches, shell
+from tests.support.paths_lab import a_peer, report_until, set_all_targets
 
 TEN_MEGABYTES = 10 << 20
 INNER_IP = 8 + 8 + 14

@@ -21,7 +21,7 @@ from skep.dataplane.tables.validation import valid_table
 from skep.model.ids import NodeId
 from skep.model.sandbox import Sandbox
 from skep.model.tables import TableNode
-from tests.integration.node.overlay_lab import DUAL, INGRESS, OverlayLab, place, reaches, shell
+from tests.support.overlay_lab import DUAL, INGRESS, OverlayLab, place, reaches, shell
 
 HEALED_SECONDS_MAX = 5.0
 UNSTEADY = "s/@[^ :]*//; s/,LOWER_UP//; s/,M-DOWN//; s/NO-CARRIER,//; s/qdisc [a-z]*//; s/ state.*//"

@@ -10,7 +10,7 @@ import pytest
 
 from skep.model.sandbox import Sandbox
 from skep.model.tables import TableNode
-from tests.integration.node.overlay_lab import (
+from tests.support.overlay_lab import (
     DUAL,
     INGRESS,
     TWO_SUBNETS,

@@ -19,7 +19,7 @@ from skep.model.ids import NetworkId, TaskId, new_container_id
 from skep.model.sandbox import PublishedPort
 from skep.model.service import PublishMode
 from skep.model.tables import TableEndpoint
-from tests.integration.node.overlay_lab import (
+from tests.support.overlay_lab import (
     DUAL,
     INGRESS,
     TWO_SUBNETS,

@@ -20,9 +20,9 @@ from skep.dataplane.probe.packets import (
     encode_response,
 )
 from skep.model.paths import PROBE_VNI, PathCheck, PathReport, ProbeTargets
-from tests.integration.node.overlay_lab import OverlayLab, shell, tried
-from tests.integration.node.paths_lab import a_peer, failing, report_until, served_ports, set_all_targets
-from tests.integration.node.secure_lab import SecureLab, encrypt
+from tests.support.overlay_lab import OverlayLab, shell, tried
+from tests.support.paths_lab import a_peer, failing, report_until, served_ports, set_all_targets
+from tests.support.secure_lab import SecureLab, encrypt
 
 INSIDE = {PathCheck.OVERLAY, PathCheck.LARGE_PACKETS, PathCheck.CHECKSUM_OFFLOAD}
 EVERYTHING = INSIDE | {PathCheck.CONTROL, PathCheck.ETCD, PathCheck.GOSSIP, PathCheck.ENCRYPTED}

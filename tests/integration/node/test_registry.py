@@ -18,8 +18,8 @@ from skep.engine.api.images import image_routes
 from skep.engine.images.registry import DOCKER_MANIFEST
 from skep.engine.images.store import ImageStore
 from tests.conftest import SEARCHED
-from tests.integration.cluster import CLIS
 from tests.support.archives import sha256
+from tests.support.playground_rig import CLIS
 from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
 
 pytestmark = pytest.mark.needs("docker-registry")

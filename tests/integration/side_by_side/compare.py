@@ -11,9 +11,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.integration.cluster import CLIS, TestCluster, TestNode, docker_version, remove_services, wait_until
 from tests.integration.side_by_side import records
 from tests.integration.side_by_side.lines import Place, by_line, comparable, groups, script
+from tests.support.playground_rig import (
+    CLIS,
+    TestCluster,
+    TestNode,
+    docker_version,
+    remove_services,
+    wait_until,
+)
 
 
 def place_of(node: TestNode, cli: str, scratch: Path) -> Place:

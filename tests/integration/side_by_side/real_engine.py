@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from skep.playground.busybox import busybox_archive
-from tests.integration.plain_engine import docker, engine_in
+from tests.support.plain_engine import docker, engine_in
 
 ADDRESS = "10.98.0.11"
 

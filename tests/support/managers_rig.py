@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from docker.errors import DockerException
 from requests.exceptions import RequestException
 
-from tests.integration.cluster import TestNode, wait_until
+from tests.support.playground_rig import TestNode, wait_until
 
 LEADER, REACHABLE, UNREACHABLE, WORKER = "leader", "reachable", "unreachable", ""
 

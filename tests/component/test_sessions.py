@@ -131,7 +131,9 @@ async def heard_late(cluster, channel, node_id, session_id, *, rival: bool) -> t
         with suppress(TimeoutError):
             async with beating(channel, session_id), asyncio.timeout(1.2):
                 async for commit in watch:
-                    states += [cast("Updated", event).new.status.state for event in commit.events]
+                    states += [
+                        cast("Node", cast("Updated", event).new).status.state for event in commit.events
+                    ]
     return cluster.node(node_id).session.session_id, states
 
 

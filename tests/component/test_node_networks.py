@@ -21,8 +21,8 @@ from skep.model.service import EndpointVirtualIP, NetworkAttachmentConfig
 from skep.model.tables import NetworkHead, Table, TableEndpoint, TableNode, TablePort, TableService
 from skep.model.task import AssignedTask, NetworkAttachment, Task, TaskState
 from skep.node.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
-from tests.contract.network_rigs import Rig, a_rig
 from tests.support.builders import a_node, a_service, a_task, an_overlay
+from tests.support.network_rigs import Rig, a_rig
 
 
 @pytest.fixture

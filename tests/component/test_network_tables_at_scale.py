@@ -22,7 +22,7 @@ from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from tests.contract.test_responsiveness import HELD_S_MAX, turns
+from tests.component.test_responsiveness import HELD_S_MAX, turns
 from tests.support.builders import a_node, a_service, a_task, an_overlay
 
 NET = an_overlay("net1", subnet="10.0.0.0/16")

@@ -15,7 +15,7 @@ from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem
-from tests.contract.test_expired import Earlier
+from tests.component.test_expired import Earlier
 from tests.support.wire_rig import Cluster, a_worker, an_agent, pair_of, put, until
 
 
@@ -60,7 +60,7 @@ async def test_a_disk_that_refuses_the_certificate_is_no_end_of_the_session(clus
 
     async with an_agent(cluster, pair, tmp_path) as (agent, _):
         monkeypatch.setattr(keypair, "save", full)
-        agent._credentials.take_roots(agent._credentials.pair.root_pem + cluster.authority.root_pem)
+        agent._credentials.take_roots(agent._credentials.pair.root_pem + cluster.authority.root_pem)  # type: ignore[attr-defined]
         agent.renew_certificate()
         await until(lambda: len(refused) >= 2)
         before = serial(agent)

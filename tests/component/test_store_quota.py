@@ -27,9 +27,9 @@ from skep.store.interface import Transaction
 from skep.store.space import REFUSE_AT, Space, refusal
 from skep.store.transaction import LocalTransaction
 from skep.wire.client import Channel
-from tests.contract.store_rigs import found
 from tests.support.builders import a_service
 from tests.support.etcd_rig import a_member, member_settings
+from tests.support.store_rigs import found
 
 pytestmark = [pytest.mark.needs("etcd", "setpriv"), pytest.mark.timeout(120)]
 

@@ -19,7 +19,7 @@ from docker.errors import APIError, DockerException, NotFound
 from requests.exceptions import RequestException
 
 from skep.aio.trees import discard_tree_now
-from tests.integration import last_words
+from tests.support import last_logs as last_words
 
 T = TypeVar("T")
 

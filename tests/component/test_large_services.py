@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.orchestrator import loop as orchestrator
+from skep.manager.orchestrator.convergence import deciding
 from skep.manager.orchestrator.loop import THROTTLE_S_MAX, Orchestrator, throttle_s
 from skep.model.ids import new_id
 from skep.model.service import Service
@@ -58,7 +59,7 @@ async def test_many_reports_of_one_service_are_decided_upon_together() -> None:
         for slot in range(1, TASKS + 1)
     ]
     await store.update_each(put, tasks)
-    with patch.object(orchestrator, "deciding", wraps=orchestrator.deciding) as decided:
+    with patch.object(orchestrator, "deciding", wraps=deciding) as decided:
         async with asyncio.TaskGroup() as group, store.watch(Task) as watch:
             running = group.create_task(Orchestrator(store, clock, new_id, Random(1)).run())
             for slot in range(1, REPORTS + 1):

@@ -14,7 +14,7 @@ from skep.dataplane.plan.wireguard import device_name
 from skep.dataplane.wireguard.tunnels import Options
 from skep.model.tables import Segment
 from skep.model.wireguard import Method
-from tests.integration.node.overlay_lab import DUAL, TWO_SUBNETS, LabNode, OverlayLab, reaches
+from tests.support.overlay_lab import DUAL, TWO_SUBNETS, LabNode, OverlayLab, reaches
 
 CLOCK = SystemClock()
 SECURE_DUAL = msgspec.structs.replace(

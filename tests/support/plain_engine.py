@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from skep.aio.trees import discard_tree_now
-from tests.integration.cluster import CLIS, wait_until
+from tests.support.playground_rig import CLIS, wait_until
 
 # dockerd writes bridge settings through sysfs, which must show its own network namespace; the cgroups go back on top,
 # and securityfs, by which it finds AppArmor.

@@ -1,6 +1,6 @@
 """A manager's responses to a client with one node's files that claims to be another: run inside a node's namespace.
 
-    python -m tests.integration.impostor CERTIFICATES MANAGER HOSTNAME NETWORK ATTACHMENT
+    python -m tests.support.impostor CERTIFICATES MANAGER HOSTNAME NETWORK ATTACHMENT
 
 It opens a session as a Docker Engine with that hostname and all labels that a network may ask for, asks for a place on
 the network, and gives the attachment, another node's, back.  Prints the errors as JSON; empty: it was done.

@@ -16,7 +16,7 @@ from skep.model.tables import NetworkHead, Table, TableNode, TableSet, whole
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
-from tests.contract.test_network_tables import (
+from tests.component.test_network_tables import (
     NET1,
     OTHER,
     Listening,

@@ -16,8 +16,8 @@ from skep.model.service import ReplicatedService, Resources, Service, ServiceMod
 from skep.model.task import Task, TaskState
 from skep.store.interface import LoopStore, Object, Transaction
 from skep.store.memory import MemoryStore
-from tests.contract.test_control_loops import leading, wait_for
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.control_loops import leading, wait_for
 
 NODES, REPLICAS = 20, 10
 

@@ -1,5 +1,7 @@
 """Assignments to nodes and statuses from them, over real mutual TLS on loopback."""
 
+from contextlib import AbstractAsyncContextManager
+
 import msgspec
 import pytest
 
@@ -167,13 +169,14 @@ class Restartable:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._serving = None
+        self._serving: AbstractAsyncContextManager[None] | None = None
 
     async def start(self) -> None:
         self._serving = self._cluster.serving(self._cluster.port)
         await self._serving.__aenter__()
 
     async def stop(self) -> None:
+        assert self._serving is not None
         await self._serving.__aexit__(None, None, None)
         self._serving = None
 

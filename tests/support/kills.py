@@ -4,7 +4,7 @@ import os
 import signal
 from itertools import combinations
 
-from tests.integration.cluster import TestNode, wait_until
+from tests.support.playground_rig import TestNode, wait_until
 
 COMMANDS = {"node": "skep-node", "manager": "skep-manager", "etcd": "etcd", "conmon": "conmon"}
 """Kind -> its command name.  Of ``conmon`` there is one per container."""

@@ -71,7 +71,7 @@ async def test_an_address_that_is_none_costs_no_other_task_its_place(comes_later
 async def test_what_cannot_be_put_into_a_table_leaves_the_rest_of_it(
     comes_later: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = network_tables.endpoint_of
+    real = network_tables.endpoint_of  # type: ignore[attr-defined]
 
     def endpoint_of(task: Task, *rest: Any) -> Any:
         if task.id == "bad":

@@ -1,6 +1,6 @@
 """A front, or a manager behind it, as a process of its own that a test can kill, stop or starve.
 
-    python -m tests.integration.daemon.front_process {front|manager} DIRECTORY [DESCRIPTORS]
+    python -m tests.support.front_process {front|manager} DIRECTORY [DESCRIPTORS]
 
 The manager answers ``/nodes`` with its pid, ``/tasks/hang`` never, and ``/tasks/begin`` with the beginning of a
 response.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from tests.integration.daemon.front_rig import Rig
+from tests.support.front_rig import Rig
 
 
 async def _answer(request: web.Request) -> web.StreamResponse:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from skep.dataplane.dataplane import DataPlane
 from skep.model.paths import PathCheck, PathPeer, PathReport, ProbeTargets
-from tests.integration.node.overlay_lab import LabNode, OverlayLab
 from tests.support.etcd_rig import peer_files
+from tests.support.overlay_lab import LabNode, OverlayLab
 
 CONTROL_PORT, ETCD_PORT, GOSSIP_PORT, VXLAN_PORT = 2377, 2378, 7946, 4789
 

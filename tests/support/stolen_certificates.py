@@ -1,7 +1,7 @@
 """The responses of a manager's ports to a client with a node's files: run inside a node's network namespace.
 
-    python -m tests.integration.stolen once CERTIFICATES ADDRESS...    which addresses take the certificate, as JSON
-    python -m tests.integration.stolen hold CERTIFICATES ADDRESS       says "open", and when the other end closes
+    python -m tests.support.stolen_certificates once CERTIFICATES ADDRESS...  addresses that accept it, as JSON
+    python -m tests.support.stolen_certificates hold CERTIFICATES ADDRESS     prints "open", and the time of the close
 
 An address is ``ip:port`` for gRPC, ``peer:ip:port`` for etcd's peers.  Server certificates are not verified.
 """

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from tests.integration.cluster import TestCluster, TestNode, remove_services, running, wait_until
+from tests.support.playground_rig import TestCluster, TestNode, remove_services, running, wait_until
 
 ENGINES = ("d1", "d2")
 FOR_ENGINES = ("--label", "skep.data-plane=docker")

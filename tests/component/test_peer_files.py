@@ -23,7 +23,7 @@ from skep.security.tls import client_context
 from skep.security.trust import root_digest
 from skep.store.kinds import Payload, Revocation
 from skep.wire.client import connected
-from tests.contract.test_root_rotation import rotate, rotated
+from tests.component.test_root_rotation import rotate, rotated
 from tests.support.wire_calls import call
 from tests.support.wire_rig import CLOCK, MANAGER_ID, Cluster, a_worker, an_agent, put, until
 

@@ -1,6 +1,6 @@
 """Asks managers again and again whether they take a certificate: run inside a node's network namespace.
 
-    python -m tests.integration.probe CERTIFICATES ADDRESS...
+    python -m tests.support.certificate_probe CERTIFICATES ADDRESS...
 
 Says on stderr how each address answered first; ends when each has refused ten times more after it first did.  Prints
 then, as JSON, when that was (``time.time``, one clock for the whole machine) and what was answered before.  An

@@ -1,5 +1,6 @@
 """A store with damaged values: in memory a value that makes no sense, in a real etcd a flipped byte."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Protocol
 
 from skep.aio.clock import SystemClock
 from skep.model.ids import NodeId
+from skep.model.task import Task, TaskState
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import new_wrapping_key
@@ -17,8 +19,10 @@ from skep.store.etcd.store import open_store
 from skep.store.interface import Store
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.store.proposal import Proposal
-from tests.contract.store_rigs import found
+from tests.support.builders import a_service
+from tests.support.control_loops import wait_for
 from tests.support.etcd_rig import Relay, a_member, member_settings
+from tests.support.store_rigs import found
 
 
 class DamageRig(Protocol):
@@ -112,3 +116,29 @@ async def etcd_damage(root: Path) -> AsyncIterator[DamageRig]:
         store = await stack.enter_async_context(open_store(path, NodeId("m1"), key, clock))
         client = await stack.enter_async_context(Client(settings.socket))
         yield EtcdDamage(store, relay, client, settings.socket, key, stack)
+
+
+def damage(cluster: MemoryCluster, kind: str, id: str, part: str) -> None:
+    cluster.commit(Proposal(puts=((keys.object_key(kind, id, part), b'{"ID": 7, "Spec'),)), None)
+
+
+async def a_good_service_converges(store: Store) -> None:
+    await store.update(lambda tx: tx.put(a_service("good", replicas=3)))
+
+    def is_assigned() -> bool:
+        tasks = store.view().find(Task, service_id="good")
+        return sum(task.status.state is TaskState.ASSIGNED for task in tasks) == 3
+
+    await wait_for(store, is_assigned)
+
+
+def cluster_with(*objects: object) -> MemoryCluster:
+    cluster = MemoryCluster()
+    store = MemoryStore(SystemClock(), cluster)
+    asyncio.run(put_all(store, *objects))
+    return cluster
+
+
+async def put_all(store: Store, *objects: object) -> None:
+    for one in objects:
+        await store.update(lambda tx, one=one: tx.put(one))

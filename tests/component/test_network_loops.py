@@ -19,9 +19,9 @@ from skep.model.times import Timestamp
 from skep.store.interface import Store
 from skep.store.memory import MemoryStore
 from skep.store.proposal import Proposal
-from tests.contract.store_rigs import memory_rig
-from tests.contract.test_control_loops import leading
 from tests.support.builders import a_node, a_service_spec
+from tests.support.control_loops import leading
+from tests.support.store_rigs import memory_rig
 
 NOW = Timestamp("2026-01-02T03:04:05Z")
 
