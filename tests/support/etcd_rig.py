@@ -14,8 +14,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import SystemClock
+from skep.security.tls import MANAGER_NAME
 from skep.store.etcd.binary import find_binary
-from skep.store.etcd.flags import MANAGER_NAME, MemberSettings, PeerFiles
+from skep.store.etcd.flags import MemberSettings, PeerFiles
 from skep.store.etcd.member import Member
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from typing import cast
 
 from skep.agent.reports import Reports
 from skep.agent.session_state import SessionState
@@ -11,12 +12,13 @@ from skep.model.ids import TaskId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.task import AssignedTask, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp
+from skep.wire.client import Channel
 
 
 def a_session() -> SessionState:
     """The state of a node that has a session: a manager replaces its tasks."""
     state = SessionState(SystemClock())
-    state.begin()
+    state.begin(cast("Channel", None))  # no call is made
     return state
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests.integration.networks.lab import SERVE, hostname_of, in_place, place_of
+from tests.integration.networks.resolving import ask_all
+from tests.integration.networks.traces import leaving_nothing
 from tests.support.playground_rig import (
     IMAGE,
     TestCluster,
@@ -14,9 +17,6 @@ from tests.support.playground_rig import (
     create,
     wait_running,
 )
-from tests.integration.networks.lab import SERVE, hostname_of, in_place, place_of
-from tests.integration.networks.resolving import ask_all
-from tests.integration.networks.traces import leaving_nothing
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -90,8 +90,8 @@ class Truth:
         """Service -> its tasks' addresses."""
         for task in api.tasks(filters={"desired-state": "running"}):
             (place,) = task["NetworksAttachments"]
-            there = self.tasks.setdefault(services[task["ServiceID"]]["Spec"]["Name"], set())
-            there.add(place["Addresses"][0].partition("/")[0])
+            addresses = self.tasks.setdefault(services[task["ServiceID"]]["Spec"]["Name"], set())
+            addresses.add(place["Addresses"][0].partition("/")[0])
 
 
 def names_are_right(answers: Mapping[str, tuple[str, ...]], truth: Truth, network: str) -> None:

@@ -95,7 +95,7 @@ async def test_who_the_peer_is_is_told_whenever_somebody_asks():
 
 async def test_connections_of_a_thread_read_into_one_buffer():
     async with connections(["n1", "n2"]) as both:
-        buffers = {id(writer.transport._ssl_protocol._ssl_buffer) for ends in both for _, writer in ends}
+        buffers = {id(writer.transport._ssl_protocol._ssl_buffer) for ends in both for _, writer in ends}  # type: ignore[attr-defined]
     assert len(buffers) == 1
 
 

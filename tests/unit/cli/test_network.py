@@ -13,7 +13,7 @@ from skep.cli import passthrough
 def test_every_verb_but_ours_is_dockers(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(passthrough, "find_docker", lambda: "/usr/bin/docker")
-    monkeypatch.setattr(passthrough.os, "execv", lambda path, argv: started.append(argv))
+    monkeypatch.setattr("os.execv", lambda path, argv: started.append(argv))
     assert CliRunner().invoke(cli.main, ["-H", "unix:///x.sock", "network", *words]).exit_code == 0
     assert started == [["/usr/bin/docker", "--host", "unix:///x.sock", "network", *words]]
 

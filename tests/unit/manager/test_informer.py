@@ -75,7 +75,7 @@ def test_the_write_that_was_under_way_is_seen_and_the_term_goes_on(rig: Rig, lag
         await asyncio.sleep(0)
         assert not lost.done()
         lost.cancel()
-        await terms.aclose()
+        await terms.aclose()  # type: ignore[attr-defined]
 
     rig.loop.run_until_complete(run())
     assert rig.starts == [[], ["w0", "w1"]]
@@ -96,6 +96,6 @@ def test_where_nobody_answers_the_term_is_over(rig: Rig) -> None:
             await term.wait_lost()
         leading.cancel()
         await asyncio.wait([leading])
-        await terms.aclose()
+        await terms.aclose()  # type: ignore[attr-defined]
 
     rig.loop.run_until_complete(run())

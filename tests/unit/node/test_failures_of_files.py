@@ -91,7 +91,7 @@ async def unpack(source: int, target: Path, **_: Any) -> Unpacked:
 
     def work() -> Unpacked:
         content = b""
-        while piece := layers.os.read(source, 1 << 20):
+        while piece := layers.os.read(source, 1 << 20):  # type: ignore[attr-defined]
             content += piece
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             for member in archive:

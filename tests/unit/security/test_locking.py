@@ -128,7 +128,7 @@ def test_a_crash_while_the_lock_is_turned_is_made_good(
     lock, key = KeyLock(paths), new_unlock_key()
     if not turns_on:
         lock.turn(key)
-    replace_file, left = locking.replace_file, writes
+    replace_file, left = locking.replace_file, writes  # type: ignore[attr-defined]
 
     def crashing(*args: object, **kwargs: object) -> None:
         nonlocal left

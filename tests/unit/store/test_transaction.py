@@ -135,7 +135,7 @@ class StoreMachine(RuleBasedStateMachine):
 
         async def run() -> None:
             before = {
-                (kind, object.id): object
+                (kind, object.id): object  # type: ignore[attr-defined]
                 for kind in (Service, Network, Task, SpecVersion)
                 for object in store.view().find(kind)
             }
@@ -146,7 +146,7 @@ class StoreMachine(RuleBasedStateMachine):
             except SkepError:
                 expected = before
             seen = {
-                (kind, object.id): object
+                (kind, object.id): object  # type: ignore[attr-defined]
                 for kind in (Service, Network, Task, SpecVersion)
                 for object in store.view().find(kind)
             }
@@ -188,7 +188,7 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def versions_only_grow(self) -> None:
         now = {
-            (type(object).__name__, object.id): object.version.index
+            (type(object).__name__, object.id): object.version.index  # type: ignore[attr-defined]
             for kind in (Service, Network, Task)
             for object in self.first.view().find(kind)
         }

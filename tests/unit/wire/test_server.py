@@ -12,7 +12,8 @@ from skep.model.node import NodeRole
 from skep.security.identity import Identity
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from skep.wire.access import Access, Caller
+from skep.wire.access import Caller
+from skep.wire.methods import Access
 from skep.wire.server import _Connection, _Server
 from skep.wire.service import unary
 from tests.support.http2_rig import Rig, of

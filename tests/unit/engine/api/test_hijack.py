@@ -48,10 +48,10 @@ async def path(tmp_path: Path, server: Server) -> AsyncIterator[Path]:
 
 async def test_output_is_sent_when_the_client_has_read_the_head(server: Server, path: Path):
     reader, writer = await asyncio.open_unix_connection(path)
-    writer.transport.pause_reading()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
     writer.write(b"POST /exec/1/start HTTP/1.1\r\nHost: node\r\n\r\n")
     await server.sending.wait()
-    writer.transport.resume_reading()
+    writer.transport.resume_reading()  # type: ignore[attr-defined]
     assert (await reader.read(1 << 16)).endswith(b"\r\n\r\n")
     assert await reader.read(-1) == frame(OutputStream.STDOUT, b"hello")
     writer.close()
