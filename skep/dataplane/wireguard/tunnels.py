@@ -434,8 +434,10 @@ class Tunnels:
 
     async def _configure(self) -> None:
         found = []
-        for slot in self._placed:
-            wanted, name = self._plan.devices[slot], device_name(self._run_directory, slot)
+        # As planned now: another plan may come, with fewer devices, while one of them is read.
+        planned = [(slot, wanted) for slot, wanted in self._plan.devices.items() if slot in self._placed]
+        for slot, wanted in planned:
+            name = device_name(self._run_directory, slot)
             device = await self._devices.read(name, self.namespace)
             change = changes(device, wanted, self._configured.get(slot))
             if change.is_needed:

@@ -13,8 +13,10 @@ import msgspec
 import pytest
 
 from skep.dataplane.netns.namespaces import inside
+from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.rotation import Limits
 from skep.dataplane.plan.wireguard import device_name
+from skep.dataplane.wireguard.devices import SOCKETS
 from skep.dataplane.wireguard.tunnels import Options
 from skep.model.ids import NodeId
 from skep.model.tables import NetworkHead, Table
@@ -323,6 +325,31 @@ async def test_a_node_process_that_follows_goes_on_with_keys_and_sessions(tmp_pa
                 await pings.wait_arrived(300)
         assert pings.sent == len(pings.arrived)
         assert secure.processes["n1", 0].process is process, "it was not started anew"
+
+
+async def test_a_device_that_is_not_wanted_any_more_while_it_is_configured_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last table goes in the middle of a step; the tunnels are removed, and made again when it is back."""
+    async with a_pair(tmp_path) as pair:
+        node, tunnels = pair.nodes[0], pair.secure.networks[0].tunnels
+        settled = tunnels._settle
+
+        async def settle_and_lose() -> None:
+            await settled()
+            tunnels._settle = settled  # type: ignore[method-assign]
+            await tunnels.apply(node.id, [], Underlay(node.underlay))
+
+        tunnels._settle = settle_and_lose  # type: ignore[method-assign]
+        async with asyncio.timeout(20):
+            while tunnels.namespace.exists():
+                await CLOCK.sleep(0.05)
+        await tunnels.apply(node.id, pair.secure.lab.tables.values(), Underlay(node.underlay))
+        name = device_name(node.paths.run, 0)
+        async with asyncio.timeout(20):
+            while not (SOCKETS / f"{name}.sock").exists() or "public_key" not in await _shown(name):
+                await CLOCK.sleep(0.05)
+    assert "KeyError" not in capsys.readouterr().out
 
 
 def without_node(table: Table, gone: NodeId) -> Table:
