@@ -51,7 +51,7 @@ class Machine:
             directory.mkdir(parents=True)
         self.resort = LastResort(self.paths, self.clock)
 
-    def heard(self) -> None:
+    def received(self) -> None:
         LastSeenFile(self.paths.last_heard, self.clock.since_boot, boot_id()).record(0.0)
 
     def task(self, id: str, command: str = "exec sleep 1000", **labels: str) -> None:
@@ -86,7 +86,7 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     machine = Machine(tmp_path)
-    machine.heard()
+    machine.received()
     yield machine
     for process in machine.processes.values():
         process.kill()
@@ -131,17 +131,17 @@ def test_a_node_process_that_lives_does_it_itself(machine: Machine) -> None:
         assert machine.processes["stops"].wait(30) == -signal.SIGKILL
 
 
-def test_who_is_heard_again_is_left_alone(machine: Machine) -> None:
+def test_containers_stay_when_a_manager_is_reached_again(machine: Machine) -> None:
     machine.task("stops", **STOP)
     machine.look(DELAY_S - 1)
     machine.clock.now = 1000.0 + DELAY_S - 1
-    machine.heard()
+    machine.received()
     machine.look(DELAY_S + RESCAN_S)
     assert machine.runs("stops")
 
 
 @pytest.mark.parametrize("content", [None, b"{", b'{"boot_id": "another", "at": 0}'])
-def test_what_nobody_knows_stops_nothing(machine: Machine, content: bytes | None) -> None:
+def test_without_a_readable_last_contact_nothing_is_stopped(machine: Machine, content: bytes | None) -> None:
     machine.task("stops", **STOP)
     machine.paths.last_heard.unlink()
     if content is not None:

@@ -1,4 +1,4 @@
-"""When a manager last heard this node, over restarts of its process."""
+"""The last contact of a node with a manager, over restarts of its process."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ def test_after_a_reboot_the_silence_has_no_end(tmp_path: Path) -> None:
 
 def test_a_damaged_file_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "heard").write_text("{")
-    heard = LastSeenFile(tmp_path / "heard", lambda: 5.0, "one")
-    assert heard.silence_s() == float("inf")
-    heard.record(1.0)
-    assert heard.silence_s() == 1.0
+    received = LastSeenFile(tmp_path / "heard", lambda: 5.0, "one")
+    assert received.silence_s() == float("inf")
+    received.record(1.0)
+    assert received.silence_s() == 1.0
 
 
 def test_a_full_disk_costs_only_the_memory_of_it(tmp_path: Path) -> None:
-    heard = LastSeenFile(tmp_path / "missing" / "heard", lambda: 5.0, "one")
-    heard.record(1.0)
-    assert heard.silence_s() == 1.0
+    received = LastSeenFile(tmp_path / "missing" / "heard", lambda: 5.0, "one")
+    received.record(1.0)
+    assert received.silence_s() == 1.0

@@ -28,24 +28,24 @@ def test_this_machines_own_manager_comes_last():
         ({M2.addr: 1, M3.addr: 1, OWN.addr: 1}, {"m2", "m3"}),
     ],
 )
-def test_who_failed_is_tried_after_the_others(failures, expected):
+def test_a_failed_manager_is_tried_after_the_others(failures, expected):
     assert chosen(failures) == expected
 
 
-def test_without_any_manager_there_is_nobody_to_try():
+def test_without_managers_there_is_none_to_try():
     assert next_manager([], {}, OWN.node_id, Random(1)) is None
 
 
-def test_a_new_list_replaces_the_old_one_and_is_told_once():
-    heard = []
-    managers = ManagerList([OWN], heard.append)
+def test_a_new_list_replaces_the_old_one_and_is_announced_once():
+    received = []
+    managers = ManagerList([OWN], received.append)
     managers.replace([M3, M2, M2])
     managers.replace([M2, M3])
     assert managers.peers == (M2, M3)
-    assert heard == [(M2, M3)]
+    assert received == [(M2, M3)]
 
 
-def test_an_empty_list_is_nobodys_and_changes_nothing():
+def test_an_empty_list_is_ignored():
     managers = ManagerList([OWN])
     managers.replace([])
     managers.replace([Peer(NodeId("m9"), "")])
@@ -61,7 +61,7 @@ def test_failures_are_forgotten_when_a_session_came_about():
     assert managers.choose(OWN.node_id, Random(1)) == M2
 
 
-def test_a_round_ends_when_everybody_was_asked_as_often():
+def test_a_round_ends_when_all_managers_were_tried_equally_often():
     managers = ManagerList([OWN, M2, M3])
     managers.failed(M2)
     assert not managers.is_last_of_round(M2)
@@ -79,7 +79,7 @@ def test_dead_managers_together_cost_no_longer_than_a_single_one_while_others_an
     assert managers.connect_timeout(M2) + managers.connect_timeout(M3) == RESPONSE_SECONDS_MAX
 
 
-def test_where_nobody_answers_each_gets_the_time_that_a_crowded_one_needs() -> None:
+def test_without_responses_each_manager_gets_the_timeout_of_a_crowded_one() -> None:
     managers = ManagerList([M2, M3])
     for _ in range(4):
         managers.failed(M2, was_connected=False)

@@ -20,7 +20,7 @@ async def kept(path: Path, *revisions: Revision) -> None:
     for revision in revisions:
         seen.advance(revision)
     async with asyncio.timeout(10):
-        while SeenRevision(path, HERE).seen != seen.seen:  # noqa: ASYNC110 -- a file tells nobody
+        while SeenRevision(path, HERE).seen != seen.seen:  # noqa: ASYNC110 -- there is no event
             await asyncio.sleep(0.005)
     writing.cancel()
 

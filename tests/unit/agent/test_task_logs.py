@@ -42,7 +42,7 @@ class SomeUnreadable:
             yield LogEntry(stream=Stream.STDOUT, timestamp_ns=number, data=b"%d" % number)
 
 
-async def test_a_container_that_cannot_be_read_ends_nobody_elses_lines() -> None:
+async def test_a_container_with_unreadable_logs_does_not_end_those_of_others() -> None:
     query = LogQuery(tasks=(TaskId("gone"), TaskId("there")))
     for error in (NotFound("No such container: gone"), FileNotFoundError("log")):
         logs = TaskLogs(cast("Engine", SomeUnreadable(error)))

@@ -59,22 +59,22 @@ class Reports:
     """What was reported, in order, and a way to wait for it."""
 
     def __init__(self) -> None:
-        self.told: dict[str, list[TaskStatus]] = {}
-        self._news = asyncio.Event()
+        self.reported: dict[str, list[TaskStatus]] = {}
+        self._changed_event = asyncio.Event()
 
     def report(self, task_id: TaskId, status: TaskStatus) -> None:
-        self.told.setdefault(task_id, []).append(status)
-        self._news.set()
+        self.reported.setdefault(task_id, []).append(status)
+        self._changed_event.set()
 
     def states(self, id: str) -> list[TaskState]:
-        return [status.state for status in self.told.get(id, ())]
+        return [status.state for status in self.reported.get(id, ())]
 
     async def wait(self, id: str, state: TaskState) -> TaskStatus:
         async with asyncio.timeout(DEADLINE_S):
             while state not in self.states(id):
-                self._news.clear()
-                await self._news.wait()
-        return next(status for status in self.told[id] if status.state is state)
+                self._changed_event.clear()
+                await self._changed_event.wait()
+        return next(status for status in self.reported[id] if status.state is state)
 
 
 class Node:
@@ -105,7 +105,7 @@ class Node:
 
     async def wait_empty(self) -> None:
         async with asyncio.timeout(DEADLINE_S):
-            while self.machine.processes:  # noqa: ASYNC110  # a machine tells nobody
+            while self.machine.processes:  # noqa: ASYNC110  # there is no event
                 await asyncio.sleep(0)
 
 
@@ -211,7 +211,7 @@ async def test_a_restart_adopts_what_runs_without_a_manager(node: Node) -> None:
         await node.reports.wait("a", RUNNING)
         await node.reports.wait("b", RUNNING)
     before = dict(node.machine.processes)
-    node.machine.crash(TaskId("b"), 3)  # while nobody looks
+    node.machine.crash(TaskId("b"), 3)  # while no process observes it
     async with node.working() as worker:
         status = await node.reports.wait("b", TaskState.FAILED)
         assert status.err == "task: non-zero exit (3)"
@@ -239,7 +239,7 @@ async def test_an_ended_task_is_never_run_again(node: Node) -> None:
         node.machine.crash(TaskId("a"), 3)
         await node.reports.wait("a", TaskState.FAILED)
     async with node.working() as worker:
-        # The manager has not heard of the end and sends what it knows.
+        # The manager has not received the end and sends its last state.
         await worker.assign(complete(assigned("a")))
         await asyncio.sleep(0)
         assert worker.statuses()[TaskId("a")].state is TaskState.FAILED
@@ -312,7 +312,7 @@ class NeverStops(SimulatedController):
         await asyncio.Event().wait()
 
 
-async def test_who_leaves_the_swarm_kills_at_once_what_would_not_stop(node: Node) -> None:
+async def test_leaving_the_swarm_kills_containers_that_do_not_stop(node: Node) -> None:
     node.controllers["t1"] = NeverStops
     async with node.working() as worker:
         await worker.assign(complete(assigned("t1"), assigned("t2")))

@@ -7,7 +7,7 @@ import pytest
 from skep.aio.event import Event
 
 
-async def test_an_event_wakes_all_who_wait_and_is_left_by_one_who_gave_up() -> None:
+async def test_an_event_wakes_all_waiters_and_a_cancelled_one_is_removed() -> None:
     event = Event()
     async with asyncio.TaskGroup() as group:
         waiting = [group.create_task(event.wait()) for _ in range(3)]

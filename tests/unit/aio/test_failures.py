@@ -1,4 +1,4 @@
-"""Errors that end one object's work and nobody else's."""
+"""Errors that end the work of one object only."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -49,14 +49,16 @@ async def test_contained_work_gives_its_result():
 @pytest.mark.parametrize(
     "error", [Bug("b"), RecursionError(), MemoryError(), OSError(28, "full"), ExceptionGroup("g", [Bug()])]
 )
-async def test_an_error_of_any_kind_stays_inside_is_logged_with_its_trace_and_told(error: Exception):
-    told: list[Exception] = []
+async def test_any_error_is_contained_logged_with_its_traceback_and_reported(error: Exception):
+    reported: list[Exception] = []
     with capture_logs() as lines:
         async with asyncio.TaskGroup() as group:
             neighbour = group.create_task(asyncio.sleep(0, "alive"))
-            group.create_task(isolate(failing(error)(), "probe failed", on_error=told.append, container="c"))
+            group.create_task(
+                isolate(failing(error)(), "probe failed", on_error=reported.append, container="c")
+            )
     assert neighbour.result() == "alive"
-    assert told == [error]
+    assert reported == [error]
     assert [(line["event"], line["container"]) for line in lines] == [("probe failed", "c")]
     assert lines[0]["exc_info"] is error
 

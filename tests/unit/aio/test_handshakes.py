@@ -1,4 +1,4 @@
-"""A handshake that ends in whatever way ends no other connection, and not whoever accepts them."""
+"""A failed handshake ends neither other connections nor the accept loop."""
 
 import asyncio
 import socket

@@ -41,7 +41,7 @@ def test_a_short_silence_is_nothing() -> None:
         assert asking.silent(HAND_OVER_S - TICK_S) == []
 
 
-def test_a_standstill_of_who_asks_is_nobodys_fault() -> None:
+def test_a_pause_of_the_prober_is_not_counted_as_a_hang() -> None:
     """A suspend, or both were stopped."""
     asking = Asking()
     asking.well(10)

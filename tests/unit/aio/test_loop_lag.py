@@ -66,20 +66,22 @@ def test_a_lag_is_what_the_thread_did_most_of_the_time(ran_s: float, waited_s: f
     assert cause(0.25, ran_s, waited_s) == expected
 
 
-async def test_a_callback_that_computes_is_told_with_where_it_stood():
-    line = await told(lambda: compute(0.3), lambda line: any(it.endswith(" compute") for it in line["stood"]))
+async def test_a_computing_callback_is_logged_with_its_stack():
+    line = await reported(
+        lambda: compute(0.3), lambda line: any(it.endswith(" compute") for it in line["stood"])
+    )
     assert line["ran_ms"] >= 300
 
 
-async def test_a_callback_that_blocks_is_told_as_one_that_slept():
+async def test_a_blocking_callback_is_logged_as_one_that_slept():
     def slept_ms(line: MutableMapping[str, Any]) -> int:
         return line["lag_ms"] - line["ran_ms"] - line["waited_for_processor_ms"]
 
-    line = await told(lambda: time.sleep(0.3), lambda line: slept_ms(line) >= 200)
+    line = await reported(lambda: time.sleep(0.3), lambda line: slept_ms(line) >= 200)
     assert line["event"] == "something held the event loop" or line["waited_for_processor_ms"] >= 200
 
 
-async def told(hold: Callable[[], None], wanted: Callable[[MutableMapping[str, Any]], bool]) -> Any:
+async def reported(hold: Callable[[], None], wanted: Callable[[MutableMapping[str, Any]], bool]) -> Any:
     """The first line that is ``wanted``, of those that are logged while the loop is held again and again."""
     with structlog.testing.capture_logs() as lines:
         async with asyncio.TaskGroup() as group:

@@ -82,7 +82,7 @@ async def test_connections_that_are_read_in_turn_keep_apart():
     assert [read.result() == bytes([number]) * 3_000_000 for number, read in enumerate(reads)] == [True] * 5
 
 
-async def test_who_the_peer_is_is_told_whenever_somebody_asks():
+async def test_the_peer_certificate_can_be_read_at_any_time():
     async with connections(["n1", "n2"]) as both:
         for name, (_, (_, writer)) in zip(("n1", "n2"), both, strict=True):
             connection: ssl.SSLObject = writer.get_extra_info("ssl_object")
@@ -99,7 +99,7 @@ async def test_connections_of_a_thread_read_into_one_buffer():
     assert len(buffers) == 1
 
 
-async def test_a_handshake_that_fails_is_told_at_both_ends():
+async def test_a_failed_handshake_raises_at_both_ends():
     """A certificate of another cluster is not taken."""
     context = ServerTls(a_pair(Authority.create(), "m1", NodeRole.MANAGER)).front
     wanted = client_context(a_pair(Authority.create(), "n1", NodeRole.WORKER))

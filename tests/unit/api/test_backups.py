@@ -110,7 +110,7 @@ def test_pieces_do_not_change_places() -> None:
         opened(file[:start] + second + first + file[start + 2 * size :], key)
 
 
-def test_another_key_is_told_from_damage() -> None:
+def test_a_wrong_key_is_distinguished_from_damage() -> None:
     file, _ = a_file()
     with pytest.raises(InvalidArgument, match="passphrase or key file is another one"):
         opened(file, b"x" * 32)

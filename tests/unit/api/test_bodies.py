@@ -68,7 +68,7 @@ def test_data_are_base64_with_line_breaks():
     assert decode_body(b'{"Data": "aGVs\\nbG8="}', ConfigSpec).data == b"hello"
 
 
-def test_the_first_of_two_errors_is_told():
+def test_the_first_of_two_errors_is_reported():
     with pytest.raises(InvalidArgument, match=r"ServiceSpec\.Name of type string"):
         decode_body(b'{"Name": 1, "Labels": 2}', ServiceSpec)
 

@@ -85,7 +85,7 @@ async def test_output_is_read_frame_by_frame(client):
     assert frames == [(OutputStream.STDOUT, b"out\n"), (OutputStream.STDERR, b"")]
 
 
-async def test_nobody_there_is_unavailable(tmp_path):
+async def test_a_missing_socket_is_unavailable(tmp_path):
     async with Client.at(f"unix://{tmp_path}/nobody.sock") as client:
         with pytest.raises(Unavailable, match="does not answer"):
             await client.get("/services")

@@ -48,7 +48,7 @@ def test_in_other_circumstances_everything_is_shown_again() -> None:
     assert show == ["a", "a"]
 
 
-def test_a_list_that_is_still_being_told_leaves_nothing_to_those_in_other_circumstances() -> None:
+def test_a_slow_list_caches_nothing_for_requests_with_other_parameters() -> None:
     known, thing = KnownJson(), Thing("a")
     slow = known.agreed({"a": "frozen"})
     now = known.agreed({"a": ""})

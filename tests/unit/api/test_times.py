@@ -62,5 +62,5 @@ def test_any_text_is_a_moment_or_refused(text: str):
         (24 * 3600 * 800, "2 years"),
     ],
 )
-def test_ages_are_told_as_docker_tells_them(seconds: float, words: str):
+def test_ages_have_dockers_wording(seconds: float, words: str):
     assert age(int(seconds * SECOND)) == words

@@ -106,7 +106,7 @@ def test_without_a_node_it_is_one_line() -> None:
     assert result.output.startswith("Error: unix:///nowhere.sock does not answer")
 
 
-def test_what_a_node_says_of_its_network_is_trouble() -> None:
+def test_network_problems_of_a_node_are_problems() -> None:
     results = [WELL[0] | {"Conditions": ["the kernel's table of neighbours overflows"]}, WELL[1]]
     lines = list(shown(results))
     assert lines[0] == "2 nodes, 1 pair: 1 node with a problem of its own"

@@ -108,7 +108,7 @@ def test_a_host_that_is_none_is_refused_in_a_sentence(tmp_path: Path, host: str)
         HostOptions(environment={"DOCKER_HOST": host or "://"}, home=tmp_path).client()
 
 
-def test_ssh_is_told_what_the_address_says() -> None:
+def test_the_address_determines_the_arguments_of_ssh() -> None:
     destination = Destination.of("ssh://me@bee:2222/run/other.sock")
     words = destination.command(Path("/tmp/x/api.sock"))
     assert words[-2:] == ["--", "bee"]

@@ -16,7 +16,7 @@ def a_state(*done: bool, waits_for: str = "", complete: bool = False) -> dict[st
     }  # fmt: skip
 
 
-def test_each_step_and_each_reason_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_step_and_each_reason_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     progress = _Progress()
     assert not progress.show(a_state(False, False))
     assert not progress.show(a_state(True, False, waits_for="manager m2 cannot be reached"))

@@ -83,9 +83,9 @@ def test_a_locked_manager_and_one_in_error_are_not_called_workers() -> None:
 
 def test_a_node_that_finds_no_manager_says_where_it_looks_and_how_to_tell_it_another_place() -> None:
     info = an_info(LocalNodeState="pending", NodeID="n1", RemoteManagers=[{"Addr": "192.0.2.1:2377"}])
-    told = dict(about_node(info))["swarm"]
-    assert "it tries 192.0.2.1:2377" in told
-    assert 'managers = ["address:2377"]' in told
+    reported = dict(about_node(info))["swarm"]
+    assert "it tries 192.0.2.1:2377" in reported
+    assert 'managers = ["address:2377"]' in reported
 
 
 def a_quorum(*answers: bool) -> dict[str, Any]:
@@ -94,13 +94,13 @@ def a_quorum(*answers: bool) -> dict[str, Any]:
 
 
 def test_without_a_leader_the_missing_managers_and_the_ways_out_are_named() -> None:
-    told = list(no_leader(a_quorum(True, False, False)))
-    assert told[0] == "NO LEADER since 2026-11-21 18:38:04 UTC: 1 of 3 managers answers (m2, m3 do not)"
-    assert "start 1 of them again" in told[2]
-    assert "docker swarm init --force-new-cluster" in told[3]
-    told = list(no_leader(a_quorum(True, True, False)))
-    assert told[0].endswith("2 of 3 managers answer (m3 does not)")
-    assert "force-new-cluster" not in "".join(told)
+    reported = list(no_leader(a_quorum(True, False, False)))
+    assert reported[0] == "NO LEADER since 2026-11-21 18:38:04 UTC: 1 of 3 managers answers (m2, m3 do not)"
+    assert "start 1 of them again" in reported[2]
+    assert "docker swarm init --force-new-cluster" in reported[3]
+    reported = list(no_leader(a_quorum(True, True, False)))
+    assert reported[0].endswith("2 of 3 managers answer (m3 does not)")
+    assert "force-new-cluster" not in "".join(reported)
 
 
 def test_a_manager_that_lacks_something_itself_says_what() -> None:

@@ -1,4 +1,4 @@
-"""Flags, TOML and daemon.json: which wins, what each bad value is told, what a running node takes over."""
+"""Flags, TOML and daemon.json: precedence, errors of bad values, and what a running node reloads."""
 
 from pathlib import Path
 from typing import Any
@@ -234,7 +234,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "value", "sentence"), BAD)
-def test_a_bad_value_is_told_what_to_do(name: str, value: str, sentence: str) -> None:
+def test_the_error_of_a_bad_value_says_what_to_do(name: str, value: str, sentence: str) -> None:
     problem = refused(f"--{name}={value}")
     assert problem.startswith(f"--{name} ")
     assert sentence in problem
@@ -292,7 +292,7 @@ def test_one_directory_for_state_and_sockets_is_refused() -> None:
     assert "choose a run-dir on tmpfs" in refused("--data-dir", "/x", "--run-dir", "/x")
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     assert len(refused("--data-path-port=1", "--executor=x", toml={"nonsense": 1}).splitlines()) == 3
 
 
@@ -331,7 +331,7 @@ def test_two_names_of_one_directory_are_one_directory(tmp_path: Path) -> None:
         load(parse_arguments((*flags, "--config", str(toml_file(tmp_path)))))
 
 
-def test_a_misspelled_key_is_told_the_nearest_one() -> None:
+def test_the_error_of_a_misspelled_key_suggests_the_nearest_one() -> None:
     assert "there is no setting 'manager': did you mean 'managers'?" in refused(
         toml={"manager": "192.0.2.1:2377"}
     )

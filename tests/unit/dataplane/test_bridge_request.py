@@ -22,7 +22,7 @@ def made(*subnets: SubnetBody, **words: Any) -> LocalNetwork:
     return bridge_of(body, id="f" * 64, created_at=ZERO_TIME, taken=TAKEN)
 
 
-def test_a_network_gets_the_first_subnet_that_nobody_has() -> None:
+def test_a_network_gets_the_first_free_subnet() -> None:
     (config,) = made().configs
     assert (config.subnet, config.gateway) == ("172.19.0.0/16", "172.19.0.1")
     head = head_of(made(internal=True))
@@ -63,7 +63,7 @@ def test_options_that_nothing_acts_on_are_refused() -> None:
         made(options={"com.docker.network.driver.mtu": "9"})
 
 
-def test_addresses_are_the_wished_ones_or_from_the_pool() -> None:
+def test_addresses_are_the_requested_ones_or_from_the_pool() -> None:
     addresses = Addresses(
         IPv4Network("10.1.0.0/24"),
         gateway=IPv4Address("10.1.0.254"),

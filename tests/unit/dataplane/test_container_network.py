@@ -44,7 +44,7 @@ class ReplyRouting:
 
 
 class NameRegistration:
-    """Notes for whom names are served again."""
+    """Records the containers whose names are served again."""
 
     def __init__(self) -> None:
         self.served: list[str] = []

@@ -21,7 +21,7 @@ def test_the_first_subnet_without_a_collision_is_taken() -> None:
     assert free_subnet(taken) == IPv4Network("172.20.0.0/16")
 
 
-def test_a_machine_that_uses_every_subnet_is_told_so() -> None:
+def test_without_a_free_subnet_the_error_says_so() -> None:
     with pytest.raises(ResourceExhausted, match="collides with a route"):
         free_subnet([IPv4Network("172.16.0.0/12"), IPv4Network("192.168.0.0/16")])
 
@@ -38,7 +38,7 @@ def test_addresses_go_round_and_leave_out_what_is_used() -> None:
     assert [str(address) for address in taken] == [f"10.0.0.{number}" for number in range(2, 7)]
     with pytest.raises(ResourceExhausted, match="no address is left"):
         addresses.take("late")
-    addresses.release(taken[1], "somebody else")
+    addresses.release(taken[1], "another owner")
     with pytest.raises(ResourceExhausted):
         addresses.take("late")
     addresses.release(taken[1], "c1")

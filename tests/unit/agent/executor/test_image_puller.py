@@ -17,7 +17,7 @@ IMAGE = Image(id=Digest("sha256:" + "a" * 64), config=ImageConfig())
 
 
 class HandClock:
-    """A clock that moves when told to."""
+    """A manually advanced clock."""
 
     def __init__(self) -> None:
         self.time = 100.0
@@ -33,7 +33,7 @@ class HandClock:
 
 
 class Registry:
-    """An image store whose registry answers as it is told."""
+    """An image store with a configurable registry."""
 
     def __init__(self, *, is_local: bool, error: SkepError | None) -> None:
         self.is_local = is_local

@@ -153,7 +153,7 @@ def test_an_answer_from_elsewhere_that_is_too_long_says_so_in_the_room_there_is(
 @given(st.binary(max_size=600))
 @example(encode_query())
 def test_no_bytes_make_it_fail(data: bytes) -> None:
-    """Whatever it is: a question, a reply no longer than the least that anybody takes, or nothing."""
+    """Any bytes give a question, a reply of at most the minimal size, or nothing."""
     answer = parse(data)
     if isinstance(answer, bytes):
         assert len(answer) <= messages.UDP_BYTES_MIN

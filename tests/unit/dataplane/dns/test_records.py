@@ -121,7 +121,7 @@ def test_addresses_have_names(address: str, name: str) -> None:
     assert [record.data for record in found(address, PTR).answers] == [encoded(name)]
 
 
-def test_an_address_of_ours_that_nobody_has_is_missing_at_once() -> None:
+def test_a_reverse_lookup_of_an_unused_network_address_fails_at_once() -> None:
     assert decided("99.1.0.10.in-addr.arpa", PTR) == Missing()
     assert decided("1.2.0.192.in-addr.arpa", PTR) == Foreign(is_single_label=False)
     assert decided("10.in-addr.arpa", PTR) == Foreign(is_single_label=False), "a part of an address"
@@ -153,7 +153,7 @@ def test_the_ingress_network_has_no_names() -> None:
     assert addresses("web", tables=(ingress, FRONT)) == ["10.0.1.2"]
 
 
-def test_who_gives_a_virtual_address_away_says_whose() -> None:
+def test_an_answer_with_a_virtual_address_names_its_service() -> None:
     virtual = frozenset({(NetworkId("id-front"), ServiceId("id-web"))})
     assert found("www").virtual == virtual
     assert found("2.1.0.10.in-addr.arpa", PTR).virtual == virtual

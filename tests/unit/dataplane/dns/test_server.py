@@ -47,7 +47,7 @@ class Scarce(socket.socket):
 
 
 async def unused(kind: socket.SocketKind, family: socket.AddressFamily) -> socket.socket:
-    raise AssertionError("nobody is asked elsewhere")
+    raise AssertionError("no upstream server is asked")
 
 
 async def test_a_connection_that_finds_no_descriptor_is_taken_later_and_not_tried_without_end() -> None:

@@ -51,7 +51,7 @@ def test_a_policy_and_a_last_rule_forbid() -> None:
     assert firewalld.startswith("chain filter_FORWARD of nftables table inet firewalld forbids forwarding")
 
 
-def test_who_forbids_others_only_or_makes_an_exception_is_no_obstacle() -> None:
+def test_rules_for_other_ports_or_with_an_exception_are_no_obstacle() -> None:
     assert obstacles([DOCKER, OURS], ["skep-ingress"]) == ()
     excepted = UFW.replace("ct state", 'oifname "skep-ingress" accept\n\t\tct state')
     assert obstacles([excepted], ["skep-ingress"]) == ()

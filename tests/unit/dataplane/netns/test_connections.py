@@ -1,4 +1,4 @@
-"""Open connections of a container: what clients may still say or have to hear."""
+"""Open connections of a container: those with a client that may still send or receive."""
 
 import os
 
@@ -37,7 +37,7 @@ def test_what_is_closed_on_our_side_or_only_asked_for_does_not_count(state: str)
     assert inbound([TCP.replace(" 08 ", f" {state} ").replace("9B88 01", f"9B88 {state}")]) == 0
 
 
-def test_a_port_that_nobody_listens_on_has_no_clients() -> None:
+def test_a_port_without_a_listener_has_no_clients() -> None:
     assert inbound([TCP.replace(" 0A ", " 07 ")]) == 0
 
 

@@ -57,7 +57,7 @@ def test_flows_are_listed_with_both_directions(ends: tuple[socket.socket, socket
     assert ping.original == Tuple(socket.IPPROTO_ICMP, "192.0.2.9", 0, "10.0.0.1", 0)
 
 
-def test_a_kernel_that_lists_none_is_told_apart_from_one_that_has_none(
+def test_a_kernel_without_conntrack_listing_is_distinguished_from_an_empty_table(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     ours, kernel = ends
@@ -66,7 +66,9 @@ def test_a_kernel_that_lists_none_is_told_apart_from_one_that_has_none(
         list(conntrack.flows(ours, socket.AF_INET))
 
 
-def test_a_flow_that_stays_is_told_when_all_were_tried(ends: tuple[socket.socket, socket.socket]) -> None:
+def test_a_flow_that_cannot_be_deleted_is_reported_after_all_were_tried(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
     ours, kernel = ends
     kernel.send(b"".join(netlink.request(ENTRY, 0, entry(53, id=number)) for number in (1, 2, 3)))
     kernel.send(netlink.request(netlink.DONE, 0, b"\0\0\0\0"))

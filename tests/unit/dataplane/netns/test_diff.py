@@ -1,4 +1,4 @@
-"""What brings a namespace to its wish, tried on a model of the kernel that refuses what the kernel refuses."""
+"""Changes that bring a namespace to its wanted state, on a model of the kernel with the kernel's refusals."""
 
 from collections.abc import Sequence
 
@@ -225,7 +225,7 @@ def test_a_vxlan_with_other_numbers_is_made_anew_with_all_that_is_on_it(change: 
     assert difference(wanted, actual) == [DeleteLink("vx1"), AddLink(new), Put(entry)]
 
 
-def test_a_device_that_changes_is_not_told_the_address_that_it_has() -> None:
+def test_a_changed_device_is_not_set_to_the_address_it_has() -> None:
     """The kernel forgets a device's neighbours when its address is set, to the same one even."""
     link = Link(name="probe", kind="vxlan", mtu=1450, mac="02:42:0a:00:00:01", offloads=True)
     smaller = msgspec.structs.replace(link, mtu=1350)
@@ -236,7 +236,7 @@ def test_a_device_that_changes_is_not_told_the_address_that_it_has() -> None:
     assert change == ChangeLink(other)
 
 
-def test_checksums_are_left_where_they_are_unless_somebody_says_so() -> None:
+def test_checksum_offload_stays_unless_it_is_configured() -> None:
     link = Link(name="vx", kind="vxlan", offloads=False)
     as_it_is = msgspec.structs.replace(link, offloads=None)
     left = msgspec.structs.replace(link, offloads=True)

@@ -59,7 +59,7 @@ async def test_the_slow_round_keeps_to_its_share_and_leaves_none_out(seconds: fl
     for reconciler in reconcilers:
         healing.take_turns(reconciler)
     task = asyncio.get_running_loop().create_task(healing.run())
-    while reconcilers[-1].compared < 20:  # noqa: ASYNC110  # nobody is told
+    while reconcilers[-1].compared < 20:  # noqa: ASYNC110  # there is no event
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])
@@ -83,7 +83,7 @@ async def test_a_bug_met_in_one_namespace_ends_no_other_ones_healing() -> None:
         healing.take_turns(reconciler)
     healing.expect(broken)
     task = asyncio.get_running_loop().create_task(healing.run())
-    while min(broken.compared, well.compared) < 5 and not task.done():  # noqa: ASYNC110  # nobody is told
+    while min(broken.compared, well.compared) < 5 and not task.done():  # noqa: ASYNC110  # there is no event
         await asyncio.sleep(0)
     assert not task.done()
     task.cancel()
@@ -98,8 +98,8 @@ async def test_a_namespace_that_cannot_be_put_right_is_tried_less_and_less_often
         healing.take_turns(reconciler)
         healing.expect(reconciler)
     task = asyncio.get_running_loop().create_task(healing.run())
-    while clock.now < 600:  # nobody is told
-        healing.expect(broken)  # whoever changes much in it
+    while clock.now < 600:  # there is no event
+        healing.expect(broken)  # as before many changes in it
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])
@@ -126,7 +126,7 @@ async def test_a_loop_that_meets_a_bug_is_begun_again_and_nothing_is_forgotten(
     monkeypatch.setattr(healing, "_go_round", failing)
     healing.take_turns(well)
     task = asyncio.get_running_loop().create_task(healing.run())
-    while well.compared < 5 and not task.done():  # noqa: ASYNC110  # nobody is told
+    while well.compared < 5 and not task.done():  # noqa: ASYNC110  # there is no event
         await asyncio.sleep(0)
     assert not task.done()
     task.cancel()
@@ -134,7 +134,7 @@ async def test_a_loop_that_meets_a_bug_is_begun_again_and_nothing_is_forgotten(
 
 
 @pytest.mark.parametrize("error", [Unavailable("not now"), KeyError("net1")])
-async def test_what_is_settled_later_is_settled_once_and_a_failure_keeps_nobody_else(
+async def test_deferred_repairs_run_once_and_a_failure_delays_no_other_namespace(
     error: Exception,
 ) -> None:
     clock, calls = Stopwatch(), []
@@ -151,7 +151,7 @@ async def test_what_is_settled_later_is_settled_once_and_a_failure_keeps_nobody_
     for name in ("bad", "net1", "net1", "net1", "net2"):
         settling.soon(name, noting(name))  # type: ignore[arg-type]
     task = asyncio.get_running_loop().create_task(settling.run())
-    while len(calls) < 3 and not task.done():  # noqa: ASYNC110  # nobody is told
+    while len(calls) < 3 and not task.done():  # noqa: ASYNC110  # there is no event
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])

@@ -107,7 +107,7 @@ async def watched(*numbers: int, refusal: str = "") -> Conditions:
 async def test_an_overflow_is_a_condition_within_one_look() -> None:
     assert not (await watched(7, 7, 7)).present()
     present = (await watched(7, 8, refusal="gc_thresh3: Permission denied")).present()
-    assert WATCH_SECONDS <= 15, "it is told within 30 s, of which the description takes 10"
+    assert WATCH_SECONDS <= 15, "it is reported within 30 s, of which the description takes 10"
     assert "gc_thresh3: Permission denied" in present[NEIGHBOURS]
 
 

@@ -10,7 +10,7 @@ from skep.dataplane.netns.nft_changes import ForeignChanges
 NEW_TABLE, NEW_RULE, DELETE_ELEMENT, NEW_GENERATION = 0, 6, 14, 15
 
 
-def told(type: int, *attributes: tuple[int, bytes]) -> bytes:
+def reported(type: int, *attributes: tuple[int, bytes]) -> bytes:
     body = b"\2\0\0\0" + b"".join(
         struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
         for kind, value in attributes
@@ -19,11 +19,11 @@ def told(type: int, *attributes: tuple[int, bytes]) -> bytes:
 
 
 def change(table: str, type: int = DELETE_ELEMENT) -> bytes:
-    return told(type, (1, table.encode() + b"\0"))
+    return reported(type, (1, table.encode() + b"\0"))
 
 
 def end(process: str) -> bytes:
-    return told(NEW_GENERATION, (1, b"\0\0\0\7"), (2, b"\0\0\0\1"), (3, process.encode() + b"\0"))
+    return reported(NEW_GENERATION, (1, b"\0\0\0\7"), (2, b"\0\0\0\1"), (3, process.encode() + b"\0"))
 
 
 def changes() -> ForeignChanges:

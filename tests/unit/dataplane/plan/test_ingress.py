@@ -99,7 +99,7 @@ def test_the_serving_tasks_of_all_nodes_stand_behind_a_port() -> None:
     assert made.own == IngressNode("10.0.0.201")
 
 
-def test_the_nodes_own_tasks_come_first_where_that_is_wished() -> None:
+def test_with_the_label_for_local_tasks_the_nodes_own_come_first() -> None:
     both = (endpoint("t1", N1, "10.0.0.5"), endpoint("t2", N2, "10.0.0.6"))
     own = plan(table(*both, prefers_local=True), N2).ports[0]
     assert [backend.task_id for backend in own.ipv4] == ["t2"]
@@ -184,7 +184,7 @@ def test_a_change_of_backends_touches_elements_only() -> None:
     assert changes(after, after) == ""
 
 
-def test_a_port_that_nobody_serves_is_refused_and_one_that_user_space_serves_is_led_nowhere() -> None:
+def test_a_port_without_backends_is_refused_and_a_relayed_one_is_not_redirected() -> None:
     empty = Plan(ports=(a_port(), a_port(published=81, host_ip="127.0.0.1")))
     assert elements_of(ingress_table(empty, IPV4)) == {
         "refused": {"tcp . 80"},

@@ -104,7 +104,7 @@ def test_a_node_that_is_not_in_the_table_has_no_vxlan() -> None:
 
 
 def test_an_address_that_the_table_gives_to_another_node_is_there() -> None:
-    """The container that had it here has not heard yet that it is to end."""
+    """The container that had it here has not been stopped yet."""
     place = a_place("10.0.1.5/24")
     moved = state(a_table((OTHER, "10.0.1.5")), place)
     assert Entry(EntryKind.PORT, "vx4097", "02:42:0a:00:01:05") in moved.entries

@@ -53,12 +53,12 @@ def test_a_peer_has_its_entries_and_the_device_never_fragments() -> None:
 @given(st.lists(IDS, min_size=1, max_size=8, unique=True))
 def test_every_address_has_one_peer(ids: list[NodeId]) -> None:
     own, *others = ids
-    wish = ProbeTargets(
+    requested = ProbeTargets(
         node=a_node(own, "192.0.2.1"), peers=tuple(a_node(one, "192.0.2.9") for one in others)
     )
-    state = probe_state(wish, Underlay("192.0.2.1"), offloads=False)
+    state = probe_state(requested, Underlay("192.0.2.1"), offloads=False)
     forwarded = [one.mac for one in state.entries if one.kind is EntryKind.FORWARD]
-    assert len(forwarded) == len(set(forwarded)) == len(reached(wish))
+    assert len(forwarded) == len(set(forwarded)) == len(reached(requested))
     assert state.links[DEVICE].offloads is False
 
 

@@ -95,13 +95,13 @@ def test_whatever_was_there_the_plan_leads_where_it_should(
     wanted: list[VipBackends], forgets: list[bool]
 ) -> None:
     kernel, there = Kernel(), None
-    for wish, forgotten in zip(wanted, forgets, strict=False):
+    for requested, forgotten in zip(wanted, forgets, strict=False):
         before: Mapping[str, Written] | None = None if forgotten else there
-        planned = plan(before, wish)
+        planned = plan(before, requested)
         kernel.apply(planned.text)
         there = planned.after
-        assert kernel.leads() == {address: set(backends) for address, backends in wish.items()}
-        assert plan(there, wish).text == "", "once is enough"
+        assert kernel.leads() == {address: set(backends) for address, backends in requested.items()}
+        assert plan(there, requested).text == "", "once is enough"
 
 
 @given(BACKENDS, BACKENDS)

@@ -72,7 +72,7 @@ def test_a_key_that_two_nodes_publish_is_used_for_neither() -> None:
     assert plan.contested == (N2, N3)
 
 
-def test_nobody_else_has_this_nodes_key() -> None:
+def test_a_peer_with_this_nodes_key_is_left_out() -> None:
     plan = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (OWN, THEIRS)})])
     assert plan.devices[0].peers.keys() == {THEIRS.public}
     assert plan.contested == (N2,)

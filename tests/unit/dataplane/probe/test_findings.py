@@ -70,7 +70,7 @@ def test_a_sentence_is_bounded(hostname: str, error: str) -> None:
     assert len(found.detail) <= DETAIL_CHARACTERS_MAX
 
 
-def test_rounds_count_what_fails_alike_and_news_are_changes_and_what_is_settled() -> None:
+def test_rounds_count_equal_failures_and_changes_and_settled_results_are_reported() -> None:
     first = failed()
     second = next_report(PEER, first.findings, 0, first)
     third = next_report(PEER, first.findings, 0, second)

@@ -73,7 +73,7 @@ def test_what_arrived_is_tried_again_with_some_of_what_is_larger() -> None:
     assert narrowed(Range(1400, 1501), wanted, wanted).arrives > 1490
 
 
-def test_a_network_has_the_mtu_of_its_worst_way_whoever_measured_it() -> None:
+def test_a_network_has_its_smallest_path_mtu_from_any_node() -> None:
     """A and B are a way of 1400 apart; C reaches both with 1500."""
     at_a = Measurements(
         {B: 1400, C: 1500}, {B: PeerMeasurements(1500, {number_of(A): 1400}), C: PeerMeasurements(1500)}
@@ -88,7 +88,7 @@ def test_a_network_has_the_mtu_of_its_worst_way_whoever_measured_it() -> None:
     assert path_mtu(at_c, (B, C), C, 1500) == 1500
 
 
-def test_a_smaller_device_elsewhere_counts_and_what_nobody_measured_does_not() -> None:
+def test_a_smaller_device_elsewhere_counts_and_unmeasured_paths_do_not() -> None:
     assert path_mtu(Measurements({B: 1500}, {B: PeerMeasurements(1450)}), (A, B, D), A, 9000) == 1450
     assert path_mtu(Measurements(), (A, B), A, 9000) == 9000
 

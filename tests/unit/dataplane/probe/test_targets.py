@@ -28,8 +28,8 @@ PEERS = st.builds(
 
 
 @given(st.builds(ProbeTargets, node=PEERS, peers=st.lists(PEERS, max_size=5).map(tuple)))
-def test_whatever_is_said_something_sound_is_done(wish: ProbeTargets) -> None:
-    found = sound(wish)
+def test_whatever_is_said_something_sound_is_done(requested: ProbeTargets) -> None:
+    found = sound(requested)
     assert sound(found) == found
     assert found.node.node_id not in {peer.node_id for peer in found.peers}
     for peer in (found.node, *found.peers):
@@ -44,14 +44,14 @@ def test_what_makes_sense_stays() -> None:
         node_id=NodeId("p"), hostname="h", data_path="fd09::1", vxlan_port=4790, control="[fd09::1]:2377",
         gossip="192.0.2.7:7946", encrypted=True,
     )  # fmt: skip
-    wish = ProbeTargets(node=PathPeer(node_id=NodeId("me"), hostname="m"), peers=(peer,))
-    assert sound(wish) == wish
+    requested = ProbeTargets(node=PathPeer(node_id=NodeId("me"), hostname="m"), peers=(peer,))
+    assert sound(requested) == requested
 
 
 def test_there_is_an_end_to_peers() -> None:
     peers = tuple(PathPeer(node_id=NodeId(f"n{number}"), hostname="h") for number in range(PEERS_MAX + 1))
-    wish = ProbeTargets(node=PathPeer(node_id=NodeId("me"), hostname="m"), peers=peers)
-    assert sound(wish).peers == peers[:PEERS_MAX]
+    requested = ProbeTargets(node=PathPeer(node_id=NodeId("me"), hostname="m"), peers=peers)
+    assert sound(requested).peers == peers[:PEERS_MAX]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def a_table(id: str, *nodes: str, revision: int = 1) -> Table:
     return Table(head=NetworkHead(id=NetworkId(id), name=id), revision=revision, nodes=known)
 
 
-def told(*changes: TableChange, is_complete: bool = False, removed: tuple[str, ...] = ()) -> TableSet:
+def reported(*changes: TableChange, is_complete: bool = False, removed: tuple[str, ...] = ()) -> TableSet:
     return TableSet(
         revision=2, is_complete=is_complete, changes=changes, removed=tuple(map(NetworkId, removed))
     )
@@ -30,29 +30,29 @@ BOTH = {A.head.id: A, B.head.id: B}
 
 def test_a_complete_set_leaves_nothing_else() -> None:
     again = replace(A, revision=2)
-    assert merged(BOTH, told(whole(again), is_complete=True)) == ({"a": again}, {"b"})
-    assert merged(BOTH, told(is_complete=True)) == ({}, {"a", "b"})
+    assert merged(BOTH, reported(whole(again), is_complete=True)) == ({"a": again}, {"b"})
+    assert merged(BOTH, reported(is_complete=True)) == ({}, {"a", "b"})
 
 
 def test_a_difference_leaves_the_rest() -> None:
     more = a_table("a", "n1", "n2", revision=2)
     change = difference(A, more)
     assert change is not None
-    assert merged(BOTH, told(change)) == ({"a": more, "b": B}, {"a"})
-    assert merged(BOTH, told(removed=("b", "unknown"))) == ({"a": A}, {"b"})
+    assert merged(BOTH, reported(change)) == ({"a": more, "b": B}, {"a"})
+    assert merged(BOTH, reported(removed=("b", "unknown"))) == ({"a": A}, {"b"})
 
 
 def test_a_network_in_several_changes_is_put_together() -> None:
     first = TableChange(head=A.head, revision=2, is_whole=True, nodes=tuple(A.nodes.values()))
     more = a_table("a", "n2")
     second = TableChange(head=A.head, revision=2, nodes=tuple(more.nodes.values()))
-    after, changed = merged({}, told(first, second, is_complete=True))
+    after, changed = merged({}, reported(first, second, is_complete=True))
     assert (set(after[A.head.id].nodes), changed) == ({"n1", "n2"}, {"a"})
 
 
 def test_a_difference_to_what_is_not_there_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="whose table this node does not have"):
-        merged({}, told(TableChange(head=A.head, revision=2)))
+        merged({}, reported(TableChange(head=A.head, revision=2)))
 
 
 TABLES = st.dictionaries(st.sampled_from(IDS), st.sets(st.sampled_from(["n1", "n2", "n3"])), max_size=3)
@@ -69,6 +69,6 @@ def test_whatever_is_said_leads_there_and_names_what_differs(
         for id, table in new.items()
     )
     gone = () if is_complete else tuple(old.keys() - new.keys())
-    got, changed = merged(old, told(*(way for way in ways if way), is_complete=is_complete, removed=gone))
+    got, changed = merged(old, reported(*(way for way in ways if way), is_complete=is_complete, removed=gone))
     assert {id: table.nodes for id, table in got.items()} == {id: table.nodes for id, table in new.items()}
     assert changed == {id for id in old.keys() | new.keys() if before.get(id) != after.get(id)}

@@ -121,7 +121,7 @@ async def test_what_comes_meanwhile_is_handed_on_at_once_afterwards() -> None:
     assert network_tables.applied == {A: Revision(1, 5), B: Revision(1, 6)}
 
 
-async def test_the_same_again_is_acknowledged_and_nobody_is_asked() -> None:
+async def test_an_unchanged_table_is_acknowledged_without_notifying_the_parts() -> None:
     part = Part()
     network_tables = some_tables(part)
     async with running(network_tables):
@@ -238,7 +238,7 @@ async def test_what_was_in_force_is_newer_than_the_disk(tmp_path: Path) -> None:
     assert again.tables == network_tables.tables
 
 
-def test_damaged_files_are_told_and_dropped(tmp_path: Path) -> None:
+def test_damaged_files_are_logged_and_dropped(tmp_path: Path) -> None:
     good = msgspec.msgpack.encode(Kept(1, a_table("a")))
     (tmp_path / "a").write_bytes(good)
     (tmp_path / "b").write_bytes(good)  # of another network

@@ -62,7 +62,7 @@ def test_peers_that_fail_by_a_settled_verdict_are_unreachable() -> None:
     assert unreachable_peers(found) == Unreachable(plain=nodes("m2", "m3"))
 
 
-def test_a_node_whom_nobody_answers_has_lost_its_own_cable() -> None:
+def test_a_node_without_any_answer_has_lost_its_own_link() -> None:
     assert unreachable_peers(reports(m2=True, m3=True)) == NONE_UNREACHABLE
     assert unreachable_peers({}) == NONE_UNREACHABLE
 
@@ -96,7 +96,7 @@ def test_the_last_that_serve_a_service_stay() -> None:
     assert without(table, nodes("m2", "m3")) is table
 
 
-def test_a_container_of_nobodys_service_stays() -> None:
+def test_a_container_without_a_service_stays() -> None:
     table = a_table(serving("plain", "m2", ""), serving("t1", "m1", ""))
     assert without(table, nodes("m2")) is table
 
@@ -121,7 +121,7 @@ async def test_the_keeper_hands_on_what_is_left_and_then_all_again() -> None:
 
 
 class HandClock(SystemClock):
-    """Time passes when somebody sleeps; ``steps`` say what happens at which second."""
+    """Time passes in ``sleep``; ``steps`` are executed at their seconds."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -162,7 +162,7 @@ async def watched(until_s: float, **happens: float) -> list[tuple[float, Unreach
     return [one for one in said if one[0] < until_s]
 
 
-async def test_probes_count_only_when_no_manager_has_been_heard_for_a_while() -> None:
+async def test_probes_count_only_after_a_time_without_a_manager() -> None:
     (first, *rest) = await watched(30)
     assert first == (LOST_SECONDS, Unreachable(plain=nodes("m2")))
     assert not rest
@@ -181,5 +181,5 @@ async def test_a_managers_tables_win_when_they_are_fresh() -> None:
     assert FRESH_SECONDS <= at - 20 <= FRESH_SECONDS + 2
 
 
-async def test_a_session_that_only_moves_leaves_nobody_out() -> None:
+async def test_a_session_that_moves_leaves_no_node_out() -> None:
     assert not [one for _, one in await watched(40, gained=2) if one != NONE_UNREACHABLE]

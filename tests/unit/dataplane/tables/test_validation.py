@@ -78,8 +78,8 @@ def test_whatever_is_said_rules_are_made_of_addresses_and_numbers_only(
 def test_a_node_at_no_address_of_a_machine_is_left_out_alone_and_said(underlay: str) -> None:
     notes: list[str] = []
     bad = TableNode(id=NodeId("bad"), underlay=underlay)
-    news = TableSet(revision=1, changes=(whole(replace(TABLE, nodes={bad.id: bad, GOOD.id: GOOD})),))
-    (change,) = valid_set(news, notes.append).changes
+    updates = TableSet(revision=1, changes=(whole(replace(TABLE, nodes={bad.id: bad, GOOD.id: GOOD})),))
+    (change,) = valid_set(updates, notes.append).changes
     assert changed(None, change).nodes == {GOOD.id: GOOD}
     assert len(notes) == 1
 

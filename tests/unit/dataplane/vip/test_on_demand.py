@@ -13,17 +13,17 @@ IPV4 = b"\x45" + bytes(15) + socket.inet_aton("10.0.1.2")
 IPV6 = b"\x60" + bytes(23) + socket.inet_pton(socket.AF_INET6, "fd00::2")
 
 
-def told(packet: bytes, type: int = 4 << 8) -> bytes:
+def reported(packet: bytes, type: int = 4 << 8) -> bytes:
     body = bytes(4) + struct.pack("=HH", 4 + len(packet), 9) + packet + b"\0" * (-len(packet) % 4)
     return struct.pack("=IHHII", 16 + len(body), type, 0, 0, 0) + body
 
 
 def test_both_families_are_read_and_other_messages_passed_over() -> None:
-    assert destinations(told(IPV4) + told(b"", 3) + told(IPV6)) == {"10.0.1.2", "fd00::2"}
-    assert destinations(told(IPV4[:-1]) + told(IPV6[:-1]) + told(b"\x10" * 40)) == frozenset()
+    assert destinations(reported(IPV4) + reported(b"", 3) + reported(IPV6)) == {"10.0.1.2", "fd00::2"}
+    assert destinations(reported(IPV4[:-1]) + reported(IPV6[:-1]) + reported(b"\x10" * 40)) == frozenset()
 
 
-@given(st.binary(max_size=100) | st.binary(max_size=60).map(told))
+@given(st.binary(max_size=100) | st.binary(max_size=60).map(reported))
 def test_no_bytes_make_it_fail(data: bytes) -> None:
     destinations(data)
 

@@ -58,7 +58,7 @@ def test_the_sockets_message_sets_the_device_first_and_removes_before_it_adds() 
 
 
 def test_what_is_written_to_the_kernel_is_what_is_read_from_it() -> None:
-    """The kernel shows what it was told in the same attributes."""
+    """The kernel returns the attributes as they were set."""
     own, removal = encoded("wg0", msgspec.structs.replace(CHANGE, put=()))
     assert decoded([own[4:]]) == FoundDevice(private=PRIVATE, port=4799)
     assert OTHER in removal
