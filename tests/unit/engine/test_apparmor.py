@@ -79,7 +79,7 @@ def test_a_machine_without_apparmor_needs_no_profile(monkeypatch: pytest.MonkeyP
 def a_machine_with_apparmor(
     monkeypatch: pytest.MonkeyPatch, directory: Path, *, parser: str, loaded: str = ""
 ) -> Path:
-    """Gives where its parser, which runs the shell commands ``parser``, is told the profile."""
+    """Returns the path to which its parser, which runs the shell commands ``parser``, writes the profile."""
     (directory / "apparmor_parser").write_text(f"#!/bin/sh\n{parser}\n")
     (directory / "apparmor_parser").chmod(0o755)
     (directory / "enabled").write_text("Y\n")
@@ -93,20 +93,20 @@ def a_machine_with_apparmor(
 
 
 def test_the_profile_is_loaded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told = a_machine_with_apparmor(
+    reported = a_machine_with_apparmor(
         monkeypatch, tmp_path, parser=f'echo "$@" > {tmp_path}/told; cat >> {tmp_path}/told'
     )
     assert (apparmor.is_supported(), apparmor.problem()) == (True, "")
-    assert told.read_text().startswith("-Kr\n")
-    assert 'profile "docker-default"' in told.read_text()
+    assert reported.read_text().startswith("-Kr\n")
+    assert 'profile "docker-default"' in reported.read_text()
 
 
 def test_a_profile_that_is_there_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told = a_machine_with_apparmor(
+    reported = a_machine_with_apparmor(
         monkeypatch, tmp_path, parser=f"touch {tmp_path}/told", loaded="docker-default (enforce)\n"
     )
     assert apparmor.problem() == ""
-    assert not told.exists()
+    assert not reported.exists()
 
 
 async def test_a_profile_that_is_refused_keeps_containers_from_starting_unconfined(
@@ -130,7 +130,7 @@ async def test_a_profile_that_was_unloaded_is_loaded_for_the_next_container(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     profiles = tmp_path / "kernel/profiles"
-    told = a_machine_with_apparmor(
+    reported = a_machine_with_apparmor(
         monkeypatch,
         tmp_path,
         parser=f"cat > {tmp_path}/told; echo 'docker-default (enforce)' > {profiles}",
@@ -138,12 +138,12 @@ async def test_a_profile_that_was_unloaded_is_loaded_for_the_next_container(
     engine = memory_engine(tmp_path, Machine(), monkeypatch)
     async with engine.running():
         await engine.add(new_container("first"))
-        told.unlink()
+        reported.unlink()
         await engine.add(new_container("second"))
-        assert not told.exists()
+        assert not reported.exists()
         profiles.write_text("")
         await engine.add(new_container("third"))
-        assert told.exists()
+        assert reported.exists()
 
 
 def test_a_container_and_its_execs_get_the_profile() -> None:
@@ -152,8 +152,8 @@ def test_a_container_and_its_execs_get_the_profile() -> None:
     assert "apparmorProfile" not in built().specification["process"]
     with pytest.raises(FailedPrecondition, match="AppArmor is not enabled on this machine: no profile mine"):
         built(apparmor="mine")
-    wish = ExecConfig(command=("true",))
-    process = exec_process(a_container(), wish, Identity(), CONFINING)
+    requested = ExecConfig(command=("true",))
+    process = exec_process(a_container(), requested, Identity(), CONFINING)
     assert process["apparmorProfile"] == "docker-default"
 
 

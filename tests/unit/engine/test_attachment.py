@@ -14,7 +14,7 @@ def connected() -> tuple[Attachment, socket.socket]:
 
 
 async def test_output_is_read_to_its_end_where_the_input_was_not() -> None:
-    """The kernel tells of input that nobody read before it gives the output that came before."""
+    """The kernel reports unread input before it delivers the earlier output."""
     attachment, conmon = connected()
     conmon.send(b"\x02out")
     conmon.send(b"\x03err")

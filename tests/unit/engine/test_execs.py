@@ -46,7 +46,7 @@ async def test_no_more_than_a_few_are_started_at_the_same_moment() -> None:
     ids = [execs.create(running.id, ExecConfig(command=("true",))) for _ in range(3 * STARTS_MAX)]
     starts = [asyncio.create_task(execs.start(id)) for id in ids]
     async with asyncio.timeout(10):
-        while runtime.begun < STARTS_MAX:  # noqa: ASYNC110  # nobody is told
+        while runtime.begun < STARTS_MAX:  # noqa: ASYNC110  # there is no event
             await asyncio.sleep(0)
         runtime.gate.set()
         await asyncio.wait(starts)

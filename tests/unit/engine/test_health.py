@@ -83,7 +83,7 @@ def test_failures_in_the_start_period_do_not_count():
     assert after_all(config, [1], began_s=10.0).status is UNHEALTHY
 
 
-def test_who_was_healthy_once_has_no_start_period_any_more():
+def test_the_start_period_ends_with_the_first_healthy_probe():
     assert after_all(a_check(retries=1, start_period=10), [0, 1], began_s=1.0).status is UNHEALTHY
 
 

@@ -34,7 +34,7 @@ class NoDisk:
     def save(self, container: Container) -> None:
         pass
 
-    def prepare_exec(self, container: Container, exec_id: str, wish: ExecConfig) -> Path:
+    def prepare_exec(self, container: Container, exec_id: str, requested: ExecConfig) -> Path:
         return Path("/nonexistent")
 
 
@@ -106,7 +106,7 @@ async def test_the_result_of_a_probe_is_discarded_when_its_container_has_ended_m
     probing = asyncio.create_task(rig.checks.run(ID))
     await rig.runtime.asked.wait()
     rig.execs.forget(ID)
-    rig.runtime.go.set()  # and the probe fails before anybody hears of the end
+    rig.runtime.go.set()  # and the probe fails before the end is noticed
     rig.registry.change(ID, state=ContainerState.EXITED)
     await asyncio.wait_for(probing, 5)
     kept = rig.registry.get(ID).health

@@ -24,7 +24,7 @@ ff000000000000000000000000000000 08 {NONE} 00 {NONE} 00000100 00000001 00000000 
 """
 
 
-def test_networks_that_are_reached_are_told_with_their_interfaces(tmp_path: Path) -> None:
+def test_reachable_networks_are_listed_with_their_interfaces(tmp_path: Path) -> None:
     (tmp_path / "route").write_text(ROUTE)
     (tmp_path / "ipv6_route").write_text(ROUTE_6)
     assert read_routes(tmp_path) == [

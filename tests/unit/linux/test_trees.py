@@ -220,7 +220,7 @@ def test_a_removal_is_stopped_and_goes_on_later(tmp_path: Path):
     remove_tree(tmp_path / "tree")
 
 
-async def test_who_is_cancelled_leaves_no_thread_that_removes(tmp_path: Path):
+async def test_a_cancelled_removal_leaves_no_thread(tmp_path: Path):
     nest(tmp_path / "tree", LEVELS)
     task = asyncio.create_task(beside.remove_tree(tmp_path / "tree"))
     await asyncio.sleep(0)

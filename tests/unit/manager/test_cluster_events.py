@@ -24,7 +24,7 @@ from tests.support.builders import a_service, a_task, an_overlay
 NOW_NS = 1_700_000_000 * SECOND_NS
 
 
-def told(event) -> list[tuple[str, str, dict[str, str]]]:
+def reported(event) -> list[tuple[str, str, dict[str, str]]]:
     return [
         (message.type, message.action, dict(message.actor.attributes))
         for message in messages_of(event, NOW_NS)
@@ -46,11 +46,11 @@ def test_an_event_is_spelled_as_the_engine_spells_it():
     )
 
 
-def test_of_tasks_the_beginning_of_draining_is_told_and_nothing_else():
+def test_task_events_are_those_of_draining_only():
     place = NetworkAttachment(network=an_overlay("net1"), addresses=("10.0.1.7/24",))
     runs = replace(a_task("t1", node="n1", service="web"), networks_attachments=(place,))
     stops = replace(runs, desired_state=TaskState.SHUTDOWN)
-    assert told(Updated(runs, stops)) == [
+    assert reported(Updated(runs, stops)) == [
         (
             "task",
             "drain",
@@ -71,13 +71,13 @@ def test_of_tasks_the_beginning_of_draining_is_told_and_nothing_else():
         Updated(stops, replace(stops, desired_state=TaskState.REMOVE)),
         Updated(alone, replace(alone, desired_state=TaskState.SHUTDOWN)),
     ):
-        assert told(event) == []
+        assert reported(event) == []
 
 
 def test_an_update_of_a_service_names_what_changed():
     old = a_service("web", replicas=1, image="busybox:1")
     new = replace(a_service("web", replicas=3, image="busybox:2"), id=old.id)
-    assert told(Updated(old, new)) == [
+    assert reported(Updated(old, new)) == [
         (
             "service",
             "update",
@@ -92,20 +92,20 @@ def test_an_update_of_a_service_names_what_changed():
     ]
 
 
-def test_the_state_of_an_update_is_told():
+def test_service_events_have_the_update_state():
     old = a_service("web")
     new = replace(old, update_status=UpdateStatus(state=UpdateState.UPDATING))
     done = replace(old, update_status=UpdateStatus(state=UpdateState.COMPLETED))
-    assert told(Updated(old, new))[0][2]["updatestate.new"] == "updating"
-    assert told(Updated(new, done))[0][2]["updatestate.old"] == "updating"
+    assert reported(Updated(old, new))[0][2]["updatestate.new"] == "updating"
+    assert reported(Updated(new, done))[0][2]["updatestate.old"] == "updating"
 
 
 def test_a_service_is_removed_once_when_the_user_removes_it():
     service = a_service("web")
     removed = replace(service, removed_at=Timestamp("2023-11-14T22:13:20Z"))
-    assert told(Updated(service, removed)) == [("service", "remove", {"name": "web"})]
-    assert told(Updated(removed, replace(removed, update_status=UpdateStatus()))) == []
-    assert told(Deleted(removed)) == []
+    assert reported(Updated(service, removed)) == [("service", "remove", {"name": "web"})]
+    assert reported(Updated(removed, replace(removed, update_status=UpdateStatus()))) == []
+    assert reported(Deleted(removed)) == []
 
 
 def test_a_node_tells_which_others_it_does_not_reach_and_what_follows():
@@ -114,11 +114,11 @@ def test_a_node_tells_which_others_it_does_not_reach_and_what_follows():
     sick = replace(well, failing_paths=(failing,))
     words = "w2 4789/udp (overlay)"
     told_sick = {"name": "w1", "paths.failing.old": "", "paths.failing.new": words}
-    assert told(Updated(well, sick)) == [("node", "update", told_sick)]
+    assert reported(Updated(well, sick)) == [("node", "update", told_sick)]
     told_well = {"name": "w1", "paths.failing.old": words, "paths.failing.new": ""}
-    assert told(Updated(sick, well)) == [("node", "update", told_well)]
+    assert reported(Updated(sick, well)) == [("node", "update", told_well)]
     cut_off = CutOff(check="overlay", port="4789/udp", peers=("w2",))
-    ((_, _, attributes),) = told(Updated(sick, replace(sick, cut_off=(cut_off,))))
+    ((_, _, attributes),) = reported(Updated(sick, replace(sick, cut_off=(cut_off,))))
     assert attributes["overlay.refused.new"] == "4789/udp fails between this node and w2"
 
 
@@ -126,9 +126,9 @@ def test_a_node_tells_what_users_can_see_of_it():
     node = Node(id="n", status=NodeStatus(state=NodeState.READY))
     down = replace(node, status=NodeStatus(state=NodeState.DOWN))
     drained = replace(down, spec=NodeSpec(availability=Availability.DRAIN))
-    assert told(Updated(node, replace(node, attachments=()))) == []
-    assert told(Updated(node, down))[0][2] == {"name": "", "state.old": "ready", "state.new": "down"}
-    assert told(Updated(down, drained))[0][2]["availability.new"] == "drain"
+    assert reported(Updated(node, replace(node, attachments=()))) == []
+    assert reported(Updated(node, down))[0][2] == {"name": "", "state.old": "ready", "state.new": "down"}
+    assert reported(Updated(down, drained))[0][2]["availability.new"] == "drain"
 
 
 @pytest.mark.parametrize(

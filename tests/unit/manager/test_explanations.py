@@ -22,9 +22,10 @@ def verdicts(task: Task, *nodes: Node, others: tuple[Task, ...] = ()) -> list[No
         books.set_node(node)
     for other in others:
         reserve_for(books, other, None)
-    wish = requirements_of(task, None)
+    requested = requirements_of(task, None)
     return [
-        verdict(wish, account, books.copies(task.service_id)[id]) for id, account in books.accounts.items()
+        verdict(requested, account, books.copies(task.service_id)[id])
+        for id, account in books.accounts.items()
     ]
 
 
@@ -85,9 +86,9 @@ def test_a_process_that_never_was_has_no_code_to_tell() -> None:
 
 def test_a_failed_task_tells_its_code_its_signal_and_the_words_of_the_engine() -> None:
     task = failed_with(137, "task: non-zero exit (137): out of memory")
-    told = explain_task(task, a_node("n1"))
-    assert (told.exit_code, told.signal) == (137, "SIGKILL")
-    assert told.summary == (
+    reported = explain_task(task, a_node("n1"))
+    assert (reported.exit_code, reported.signal) == (137, "SIGKILL")
+    assert reported.summary == (
         "its process ended with code 137 (SIGKILL): task: non-zero exit (137): out of memory"
     )
 
@@ -104,8 +105,8 @@ def test_there_is_something_to_say_in_every_state(state: TaskState) -> None:
 
 def test_a_pending_task_that_some_node_could_take_says_so() -> None:
     task = a_task(state=TaskState.PENDING)
-    told = explain_task(task, None, verdicts(task, a_node("n1"), a_node("n2", state=NodeState.DOWN)))
-    assert told.summary == "1 of 2 nodes could take it now: the scheduler has not come to it yet"
+    reported = explain_task(task, None, verdicts(task, a_node("n1"), a_node("n2", state=NodeState.DOWN)))
+    assert reported.summary == "1 of 2 nodes could take it now: the scheduler has not come to it yet"
 
 
 def test_a_service_counts_what_its_tasks_wait_for_and_failed_of() -> None:
@@ -119,18 +120,18 @@ def test_a_service_counts_what_its_tasks_wait_for_and_failed_of() -> None:
         ),
         replace(failed_with(1, "task: non-zero exit (1)"), slot=4),
     ]
-    told = explain_service(web, tasks, wanted=4, nodes={a_node("n1").id: a_node("n1")})
-    assert told.summary == f"1 of 4 tasks run; 2 wait: {refused.err}"
-    assert [(reason.tasks, reason.example) for reason in told.reasons] == [(2, tasks[1].id)]
-    assert [reason.summary for reason in told.failures] == [
+    reported = explain_service(web, tasks, wanted=4, nodes={a_node("n1").id: a_node("n1")})
+    assert reported.summary == f"1 of 4 tasks run; 2 wait: {refused.err}"
+    assert [(reason.tasks, reason.example) for reason in reported.reasons] == [(2, tasks[1].id)]
+    assert [reason.summary for reason in reported.failures] == [
         "its process ended with code 1: task: non-zero exit (1)"
     ]
 
 
 def test_a_service_as_wanted_says_so() -> None:
     web = a_service("web", replicas=1)
-    told = explain_service(web, [a_task(service=web, node="n1")], wanted=1, nodes={})
-    assert told.summary == "1 of 1 tasks run: as wanted"
+    reported = explain_service(web, [a_task(service=web, node="n1")], wanted=1, nodes={})
+    assert reported.summary == "1 of 1 tasks run: as wanted"
 
 
 def test_an_image_that_cannot_be_pulled_is_named_in_the_reason() -> None:
@@ -173,8 +174,8 @@ def a_run(service: Service, slot: int, state: TaskState, *, iteration: int = 3, 
 def test_a_job_that_completed_says_so_and_since_when() -> None:
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE), a_run(job, 2, TaskState.COMPLETE)]
-    told = explain_service(job, tasks, wanted=1, nodes={})
-    assert (told.summary, told.is_as_wanted, told.ended_at) == ("2 of 2 completed", True, STAMP)
+    reported = explain_service(job, tasks, wanted=1, nodes={})
+    assert (reported.summary, reported.is_as_wanted, reported.ended_at) == ("2 of 2 completed", True, STAMP)
 
 
 def test_a_global_job_that_completed_says_on_how_many_nodes() -> None:
@@ -186,9 +187,9 @@ def test_a_global_job_that_completed_says_on_how_many_nodes() -> None:
 def test_a_job_that_gave_up_says_where_after_how_many_attempts_and_of_what() -> None:
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE), *(a_run(job, 2, TaskState.FAILED) for _ in range(3))]
-    told = explain_service(job, tasks, wanted=1, nodes={})
-    assert not told.is_as_wanted
-    assert told.summary == (
+    reported = explain_service(job, tasks, wanted=1, nodes={})
+    assert not reported.is_as_wanted
+    assert reported.summary == (
         "FAILED: 1 of 2 completed; slot 2 gave up after 3 attempts, the last: its process ended with code 1"
     )
 
@@ -196,8 +197,8 @@ def test_a_job_that_gave_up_says_where_after_how_many_attempts_and_of_what() -> 
 def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_not_count() -> None:
     job = a_job(2)
     tasks = [a_run(job, 1, TaskState.COMPLETE, iteration=2), a_run(job, 1, TaskState.RUNNING)]
-    told = explain_service(job, tasks, wanted=1, nodes={})
-    assert (told.summary, told.is_as_wanted) == ("0 of 2 completed, 1 run", False)
+    reported = explain_service(job, tasks, wanted=1, nodes={})
+    assert (reported.summary, reported.is_as_wanted) == ("0 of 2 completed, 1 run", False)
 
 
 def a_task_that_waits(failures: int) -> Task:
@@ -216,5 +217,5 @@ def test_a_task_that_waits_for_its_next_attempt_says_when_that_is() -> None:
     assert next_attempt(a_task(state=TaskState.READY, desired=TaskState.READY), now_ns) == ""
     started = replace(a_task_that_waits(5), desired_state=TaskState.RUNNING)
     assert next_attempt(started, now_ns) == ""
-    told = summary(a_task_that_waits(3), a_node("n1"))
-    assert told == "next attempt at 00:01:46 UTC (crash loop, 3rd)"
+    reported = summary(a_task_that_waits(3), a_node("n1"))
+    assert reported == "next attempt at 00:01:46 UTC (crash loop, 3rd)"

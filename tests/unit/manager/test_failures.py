@@ -24,10 +24,10 @@ def failures() -> Failures:
 
 def test_an_error_ends_there_and_is_kept(failures: Failures) -> None:
     with failures.caught("web"):
-        raise KeyError("what nobody foresaw")
+        raise KeyError("an unexpected error")
     failure = failures.of("web")
     assert failure is not None
-    assert failure.error == "KeyError: 'what nobody foresaw'"
+    assert failure.error == "KeyError: 'an unexpected error'"
     assert failures.of("other") is None
 
 
@@ -43,7 +43,7 @@ def test_each_failure_waits_longer_up_to_a_minute(failures: Failures) -> None:
     assert 30 <= delays[-1] <= 60
 
 
-def test_success_ends_the_trouble(failures: Failures) -> None:
+def test_success_clears_the_failure(failures: Failures) -> None:
     with failures.caught("web"):
         raise ValueError
     with failures.caught("web"):

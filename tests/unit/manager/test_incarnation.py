@@ -45,7 +45,7 @@ async def test_a_later_life_stops_a_manager_and_keeps_it_stopped(paths: Paths) -
         check_incarnations(paths)
 
 
-async def test_an_earlier_life_is_not_ours_and_stops_nobody(paths: Paths) -> None:
+async def test_an_earlier_incarnation_is_ignored(paths: Paths) -> None:
     incarnation = Incarnation(7)
     running = asyncio.create_task(incarnation.run(paths))
     await asyncio.sleep(0)
@@ -95,7 +95,7 @@ async def test_only_the_survivor_is_shown_as_reachable_and_the_others_may_be_dem
         "m2": NodeState.UNKNOWN,
         "m3": NodeState.UNKNOWN,
         "w1": NodeState.READY,
-    }, "nobody has heard of the other managers' nodes"
+    }, "there has been no contact with the other managers' nodes"
     assert shown[NodeId("w1")] is None
 
     m2 = store.view().get(Node, M2)

@@ -83,7 +83,7 @@ def test_the_write_that_was_under_way_is_seen_and_the_term_goes_on(rig: Rig, lag
     assert written == ["w0", "w1", "w2"]
 
 
-def test_where_nobody_answers_the_term_is_over(rig: Rig) -> None:
+def test_without_responses_of_the_store_the_term_ends(rig: Rig) -> None:
     async def run() -> None:
         terms = rig.store.terms(NodeId("m1"), "")
         term = await anext(terms)

@@ -9,7 +9,7 @@ from skep.model.ids import NodeId
 A, B = NodeId("a"), NodeId("b")
 
 
-def test_a_manager_not_heard_for_two_seconds_is_silent_for_as_long() -> None:
+def test_a_manager_is_silent_two_seconds_after_its_last_message() -> None:
     reachable = LastSeen()
     reachable.expect([A, B], 10.0)
     reachable.note(A, 11.0)
@@ -19,7 +19,7 @@ def test_a_manager_not_heard_for_two_seconds_is_silent_for_as_long() -> None:
     assert reachable.silent(13.0) == {A: 2.0}
 
 
-def test_who_was_named_and_never_spoke_is_neither_silent_nor_heard() -> None:
+def test_a_manager_without_any_message_is_neither_silent_nor_reachable() -> None:
     reachable = LastSeen()
     reachable.expect([A, B], 10.0)
     reachable.note(A, 10.5)
@@ -48,7 +48,7 @@ def test_being_named_again_is_no_sign_of_life() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from([A, B]), st.floats(0, 1)), max_size=30))
-def test_who_was_heard_within_the_time_is_never_silent(words: list[tuple[NodeId, float]]) -> None:
+def test_a_manager_with_a_recent_message_is_never_silent(words: list[tuple[NodeId, float]]) -> None:
     now, reachable = 0.0, LastSeen()
     last = {A: 0.0, B: 0.0}
     reachable.expect([A, B], now)

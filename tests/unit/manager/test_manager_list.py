@@ -1,4 +1,4 @@
-"""Who looks at the managers alone hears of them, and of nobody else."""
+"""A watch of the managers gets events of managers only."""
 
 import pytest
 from msgspec.structs import replace
@@ -38,7 +38,7 @@ def test_thousands_of_workers_come_change_and_go_unheard() -> None:
 
 
 @pytest.mark.parametrize("manager", [TO_BE, CERTIFIED, PRESENT])
-def test_a_manager_is_heard_of_when_it_comes_changes_goes_and_becomes_one(manager: Node) -> None:
+def test_the_manager_list_follows_additions_changes_removals_and_promotions(manager: Node) -> None:
     assert affects_managers(commit(Created(WORKER), Created(manager)))
     assert affects_managers(commit(Deleted(manager)))
     assert affects_managers(commit(Updated(manager, replace(manager, description=manager.description))))

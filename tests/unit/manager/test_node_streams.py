@@ -16,14 +16,14 @@ NODE = NodeId("node")
 
 class ALine:
     def __init__(self) -> None:
-        self._news = asyncio.Event()
+        self._changed_event = asyncio.Event()
 
     def wake(self) -> None:
-        self._news.set()
+        self._changed_event.set()
 
     async def wait(self) -> None:
-        await self._news.wait()
-        self._news.clear()
+        await self._changed_event.wait()
+        self._changed_event.clear()
 
 
 class ASession:
@@ -52,7 +52,7 @@ def a_stream() -> NodeStream:
     return NodeStream(NODE, ASession(), ALine())
 
 
-async def told(stream: NodeStream) -> None:
+async def reported(stream: NodeStream) -> None:
     while True:
         stream.require_open()
         await stream.signal.wait()
@@ -91,12 +91,14 @@ async def test_an_earlier_stream_that_closes_late_leaves_the_later_one() -> None
     assert not streams
 
 
-async def test_what_is_heard_is_taken_until_the_node_says_no_more() -> None:
-    heard: list[str] = []
+async def test_messages_are_taken_until_the_node_ends_the_stream() -> None:
+    received: list[str] = []
     stream = a_stream()
     with pytest.raises(Unavailable, match="the node has ended the stream"):
-        await run_stream(stream, saying("a", "b"), lambda said: heard.append(said.session_id), told(stream))
-    assert heard == ["a", "b"]
+        await run_stream(
+            stream, saying("a", "b"), lambda said: received.append(said.session_id), reported(stream)
+        )
+    assert received == ["a", "b"]
 
 
 async def test_what_a_node_says_wrongly_ends_the_stream() -> None:
@@ -105,4 +107,4 @@ async def test_what_a_node_says_wrongly_ends_the_stream() -> None:
 
     stream = a_stream()
     with pytest.raises(InvalidArgument, match="too much"):
-        await run_stream(stream, saying("a", then_waits=True), refuse, told(stream))
+        await run_stream(stream, saying("a", then_waits=True), refuse, reported(stream))

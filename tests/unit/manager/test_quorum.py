@@ -1,4 +1,4 @@
-"""What a manager knows of its quorum without asking anybody."""
+"""The quorum as a manager shows it without contacting others."""
 
 from msgspec.structs import replace
 
@@ -20,9 +20,9 @@ async def test_it_names_the_managers_that_do_not_answer_and_not_the_workers() ->
         tx.put(a_node("w1"))
 
     await store.update(fill)
-    told = quorum(store.view(), NodeId("m1"), {NodeId("m2"): 3.25}, Timestamp("2026-01-01T00:00:00Z"))
-    assert not told.has_leader
-    assert [(one.id, one.answers, one.silent_seconds) for one in told.managers] == [
+    reported = quorum(store.view(), NodeId("m1"), {NodeId("m2"): 3.25}, Timestamp("2026-01-01T00:00:00Z"))
+    assert not reported.has_leader
+    assert [(one.id, one.answers, one.silent_seconds) for one in reported.managers] == [
         ("m1", True, 0.0),
         ("m2", False, 3.2),
     ]

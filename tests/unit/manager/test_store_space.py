@@ -21,7 +21,7 @@ class Over(Exception):
 
 
 class QuickClock(SystemClock):
-    """Its time passes where somebody waits for it, and then at once."""
+    """A clock whose time passes at once in every wait."""
 
     def __init__(self, until: float) -> None:
         self.now = 0.0
@@ -126,7 +126,7 @@ async def test_a_defragmentation_that_fails_is_tried_more_and_more_seldom():
     assert 5 <= len(store.defragmented) <= 20
 
 
-async def test_a_leader_to_whom_leadership_comes_straight_back_hands_it_over_once_more():
+async def test_a_leader_that_is_reelected_at_once_transfers_leadership_again():
     class Keeper(StoreSpace):
         async def _others(self, names: Sequence[str]) -> dict[NodeId, Space]:
             return {OTHER: Space(size=10, in_use=10, quota=100)}

@@ -23,7 +23,7 @@ def updated(state: UpdateState | None = UpdateState.UPDATING) -> Service:
     return replace(web, spec=spec, update_status=UpdateStatus(state=state, message="update in progress"))
 
 
-def told(service: Service, *tasks: Task, new: tuple[str, ...] = ()) -> UpdateExplanation | None:
+def reported(service: Service, *tasks: Task, new: tuple[str, ...] = ()) -> UpdateExplanation | None:
     nodes = {a_node("n1").id: a_node("n1")}
     return explain_service(service, tasks, wanted=3, nodes=nodes, is_new=lambda task: task.id in new).update
 
@@ -43,7 +43,7 @@ def test_it_names_the_task_that_it_waits_for_and_until_when() -> None:
     done, lead, old = slots(RUNNING, PENDING, RUNNING)
     lead = replace(lead, status=TaskStatus(state=PENDING, err="no suitable node"), node_id="")
     predecessor = replace(old, id="t2-before", slot=2)
-    found = told(updated(), done, lead, predecessor, old, new=("t1", "t2"))
+    found = reported(updated(), done, lead, predecessor, old, new=("t1", "t2"))
     assert found == UpdateExplanation(
         step="1 of 3 tasks are new",
         waiting_for="task t2: no suitable node",
@@ -54,7 +54,7 @@ def test_it_names_the_task_that_it_waits_for_and_until_when() -> None:
 def test_the_one_that_waits_for_longest_is_named() -> None:
     tasks = slots(PENDING, PENDING, PENDING)
     later = [replace(task, created_at=Timestamp("2026-01-31T12:00:05Z")) for task in tasks[:2]]
-    found = told(updated(), *later, tasks[2], new=("t1", "t2", "t3"))
+    found = reported(updated(), *later, tasks[2], new=("t1", "t2", "t3"))
     assert found is not None
     assert found.waiting_for.startswith("task t3: ")
 
@@ -69,13 +69,13 @@ def test_the_one_that_waits_for_longest_is_named() -> None:
 def test_without_such_a_task_it_waits_for_time_to_pass(
     new: tuple[str, ...], step: str, waits_for: str
 ) -> None:
-    found = told(updated(), *slots(RUNNING, RUNNING, RUNNING), new=new)
+    found = reported(updated(), *slots(RUNNING, RUNNING, RUNNING), new=new)
     assert found == UpdateExplanation(step=step, waiting_for=waits_for)
 
 
 @pytest.mark.parametrize("state", [None, *UpdateState])
 def test_only_an_update_that_is_under_way_has_steps(state: UpdateState | None) -> None:
-    found = told(updated(state), *slots(RUNNING, RUNNING, RUNNING))
+    found = reported(updated(state), *slots(RUNNING, RUNNING, RUNNING))
     assert (found is not None) == (state in (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED))
 
 
@@ -83,7 +83,7 @@ def test_only_an_update_that_is_under_way_has_steps(state: UpdateState | None) -
 def test_the_order_of_tasks_does_not_matter(order: list[int], new: set[str]) -> None:
     tasks = slots(PENDING, RUNNING, TaskState.PREPARING)
     shuffled = [tasks[place] for place in order]
-    assert told(updated(), *shuffled, new=tuple(new)) == told(updated(), *tasks, new=tuple(new))
+    assert reported(updated(), *shuffled, new=tuple(new)) == reported(updated(), *tasks, new=tuple(new))
 
 
 def test_people_read_it_in_one_line() -> None:

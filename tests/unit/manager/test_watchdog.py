@@ -19,8 +19,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("skep.aio.hang_detection.END_S", 0.6)
 
 
-class Told:
-    """What the watch did; ``fails``: nobody takes leadership over."""
+class Observed:
+    """Records the watchdog's calls; ``fails``: no other manager takes over leadership."""
 
     def __init__(self, *, fails: bool = False) -> None:
         self.said: list[str] = []
@@ -49,24 +49,24 @@ def work(seconds: float) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 async def test_a_loop_that_hangs_has_another_lead_and_then_ends(fails: bool) -> None:
-    told = Told(fails=fails)
-    watch = Watchdog(asyncio.get_running_loop(), told.hand_over, told.end, SystemClock())
+    reported = Observed(fails=fails)
+    watch = Watchdog(asyncio.get_running_loop(), reported.hand_over, reported.end, SystemClock())
     watch.start()
     await asyncio.sleep(0.1)
-    assert told.said == []
-    hold_until(lambda: len(told.said) == 2)
-    assert told.said[0] == "hand over"
-    assert told.said[1].startswith("end: its event loop did not respond")
+    assert reported.said == []
+    hold_until(lambda: len(reported.said) == 2)
+    assert reported.said[0] == "hand over"
+    assert reported.said[1].startswith("end: its event loop did not respond")
     watch.stop()
 
 
 async def test_a_loop_that_works_and_waits_is_left_alone() -> None:
-    told = Told()
-    watch = Watchdog(asyncio.get_running_loop(), told.hand_over, told.end, SystemClock())
+    reported = Observed()
+    watch = Watchdog(asyncio.get_running_loop(), reported.hand_over, reported.end, SystemClock())
     watch.start()
     until = time.monotonic() + 1.5
     while time.monotonic() < until:
         work(0.02)
         await asyncio.sleep(0.01)
     watch.stop()
-    assert told.said == []
+    assert reported.said == []

@@ -51,7 +51,7 @@ def test_a_later_key_comes_at_its_time_and_the_earlier_time_counts() -> None:
     assert 10.0 <= at < 10.01
 
 
-def test_a_key_that_becomes_due_wakes_who_waits_for_a_later_one() -> None:
+def test_a_key_that_becomes_due_wakes_a_waiter_for_a_later_one() -> None:
     loop = VirtualLoop()
     queue: WorkQueue[str] = WorkQueue(VirtualClock(loop))
 

@@ -83,7 +83,7 @@ def test_the_first_operator_splits() -> None:
     assert parse("node.labels.a != b") == Constraint("node.labels.a", True, "b")
 
 
-def test_labels_are_told_from_other_words() -> None:
+def test_labels_are_distinguished_from_other_words() -> None:
     assert label_of(the_node(), "node.labels.zone") == "North"
     assert label_of(the_node(), "engine.labels.disk") == "ssd fast"
     assert label_of(the_node(), "node.labels.none") == ""

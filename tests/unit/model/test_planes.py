@@ -39,7 +39,7 @@ def test_a_node_is_what_it_joined_as_whatever_it_says() -> None:
     assert not is_docker_node(replace(a_node(), certificate=joined_as[DOCKER]))  # not described yet
 
 
-def test_what_was_settled_counts_more_than_what_was_wished() -> None:
+def test_an_allocated_value_takes_precedence_over_the_requested_one() -> None:
     wishing = an_overlay(subnet="", labels={PLANE_OPTION: SKEP})
     assert plane_of(an_overlay()) == ""
     assert plane_of(wishing) == SKEP

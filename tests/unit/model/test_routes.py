@@ -29,7 +29,7 @@ def a_route(text: str, interface: str = "eth0") -> MachineRoute:
     return MachineRoute(ip_network(text), interface)
 
 
-def test_a_route_within_another_of_its_interface_is_not_told() -> None:
+def test_a_route_within_another_of_its_interface_is_left_out() -> None:
     routes = [
         a_route("10.0.0.0/16"),
         a_route("10.0.3.0/24"),
@@ -39,7 +39,7 @@ def test_a_route_within_another_of_its_interface_is_not_told() -> None:
     assert routes_label(routes) == "10.0.0.0/16=eth0 10.0.3.0/24=eth1 fd00::/64=eth0"
 
 
-def test_of_very_many_routes_the_widest_are_told() -> None:
+def test_of_very_many_routes_the_widest_are_reported() -> None:
     many = [a_route(f"10.{number}.0.0/24") for number in range(100)]
     label = routes_label([*many, a_route("172.16.0.0/12")])
     assert len(label.split()) == ROUTES_MAX
@@ -57,10 +57,10 @@ def test_any_label_can_be_read(label: str) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(2, 32)), max_size=20))
-def test_what_is_told_covers_what_was_there(pairs: list[tuple[int, int]]) -> None:
+def test_reported_routes_cover_all_routes(pairs: list[tuple[int, int]]) -> None:
     routes = [MachineRoute(ip_network(pair, strict=False), "eth0") for pair in pairs]
-    told = routes_of(reporting(routes_label(routes)))
-    assert all(any(route.subnet.subnet_of(one.subnet) for one in told) for route in routes)  # type: ignore[arg-type]
+    reported = routes_of(reporting(routes_label(routes)))
+    assert all(any(route.subnet.subnet_of(one.subnet) for one in reported) for route in routes)  # type: ignore[arg-type]
 
 
 def test_halves_of_everything_say_as_little_as_a_default_route() -> None:

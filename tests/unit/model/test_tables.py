@@ -1,4 +1,4 @@
-"""Network tables: whoever applies the differences knows what whoever gets the whole knows."""
+"""Network tables: applied differences give the same result as the complete table."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,7 +63,7 @@ def test_a_whole_table_replaces_whatever_there_was(old: Table, new: Table) -> No
     assert changed(None, whole(new)) == new
 
 
-def test_a_table_that_differs_in_its_revision_alone_is_no_news() -> None:
+def test_a_table_that_differs_only_in_its_revision_is_unchanged() -> None:
     head = NetworkHead(id=NetworkId("n"), name="net")
 
     assert difference(Table(head=head, revision=1), Table(head=head, revision=2)) is None

@@ -45,7 +45,7 @@ def test_a_condition_is_a_warning_until_it_is_cleared(conditions: Conditions):
     assert conditions.warnings() == ("the disk is nearly full",)
 
 
-def test_the_managers_hear_of_the_end_later_so_that_flapping_is_one_condition(
+def test_the_end_of_a_condition_is_reported_late_so_that_flapping_is_one_condition(
     conditions: Conditions, clock: HandClock
 ):
     conditions.set("disk", "full")
@@ -99,6 +99,6 @@ def test_what_a_node_says_is_bounded_on_both_sides(conditions: Conditions):
     assert len(conditions.labels()) == CONDITIONS_MAX
     assert set(map(len, conditions.labels().values())) == {CHARACTERS_MAX}
     sent = {f"skep.condition.{number}": "y" * 5000 for number in range(1000)}
-    told = condition_messages(NodeDescription(engine=EngineDescription(labels=sent)))
-    assert len(told) == CONDITIONS_MAX
-    assert set(map(len, told)) == {CHARACTERS_MAX}
+    reported = condition_messages(NodeDescription(engine=EngineDescription(labels=sent)))
+    assert len(reported) == CONDITIONS_MAX
+    assert set(map(len, reported)) == {CHARACTERS_MAX}

@@ -37,7 +37,7 @@ async def test_the_condition_comes_and_goes_with_the_fault(tmp_path: Path, numbe
 
 
 async def test_what_a_managers_store_lacks_is_a_condition_until_there_is_room(tmp_path: Path) -> None:
-    """Written by the manager, as its process hears of it from the supervisor of its etcd."""
+    """Written by the manager, whose process gets it from the supervisor of its etcd."""
     mark, conditions = tmp_path / "manager.full", Conditions(SystemClock())
     check = DiskCheck((tmp_path,), conditions, SlowlessClock(), mark)
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:

@@ -13,11 +13,11 @@ def test_a_machine_that_can_everything_says_nothing() -> None:
 def test_what_is_missing_is_a_warning_with_its_consequence_and_a_label() -> None:
     poor = Features(missing={"vxlan": "Operation not supported", "wireguard": "Unknown device type"})
     assert labels(poor) == {"skep.without.vxlan": "true", "skep.without.wireguard": "true"}
-    told = warnings(poor)
-    assert told[0] == (
+    reported = warnings(poor)
+    assert reported[0] == (
         "WARNING: No vxlan support (Operation not supported): overlay networks do not reach other nodes"
     )
-    assert not any("wireguard" in sentence for sentence in told), "used only when asked for"
+    assert not any("wireguard" in sentence for sentence in reported), "used only when asked for"
 
 
 def test_limits_that_cannot_be_set_are_named() -> None:

@@ -105,8 +105,6 @@ def test_ports_that_a_user_named_and_that_are_taken_are_refused_by_name(listener
         ("192.0.2.1:4000", "0.0.0.0:4000", "peer-addr 192.0.2.1:4000 is not used"),
     ],
 )
-def test_an_operator_hears_of_a_peer_port_that_is_not_the_expected_one(
-    wanted: str, used: str, says: str
-) -> None:
+def test_an_unexpected_peer_port_is_logged(wanted: str, used: str, says: str) -> None:
     assert says in peer_warning(LISTEN, wanted, used)
     assert bool(says) == bool(peer_warning(LISTEN, wanted, used))

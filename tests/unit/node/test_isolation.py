@@ -37,7 +37,7 @@ def test_a_profile_that_cannot_be_loaded_is_a_condition(
     assert conditions.present() == {"apparmor": "AppArmor enabled on system but ..."}
 
 
-async def test_a_profile_that_somebody_loads_ends_the_condition_and_one_that_is_lost_begins_it(
+async def test_the_condition_ends_when_the_profile_is_loaded_and_begins_when_it_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     conditions, problems = Conditions(SystemClock()), [""]

@@ -73,7 +73,7 @@ def test_after_one_time_constant_a_change_is_known_to_63_percent() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), SHARES, SHARES), min_size=1, max_size=20))
-def test_what_is_told_lies_between_what_was_measured(steps: list[tuple[float, float, float]]) -> None:
+def test_the_reported_load_lies_between_measured_values(steps: list[tuple[float, float, float]]) -> None:
     now, state, parts = 0.0, measured(None, Reading(busy=0, capacity=0, memory=0), 0.0), []
     busy = capacity = 0.0
     assert state.load is None
@@ -88,7 +88,7 @@ def test_what_is_told_lies_between_what_was_measured(steps: list[tuple[float, fl
 
 
 class HandClock(SystemClock):
-    """Goes when it is told to."""
+    """A manually advanced clock."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -101,7 +101,7 @@ class HandClock(SystemClock):
 
 
 class Counters:
-    """A node that is as busy as it is told to be."""
+    """A node with a configurable load."""
 
     def __init__(self) -> None:
         self.busy = 0.0
@@ -121,14 +121,14 @@ class Counters:
 
 def beats(meter: LoadMeter, clock: HandClock, seconds: float) -> list[float | None]:
     """What the heartbeats of some time say, three a second."""
-    told = []
+    output = []
     for _ in range(round(seconds * 3)):
         clock.advance(1 / 3)
-        told.append(meter.load())
-    return told
+        output.append(meter.load())
+    return output
 
 
-def test_nothing_is_told_at_first_and_then_what_lasts() -> None:
+def test_no_load_is_reported_at_first_and_then_the_lasting_one() -> None:
     clock, counters = HandClock(), Counters()
     meter = LoadMeter(counters.read, clock)
     assert meter.load() is None
@@ -142,13 +142,13 @@ def test_nothing_is_told_at_first_and_then_what_lasts() -> None:
     assert lasting == pytest.approx(0.8, abs=0.02)
 
 
-def test_it_is_measured_far_less_often_than_told() -> None:
+def test_the_load_is_measured_less_often_than_reported() -> None:
     clock, counters = HandClock(), Counters()
     beats(LoadMeter(counters.read, clock), clock, 60)
     assert counters.readings <= 60 / SAMPLE_S + 1
 
 
-def test_what_cannot_be_read_is_not_told_and_measuring_begins_anew() -> None:
+def test_an_unreadable_load_is_not_reported_and_measuring_restarts() -> None:
     clock, counters = HandClock(), Counters()
     meter = LoadMeter(counters.read, clock)
     counters.part = 0.5

@@ -97,8 +97,8 @@ async def seen(events: NodeEvents, *sources: Source) -> list[str]:
     async def send(message: Message) -> None:
         messages.append(message)
 
-    wish = EventRequest(since_ns=0, until_ns=SystemClock().now_ns(), filters=Filters({}), query={})
-    await events.stream(wish, sources, send)
+    requested = EventRequest(since_ns=0, until_ns=SystemClock().now_ns(), filters=Filters({}), query={})
+    await events.stream(requested, sources, send)
     return [message["Action"] for message in messages]
 
 

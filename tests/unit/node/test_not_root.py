@@ -8,7 +8,7 @@ import pytest
 from skep.node import requirements
 
 
-def test_a_daemon_that_is_not_root_is_told_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_without_root_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(requirements.Unfit, match="must run as root: start it with sudo"):
         requirements.check(Path("/nonexistent"), {requirements.RUNC: "/nonexistent"}, lambda: (3, 5, 26))

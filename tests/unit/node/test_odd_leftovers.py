@@ -129,7 +129,7 @@ def test_among_networks(tmp_path: Path, make: Callable[[Path], object]) -> None:
     assert list((tmp_path / "tables").iterdir()) == []
 
 
-def test_a_pid_file_with_bytes_that_are_no_text_names_nobody(tmp_path: Path) -> None:
+def test_a_pid_file_that_is_no_text_names_no_process(tmp_path: Path) -> None:
     path = tmp_path / "manager.pid"
     path.write_bytes(b'{"version": "\xff", "pid": 1, "started": 1}')
     assert read_pid_file(path) is None

@@ -1,4 +1,4 @@
-"""Which programs will do, and what a user is told about those that will not."""
+"""Supported versions of programs, and the errors for others."""
 
 import pytest
 

@@ -65,7 +65,7 @@ def test_one_that_does_not_listen_yet_is_waited_for() -> None:
         return None
 
     async def hand_over() -> None:
-        raise AssertionError("there is nobody to take it from")
+        raise AssertionError("no leadership to hand over")
 
     waiting = loop.create_task(wait_hung(ask, hand_over, VirtualClock(loop)))
     loop.run_until_complete(asyncio.wait({waiting}, timeout=600))

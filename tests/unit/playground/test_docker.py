@@ -41,7 +41,7 @@ def test_an_engine_keeps_its_data_on_the_nodes_disk_and_its_containers_in_the_no
     assert (home / "daemon.json").read_text() == "{}\n"
 
 
-def test_a_configuration_that_somebody_wrote_stays(tmp_path: Path) -> None:
+def test_an_existing_configuration_stays(tmp_path: Path) -> None:
     home = tmp_path / "d1"
     home.mkdir()
     (home / "daemon.json").write_text('{"debug": true}')

@@ -202,7 +202,7 @@ async def test_a_call_that_ends_without_its_answer_is_lost(connection: ClientCon
         await stream.only_message()
 
 
-async def test_a_status_that_nobody_knows_is_unknown(connection: ClientConnection) -> None:
+async def test_an_unassigned_status_code_is_unknown(connection: ClientConnection) -> None:
     stream = begun(connection)
     connection.data_received(block(stream, ("grpc-status", "4711"), is_last=True))
     with pytest.raises(CallFailed) as failed:

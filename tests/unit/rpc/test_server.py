@@ -36,29 +36,29 @@ async def rig() -> Rig:
 async def test_a_call_is_answered_with_headers_message_and_status(rig):
     stream_id = rig.open()
     rig.client.send_data(stream_id, framed(b"hello"), end_stream=True)
-    heard = await rig.turn()
+    received = await rig.turn()
     assert rig.calls[0].request == Request("POST", "/a/B", "application/grpc", "5S")
-    assert of(ResponseReceived, heard)[0].headers == [
+    assert of(ResponseReceived, received)[0].headers == [
         (":status", "200"),
         ("content-type", "application/grpc+proto"),
     ]
-    assert b"".join(event.data for event in of(DataReceived, heard)) == framed(b"hello")
-    assert of(TrailersReceived, heard)[0].headers == [("grpc-status", "0")]
-    assert [event.stream_id for event in of(StreamEnded, heard)] == [stream_id]
+    assert b"".join(event.data for event in of(DataReceived, received)) == framed(b"hello")
+    assert of(TrailersReceived, received)[0].headers == [("grpc-status", "0")]
+    assert [event.stream_id for event in of(StreamEnded, received)] == [stream_id]
 
 
-async def test_a_refused_client_hears_why_and_is_told_to_stop(rig):
+async def test_a_refused_client_gets_the_reason_and_a_reset(rig):
     async def refuse(stream: ServerStream) -> None:
         await stream.send_status(CallFailed(Status.NOT_FOUND, "no such node: ä%"))
 
     rig.answer = refuse
     rig.open()
-    heard = await rig.turn()
-    assert of(ResponseReceived, heard)[0].headers[2:] == [
+    received = await rig.turn()
+    assert of(ResponseReceived, received)[0].headers[2:] == [
         ("grpc-status", "5"),
         ("grpc-message", "no such node: %C3%A4%25"),
     ]
-    assert of(StreamReset, heard)[0].error_code == Code.NO_ERROR
+    assert of(StreamReset, received)[0].error_code == Code.NO_ERROR
 
 
 async def test_a_table_that_the_client_forbids_is_not_used(rig):
@@ -66,8 +66,8 @@ async def test_a_table_that_the_client_forbids_is_not_used(rig):
     await rig.turn()
     for _ in range(2):
         rig.open(end=True)
-        heard = await rig.turn()
-        assert of(ResponseReceived, heard)[0].headers[2:] == [("grpc-status", "0")]
+        received = await rig.turn()
+        assert of(ResponseReceived, received)[0].headers[2:] == [("grpc-status", "0")]
 
 
 async def test_large_messages_pass_through_small_windows(rig):
@@ -140,7 +140,7 @@ async def test_a_message_counts_until_its_handler_is_done_with_it(rig):
     assert rig.connection.held == 0
 
 
-async def test_what_nobody_reads_is_not_sent_again_and_what_nobody_will_read_is(rig):
+async def test_the_connection_window_is_returned_for_discarded_data_only(rig):
     rig.answer = rig.wait_for_nothing
     ids = [rig.open() for _ in range(2)]
     for stream_id in ids:
@@ -163,8 +163,8 @@ async def test_a_peer_that_sends_more_than_its_window_is_cut_off(rig):
     await rig.turn()
     for _ in range(7):
         rig.say(frames.frame(frames.DATA, 0, stream_id, b"x" * 16_000))
-    heard = await rig.turn()
-    assert of(ConnectionTerminated, heard)[0].error_code == Code.FLOW_CONTROL_ERROR
+    received = await rig.turn()
+    assert of(ConnectionTerminated, received)[0].error_code == Code.FLOW_CONTROL_ERROR
     assert (rig.wire.is_closed, rig.ended) == (True, [stream_id])
 
 
@@ -184,8 +184,8 @@ async def test_streams_that_were_reset_count_until_their_handlers_have_ended(rig
         rig.client.reset_stream(stream_id)
         await rig.turn()
     refused = rig.open()
-    heard = await rig.turn()
-    assert [(event.stream_id, event.error_code) for event in of(StreamReset, heard)] == [
+    received = await rig.turn()
+    assert [(event.stream_id, event.error_code) for event in of(StreamReset, received)] == [
         (refused, Code.REFUSED_STREAM)
     ]
     assert len(rig.calls) == LIMITS.streams
@@ -249,13 +249,13 @@ async def test_pings_are_answered(rig):
 async def test_what_is_no_http2_ends_the_connection(rig, what):
     raw, code = BROKEN[what]
     rig.say(raw)
-    heard = await rig.turn()
-    assert [event.error_code for event in of(ConnectionTerminated, heard)] == [code]
+    received = await rig.turn()
+    assert [event.error_code for event in of(ConnectionTerminated, received)] == [code]
     assert rig.wire.is_closed
     assert not rig.calls
 
 
-async def test_somebody_who_speaks_something_else_is_cut_off() -> None:
+async def test_a_client_with_another_protocol_is_disconnected() -> None:
     connection, wire = ServerConnection(Rig().echo), Wire()
     connection.begin(wire, LIMITS)
     connection.data_received(b"GET / HTTP/1.1\r\n")
@@ -273,8 +273,8 @@ async def test_what_arrives_means_the_same_however_it_is_cut(data):
     for first, last in zip([0, *cuts], [*cuts, len(whole)], strict=True):
         connection.data_received(whole[first:last])
     await asyncio.sleep(0)
-    heard, _ = frames.split(bytes(wire.written))
-    assert [frame.payload for frame in heard if frame.kind == frames.PING] == [
+    received, _ = frames.split(bytes(wire.written))
+    assert [frame.payload for frame in received if frame.kind == frames.PING] == [
         b"ping %03d" % n for n in range(9)
     ]
 
@@ -283,7 +283,7 @@ PATHS = st.sampled_from(["/a/B", "/c/D", "/" + "long" * 500])
 
 
 @given(st.lists(st.lists(st.tuples(PATHS, st.integers(0, 99)), max_size=8), max_size=4))
-def test_header_blocks_mean_the_same_whoever_else_has_sent_them(connections):
+def test_header_blocks_do_not_depend_on_other_connections(connections):
     """Each connection has a table of its own, though what others have said is remembered."""
     for calls in connections:
         encoder, table = Encoder(), headers.EMPTY
@@ -293,7 +293,7 @@ def test_header_blocks_mean_the_same_whoever_else_has_sent_them(connections):
             assert request == Request("POST", path, "", f"{number}S")
 
 
-def test_a_decoder_that_was_told_to_shrink_its_table_does():
+def test_a_decoder_shrinks_its_table_on_request():
     encoder = Encoder()
     _, table = headers.decoded(headers.EMPTY, encoder.encode([(":path", "/a")]))
     assert len(table.entries) == 1

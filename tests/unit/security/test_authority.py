@@ -138,7 +138,7 @@ def test_a_request_that_cannot_be_used_is_refused(authority, csr):
         authority.sign(csr, WORKER)
 
 
-def test_a_request_that_somebody_changed_is_refused(authority):
+def test_a_tampered_request_is_refused(authority):
     der = x509.load_pem_x509_csr(signing_request(new_private_key())).public_bytes(serialization.Encoding.DER)
     changed = der[:-1] + bytes([der[-1] ^ 1])
     try:

@@ -156,7 +156,7 @@ def test_another_nodes_open_key_opens_nothing(paths: Paths, tmp_path: Path) -> N
     assert lock.is_locked
 
 
-def test_damaged_files_are_told_from_wrong_keys(paths: Paths) -> None:
+def test_damaged_files_are_distinguished_from_wrong_keys(paths: Paths) -> None:
     lock, key = KeyLock(paths), new_unlock_key()
     lock.turn(key)
     content = paths.wrapping_key.read_bytes()

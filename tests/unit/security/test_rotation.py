@@ -59,7 +59,7 @@ def a_pair(authority: Authority, root_pem: bytes) -> KeyPair:
     )
 
 
-def test_no_wish_changes_nothing():
+def test_without_a_requested_rotation_nothing_changes():
     assert wished(CAConfig()) is ROOTS
 
 
@@ -80,7 +80,7 @@ def test_a_root_of_the_users_own_is_taken(key):
     assert roots.next.root_pem == root_pem
 
 
-def test_who_trusts_the_old_root_trusts_a_certificate_of_the_new_one():
+def test_a_peer_that_trusts_the_old_root_accepts_a_certificate_of_the_new_one():
     """With OpenSSL, which takes a certificate with equal names for self-signed unless it names its issuer's key."""
     next_root = wished(CAConfig(), is_forced=True).next
     assert next_root is not None
@@ -110,7 +110,7 @@ def shake_hands(server: KeyPair, client: KeyPair) -> None:
     assert ends[1].getpeercert()
 
 
-def test_a_node_says_who_issued_its_certificate_before_during_and_after():
+def test_a_node_reports_its_issuer_before_during_and_after_a_rotation():
     next_root = wished(CAConfig(), is_forced=True).next
     assert next_root is not None
     during = Authority.load(
@@ -161,7 +161,7 @@ KEY = new_private_key()
         (brought(OLD._key, a_root(OLD._key)), "Cannot update to a cert with an identical key"),
     ],
 )
-def test_a_wish_that_can_never_work_is_refused_in_dockers_words(config, message):
+def test_an_impossible_ca_config_is_refused_with_dockers_message(config, message):
     with pytest.raises(InvalidArgument, match=message):
         wished(config)
 

@@ -145,7 +145,7 @@ def test_an_entry_stays_within_its_bytes_and_a_large_proposal_goes_alone():
     in_loop(check)
 
 
-def test_a_proposal_nobody_waits_for_is_not_sent():
+def test_a_proposal_without_a_waiter_is_not_sent():
     def check():
         queue = queued([Proposal(puts=(("o/a", b""),)), Proposal(puts=(("o/b", b""),))])
         queue[0].outcome.cancel()
@@ -258,7 +258,7 @@ async def test_a_small_entry_has_left_before_its_proposer_waits():
         first.cancel()
 
 
-async def test_proposals_that_come_together_go_together_whoever_has_come_first():
+async def test_concurrent_proposals_share_a_batch_in_any_order():
     client = Taking()
     async with a_batcher(client) as batcher, asyncio.timeout(5):
         many = [Proposal(puts=((f"o/a/{number}", b"v"),)) for number in range(60)]
@@ -280,7 +280,7 @@ async def test_an_entry_compares_the_ring_of_before_its_first_value_was_encrypte
         running = group.create_task(batcher.run())
         many = [Proposal(puts=((f"o/a/{number}", b"v"),)) for number in range(60)]
         proposing = group.create_task(batcher.propose(many, None))
-        while not batcher._markers:  # noqa: ASYNC110 - nobody is told how far an batch is
+        while not batcher._markers:  # noqa: ASYNC110 - there is no event
             await asyncio.sleep(0)
         assert client.entries.empty()  # it is under way, and has given way to others
         cipher.use(cipher.new_ring(), 6)
@@ -330,7 +330,7 @@ async def test_a_write_is_settled_by_its_ticket_in_the_watch_alone_and_each_atte
         one = asyncio.create_task(batcher.propose([Proposal(puts=(("o/a/1", b"v"),))], None))
         await client.entries.get()
         ticket = await client.tickets.get()
-        assert len(set(ticket)) > 1  # not what anybody else writes
+        assert len(set(ticket)) > 1  # different from every other marker
         assert await client.tickets.get() == ticket
         assert client.timeouts_s == [1.0, 2.0, 4.0]
         await client.tickets.get()

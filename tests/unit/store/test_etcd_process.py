@@ -1,4 +1,4 @@
-"""What the etcd process is told, and what is made of what it says: pure parts of its supervision."""
+"""The flags of the etcd process, and the interpretation of its log: pure parts of its supervision."""
 
 from pathlib import Path
 
@@ -37,13 +37,13 @@ def flags(version: tuple[int, int, int] = (3, 5, 30), *, is_solo: bool = True) -
 
 
 def test_peers_speak_tls_with_certificates_of_managers_only():
-    told = flags()
-    assert told["listen-peer-urls"] == "https://10.0.0.1:2378"
-    assert told["initial-advertise-peer-urls"] == "https://n1:2378"
-    assert told["peer-client-cert-auth"] == "true"
-    assert told["peer-cert-allowed-hostname"] == "swarm-manager"
-    assert not any(value.startswith("http://") for value in told.values())
-    assert told["listen-client-urls"] == "unix:///run/e.sock"
+    reported = flags()
+    assert reported["listen-peer-urls"] == "https://10.0.0.1:2378"
+    assert reported["initial-advertise-peer-urls"] == "https://n1:2378"
+    assert reported["peer-client-cert-auth"] == "true"
+    assert reported["peer-cert-allowed-hostname"] == "swarm-manager"
+    assert not any(value.startswith("http://") for value in reported.values())
+    assert reported["listen-client-urls"] == "unix:///run/e.sock"
 
 
 def test_a_single_member_keeps_little_in_memory_and_has_the_timers_of_several():
@@ -55,7 +55,7 @@ def test_a_single_member_keeps_little_in_memory_and_has_the_timers_of_several():
     assert environment(settings(is_solo=False)) == {}
 
 
-def test_a_copy_that_nobody_reaches_does_not_wait_long_for_its_election():
+def test_a_sealed_off_member_has_a_short_election_timeout():
     sealed_off = replace(settings(), is_sealed_off=True)
     assert "--election-timeout=100" in arguments(sealed_off, (3, 5, 30))
 
@@ -166,7 +166,7 @@ def test_lines_are_logged_with_their_level_and_details():
             "event": "rejected connection on peer endpoint",
             "etcd_error": "tls: bad certificate",
         },
-    ], "that another manager looks whether the port is open is no news"
+    ], "port probes of other managers are not logged"
 
 
 def test_the_reason_is_the_fatal_line_else_the_panic_else_the_last_line():

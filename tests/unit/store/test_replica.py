@@ -1,4 +1,4 @@
-"""Who hears first of a commit."""
+"""The order in which waiters are notified of a commit."""
 
 import asyncio
 import weakref
@@ -11,7 +11,7 @@ from skep.store.tables import KeyChange
 from skep.store.transaction import LocalTransaction
 
 
-async def test_whoever_waits_for_a_revision_goes_on_before_those_who_watch_begin():
+async def test_waiters_for_a_revision_run_before_watchers():
     """An answer to a user does not wait behind the work that the write causes."""
     replica = Replica()
     order: list[str] = []
@@ -37,7 +37,7 @@ async def test_whoever_waits_for_a_revision_goes_on_before_those_who_watch_begin
     assert order == ["answer", "loop"]
 
 
-async def test_whoever_reads_a_watch_keeps_no_state_alive_that_a_load_has_replaced():
+async def test_a_reader_of_a_watch_does_not_keep_a_replaced_state_alive():
     replica = Replica()
     old = weakref.ref(replica.state)
     async with replica.watch(Secret) as watch:

@@ -283,7 +283,7 @@ def test_an_object_that_was_missing_must_still_be_missing():
     assert Unchanged("o/secret/s", 0) in tx.proposal().compares
 
 
-def test_removing_something_compares_that_nobody_began_to_use_it():
+def test_a_removal_compares_that_no_reference_was_added():
     state = written(State(), Secret(id=SecretId("s"), spec=SecretSpec(name="s")))
     tx = LocalTransaction(state, 0)
     tx.delete(Secret, "s")
@@ -313,7 +313,7 @@ def test_object_keys_are_read_back(id, part):
         ("n/service/w", None),
     ],
 )
-def test_a_write_disturbs_whoever_compares_the_prefix_over_it(key, prefix):
+def test_a_write_conflicts_with_compares_of_its_prefix(key, prefix):
     assert covering_prefix(key) == prefix
 
 

@@ -250,7 +250,7 @@ def test_what_is_damaged_is_not_read_leniently(value: bytes) -> None:
         leniently(value, Service)
 
 
-def test_who_does_not_write_it_back_reads_it_all_the_same() -> None:
+def test_unknown_fields_do_not_prevent_reading() -> None:
     encoded = msgspec.json.decode(msgspec.json.encode(a_rich_node().description))
     richer = enriched(encoded, inspect.type_info(NodeDescription), numbered())
     assert leniently(msgspec.json.encode(richer), NodeDescription) == a_rich_node().description

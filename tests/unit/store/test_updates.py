@@ -1,4 +1,4 @@
-"""When an update is answered: users hear of it soon, a leader when it sees what it wrote."""
+"""When an update returns: for users at the response of etcd, for a leader once its replica shows the write."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -75,7 +75,7 @@ def write(tx: Transaction, number: int = 1) -> None:
     tx.put(a_node(f"n{number}"))
 
 
-def test_a_user_hears_of_a_write_that_does_not_show_yet(late: Late) -> None:
+def test_a_user_gets_the_response_before_the_replica_shows_the_write(late: Late) -> None:
     late.shows_after(SHOWN_S + 1)
     assert late.took_s(lambda: late.updater().update(write)) == pytest.approx(SHOWN_S, abs=0.1)
 
@@ -134,7 +134,7 @@ class Slow(Late):
 
 @pytest.mark.parametrize("many", [False, True])
 def test_a_write_that_was_acknowledged_just_before_the_deadline_is_no_error(many: bool) -> None:
-    """A user would be told that there is no leader, and do it again."""
+    """A user would get the error that there is no leader, and retry."""
     loop = VirtualLoop()
     slow = Slow(loop)
     slow.commits_after_s = DEADLINE_S - 0.5

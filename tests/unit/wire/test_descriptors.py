@@ -52,7 +52,7 @@ def test_only_joining_and_coming_back_are_open_to_strangers():
         "GetRootCACertificate",
         "IssueNodeCertificate",
         "NodeCertificateStatus",
-        "RenewExpired",  # whoever calls it proves to have the key of a certificate that was valid
+        "RenewExpired",  # the caller proves to have the key of a certificate that was valid
     }
 
 

@@ -12,12 +12,12 @@ from skep.wire.errors import STATUS_OF, from_status, peer_errors, to_status
 
 @pytest.mark.parametrize(("error", "status"), STATUS_OF, ids=str)
 def test_an_error_keeps_its_meaning_over_the_wire(error, status):
-    told = to_status(error("the reason"))
-    assert told.status is status
-    heard = from_status(told)
-    assert str(heard) == "the reason"
+    reported = to_status(error("the reason"))
+    assert reported.status is status
+    received = from_status(reported)
+    assert str(received) == "the reason"
     if status is not Status.UNKNOWN:
-        assert type(heard) is error
+        assert type(received) is error
 
 
 def test_a_subclass_travels_as_what_it_is_a_kind_of():

@@ -57,7 +57,7 @@ NAMES = st.builds(
 
 
 @given(st.builds(ProbeTargets, node=PEERS, peers=LISTS))
-def test_wishes_survive(targets: ProbeTargets) -> None:
+def test_probe_targets_survive_the_round_trip(targets: ProbeTargets) -> None:
     sent = convert.targets_to_pb(targets).SerializeToString()
     assert convert.targets_from_pb(pb.PathWish.FromString(sent)) == targets
 

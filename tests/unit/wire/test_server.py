@@ -38,12 +38,12 @@ async def answer_to(
     await rig.turn()
     stream_id = rig.open(**{"path": methods.HEARTBEAT.path} | headers)
     rig.client.send_data(stream_id, bytes(5), end_stream=False)
-    heard = []
+    received = []
     async with asyncio.timeout(5):
-        while not of(ResponseReceived, heard):
-            heard += await rig.turn()
-    assert of(StreamReset, heard)
-    return dict(of(ResponseReceived, heard)[0].headers)
+        while not of(ResponseReceived, received):
+            received += await rig.turn()
+    assert of(StreamReset, received)
+    return dict(of(ResponseReceived, received)[0].headers)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ async def answer_to(
     [({"method": "GET"}, "405"), ({"content_type": "application/json"}, "415")],
     ids=["no POST", "no gRPC"],
 )
-async def test_something_else_than_grpc_hears_so_in_its_own_words(headers, status):
+async def test_a_request_that_is_not_grpc_gets_an_http_error(headers, status):
     assert await answer_to(**headers) == {":status": status}
 
 
@@ -65,7 +65,7 @@ async def test_an_unknown_method_is_unimplemented_in_words_that_grpc_go_takes_fo
     }
 
 
-async def test_an_engine_with_the_managers_token_is_told_what_to_do():
+async def test_an_engine_with_the_manager_token_gets_instructions():
     answer = await answer_to(path="/docker.swarmkit.v1.RaftMembership/Join")
     assert answer["grpc-status"] == "9"
     assert "join with the worker token" in answer["grpc-message"]
@@ -79,7 +79,7 @@ async def test_a_stranger_is_refused():
     assert (await answer_to(identity=None))["grpc-status"] == "7"
 
 
-async def test_somebody_whose_certificate_counts_no_more_is_refused():
+async def test_a_caller_with_a_revoked_certificate_is_refused():
     def removed(_identity: Identity, _access: Access) -> None:
         raise PermissionDenied("removed")
 

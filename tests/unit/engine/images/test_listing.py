@@ -20,8 +20,8 @@ BARE = an_image(id="3", created="2026-02-01T00:00:00Z")
 ALL = (OLD, NEW, BARE)
 
 
-def ids(wish: ImageFilter) -> list[Image]:
-    return [listed.image for listed in select(ALL, wish)]
+def ids(requested: ImageFilter) -> list[Image]:
+    return [listed.image for listed in select(ALL, requested)]
 
 
 def test_images_are_listed_the_newest_first():

@@ -9,7 +9,7 @@ NEVER = 1e6
 
 
 class Unpacking:
-    """Layers that take until they are told to end; ``order``: which began."""
+    """Layers that take until they are released; ``order``: those that began."""
 
     def __init__(self, slots: UnpackSlots) -> None:
         self._turns = slots
@@ -40,11 +40,11 @@ class Unpacking:
 
 
 async def settled(condition: Callable[[], object]) -> None:
-    """Let everybody who can go on do so."""
+    """Let every runnable task run."""
     async with asyncio.timeout(10):
         for _ in range(20):
             await asyncio.sleep(0)
-        while not condition():  # noqa: ASYNC110  # nobody is told
+        while not condition():  # noqa: ASYNC110  # there is no event
             await asyncio.sleep(0)
 
 
@@ -89,7 +89,7 @@ async def test_slow_ones_are_bounded_and_their_room_is_given_back() -> None:
     assert not slots._working
 
 
-async def test_who_gives_up_takes_no_turn() -> None:
+async def test_a_cancelled_waiter_takes_no_slot() -> None:
     work = Unpacking(UnpackSlots(1, patience_s=NEVER, slow_max=0))
     work.ask("a1", "b1", "c1")
     await settled(lambda: work.order == ["a1"])

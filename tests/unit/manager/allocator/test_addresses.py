@@ -33,7 +33,7 @@ def test_an_address_that_was_given_back_waits_its_turn() -> None:
     assert allocations.allocate("f", NET) == "10.0.1.2/29"
 
 
-def test_an_address_that_somebody_has_cannot_be_wished_for() -> None:
+def test_a_request_for_an_address_in_use_is_refused() -> None:
     allocations = AddressAllocations()
     assert allocations.allocate("a", NET, "10.0.1.4") == "10.0.1.4/29"
     with pytest.raises(NoAddress, match=r"address 10\.0\.1\.4 of network net1 is already in use"):
@@ -56,7 +56,7 @@ def test_a_second_subnet_is_used_when_the_first_is_full() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.booleans()), max_size=40))
-def test_nobody_shares_an_address(steps: list[tuple[int, bool]]) -> None:
+def test_no_two_holders_share_an_address(steps: list[tuple[int, bool]]) -> None:
     allocations = AddressAllocations()
     held: dict[str, str] = {}
     for number, takes in steps:

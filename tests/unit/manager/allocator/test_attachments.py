@@ -47,7 +47,7 @@ def test_on_an_overlay_a_task_has_an_address_of_its_own() -> None:
     assert attachments(attached_to("net1")) == Attached((expected,))
 
 
-def test_a_wished_address_is_given_if_it_is_free() -> None:
+def test_a_requested_address_is_given_if_it_is_free() -> None:
     wished = (NetworkAttachment(network=OVERLAY, addresses=("10.0.1.77",)),)
     given = attachments(attached_to("net1"), wished=wished)
     assert isinstance(given, Attached)
@@ -79,7 +79,7 @@ def test_a_task_waits_when_every_address_is_taken() -> None:
     assert waiting == NotAttached("no available IPv4 addresses on this network's address pools: net1 (net1)")
 
 
-def test_published_ports_put_a_task_on_the_ingress_network_first_where_somebody_needs_that() -> None:
+def test_published_ports_attach_a_task_to_the_ingress_network_first_if_needed() -> None:
     port = PortConfig(target_port=80, publish_mode=PublishMode.INGRESS)
     spec = replace(attached_to("net1"), endpoint_spec=EndpointSpec(ports=(port,)))
     with_ingress = attachments(spec, replace(NETWORKS, ingress=INGRESS))

@@ -1,4 +1,4 @@
-"""A nearly full network is told of once, until it has had room again."""
+"""A nearly full network is reported once, until it has had room again."""
 
 from structlog.testing import capture_logs
 

@@ -33,7 +33,7 @@ def test_they_go_one_after_another_and_the_leader_last():
     assert turns(m1, m2, m3) == ["m1"]
 
 
-def test_nobody_goes_while_one_more_would_cost_the_quorum():
+def test_no_etcd_restarts_while_that_would_cost_the_quorum():
     assert turns(a_manager("m1", leads=True), a_manager("m2"), a_manager("m3", is_there=False)) == []
 
 
@@ -70,5 +70,5 @@ def test_the_wait_begins_anew_when_another_one_goes_meanwhile():
     assert not turn.has_come(m1.id, [m1, done], "new", SETTLED_S + 0.1)
 
 
-def test_a_single_manager_waits_for_nobody():
+def test_a_single_manager_does_not_wait():
     assert RestartTurn().has_come(NodeId("m1"), [a_manager("m1", leads=True)], "new", 0.0)

@@ -56,13 +56,13 @@ def test_a_node_that_does_not_renew_makes_room_and_is_asked_again():
     assert next_step(ROTATING, nodes, asked, RENEWAL_S) == RequestRenewals(node_ids=(NodeId("n1"),))
 
 
-def test_a_node_that_is_away_is_asked_once_and_takes_nobodys_place():
+def test_an_absent_node_is_asked_once_and_uses_no_slot():
     away = [a_node(f"down{number:02}", state=NodeState.DOWN) for number in range(40)]
     step = next_step(ROTATING, [*away, a_node("up")], {}, 0.0)
     assert isinstance(step, RequestRenewals)
     assert "up" in step.node_ids
-    told = [a_node(node.id, state=NodeState.DOWN, asked=True) for node in away]
-    assert next_step(ROTATING, told, {}, 100.0) is None
+    reported = [a_node(node.id, state=NodeState.DOWN, asked=True) for node in away]
+    assert next_step(ROTATING, reported, {}, 100.0) is None
 
 
 def test_it_ends_when_every_node_has_said_so():

@@ -25,6 +25,6 @@ async def test_a_plane_that_does_not_exist_is_refused_at_creation() -> None:
 async def test_an_engine_cannot_be_promoted() -> None:
     store = MemoryStore(SystemClock())
     node = await store.update(lambda tx: tx.put(a_docker_node("d1")))
-    wish = replace(node.spec, role=NodeRole.MANAGER)
+    requested = replace(node.spec, role=NodeRole.MANAGER)
     with pytest.raises(FailedPrecondition, match="node d1 is a Docker Engine and cannot manage this cluster"):
-        await store.update(update_node, node.id, wish, node.version.index)
+        await store.update(update_node, node.id, requested, node.version.index)

@@ -1,4 +1,4 @@
-"""Networks of the cluster: what can be wished for, grown and removed; a refusal changes nothing."""
+"""Networks of the cluster: creation, growth and removal; a refusal changes nothing."""
 
 import pytest
 from msgspec.structs import replace

@@ -1,4 +1,4 @@
-"""What is said of a task whose node is not heard any more."""
+"""The shown state of a task whose node has lost its session."""
 
 import pytest
 from msgspec.structs import replace
@@ -25,7 +25,7 @@ def down(node: Node) -> Node:
     return replace(node, status=NodeStatus(state=NodeState.DOWN), silent_since=SINCE)
 
 
-async def test_what_ran_on_a_node_that_is_down_is_unknown_since_it_was_last_heard() -> None:
+async def test_tasks_of_a_down_node_are_unknown_since_its_last_heartbeat() -> None:
     task = a_task("t1", node="n1", service=a_service(), state=TaskState.RUNNING)
     status = known_status(await view_of(task, down(a_node("n1"))), task)
     assert status.state is TaskState.UNKNOWN
@@ -33,7 +33,7 @@ async def test_what_ran_on_a_node_that_is_down_is_unknown_since_it_was_last_hear
     assert status.message.endswith("is down; the task was last known to be running")
 
 
-async def test_what_runs_on_a_node_that_is_heard_runs() -> None:
+async def test_tasks_of_a_live_node_keep_their_state() -> None:
     task = a_task("t1", node="n1", service=a_service(), state=TaskState.RUNNING)
     assert known_status(await view_of(task, a_node("n1")), task) == task.status
 

@@ -1,4 +1,4 @@
-"""Published ports and their labels in a wish for a service."""
+"""Published ports and their labels in a service spec."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from skep.model.container import ContainerSpec
 from skep.model.service import EndpointSpec, PortConfig, ServiceSpec, TaskSpec
 
 
-def wish(port: PortConfig, **labels: str) -> ServiceSpec:
+def requested(port: PortConfig, **labels: str) -> ServiceSpec:
     return ServiceSpec(
         name="web",
         labels=labels,
@@ -23,13 +23,13 @@ def wish(port: PortConfig, **labels: str) -> ServiceSpec:
 )
 def test_a_port_out_of_range_is_refused(port: PortConfig) -> None:
     with pytest.raises(InvalidArgument, match="EndpointSpec: invalid port"):
-        check_service_spec(wish(port))
+        check_service_spec(requested(port))
 
 
 def test_a_label_that_cannot_be_meant_is_refused() -> None:
     port = PortConfig(published_port=65535, target_port=80)
-    check_service_spec(wish(port, **{"skep.publish.65535.affinity": "client-ip"}))
+    check_service_spec(requested(port, **{"skep.publish.65535.affinity": "client-ip"}))
     with pytest.raises(
         InvalidArgument, match=r"skep\.publish\.80\.affinity: the service publishes no such port"
     ):
-        check_service_spec(wish(port, **{"skep.publish.80.affinity": "client-ip"}))
+        check_service_spec(requested(port, **{"skep.publish.80.affinity": "client-ip"}))

@@ -27,7 +27,7 @@ def test_the_slowest_node_counts() -> None:
     assert (known.smallest(NET), known.has_applied(NET, 5), known.has_applied(NET, 6)) == (5, True, False)
 
 
-def test_nobody_is_waited_for_where_nobody_takes_part() -> None:
+def test_without_participants_there_is_no_wait() -> None:
     known = Acknowledgements()
     assert (known.smallest(NET), known.has_applied(NET, 5)) == (None, True)
 
@@ -42,7 +42,7 @@ def test_what_was_acknowledged_is_not_taken_back_and_does_not_come_from_elsewher
     assert (known.smallest(NET), known.smallest(OTHER)) == (7, 0)
 
 
-def test_who_comes_back_has_said_nothing_yet() -> None:
+def test_a_returning_node_has_no_acknowledgement() -> None:
     known = of_two()
     known.applied(N1, NET, 7)
     known.remove_node(N1)
@@ -78,7 +78,7 @@ def test_the_smallest_is_the_smallest_whatever_happens(steps: list[tuple[str, st
         assert known.smallest(NET) == min(model.values(), default=None)
 
 
-async def test_a_wait_ends_with_the_last_acknowledgement_or_when_who_owes_it_has_gone() -> None:
+async def test_a_wait_ends_with_the_last_acknowledgement_or_the_end_of_its_node() -> None:
     known = of_two()
     async with asyncio.TaskGroup() as group:
         waits = [group.create_task(known.wait_applied(NET, revision)) for revision in (5, 6)]

@@ -38,8 +38,8 @@ WEB = replace(
 )
 
 
-def a_skep_node(id: str = "n1", address: str = "192.168.0.1", **wish: Any) -> Node:
-    node = a_node(id, **wish)
+def a_skep_node(id: str = "n1", address: str = "192.168.0.1", **requested: Any) -> Node:
+    node = a_node(id, **requested)
     return replace(node, status=replace(node.status, addr=address))
 
 
@@ -159,7 +159,7 @@ def test_ports_of_the_mesh_and_every_node_are_on_the_ingress_network_alone() -> 
     table = derived(INGRESS, service, *nodes)
     assert table.services[service.id].ports == (TablePort(protocol="tcp", published=8080, target=80),)
     assert {id: node.addresses for id, node in table.nodes.items()} == {"n1": ("10.0.0.9",), "n2": ()}
-    assert derived(INGRESS, WEB, *nodes).nodes == {}  # nobody publishes anything
+    assert derived(INGRESS, WEB, *nodes).nodes == {}  # no service publishes a port
 
 
 def test_where_a_nodes_vxlan_arrives_is_what_it_says_itself_or_where_it_connects_from() -> None:
@@ -199,8 +199,8 @@ def test_a_node_that_connects_over_a_link_is_in_no_table() -> None:
 def test_of_two_nodes_at_one_address_one_has_it() -> None:
     """The one that connects from there; else the first.  One that is down claims nothing."""
 
-    def at(id: str, address: str, seconds: int, label: str = "", **wish: Any) -> Node:
-        node = a_skep_node(id, address, **wish)
+    def at(id: str, address: str, seconds: int, label: str = "", **requested: Any) -> Node:
+        node = a_skep_node(id, address, **requested)
         labels = {"skep.node": "true", **({DATA_PATH_LABEL: label} if label else {})}
         engine = EngineDescription(engine_version="1", labels=labels)
         return replace(

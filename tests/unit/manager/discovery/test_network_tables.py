@@ -143,7 +143,7 @@ def from_scratch(view: View) -> dict[NetworkId, Table]:
 
 
 def resubscribed(view: View) -> dict[NodeId, list[NetworkId]]:
-    """Which networks each node is told of."""
+    """The networks whose tables each node gets."""
     publishes = any(map(is_publishing, view.find(Service)))
     everywhere = {id for id, table in from_scratch(view).items() if table.head.is_ingress and publishes}
     nodes = {node.id for node in view.find(Node)} | {task.node_id for task in view.find(Task)}
@@ -158,16 +158,16 @@ class Reader:
 
     def __init__(self) -> None:
         self.tables: dict[NetworkId, Table] = {}
-        self.told: dict[NetworkId, int] = {}
+        self.reported: dict[NetworkId, int] = {}
 
     def catch_up(self, tables: NetworkTables) -> None:
         for id in self.tables.keys() - tables.tables.keys():
-            del self.tables[id], self.told[id]
+            del self.tables[id], self.reported[id]
         for id, table in tables.tables.items():
-            told = self.told.get(id)
-            if table.has_changed_since(told):
-                self.tables[id] = changed(self.tables.get(id), table.since(told, tables.revision))
-            self.told[id] = tables.revision
+            reported = self.reported.get(id)
+            if table.has_changed_since(reported):
+                self.tables[id] = changed(self.tables.get(id), table.since(reported, tables.revision))
+            self.reported[id] = tables.revision
 
 
 def without_revision(tables: dict[NetworkId, Table]) -> dict[NetworkId, Table]:
@@ -281,13 +281,13 @@ def test_a_tasks_report_costs_no_look_at_the_others() -> None:
         async with store.watch(*KINDS) as watch:
             for _ in tables.begin(watch.snapshot):
                 pass
-            told = tables.revision
+            reported = tables.revision
             tables._tasks = Counting(tables._tasks)
             tables.tables[NETWORKS[0].id].endpoints = table = _Unread(tables.tables[NETWORKS[0].id].endpoints)
             await store.update(put_task("t7x123", "s123", "n1", TaskState.RUNNING, True, {0}))
             stirred = tables.note(await anext(aiter(watch)))
             assert (stirred.networks, looked_at) == ({"net1"}, 1)
-            change = tables.tables[NETWORKS[0].id].since(told, tables.revision)
+            change = tables.tables[NETWORKS[0].id].since(reported, tables.revision)
             assert [one.task_id for one in change.endpoints] == ["t7x123"]
             assert (change.nodes, change.services, change.is_whole) == ((), (), False)
             assert len(table) == 10_000
@@ -300,8 +300,8 @@ class _Unread(dict[TaskId, Any]):
         raise AssertionError("all endpoints are gone through")
 
 
-def test_engines_are_told_of_nothing_of_ours() -> None:
-    """A docker node's tasks take part in no table; the node is one that nobody streams tables to."""
+def test_docker_engines_get_no_tables() -> None:
+    """A docker node's tasks are in no table, and the node gets no tables."""
     engine = put_node("n1", NodeState.READY, True, False, "192.168.0.1")
 
     async def run() -> Table:

@@ -26,17 +26,17 @@ NODES = 5000
 def test_the_rate_is_measured_once_there_is_something_to_measure():
     assert rate(500, 0.1) == FIRST_RATE
     assert rate(500, 2.0) == 250.0
-    assert rate(0, 60.0) == 1.0, "never none: somebody has to try"
+    assert rate(0, 60.0) == 1.0, "never zero: at least one node has to try"
 
 
-def test_nodes_are_told_to_come_one_after_another():
-    told = 0.0
+def test_retry_times_of_nodes_are_spread():
+    reported = 0.0
     for number in range(1, 101):
-        told = next_retry_at(100.0, 50, told, 50.0, 0.0)
-        assert told == pytest.approx(100.0 + (50 + number) / 50.0)
+        reported = next_retry_at(100.0, 50, reported, 50.0, 0.0)
+        assert reported == pytest.approx(100.0 + (50 + number) / 50.0)
 
 
-def test_nobody_is_told_to_come_at_once_or_in_an_hour():
+def test_retry_times_are_bounded():
     assert next_retry_at(100.0, 0, 0.0, 1000.0, 0.5) == 100.0 + SHORTEST_S
     late = [next_retry_at(100.0, 5000, 0.0, 1.0, rng) - 100.0 for rng in (0.0, 0.5, 1.0)]
     assert late == [LONGEST_S * part for part in (0.5, 0.75, 1.0)], "and not all of them at the same moment"
@@ -74,7 +74,7 @@ class Crowded:
         self.admission = Admission(clock, self.random)
         self.write_s = write_s
         self.obedient = obedient
-        self.at_work = self.most_at_work = self.told = self.asked = 0
+        self.at_work = self.most_at_work = self.reported = self.asked = 0
         self.back: list[float] = []
 
     async def node(self) -> None:
@@ -92,7 +92,7 @@ class Crowded:
                 return
             except RetryLater as later:
                 assert self.admission.is_overloaded()
-                self.told += 1
+                self.reported += 1
                 await asyncio.sleep(later.after_s if self.obedient else self.random.uniform(1.0, 2.0))
 
     def run(self, nodes: int) -> None:
@@ -116,7 +116,9 @@ def test_thousands_at_once_are_taken_in_one_after_another_without_a_pause(write_
     assert max(crowded.back) - min(crowded.back) <= 1.25 * least_s + LONGEST_S
     assert crowded.asked <= NODES * (2 + least_s / HOLD_S)
     if write_s == 0.02:
-        assert crowded.told == 0, "whoever is taken within the time in line hears nothing of it"
+        assert crowded.reported == 0, (
+            "a node that is accepted within its time in the queue gets no retry time"
+        )
     crowded.loop.close()
 
 

@@ -1,4 +1,4 @@
-"""What a node is told, and when."""
+"""The assignments that a node gets, and when."""
 
 import msgspec
 from hypothesis import given
@@ -51,7 +51,7 @@ def needy_service(name: str = "web"):
     )
 
 
-async def test_a_node_is_told_its_own_tasks_from_assigned_on_ended_ones_too():
+async def test_a_node_gets_its_own_tasks_from_assigned_on_including_ended_ones():
     service = a_service()
     tasks = [
         a_task("pending", node="n1", service=service, state=TaskState.PENDING),
@@ -84,7 +84,7 @@ async def test_tasks_of_a_removed_service_do_not_wait_for_their_clients():
     assert drain_s(change.tasks[0].service_labels) == 0.0
 
 
-async def test_ports_that_need_no_allocation_are_told_as_wished():
+async def test_ports_without_an_allocation_are_sent_as_in_the_spec():
     port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
     service = a_service("web", ports=(port,))
     assert service.spec.endpoint_spec == EndpointSpec(ports=(port,))
@@ -124,7 +124,7 @@ async def test_registry_credentials_go_to_tasks_that_may_still_pull():
     assert everything(store.view(), N1)[0].registry_auths == {"t1": "e30="}
 
 
-async def test_a_changed_wish_is_told_and_a_report_is_not():
+async def test_a_changed_desired_state_is_sent_and_a_report_is_not():
     service = a_service()
     task = a_task("t1", node="n1", service=service, state=TaskState.ASSIGNED)
     store = await store_with(service, task)
@@ -148,7 +148,7 @@ async def test_a_deleted_task_is_taken_back():
     assert sent.tasks == {}
 
 
-def test_only_what_can_be_news_for_the_node_matters():
+def test_only_changes_that_concern_the_node_matter():
     task = a_task("t1", node="n1", state=TaskState.ASSIGNED)
     assert not affects_node(task, with_state(task, TaskState.PREPARING))
     assert not affects_node(task, replace(task, updated_at=a_task("t2").created_at))

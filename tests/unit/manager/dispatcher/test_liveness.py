@@ -34,7 +34,7 @@ def test_after_its_own_absence_a_manager_gives_more_time():
     assert grace_after_absence(5.0) == 30.0
 
 
-def test_heartbeats_stay_as_wished_for_hundreds_of_nodes_of_ours():
+def test_heartbeats_keep_their_period_for_hundreds_of_nodes():
     assert heartbeat_period(1.0, skep_nodes=1000, docker_nodes=0) == 1.0
     assert heartbeat_period(1.0, skep_nodes=0, docker_nodes=100) == 1.0
 

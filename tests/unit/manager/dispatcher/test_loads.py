@@ -37,7 +37,7 @@ async def a_store(*nodes: Node) -> MemoryStore:
     return store
 
 
-def test_what_is_known_for_the_first_time_is_news_and_wavering_is_not() -> None:
+def test_a_first_value_is_written_and_small_changes_are_not() -> None:
     assert is_significant(None, 0.0, written_s=None)
     assert not is_significant(0.0, STEP, written_s=None)
     assert is_significant(0.0, STEP + 0.01, written_s=None)
@@ -46,10 +46,10 @@ def test_what_is_known_for_the_first_time_is_news_and_wavering_is_not() -> None:
 
 
 @given(st.lists(st.floats(0, 1), max_size=100), st.floats(0.1, 20))
-def test_writes_are_apart_in_time_and_in_value(told: list[float], period_s: float) -> None:
+def test_writes_are_apart_in_time_and_in_value(reported: list[float], period_s: float) -> None:
     stored: float | None = None
     last_s: float | None = None
-    for number, load in enumerate(told):
+    for number, load in enumerate(reported):
         now = number * period_s
         if is_significant(stored, load, written_s=None if last_s is None else now - last_s):
             assert last_s is None or now - last_s >= INTERVAL_S

@@ -28,7 +28,7 @@ def test_every_manager_with_an_address_is_in_the_list():
     ]
 
 
-def test_a_session_message_says_who_the_node_is_and_whom_to_trust():
+def test_a_session_message_has_the_node_and_the_trusted_roots():
     certificate = NodeCertificate(state="rotate")
     node = msgspec.structs.replace(a_node("n1"), certificate=certificate)
     message = session_message(SessionId("s1"), node, SWARM, [OWN])

@@ -47,7 +47,7 @@ def test_a_node_that_reaches_only_a_manager_cut_off_from_the_leader_changes_hand
     assert hands <= 5 + 600 / KEEP_S_MAX
 
 
-def test_one_that_is_heard_again_begins_anew() -> None:
+def test_a_manager_that_is_reachable_again_starts_anew() -> None:
     proofs = LivingManagers()
     now = 0.0
     for session in range(8):

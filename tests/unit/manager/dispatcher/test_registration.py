@@ -19,7 +19,7 @@ def a_registration(manager: str, session: str) -> Registration:
     )
 
 
-async def test_a_node_is_ready_again_also_by_a_manager_that_has_not_heard_that_it_was_down() -> None:
+async def test_a_node_becomes_ready_at_a_manager_whose_replica_does_not_show_it_as_down() -> None:
     """Found by the simulation: the stale replica showed READY, so nothing was written over DOWN."""
     cluster = MemoryCluster()
     one, other = MemoryStore(SystemClock(), cluster), MemoryStore(SystemClock(), cluster)

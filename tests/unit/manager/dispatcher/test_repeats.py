@@ -53,7 +53,7 @@ def test_a_node_that_never_ends_to_say_the_same_is_slowed_down_and_its_last_word
             await asyncio.sleep(0.1)
         written = store.view().revision - before
         assert written <= AT_ONCE + PER_S * seconds + 2
-        assert repeats.due([a_report(TaskState.FAILED, "the end", "t2")]) != []  # news is never kept back
+        assert repeats.due([a_report(TaskState.FAILED, "the end", "t2")]) != []  # changes are never delayed
         await asyncio.sleep(3)
         assert store.view().get(Task, "t1").status.message == f"{seconds * 10 - 1}"
         live_sessions.clear()

@@ -41,7 +41,7 @@ def test_only_managers_that_can_take_sessions_count_and_only_nodes_that_are_ther
     assert held([], M1) == {M1: 0}
 
 
-def test_nodes_are_told_where_there_is_room():
+def test_weights_favour_managers_with_fewer_nodes():
     assert weights({M1: 4, M2: 1, M3: 0}) == {M1: WEIGHT_HEAVY, M2: WEIGHT, M3: WEIGHT_LIGHT}
     assert weights({M1: 2, M2: 2, M3: 1}) == {M1: WEIGHT, M2: WEIGHT, M3: WEIGHT}
     assert weights({M1: 7}) == {M1: WEIGHT}
@@ -50,17 +50,17 @@ def test_nodes_are_told_where_there_is_room():
 @pytest.mark.parametrize(
     "counts", [{M1: 2, M2: 2, M3: 1}, {M1: 5}, {M1: 1, M2: 4}, {M1: 410, M2: 300, M3: 300}]
 )
-def test_who_has_about_its_share_sends_nobody_on(counts: Mapping[NodeId, int]):
+def test_a_manager_with_its_share_sends_no_node_on(counts: Mapping[NodeId, int]):
     assert to_redirect(counts, M1, [NodeId(f"w{number}") for number in range(counts[M1])]) == ()
 
 
-def test_who_has_too_many_sends_a_few_on_at_a_time():
+def test_a_manager_with_too_many_sends_a_few_nodes_on_at_a_time():
     nodes = [NodeId(f"w{number:03}") for number in range(900)]
     assert len(to_redirect({M1: 4, M2: 1, M3: 0}, M1, nodes[:4])) == 1
     assert len(to_redirect({M1: 900, M2: 0, M3: 0}, M1, nodes)) == 60
 
 
-def test_nobody_is_sent_to_the_manager_of_its_own_machine():
+def test_no_node_is_sent_to_the_manager_of_its_own_machine():
     assert to_redirect({M1: 2, M2: 1, M3: 0}, M1, [M3]) == ()
     assert to_redirect({M1: 2, M2: 1, M3: 0}, M1, [M2, M3]) == (M2,)
 

@@ -36,13 +36,13 @@ STATUSES = st.builds(TaskStatus, state=st.sampled_from(TaskState), message=st.sa
 @pytest.mark.parametrize("name", ["", "web", "x" * 4096])
 @pytest.mark.parametrize("text", ["", "x", "\0" * 10, "x" * 4096, "\0" * 4096, "\N{SNOWMAN}" * 4096])
 def test_a_status_is_kept_as_far_as_there_is_room_for_it(text, name, ports):
-    told = tuple(PortConfig(name=name, target_port=n, published_port=30000 + n) for n in range(ports))
+    reported = tuple(PortConfig(name=name, target_port=n, published_port=30000 + n) for n in range(ports))
     status = TaskStatus(
         state=TaskState.RUNNING,
         message=text,
         err=text,
         container_status=ContainerStatus(container_id=text, pid=7),
-        port_status=PortStatus(ports=told),
+        port_status=PortStatus(ports=reported),
     )
     kept = bounded(status)
     assert len(to_json(kept)) <= STATUS_BYTES_MAX
@@ -54,17 +54,17 @@ def test_a_status_is_kept_as_far_as_there_is_room_for_it(text, name, ports):
         assert kept == status
     if ports <= 150:
         assert [port.published_port for port in kept.port_status.ports] == [
-            port.published_port for port in told
+            port.published_port for port in reported
         ]
 
 
-def test_a_later_state_is_news():
+def test_a_later_state_is_written():
     running, failed = TaskStatus(state=TaskState.RUNNING), TaskStatus(state=TaskState.FAILED)
     assert newer_status(running, failed) == failed
     assert newer_status(failed, running) is None
 
 
-def test_the_same_state_with_more_to_say_is_news_until_the_task_has_ended():
+def test_new_details_of_the_same_state_are_written_until_the_task_has_ended():
     starting = TaskStatus(state=TaskState.STARTING)
     assert newer_status(starting, TaskStatus(state=TaskState.STARTING, message="pulling")) is not None
     assert newer_status(starting, starting) is None

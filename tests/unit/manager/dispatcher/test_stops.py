@@ -23,8 +23,8 @@ NET = an_overlay("net1")
 WEB = a_service("web")
 
 
-def on(network: Network | None, **wish: object) -> Task:
-    task = a_task("t1", node="n1", service=WEB, **wish)  # type: ignore[arg-type]
+def on(network: Network | None, **requested: object) -> Task:
+    task = a_task("t1", node="n1", service=WEB, **requested)  # type: ignore[arg-type]
     place = NetworkAttachment(network=network, addresses=("10.0.1.2/24",))
     return replace(task, networks_attachments=(place,)) if network else task
 
@@ -56,7 +56,7 @@ def test_the_stop_of_a_serving_task_is_held_back_for_a_second_or_as_its_service_
     assert drain(task, labelled("nonsense")) == 1.0
 
 
-def test_where_nobody_sends_it_anything_it_stops_at_once() -> None:
+def test_a_task_without_traffic_stops_at_once() -> None:
     task = on(NET, desired=TaskState.SHUTDOWN)
     host = replace(NET, driver_state=Driver(name="host"))
     removed = replace(WEB, removed_at=Timestamp("2026-01-01T00:00:00Z"))

@@ -91,7 +91,7 @@ async def test_every_step_says_what_is_true_afterwards():
 
 
 @pytest.mark.parametrize("word", ["manager3", "m3", "manager3"[:8]])
-async def test_a_manager_is_evicted_by_name_or_id_and_who_asked_is_kept(store, word):
+async def test_a_manager_is_evicted_by_name_or_id_and_the_requester_is_recorded(store, word):
     eviction = await evict(store, word)
     assert eviction == eviction_of(store.view())
     assert (eviction.node_id, eviction.hostname, eviction.was_manager) == ("manager3", "m3", True)
@@ -124,7 +124,7 @@ async def test_one_that_waits_becomes_part_of_another(store):
     assert (both.done, both.next_step, both.steps) == (("keys",), "remove", OF_SEVERAL)
 
 
-async def test_who_cannot_be_evicted(store):
+async def test_invalid_evictions_are_refused(store):
     with pytest.raises(FailedPrecondition, match="cannot evict itself"):
         await evict(store, "m1")
     with pytest.raises(NotFound):

@@ -1,4 +1,4 @@
-"""Whom a manager passes a docker node's gossip on to."""
+"""The targets to which a manager relays a docker node's gossip."""
 
 from skep.manager.gossip.relay import peers_of
 from skep.model.node import NodeState
@@ -13,6 +13,6 @@ def test_a_docker_node_meets_another_live_one_never_itself() -> None:
     assert peers_of(D1.status.addr, [D1]) == []
 
 
-def test_nobody_else_is_served() -> None:
+def test_other_nodes_are_not_served() -> None:
     assert peers_of("192.168.100.77", [D1, D2]) == []
     assert peers_of("", [D1, D2]) == []

@@ -1,4 +1,4 @@
-"""Readers of logs: whom they ask, how much waits for them, what they miss."""
+"""Readers of logs: their publishers, the bound of their queue, and what they miss."""
 
 import asyncio
 
@@ -53,7 +53,7 @@ async def test_a_node_waits_while_the_reader_is_behind():
     assert await waiting
 
 
-async def test_a_node_is_not_kept_waiting_by_a_reader_who_has_gone():
+async def test_a_node_does_not_wait_for_a_reader_that_has_gone():
     subscription = Subscription("s", LogQuery())
     line = LogLine(task_id=TaskId("t1"), node_id=N1)
     for _ in range(LINES_MAX):

@@ -38,7 +38,7 @@ def test_silence_and_its_end_are_marked_once() -> None:
     assert reachability_changes([nodes[0], nodes[2]], {C}, set(), A) == []
 
 
-def test_a_leader_that_has_just_started_takes_nobody_for_back_whom_it_did_not_hear() -> None:
+def test_a_new_leader_marks_no_manager_reachable_without_contact() -> None:
     nodes = [a_manager(A, Reachability.REACHABLE, leads=True), a_manager(B, Reachability.UNREACHABLE)]
     assert reachability_changes(nodes, set(), set(), A) == []
 
@@ -52,7 +52,7 @@ def test_a_manager_that_is_coming_in_says_itself_when_it_is_there() -> None:
     assert status.reachability is Reachability.REACHABLE
 
 
-def test_whoever_leads_takes_the_mark_from_whoever_led_before() -> None:
+def test_a_new_leader_clears_the_mark_of_the_previous_one() -> None:
     statuses = shown(
         a_manager(A, Reachability.REACHABLE, leads=True),
         a_manager(B, Reachability.REACHABLE),
@@ -62,7 +62,7 @@ def test_whoever_leads_takes_the_mark_from_whoever_led_before() -> None:
     assert [status.leader for status in statuses.values() if status is not None] == [False, True]
 
 
-def test_a_manager_that_is_back_waits_to_be_heard() -> None:
+def test_a_manager_does_not_mark_itself_reachable() -> None:
     status = shown(a_manager(A, Reachability.UNREACHABLE), by=A, leads=False)[A]
     assert status is not None
     assert status.reachability is Reachability.UNREACHABLE

@@ -63,9 +63,7 @@ def test_the_hosts_file_is_written_in_place(tmp_path: Path) -> None:
         (":2377", "fd00::1", "[fd00::1]:2377"),
     ],
 )
-def test_who_does_not_know_its_address_is_found_where_its_call_came_from(
-    said: str, seen: str, address: str
-) -> None:
+def test_an_unknown_address_is_taken_from_the_source_of_the_call(said: str, seen: str, address: str) -> None:
     assert full_address(said, seen) == address
 
 
@@ -105,7 +103,7 @@ def test_a_manager_that_announces_itself_elsewhere_is_there() -> None:
     assert [peer.name for peer in peer_addresses.moved] == ["b"]
 
 
-def test_what_was_announced_outlives_news_of_others_and_ends_with_what_its_object_says() -> None:
+def test_an_announced_address_lasts_until_its_own_node_object_changes() -> None:
     peer_addresses, saved = a_book()
     members = [a_member("a"), a_member("b")]
     peer_addresses.record_move("b", "10.9.0.2")

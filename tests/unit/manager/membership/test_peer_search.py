@@ -1,4 +1,4 @@
-"""Who is heard by a manager that has no store to ask."""
+"""The callers that a manager without a store accepts."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from skep.store.etcd.peers import Peer
 from skep.wire.methods import Access
 
 
-def test_only_managers_that_were_known_are_heard_without_a_store() -> None:
+def test_without_a_store_only_known_managers_are_accepted() -> None:
     """The other managers have dropped the address of a removed one."""
     peer_addresses = PeerAddresses((Peer(name="a", url="https://a:2378", ip="10.0.0.1"),), lambda _: None)
     peer_search = PeerSearch(

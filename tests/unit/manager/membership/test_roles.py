@@ -1,4 +1,4 @@
-"""From wished roles to members of the consensus and certificates."""
+"""From desired roles to members of the consensus and certificates."""
 
 from collections.abc import Mapping
 
@@ -24,10 +24,10 @@ WORKER, MANAGER = NodeRole.WORKER, NodeRole.MANAGER
 OWN = NodeId("a")
 
 
-def a_node(id: str, wish: NodeRole, certified: NodeRole, *, is_shown: bool = False) -> Node:
+def a_node(id: str, requested: NodeRole, certified: NodeRole, *, is_shown: bool = False) -> Node:
     return Node(
         id=NodeId(id),
-        spec=NodeSpec(role=wish),
+        spec=NodeSpec(role=requested),
         certificate=NodeCertificate(role=certified),
         manager_status=ManagerStatus(reachability=Reachability.REACHABLE) if is_shown else None,
     )
@@ -44,7 +44,7 @@ def managers(names: str) -> list[Node]:
     return [a_node(name, MANAGER, MANAGER, is_shown=True) for name in names]
 
 
-def test_nothing_is_done_while_wishes_and_members_agree() -> None:
+def test_nothing_is_done_while_roles_and_members_agree() -> None:
     nodes = [*managers("abc"), a_node("w", WORKER, WORKER)]
     assert next_steps(nodes, members("abc"), set("abc"), OWN) == []
 
@@ -97,14 +97,16 @@ def test_a_member_whose_node_was_removed_goes_too() -> None:
     roles=st.dictionaries(st.sampled_from("abcdefg"), st.sampled_from(NodeRole), min_size=1),
     silent=st.sets(st.sampled_from("bcdefg")),
 )
-def test_no_sequence_of_wishes_costs_the_quorum(roles: Mapping[str, NodeRole], silent: set[str]) -> None:
+def test_no_sequence_of_role_changes_costs_the_quorum(
+    roles: Mapping[str, NodeRole], silent: set[str]
+) -> None:
     """Step after step is taken as it comes; before and after each one those that answer decide."""
     voters = {"a", *roles}
     own = NodeId("a")
     reachable = voters - silent
     nodes = [a_node(name, roles.get(name, MANAGER), MANAGER, is_shown=True) for name in sorted(voters)]
     if len(reachable) * 2 <= len(voters):
-        return  # without a quorum nobody leads, and nothing is taken
+        return  # without a quorum there is no leader, and nothing is written
     for _ in range(2 * len(voters)):
         steps = next_steps(nodes, members("".join(sorted(voters))), reachable, own)
         going = [step.member.name for step in steps if isinstance(step, Withdraw)]

@@ -29,7 +29,7 @@ CALLER = Caller(
 
 
 class HandClock(SystemClock):
-    """Time passes only while somebody sleeps."""
+    """Time passes only in ``sleep``."""
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -103,13 +103,13 @@ async def test_one_that_takes_longer_has_to_ask_again():
     assert CATCH_UP_S <= clock.time < CATCH_UP_S + 0.1
 
 
-async def test_one_that_was_removed_while_it_learned_hears_of_it():
+async def test_a_learner_that_is_removed_gets_an_error():
     clock = HandClock()
     with pytest.raises(FailedPrecondition, match="removed while it was joining"):
         await asked(clock, Learning(clock, 0.5, is_out=True))._promote(pb.PromoteMemberRequest(), CALLER)
 
 
-async def test_a_manager_that_is_not_reached_hears_at_which_port() -> None:
+async def test_the_error_of_an_unreachable_manager_names_the_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     clock = HandClock()

@@ -47,7 +47,7 @@ class Consensus:
 
 
 class Hearing:
-    """All but the fourth are heard."""
+    """All but the fourth are reachable."""
 
     def silent(self, now: float) -> Mapping[NodeId, float]:
         return {}
@@ -95,7 +95,7 @@ async def test_a_later_member_of_the_same_name_is_judged_anew_and_an_old_one_tha
     assert consensus.removed == []
 
 
-async def test_who_leads_no_more_removes_nobody():
+async def test_a_former_leader_removes_no_member():
     rig = Rig()
     consensus = Consensus(VOTERS, VOTERS)
     managers = await rig.managers(consensus, OWN, THIRD)
@@ -108,7 +108,7 @@ async def test_who_leads_no_more_removes_nobody():
 
 
 async def test_a_quorum_is_judged_by_what_a_quorum_says_of_the_members():
-    """By the old list two stay that are heard; in truth a new one has come for the third, and nobody hears it."""
+    """By the old list two reachable members stay; in fact the third was replaced by a new, unreachable one."""
     rig = Rig()
     consensus = Consensus(VOTERS, (a_member(OWN, 1), a_member(OTHER, 2), a_member(FOURTH, 4)))
     managers = await rig.managers(consensus, OWN, THIRD, FOURTH)

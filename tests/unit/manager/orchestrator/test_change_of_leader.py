@@ -183,7 +183,7 @@ def test_an_update_stops_only_for_a_task_that_ended_within_the_monitor_time(
 
 @settings(max_examples=EXAMPLES)
 @given(actions, st.integers(1, 3), st.integers(1, MONITOR_S), st.integers(0, 2), st.integers(1, 20))
-def test_a_version_that_always_fails_is_stopped_whoever_leads(
+def test_a_version_that_always_fails_is_stopped_under_any_leader(
     action: UpdateFailureAction, replicas: int, runs_s: int, parallelism: int, change: int
 ) -> None:
     life = a_rollout(action, [[runs_s]] * replicas, delay_s=1, parallelism=parallelism)

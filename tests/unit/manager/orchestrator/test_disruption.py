@@ -102,7 +102,7 @@ def ready_nodes(count: int) -> list[Node]:
     return [replace(a_node(id), session=session) for id in nodes(count)]
 
 
-def test_the_history_knows_who_was_ready_a_minute_ago() -> None:
+def test_the_history_shows_the_nodes_ready_a_minute_ago() -> None:
     """Five nodes that came 50 s ago are no storm when they go; 70 s after, they are."""
     for age_s, expected in ((50.0, False), (70.0, True)):
         history = NodeHistory([])
@@ -114,7 +114,7 @@ def test_the_history_knows_who_was_ready_a_minute_ago() -> None:
         assert (history.detect(1000.0 + age_s, GRACE_S) is not None) is expected
 
 
-def test_nodes_that_were_not_heard_since_a_restore_are_a_storm_when_they_turn_out_to_be_gone() -> None:
+def test_nodes_missing_after_a_restore_count_for_disruption_mode() -> None:
     unknown = [replace(node, status=NodeStatus(state=NodeState.UNKNOWN)) for node in ready_nodes(5)]
     history = NodeHistory(unknown)
     history.note(Commit(revision=2, events=tuple(map(down, unknown[:3]))), 20.0)

@@ -1,4 +1,4 @@
-"""Changes that the store does not take: asked again later and later, told on the service, and never in others' way."""
+"""Changes that the store refuses: retried with backoff, shown on the service, and without effect on others."""
 
 import asyncio
 from collections.abc import Callable, Iterator

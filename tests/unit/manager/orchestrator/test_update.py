@@ -125,16 +125,16 @@ HOST_PORT = PortConfig(target_port=80, published_port=80, publish_mode=PublishMo
 
 
 @pytest.mark.parametrize(
-    ("wish", "gives_way"),
+    ("requested", "gives_way"),
     [({"reserve": ROOM}, True), ({"max_replicas": 1}, True), ({"ports": (HOST_PORT,)}, True), ({}, False)],
 )
 def test_what_takes_the_room_of_its_successor_gives_way_and_nothing_else(
-    wish: dict[str, Any], gives_way: bool
+    requested: dict[str, Any], gives_way: bool
 ) -> None:
-    service = a_service(spec=a_service_spec(image="app:1", **wish))
+    service = a_service(spec=a_service_spec(image="app:1", **requested))
     world = World(service, nodes=[a_node("n1")])
     world.put(a_task(node="n1", service=service))
-    world.update(a_service_spec(image="app:2", **wish))
+    world.update(a_service_spec(image="app:2", **requested))
     world.settle()
     (new,) = wanted(world, "app:2")
     world.put(replace(new, status=replace(new.status, state=TaskState.PENDING)))

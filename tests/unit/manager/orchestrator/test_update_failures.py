@@ -1,4 +1,4 @@
-"""Updates that go wrong: what counts as a failure, what follows from it, and what the user is told."""
+"""Updates that go wrong: what counts as a failure, what follows from it, and what the user sees."""
 
 from msgspec.structs import replace
 
@@ -98,7 +98,7 @@ def test_a_task_that_gets_nowhere_ends_the_update_after_its_deadline() -> None:
 
 
 def test_a_task_that_is_not_restarted_and_whose_node_is_lost_fails_the_update_at_its_deadline() -> None:
-    """It never ends, and nothing takes its place; afterwards nobody looks again at a moment that has passed."""
+    """It never ends, and nothing takes its place; afterwards no check is scheduled for a past time."""
     spec = deadline(30)
     once = replace(spec.task_template, restart_policy=RestartPolicy(condition=RestartCondition.NONE))
     world = a_world(replicas=2)

@@ -122,7 +122,7 @@ def _happen(world: World, what: str, which: int, number: int) -> None:
 
 
 def _go_on(world: World, task: Task) -> None:
-    """The task's node does what it is told; an unplaced task gets the first node."""
+    """The task's node follows the desired state; an unplaced task gets the first node."""
     if task.status.state.is_terminal:
         return
     if not task.node_id:
@@ -190,8 +190,8 @@ def what_serves_gives_way_to_what_is_ready(world: World, changes: list[Change]) 
                 continue
             if isinstance(change, RetireTask) and change.desired is TaskState.REMOVE:
                 continue
-            heirs = [one for one in _slot_of(world, task) if one.is_wanted and one.id != task.id]
-            assert any(READY <= one.status.state <= RUNNING for one in heirs)
+            successors = [one for one in _slot_of(world, task) if one.is_wanted and one.id != task.id]
+            assert any(READY <= one.status.state <= RUNNING for one in successors)
 
 
 def no_more_slots_are_begun_than_may_be(world: World, changes: list[Change]) -> None:
@@ -328,14 +328,14 @@ TWINS: tuple[tuple[str, Property, Any, str, Any], ...] = (
         _dirty_by_version,
     ),
     (
-        "a wish is as good as a deed",
+        "a desired state counts as an observed one",
         what_serves_gives_way_to_what_is_ready,
         update._Rollout,
         "_can_take_over",
         _never_over,
     ),
     (
-        "what runs serves nobody",
+        "a running task does not serve",
         what_serves_gives_way_to_what_is_ready,
         update,
         "_serves",

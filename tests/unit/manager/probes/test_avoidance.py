@@ -15,7 +15,7 @@ NODES = st.lists(st.integers(0, 12).map(lambda number: f"n{number:02}"), unique=
 
 
 @given(NODES, st.data())
-def test_those_that_are_left_all_reach_each_other_and_somebody_is_left(
+def test_the_remaining_nodes_reach_each_other_and_there_is_at_least_one(
     nodes: list[str], data: st.DataObject
 ) -> None:
     pairs = data.draw(st.sets(st.tuples(st.sampled_from(nodes), st.sampled_from(nodes))))
@@ -24,7 +24,7 @@ def test_those_that_are_left_all_reach_each_other_and_somebody_is_left(
     assert left
     assert not any(one in left and other in left for one, other in pairs if one != other)
     assert len(taken) == len(set(taken))
-    # None was taken without need: put back as the last, it would fail with somebody who was there then.
+    # None was removed needlessly: added back last, it would have a failing path to a remaining node.
     for position, id in enumerate(taken):
         others = set(nodes) - set(taken[:position])
         assert any({id} < {one, other} <= others for one, other in pairs)

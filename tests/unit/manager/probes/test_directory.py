@@ -1,4 +1,4 @@
-"""What nodes are told of the others, from what the store says."""
+"""The probe targets of nodes, derived from the store."""
 
 from msgspec.structs import replace
 
@@ -26,28 +26,28 @@ def a_manager(name: str, number: int, peer_port: int | None = 2378) -> Node:
     return a_node(name, number, ManagerStatus(addr=f"{host}:2377", peer_addr=peer_addr))
 
 
-def etcds(*nodes: Node, told: str) -> dict[str, str]:
-    """Where the others' etcd is, as the node is told."""
+def etcds(*nodes: Node, reported: str) -> dict[str, str]:
+    """The addresses of the others' etcd in the node's targets."""
     directory = directory_of(nodes, 4789)
-    wish = targets_for(NodeId(told), directory, Plan(directory.peers, {}), lambda _: ())
-    assert wish is not None
-    return {peer.node_id: peer.etcd for peer in wish.peers}
+    requested = targets_for(NodeId(reported), directory, Plan(directory.peers, {}), lambda _: ())
+    assert requested is not None
+    return {peer.node_id: peer.etcd for peer in requested.peers}
 
 
-def test_managers_are_told_where_the_others_etcd_is_and_workers_are_not() -> None:
+def test_probe_targets_of_managers_have_etcd_addresses_and_those_of_workers_do_not() -> None:
     nodes = (a_manager("m1", 1), a_manager("m2", 2, 2380), a_manager("older", 3, None), a_node("w1", 4))
-    assert etcds(*nodes, told="m1") == {"m2": "10.0.0.2:2380", "older": "", "w1": ""}
-    assert etcds(*nodes, told="w1") == {"m1": "", "m2": "", "older": ""}
+    assert etcds(*nodes, reported="m1") == {"m2": "10.0.0.2:2380", "older": "", "w1": ""}
+    assert etcds(*nodes, reported="w1") == {"m1": "", "m2": "", "older": ""}
 
 
 def test_managers_ask_each_other_in_a_cluster_of_any_size() -> None:
     managers = [a_manager(f"m{number}", number) for number in range(1, 6)]
     workers = [a_node(f"w{number}", 5 + number) for number in range(3 * ALL_PAIRS_MAX)]
-    told = etcds(*managers, *workers, told="m1")
-    assert {name for name, etcd in told.items() if etcd} == {"m2", "m3", "m4", "m5"}
+    reported = etcds(*managers, *workers, reported="m1")
+    assert {name for name, etcd in reported.items() if etcd} == {"m2", "m3", "m4", "m5"}
 
 
-def test_whoever_is_asked_to_look_now_is_told_the_same() -> None:
+def test_an_examination_has_the_same_targets() -> None:
     directory = directory_of((a_manager("m1", 1), a_manager("m2", 2), a_node("w1", 3)), 4789)
     asked = PathPeer(node_id=NodeId("m2"), hostname="m2", control="10.0.0.2:2377")
     assert managers_for(NodeId("m1"), directory) == (replace(asked, etcd="10.0.0.2:2378"),)

@@ -1,4 +1,4 @@
-"""Who probes whom."""
+"""The peers that each node probes."""
 
 import pytest
 from hypothesis import given
@@ -13,13 +13,13 @@ def nodes(count: int) -> list[NodeId]:
 
 
 @pytest.mark.parametrize("count", [1, 2, ALL_PAIRS_MAX])
-def test_in_a_small_cluster_everybody_probes_everybody(count: int) -> None:
+def test_in_a_small_cluster_every_node_probes_every_other(count: int) -> None:
     plan = Plan(nodes(count), {})
     for id in nodes(count):
         assert set(plan.peers(id)) == set(nodes(count)) - {id}
 
 
-def test_who_takes_no_part_has_no_peers() -> None:
+def test_a_node_without_probes_has_no_peers() -> None:
     assert Plan(nodes(3), {}).peers(NodeId("stranger")) == ()
     assert Plan(nodes(100), {}).peers(NodeId("stranger")) == ()
 
@@ -58,7 +58,7 @@ def test_all_managers_work_out_the_same() -> None:
 
 
 def test_the_whole_cluster_hangs_together() -> None:
-    """Who is cut off from one half is a peer of somebody in it."""
+    """A node that is cut off from one half has a peer in it."""
     plan = Plan(nodes(500), {})
     seen, wave = {NodeId("n0")}, [NodeId("n0")]
     while wave:

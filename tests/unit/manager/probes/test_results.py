@@ -40,13 +40,13 @@ def test_what_was_written_counts_until_the_node_says_something_else() -> None:
     assert verdicts.failing() == (failing("n2"), failing("n3"))
 
 
-def test_of_who_is_not_probed_any_more_nothing_is_known() -> None:
+def test_results_of_a_former_peer_are_dropped() -> None:
     verdicts = ProbeResults([failing("n2"), failing("n3")])
     verdicts.retain({NodeId("n3")})
     assert verdicts.failing() == (failing("n3"),)
 
 
-def test_a_node_cannot_report_of_whom_it_was_not_told() -> None:
+def test_reports_on_nodes_that_are_no_targets_are_ignored() -> None:
     verdicts = ProbeResults(())
     verdicts.record([report("stranger", finding(lost=3))], PEERS)
     assert verdicts.failing() == ()

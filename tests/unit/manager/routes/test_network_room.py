@@ -60,7 +60,7 @@ async def test_a_service_that_fills_its_network_says_so_when_it_is_made_and_chan
         ({"Mode": {"ReplicatedJob": {"MaxConcurrent": 4}}}, 5),
     ],
 )
-async def test_what_a_service_wishes_for_depends_on_its_mode(cluster, fields, wanted) -> None:
+async def test_the_number_of_addresses_depends_on_the_mode(cluster, fields, wanted) -> None:
     api, client = cluster
     id = await a_network(api, client, "tiny", "10.9.0.0/30")  # one address
     async with client.post("/services/create", json=a_wish("web", id, **fields)) as answer:

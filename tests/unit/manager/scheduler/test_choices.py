@@ -348,7 +348,7 @@ def keeping_aside(patch: pytest.MonkeyPatch) -> None:
 
 
 def by_arrival(patch: pytest.MonkeyPatch) -> None:
-    """Among equals the node that was heard of first is taken."""
+    """Among equals the node that was added first is taken."""
 
     def rank(candidates: candidates_module.Candidates, account: Account) -> tuple[object, ...]:
         return account.active, account.load, list(candidates._accounting.accounts).index(account.node.id)
@@ -357,7 +357,7 @@ def by_arrival(patch: pytest.MonkeyPatch) -> None:
 
 
 def deaf(patch: pytest.MonkeyPatch) -> None:
-    """What a node says of its load is not heard."""
+    """The reported load of nodes is ignored."""
     patch.setattr(accounting_module.Accounting, "_set_load", lambda books, node_id, load: None)
 
 

@@ -77,7 +77,7 @@ def test_a_fully_busy_node_still_gets_its_tenth() -> None:
     assert counts == {"a": 100, "b": 10}
 
 
-def test_who_says_nothing_counts_as_the_mean_of_the_others() -> None:
+def test_a_node_without_a_load_counts_as_the_mean_of_the_others() -> None:
     books = books_of(loaded("a", 0.2), loaded("b", 0.6), a_docker_node("d1"))
     counts = placed(books, 60)
     assert counts["b"] < counts["d1"] < counts["a"]
@@ -122,9 +122,9 @@ def test_what_is_filled_grows_with_both_and_stays_a_share(share: float, other: f
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | LOADS), max_size=30))
-def test_the_mean_does_not_depend_on_what_came_before(news: list[tuple[str, float | None]]) -> None:
-    mean, last = MeanLoad(), dict(news)
-    for id, load in news:
+def test_the_mean_does_not_depend_on_what_came_before(changes: list[tuple[str, float | None]]) -> None:
+    mean, last = MeanLoad(), dict(changes)
+    for id, load in changes:
         mean.set(NodeId(id), load)
     fresh = MeanLoad()
     for id, load in sorted(last.items()):

@@ -60,8 +60,8 @@ def test_encrypted_networks_go_by_a_way_of_their_own() -> None:
 
 
 def test_a_label_of_the_node_has_it_take_tasks_all_the_same() -> None:
-    told = a_node_with_overlays("w1", OVERLAY, labels={IGNORE_PATHS: "true"})
-    assert taking(accounting_of([told]), NET) == ["w1"]
+    reported = a_node_with_overlays("w1", OVERLAY, labels={IGNORE_PATHS: "true"})
+    assert taking(accounting_of([reported]), NET) == ["w1"]
     undecided = a_node_with_overlays("w1", OVERLAY, labels={IGNORE_PATHS: "maybe"})
     assert taking(accounting_of([undecided]), NET) == []
 

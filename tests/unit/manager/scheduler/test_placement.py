@@ -249,7 +249,7 @@ def test_plugins_are_looked_for_with_and_without_latest() -> None:
     assert reason(refused) == "no suitable node (missing plugin on 1 node)"
 
 
-def test_a_global_services_task_is_confirmed_on_its_node_or_told_why_not() -> None:
+def test_a_global_task_is_assigned_to_its_node_or_gets_the_reason() -> None:
     service = a_service(is_global=True, reserve=Resources(memory_bytes=60))
     accounting = accounting_of([a_node("n1", has=Resources(memory_bytes=100))])
     tasks = [a_task(slot=0, node="n1", service=service, state=PENDING) for _ in range(2)]
@@ -298,7 +298,7 @@ clusters = st.lists(
 
 @given(clusters, st.integers(0, 20), st.integers(0, 100), st.integers(0, 3), st.booleans())
 @settings(max_examples=200)
-def test_no_node_is_ever_over_committed_and_nobody_waits_without_need(
+def test_no_node_is_over_committed_and_no_task_waits_needlessly(
     shapes: list[dict[str, object]], replicas: int, memory: int, max_replicas: int, is_preferring: bool
 ) -> None:
     nodes = [a_node(f"n{number}", **shape) for number, shape in enumerate(shapes)]  # type: ignore[arg-type]

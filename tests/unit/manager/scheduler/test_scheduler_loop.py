@@ -113,7 +113,7 @@ async def test_a_decision_that_cannot_be_written_holds_up_no_other(monkeypatch: 
     assert max(nodes_of(store).values()) - min(nodes_of(store).values()) <= 1
 
 
-async def test_a_wish_that_cannot_be_read_is_the_trouble_of_its_task_alone() -> None:
+async def test_an_unreadable_spec_affects_its_task_only() -> None:
     bad = waiting(1, constraints=("node.labels.x ~ 1",), name="bad")
     store = await a_store(*waiting(40), *bad)
     async with scheduling(store):
