@@ -7,7 +7,7 @@
     python -m bench.cluster --pairs 3 --steps update    # rolling updates
 
 Each round makes fresh machines of one system, measures, and removes them; the systems take turns, so only one is on the
-machine at a time.  Of a lost leader the cable goes first and the power at once after, so that nobody hears a last word.
+machine at a time.  A leader is lost by cutting its cable and then at once its power, so that it sends no last packet.
 """
 
 import argparse
@@ -238,7 +238,7 @@ class _Writes:
             thread.start()
 
     def first(self, timeout_s: float) -> tuple[float, Node, str]:
-        """When (monotonic), through whom, and the service's id.  Raises: TimeoutError."""
+        """The time (monotonic), the manager that was used, and the service's id.  Raises: TimeoutError."""
         if not self._seen.wait(timeout_s):
             raise TimeoutError(f"no write was accepted within {timeout_s:g} s")
         return min(self._accepted, key=lambda accepted: accepted[0])

@@ -99,12 +99,12 @@ class ClusterLab:
         )
 
     def leader(self) -> Node:
-        """Raises: LookupError: nobody leads."""
+        """Raises: LookupError: there is no leader."""
         by_id = {id: name for name, id in self.ids().items()}
         for one in engine(self.nodes[0]).get("/nodes"):
             if (one.get("ManagerStatus") or {}).get("Leader"):
                 return next(node for node in self.nodes if node.name == by_id[one["ID"]])
-        raise LookupError(f"{self.system}: nobody leads")
+        raise LookupError(f"{self.system}: no leader")
 
     # -- what is taken from a machine, and given back --------------------------------------------------------------
 

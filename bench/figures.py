@@ -1,4 +1,4 @@
-"""Figures with limits: what the benchmarks of networks measure, judged and told in one way.
+"""Figures with limits: the results of the network benchmarks, compared and printed in one format.
 
 Each of these modules has a function that gives its figures.  It is run alone by ``run_alone``, and with all others by
 ``bench.networks``.
@@ -31,7 +31,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     """One figure, with every value it comes from."""
 
     number: int
-    """In the list of what the project promises (``bench/README.md``); 0: nothing is promised, it is told beside."""
+    """Number in the list of promised figures (``bench/README.md``); 0: not promised, for information."""
     what: str
     unit: str
     values: tuple[float, ...]
@@ -167,7 +167,7 @@ def run_alone(about: str, subject: str, measure: Callable[[int], list[Figure]]) 
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--dry", action="store_true", help="keep no result")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this has it clean up, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up after TERM, too
     now = datetime.now(UTC)
     figures = measure(options.pairs)
     title = about.partition("\n")[0].partition(":")[0]

@@ -1,4 +1,4 @@
-"""Hears when the kernel's rules of virtual addresses change in many namespaces, from outside of what changes them."""
+"""Observes changes of the rules of virtual addresses in many namespaces, from another process than their writer."""
 
 import os
 import selectors
@@ -17,7 +17,7 @@ from skep.dataplane.netns.nft_changes import ForeignChanges, open_notifications
 from skep.dataplane.plan.vip import FAMILIES, NAME
 
 _NICENESS = -15
-"""What is heard late counts as late, and the machine is busy with the change."""
+"""A late notification counts as a late change, and the machine is busy with the change."""
 _ANSWER_S = 5.0
 _RECEIVE_BYTES = 1 << 16
 _TRIES = 3
@@ -34,7 +34,7 @@ class Watch:
         self._sockets = sockets
         self._selector = selectors.DefaultSelector()
         for path, opened in sockets.items():
-            # Nobody's writes are our own here: each transaction counts.
+            # This process writes no rules: each transaction counts.
             notifications = ForeignChanges("")
             self._selector.register(opened, selectors.EVENT_READ, (path, notifications))
         self._is_over = threading.Event()

@@ -48,7 +48,7 @@ def main() -> None:
     if options.part:
         _be_part(options.part, options.pairs, Path(options.into))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this has it clean up, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up after TERM, too
     now, began = datetime.now(UTC), time.monotonic()
     figures: list[Figure] = []
     notes: list[str] = []

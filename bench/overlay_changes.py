@@ -3,7 +3,7 @@
 A manager and nine workers in a playground, complete: each node has a container that uses the service's virtual address,
 the first worker a hundred.  *A backend goes* from the moment when the manager has taken it out (its event ``drain``),
 after a request that scales the service down; it *comes* from the moment when its node sees it run.  Both until the
-kernel has told of the new rules in the last of all the containers' namespaces.  *A node is dead* from the moment when
+kernel has announced the new rules in the last of all the containers' namespaces.  *A node is dead* from the moment when
 the API first shows it as down, after its power was cut, until no other node sends frames there and no container leads
 its service there.
 """

@@ -194,7 +194,7 @@ def _answer_for(own: Side, other: Side, device: str) -> None:
 
 
 async def _nothing() -> None:
-    """Nobody follows: each side has one key."""
+    """No peer follows the rotation: each side has one key."""
 
 
 @contextmanager

@@ -69,7 +69,7 @@ async def _beside_many(lab: SkepLab, pairs: int) -> Figure:
             service(lab, f"idle{count}-{number}", 0, Networks=[{"Target": network}])
 
     def started(count: int) -> float:
-        """Milliseconds from the wish until a task runs."""
+        """Milliseconds from the request until a task runs."""
         began = time.perf_counter()
         id = service(lab, "started", 1, Networks=[{"Target": networks[count]}])
         wait_for(lambda: bool(running(lab, id)), poll_s=_POLL_S)

@@ -22,7 +22,7 @@ def packet_us(source: Path, target: Path, address: str) -> float:
 
     def listen() -> socket.socket:
         opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        opened.bind((address, _PORT))  # nobody reads: what does not fit is dropped at the end of its way
+        opened.bind((address, _PORT))  # never read: packets beyond the buffer are dropped at the receiver
         return opened
 
     def send() -> float:

@@ -8,10 +8,10 @@
 One operation is theirs: a fresh store in memory, the scheduler running and watching it; one commit brings READY nodes
 and PENDING tasks without a service, and a watcher counts until it has seen each task assigned.  The clock starts
 before that commit (the objects are made and encoded before, as there the transaction's body is) and stops with the last
-task.  Theirs holds 50 ms of waiting for quiet; here nobody waits.
+task.  SwarmKit's figures include 50 ms of debouncing; Skep's scheduler does not wait.
 
-``plugin``: each task has a network whose plugin every third node has.  ``wishes``: a constraint that half of the nodes
-meet, reservations and a spread preference over three zones.  ``services``: the same wishes, in services of 100 tasks
+``plugin``: each task has a network whose plugin every third node has.  ``constraints``: a constraint that half of the
+nodes meet, reservations and a spread preference over three zones.  ``services``: the same, in services of 100 tasks
 whose spec is stored once, as in a real cluster.
 """
 
@@ -60,7 +60,7 @@ from skep.store.memory import MemoryStore
 from skep.store.proposal import Proposal
 from skep.store.transaction import LocalTransaction
 
-Kind = Literal["plain", "plugin", "wishes", "services"]
+Kind = Literal["plain", "plugin", "constraints", "services"]
 
 PLUGIN = EnginePlugin(type="Network", name="network")
 ZONES = 3
@@ -80,7 +80,7 @@ SWARMKIT_S = {
 
 TABLE = [
     (kind, nodes, tasks)
-    for kind in ("plain", "plugin", "wishes", "services")
+    for kind in ("plain", "plugin", "constraints", "services")
     for nodes in (1000, 5000)
     for tasks in (1000, 10_000, 100_000)
 ]
@@ -207,7 +207,7 @@ def _nodes(kind: Kind, count: int) -> Iterator[Node]:
 
 def _tasks(kind: Kind, count: int) -> Iterator[Task | SpecVersion]:
     spec = TaskSpec()
-    if kind in ("wishes", "services"):
+    if kind in ("constraints", "services"):
         spread = PlacementPreference(spread=SpreadOver(spread_descriptor="node.labels.zone"))
         spec = TaskSpec(
             placement=Placement(constraints=("node.labels.disk == ssd",), preferences=(spread,)),
@@ -247,11 +247,11 @@ HEADER = (
 
 
 def limit_s(kind: str, nodes: int, tasks: int) -> float | None:
-    """Half of SwarmKit's time; with wishes all of it.  None where SwarmKit was not measured at that size."""
-    theirs = SWARMKIT_S.get(("plain" if kind in ("wishes", "services") else kind, nodes, tasks))
+    """Half of SwarmKit's time; with constraints all of it.  None where SwarmKit was not measured at that size."""
+    theirs = SWARMKIT_S.get(("plain" if kind in ("constraints", "services") else kind, nodes, tasks))
     if theirs is None:
         return None
-    return theirs if kind in ("wishes", "services") else theirs / 2
+    return theirs if kind in ("constraints", "services") else theirs / 2
 
 
 def line(row: tuple[str, int, int], timings: list[Timing]) -> str:
@@ -286,7 +286,7 @@ def _keep(rows: list[tuple[tuple[str, int, int], list[Timing]]], now: datetime, 
             "",
             "Medians, smallest in brackets. `busy`: share of the machine that other work took just before; where it is",
             "high, processor time is the figure to read (and even that is larger than on a quiet machine). SwarmKit's:",
-            "wall clock on a quiet machine of this size. The limit is half of it; with wishes, all of it.",
+            "wall clock on a quiet machine of this size. The limit is half of it; with constraints, all of it.",
             "`reference`: one turn of an empty loop in Python then, to compare with other runs.",
             "",
             HEADER,

@@ -66,7 +66,10 @@ class Crowd:
         self._contexts = contexts
         self.agents: list[Agent] = []
         encoder = Encoder()
-        calls = (*CALLS, CALLS[-1])  # from the second time on the headers of a call are told by number alone
+        calls = (
+            *CALLS,
+            CALLS[-1],
+        )  # from the second time on the headers of a call are indices into the table
         self.headers = [encoder.encode(_headers(address, method.path)) for method in calls]
 
     def agent(self) -> "Agent":
@@ -74,7 +77,7 @@ class Crowd:
         raise NotImplementedError
 
     async def obey(self, word: str) -> float | None:
-        """Do it; None: what it took is the figure.  Raises: ValueError: nobody knows how."""
+        """Execute it; None: its duration is the figure.  Raises: ValueError: unknown command."""
         match word:
             case "register":
                 await self.register()
@@ -121,7 +124,7 @@ def _headers(address: str, path: str) -> list[tuple[str, str]]:
 
 
 class Agent(asyncio.Protocol):
-    """One agent: registers when it is connected, then opens its other streams, and heartbeats as it is told to."""
+    """One agent: registers when connected, then opens its other streams, and sends heartbeats at the given period."""
 
     __slots__ = ("_crowd", "_messages", "_received", "_session_id", "_transport", "registered", "tls")
 
@@ -221,7 +224,7 @@ class Agent(asyncio.Protocol):
 
 
 class _Patient(Crowd):
-    """Its agents wait for a task each, and say that it runs when they are told to."""
+    """Its agents wait for a task each, and report it as running on command."""
 
     def __init__(self, address: str, contexts: Sequence[ssl.SSLContext]) -> None:
         super().__init__(address, contexts)

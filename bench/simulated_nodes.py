@@ -1,4 +1,4 @@
-"""The other process of ``bench.thousands``: nodes that join, and do with every task at once what they are told to.
+"""The other process of ``bench.thousands``: nodes that join, and reach the desired state of every task at once.
 
 They have no containers: what is to run runs as soon as it is assigned, what is to end has ended.  As a real agent does,
 each makes one call with statuses at a time, and sends of each task only the latest.
@@ -129,7 +129,7 @@ class _Node(Agent):
         super().__init__(nodes)
         self._nodes = nodes
         self._states: dict[str, TaskState] = before._states if before is not None else {}
-        """Of each task that it was told."""
+        """The state of each task that it was assigned."""
         self._unsent: dict[str, TaskStatus] = {
             id: STATUSES.get(state, ENDED) for id, state in self._states.items()
         }

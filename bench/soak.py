@@ -1,6 +1,6 @@
 """Hours of load and faults, with the invariants checked all along.
 
-Each round does something a user does (create, scale, update, remove) and, now and then, something nobody wants: a
+Each round makes a request (create, scale, update, remove) and sometimes injects a fault: a
 machine loses power or its cable or hangs, a daemon is killed.  After each round the cluster has to reach the wanted
 state within its deadline: as many running tasks and containers as asked for, none doubled, none left over; every
 service answers every member of its networks, plain and encrypted, and at its published port on every node; no address

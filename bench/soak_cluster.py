@@ -238,8 +238,8 @@ class ClusterSoak:
         return f"{' '.join(lacking)} not ready" if lacking or len(known) != MANAGERS + WORKERS else ""
 
     def _leader(self) -> str:
-        """Raises: EngineError: nobody leads at present (503, which passes)."""
+        """Raises: EngineError: there is no leader at present (503, which is transient)."""
         for node in self._a_manager().get("/nodes"):
             if (node.get("ManagerStatus") or {}).get("Leader"):
                 return str(node["Description"]["Hostname"])
-        raise EngineError(503, "nobody leads")
+        raise EngineError(503, "no leader")

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Log:
-    """Lines with the time of day, to the file and to whoever watches."""
+    """Lines with the time of day, to the file and to the terminal."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,7 +35,7 @@ class Users:
     """One random step at a time; ``wanted`` is what the cluster was asked for: service name -> replicas."""
 
     def __init__(self, engine: Callable[[], Engine], image: str, rng: random.Random) -> None:
-        """``engine``: whom to ask, again for each attempt."""
+        """``engine``: gives the endpoint for each attempt."""
         self._engine, self._image, self._random = engine, image, rng
         self.wanted: dict[str, int] = {}
         self.services: dict[str, soak_networks.Service] = {}
@@ -77,7 +77,7 @@ class Users:
         return {name: replicas for name, replicas in self.wanted.items() if replicas}
 
     def until_answered(self, attempt: Callable[[], T]) -> T:
-        """Repeat while nobody answers, or nobody can at present."""
+        """Repeat while no endpoint answers, or it responds with 500 or 503."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             try:

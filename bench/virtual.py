@@ -1,7 +1,7 @@
 """Virtual addresses: what they add to a request, and how fast a change reaches many containers.
 
 Requests go from one namespace to another over a bridge, to the task's own address and to the virtual one in turn.
-Changes are told to a net process that serves many containers, all of which use the service; one that is answered has
+Changes are sent to a net process that serves many containers, all of which use the service; when it responds, one has
 reached every namespace.
 """
 

@@ -93,7 +93,9 @@ async def test_containers_that_ask_much_leave_room_for_others(silent: NameServer
 
 
 @pytest.mark.usefixtures("few")
-async def test_who_has_as_much_as_anybody_is_refused_when_all_is_taken(silent: NameServer) -> None:
+async def test_a_client_with_the_largest_share_is_refused_when_all_slots_are_in_use(
+    silent: NameServer,
+) -> None:
     asking = Asking()
     under_way = [asking.ask(container, silent) for container in "abcd" for _ in range(2)]
     await asking.under_way(8)
