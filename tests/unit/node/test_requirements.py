@@ -32,7 +32,7 @@ def test_a_version_is_found_in_what_a_program_says(output: str, version: tuple[i
             CONMON,
             "/opt/conmon",
             "hello",
-            "/opt/conmon does not say its version: name another conmon with --conmon",
+            "/opt/conmon does not print its version: name another conmon with --conmon",
         ),
         (NFT, "nft", "nftables v0.9.8 (E.D.S.)", "nft 0.9.8 is too old, skep needs 1.0.0 or newer"),
         (RUNC, "runc", "runc version 1.0.3", "runc 1.0.3 is too old, skep needs 1.1.0 or newer"),
