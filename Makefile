@@ -8,8 +8,9 @@ PYTEST := $(BIN)/pytest -q
 # Most tests wait for something most of the time. Files stay whole: their tests share a cluster.
 WORKERS ?= 2
 BESIDE_EACH_OTHER = -n $(WORKERS) --dist loadfile
-# What a busy machine did not do in time is tried once more, and shown at the end as RERUN (decision 29).
-IN_TIME_AT_LAST = --reruns 1 --only-rerun 'Timeout|not within|in time' -rfER
+# What a busy machine did not do in time, and any failure of real processes, is tried once more; the first failure is shown at the
+# end (decisions 29 and 80).
+IN_TIME_AT_LAST = --reruns 1 --only-rerun 'Timeout|not within|in time' --rerun-show-tracebacks -rfER
 # Images are layered by overlay mounts, which cannot lie on an overlay themselves (inside a container).
 DEMO_DIR ?= $(if $(filter overlayfs,$(shell stat -f -c %T /var/tmp)),/dev/shm,/var/tmp)/skep-demo
 DEMO_NAME ?= demo

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.alone import Turns
+from tests.support.second_attempts import SecondAttempts
 from tests.support.whole_run import WholeRun
 
 # How long an example takes says something of the machine, not of the code.
@@ -43,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(WholeRun(config), "skep-whole-run")
+    config.pluginmanager.register(SecondAttempts(), "skep-second-attempts")
     if hasattr(config, "workerinput"):
         turns = Turns(config.rootpath / "Makefile", config.rootpath / "pyproject.toml")
         config.pluginmanager.register(turns, "skep-turns")
