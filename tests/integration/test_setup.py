@@ -65,6 +65,26 @@ def test_the_etcd_that_was_placed_is_new_enough() -> None:
         assert os.access(binary.with_name(tool), os.X_OK)
 
 
+def test_the_plug_ins_that_were_placed_run_or_the_reason_is_kept() -> None:
+    directory = Path(sys.prefix) / "libexec" / "skep"
+    if (directory / "plugins-missing").exists():
+        assert (directory / "plugins-missing").read_text().strip()
+        return
+    assert " 0." in run(directory / "docker-buildx", "version").stdout
+    assert run(directory / "docker-compose", "version", "--short").stdout.startswith("2.")
+
+
+def test_without_plug_ins_the_machine_is_set_up_and_the_reason_is_said_once(
+    scripts: Path, tmp_path: Path
+) -> None:
+    path = a_path_without(tmp_path / "path", "apt")
+    first = run(scripts / "plugins.sh", tmp_path / "libexec", PATH=path)
+    assert (first.returncode, "there is no apt-get" in first.stderr) == (0, True), first.stderr
+    assert "there is no apt-get" in (tmp_path / "libexec" / "plugins-missing").read_text()
+    again = run(scripts / "plugins.sh", tmp_path / "libexec", PATH=path)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+
 @pytest.fixture
 def without_etcd(tmp_path: Path) -> str:
     """A $PATH on which the distribution's own suite has no etcd."""

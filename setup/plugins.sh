@@ -1,0 +1,81 @@
+#!/bin/bash
+# Places docker-buildx and docker-compose, plug-ins of the docker command, in a directory: plugins.sh DIRECTORY
+#
+# They are unpacked from signed packages of a newer suite, as etcd is (etcd.sh), and not installed: a plug-in of the
+# machine would change what its docker command does.  Only tests use them, so a machine on which they cannot be had is
+# set up nevertheless: the reason is left in DIRECTORY/plugins-missing, is tried again a day later, and is why those
+# tests are skipped.
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./say.sh
+. ./suite.sh
+
+target=$1
+plugins="docker-buildx docker-compose"
+missing=$target/plugins-missing
+
+# works DIRECTORY: has plug-ins that run here, buildx of 0.29 and compose of 2.40 or newer.
+works() {
+    at_least "$("$1/docker-buildx" version 2>/dev/null | sed -n 's/^[^ ]* v\{0,1\}\([0-9.]*\).*/\1/p')" 0.29 &&
+        at_least "$("$1/docker-compose" version --short 2>/dev/null | sed 's/^v//; s/[^0-9.].*//')" 2.40
+}
+
+if works "$target"; then
+    rm -f "$missing"
+    exit 0
+fi
+if [ -n "$(find "$missing" -mmin -1440 2>/dev/null)" ]; then
+    exit 0
+fi
+
+# without REASON: the machine is set up, without them.
+without() {
+    mkdir -p "$target"
+    printf '%s\n' "$1" >"$missing"
+    say "without the docker command's plug-ins, which some tests use: $1"
+    exit 0
+}
+
+command -v apt-get >/dev/null || without "there is no apt-get to fetch them with"
+name=$(distribution)
+read -r _ component keyring packages suites < <(grep "^$name " plugin-suites.txt) ||
+    without "$name is not a distribution whose suites are known here"
+keyring=/usr/share/keyrings/$keyring
+[ -r "$keyring" ] || without "the keyring of $name is missing: $keyring"
+mirror=$(archive_of "$component")
+[ -n "$mirror" ] || without "apt has no archive with the component $component"
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# unpack: fetches the packages by $suite_options and leaves the plug-ins in $work/found.
+unpack() {
+    rm -rf "$work"/*.deb "$work/unpacked" "$work/found"
+    mkdir "$work/unpacked" "$work/found"
+    # The options are words without blanks, meant to be split.
+    # shellcheck disable=SC2086
+    (cd "$work" && apt-get $suite_options -q download ${packages//,/ }) >"$work/log" 2>&1 || return 1
+    local package plugin
+    for package in "$work"/*.deb; do
+        dpkg-deb -x "$package" "$work/unpacked"
+    done
+    for plugin in $plugins; do
+        find "$work/unpacked" -type f -path "*cli-plugins/$plugin" -exec cp {} "$work/found/$plugin" \;
+    done
+    works "$work/found" || { echo "its packages are older" >"$work/log" && return 1; }
+}
+
+for suite in $suites; do
+    say "fetching the docker command's plug-ins from the suite $suite"
+    if use_suite "$work" "$mirror" "$suite" "$component" "$keyring" >"$work/log" 2>&1 && unpack; then
+        mkdir -p "$target"
+        for plugin in $plugins; do
+            install -m 0755 "$work/found/$plugin" "$target/.$plugin.new"
+            mv "$target/.$plugin.new" "$target/$plugin"
+        done
+        rm -f "$missing"
+        say "docker-buildx and docker-compose are in $target"
+        exit 0
+    fi
+done
+without "no suite of $name has them (tried: $suites): $(tail -n 1 "$work/log")"

@@ -1,0 +1,17 @@
+"""The docker command's plug-ins of today, as ``setup/plugins.sh`` places them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+_PLACE = Path(sys.prefix) / "libexec" / "skep"
+
+
+def plugin(name: str) -> Path:
+    """``docker-buildx`` or ``docker-compose``.  A machine that cannot have them skips the test, with the reason."""
+    if not (_PLACE / name).exists():
+        missing = _PLACE / "plugins-missing"
+        assert missing.exists(), f"{name} is not in {_PLACE}: make setup places it"
+        pytest.skip(missing.read_text().strip())
+    return _PLACE / name
