@@ -30,6 +30,8 @@ USED_BY_OTHERS = {
     "__spec__": "read by the import system",
 }
 OBSERVED_BY_TESTS = {
+    "child_config": "commits and builds make images by it",
+    "layer_of_changes": "commits and builds make layers by it",
     "comparisons": "a test waits until a namespace was compared so many times",
     "held_bytes": "a test holds a server to its bound",
     "routes_of": "one node's routes, of which the allocator needs all nodes'",

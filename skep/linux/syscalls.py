@@ -15,11 +15,13 @@ MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
 MS_NOEXEC = 8
+MS_REMOUNT = 32
 MS_BIND = 4096
 MS_REC = 16384
 MS_PRIVATE = 1 << 18
 MS_SHARED = 1 << 20
 MNT_DETACH = 2
+CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
 
 # Numbers above 423 are the same on every architecture.
@@ -46,7 +48,7 @@ def _checked(result: int, what: str) -> int:
 
 
 def mount(
-    source: str, target: Path, type: str | None = None, flags: int = 0, data: str | None = None
+    source: str, target: str | Path, type: str | None = None, flags: int = 0, data: str | None = None
 ) -> None:
     """mount(2)."""
     result = _libc.mount(

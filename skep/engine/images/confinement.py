@@ -1,11 +1,12 @@
-"""What the unpacking worker gives up before it reads a byte of an archive.
+"""What a worker for archives gives up before it reads a byte of an archive, or of a tree.
 
 It keeps the capabilities by which files get owners, modes, devices and file capabilities, in a root directory of its
 own and in namespaces without network, mounts or queues of anybody.  A filter refuses system calls that open more of the
 kernel, or another process: they fail with EPERM.  What the machine does not let it give up it keeps: the chroot is what
 holds, the rest is for the case that a parser of archives has a hole.
 
-The one thing that needs more, ``trusted.overlay.opaque``, is set by a helper that reads nothing but descriptors.
+The one thing that needs more, ``trusted.overlay.opaque``, is set and read by a helper that is given nothing but
+descriptors.
 """
 
 import array  # noqa: F401  # socket.send_fds imports it when it is called, and then it is too late
@@ -25,6 +26,8 @@ _NEW_NAMESPACES: Final = 0x00020000 | 0x08000000 | 0x40000000
 
 _DESCRIPTORS_MAX = 256
 _OPAQUE = b"trusted.overlay.opaque"
+_ELSEWHERE = (b"trusted.overlay.redirect", b"trusted.overlay.metacopy")
+_SET, _GET = b"x", b"?"
 
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000
 _AUDIT_ARCH: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -136,6 +139,12 @@ def confine(root: str) -> "Helper":
 class Helper:
     """A process in the same root that marks directories as opaque, and ends with this one."""
 
+    PLAIN: Final = 0
+    OPAQUE: Final = 1
+    """The directory hides what lower layers have there."""
+    MOVED: Final = 2
+    """What is in it is found in another place of a lower layer."""
+
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         worker = os.getpid()
@@ -160,13 +169,22 @@ class Helper:
         """Raises: OSError: the file system does not take it."""
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            socket.send_fds(self._socket, [b"x"], [descriptor])
-            response = self._socket.recv(4)
+            number = self._ask(_SET, descriptor)
         finally:
             os.close(descriptor)
-        number = int.from_bytes(response, "little") if len(response) == 4 else 5  # EIO: it has ended
         if number:
             raise OSError(number, os.strerror(number), directory)
+
+    def mark_of(self, descriptor: int) -> int:
+        """What overlayfs has noted at an open directory: ``PLAIN``, ``OPAQUE`` or ``MOVED``.  Raises: OSError."""
+        return self._ask(_GET, descriptor)
+
+    def _ask(self, request: bytes, descriptor: int) -> int:
+        socket.send_fds(self._socket, [request], [descriptor])
+        response = self._socket.recv(4)
+        if len(response) != 4:
+            raise OSError(5, "the helper of the process for archives has ended")
+        return int.from_bytes(response, "little")
 
 
 def _mark(requests: socket.socket) -> None:
@@ -175,13 +193,28 @@ def _mark(requests: socket.socket) -> None:
         if not message or len(descriptors) != 1:
             return
         try:
-            os.setxattr(descriptors[0], _OPAQUE, b"y")
-            number = 0
-        except OSError as error:
-            number = error.errno or 5
+            number = _mark_of(descriptors[0]) if message == _GET else _set_mark(descriptors[0])
         finally:
             os.close(descriptors[0])
         requests.send(number.to_bytes(4, "little"))
+
+
+def _set_mark(descriptor: int) -> int:
+    """The number of the error; 0: it is marked."""
+    try:
+        os.setxattr(descriptor, _OPAQUE, b"y")
+    except OSError as error:
+        return error.errno or 5
+    return 0
+
+
+def _mark_of(descriptor: int) -> int:
+    names = {os.fsencode(name) for name in os.listxattr(descriptor)}
+    if not names.isdisjoint(_ELSEWHERE):
+        return Helper.MOVED
+    # Other values than "y" say something of the directory's entries.
+    is_opaque = _OPAQUE in names and os.getxattr(descriptor, _OPAQUE) == b"y"
+    return Helper.OPAQUE if is_opaque else Helper.PLAIN
 
 
 def _drop_capabilities() -> None:

@@ -65,5 +65,10 @@ def chain_ids(diff_ids: Iterable[str]) -> tuple[Digest, ...]:
     """
     chain: list[Digest] = []
     for diff_id in diff_ids:
-        chain.append(digest_of(f"{chain[-1]} {diff_id}".encode()) if chain else Digest(diff_id))
+        chain.append(chain_id_above(chain[-1] if chain else None, diff_id))
     return tuple(chain)
+
+
+def chain_id_above(below: str | None, diff_id: str) -> Digest:
+    """The id of the layer ``diff_id`` together with the chain ``below``; None: it is the lowest."""
+    return Digest(diff_id) if below is None else digest_of(f"{below} {diff_id}".encode())

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -19,10 +19,10 @@ from weakref import WeakValueDictionary
 import msgspec
 import structlog
 
-from skep.aio.failures import log_error
+from skep.aio.failures import describe_error, log_error
 from skep.aio.trees import discard_tree
-from skep.engine.images import untar
-from skep.engine.images.digest import Digest, hex_of
+from skep.engine.images import pack, untar
+from skep.engine.images.digest import Digest, chain_id_above, hex_of
 from skep.engine.images.slots import UnpackSlots
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError
 from skep.linux.files import is_no_file, sync_directory
@@ -81,7 +81,7 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Unpacked(msgspec.Struct, frozen=True):
-    """What the worker found: the digest and length of the plain tar, and the size of what it wrote."""
+    """What a worker has unpacked or packed: the digest and length of the plain tar, and the size of its files."""
 
     digest: Digest
     plain_bytes: int
@@ -160,6 +160,64 @@ class Layers:
                 await asyncio.shield(discard_tree(workspace))
             self._layers[chain_id] = layer
             return layer
+
+    async def add_changes(
+        self, changes: Path, *, below: Digest | None, without: Collection[str] = (), take: bool = False
+    ) -> Layer:
+        """Make a layer of an overlay's upper directory, on top of the layer ``below`` (None: of nothing).
+
+        The same changes above the same layer are one layer, whatever became of ``changes`` meanwhile.
+
+        Args:
+            without: paths below ``changes`` that are left out.
+            take: ``changes`` is moved into the layer instead of being copied, and is gone afterwards; nothing has it
+                mounted or writes to it, and it is on this file system.
+
+        Raises:
+            InvalidArgument: something of it has no form in an image.
+            ResourceExhausted: it is larger than the limits allow.
+            UnpackFailed: the file system refused.
+        """
+        # Not in a thread: a cancelled caller would leave it behind.
+        workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
+        try:
+            content = workspace / "content"
+            async with self._slots.of(str(changes)):
+                packed = await pack_changes(
+                    changes, content, limits=self._limits, without=without, removes=take
+                )
+            diff_id = packed.digest
+            chain_id = chain_id_above(below, diff_id)
+            async with self._lock(chain_id):
+                present = self._layers.get(chain_id)
+                if present is not None:
+                    return present
+                files = workspace / "diff"
+                if take:
+                    changes.rename(files)
+                else:
+                    files.mkdir(mode=0o755)
+                    await self._copied(content, files, diff_id)
+                layer = Layer(
+                    chain_id=chain_id,
+                    diff_id=diff_id,
+                    size_bytes=packed.size_bytes,
+                    plain_bytes=packed.plain_bytes,
+                )
+                await asyncio.to_thread(_publish, workspace, self._root / hex_of(chain_id), layer)
+                self._layers[chain_id] = layer
+                return layer
+        except OSError as error:
+            raise UnpackFailed(describe_error(error)) from error
+        finally:
+            await asyncio.shield(discard_tree(workspace))
+
+    async def _copied(self, content: Path, files: Path, diff_id: Digest) -> None:
+        """Fill ``files`` from the tar at ``content``, which stays."""
+        async with self._slots.of(str(content)):
+            with content.open("rb") as source:
+                unpacked = await unpack(source.fileno(), files, limits=self._limits, is_layer=True)
+        assert unpacked.digest == diff_id, "what was packed is what is unpacked"
 
     def detach(self, chain_ids: Iterable[str]) -> Sequence[Path]:
         """Remove unused layers from the store, at once; the caller deletes the returned directories.
@@ -273,6 +331,73 @@ async def unpack(
     return _result_of(response)
 
 
+async def pack_changes(
+    changes: Path, content: Path, *, limits: Limits, without: Collection[str] = (), removes: bool = False
+) -> Unpacked:
+    """Write an overlay's upper directory as a layer's tar, compressed, to ``content``, by a confined worker.
+
+    Args:
+        without: paths below ``changes`` that are left out; ``removes``: they are removed there, too.
+
+    Raises:
+        InvalidArgument, ResourceExhausted, UnpackFailed.
+    """
+    if limits.room_on(content.parent) < 0:
+        raise UnpackFailed(f"{content.parent}: no space left on device")
+    settings = pack.Settings(
+        root=str(changes),
+        content=str(content),
+        bytes_max=limits.layer_bytes_max,
+        entries_max=limits.entries_max,
+        without=tuple(without),
+        removes=removes,
+    )
+    worker = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-m", pack.__name__, json.dumps(vars(settings))),
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        cwd="/",
+        env={"LANG": "C.UTF-8"},
+    )
+    assert worker.stderr is not None, "its result comes in a pipe"
+    try:
+        async with asyncio.timeout(limits.unpack_s):
+            response = await worker.stderr.read()
+            await worker.wait()
+    except TimeoutError as error:
+        raise ResourceExhausted(f"packing took longer than {limits.unpack_s:.0f} s") from error
+    finally:
+        if worker.returncode is None:
+            worker.kill()
+            await asyncio.shield(worker.wait())
+    return _packed_of(response)
+
+
+def _packed_of(response: bytes) -> Unpacked:
+    """What the packing worker's line of JSON means."""
+    result = _decoded(response)
+    message = str(result.get("error", ""))
+    match result.get("kind"):
+        case None:
+            return msgspec.convert(result, Unpacked)
+        case "malformed":
+            raise InvalidArgument(message)
+        case "limit":
+            raise ResourceExhausted(f"the tree {message}, the limit of this node")
+        case _:
+            raise UnpackFailed(message)
+
+
+def _decoded(response: bytes) -> Mapping[str, str | int]:
+    try:
+        return msgspec.json.decode(response, type=dict[str, str | int])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        log.warning(
+            "unexpected output of a process for archives", output=response[-2000:].decode(errors="replace")
+        )
+        raise UnpackFailed("the process for archives ended without a response") from error
+
+
 async def _fed(worker: asyncio.subprocess.Process, source: int | AsyncIterable[bytes]) -> bytes:
     """Give the worker its input, if that comes in pieces, and take its response."""
     assert worker.stdout is not None, "its output is a pipe"
@@ -290,10 +415,7 @@ async def _fed(worker: asyncio.subprocess.Process, source: int | AsyncIterable[b
 
 def _result_of(response: bytes) -> Unpacked:
     """What the worker's line of JSON means."""
-    try:
-        result = msgspec.json.decode(response, type=dict[str, str | int])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UnpackFailed("the unpacking process ended without an response") from error
+    result = _decoded(response)
     message = str(result.get("error", ""))
     match result.get("kind"):
         case None:

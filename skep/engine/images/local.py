@@ -33,7 +33,7 @@ from skep.aio.failures import describe_error, log_error, retry
 from skep.aio.trees import discard_tree, discard_tree_now
 from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest
 from skep.engine.images.image import Image, ImageConfig, parse_config
-from skep.engine.images.layers import Layers, Limits
+from skep.engine.images.layers import Layer, Layers, Limits
 from skep.engine.images.reference import Reference, parse_any, parse_reference
 from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.linux.files import BESIDE, is_no_file, replace_file
@@ -279,6 +279,24 @@ class LocalImages:
             self._pinned.subtract(chain)
             self._pinned += Counter()  # drops what is down to zero
             await asyncio.shield(self._collect())
+
+    @asynccontextmanager
+    async def layer_of_changes(
+        self, changes: Path, below: Image | None, *, without: Collection[str] = (), take: bool = False
+    ) -> AsyncIterator[Layer]:
+        """A layer with the changes that an overlay has to ``below``, kept as long as the block runs.
+
+        ``add`` makes an image of it; ``child.child_config`` gives the configuration for that.  The arguments and the
+        errors are those of ``Layers.add_changes``.
+        """
+        self._require_catalog()
+        chain = below.chain if below is not None else ()
+        async with self.pinned(chain):
+            layer = await self.layer_store.add_changes(
+                changes, below=chain[-1] if chain else None, without=without, take=take
+            )
+            async with self.pinned([layer.chain_id]):  # nothing runs between these two lines
+                yield layer
 
     @asynccontextmanager
     async def workspace(self, prefix: str) -> AsyncIterator[Path]:

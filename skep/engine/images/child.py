@@ -1,0 +1,93 @@
+"""The configuration of an image that is made from another: by a commit, an import, or a step of a build.
+
+Pure; the bytes are those that Docker would write, as far as it knows the fields.
+
+Source: moby 20.10, image/image.go (NewChildImage), daemon/images/image_commit.go.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from skep.errors import InvalidArgument
+
+EMPTY_LAYER = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef"
+"""The digest of a tar without members.  Docker gives an image no such layer.
+
+Source: moby, layer/empty.go (DigestSHA256EmptyTar).
+"""
+
+_KEPT = ("architecture", "os", "variant", "os.version", "os.features")
+"""What an image has from the one that it is made from, besides layers and history."""
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """What was done to get the image from its parent: an entry of ``docker history``.
+
+    ``diff_id``: the layer that it made; empty, or ``EMPTY_LAYER``: none.  ``created``: a Timestamp.
+    """
+
+    created: str
+    diff_id: str = ""
+    created_by: str = ""
+    author: str = ""
+    comment: str = ""
+
+
+def child_config(
+    parent: bytes | None,
+    step: Step,
+    config: Mapping[str, Any],
+    *,
+    more: Mapping[str, Any] | None = None,
+    platform: Mapping[str, str] | None = None,
+) -> bytes:
+    """The configuration of an image that is ``parent`` after ``step``.
+
+    Args:
+        parent: the parent's configuration, as it is stored; None: the image has none.
+        config: options of its containers (``config`` of the configuration), by their names in JSON.
+        more: further fields of the configuration: ``container``, ``container_config``, ...
+        platform: ``architecture``, ``os`` and ``variant`` of an image without a parent.
+
+    Raises:
+        InvalidArgument: ``parent`` is no configuration.
+    """
+    above: Mapping[str, Any] = _decoded(parent) if parent is not None else (platform or {})
+    has_layer = step.diff_id not in ("", EMPTY_LAYER)
+    rootfs, history = above.get("rootfs") or {}, above.get("history") or []
+    document = {
+        **{name: above[name] for name in _KEPT if above.get(name)},
+        **(more or {}),
+        "config": config,
+        "created": step.created,
+        "rootfs": {
+            "type": "layers",
+            "diff_ids": [*(rootfs.get("diff_ids") or ()), *([step.diff_id] if has_layer else ())],
+        },
+        "history": [*history, _entry(step, has_layer=has_layer)],
+    }
+    if step.author:
+        document["author"] = step.author
+    if step.comment:
+        document["comment"] = step.comment
+    return msgspec.json.encode(document, order="sorted")
+
+
+def _entry(step: Step, *, has_layer: bool) -> Mapping[str, Any]:
+    fields: Mapping[str, Any] = {
+        "created": step.created,
+        "created_by": step.created_by,
+        "author": step.author,
+        "comment": step.comment,
+        "empty_layer": not has_layer,
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+def _decoded(content: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"invalid image configuration: {error}") from error

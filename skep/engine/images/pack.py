@@ -1,0 +1,360 @@
+"""The worker that writes a directory tree as a tar: a process of its own, in a chroot.
+
+The tree belongs to a container, which may be running: its names, links and devices are hostile, and change meanwhile.
+Inside the chroot no link leads further than the tree itself.  On a mount without devices, no file that is swapped for a
+device is read.  What else the process gives up is in ``confinement``.
+
+The module is run by itself: one JSON object of settings as argument, the tar in a file or on stdout, one JSON object of
+results on stderr.
+
+Source: moby, pkg/archive/archive.go (FileInfoHeader, addTarFile), changes.go (ExportChanges).
+"""
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import resource
+import signal
+import stat
+import sys
+import tarfile
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from skep.engine.images.confinement import Helper, confine
+from skep.linux import syscalls
+
+_CHUNK_BYTES = 1 << 20
+_MEMORY_BYTES_MAX = 2 << 30
+_PR_SET_PDEATHSIG = 1
+_WHITEOUT = ".wh."
+_OPAQUE = ".wh..wh..opq"
+_XATTR_RECORD = "SCHILY.xattr."
+_XATTRS = ("user.", "security.capability", "system.posix_acl_")
+"""Beginnings of the names of extended attributes that are part of a file; others are the machine's."""
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.ESTALE})
+"""What opening gives when an entry was removed, or swapped for something that is not opened."""
+
+
+class LimitExceeded(Exception):
+    """The tree is larger than this node takes."""
+
+
+class Refused(Exception):
+    """Something of the tree has no form in a layer."""
+
+
+@dataclass
+class Settings:
+    """``root``: the tree.  ``content``: a file that receives the tar, zstd-compressed.
+
+    ``is_changes``: the tree is the upper directory of an overlay, and the tar a layer: what was removed is a whiteout.
+    ``without``: paths below the root that are left out; ``removes``: and removed from the tree.
+    ``bytes_max`` bounds the tar, ``entries_max`` the number of its members.
+    """
+
+    root: str
+    content: str
+    bytes_max: int
+    entries_max: int
+    is_changes: bool = True
+    without: tuple[str, ...] = ()
+    removes: bool = False
+
+
+class Output:
+    """The plain tar: bounded, counted, hashed, compressed."""
+
+    def __init__(self, write: Callable[[bytes], object], bytes_max: int) -> None:
+        self._write = write
+        self._hash = hashlib.sha256()
+        self._bytes_max = bytes_max
+        self.bytes_written = 0
+
+    def require(self, size: int) -> None:
+        """Raises: LimitExceeded: ``size`` bytes more are too many."""
+        if self.bytes_written + size > self._bytes_max:
+            raise LimitExceeded(f"holds more than {self._bytes_max} bytes")
+
+    def write(self, data: bytes) -> None:
+        """Raises: LimitExceeded; OSError."""
+        self.require(len(data))
+        self.bytes_written += len(data)
+        self._hash.update(data)
+        self._write(data)
+
+    @property
+    def digest(self) -> str:
+        """The digest of what was written."""
+        return "sha256:" + self._hash.hexdigest()
+
+
+class Packer:
+    """Writes all that is below ``/`` (of the chroot) as members of one archive."""
+
+    def __init__(
+        self,
+        output: Output,
+        *,
+        entries_max: int,
+        without: Collection[str] = (),
+        removes: bool = False,
+        mark_of: Callable[[int], int] | None = None,
+    ) -> None:
+        """``mark_of``: what overlayfs has noted at a directory (``Helper.mark_of``); None: it is no overlay's."""
+        self._output = output
+        self._entries_max = entries_max
+        self._without = without
+        self._removes = removes
+        self._mark_of = mark_of
+        self._entries = 0
+        self._links: dict[tuple[int, int], str] = {}
+        self.size_bytes = 0
+        """Of the files, as Docker counts a layer: every inode that is no directory, once."""
+
+    def pack(self, directory: str = "") -> None:
+        """Everything below ``directory``, depth first, and the end of the archive.  Raises: see ``main``."""
+        pending = [directory]
+        while pending:
+            pending.extend(reversed(self._directory(pending.pop())))
+        self._output.write(bytes(2 * tarfile.BLOCKSIZE))
+
+    def _directory(self, path: str) -> list[str]:
+        """Write a directory with its files; gives the directories in it, sorted."""
+        try:
+            descriptor = os.open("/" + path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno in _GONE:
+                return []
+            raise
+        try:
+            names = sorted(os.listdir(descriptor))
+            kept = [name for name in names if _joined(path, name) not in self._without]
+            if self._removes:
+                for name in set(names).difference(kept):
+                    _remove(name, descriptor)
+            if names and not kept:  # it holds nothing but what is left out
+                return []
+            if path:
+                self._write_directory(path, descriptor)
+            below = []
+            for name in kept:
+                inside = _joined(path, name)
+                try:
+                    status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    below.append(inside)
+                else:
+                    self._file(descriptor, name, inside, status)
+            return below
+        finally:
+            os.close(descriptor)
+
+    def _write_directory(self, path: str, descriptor: int) -> None:
+        member = _member(path, os.fstat(descriptor), tarfile.DIRTYPE)
+        _add_xattrs(member, descriptor)
+        mark = self._mark_of(descriptor) if self._mark_of is not None else 0
+        if mark == Helper.MOVED:
+            raise Refused(
+                f"/{path}: the directory was moved, which the file system of this node does not keep"
+            )
+        self._write_header(member)
+        if mark == Helper.OPAQUE:
+            self._write_header(_whiteout(_joined(path, _OPAQUE), member.mtime))
+
+    def _file(self, directory: int, name: str, path: str, status: os.stat_result) -> None:
+        """Write an entry that is no directory."""
+        mode = status.st_mode
+        if self._mark_of is not None:
+            if stat.S_ISCHR(mode) and status.st_rdev == 0:
+                self._write_header(
+                    _whiteout(_joined(os.path.dirname(path), _WHITEOUT + name), status.st_mtime)
+                )
+                return
+            if name.startswith(_WHITEOUT):
+                raise Refused(
+                    f'/{path}: a name that begins with "{_WHITEOUT}" marks a removed file in an image'
+                )
+        if stat.S_ISREG(mode):
+            self._regular(directory, name, path)
+            return
+        if stat.S_ISLNK(mode):
+            member = _member(path, status, tarfile.SYMTYPE)
+            try:
+                member.linkname = os.readlink(name, dir_fd=directory)
+            except OSError:
+                return
+        elif stat.S_ISFIFO(mode):
+            member = _member(path, status, tarfile.FIFOTYPE)
+        elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            member = _member(path, status, tarfile.CHRTYPE if stat.S_ISCHR(mode) else tarfile.BLKTYPE)
+            member.devmajor, member.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
+        else:
+            return  # a socket: it has no form in a tar, and no use without its process
+        if not self._is_link(member, status):
+            self.size_bytes += status.st_size
+        self._write_header(member)
+
+    def _regular(self, directory: int, name: str, path: str) -> None:
+        try:
+            # A named pipe that took its place is not waited for.
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+        except OSError as error:
+            if error.errno in _GONE:
+                return
+            raise
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                return
+            member = _member(path, status, tarfile.REGTYPE)
+            if self._is_link(member, status):
+                self._write_header(member)
+                return
+            member.size = status.st_size
+            self.size_bytes += member.size
+            self._output.require(member.size)
+            _add_xattrs(member, descriptor)
+            self._write_header(member)
+            self._write_content(descriptor, member.size)
+        finally:
+            os.close(descriptor)
+
+    def _write_content(self, descriptor: int, size: int) -> None:
+        """``size`` bytes of a file, whatever becomes of it meanwhile: zeros stand for what it lacks."""
+        left = size
+        while left:
+            data = os.read(descriptor, min(left, _CHUNK_BYTES)) or bytes(min(left, _CHUNK_BYTES))
+            left -= len(data)
+            self._output.write(data)
+        if size % tarfile.BLOCKSIZE:
+            self._output.write(bytes(tarfile.BLOCKSIZE - size % tarfile.BLOCKSIZE))
+
+    def _is_link(self, member: tarfile.TarInfo, status: os.stat_result) -> bool:
+        """Whether the inode was written under another name; ``member`` is a link to that then."""
+        if status.st_nlink < 2:
+            return False
+        first = self._links.setdefault((status.st_dev, status.st_ino), member.name)
+        if first == member.name:
+            return False
+        member.type, member.linkname, member.size = tarfile.LNKTYPE, first, 0
+        return True
+
+    def _write_header(self, member: tarfile.TarInfo) -> None:
+        self._entries += 1
+        if self._entries > self._entries_max:
+            raise LimitExceeded(f"holds more than {self._entries_max} entries")
+        self._output.write(member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
+
+
+def _joined(directory: str, name: str) -> str:
+    return f"{directory}/{name}" if directory else name
+
+
+def _remove(name: str, directory: int) -> None:
+    """Remove an entry that is a file or an empty directory."""
+    try:
+        os.unlink(name, dir_fd=directory)
+    except IsADirectoryError:
+        with suppress(OSError):
+            os.rmdir(name, dir_fd=directory)
+
+
+def _member(path: str, status: os.stat_result, type: bytes) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(path)
+    member.type, member.mode = type, stat.S_IMODE(status.st_mode)
+    member.uid, member.gid = status.st_uid, status.st_gid
+    member.mtime = max(int(status.st_mtime), 0)  # whole seconds, as in Docker
+    return member
+
+
+def _whiteout(path: str, mtime: float) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(path)
+    member.mode, member.mtime = 0, max(int(mtime), 0)
+    return member
+
+
+def _add_xattrs(member: tarfile.TarInfo, descriptor: int) -> None:
+    try:
+        names = os.listxattr(descriptor)
+    except OSError:
+        return  # the file system has none
+    records = {}
+    for name in names:
+        if name.startswith(_XATTRS):
+            with suppress(OSError):
+                value = os.getxattr(descriptor, name)
+                records[_XATTR_RECORD + name] = value.decode("utf-8", "surrogateescape")
+    member.pax_headers = records
+
+
+def hide_devices(root: str, *, read_only: bool) -> None:
+    """Mount ``root`` on itself, in a mount namespace of this process, so that no device in it can be opened."""
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+    syscalls.mount(root, root, None, syscalls.MS_BIND)
+    flags = syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_NODEV | syscalls.MS_NOSUID
+    syscalls.mount("none", root, None, flags | (syscalls.MS_RDONLY if read_only else 0))
+
+
+def give_up_imports(memory_bytes_max: int = _MEMORY_BYTES_MAX) -> None:
+    """From here on no module is loaded, and memory is bounded."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes_max, memory_bytes_max))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.umask(0)
+    sys.path.clear()
+    sys.path_importer_cache.clear()
+    sys.path_hooks.clear()
+
+
+def _compressed(path: str) -> Any:
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=1).stream_writer(open(path, "wb"))
+
+
+def _packed(settings: Settings) -> dict[str, object]:
+    content = _compressed(settings.content)
+    output = Output(content.write, settings.bytes_max)
+    hide_devices(settings.root, read_only=not settings.removes)
+    helper = confine(settings.root)
+    give_up_imports()
+    packer = Packer(
+        output,
+        entries_max=settings.entries_max,
+        without=frozenset(settings.without),
+        removes=settings.removes,
+        mark_of=helper.mark_of if settings.is_changes else None,
+    )
+    packer.pack()
+    content.close()
+    helper.close()
+    return {"digest": output.digest, "plain_bytes": output.bytes_written, "size_bytes": packer.size_bytes}
+
+
+def main() -> None:
+    """Pack the tree as the settings in the first argument say; print the result."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no writer outlives the node process
+    result: dict[str, object]
+    try:
+        result = _packed(Settings(**json.loads(sys.argv[1])))
+    except Refused as error:
+        result = {"error": str(error), "kind": "malformed"}
+    except LimitExceeded as error:
+        result = {"error": str(error), "kind": "limit"}
+    except MemoryError:
+        result = {"error": "takes more memory to pack than is allowed", "kind": "limit"}
+    except OSError as error:
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        result = {"error": f"{where}{(error.strerror or str(error)).lower()}", "kind": "io"}
+    sys.stderr.write(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
