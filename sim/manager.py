@@ -23,7 +23,7 @@ from skep.manager.loops import Loop, loops
 from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.loop import Managers
-from skep.manager.overload import Overload
+from skep.manager.peer_reports import PeerReports
 from skep.manager.store_space import StoreSpace
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
@@ -126,14 +126,14 @@ class SimulatedManager:
     async def _serve(self, store: EtcdStore, members: RaftMembers) -> None:
         if self._is_newer:
             write_newer_fields(store._cipher)
-        own, overload = ManagerPeer(node_id=self._id, addr=self._addr), Overload()
+        own, reports = ManagerPeer(node_id=self._id, addr=self._addr), PeerReports()
         self._shown = StaleStore(store)
         dispatcher = self._dispatcher = Dispatcher(
-            cast("Store", self._shown), own, self._clock, self._new_id, self._random, overload=overload
+            cast("Store", self._shown), own, self._clock, self._new_id, self._random, reports=reports
         )
         logs = self._logs = LogBroker(store, self._new_id, self._clock)
         discovery = Discovery(store, dispatcher.session, self._clock)
-        link = ManagerLink(store, self._id, self._connect, self._clock, self._random, overload=overload)
+        link = ManagerLink(store, self._id, self._connect, self._clock, self._random, reports=reports)
         self.members = members
         space = StoreSpace(store, self._id, self.members, link.channel, self._clock)
         presence = ManagerStatusWriter(store, self._id, self._addr, "", self._clock, self._random)

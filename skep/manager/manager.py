@@ -56,7 +56,7 @@ from skep.manager.membership.loop import Managers
 from skep.manager.membership.peer_addresses import PeerAddresses, sync_peer_addresses
 from skep.manager.membership.peer_search import PeerSearch
 from skep.manager.membership.service import MembersService
-from skep.manager.overload import Overload
+from skep.manager.peer_reports import PeerReports
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.streams import ProbeStreams
 from skep.manager.quorum import Quorum, quorum
@@ -116,9 +116,9 @@ class Manager:
         self._certificates = CertificateService(store, new_id)
         self._discovery = Discovery(store, self._session, clock)
         self._draining = Draining(store, config.node_id, self._discovery, self._channel_to, clock, random)
-        own, overload = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr), Overload()
+        own, reports = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr), PeerReports()
         self._dispatcher = Dispatcher(
-            store, own, clock, new_id, random, wait_unused=self._draining.wait_unused, overload=overload
+            store, own, clock, new_id, random, wait_unused=self._draining.wait_unused, reports=reports
         )
         self._incarnation = Incarnation(store.incarnation)
         self._link = ManagerLink(
@@ -128,7 +128,7 @@ class Manager:
             clock,
             random,
             incarnation=self._incarnation,
-            overload=overload,
+            reports=reports,
         )
         self._probes = ProbeStreams(store, config.node_id, self._session, self._discovery, clock)
         self._diagnostics = Diagnostics(store, config.node_id, self._probes, self._channel_to)

@@ -228,7 +228,7 @@ class Node(ApiObject):
     silent_since: Timestamp | None = None
     """For a node that is down: time of its last heartbeat, by the clock of the manager that marked it down."""
     silent_together: bool = False
-    """For a node that is down: whether that manager had missed heartbeats of other nodes at that time, too."""
+    """For a node that is down: whether heartbeats of other nodes, of any manager, were missed at that time, too."""
     failing_paths: tuple[FailingPath, ...] = ()
     """Its failing checks to other nodes; the first few, by peer and check."""
     cut_off: tuple[CutOff, ...] = ()

@@ -1158,22 +1158,28 @@ class Ping(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
     CROWDED_FIELD_NUMBER: _builtins.int
+    MISSED_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     """Of the cluster whose state the sender serves."""
     node_id: _builtins.str
     """The sender."""
     crowded: _builtins.bool
     """More nodes come back to the sender at present than it can take: the silence of nodes is not counted."""
+    missed: _builtins.int
+    """How many nodes of the sender have missed a heartbeat: nodes that fail at once have different managers.  A manager
+    of an earlier version sends none, and its nodes then count alone, as before.
+    """
     def __init__(
         self,
         *,
         incarnation: _builtins.int = ...,
         node_id: _builtins.str = ...,
         crowded: _builtins.bool = ...,
+        missed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crowded", b"crowded", "incarnation", b"incarnation", "node_id", b"node_id"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crowded", b"crowded", "incarnation", b"incarnation", "missed", b"missed", "node_id", b"node_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,6 +11,10 @@ AWAY_GRACE_S = 12.0
 RECOVERY_GRACE_S = 12.0
 """Minimal grace of an engine that lost its manager: it needs 11 s to find another one."""
 
+SUSPENDED_S_MAX = 120.0
+"""Missed heartbeats are ignored for at most this long; it takes ten times as long to regain the full allowance."""
+_REGAIN_RATE = 0.1
+
 HEARTBEAT_COST_S = 195e-6
 """Processor time of one unary heartbeat (a Docker Engine's)."""
 STREAM_HEARTBEAT_COST_S = 2 * 11e-6
@@ -58,3 +62,13 @@ def heartbeat_period(configured_s: float, *, skep_nodes: int, docker_nodes: int)
     """Seconds between heartbeats: as configured, or longer if the heartbeats of all nodes would cost too much."""
     cost_s = skep_nodes * STREAM_HEARTBEAT_COST_S + docker_nodes * HEARTBEAT_COST_S
     return max(configured_s, cost_s / HEARTBEAT_SHARE_MAX)
+
+
+def suspension_left(left_s: float, passed_s: float, *, is_overloaded: bool) -> float:
+    """Seconds for which missed heartbeats may still be ignored, after ``passed_s`` with or without overload.
+
+    Bounded, so that permanent overload cannot keep every lost node alive.
+    """
+    if is_overloaded:
+        return max(left_s - passed_s, 0.0)
+    return min(left_s + passed_s * _REGAIN_RATE, SUSPENDED_S_MAX)

@@ -19,10 +19,12 @@ from skep.manager.dispatcher.balancing import Balancing
 from skep.manager.dispatcher.down_nodes import mark_nodes_down
 from skep.manager.dispatcher.liveness import (
     RECOVERY_GRACE_S,
+    SUSPENDED_S_MAX,
     grace_after_absence,
     grace_after_adoption,
     grace_when_away,
     heartbeat_period,
+    suspension_left,
 )
 from skep.manager.dispatcher.loads import Loads, load_from_heartbeat
 from skep.manager.dispatcher.messages import ManagerPeer, managers_of, session_message
@@ -42,7 +44,7 @@ from skep.manager.dispatcher.streams import AssignmentStreams
 from skep.manager.failures import isolated
 from skep.manager.heartbeats import DEFAULT_PERIOD_S, configured_heartbeats, grace_period
 from skep.manager.informer import run_informer
-from skep.manager.overload import SUSPENDED_S_MAX, Overload, suspension_left
+from skep.manager.peer_reports import PeerReport, PeerReports
 from skep.model.gossip import GossipKey, decoded_keys
 from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId
 from skep.model.node import Node, NodeState, differ_in_load_alone
@@ -82,19 +84,19 @@ class Dispatcher:
         new_id: IdSource,
         random: Random,
         wait_unused: WaitUnused | None = None,
-        overload: Overload | None = None,
+        reports: PeerReports | None = None,
     ) -> None:
         """Args:
         own: this manager, as nodes reach it.
         wait_unused: see ``Stops``; None: tasks are stopped without draining.
-        overload: overload of all managers; None: this is the only one.
+        reports: of the other managers, and for them; None: this is the only one.
         """
         self._store = store
         self._own = own
         self._clock = clock
         self._new_id = new_id
         self._random = random
-        self._overload = overload or Overload()
+        self._reports = reports or PeerReports()
         self._sessions = Sessions()
         self._assignments = AssignmentStreams(store, self._sessions)
         self._stops = Stops(store, self._sessions, clock, wait_unused)
@@ -104,7 +106,9 @@ class Dispatcher:
             self._sessions,
             clock,
             redirect=self._redirect,
-            can_redirect=lambda: self._is_current and not self._overload.is_anywhere(self._clock.monotonic()),
+            can_redirect=lambda: (
+                self._is_current and not self._reports.is_overloaded_anywhere(clock.monotonic())
+            ),
         )
         self._loads = Loads(store, self._sessions.all, self._sessions.live, clock)
         self._repeats = RepeatedReports(store, self._sessions.live, clock)
@@ -352,20 +356,23 @@ class Dispatcher:
         """Mark nodes down that were silent for their grace period."""
         while True:
             await self._clock.sleep(TICK_S)
-            is_counted = self._is_current and not self._is_suspended()
-            self._time = self._time.after(self._clock.monotonic(), TICK_S, is_current=is_counted)
+            now = self._clock.monotonic()
             self._set_period()
-            silent = self._sessions.silent(self._time.seconds, self._period_s)
+            missed = self._sessions.missed(self._time.seconds, self._period_s)
+            self._reports.own = PeerReport(is_overloaded=self._admission.is_overloaded(), missed=missed)
+            is_counted = self._is_current and not self._is_suspended(now)
+            self._time = self._time.after(now, TICK_S, is_current=is_counted)
+            missed += self._reports.missed_elsewhere(now)
+            silent = self._sessions.silent(self._time.seconds, with_others=missed > 1)
             if not silent:
                 continue
             await mark_nodes_down(
                 self._store, self._sessions, silent, lambda: self._time.seconds, self._clock.now_ns()
             )
 
-    def _is_suspended(self) -> bool:
+    def _is_suspended(self, now: float) -> bool:
         """Whether missed heartbeats are ignored: thousands of nodes reconnect, and some were sent ``RetryLater``."""
-        self._overload.is_here = self._admission.is_overloaded()
-        is_overloaded = self._overload.is_anywhere(self._clock.monotonic())
+        is_overloaded = self._reports.is_overloaded_anywhere(now)
         self._suspension_left_s = suspension_left(
             self._suspension_left_s, TICK_S, is_overloaded=is_overloaded
         )

@@ -6,7 +6,6 @@ node's tasks however slowly the node reads.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from math import inf
 
 import msgspec
 
@@ -214,10 +213,14 @@ class Sessions:
             session.cut(error)
         return len(released)
 
-    def silent(self, now: float, period_s: float = inf) -> list[SilentNode]:
+    def missed(self, now: float, period_s: float) -> int:
+        """How many nodes have missed a heartbeat at ``now`` (own time), ``period_s`` being between two of them."""
+        return sum([now - session.last_seen > MISSED_PERIODS * period_s for session in self._live.values()])
+
+    def silent(self, now: float, *, with_others: bool = False) -> list[SilentNode]:
         """Nodes whose grace has passed at ``now`` (own time), in order of their ids.
 
-        ``period_s``: between heartbeats; after half a period more without one, a heartbeat counts as missed.
+        ``with_others``: whether more than one node, of any manager, has missed a heartbeat.
         """
         # Thousands are checked five times a second: no tuple is made for those that are in time.
         live = [
@@ -232,10 +235,9 @@ class Sessions:
         ]
         if not live and not absent:
             return []
-        missed = sum([now - session.last_seen > MISSED_PERIODS * period_s for session in self._live.values()])
         return [
             SilentNode(
-                node_id=node_id, session_id=session_id, silent_s=now - last_seen, with_others=missed > 1
+                node_id=node_id, session_id=session_id, silent_s=now - last_seen, with_others=with_others
             )
             for node_id, session_id, last_seen in sorted([*live, *absent])
         ]

@@ -20,7 +20,7 @@ from skep.manager.incarnation import Incarnation
 from skep.manager.informer import run_informer
 from skep.manager.link.last_seen import LastSeen
 from skep.manager.manager_list import affects_managers
-from skep.manager.overload import Overload
+from skep.manager.peer_reports import PeerReport, PeerReports
 from skep.model.ids import NodeId
 from skep.model.logs import LogQuery
 from skep.model.node import Node
@@ -55,12 +55,12 @@ class ManagerLink:
         random: Random,
         *,
         incarnation: Incarnation | None = None,
-        overload: Overload | None = None,
+        reports: PeerReports | None = None,
     ) -> None:
         """``connect``: a connection to the manager at an address, as a manager.
 
         ``incarnation``: the one served here; managers of other ones are ignored.
-        ``overload``: overload of all managers, sent and received with the pings.
+        ``reports``: sent and received with the pings.
         """
         self._store = store
         self._own = own
@@ -68,7 +68,7 @@ class ManagerLink:
         self._clock = clock
         self._random = random
         self._incarnation = incarnation or Incarnation(1)
-        self._overload = overload or Overload()
+        self._reports = reports or PeerReports()
         self._last_seen = LastSeen()
         self._time = RunningTime(seen_at=clock.monotonic())
         self._peers: dict[NodeId, str] = {}
@@ -182,19 +182,23 @@ class ManagerLink:
                     self._channels[manager] = channel
                     log.info("link established", manager=manager, address=channel.address)
                 self._last_seen.note(manager, self._time.seconds)
-                self._overload.record(manager, reply.crowded, self._clock.monotonic())
+                self._reports.record(manager, _report_in(reply), self._clock.monotonic())
                 await self._clock.sleep(PING_S)
 
     async def _pings(self, pings: AsyncIterator[skep.Ping], caller: Caller) -> AsyncIterator[skep.Ping]:
         async for ping in pings:
             if self._is_manager(caller) and self._incarnation.observe(caller.node_id, ping.incarnation):
                 self._last_seen.note(caller.node_id, self._time.seconds)
-                self._overload.record(caller.node_id, ping.crowded, self._clock.monotonic())
+                self._reports.record(caller.node_id, _report_in(ping), self._clock.monotonic())
             yield self._own_ping()
 
     def _own_ping(self) -> skep.Ping:
+        report = self._reports.own
         return skep.Ping(
-            incarnation=self._incarnation.served, node_id=self._own, crowded=self._overload.is_here
+            incarnation=self._incarnation.served,
+            node_id=self._own,
+            crowded=report.is_overloaded,
+            missed=report.missed,
         )
 
     def _is_manager(self, caller: Caller) -> bool:
@@ -208,6 +212,10 @@ class ManagerLink:
             return check_caller(self._store.view(), caller.identity, Access.MANAGER)
         except PermissionDenied:
             return False
+
+
+def _report_in(ping: skep.Ping) -> PeerReport:
+    return PeerReport(is_overloaded=ping.crowded, missed=ping.missed)
 
 
 class LinkRelays:

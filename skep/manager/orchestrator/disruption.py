@@ -11,8 +11,8 @@ The freeze ends when half of these nodes are ready again, when a user resumes re
 
 Nodes that fail at the same moment are marked down one after the other, over one heartbeat period, because each has
 its own last heartbeat.  So tasks are not replaced before that period has passed if a second node went down within it,
-or if the manager that marked the node down misses heartbeats of other nodes as well.  The tasks of a single node are
-replaced at once.
+or if any manager misses heartbeats of another node (managers report that to each other, ``peer_reports``).  The tasks
+of a single node are replaced at once.
 
 Kubernetes' node lifecycle controller has the same idea (full disruption mode).
 """
@@ -41,7 +41,7 @@ class NodeDown(msgspec.Struct, frozen=True):
     at: float
     """When the leader saw it, in its monotonic seconds."""
     with_others: bool = False
-    """Whether the manager that marked it down missed heartbeats of other nodes at that time."""
+    """Whether heartbeats of other nodes, of any manager, were missed at that time."""
 
 
 class Disruption(msgspec.Struct, frozen=True):

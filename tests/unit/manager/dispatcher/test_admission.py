@@ -17,8 +17,7 @@ from skep.manager.dispatcher.admission import (
     next_retry_at,
     rate,
 )
-from skep.manager.overload import REPORT_VALID_S, SUSPENDED_S_MAX, Overload, suspension_left
-from skep.model.ids import NodeId
+from skep.manager.dispatcher.liveness import SUSPENDED_S_MAX, suspension_left
 
 NODES = 5000
 
@@ -40,18 +39,6 @@ def test_retry_times_are_bounded():
     assert next_retry_at(100.0, 0, 0.0, 1000.0, 0.5) == 100.0 + SHORTEST_S
     late = [next_retry_at(100.0, 5000, 0.0, 1.0, rng) - 100.0 for rng in (0.0, 0.5, 1.0)]
     assert late == [LONGEST_S * part for part in (0.5, 0.75, 1.0)], "and not all of them at the same moment"
-
-
-def test_another_managers_word_holds_for_a_moment():
-    overload = Overload()
-    overload.record(NodeId("m2"), True, 10.0)
-    assert overload.is_anywhere(10.0 + REPORT_VALID_S / 2)
-    assert not overload.is_anywhere(10.0 + REPORT_VALID_S)
-    overload.record(NodeId("m2"), True, 20.0)
-    overload.record(NodeId("m2"), False, 20.1)
-    assert not overload.is_anywhere(20.1)
-    overload.is_here = True
-    assert overload.is_anywhere(20.1)
 
 
 def test_silence_does_not_go_uncounted_for_ever():

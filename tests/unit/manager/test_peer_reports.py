@@ -1,0 +1,30 @@
+"""What managers report to each other counts for a moment, and the last report of each."""
+
+from skep.manager.peer_reports import REPORT_VALID_S, PeerReport, PeerReports
+from skep.model.ids import NodeId
+
+M2, M3 = NodeId("m2"), NodeId("m3")
+
+
+def test_overload_of_any_manager_counts_until_its_report_is_old_or_another_one_came() -> None:
+    reports = PeerReports()
+    reports.record(M2, PeerReport(is_overloaded=True), 10.0)
+    assert reports.is_overloaded_anywhere(10.0 + REPORT_VALID_S / 2)
+    assert not reports.is_overloaded_anywhere(10.0 + REPORT_VALID_S)
+    reports.record(M2, PeerReport(is_overloaded=True), 20.0)
+    reports.record(M2, PeerReport(), 20.1)
+    assert not reports.is_overloaded_anywhere(20.1)
+    reports.own = PeerReport(is_overloaded=True)
+    assert reports.is_overloaded_anywhere(20.1)
+
+
+def test_nodes_of_other_managers_that_missed_heartbeats_are_counted_together() -> None:
+    reports = PeerReports()
+    reports.own = PeerReport(missed=5)
+    assert reports.missed_elsewhere(1.0) == 0
+    reports.record(M2, PeerReport(missed=1), 1.0)
+    reports.record(M3, PeerReport(missed=2), 1.5)
+    assert reports.missed_elsewhere(1.5) == 3
+    reports.record(M3, PeerReport(missed=0), 2.0)
+    assert reports.missed_elsewhere(2.0) == 1
+    assert reports.missed_elsewhere(1.0 + REPORT_VALID_S) == 0
