@@ -211,7 +211,7 @@ def test_images_are_listed_tagged_saved_loaded_and_removed(client: docker.Docker
 def test_secrets_and_configs_are_kept(client: docker.DockerClient) -> None:
     secret = client.secrets.create(name="s1", data=b"hidden")
     config = client.configs.create(name="c1", data=b"shown")
-    assert [one.name for one in client.secrets.list()] == ["s1"]
+    assert [one.name for one in client.secrets.list(filters={"name": "s1"})] == ["s1"]
     assert "Data" not in client.secrets.get(secret.id).attrs["Spec"]
     assert client.configs.get(config.id).attrs["Spec"]["Data"] == "c2hvd24="
     secret.remove()

@@ -34,7 +34,7 @@ from tests.support.playground_rig import (
 pytestmark = pytest.mark.timeout(240)
 
 NODES = ("m1", "m2", "m3", "w1", "w2", "w3")
-HEALED_WITHIN_S = 10
+HEALED_WITHIN_S = 20
 """From the return of the nodes to tables, names, virtual addresses and containers that are right everywhere."""
 CAUGHT_UP_WITHIN_S = 10
 """A manager that was cut off answers again, with what the others decided."""
