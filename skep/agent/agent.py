@@ -154,6 +154,8 @@ class Agent:
         """Keep a session and a valid certificate until cancelled."""
         self._session_state.join(self.node_id)
         async with asyncio.TaskGroup() as group:
+            if self._services.serve_images is not None:  # first, so that the first session names the port
+                group.create_task(self._services.serve_images(), name="serve images")
             group.create_task(self._keep_session(), name="keep a session")
             group.create_task(self._credentials.run(self._manager_to_renew_with), name="keep a certificate")
             group.create_task(self._services.seen.run(), name="keep the revision")

@@ -80,6 +80,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
         tables: is given the network tables; None: the node has no cluster networks.
         probes: of other nodes; None: there are none.
         seen: the newest revision of assignments.
+        serve_images: serves this node's images to other nodes, until cancelled; None: it has none.
     """
 
     sink: AssignmentSink
@@ -89,6 +90,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     load: Callable[[], float | None] = unknown_load
     tables: TableSink | None = None
     probes: ProbeSource | None = None
+    serve_images: Callable[[], Coroutine[Any, Any, None]] | None = None
 
 
 class SessionHost(Protocol):

@@ -74,6 +74,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """What encrypts overlay networks: ``auto``, ``kernel`` or ``wireguard-go``."""
     wireguard_port: int = 0
     """UDP; the next one is used, too.  0: ten above the data path's."""
+    image_port: int = 0
+    """TCP, for other nodes that fetch images from this one.  0: 2374, or any free one if that is taken."""
 
     managers: tuple[str, ...] = ()
     """Where managers may be found that are not where they were."""

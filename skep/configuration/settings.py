@@ -106,6 +106,11 @@ SETTINGS = (
         help="UDP port of encrypted networks, with the next one (data-path-port + 10: 4799 and 4800)",
         read=values.wireguard_port,
     ),
+    Setting(
+        name="image-port",
+        help="TCP port where other nodes fetch images from this one (2374, or a free one if that is taken)",
+        read=values.port,
+    ),
     Setting(name="debug", help="log more", read=values.boolean, docker_key="debug", reloads=True),
     Setting(name="log-format", help="text or json", read=values.one_of("text", "json")),
     Setting(

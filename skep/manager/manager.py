@@ -45,6 +45,7 @@ from skep.manager.events import ClusterEvents
 from skep.manager.eviction.loop import Evictions, end_connections
 from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.relay import Relay
+from skep.manager.image_directory import ImageDirectory
 from skep.manager.incarnation import Incarnation
 from skep.manager.keys import StoreKeys, WrappingKeys
 from skep.manager.link.loop import LinkRelays, ManagerLink
@@ -134,6 +135,7 @@ class Manager:
         self._diagnostics = Diagnostics(store, config.node_id, self._probes, self._channel_to)
         self._logs = LogBroker(store, new_id, clock, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
+        self._image_directory = ImageDirectory(store.view, config.cluster_id, random)
         self._status = ManagerStatusWriter(
             store, config.node_id, config.advertise_addr, config.peer_advertised, clock, random
         )
@@ -199,6 +201,7 @@ class Manager:
             *self._diagnostics.services(),
             *self._logs.services(),
             *self._attachments.services(),
+            *self._image_directory.services(),
             *self._link.services(),
             *self._members.services(),
             *self._member.peer_search.services(),

@@ -353,6 +353,13 @@ LABELS = (
     ),
     Label(
         LabelTarget.ENGINE,
+        "skep.images-port",
+        "port number",
+        "",
+        "the TCP port at which the node serves its images to other nodes of the cluster",
+    ),
+    Label(
+        LabelTarget.ENGINE,
         "skep.routes",
         "`SUBNET=INTERFACE ...`",
         "",

@@ -33,6 +33,9 @@ REFUSED_DATA_PATH_LABEL: Final = "skep.data-path-addr.refused"
 PATHS_LABEL: Final = "skep.paths"
 """Engine label of skep nodes that send probes and respond to them."""
 
+IMAGES_LABEL: Final = "skep.images-port"
+"""Engine label of a skep node with the port at which it serves its images to other nodes."""
+
 NODE_DRIVERS: Final = frozenset({"host", "bridge", "null", "none", "macvlan", "ipvlan"})
 """Drivers of networks that are local to one node."""
 

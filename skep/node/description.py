@@ -7,7 +7,7 @@ from skep.configuration.configuration import Configuration
 from skep.engine.create import LOG_DRIVERS
 from skep.linux.routes import read_routes
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
-from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL, PATHS_LABEL
+from skep.model.planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_LABEL, PATHS_LABEL
 from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.service import Platform, Resources
 from skep.node.conditions import Conditions
@@ -35,6 +35,7 @@ class NodeDescriber:
     Args:
         configuration: gives the present one, which may be reloaded.
         encryption_labels: give how this node encrypts overlay networks, with its public keys.
+        image_port: gives where it serves its images to other nodes; 0: it does not.
         has_probes: whether it probes other nodes.
     """
 
@@ -46,6 +47,7 @@ class NodeDescriber:
         conditions: Conditions,
         encryption_labels: Callable[[], Mapping[str, str]],
         *,
+        image_port: Callable[[], int],
         has_probes: bool,
     ) -> None:
         self._machine = machine
@@ -53,6 +55,7 @@ class NodeDescriber:
         self._configuration = configuration
         self._conditions = conditions
         self._encryption_labels = encryption_labels
+        self._image_port = image_port
         self._has_probes = has_probes
 
     def describe(self, data_path_addr: str = "") -> NodeDescription:
@@ -61,6 +64,8 @@ class NodeDescriber:
         own = {NODE_LABEL: "true", ROUTES_LABEL: routes_label(MachineRoute(*one) for one in read_routes())}
         if self._has_probes:
             own[PATHS_LABEL] = "1"
+        if port := self._image_port():
+            own[IMAGES_LABEL] = str(port)
         if data_path_addr:
             own[DATA_PATH_LABEL] = data_path_addr
         return NodeDescription(

@@ -19,6 +19,7 @@ from skep.agent.agent import Agent
 from skep.agent.executor.attaching import ClusterAttachments, SessionRequests
 from skep.agent.executor.oci import OciExecutor, oci_executor
 from skep.agent.executor.process import ProcessExecutor
+from skep.agent.images import ClusterSources, ImagePort
 from skep.agent.last_seen import LastSeenFile
 from skep.agent.managers import ManagerList, Peer
 from skep.agent.probe_stream import NodeProbes
@@ -59,10 +60,13 @@ from skep.engine.capacity import find_programs
 from skep.engine.cgroups import Cgroups
 from skep.engine.engine import EngineConfig
 from skep.engine.images.registry import Policy
+from skep.engine.images.serving import ServedImages
+from skep.engine.images.spreading import NodeFetcher
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from skep.linux.name_files import RESOLVER
 from skep.linux.processes import boot_id
+from skep.model.addresses import host_of
 from skep.model.conditions import NEIGHBOURS
 from skep.model.ids import NodeId, new_container_id, new_id
 from skep.model.meta import Driver
@@ -121,6 +125,7 @@ class Node:
         self._session = SessionState(
             self._clock, LastSeenFile(self._paths.last_heard, self._clock.since_boot, boot_id())
         )
+        self._image_sources = ClusterSources(self._session)
         # Containers.  With the executor ``process`` there are none: tasks are plain commands.
         self._executor = self._make_executor()
         oci = self._executor if isinstance(self._executor, OciExecutor) else None
@@ -132,6 +137,7 @@ class Node:
         self._tables = self._network_tables()
         # The agent's side.
         self._reports = Reports()
+        self._image_port = self._make_image_port()
         self._worker = self._make_worker()
         self._probes = self._node_probes()
         self._load = LoadMeter(
@@ -143,6 +149,7 @@ class Node:
             lambda: self._configuration,
             environment.conditions,
             self._data_plane.tunnels.labels if self._data_plane is not None else dict,
+            image_port=lambda: self._image_port.port if self._image_port is not None else 0,
             has_probes=self._probes is not None,
         )
         # The cluster, and the API.
@@ -201,6 +208,7 @@ class Node:
         images = ImageStore(
             self._paths.images,
             policy=_registry_policy(configuration),
+            nodes=NodeFetcher(self._image_sources, self._clock, self._random),
             clock=self._clock,
             on_event=self._events.publish_image,
             report=environment.conditions.reporter("images"),
@@ -283,6 +291,19 @@ class Node:
             session_state=self._session,
         )
 
+    def _make_image_port(self) -> ImagePort | None:
+        """Serves the images of this node to others, where it has any."""
+        if self._engine is None:
+            return None
+        served = ServedImages(self._engine.images, self._clock)
+        return ImagePort(served, self._session, self._clock, self._configuration.image_port)
+
+    async def _serve_images(self, credentials: KeyPairCredentials, node: LocalNode) -> None:
+        """Exchange images with the other nodes of the cluster, until cancelled."""
+        with self._image_sources.using(lambda: credentials.pair):
+            if self._image_port is not None:
+                await self._image_port.run(lambda: credentials.pair, host_of(node.listen_addr))
+
     def _node_probes(self) -> NodeProbes | None:
         """Probes of other nodes, where this one can have overlay networks."""
         if self._engine is None or self._data_plane is None or not has_overlays(self._environment.features):
@@ -312,6 +333,7 @@ class Node:
             tables=self._tables,
             probes=self._probes,
             seen=SeenRevision(certificates / _REVISION_FILE, credentials.identity.cluster_id, self._clock),
+            serve_images=partial(self._serve_images, credentials, node),
         )
         managers = ManagerList(
             self._known_managers(node),

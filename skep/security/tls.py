@@ -9,7 +9,7 @@ context that, at each handshake, hands over to the current one: renewal and root
 
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from skep.errors import FailedPrecondition
@@ -20,11 +20,13 @@ MANAGER_NAME = "swarm-manager"
 
 
 class ServerTls:
-    """A manager's server contexts: ``front`` for the listener, ``replace`` when the key pair or the roots change."""
+    """A server's contexts: ``front`` for the listener, ``replace`` when the key pair or the roots change."""
 
-    def __init__(self, pair: KeyPair) -> None:
+    def __init__(self, pair: KeyPair, present: Callable[[], KeyPair] | None = None) -> None:
+        """``present``: gives the pair to use at each handshake; None: ``replace`` is called instead."""
         self.pair = pair
         """The one in use; also for calls to other managers."""
+        self._present = present
         self._current = _server_context(pair)
         self.front = _server_context(pair)
         self.front.sni_callback = self._hand_over  # also called without a server name
@@ -35,6 +37,8 @@ class ServerTls:
         self._current = _server_context(pair)
 
     def _hand_over(self, connection: ssl.SSLObject, _name: str | None, _front: ssl.SSLContext) -> None:
+        if self._present is not None and (pair := self._present()) is not self.pair:
+            self.replace(pair)
         connection.context = self._current
 
 

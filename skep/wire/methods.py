@@ -181,3 +181,7 @@ DESCRIBE = Unary(
 RENEW_EXPIRED = Unary(
     "/skep.v1.NodeCA/RenewExpired", skep.RenewExpiredRequest, skep.RenewExpiredResponse, Access.OPEN
 )
+FIND_IMAGE = Unary("/skep.v1.ImageDirectory/FindImage", skep.FindImageRequest, skep.FindImageResponse)
+CHECK_NODE = Unary("/skep.v1.ImageDirectory/CheckNode", skep.CheckNodeRequest, skep.CheckNodeResponse)
+IMAGE_MANIFEST = Unary("/skep.v1.Images/Manifest", skep.ImageManifestRequest, skep.ImageManifestResponse)
+IMAGE_BLOB = ServerStream("/skep.v1.Images/Blob", skep.ImageBlobRequest, skep.ImageBlobPiece)

@@ -1,12 +1,17 @@
 """A manager and two workers: services spread, workers fall and return, leave and are forgotten."""
 
+import io
+import json
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.support.archives import a_docker_archive, a_file, a_tar, sha256
 from tests.support.playground_rig import (
+    IMAGE,
     TestCluster,
     TestNode,
     a_playground,
@@ -360,3 +365,59 @@ def test_an_update_that_loses_its_only_node_midway_ends_and_names_task_and_cause
         assert "no suitable node" in message
     finally:
         bring_back_w1(trio, m1)
+
+
+def an_image_like(node: TestNode, name: str) -> bytes:
+    """An archive of busybox with one more layer, so that no node has all of it yet."""
+    saved = b"".join(node.client().api.get_image(IMAGE))
+    with tarfile.open(fileobj=io.BytesIO(saved)) as archive:
+
+        def read(path: str) -> bytes:
+            found = archive.extractfile(path)
+            assert found is not None
+            return found.read()
+
+        (item,) = json.loads(read("manifest.json"))
+        config = json.loads(read(item["Config"]))
+        layers = [read(path) for path in item["Layers"]]
+    layers.append(a_tar(a_file("mark", f"{name}\n".encode())))
+    config["rootfs"]["diff_ids"].append(sha256(layers[-1]))
+    config["history"] = []
+    return a_docker_archive(*layers, tags=(name,), config=json.dumps(config).encode())
+
+
+def create_from(node: TestNode, name: str, image: str, *options: str) -> None:
+    words = ["--detach", "--name", name, "--restart-delay", "0.2s", *options, image]
+    node.docker("service", "create", *words, "sh", "-c", "cat /mark; sleep 1000")
+
+
+def test_an_image_that_only_the_manager_has_runs_on_every_node(trio: TestCluster, m1: TestNode) -> None:
+    image = "localhost:1/alone:1"
+    m1.client().api.load_image(an_image_like(m1, image))
+    create_from(m1, "alone", image, "--mode", "global")
+    wait_running(m1, "alone", 3)
+    w1 = trio.node("w1")
+    assert w1.docker("images", "--format", "{{.ID}}", image).stdout == (
+        m1.docker("images", "--format", "{{.ID}}", image).stdout
+    )
+    wait_until(
+        lambda: m1.docker("service", "logs", "--raw", "alone").stdout.count(image) == 3,
+        "each task has the file of the image's own layer",
+    )
+
+
+def test_a_tag_that_one_worker_alone_has_is_used_there_and_everywhere_once_a_manager_has_it(
+    trio: TestCluster, m1: TestNode
+) -> None:
+    image, w1 = "localhost:1/local:1", trio.node("w1")
+    archive = an_image_like(m1, image)
+    w1.client().api.load_image(archive)
+    create_from(m1, "local", image, "--mode", "global")
+    (task,) = wait_running(m1, "local", 1)
+    assert task["NodeID"] == node_id(m1, "w1")
+    wait_until(
+        lambda: "No such image" in m1.docker("service", "ps", "--no-trunc", "local").stdout,
+        "the others say what is missing",
+    )
+    m1.client().api.load_image(archive)
+    wait_running(m1, "local", 3, within_s=60)

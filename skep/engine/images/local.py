@@ -1,9 +1,9 @@
 """The images of this node, without the ways they come and go.
 
 ``<root>/configs/<id>`` holds each image's configuration, the bytes whose digest is its id; ``catalog.json`` says
-which references name which image; ``layers`` has the files.  An image exists when its configuration and all its layers
-do, so it appears and vanishes in one step.  The catalog is written beside, synced and renamed before the
-change is seen by anyone.
+which references name which image; ``layers`` has the files; ``manifests/<id>/<digest>`` has what its registry sent.
+An image exists when its configuration and all its layers do, so it appears and vanishes in one step.  The catalog is
+written beside, synced and renamed before the change is seen by anyone.
 
 What cannot be read at the start (no descriptor is free, the disk fails) is read later: until then no image changes its
 names, or no layer is deleted, since it is not known which are used.
@@ -106,6 +106,8 @@ class LocalImages:
         self._images: dict[str, Image] = {}
         self._by_reference: dict[Reference, Image] = {}
         self._pinned: Counter[str] = Counter()
+        self.arriving: set[str] = set()
+        """Digests of the layers that are being downloaded or unpacked, as their registry names them."""
         self._writing = asyncio.Lock()
         self.error = ""
         """Why images are missing that may be here; empty: all were read."""
@@ -196,6 +198,15 @@ class LocalImages:
         """The image's configuration as it came."""
         return self._root / "configs" / hex_of(image.id)
 
+    def document(self, digest: str) -> bytes | None:
+        """The manifest or index with this digest, if an image came with it.  Blocks; call it in a thread."""
+        for file in (self._root / "manifests").glob(f"*/{hex_of(digest)}"):
+            with suppress(OSError):
+                content = file.read_bytes()
+                if digest_of(content) == digest:
+                    return content
+        return None
+
     def children(self, image_id: str) -> Sequence[Image]:
         """Images that were made from this one."""
         return tuple(image for image in self.images() if image.parent == image_id)
@@ -225,6 +236,19 @@ class LocalImages:
             await self._put(catalog)
             self._report(self._problem())
         return self._images[id]
+
+    async def keep_documents(self, image: Image, contents: Iterable[bytes]) -> None:
+        """Keep the manifest, and the index, by which a registry gave ``image``: another node may ask for them."""
+
+        def write() -> None:
+            directory = self._root / "manifests" / hex_of(image.id)
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for content in contents:
+                replace_file(directory / hex_of(digest_of(content)), content)
+
+        async with self._writing:
+            if image.id in self._configs:
+                await asyncio.to_thread(write)
 
     async def tag(self, word: str, reference: Reference) -> None:
         """Let ``reference`` name the image ``word``.  Raises: NotFound, InvalidArgument."""
@@ -453,6 +477,7 @@ class LocalImages:
         """Delete configurations.  Under ``_writing``."""
         for id in image_ids:
             (self._root / "configs" / hex_of(id)).unlink(missing_ok=True)
+            await discard_tree(self._root / "manifests" / hex_of(id))
             self._configs.pop(id, None)
             self._damaged.pop(id, None)
         self._index()

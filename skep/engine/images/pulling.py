@@ -13,8 +13,9 @@ import hashlib
 import os
 import platform as machine
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -37,13 +38,14 @@ from skep.engine.images.registry import (
     Document,
     Policy,
     RegistryError,
-    Repository,
     connected,
 )
+from skep.engine.images.spreading import NodeFetcher
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.linux.files import allocate
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 _ATTEMPTS = 5
 _BACKOFF_S = 0.5
@@ -51,6 +53,31 @@ _CONFIG_BYTES_MAX = 8 << 20
 _MISMATCH = "layers from manifest don't match image configuration"
 _REPORT_BYTES = 512 << 10
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386"}
+
+
+class Repository(Protocol):
+    """Where an image comes from: a registry's repository, or the nodes that have it (``spreading.Spread``)."""
+
+    async def manifest(self, target: str, bytes_max: int) -> Document:
+        """The manifest or index that ``target`` (a tag or a digest) names; one named by a digest has this digest.
+
+        Raises: NotFound, PermissionDenied, InvalidArgument, RegistryError.
+        """
+
+    def blob(
+        self, digest: str, start: int = 0
+    ) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]:
+        """A blob's bytes from ``start`` on: the offset they really begin at, and the pieces, not verified.
+
+        Raises: NotFound, PermissionDenied, RegistryError.
+        """
+
+    def mistrust(self, digest: str) -> bool:
+        """The blob that was sent last for ``digest`` is not what it names; whether another source may have it."""
+
+
+class WrongBlob(InvalidArgument):
+    """A blob is not what its digest names."""
 
 
 class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -128,26 +155,41 @@ async def pull(
     platform: str = "",
 ) -> Image:
     """Fetch what ``reference`` (with a tag or digest) names.  Raises: as ``ImageStore.pull``."""
+    parse_platform(platform)
+    async with _lock(_pulls, (images, reference)), connected(policy, reference, credentials) as repository:
+        return await pull_from(images, repository, reference, report, platform=platform)
+
+
+async def pull_from_nodes(
+    images: LocalImages, nodes: NodeFetcher, reference: Reference, report: Report, *, platform: str = ""
+) -> Image:
+    """Fetch what ``reference`` names from the nodes of the cluster.  Raises: as ``ImageStore.pull``."""
+    async with _lock(_pulls, (images, reference)), nodes.repository(reference) as repository:
+        return await pull_from(images, repository, reference, report, platform=platform)
+
+
+async def pull_from(
+    images: LocalImages, repository: Repository, reference: Reference, report: Report, *, platform: str = ""
+) -> Image:
+    """Fetch what ``reference`` names from ``repository``.  Raises: as ``ImageStore.pull``."""
     wanted = parse_platform(platform)
-    lock = _pulls.get((images, reference))
-    if lock is None:
-        lock = _pulls[images, reference] = asyncio.Lock()
-    async with lock, connected(policy, reference, credentials) as repository:
-        document = await _attempted(
-            lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max)
+    document = await _attempted(
+        lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max)
+    )
+    report(Message(id=reference.tag or reference.digest, status=f"Pulling from {reference.path}"))
+    manifest, contents = await _for_platform(repository, document, wanted, images.limits.manifest_bytes_max)
+    before = images.resolve(str(reference))
+    image = await _pull_image(images, repository, manifest, _names(reference, document), report)
+    if platform and image.config.os and not _fits(image.config, wanted):
+        found = Platform(image.config.os, image.config.architecture)
+        raise NotFound(
+            f"image with reference {reference.familiar} was found but does not match the specified platform:"
+            f" wanted {wanted}, actual: {found}"
         )
-        report(Message(id=reference.tag or reference.digest, status=f"Pulling from {reference.path}"))
-        manifest = await _for_platform(repository, document, wanted, images.limits.manifest_bytes_max)
-        before = images.resolve(str(reference))
-        image = await _pull_image(images, repository, manifest, _names(reference, document.digest), report)
-        if platform and image.config.os and not _fits(image.config, wanted):
-            found = Platform(image.config.os, image.config.architecture)
-            raise NotFound(
-                f"image with reference {reference.familiar} was found but does not match the specified platform:"
-                f" wanted {wanted}, actual: {found}"
-            )
     is_new = before is None or before.id != image.id
-    report(Message(status=f"Digest: {document.digest}"))
+    if document.is_of_registry:
+        await images.keep_documents(image, contents)
+        report(Message(status=f"Digest: {document.digest}"))
     state = "Downloaded newer image" if is_new else "Image is up to date"
     report(Message(status=f"Status: {state} for {reference.familiar}"))
     images.announce("pull", reference.familiar, reference.familiar_name)
@@ -203,13 +245,26 @@ async def _whole(pieces: AsyncIterator[bytes], bytes_max: int) -> bytes:
     return bytes(content)
 
 
-_pulls: WeakValueDictionary[tuple[LocalImages, Reference], asyncio.Lock] = WeakValueDictionary()
+_Locks: TypeAlias = WeakValueDictionary[tuple[LocalImages, K], asyncio.Lock]
+
+_pulls: _Locks[Reference] = WeakValueDictionary()
 """One lock per reference being pulled; it lives as long as it is held or awaited."""
+_layers: _Locks[Digest] = WeakValueDictionary()
+"""Likewise per layer being downloaded, by chain id."""
 
 
-def _names(reference: Reference, manifest_digest: Digest) -> Sequence[Reference]:
+def _lock(locks: _Locks[K], key: tuple[LocalImages, K]) -> asyncio.Lock:
+    lock = locks.get(key)
+    if lock is None:
+        lock = locks[key] = asyncio.Lock()
+    return lock
+
+
+def _names(reference: Reference, document: Document) -> Sequence[Reference]:
     """What the image is called after the pull: its tag, and its repository at the manifest's digest."""
-    at_digest = reference.with_digest(manifest_digest)
+    if not document.is_of_registry:
+        return (reference,)
+    at_digest = reference.with_digest(document.digest)
     return (at_digest,) if reference.digest else (reference, at_digest)
 
 
@@ -219,16 +274,17 @@ def _fits(config: ImageConfig, wanted: Platform) -> bool:
 
 async def _for_platform(
     repository: Repository, document: Document, wanted: Platform, bytes_max: int
-) -> Manifest:
-    """The manifest that ``document`` is, or that the index in it has for ``wanted``."""
+) -> tuple[Manifest, Sequence[bytes]]:
+    """The manifest that ``document`` is, or that the index in it has for ``wanted``; and the bytes of all of them."""
     manifest = _decoded(document)
     if manifest.manifests is None:
-        return manifest
+        return manifest, (document.content,)
     digest = parse_digest(choose(manifest.manifests, wanted).digest)
-    chosen = _decoded(await _attempted(lambda: repository.manifest(digest, bytes_max)))
+    found = await _attempted(lambda: repository.manifest(digest, bytes_max))
+    chosen = _decoded(found)
     if chosen.manifests is not None:
         raise InvalidArgument("invalid manifest: an index within an index")
-    return chosen
+    return chosen, (document.content, found.content)
 
 
 def _decoded(document: Document) -> Manifest:
@@ -258,7 +314,7 @@ async def _pull_image(
         content = await asyncio.to_thread(images.config_file(present).read_bytes)
         return await images.add(content, names)
     async with images.workspace("pull") as directory:
-        content = await _fetched_config(repository, manifest.config, directory, images.limits)
+        content = await _fetched_config(repository, images, manifest.config, directory)
         config = parse_config(content)
         if len(config.diff_ids) != len(manifest.layers):
             raise InvalidArgument(_MISMATCH)
@@ -299,21 +355,19 @@ async def _pull_layers(
 
     async def layer(number: int, descriptor: Descriptor, chain_id: Digest, diff_id: str) -> None:
         id = short(descriptor.digest)
-        async with downloads:
-            path = await _download(
-                repository, descriptor, directory / f"layer-{number}", images.limits, report
-            )
-        report(step(id, "Download complete"))
-        report(transfer(id, "Extracting", descriptor.size, descriptor.size))
-        try:
-            await images.layer_store.add(
-                path, chain_id=chain_id, diff_id=Digest(diff_id), blob=Digest(descriptor.digest)
-            )
-        except DigestMismatch as error:
-            raise InvalidArgument(_MISMATCH) from error
-        except SkepError as error:
-            raise type(error)(f"failed to register layer: {error}") from error
-        report(step(id, "Pull complete"))
+        # Of two images that are pulled at once and share the layer, the second waits for the download of the first.
+        async with _lock(_layers, (images, chain_id)):
+            if images.layer_store.get(chain_id) is not None:
+                report(step(id, "Already exists"))
+                return
+            try:
+                async with downloads:
+                    path = await _download(
+                        repository, images, descriptor, directory / f"layer-{number}", report
+                    )
+                await _unpack(images, path, descriptor, chain_id, diff_id, report)
+            finally:
+                images.arriving.discard(descriptor.digest)
 
     chain = chain_ids(config.diff_ids)
     with first_alone(SkepError):  # the others follow from it or are the same
@@ -327,17 +381,37 @@ async def _pull_layers(
                     group.create_task(layer(number, descriptor, chain_id, diff_id), name=f"layer-{number}")
 
 
+async def _unpack(
+    images: LocalImages, path: Path, descriptor: Descriptor, chain_id: Digest, diff_id: str, report: Report
+) -> None:
+    id = short(descriptor.digest)
+    report(step(id, "Download complete"))
+    report(transfer(id, "Extracting", descriptor.size, descriptor.size))
+    try:
+        await images.layer_store.add(
+            path, chain_id=chain_id, diff_id=Digest(diff_id), blob=Digest(descriptor.digest)
+        )
+    except DigestMismatch as error:
+        raise InvalidArgument(_MISMATCH) from error
+    except SkepError as error:
+        raise type(error)(f"failed to register layer: {error}") from error
+    report(step(id, "Pull complete"))
+
+
 async def _fetched_config(
-    repository: Repository, descriptor: Descriptor, directory: Path, limits: Limits
+    repository: Repository, images: LocalImages, descriptor: Descriptor, directory: Path
 ) -> bytes:
     if descriptor.size > _CONFIG_BYTES_MAX:
         raise InvalidArgument(f"the image's configuration is larger than {_CONFIG_BYTES_MAX} bytes")
-    path = await _download(repository, descriptor, directory / "config", limits, lambda _: None)
+    try:
+        path = await _download(repository, images, descriptor, directory / "config", lambda _: None)
+    finally:
+        images.arriving.discard(descriptor.digest)
     return await asyncio.to_thread(path.read_bytes)
 
 
 async def _download(
-    repository: Repository, descriptor: Descriptor, path: Path, limits: Limits, report: Report
+    repository: Repository, images: LocalImages, descriptor: Descriptor, path: Path, report: Report
 ) -> Path:
     """The blob's bytes in a file, checked.
 
@@ -345,27 +419,35 @@ async def _download(
     """
     digest = parse_digest(descriptor.digest)
     with path.open("w+b") as file:
-        await asyncio.to_thread(_reserve, file, descriptor.size, limits)
-        await _attempted(lambda: _transfer(repository, descriptor, file, report))
-        report(step(short(digest), "Verifying Checksum"))
-        found = await asyncio.to_thread(_digest_of_file, path, digest.partition(":")[0])
-    if found != digest:
-        raise InvalidArgument(f"filesystem layer verification failed for digest {digest}")
-    return path
+        await asyncio.to_thread(_reserve, file, descriptor.size, images.limits)
+        while True:
+            try:
+                await _attempted(lambda: _transfer(repository, images, descriptor, file, report))
+                report(step(short(digest), "Verifying Checksum"))
+                if await asyncio.to_thread(_digest_of_file, path, digest.partition(":")[0]) == digest:
+                    return path
+                raise WrongBlob(f"filesystem layer verification failed for digest {digest}")
+            except WrongBlob:
+                if not repository.mistrust(digest):
+                    raise
+                file.truncate(0)
 
 
-async def _transfer(repository: Repository, descriptor: Descriptor, file: BinaryIO, report: Report) -> None:
+async def _transfer(
+    repository: Repository, images: LocalImages, descriptor: Descriptor, file: BinaryIO, report: Report
+) -> None:
     """Append what is still missing."""
     id = short(descriptor.digest)
     present = file.seek(0, os.SEEK_END)
     async with repository.blob(descriptor.digest, start=present) as (start, pieces):
+        images.arriving.add(descriptor.digest)
         if start < present:  # to cut nothing off would give back what is reserved
             file.truncate(start)
         written = reported = file.seek(start)
         async for piece in pieces:
             written += len(piece)
             if written > descriptor.size:
-                raise InvalidArgument(f"blob {descriptor.digest} is larger than its {descriptor.size} bytes")
+                raise WrongBlob(f"blob {descriptor.digest} is larger than its {descriptor.size} bytes")
             await asyncio.to_thread(file.write, piece)
             if written - reported >= _REPORT_BYTES or written == descriptor.size:
                 reported = written

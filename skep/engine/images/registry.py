@@ -129,10 +129,14 @@ class _Tags(msgspec.Struct, frozen=True):
 
 
 class Document(msgspec.Struct, frozen=True):
-    """A manifest or index as the registry sent it."""
+    """A manifest or index as the registry sent it.
+
+    ``is_of_registry``: false for one that a node of the cluster made of an image that came from no registry.
+    """
 
     content: bytes
     media_type: str
+    is_of_registry: bool = True
 
     @property
     def digest(self) -> Digest:
@@ -212,6 +216,10 @@ class Repository:
         async with self._get(f"/v2/{self._reference.path}/blobs/{digest}", headers=headers) as response:
             await self._check(response)
             yield start if response.status == 206 else 0, _pieces(response)
+
+    def mistrust(self, _digest: str) -> bool:
+        """There is no other source of a blob that was not what its digest names."""
+        return False
 
     @asynccontextmanager
     async def _get(

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection,
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from skep.aio.clock import Clock
 from skep.engine.images import archive, pulling
@@ -16,8 +17,12 @@ from skep.engine.images.layers import Limits
 from skep.engine.images.local import ImageEvent, LocalImages
 from skep.engine.images.progress import Report, quiet
 from skep.engine.images.reference import Reference, parse_reference
-from skep.engine.images.registry import Policy, decode_credentials
+from skep.engine.images.registry import Credentials, Policy, decode_credentials
 from skep.engine.images.removal import ImageUser, ancestors_to_prune, removal
+from skep.engine.images.spreading import NodeFetcher
+from skep.errors import SkepError
+
+log = structlog.get_logger(__name__)
 
 
 class Removed(msgspec.Struct, frozen=True):
@@ -35,14 +40,18 @@ class ImageStore(LocalImages):
         root: Path,
         *,
         policy: Policy | None = None,
+        nodes: NodeFetcher | None = None,
         limits: Limits | None = None,
         clock: Clock | None = None,
         on_event: Callable[[ImageEvent], None] = lambda _: None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``policy``: how registries are reached (mirrors, insecure ones).  The others: see ``LocalImages``."""
+        """``policy``: how registries are reached (mirrors, insecure ones); ``nodes``: where images come from that no
+        registry gives.  The others: see ``LocalImages``.
+        """
         super().__init__(root, limits=limits, clock=clock, on_event=on_event, report=report)
         self.policy = policy or Policy()
+        self._nodes = nodes
 
     async def load(self, pieces: AsyncIterable[bytes], report: Report = quiet) -> Sequence[Image]:
         """Take in the images of an archive (``docker load``).  Raises: InvalidArgument, ResourceExhausted."""
@@ -55,6 +64,8 @@ class ImageStore(LocalImages):
     async def pull(self, word: str, auth: str = "", report: Report = quiet, *, platform: str = "") -> Image:
         """Fetch an image from its registry; what is here already is not fetched again.
 
+        One that its registry does not give, and that is not here, is fetched from a node of the cluster that has it.
+
         Args:
             auth: ``X-Registry-Auth``: base64 of JSON; empty for none.
             platform: ``os[/architecture[/variant]]`` where the registry has several; empty: this machine's.
@@ -66,7 +77,7 @@ class ImageStore(LocalImages):
         """
         reference = parse_reference(word).with_default_tag()
         credentials = decode_credentials(auth)
-        return await pulling.pull(self, self.policy, reference, credentials, report, platform=platform)
+        return await self._pull(reference, credentials, report, platform)
 
     async def pull_all(
         self, reference: Reference, auth: str, report: Report = quiet, *, platform: str = ""
@@ -77,10 +88,21 @@ class ImageStore(LocalImages):
         if reference.is_name_only:
             tags = await pulling.tags(self.policy, reference, credentials, self.limits)
             wanted = [reference.with_tag(tag) for tag in tags]
-        return [
-            await pulling.pull(self, self.policy, one, credentials, report, platform=platform)
-            for one in wanted
-        ]
+        return [await self._pull(one, credentials, report, platform) for one in wanted]
+
+    async def _pull(
+        self, reference: Reference, credentials: Credentials, report: Report, platform: str
+    ) -> Image:
+        try:
+            return await pulling.pull(self, self.policy, reference, credentials, report, platform=platform)
+        except SkepError as error:
+            if self._nodes is None or self.resolve(str(reference)) is not None:
+                raise
+            try:
+                return await pulling.pull_from_nodes(self, self._nodes, reference, report, platform=platform)
+            except SkepError as other:
+                log.info("image not fetched from a node", image=reference.familiar, reason=str(other))
+                raise error from other
 
     async def remove(
         self, word: str, *, force: bool = False, prune: bool = True, users: Collection[ImageUser]

@@ -1,0 +1,247 @@
+"""Images between the nodes of a cluster: this node's for the others, and the others' for this one.
+
+Each node serves its images on a port of its own, over mutual TLS with the certificates of the cluster, and reports the
+port in its description.  A manager says which nodes may have an image, and whether a caller is still a node of the
+cluster: its certificate is valid for longer than that.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import TypeAlias, TypeVar
+
+import structlog
+
+from skep.agent.session_state import SessionState
+from skep.aio.clock import Clock
+from skep.aio.failures import retry
+from skep.engine.images.reference import DEFAULT_TAG, Reference
+from skep.engine.images.registry import Document
+from skep.engine.images.serving import ServedImages
+from skep.engine.images.spreading import FindSources, Source
+from skep.errors import PermissionDenied, Unavailable
+from skep.model.node import NodeRole
+from skep.security.identity import ROLE_NAMES
+from skep.security.keypair import KeyPair
+from skep.security.tls import ServerTls, client_context
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
+from skep.wire.client import Channel, connected
+from skep.wire.server import serve
+from skep.wire.service import Handler, server_stream, unary
+
+log = structlog.get_logger(__name__)
+
+DEFAULT_PORT = 2374
+CHECKED_S = 30.0
+"""For so long a node counts as one of the cluster after a manager has said so."""
+CHECKED_MAX = 4096
+MANIFEST_S = 8.0
+BIND_AGAIN_S_MAX = 30.0
+
+T = TypeVar("T")
+
+PresentPair: TypeAlias = Callable[[], KeyPair]
+"""Gives the node's key pair, which is renewed."""
+
+
+class ImagePort:
+    """Serves this node's images to other nodes of its cluster.
+
+    ``port``: where; 0: not at present.
+    """
+
+    def __init__(
+        self, images: ServedImages, session: SessionState, clock: Clock, wanted_port: int = 0
+    ) -> None:
+        """``wanted_port``: 0: the default, or any free one if that is taken."""
+        self._images = images
+        self._session = session
+        self._clock = clock
+        self._wanted_port = wanted_port
+        self._checked: dict[tuple[str, str], float] = {}
+        """Node id and serial number of its certificate -> when a manager has said that it is a node."""
+        self.port = 0
+
+    async def run(self, pair: PresentPair, host: str) -> None:
+        """Serve until cancelled.  An address that cannot be bound is tried again and again."""
+
+        async def serve_images() -> None:
+            try:
+                await self._serve(pair, host, self._wanted_port or DEFAULT_PORT)
+            except Unavailable:
+                if self._wanted_port:
+                    raise
+                await self._serve(pair, host, 0)
+
+        await retry(
+            serve_images, "images not served to other nodes", clock=self._clock, longest_s=BIND_AGAIN_S_MAX
+        )
+
+    async def _serve(self, pair: PresentPair, host: str, port: int) -> None:
+        async with serve(
+            self.handlers(),
+            host=host,
+            port=port,
+            tls=ServerTls(pair(), pair).front,
+            cluster_id=pair().identity.cluster_id,
+        ) as bound:
+            self.port = bound.port
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.port = 0
+
+    def handlers(self) -> Sequence[Handler]:
+        """The handlers for ``wire.server.serve``."""
+        return (
+            unary(methods.IMAGE_MANIFEST, self._manifest),
+            server_stream(methods.IMAGE_BLOB, self._blob),
+        )
+
+    async def _manifest(
+        self, request: skep.ImageManifestRequest, caller: Caller
+    ) -> skep.ImageManifestResponse:
+        await self._check(caller)
+        document = await self._images.manifest(request.target)
+        return skep.ImageManifestResponse(
+            content=document.content, media_type=document.media_type, made=not document.is_of_registry
+        )
+
+    async def _blob(
+        self, request: skep.ImageBlobRequest, caller: Caller
+    ) -> AsyncIterator[skep.ImageBlobPiece]:
+        await self._check(caller)
+        async with self._images.blob(request.digest, last_resort=request.last_resort) as blob:
+            yield skep.ImageBlobPiece(size=blob.size)
+            async for piece in blob.pieces:
+                yield skep.ImageBlobPiece(data=piece)
+
+    async def _check(self, caller: Caller) -> None:
+        """Raises: PermissionDenied: the caller is no node of the cluster any more; Unavailable: no manager says so."""
+        assert caller.identity is not None, "the method is for nodes"
+        key = caller.identity.node_id, caller.identity.serial
+        now = self._clock.monotonic()
+        if now - self._checked.get(key, -CHECKED_S) < CHECKED_S:
+            return
+        self._checked.pop(key, None)
+        request = skep.CheckNodeRequest(node_id=key[0], serial=key[1])
+        try:
+            await self._session.channel.call(methods.CHECK_NODE, request)
+        except PermissionDenied:
+            log.warning("image refused to a node that was removed", node=key[0], peer=caller.address)
+            raise
+        while len(self._checked) >= CHECKED_MAX:
+            del self._checked[next(iter(self._checked))]
+        self._checked[key] = now
+
+
+class ClusterSources:
+    """The other nodes, as where images come from; implements ``spreading.Neighbours``."""
+
+    def __init__(self, session: SessionState) -> None:
+        self._session = session
+        self._pair: PresentPair | None = None
+
+    @contextmanager
+    def using(self, pair: PresentPair) -> Iterator[None]:
+        """While this node is in a cluster: the key pair to connect with."""
+        self._pair = pair
+        try:
+            yield
+        finally:
+            self._pair = None
+
+    @asynccontextmanager
+    async def sources(self, reference: Reference) -> AsyncIterator[FindSources]:
+        """The nodes that may have an image; connections to them are kept while the context is open.
+
+        Raises: Unavailable: this node is in no cluster.
+        """
+        pair = self._pair
+        if pair is None:
+            raise Unavailable("this node is in no cluster")
+        request = skep.FindImageRequest(images=spellings(reference))
+        known: dict[tuple[str, str], NodeSource] = {}
+        async with AsyncExitStack() as stack:
+
+            async def find() -> Sequence[Source]:
+                response = await self._session.channel.call(methods.FIND_IMAGE, request)
+                found = [(one.node_id, one.addr, one.manager) for one in response.sources]
+                for id, addr, is_manager in found:
+                    if (id, addr) not in known:
+                        known[id, addr] = NodeSource(id, addr, is_manager, pair, stack)
+                return [known[id, addr] for id, addr, _ in found]
+
+            yield find
+
+
+def spellings(reference: Reference) -> Sequence[str]:
+    """How the spec of a service may name the image; a digest stands for every name with it."""
+    found = [reference.familiar, str(reference)]
+    if reference.tag == DEFAULT_TAG and not reference.digest:
+        found += [reference.familiar_name, reference.name]
+    if reference.digest:
+        found.append(reference.digest)
+    return found
+
+
+class NodeSource:
+    """One other node; implements ``spreading.Source``.  Connects when it is first asked.
+
+    Args:
+        stack: closes the connection.
+    """
+
+    def __init__(
+        self, name: str, addr: str, is_manager: bool, pair: PresentPair, stack: AsyncExitStack
+    ) -> None:
+        self.name = name
+        self.is_manager = is_manager
+        self._addr = addr
+        self._pair = pair
+        self._stack = stack
+        self._channel: Channel | None = None
+        self._connecting = asyncio.Lock()
+
+    async def manifest(self, target: str, bytes_max: int) -> Document:
+        """See ``ServedImages.manifest``; not verified.  Raises: SkepError."""
+        channel = await self._connected()
+        request = skep.ImageManifestRequest(target=target)
+        response = await self._called(channel.call(methods.IMAGE_MANIFEST, request, timeout_s=MANIFEST_S))
+        return Document(response.content, response.media_type, is_of_registry=not response.made)
+
+    @asynccontextmanager
+    async def blob(self, digest: str, *, last_resort: bool) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The pieces of a blob, not verified.  Raises: SkepError."""
+        channel = await self._connected()
+        async with channel.stream(methods.IMAGE_BLOB) as call:
+            request = skep.ImageBlobRequest(digest=digest, last_resort=last_resort)
+            await self._called(call.send(request, end=True))
+            if await self._called(call.receive()) is None:
+                raise Unavailable(f"{self._addr} sent no blob")
+
+            async def pieces() -> AsyncIterator[bytes]:
+                async for piece in call:
+                    yield piece.data
+
+            yield pieces()
+
+    async def _connected(self) -> Channel:
+        """The connection, made anew after it broke.  Raises: Unavailable."""
+        async with self._connecting:
+            if self._channel is None:
+                present = self._pair()
+                role = NodeRole.MANAGER if self.is_manager else NodeRole.WORKER
+                self._channel = await self._stack.enter_async_context(
+                    connected(self._addr, client_context(present), ROLE_NAMES[role])
+                )
+            return self._channel
+
+    async def _called(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except Unavailable:
+            self._channel = None
+            raise

@@ -1,0 +1,221 @@
+"""What this node gives to other nodes of its images: manifests, configurations and layers, as a registry would.
+
+A layer leaves the node with the bytes it came with, so that the digests of its registry's manifest hold.  An image that
+came from no registry gets a manifest here.  A node sends few layers at one time, and few copies of one layer within a
+while: the nodes that have got it send it on.
+
+``upload_decision`` is the rule; ``ServedImages`` reads files.
+"""
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+
+from skep.aio.clock import Clock
+from skep.engine.images.digest import Digest, parse_digest
+from skep.engine.images.image import Image
+from skep.engine.images.local import LocalImages
+from skep.engine.images.reference import Reference, parse_any
+from skep.engine.images.registry import DOCKER_MANIFEST, Document
+from skep.errors import NotFound, ResourceExhausted, RetryLater
+
+_CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
+_LAYER_TYPE = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+
+COPIES_MAX = 3
+"""Of one layer, within ``COPIES_S``; more only for a node that found it nowhere else."""
+COPIES_S = 600.0
+"""After so long without another copy they are not counted any more."""
+COPIES_KEPT_MAX = 4096
+"""Layers whose copies are counted."""
+UPLOADS_MAX = 6
+"""At one time."""
+UPLOADS_OF_LAYER_MAX = 3
+"""Of one layer, at one time."""
+PIECE_BYTES = 512 << 10
+ARRIVING_AFTER_S = 0.5
+
+
+class Upload(Enum):
+    """The response to a node that wants a blob."""
+
+    SENT = "sent"
+    BUSY = "busy"
+    ARRIVING = "arriving"
+    ABSENT = "absent"
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What is being sent, and was sent: all blobs, this blob, and copies of this blob within ``COPIES_S``."""
+
+    uploads: int = 0
+    of_layer: int = 0
+    copies: int = 0
+
+
+def upload_decision(load: Load, *, is_present: bool, is_arriving: bool, last_resort: bool) -> Upload:
+    """Whether a blob is sent.  ``last_resort``: the other nodes that could be asked do not have it."""
+    if not is_present:
+        return Upload.ARRIVING if is_arriving else Upload.ABSENT
+    if load.uploads >= UPLOADS_MAX or load.of_layer >= UPLOADS_OF_LAYER_MAX:
+        return Upload.BUSY
+    if load.copies >= COPIES_MAX and not last_resort:
+        return Upload.BUSY
+    return Upload.SENT
+
+
+class Copies:
+    """How often each layer was sent lately."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._sent: dict[str, tuple[int, float]] = {}
+        """Digest -> copies, and when the last began; the oldest first."""
+
+    def of(self, digest: str) -> int:
+        """Copies of this layer."""
+        count, at = self._sent.get(digest, (0, 0.0))
+        return count if self._clock.monotonic() - at < COPIES_S else 0
+
+    def add(self, digest: str, change: int = 1) -> None:
+        """One more; ``change`` -1: one that broke off."""
+        count = self.of(digest) + change
+        self._sent.pop(digest, None)
+        self._sent[digest] = max(count, 0), self._clock.monotonic()
+        while len(self._sent) > COPIES_KEPT_MAX:
+            del self._sent[next(iter(self._sent))]
+
+
+class Blob(msgspec.Struct, frozen=True):
+    """A blob that is being sent: its length in bytes, and its pieces."""
+
+    size: int
+    pieces: AsyncIterator[bytes]
+
+
+class ServedImages:
+    """The images of this node, for other nodes."""
+
+    def __init__(self, images: LocalImages, clock: Clock) -> None:
+        self._images = images
+        self._uploads: Counter[str] = Counter()
+        self._copies = Copies(clock)
+        self._digests: dict[str, Digest] = {}
+        """Of the compressed layers that came from no registry, by chain id."""
+
+    def copies(self, digest: str) -> int:
+        """How often this blob was sent lately."""
+        return self._copies.of(digest)
+
+    async def manifest(self, target: str) -> Document:
+        """The manifest or index of what ``target`` names: a reference, a manifest's digest or an image's id.
+
+        Raises: NotFound: it is not here; InvalidArgument: it is none of these.
+        """
+        named = parse_any(target)
+        digest = named.digest if isinstance(named, Reference) else named
+        if digest:
+            content = await asyncio.to_thread(self._images.document, digest)
+            if content is not None:
+                return _document(content)
+        image = self._images.resolve(target) if not isinstance(named, Reference) or not digest else None
+        if image is None:
+            raise NotFound(f"No such image: {target}")
+        for reference in image.digests:
+            content = await asyncio.to_thread(self._images.document, reference.digest)
+            if content is not None and isinstance(named, Reference) and reference.name == named.name:
+                return _document(content)
+        return Document(await self._made_manifest(image), DOCKER_MANIFEST, is_of_registry=False)
+
+    @asynccontextmanager
+    async def blob(self, digest: str, *, last_resort: bool = False) -> AsyncIterator[Blob]:
+        """A configuration or a layer.
+
+        Raises: NotFound: it is not here; RetryLater: it will be soon; ResourceExhausted: others have to be asked.
+        """
+        digest = parse_digest(digest)
+        path = self._path(digest)
+        load = Load(self._uploads.total(), self._uploads[digest], self._copies.of(digest))
+        is_arriving = digest in self._images.arriving
+        match upload_decision(
+            load, is_present=path is not None, is_arriving=is_arriving, last_resort=last_resort
+        ):
+            case Upload.ABSENT:
+                raise NotFound(f"blob {digest} is not on this node")
+            case Upload.ARRIVING:
+                raise RetryLater(f"blob {digest} is being fetched", ARRIVING_AFTER_S)
+            case Upload.BUSY:
+                raise ResourceExhausted(f"this node sends blob {digest} to others already")
+        assert path is not None, "it is present"
+        self._uploads[digest] += 1
+        self._copies.add(digest)
+        is_sent = False
+        try:
+            with path.open("rb") as file:  # a removal meanwhile does no harm
+
+                async def pieces() -> AsyncIterator[bytes]:
+                    nonlocal is_sent
+                    while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
+                        yield piece
+                    is_sent = True
+
+                yield Blob(path.stat().st_size, pieces())
+        except FileNotFoundError as error:
+            raise NotFound(f"blob {digest} is not on this node") from error
+        finally:
+            self._uploads[digest] -= 1
+            self._uploads += Counter()  # drops what is down to zero
+            if not is_sent:
+                self._copies.add(digest, -1)
+
+    def _path(self, digest: Digest) -> Path | None:
+        layers = self._images.layer_store
+        for chain_id, layer in layers.all().items():
+            if digest in (layer.blob, self._digests.get(chain_id)):
+                return layers.content(chain_id)
+        image = next((one for one in self._images.images() if one.id == digest), None)
+        return self._images.config_file(image) if image is not None else None
+
+    async def _made_manifest(self, image: Image) -> bytes:
+        """A manifest of an image that came without one.  Raises: NotFound: the image was removed."""
+        try:
+            config = await asyncio.to_thread(self._images.config_file(image).read_bytes)
+            layers = [await self._descriptor(chain_id) for chain_id in image.chain]
+        except OSError as error:
+            raise NotFound(f"No such image: {image.id}") from error
+        document = {
+            "schemaVersion": 2,
+            "mediaType": DOCKER_MANIFEST,
+            "config": {"mediaType": _CONFIG_TYPE, "size": len(config), "digest": image.id},
+            "layers": layers,
+        }
+        return msgspec.json.encode(document)
+
+    async def _descriptor(self, chain_id: Digest) -> dict[str, str | int]:
+        layers = self._images.layer_store
+        layer = layers.get(chain_id)
+        if layer is None:
+            raise NotFound(f"layer {chain_id} is not on this node")
+        path = layers.content(chain_id)
+        digest = layer.blob or self._digests.get(chain_id)
+        if not digest:
+            digest = self._digests[chain_id] = await asyncio.to_thread(_digest_of_file, path)
+            for gone in self._digests.keys() - layers.all().keys():
+                del self._digests[gone]
+        return {"mediaType": _LAYER_TYPE, "size": path.stat().st_size, "digest": digest}
+
+
+def _document(content: bytes) -> Document:
+    """A document as its registry sent it; its reader finds the media type in it."""
+    return Document(content, DOCKER_MANIFEST)
+
+
+def _digest_of_file(path: Path) -> Digest:
+    with path.open("rb") as file:
+        return Digest(f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}")

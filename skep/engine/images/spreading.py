@@ -1,0 +1,343 @@
+"""An image that no registry gives, fetched from the nodes of the cluster that have it.
+
+A name is taken from managers only: any node could call anything ``nginx``.  A digest is taken from any node, since
+what comes is verified.  The nodes are tried in the order in which they responded, the nearest first; one that is busy
+is passed over, one that sent something else than its digest names is not asked again.  When many nodes want an image at
+once, they get each layer from each other as soon as one of them has it (``serving`` bounds what a node sends): while
+some have it and are busy, or are about to have it, the fetch waits, with growing, jittered pauses.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from enum import Enum
+from typing import Protocol, TypeAlias
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.engine.images.digest import is_digest
+from skep.engine.images.reference import Reference
+from skep.engine.images.registry import Document, RegistryError
+from skep.errors import NotFound, ResourceExhausted, RetryLater, SkepError, Unavailable
+
+log = structlog.get_logger(__name__)
+
+RESPONSE_S = 10.0
+"""For a manifest, and for the begin of a blob; connecting included."""
+GRACE_S = 0.05
+"""After the first manifest: whoever responds within it is in the order of the nearest."""
+PIECE_S = 30.0
+"""Between two pieces of a blob."""
+BYTES_PER_S_MIN = 64 << 10
+"""A node that sends more slowly, after a first half minute, is left."""
+WAIT_S_MAX = 600.0
+"""For a blob that some node has, or is about to have, and none sends."""
+ROUNDS_WITHOUT_MAX = 3
+"""Rounds in which no node has a blob, nor is about to have it, until the fetch is given up."""
+DISTRUST_S = 3600.0
+DISTRUSTED_MAX = 256
+PAUSE_S, PAUSE_S_MAX = 0.1, 2.0
+
+
+class Source(Protocol):
+    """A node that may have the image.  ``name``: its id."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_manager(self) -> bool: ...
+
+    async def manifest(self, target: str, bytes_max: int) -> Document:
+        """See ``ServedImages.manifest``; not verified.  Raises: SkepError."""
+
+    def blob(self, digest: str, *, last_resort: bool) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """The pieces of a blob, not verified.
+
+        Raises: NotFound: it does not have it; RetryLater: it will soon; ResourceExhausted: it is busy; SkepError.
+        """
+
+
+FindSources: TypeAlias = Callable[[], Awaitable[Sequence[Source]]]
+"""The nodes that may have an image by now; the same node is the same object.  Raises: SkepError."""
+
+
+class Neighbours(Protocol):
+    """The other nodes of the cluster (``agent.images.ClusterSources``)."""
+
+    def sources(self, reference: Reference) -> AbstractAsyncContextManager[FindSources]:
+        """The nodes that may have an image; connections to them are kept while the context is open.
+
+        Raises: Unavailable: this node is in no cluster, or reaches no manager.
+        """
+
+
+class Outcome(Enum):
+    """How a node responded to the request of a blob."""
+
+    SENT = "sent"
+    BUSY = "busy"
+    ARRIVING = "arriving"
+    ABSENT = "absent"
+    FAILED = "failed"
+
+
+class Step(Enum):
+    """What follows from a round in which no node sent the blob."""
+
+    WAIT = "wait"
+    INSIST = "insist"
+    """Wait, then ask as one that finds it nowhere else."""
+    GIVE_UP = "give up"
+
+
+def after_round(outcomes: Sequence[Outcome], empty_rounds: int) -> Step:
+    """``empty_rounds``: consecutive ones before this in which no node had the blob, nor was about to."""
+    if Outcome.ARRIVING in outcomes:
+        return Step.WAIT
+    if Outcome.BUSY in outcomes:
+        return Step.INSIST
+    return Step.GIVE_UP if empty_rounds + 1 >= ROUNDS_WITHOUT_MAX else Step.WAIT
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What is known of a source: seconds that it took to respond (None: it has not yet), consecutive failures."""
+
+    response_s: float | None = None
+    failures: int = 0
+
+
+def in_order(sources: Sequence[Source], standings: dict[str, Standing]) -> Sequence[Source]:
+    """Those that do not fail first; of these the quickest, then those that were not asked yet, as they come."""
+
+    def key(source: Source) -> tuple[int, bool, float]:
+        standing = standings.get(source.name, Standing())
+        return standing.failures, standing.response_s is None, standing.response_s or 0.0
+
+    return sorted(sources, key=key)
+
+
+class NodeFetcher:
+    """Fetches from other nodes; keeps which of them are not to be asked.
+
+    Args:
+        rng: numbers from 0 to 1.
+    """
+
+    def __init__(
+        self, neighbours: Neighbours, clock: Clock, rng: Callable[[], float] = random.random
+    ) -> None:
+        self._neighbours = neighbours
+        self._clock = clock
+        self._rng = rng
+        self._distrusted: dict[str, float] = {}
+
+    @asynccontextmanager
+    async def repository(self, reference: Reference) -> AsyncIterator["Spread"]:
+        """The nodes that may have ``reference``, as a repository.
+
+        Raises: Unavailable: this node is in no cluster, or reaches no manager.
+        """
+        async with self._neighbours.sources(reference) as find:
+            yield Spread(reference, find, self._clock, self._rng, self._distrusted)
+
+
+class Spread:
+    """One image on many nodes; a ``pulling.Repository``.
+
+    Args:
+        distrusted: nodes that sent something wrong -> when; shared by all fetches of this node.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        find: FindSources,
+        clock: Clock,
+        rng: Callable[[], float],
+        distrusted: dict[str, float],
+    ) -> None:
+        self._reference = reference
+        self._find = find
+        self._clock = clock
+        self._rng = rng
+        self._distrusted = distrusted
+        self._standings: dict[str, Standing] = {}
+        self._senders: dict[str, Source] = {}
+        """Of each blob, the source that sent it last."""
+
+    async def manifest(self, target: str, bytes_max: int) -> Document:
+        """The manifest or index that ``target`` (a tag or a digest) names.
+
+        Raises: NotFound: no node has it that may say so; Unavailable: no manager is reached.
+        """
+        sources = await self._sources()
+        if is_digest(target):
+            text = str(self._reference.with_digest(target))
+        else:
+            text = str(self._reference)
+            sources = [source for source in sources if source.is_manager]
+        document = await self._first(sources, text, target, bytes_max)
+        if document is None:
+            raise NotFound(f"no node of the cluster has {self._reference.familiar}")
+        return document
+
+    async def _first(
+        self, sources: Sequence[Source], text: str, target: str, bytes_max: int
+    ) -> Document | None:
+        """The first manifest that comes; what responds soon after it counts for the order of the sources."""
+        started, found = self._clock.monotonic(), list[Document]()
+        unanswered, is_decided = set(sources), asyncio.Event()
+
+        async def ask(source: Source) -> None:
+            document = await self._manifest_of(source, text, target, bytes_max, started)
+            if document is not None:
+                found.append(document)
+            unanswered.discard(source)
+            if found or not unanswered:
+                is_decided.set()
+
+        if not sources:
+            return None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RESPONSE_S), asyncio.TaskGroup() as group:
+                requests = [group.create_task(ask(source), name="manifest of a node") for source in sources]
+                await is_decided.wait()
+                await asyncio.wait(requests, timeout=GRACE_S)
+                for request in requests:
+                    request.cancel()
+        return found[0] if found else None
+
+    async def _manifest_of(
+        self, source: Source, text: str, target: str, bytes_max: int, started: float
+    ) -> Document | None:
+        """None: it has none, or it is not the right one."""
+        try:
+            document = await source.manifest(text, bytes_max)
+        except NotFound:
+            self._responded(source, started)
+            return None
+        except SkepError as error:
+            self._failed(source, error)
+            return None
+        self._responded(source, started)
+        if len(document.content) > bytes_max or (is_digest(target) and document.digest != target):
+            self._distrust(source, f"another manifest than {target}")
+            return None
+        return document
+
+    @asynccontextmanager
+    async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """All of a blob, from one node: what two nodes sent of it could not be told apart.
+
+        Raises: NotFound: no node has it; RegistryError: the transfer broke off, or none sends it in time.
+        """
+        async with AsyncExitStack() as stack:
+            source, pieces = await self._opened(stack, digest)
+            self._senders[digest] = source
+            yield 0, self._checked(source, pieces)
+
+    def mistrust(self, digest: str) -> bool:
+        """The blob that was sent last for ``digest`` is something else: its source is not asked again."""
+        source = self._senders.pop(digest, None)
+        if source is None:
+            return False
+        self._distrust(source, f"something else for {digest}")
+        return True
+
+    async def _opened(self, stack: AsyncExitStack, digest: str) -> tuple[Source, AsyncIterator[bytes]]:
+        """The first node, in order, that sends the blob."""
+        began = self._clock.monotonic()
+        pauses = Backoff(PAUSE_S, PAUSE_S_MAX, rng=self._rng)
+        empty_rounds, last_resort = 0, False
+        while True:
+            outcomes = []
+            for source in in_order(await self._sources(), self._standings):
+                outcome, pieces = await self._requested(stack, source, digest, last_resort)
+                if pieces is not None:
+                    return source, pieces
+                outcomes.append(outcome)
+            step = after_round(outcomes, empty_rounds)
+            if step is Step.GIVE_UP:
+                raise NotFound(f"no node of the cluster has {digest} of {self._reference.familiar}")
+            last_resort = step is Step.INSIST
+            empty_rounds = 0 if {Outcome.BUSY, Outcome.ARRIVING} & set(outcomes) else empty_rounds + 1
+            if self._clock.monotonic() - began > WAIT_S_MAX:
+                raise RegistryError(f"no node of the cluster sends {digest}: all that have it are busy")
+            await pauses.sleep(self._clock)
+
+    async def _requested(
+        self, stack: AsyncExitStack, source: Source, digest: str, last_resort: bool
+    ) -> tuple[Outcome, AsyncIterator[bytes] | None]:
+        started = self._clock.monotonic()
+        try:
+            async with asyncio.timeout(RESPONSE_S):
+                pieces = await stack.enter_async_context(source.blob(digest, last_resort=last_resort))
+        except TimeoutError as error:
+            self._failed(source, error)
+            return Outcome.FAILED, None
+        except NotFound:
+            outcome = Outcome.ABSENT
+        except RetryLater:
+            outcome = Outcome.ARRIVING
+        except ResourceExhausted:
+            outcome = Outcome.BUSY
+        except SkepError as error:
+            self._failed(source, error)
+            return Outcome.FAILED, None
+        else:
+            self._responded(source, started)
+            return Outcome.SENT, pieces
+        self._responded(source, started)
+        return outcome, None
+
+    async def _checked(self, source: Source, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """``pieces``, as long as they keep coming.  Raises: RegistryError: they do not."""
+        began, received = self._clock.monotonic(), 0
+        try:
+            while True:
+                async with asyncio.timeout(PIECE_S):
+                    piece = await anext(pieces, None)
+                if piece is None:
+                    return
+                received += len(piece)
+                yield piece
+                if self._clock.monotonic() - began > PIECE_S + received / BYTES_PER_S_MIN:
+                    raise Unavailable("it sends too slowly")
+        except (TimeoutError, SkepError) as error:
+            self._failed(source, error)
+            raise RegistryError(f"node {source.name} broke off: {error or 'no data'}") from error
+
+    async def _sources(self) -> Sequence[Source]:
+        now = self._clock.monotonic()
+        return [
+            source
+            for source in await self._find()
+            if now - self._distrusted.get(source.name, -DISTRUST_S) >= DISTRUST_S
+        ]
+
+    def _responded(self, source: Source, started: float) -> None:
+        before = self._standings.get(source.name, Standing()).response_s
+        took = self._clock.monotonic() - started
+        self._standings[source.name] = Standing(took if before is None else min(took, before))
+
+    def _failed(self, source: Source, error: Exception) -> None:
+        standing = self._standings.get(source.name, Standing())
+        self._standings[source.name] = msgspec.structs.replace(standing, failures=standing.failures + 1)
+        log.info(
+            "image not fetched from node",
+            node=source.name,
+            image=self._reference.familiar,
+            reason=str(error) or "timeout",
+        )
+
+    def _distrust(self, source: Source, what: str) -> None:
+        self._distrusted.pop(source.name, None)
+        self._distrusted[source.name] = self._clock.monotonic()
+        while len(self._distrusted) > DISTRUSTED_MAX:
+            del self._distrusted[next(iter(self._distrusted))]
+        log.warning("node sent something wrong", node=source.name, image=self._reference.familiar, what=what)

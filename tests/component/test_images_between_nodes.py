@@ -1,0 +1,215 @@
+"""Images that no registry gives, between nodes of one cluster over mutual TLS."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from skep.engine.images.reference import parse_reference
+from skep.engine.images.registry import RegistryError
+from skep.engine.images.serving import COPIES_MAX
+from skep.errors import PermissionDenied, ResourceExhausted, SkepError, Unavailable
+from skep.model.ids import new_id
+from skep.security.tls import client_context, joining_context
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.client import Channel, connected
+from tests.support.archives import sha256
+from tests.support.images_rig import APP, ImageCluster, ImageNode, MadeImage, an_image, give
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[ImageCluster]:
+    async with ImageCluster(tmp_path).running() as running:
+        yield running
+
+
+def at_digest(made: MadeImage) -> str:
+    return str(parse_reference(APP).with_digest(sha256(made.manifest)))
+
+
+async def test_a_node_fetches_what_no_registry_gives_by_name_and_by_digest(cluster: ImageCluster) -> None:
+    built, pulled = an_image(100_000, 3), an_image(2_000_000)
+    worker, other = await cluster.add(), await cluster.add()
+    await give(cluster.manager, built)
+    await give(other, pulled, "localhost:1/other:1", with_manifest=True)
+    digest = str(parse_reference("localhost:1/other").with_digest(sha256(pulled.manifest)))
+    await cluster.run_service(f"localhost:1/other:1@{sha256(pulled.manifest)}", other)
+
+    by_name = await worker.images.pull(APP)
+    by_digest = await worker.images.pull(digest)
+
+    assert by_name.id == sha256(built.config)
+    assert by_digest.id == sha256(pulled.config)
+    assert worker.images.get(APP).id == by_name.id
+    assert worker.images.get(digest).id == by_digest.id
+    assert not by_name.digests, "no registry has given it a digest"
+    (data,) = worker.images.layers(by_digest)
+    assert (data / "data-0").stat().st_size == 2_000_000
+
+
+async def test_an_image_goes_on_from_the_node_that_fetched_it(cluster: ImageCluster) -> None:
+    made = an_image(1000)
+    await give(cluster.manager, made, with_manifest=True)
+    first, second = await cluster.add(), await cluster.add()
+    await first.images.pull(at_digest(made))
+    await cluster.run_service(at_digest(made), first)
+    await cluster.forget(cluster.manager)
+    assert (await second.images.pull(at_digest(made))).id == sha256(made.config)
+    assert first.served.copies(made.digests[0]) == 1
+
+
+async def test_a_name_is_not_taken_from_a_worker(cluster: ImageCluster) -> None:
+    made = an_image(1000)
+    worker, other = await cluster.add(), await cluster.add()
+    await give(worker, made)
+    await cluster.run_service(APP, worker)
+    with pytest.raises(RegistryError, match="connection refused"):
+        await other.images.pull(APP)
+
+
+async def test_what_nobody_has_is_the_registrys_error(cluster: ImageCluster) -> None:
+    worker = await cluster.add()
+    with pytest.raises(RegistryError, match="connection refused"):
+        await worker.images.pull("localhost:1/nothing:1")
+
+
+async def _ask_for(channel: Channel, digest: str) -> None:
+    """The begin of a blob."""
+    async with channel.stream(methods.IMAGE_BLOB) as call:
+        await call.send(skep.ImageBlobRequest(digest=digest), end=True)
+        await call.receive()
+
+
+async def _refused(channel: Channel, made: MadeImage) -> None:
+    with pytest.raises(PermissionDenied):
+        await channel.call(methods.IMAGE_MANIFEST, skep.ImageManifestRequest(target=APP))
+    with pytest.raises(PermissionDenied):
+        await _ask_for(channel, made.digests[0])
+
+
+async def test_who_is_no_node_of_the_cluster_gets_nothing(cluster: ImageCluster) -> None:
+    made = an_image(1000)
+    await give(cluster.manager, made)
+    address, authority = cluster.manager.address, cluster.cluster
+    removed = await cluster.add()
+    await cluster.forget(removed)
+    never_joined = authority.pair(new_id())
+    of_another_cluster = authority.pair(new_id(), cluster="another")
+    for pair in (removed.pair, never_joined, of_another_cluster):
+        async with connected(address, client_context(pair), "swarm-manager") as channel:
+            await _refused(channel, made)
+    async with connected(address, joining_context(authority.authority.root_pem), "swarm-manager") as channel:
+        await _refused(channel, made)
+    assert cluster.manager.served.copies(made.digests[0]) == 0
+
+
+async def test_without_a_manager_to_ask_a_node_gives_nothing(cluster: ImageCluster) -> None:
+    worker = await cluster.add()
+    cluster.manager.session.end()
+    async with connected(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+        with pytest.raises(Unavailable, match="no manager"):
+            await channel.call(methods.IMAGE_MANIFEST, skep.ImageManifestRequest(target=APP))
+
+
+async def test_a_node_that_serves_a_wrong_layer_is_not_asked_again(cluster: ImageCluster) -> None:
+    made, later = an_image(5000), an_image(6000)
+    liar, victim = await cluster.add(), await cluster.add()
+    for node in (liar, cluster.manager):
+        await give(node, made, with_manifest=True)
+        await give(node, later, "localhost:1/later:1", with_manifest=True)
+    await cluster.run_service(at_digest(made), liar)
+    cluster.manager.port.delay_s = 0.2  # so that the other one is the nearest
+    for image in liar.images.images():
+        content = liar.images.layer_store.content(image.chain[0])
+        content.write_bytes(bytes(content.stat().st_size))
+
+    image = await victim.images.pull(at_digest(made))
+    assert (victim.images.layers(image)[0] / "data-0").stat().st_size == 5000
+    assert liar.served.copies(made.digests[0]) == 1, "it was tried"
+
+    await cluster.run_service("localhost:1/later:1", liar)
+    await victim.images.pull("localhost:1/later:1")
+    assert liar.served.copies(later.digests[0]) == 0
+
+
+async def test_a_layer_that_ends_early_or_never_is_fetched_elsewhere(cluster: ImageCluster) -> None:
+    made = an_image(5000)
+    cut, victim = await cluster.add(), await cluster.add()
+    for node in (cut, cluster.manager):
+        await give(node, made, with_manifest=True)
+    await cluster.run_service(at_digest(made), cut)
+    cluster.manager.port.delay_s = 0.2
+    (image,) = cut.images.images()
+    content = cut.images.layer_store.content(image.chain[0])
+    content.write_bytes(content.read_bytes()[:1000])
+    assert (await victim.images.pull(at_digest(made))).id == sha256(made.config)
+    assert cluster.manager.served.copies(made.digests[0]) == 1
+
+
+async def test_a_layer_of_two_images_comes_once(cluster: ImageCluster) -> None:
+    one = an_image(3_000_000)
+    await give(cluster.manager, one)
+    two = MadeImage(one.config.replace(b'"test": "yes"', b'"test": "two"'), one.blobs)
+    await give(cluster.manager, two, "localhost:1/two:1")
+    worker = await cluster.add()
+    await asyncio.gather(worker.images.pull(APP), worker.images.pull("localhost:1/two:1"))
+    assert cluster.manager.served.copies(one.digests[0]) == 1
+
+
+async def _spread(cluster: ImageCluster, made: MadeImage, source: ImageNode) -> None:
+    """Ten nodes fetch ``made`` at once."""
+    await give(source, made, with_manifest=True)
+    nodes = [await cluster.add() for _ in range(10)]
+    await cluster.run_service(at_digest(made), source, *nodes)
+    images = await asyncio.gather(*(node.images.pull(at_digest(made)) for node in nodes))
+    assert {image.id for image in images} == {sha256(made.config)}
+    for digest in made.digests:
+        copies = [node.served.copies(digest) for node in (source, *nodes)]
+        assert copies[0] <= COPIES_MAX
+        assert sum(copies) == 10, "each node got it once"
+
+
+async def test_ten_nodes_get_an_image_of_which_the_first_sends_few_copies(cluster: ImageCluster) -> None:
+    await _spread(cluster, an_image(4_000_000, 1000), cluster.manager)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_ten_nodes_get_300_mb_in_six_layers_of_which_the_first_sends_few_copies(
+    cluster: ImageCluster,
+) -> None:
+    await _spread(cluster, an_image(*[50_000_000] * 6), cluster.manager)
+
+
+async def test_a_node_sends_a_layer_to_few_others_at_one_time(cluster: ImageCluster) -> None:
+    made = an_image(20_000_000)
+    await give(cluster.manager, made)
+    worker = await cluster.add()
+    async with connected(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+        request = skep.ImageBlobRequest(digest=made.digests[0], last_resort=True)
+        streams = [channel.stream(methods.IMAGE_BLOB) for _ in range(COPIES_MAX + 1)]
+        calls = [await stream.__aenter__() for stream in streams]
+        try:
+            for call in calls[:-1]:
+                await call.send(request, end=True)
+                assert (first := await call.receive()) is not None
+                assert first.size == len(made.blobs[0])
+            await calls[-1].send(request, end=True)
+            with pytest.raises(ResourceExhausted):
+                await calls[-1].receive()
+        finally:
+            for stream in streams:
+                await stream.__aexit__(None, None, None)
+
+
+async def test_what_is_no_image_is_refused(cluster: ImageCluster) -> None:
+    worker = await cluster.add()
+    async with connected(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+        for target in ("", "../../etc/shadow", "sha256:" + "0" * 64, "Upper", "x" * 5000):
+            with pytest.raises(SkepError):
+                await channel.call(methods.IMAGE_MANIFEST, skep.ImageManifestRequest(target=target))
+        for digest in ("", "sha256:../../..", "sha256:" + "0" * 64):
+            with pytest.raises(SkepError):
+                await _ask_for(channel, digest)

@@ -1,0 +1,195 @@
+"""Nodes of one cluster in this process, each with images of its own, which they exchange over mutual TLS."""
+
+import asyncio
+import gzip
+import os
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from skep.agent.images import ClusterSources, ImagePort
+from skep.agent.session_state import SessionState
+from skep.aio.clock import SystemClock
+from skep.engine.images.digest import Digest, chain_ids
+from skep.engine.images.image import Image
+from skep.engine.images.reference import parse_reference
+from skep.engine.images.serving import ServedImages
+from skep.engine.images.spreading import NodeFetcher
+from skep.engine.images.store import ImageStore
+from skep.manager.image_directory import ImageDirectory
+from skep.model.container import ContainerSpec
+from skep.model.ids import new_id
+from skep.model.node import EngineDescription, Node, NodeRole
+from skep.model.planes import IMAGES_LABEL
+from skep.model.service import ServiceSpec, TaskSpec
+from skep.security.keypair import KeyPair
+from skep.security.tls import MANAGER_NAME, ServerTls, client_context
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
+from skep.wire.client import connected
+from skep.wire.server import serve
+from tests.support.archives import a_config, a_file, a_tar, sha256
+from tests.support.builders import a_node, a_service, a_task
+from tests.support.registry_rig import a_manifest
+from tests.support.wire_rig import Cluster, until
+
+CLOCK = SystemClock()
+APP = "localhost:1/app:1"
+"""Of a registry that is not there."""
+
+
+class SlowPort(ImagePort):
+    """One that responds to questions about manifests after ``delay_s``."""
+
+    delay_s = 0.0
+
+    async def _manifest(
+        self, request: skep.ImageManifestRequest, caller: Caller
+    ) -> skep.ImageManifestResponse:
+        await asyncio.sleep(self.delay_s)
+        return await super()._manifest(request, caller)
+
+
+class ImageNode:
+    """A node: its images, and what it has sent of them."""
+
+    def __init__(self, root: Path, pair: KeyPair) -> None:
+        self.pair = pair
+        self.id = pair.identity.node_id
+        self.session = SessionState(CLOCK)
+        self.sources = ClusterSources(self.session)
+        self.images = ImageStore(root, nodes=NodeFetcher(self.sources, CLOCK))
+        self.served = ServedImages(self.images, CLOCK)
+        self.port = SlowPort(self.served, self.session, CLOCK)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port.port}"
+
+
+class ImageCluster:
+    """A manager, which says who has what, and nodes; see ``image_cluster``."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._stack = AsyncExitStack()
+        self._address = ""
+        self.cluster = Cluster()
+        self.manager: ImageNode
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["ImageCluster"]:
+        store, own = self.cluster.store, self.cluster.pair(new_id(), NodeRole.MANAGER)
+        directory = ImageDirectory(store.view, self.cluster.id, random.Random(1))
+        async with self._stack:
+            bound = await self._stack.enter_async_context(
+                serve(
+                    directory.services(),
+                    host="127.0.0.1",
+                    port=0,
+                    tls=ServerTls(own).front,
+                    cluster_id=self.cluster.id,
+                )
+            )
+            self._address = f"127.0.0.1:{bound.port}"
+            self.manager = await self.add(own)
+            yield self
+
+    async def add(self, pair: KeyPair | None = None) -> ImageNode:
+        """One more node, a worker unless ``pair`` is a manager's; ready, and known to the manager."""
+        node = ImageNode(self._root / new_id(), pair or self.cluster.pair(new_id()))
+        await node.images.open()
+        channel = await self._stack.enter_async_context(
+            connected(self._address, client_context(node.pair), MANAGER_NAME)
+        )
+        node.session.join(node.id)
+        node.session.begin(channel)
+        self._stack.enter_context(node.sources.using(lambda: node.pair))
+        task = asyncio.create_task(node.port._serve(lambda: node.pair, "127.0.0.1", 0))
+        self._stack.push_async_callback(_end, task)
+        await until(lambda: node.port.port)
+        await self._describe(node)
+        return node
+
+    async def _describe(self, node: ImageNode) -> None:
+        known = a_node(node.id, role=node.pair.identity.role)
+        engine = EngineDescription(engine_version="1", labels={IMAGES_LABEL: str(node.port.port)})
+        known = msgspec.structs.replace(
+            known, description=msgspec.structs.replace(known.description, engine=engine)
+        )
+        await self.cluster.store.update(lambda tx: tx.put(known))
+
+    async def run_service(self, image: str, *nodes: ImageNode) -> None:
+        """A service of ``image`` with a task on each of ``nodes``."""
+        template = TaskSpec(container_spec=ContainerSpec(image=image))
+        service = a_service(new_id(), spec=ServiceSpec(name=new_id(), task_template=template))
+        tasks = [
+            a_task(new_id(), slot=slot, node=node.id, service=service) for slot, node in enumerate(nodes)
+        ]
+
+        def put(tx: Any) -> None:
+            tx.put(service)
+            for task in tasks:
+                tx.put(task)
+
+        await self.cluster.store.update(put)
+
+    async def forget(self, node: ImageNode) -> None:
+        """The node is removed from the cluster."""
+        await self.cluster.store.update(lambda tx: tx.delete(Node, node.id))
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+class MadeImage(msgspec.Struct, frozen=True):
+    """An image as a registry has it."""
+
+    config: bytes
+    blobs: tuple[bytes, ...]
+
+    @property
+    def manifest(self) -> bytes:
+        return a_manifest(self.config, self.blobs)
+
+    @property
+    def digests(self) -> Sequence[str]:
+        """Of its layers as they travel."""
+        return [sha256(blob) for blob in self.blobs]
+
+
+def an_image(*sizes: int) -> MadeImage:
+    """An image with a layer of random bytes of each size."""
+    layers = [a_tar(a_file(f"data-{number}", os.urandom(size))) for number, size in enumerate(sizes)]
+    return MadeImage(
+        a_config(*layers), tuple(gzip.compress(layer, compresslevel=0, mtime=0) for layer in layers)
+    )
+
+
+async def give(node: ImageNode, made: MadeImage, name: str = APP, *, with_manifest: bool = False) -> Image:
+    """``node`` has the image: as if it were built or loaded there, or (``with_manifest``) pulled from its registry."""
+    images = node.images
+    diff_ids = msgspec.json.decode(made.config)["rootfs"]["diff_ids"]
+    async with images.workspace("test") as directory:
+        chain = chain_ids(diff_ids)
+        async with images.pinned(chain):
+            for number, (blob, chain_id, diff_id) in enumerate(zip(made.blobs, chain, diff_ids, strict=True)):
+                path = directory / str(number)
+                path.write_bytes(blob)
+                await images.layer_store.add(
+                    path, chain_id=chain_id, diff_id=Digest(diff_id), blob=Digest(sha256(blob))
+                )
+            reference = parse_reference(name)
+            names = [reference]
+            if with_manifest:
+                names.append(reference.with_digest(sha256(made.manifest)))
+            image = await images.add(made.config, names)
+    if with_manifest:
+        await images.keep_documents(image, [made.manifest])
+    return image

@@ -1,0 +1,93 @@
+"""Which nodes may have an image."""
+
+from random import Random
+
+import msgspec
+
+from skep.aio.clock import SystemClock
+from skep.manager.image_directory import SOURCES_MAX, image_address, sources
+from skep.model.container import ContainerSpec
+from skep.model.ids import NodeId
+from skep.model.node import EngineDescription, ManagerStatus, Node, NodeRole, NodeState
+from skep.model.planes import IMAGES_LABEL
+from skep.model.service import Service, ServiceSpec, TaskSpec
+from skep.model.task import Task, TaskState
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_node, a_service, a_task
+
+DIGEST = "sha256:" + "a" * 64
+
+
+def serving(id: str, *, port: str = "2374", role: NodeRole = NodeRole.WORKER, **fields: object) -> Node:
+    node = msgspec.structs.replace(a_node(id, role=role), **fields)
+    engine = EngineDescription(engine_version="1", labels={IMAGES_LABEL: port})
+    return msgspec.structs.replace(node, description=msgspec.structs.replace(node.description, engine=engine))
+
+
+def a_spec(image: str) -> ServiceSpec:
+    return ServiceSpec(
+        name=image[:5].replace(":", "-"), task_template=TaskSpec(container_spec=ContainerSpec(image=image))
+    )
+
+
+async def found(
+    *objects: Node | Service | Task, spellings: tuple[str, ...] = ("app:1",), asking: str = "n0"
+) -> list[str]:
+    store = MemoryStore(SystemClock())
+
+    def put(tx) -> None:  # type: ignore[no-untyped-def]
+        for one in objects:
+            tx.put(one)
+
+    await store.update(put)
+    return [node.id for node in sources(store.view(), frozenset(spellings), NodeId(asking), Random(1))]
+
+
+async def test_managers_and_nodes_with_tasks_of_the_image_are_found_in_this_order() -> None:
+    web = a_service("web", spec=a_spec("app:1"))
+    other = a_service("other", spec=a_spec("app:2"))
+    nodes = [serving(name) for name in ("n1", "n2", "n3")]
+    tasks = [
+        a_task(node="n1", service=web),
+        a_task(slot=2, node="n2", service=other),
+        a_task(slot=3, node="n3", service=web, desired=TaskState.SHUTDOWN),
+    ]
+    manager = serving("n9", role=NodeRole.MANAGER)
+    assert await found(manager, web, other, *nodes, *tasks) == ["n9", "n1"]
+
+
+async def test_a_digest_stands_for_every_name_with_it_and_previous_specs_count() -> None:
+    web = a_service("web", spec=a_spec("app:2"), previous=a_spec(f"registry:5000/app:1@{DIGEST}"))
+    task = a_task(node="n1", service=web)
+    assert await found(serving("n1"), web, task, spellings=("app@sha256:b", DIGEST)) == ["n1"]
+    assert await found(serving("n1"), web, task, spellings=("app@sha256:b",)) == []
+
+
+async def test_nodes_that_do_not_serve_are_down_or_are_asking_are_left_out() -> None:
+    web = a_service("web", spec=a_spec("app:1"))
+    nodes = (
+        a_node("n1"),
+        serving("n2", status=msgspec.structs.replace(a_node().status, state=NodeState.DOWN)),
+        serving("n0"),
+        serving("n3", port="no port"),
+        serving("n4"),
+    )
+    tasks = [a_task(slot=number, node=node.id, service=web) for number, node in enumerate(nodes)]
+    assert await found(web, *nodes, *tasks) == ["n4"]
+
+
+async def test_of_many_nodes_some_are_chosen_and_managers_never_take_all_places() -> None:
+    web = a_service("web", spec=a_spec("app:1"))
+    managers = [serving(f"m{number}", role=NodeRole.MANAGER) for number in range(SOURCES_MAX)]
+    nodes = [serving(f"w{number}") for number in range(3 * SOURCES_MAX)]
+    tasks = [a_task(slot=number, node=node.id, service=web) for number, node in enumerate(nodes)]
+    chosen = await found(web, *managers, *nodes, *tasks)
+    assert len(set(chosen)) == SOURCES_MAX
+    assert sum(id.startswith("m") for id in chosen) == SOURCES_MAX // 2
+
+
+def test_a_manager_is_reached_where_it_is_advertised() -> None:
+    advertised = ManagerStatus(addr="10.0.0.7:2377")
+    assert image_address(serving("m1", manager_status=advertised)) == "10.0.0.7:2374"
+    assert image_address(serving("w1")) == "127.0.0.1:2374"
+    assert image_address(serving("w1", status=msgspec.structs.replace(a_node().status, addr=""))) == ""
