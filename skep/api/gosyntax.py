@@ -1,4 +1,4 @@
-"""The error messages of Go's JSON scanner for a text that is not JSON; and the values that Go parses as booleans.
+"""The error messages of Go's JSON scanner for a text that is not JSON; and what Go parses as booleans and sizes.
 
 Decoding itself is msgspec's; the scanner runs only after a body has been refused.  It walks the text
 token by token with the states of Go's scanner and returns the sentence of the first error.
@@ -7,6 +7,8 @@ Source: Go 1.19, src/encoding/json/scanner.go and stream.go.
 """
 
 import re
+
+from skep.errors import InvalidArgument
 
 _MAX_DEPTH = 10_000
 
@@ -199,3 +201,18 @@ def _quoted(char: int) -> str:
         return f"'\\x{char:02x}'"
     text = chr(char)  # Go takes the byte for a code point
     return f"'{text}'" if text.isprintable() else f"'\\u{char:04x}'"
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKmMgGtT])?[iI]?[bB]?")
+_FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``10m``, ``1.5GiB``, ``4096``.  Raises: InvalidArgument.
+
+    Source: docker/go-units, size.go (RAMInBytes).
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InvalidArgument(f"invalid size: '{text}'")
+    return int(float(match.group(1)) * _FACTORS[(match.group(2) or "").lower()])

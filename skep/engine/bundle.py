@@ -12,6 +12,7 @@
                    rootfs/                  where its file system is mounted
                    attach ctl pidfile ...   conmon's socket, pipe and files
                    exec/<exec id>/          the same for an exec
+                   parts/<n>                where parts of volumes are mounted while runc starts
 ```
 
 What only a running container needs lies in the run directory, which a reboot empties and which is memory: of the 33
@@ -35,6 +36,7 @@ from skep.engine import apparmor, overlay, records, spec
 from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, ContainerConfig, ExecConfig, MountPoint
 from skep.engine.users import identity
+from skep.engine.volumes import Part
 from skep.errors import Unavailable
 from skep.linux import syscalls
 from skep.linux.name_files import hosts_file, resolver_file
@@ -86,6 +88,15 @@ class Bundles:
     def rootfs(self, id: ContainerId) -> Path:
         """Where the container's root file system is mounted."""
         return self.bundle(id) / "rootfs"
+
+    def parts(self, container: Container) -> tuple[Part, ...]:
+        """The parts of volumes that it mounts: runc finds each at a path that is no link and leads nowhere else."""
+        directory = self.bundle(container.id) / "parts"
+        return tuple(
+            Part(point.name, point.subpath, directory / str(number))
+            for number, point in enumerate(container.config.mounts)
+            if point.subpath
+        )
 
     def log(self, id: ContainerId) -> Path:
         """The file conmon writes to at present; older ones have ``.1``, ``.2``, ... behind."""
@@ -149,7 +160,7 @@ class Bundles:
         self._mount(container)
         user = identity(self.rootfs(container.id), config.user, config.groups)
         built = spec.build(
-            container,
+            self._with_parts(container),
             user,
             self._capacity,
             rootfs=str(self.rootfs(container.id)),
@@ -160,6 +171,16 @@ class Bundles:
         for warning in built.warnings:
             log.warning("limit of this node", container=container.name, warning=warning)
         return built.warnings
+
+    def _with_parts(self, container: Container) -> Container:
+        targets = iter(self.parts(container))
+        mounts = tuple(
+            msgspec.structs.replace(point, source=str(next(targets).target)) if point.subpath else point
+            for point in container.config.mounts
+        )
+        return msgspec.structs.replace(
+            container, config=msgspec.structs.replace(container.config, mounts=mounts)
+        )
 
     def prepare_exec(self, container: Container, exec_id: str, exec: ExecConfig) -> Path:
         """Directory and process specification of an exec.  Raises: InvalidArgument: unknown user."""

@@ -85,6 +85,8 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
     internal: bool = False
     anonymous: bool = False
     """A volume made for this container alone, and removed with it."""
+    subpath: str = ""
+    """What is mounted of the volume, relative to it; empty: all of it."""
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from skep.api.gosyntax import BOOLEANS
+from skep.api.gosyntax import BOOLEANS, parse_size
 from skep.engine import apparmor, health
 from skep.engine.container import ContainerConfig, LogConfig, PlainOptions, RestartPolicy
 from skep.engine.images.image import ContainerDefaults
@@ -35,8 +35,6 @@ _IGNORED_BIND_OPTIONS = frozenset({"", "rw", "z", "Z", "consistent", "cached", "
 _HOST_GATEWAY = "host-gateway"
 LOG_DRIVERS = ("json-file", "local")
 """Those that keep what a container writes; ``none`` is there everywhere."""
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKmMgGtT])?[iI]?[bB]?")
-_FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 class NodeDefaults(NamedTuple):
@@ -412,14 +410,3 @@ def log_config(driver: Driver) -> LogConfig:
         max_size_bytes=0 if max_size.startswith("-") else parse_size(max_size),
         max_files=max_files,
     )
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``10m``, ``1.5GiB``, ``4096``.  Raises: InvalidArgument.
-
-    Source: docker/go-units, size.go (RAMInBytes).
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise InvalidArgument(f"invalid size: '{text}'")
-    return int(float(match.group(1)) * _FACTORS[(match.group(2) or "").lower()])

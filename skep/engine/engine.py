@@ -30,7 +30,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.failures import retry
+from skep.aio.failures import isolate, retry
 from skep.engine import create, logs, top
 from skep.engine.attachment import Attachment, attach
 from skep.engine.container import (
@@ -45,7 +45,6 @@ from skep.engine.container import (
     Top,
     WaitCondition,
 )
-from skep.engine.events import Events
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
 from skep.engine.lifecycle import Lifecycle
@@ -123,16 +122,16 @@ class Engine:
         self._config = config
         self._store = ContainerStore(self.bundles)
         self._network_locks: defaultdict[ContainerId, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self.events = Events(clock)
         self._lifecycle = Lifecycle(
             runtime=runtime,
             network=network,
+            volumes=volumes,
             store=self._store,
-            events=self.events,
             clock=clock,
             starts_max=config.starts_max,
             report_restore=config.report_restore,
         )
+        self.events = self._lifecycle.events
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
         self._restarts = RestartMonitor(self, clock)
@@ -291,9 +290,17 @@ class Engine:
                         plain=plain,
                     )
                 )
-            await self.volumes.fill(container.config.mounts, mounts, self.bundles.rootfs(container.id))
         except SkepError:
             await self.volumes.remove_anonymous(points)
+            raise
+        try:
+            await self.volumes.fill(
+                container.id, container.config.mounts, mounts, self.bundles.rootfs(container.id)
+            )
+        except BaseException:
+            await asyncio.shield(
+                isolate(self.remove(container.id, with_volumes=True), "container not removed")
+            )
             raise
         return container
 

@@ -29,6 +29,7 @@ from skep.engine.networking import Networking, has_sandbox, sandbox_config
 from skep.engine.processes import send_signal
 from skep.engine.runtime import Runtime
 from skep.engine.state import ContainerStore
+from skep.engine.volumes import Volumes
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.model.sandbox import NetworkMode
@@ -59,8 +60,8 @@ class Lifecycle:
         *,
         runtime: Runtime,
         network: Networking,
+        volumes: Volumes,
         store: ContainerStore,
-        events: Events,
         clock: Clock,
         starts_max: int,
         report_restore: Callable[[str], None],
@@ -68,8 +69,9 @@ class Lifecycle:
         self._bundles = runtime.bundles
         self._runtime = runtime
         self._network = network
+        self._volumes = volumes
         self._store = store
-        self._events = events
+        self.events = Events(clock)
         self._clock = clock
         self._report_restore = report_restore
         self._starting = asyncio.Semaphore(starts_max)
@@ -78,8 +80,8 @@ class Lifecycle:
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
         self.waiting = WaitingClients()
-        self.execs = Execs(self._bundles, runtime, events, clock, container=store.get, spawn=self.spawn)
-        self.health = HealthMonitor(store, self.execs, events, runtime.cgroups, clock)
+        self.execs = Execs(self._bundles, runtime, self.events, clock, container=store.get, spawn=self.spawn)
+        self.health = HealthMonitor(store, self.execs, self.events, runtime.cgroups, clock)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -103,9 +105,21 @@ class Lifecycle:
         return await run_to_end(self._exclusively(container.id, self._prepare_new(container)))
 
     async def start(self, id: ContainerId) -> Container:
-        """Start its process; nothing happens when it runs.  Raises: NotFound; StartError."""
-        async with self._starting:
-            return await run_to_end(self._exclusively(id, self._start(id)))
+        """Start its process; nothing happens when it runs.  Raises: NotFound; StartError; MountFailed."""
+        container = self._store.require(id)
+        if not container.is_running:
+            # Before its turn: a mount that waits for a server takes no other container's.
+            try:
+                await self._mount(container)
+            except SkepError as error:
+                await run_to_end(self._exclusively(id, self._abandon_mounts(id, error)))
+                raise
+        try:
+            async with self._starting:
+                return await run_to_end(self._exclusively(id, self._start(id)))
+        except BaseException:
+            await asyncio.shield(self._unmount_unless_used(container))
+            raise
 
     async def retire(self, id: ContainerId) -> None:
         """Free what only a running container needs, of one that never ran.  Raises: NotFound."""
@@ -126,7 +140,7 @@ class Lifecycle:
         """Send a signal to its first process."""
         if container.process is not None:
             send_signal(container.process, number)
-        self._events.publish("kill", container, signal=str(int(number)))
+        self.events.publish("kill", container, signal=str(int(number)))
         if number == signal.SIGKILL and container.state is ContainerState.PAUSED:
             with suppress(SkepError):
                 await self._runtime.resume(container.id)  # a frozen process does not even die
@@ -164,7 +178,9 @@ class Lifecycle:
             if container.was_started or container.plain is not None:
                 await self._wait_settled(id)
                 container = await self._prepare_again(container)
+            await self._mount(container)  # again, if the end of its last run has unmounted something
             started = await self._runtime.create(container)
+            self._volumes.release_parts(self._bundles.parts(container))
             self._store.change(id, process=started.process, monitor=started.monitor)
             await self.waiting.serve(id, self._bundles.bundle(id))
             await self._runtime.start(id, started.process)
@@ -182,7 +198,7 @@ class Lifecycle:
             health=health.initial(container.config.healthcheck),
         )
         self._watch(container)
-        self._events.publish("start", container)
+        self.events.publish("start", container)
         return container
 
     async def _prepare_again(self, container: Container) -> Container:
@@ -190,10 +206,29 @@ class Lifecycle:
         await asyncio.to_thread(self._bundles.prepare, container)
         return container
 
+    async def _mount(self, container: Container) -> None:
+        """Raises: MountFailed; Unavailable."""
+        await self._volumes.mount(container.id, container.config.mounts, self._bundles.parts(container))
+
+    async def _unmount(self, container: Container) -> None:
+        await self._free(self._volumes.unmount(container.id, self._bundles.parts(container)), container.id)
+
+    async def _unmount_unless_used(self, container: Container) -> None:
+        """After a start that was cancelled before it began."""
+        lock, present = self._locks.get(container.id), self._store.lookup(container.id)
+        if not (lock is not None and lock.locked()) and not (present is not None and present.is_running):
+            await self._unmount(container)
+
+    async def _abandon_mounts(self, id: ContainerId, error: SkepError) -> None:
+        """What it mounts could not be mounted; it may have been started by another request meanwhile."""
+        if not self._store.require(id).is_running:
+            await self._abandon_start(id, error)
+
     async def _abandon_start(self, id: ContainerId, error: BaseException) -> None:
         """A start failed: free everything of it and record why."""
         await self._free_resources(self._store.require(id))
         await self._free(asyncio.to_thread(self._bundles.release, id), id)
+        await self._unmount(self._store.require(id))
         code = error.exit_code if isinstance(error, StartError) else 128
         self.waiting.fail(id, NotRunning(str(error)))
         self._store.observe(
@@ -237,10 +272,11 @@ class Lifecycle:
             finished_at=timestamp(self._clock.now_ns()),
         )
         if ended.oom_killed:
-            self._events.publish("oom", container)
-        self._events.publish("die", container, exitCode=str(ended.exit_code))
+            self.events.publish("oom", container)
+        self.events.publish("die", container, exitCode=str(ended.exit_code))
         await self._free(self._runtime.clear(id), id)
         await self._free(asyncio.to_thread(self._bundles.release, id), id)
+        await self._unmount(container)
 
     async def _retire(self, id: ContainerId) -> None:
         container = self._store.require(id)
@@ -264,7 +300,7 @@ class Lifecycle:
         await self._wait_settled(container.id)
         await self._discard(container.id)
         self.waiting.fail(container.id, NotRunning(f"Container {container.id} was removed"))
-        self._events.publish("destroy", container)
+        self.events.publish("destroy", container)
 
     async def _discard(self, id: ContainerId) -> None:
         """Free everything.  Raises: Unavailable: something is left; the record stays until that has gone."""
@@ -347,6 +383,8 @@ class Lifecycle:
                 on_error=partial(self._show, container.id),
                 container=container.id,
             )
+        unmounting = retry(self._volumes.unmount_unused, "volumes not unmounted", clock=self._clock)
+        self.spawn(unmounting, name="unused-volumes")
 
     async def _persist_restoring(self, work: Callable[[], Awaitable[T]], event: str) -> T:
         """The result of ``work``, which is retried; meanwhile the reason is reported."""
@@ -375,6 +413,7 @@ class Lifecycle:
                 self._persist(lambda: self._exclusively(id, self._discard(id)), id), name=f"remove-{id[:12]}"
             )
         elif container.is_running:
+            self._volumes.adopt(container.id, container.config.mounts)
             self._watch(container)  # settles at once what ended meanwhile
         elif not container.was_started and not container.is_retired:
             await self._adopt_created(container, has_network=has_network)
@@ -384,6 +423,7 @@ class Lifecycle:
         id = container.id
         if container.process is not None and await self._runtime.status(id) in ("running", "stopped"):
             started_at = timestamp(self._clock.now_ns())
+            self._volumes.adopt(id, container.config.mounts)
             container = self._store.observe(id, state=ContainerState.RUNNING, started_at=started_at)
             self._watch(container)
             return

@@ -4,33 +4,72 @@ import asyncio
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 
-from skep.aio.failures import describe_error, log_error
+from skep.aio.failures import describe_error, isolate, log_error
 from skep.aio.trees import remove_tree
+from skep.api.gosyntax import parse_size
 from skep.engine.container import MountPoint
-from skep.errors import InvalidArgument, Unavailable
+from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.linux import mounting
 from skep.linux.commands import communicate
 from skep.linux.files import replace_file
-from skep.linux.syscalls import open_in_root
-from skep.model.container import BindOptions, Mount, TmpfsOptions
+from skep.linux.syscalls import open_in_root, unmount
+from skep.model.container import BindOptions, Mount, TmpfsOptions, VolumeOptions
+from skep.model.meta import Driver
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 _COPY_DEADLINE_S = 600.0
-_LABELS = "labels.json"
+_MOUNT_DEADLINE_S = 120.0
+"""For all mounts of one container.  The kernel's own limits for NFS are longer, and some waits have none."""
+_KILL_DEADLINE_S = 1.0
+"""For the end of a process that was killed: in the kernel it may wait for longer, and is left alone."""
+_LABELS, _OPTIONS = "labels.json", "options.json"
 _NAMELESS = re.compile(r"[0-9a-f]{64}")
 ANONYMOUS = "com.docker.volume.anonymous"
 """Docker's label of a volume without a name."""
 
 
-class Volumes:
-    """The volumes of one node, each at ``<data>/volumes/<name>/_data``, with its labels beside in ``labels.json``."""
+class MountFailed(SkepError):
+    """A volume or a part of it could not be mounted; the text has the kernel's reason."""
 
-    def __init__(self, directory: Path) -> None:
+
+class Part(NamedTuple):
+    """A part of a volume that a container mounts, and the path at which the node has it while runc starts."""
+
+    volume: str
+    subpath: str
+    target: Path
+
+
+class Volumes:
+    """The volumes of one node, each at ``<data>/volumes/<name>/_data``; labels and options beside, as JSON.
+
+    A volume with options (NFS, for example) is mounted there from its first user's start to its last one's end.
+    Users are containers, by id.  Nothing here looks into a volume that is mounted: its server may be silent.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        mount_deadline_s: float = _MOUNT_DEADLINE_S,
+        command: Sequence[str] = (sys.executable, "-I", "-m", mounting.__name__),
+    ) -> None:
+        """``command``: mounts and unmounts, by a request on its input."""
         self._directory = directory
+        self._deadline_s = mount_deadline_s
+        self._command = command
+        self._users: defaultdict[str, set[str]] = defaultdict(set)
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def path(self, name: str) -> Path:
         """Where a volume's files are.  Raises: InvalidArgument, with Docker's words: no name for a volume."""
@@ -49,24 +88,52 @@ class Volumes:
     def names(self) -> list[str]:
         """All volumes of the node, sorted."""
         try:
-            return sorted(entry.name for entry in self._directory.iterdir() if (entry / "_data").is_dir())
+            return sorted(entry.name for entry in self._directory.iterdir() if self.has(entry.name))
         except FileNotFoundError:
             return []  # none was made yet
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a volume.  What may be mounted on it is not asked."""
+        try:
+            return "_data" in os.listdir(self._directory / name)
+        except OSError:
+            return False
 
     def created_ns(self, name: str) -> int:
         """When the volume was made, Unix time."""
         return self.path(name).parent.stat().st_mtime_ns
 
-    def ensure(self, name: str, labels: Mapping[str, str] | None = None) -> Path:
-        """The volume's directory, made if there is none, with ``labels`` then; one that is there keeps its own."""
+    def ensure(
+        self, name: str, labels: Mapping[str, str] | None = None, options: Mapping[str, str] | None = None
+    ) -> Path:
+        """The volume's directory, made if there is none, with ``labels`` and ``options`` then; one that is there
+        keeps its own.
+        """
         path = self.path(name)
-        if path.is_dir():
+        if self.has(name):
             return path
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if labels is not None:  # before the directory, with which the volume is there
+        # Before the directory, with which the volume is there.
+        if labels is not None:
             replace_file(path.parent / _LABELS, msgspec.json.encode(labels))
+        if options:  # a password may be among them
+            replace_file(path.parent / _OPTIONS, msgspec.json.encode(options), mode=0o600)
         path.mkdir(mode=0o755, exist_ok=True)
         return path
+
+    def options(self, name: str) -> Mapping[str, str]:
+        """The driver options it was made with.  Raises: Unavailable: they cannot be read."""
+        try:
+            content = (self.path(name).parent / _OPTIONS).read_bytes()
+            return msgspec.json.decode(content, type=dict[str, str])
+        except FileNotFoundError:
+            return {}
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Unavailable(f"options of volume {name} cannot be read: {describe_error(error)}") from error
+
+    def has_options(self, name: str) -> bool:
+        """Whether it was made with driver options: what it mounts may not be on this node."""
+        return (self.path(name).parent / _OPTIONS).exists()
 
     def labels(self, name: str) -> Mapping[str, str] | None:
         """The labels it was made with; None: it was made by a container without labels, or they cannot be read."""
@@ -79,11 +146,139 @@ class Volumes:
             return None
 
     async def remove(self, name: str) -> None:
-        """Remove a volume with everything in it.  Raises: Unavailable: something of it is left."""
+        """Remove a volume with everything in it, but not what is on the device that it mounts.
+
+        Raises: Unavailable: something of it is left.
+        """
         try:
+            if self.options(name):
+                await self._unmount_unused(name)
             await remove_tree(self.path(name).parent)
         except OSError as error:
             raise Unavailable(f"cannot remove volume {name}: {describe_error(error)}") from error
+
+    # --- volumes with options, and parts of volumes ---------------------------------------------------------------
+
+    async def mount(self, user: str, points: Iterable[MountPoint], parts: Sequence[Part] = ()) -> None:
+        """Mount what ``user`` needs to start: its volumes with options, and ``parts``.  Harmless when it is mounted.
+
+        Raises: MountFailed, in Docker's words, with the kernel's reason: nothing is mounted for the user; Unavailable.
+        """
+        needed = [
+            point
+            for point in points
+            if point.type == "volume" and point.name and _is_mounted(self.options(point.name))
+        ]
+        if not needed and not parts:
+            return
+        what = (
+            f"volume '{needed[0].source}'"
+            if needed
+            else f"part {parts[0].subpath} of volume {parts[0].volume}"
+        )
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                for point in needed:
+                    what = f"volume '{point.source}'"
+                    await self._mount(user, point)
+                for part in parts:
+                    await self._bind(part)
+        except BaseException as error:
+            await asyncio.shield(isolate(self.unmount(user, parts), "volumes not unmounted", user=user))
+            if isinstance(error, TimeoutError):
+                raise MountFailed(
+                    f"error while mounting {what}: it takes longer than {self._deadline_s:g} s"
+                ) from error
+            raise
+
+    async def _mount(self, user: str, point: MountPoint) -> None:
+        async with self._locks[point.name]:
+            users = self._users[point.name]
+            is_mounted = _is_target(Path(point.source))
+            if is_mounted and not users:  # by a process that was killed, perhaps half
+                await self._run({"unmount": point.source})
+                is_mounted = False
+            if not is_mounted:
+                try:
+                    await self._run({"mount": point.source, "options": dict(self.options(point.name))})
+                except MountFailed as error:
+                    raise MountFailed(f"error while mounting volume '{point.source}': {error}") from error
+            users.add(user)
+
+    async def _bind(self, part: Part) -> None:
+        if not _is_target(part.target):
+            root = str(self.path(part.volume))
+            await self._run({"bind": str(part.target), "root": root, "part": part.subpath})
+
+    def adopt(self, user: str, points: Iterable[MountPoint]) -> None:
+        """Note a user that an earlier process has started."""
+        for point in points:
+            if point.type == "volume" and point.name:
+                self._users[point.name].add(user)
+
+    async def unmount(self, user: str, parts: Iterable[Part] = ()) -> None:
+        """The user has ended: unmount ``parts``, and volumes that it was the last one of.
+
+        Raises: Unavailable: something is mounted still; the next user of the volume unmounts it first.
+        """
+        self.release_parts(parts)
+        left = [name for name, users in self._users.items() if user in users]
+        for name in left:
+            self._users[name].discard(user)
+        for name in left:
+            await self._unmount_unused(name)
+
+    async def unmount_unused(self) -> None:
+        """Unmount volumes whose users have ended while no node process ran.  Raises: Unavailable."""
+        for name in self.names():
+            if _is_target(self.path(name)):
+                await self._unmount_unused(name)
+
+    async def _unmount_unused(self, name: str) -> None:
+        """Raises: Unavailable."""
+        async with self._locks[name]:
+            if self._users[name]:
+                return
+            if _is_target(self.path(name)):
+                try:
+                    async with asyncio.timeout(self._deadline_s):
+                        await self._run({"unmount": str(self.path(name))})
+                except (MountFailed, TimeoutError) as error:
+                    raise Unavailable(f"cannot unmount volume {name}: {describe_error(error)}") from error
+        self._users.pop(name, None)
+
+    @staticmethod
+    def release_parts(parts: Iterable[Part]) -> None:
+        """Unmount parts that a container has mounted itself meanwhile, or does not any more."""
+        for part in parts:
+            if _is_target(part.target):
+                with suppress(OSError):  # taken off meanwhile, or with the container's directory later
+                    unmount(part.target)
+
+    async def _run(self, request: Mapping[str, Any]) -> None:
+        """Mount or unmount in a process of its own; one that does not end in time is killed, and not waited for.
+
+        Raises: MountFailed: the reason.
+        """
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            cwd="/",
+            env={"LANG": "C.UTF-8"},
+        )
+        try:
+            _, errors = await process.communicate(msgspec.json.encode(request))
+        except BaseException:
+            process.kill()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_KILL_DEADLINE_S):
+                    await process.wait()
+            raise
+        if process.returncode:
+            reason = errors.decode(errors="replace").strip().splitlines()
+            raise MountFailed(reason[-1] if reason else f"mounting ended with {process.returncode}")
 
     # --- mounts of containers -----------------------------------------------------------------------------------
 
@@ -111,33 +306,54 @@ class Volumes:
                     os.makedirs(mount.source)
                 return mount_point(mount, mount.source, "")
             case "volume" | "":
-                driver = mount.volume_options.driver_config if mount.volume_options else None
-                if driver is not None and driver.name not in ("", "local"):
-                    raise InvalidArgument(
-                        f'error looking up volume plugin {driver.name}: plugin "{driver.name}" not found'
-                    )
-                name = mount.source or self.new_name()
-                check_local_options(name, driver.options if driver is not None else {})
-                if mount.volume_options and mount.volume_options.subpath:
-                    raise InvalidArgument(
-                        f"volume {name}: mounts of a subpath are not supported by this node"
-                    )
-                labels = mount.volume_options.labels if mount.volume_options and mount.source else None
-                path = self.ensure(name, labels or None)
-                point = mount_point(mount, str(path), name)
-                return msgspec.structs.replace(point, anonymous=not mount.source)
+                return self._volume_point(mount)
             case _:
                 return mount_point(mount, mount.source, "")
 
-    async def fill(self, points: Iterable[MountPoint], mounts: Iterable[Mount], root: Path) -> None:
+    def _volume_point(self, mount: Mount) -> MountPoint:
+        """Raises: InvalidArgument."""
+        given = mount.volume_options or VolumeOptions()
+        driver = given.driver_config or Driver()
+        if driver.name not in ("", "local"):
+            raise InvalidArgument(
+                f'error looking up volume plugin {driver.name}: plugin "{driver.name}" not found'
+            )
+        if given.subpath:
+            check_subpath(mount.source, given.subpath)
+        name = mount.source or self.new_name()
+        check_local_options(name, driver.options)
+        if driver.options and self.has(name) and self.options(name) != driver.options:
+            raise InvalidArgument(f"volume {name} exists with other options than those of the mount")
+        path = self.ensure(name, (given.labels if mount.source else None) or None, driver.options)
+        point = mount_point(mount, str(path), name)
+        return msgspec.structs.replace(point, anonymous=not mount.source, subpath=given.subpath)
+
+    async def fill(
+        self, user: str, points: Sequence[MountPoint], mounts: Iterable[Mount], root: Path
+    ) -> None:
         """Copy what the image has at their targets into new volumes, unless the mount has ``nocopy``.
 
-        ``root``: the container's root file system.  Raises: Unavailable.
+        ``root``: the root file system of the container, ``user``.  Raises: Unavailable; MountFailed.
         """
         unfilled = {mount.target for mount in mounts if mount.volume_options and mount.volume_options.no_copy}
         for point in points:
-            if point.type == "volume" and point.destination not in unfilled:
+            if point.type != "volume" or point.destination in unfilled or point.subpath:
+                continue
+            is_mounted = _is_mounted(self.options(point.name))
+            if not is_mounted:
                 await copy_up(root, point.destination, self.path(point.name))
+            elif _has_directory(root, point.destination):
+                await self._fill_mounted(f"{user} fills {point.name}", point, root)
+
+    async def _fill_mounted(self, user: str, point: MountPoint, root: Path) -> None:
+        try:
+            await self.mount(user, [point])
+        except MountFailed as error:
+            raise MountFailed(f"failed to populate volume: {error}") from error
+        try:
+            await copy_up(root, point.destination, self.path(point.name), is_mounted=True)
+        finally:
+            await asyncio.shield(isolate(self.unmount(user), "volume not unmounted", volume=point.name))
 
     async def remove_anonymous(self, points: Iterable[MountPoint]) -> None:
         """Remove the volumes that were made for one container alone.  Raises: Unavailable."""
@@ -151,27 +367,90 @@ class Volumes:
         return secrets.token_hex(32)
 
 
-_LOCAL_OPTIONS = frozenset({"type", "o", "device", "size"})
+_NEEDED: Final = {"device": ("type",), "type": ("device",), "o": ("device", "type")}
+"""Options of a volume, and the others that each needs."""
 
 
-def check_local_options(name: str, options: Iterable[str]) -> None:
-    """Options of a volume of the driver ``local``.  Raises: InvalidArgument: any, by its name."""
+def _is_mounted(options: Mapping[str, str]) -> bool:
+    return bool(options.get("device") or options.get("type"))
+
+
+def _is_target(path: Path) -> bool:
+    """Whether something is mounted at ``path``, whose parent is a directory of this node."""
+    return os.path.join(os.path.realpath(path.parent), path.name) in mounting.mount_targets()
+
+
+def check_local_options(name: str, options: Mapping[str, str]) -> None:
+    """Options of a volume of the driver ``local``.  Raises: InvalidArgument, in Docker's words.
+
+    Source: moby 28, volume/local/local_unix.go (validateOpts).
+    """
     for option in options:
-        if option not in _LOCAL_OPTIONS:
+        if option not in (*_NEEDED, "size"):
             raise InvalidArgument(f'create {name}: invalid option: "{option}"')
+    if options.get("type") == "cifs":
+        try:
+            port = urlsplit(options.get("device", "")).port
+        except ValueError as error:
+            raise InvalidArgument(f"create {name}: error parsing mount device url: {error}") from error
+        if port is not None:
+            raise InvalidArgument(
+                f"create {name}: port not allowed in CIFS device URL, include 'port' in 'o='"
+            )
+    if "size" in options and _size(name, options["size"]) > 0:
+        raise InvalidArgument(f"create {name}: quota size requested but no quota support")
+    for option, others in _NEEDED.items():
+        for other in others if option in options else ():
+            if other not in options:
+                raise InvalidArgument(f'create {name}: missing required option: "{other}"')
+
+
+def _size(name: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"create {name}: {error}") from error
+
+
+def check_subpath(volume: str, subpath: str) -> None:
+    """A part of a volume.  Raises: InvalidArgument, in Docker's words.
+
+    Source: moby 28, volume/mounts/linux_parser.go.
+    """
+    if not volume:
         raise InvalidArgument(
-            f'create {name}: option "{option}" of the driver "local" is not supported: mount it on the machine,'
-            " and into containers as a bind mount"
+            'invalid mount config for type "volume": must not set Subpath when using anonymous volumes'
         )
+    depth = 0
+    for word in PurePosixPath(subpath).parts:
+        depth += -1 if word == ".." else 1
+        if depth < 0 or word == "/" or "\0" in word:
+            raise InvalidArgument(
+                'invalid mount config for type "volume": subpath must be a relative path within the volume'
+            )
 
 
-async def copy_up(root: Path, destination: str, volume: Path) -> None:
+_COPY_INTO_EMPTY = '[ -n "$(ls -A -- "$1")" ] || exec cp -a -- "$0" "$1"'
+
+
+def _has_directory(root: Path, path: str) -> bool:
+    try:
+        os.close(open_in_root(root, path, os.O_PATH | os.O_DIRECTORY))
+    except OSError:
+        return False
+    return True
+
+
+async def copy_up(root: Path, destination: str, volume: Path, *, is_mounted: bool = False) -> None:
     """Fill an empty volume with what the image has at its mount point, owner and mode of the directory
     included.
 
+    Args:
+        is_mounted: the volume is no directory of this node, and a process looks whether it is empty.
+
     Raises: Unavailable: the copy failed.
     """
-    if any(volume.iterdir()):
+    if not is_mounted and any(volume.iterdir()):
         return
     try:
         source = open_in_root(root, destination, os.O_RDONLY | os.O_DIRECTORY)
@@ -179,7 +458,7 @@ async def copy_up(root: Path, destination: str, volume: Path) -> None:
         return  # the image has nothing there
     try:
         process = await asyncio.create_subprocess_exec(
-            *("cp", "-a", f"/proc/self/fd/{source}/.", str(volume)),
+            *("sh", "-c", _COPY_INTO_EMPTY, f"/proc/self/fd/{source}/.", str(volume)),
             pass_fds=(source,),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,

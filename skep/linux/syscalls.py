@@ -30,7 +30,9 @@ _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _AT_FDCWD = -100
-_RESOLVE_IN_ROOT = 0x10
+_RESOLVE_IN_ROOT, _RESOLVE_BENEATH, _RESOLVE_NO_MAGICLINKS = 0x10, 0x08, 0x02
+_TRIES_MAX = 100
+"""Of an openat2(2) that a rename in the tree makes uncertain."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -101,6 +103,26 @@ def open_in_root(root: Path, path: str, flags: int = os.O_RDONLY) -> int:
     try:
         how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=0, resolve=_RESOLVE_IN_ROOT)
         return _syscall(_OPENAT2, directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    finally:
+        os.close(directory)
+
+
+def open_beneath(root: Path, path: str, flags: int = os.O_PATH) -> int:
+    """Open ``path`` below ``root``; symbolic links are followed as long as none leads out.
+
+    Raises: OSError: EXDEV: one does (an absolute one always), or the path itself.
+    """
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    resolve = _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS
+    try:
+        how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=0, resolve=resolve)
+        for left in reversed(range(_TRIES_MAX)):
+            try:
+                return _syscall(_OPENAT2, directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+            except BlockingIOError:  # something was renamed meanwhile, so the kernel cannot say
+                if not left:
+                    raise
+        raise AssertionError("the last try returns or raises")
     finally:
         os.close(directory)
 

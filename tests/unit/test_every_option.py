@@ -88,7 +88,10 @@ CONTAINER: dict[str, tuple[Any, dict[str, Any]]] = {
     "Mounts.0.VolumeOptions.NoCopy": (True, {"Mounts": [VOLUME]}),
     "Mounts.0.VolumeOptions.Labels": ({"a": "b"}, {"Mounts": [VOLUME]}),
     "Mounts.0.VolumeOptions.DriverConfig.Name": ("nfs", {"Mounts": [VOLUME]}),
-    "Mounts.0.VolumeOptions.DriverConfig.Options": ({"type": "nfs"}, {"Mounts": [VOLUME]}),
+    "Mounts.0.VolumeOptions.DriverConfig.Options": (
+        {"type": "nfs", "device": ":/x"},
+        {"Mounts": [VOLUME]},
+    ),
     "Mounts.0.VolumeOptions.Subpath": ("sub", {"Mounts": [VOLUME]}),
     "Mounts.0.ImageOptions.Subpath": ("sub", {"Mounts": [{"Type": "image", "Source": "i", "Target": "/t"}]}),
     "Mounts.0.TmpfsOptions.SizeBytes": (1024, {"Mounts": [TMPFS]}),
@@ -298,8 +301,6 @@ REFUSED = {
     "Privileges.CredentialSpec.Registry": "credentialspec=registry://x",
     **{f"Privileges.SELinuxContext.{one}": "no SELinux labels" for one in ("User", "Role", "Type", "Level")},
     "Mounts.0.VolumeOptions.DriverConfig.Name": 'plugin "nfs" not found',
-    "Mounts.0.VolumeOptions.DriverConfig.Options": 'option "type" of the driver "local" is not supported',
-    "Mounts.0.VolumeOptions.Subpath": "mounts of a subpath are not supported",
     "Mounts.0.ImageOptions.Subpath": "invalid MountType: 'image'",
     "Isolation": "invalid isolation 'hyperv' on linux",
 }
@@ -382,7 +383,11 @@ def of_request(request: CreateRequest, task: TaskOptions | None, directory: Path
     config = msgspec.structs.replace(config, mounts=(*points, *config.mounts))
     container = Container(id=ContainerId("c"), name="c", image=request.image, image_id="i", config=config)
     built = build(container, Identity(), CAPACITY, rootfs="/r", cgroup="/c", files=())
-    named = {point.name: volumes.labels(point.name) for point in points if point.name}
+    named = {
+        point.name: (volumes.labels(point.name), volumes.options(point.name))
+        for point in points
+        if point.name
+    }
     unfilled = [mount.target for mount in mounts if mount.volume_options and mount.volume_options.no_copy]
     shown = create.labels(request, image, task), request.image, unfilled, named
     return plain, shown, config, built

@@ -74,6 +74,8 @@ async def _volume_lines(engine: Engine) -> list[Any]:
     users = volume_routes.users_by_volume(engine.list())
     lines = []
     for name in engine.volumes.names():
+        if engine.volumes.has_options(name):
+            continue  # as in Docker: what it mounts is not on this node
         size = await asyncio.to_thread(tree_bytes, str(engine.volumes.path(name)))
         usage = {"RefCount": len(users.get(name, ())), "Size": size}
         lines.append({**volume_routes.shown_volume(engine.volumes, name), "UsageData": usage})

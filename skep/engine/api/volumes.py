@@ -11,6 +11,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from skep.aio.failures import log_error
 from skep.api.server import Filters, api_version, flag, json_answer, read_json
 from skep.api.tables import Table
 from skep.api.versions import ApiVersion
@@ -62,19 +63,25 @@ async def create_volume(served: Served, request: web.Request) -> web.StreamRespo
     body = await read_json(request, VolumeRequest)
     name = body.name or served.volumes.new_name()
     _check(body, name)
-    served.volumes.ensure(name, body.labels if body.name else {**body.labels, ANONYMOUS: ""})
+    labels = body.labels if body.name else {**body.labels, ANONYMOUS: ""}
+    served.volumes.ensure(name, labels, body.driver_opts)
     return json_answer(shown_volume(served.volumes, name), status=201)
 
 
 @_table.post("/volumes/prune")
 async def prune_volumes(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker volume prune``: without ``all``, those without a name only (since API 1.42)."""
+    """``docker volume prune``: without ``all``, those without a name only (since API 1.42).
+
+    Never those with options, as in Docker: what they mount is not on this node.
+    """
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "all")
     named_too = api_version(request) < _NAMED_ARE_KEPT or _is_true(filters, "all")
     removed, reclaimed = [], 0
     for name in served.volumes.names():
         labels = served.volumes.labels(name) or {}
+        if served.volumes.has_options(name):
+            continue
         if not has_prunable_labels(labels, filters) or not (named_too or ANONYMOUS in labels):
             continue
         size = await asyncio.to_thread(tree_bytes, str(served.volumes.path(name)))
@@ -140,9 +147,18 @@ def shown_volume(volumes: Volumes, name: str) -> dict[str, Any]:
         "Labels": volumes.labels(name),
         "Mountpoint": str(volumes.path(name)),
         "Name": name,
-        "Options": None,
+        "Options": _options(volumes, name),
         "Scope": "local",
     }
+
+
+def _options(volumes: Volumes, name: str) -> Mapping[str, str] | None:
+    """As it is shown: one volume's error does not reach the others of a list."""
+    try:
+        return volumes.options(name) or None
+    except SkepError as error:
+        log_error(error, "options of a volume not shown", volume=name)
+        return None
 
 
 _SECOND_NS = 1_000_000_000

@@ -372,13 +372,26 @@ async def test_a_read_only_mount_is_read_only_below_unless_the_task_asks_for_les
         kept.unlink(missing_ok=True)
 
 
-async def test_options_of_volumes_that_are_not_supported_reject_the_task(executor: OciExecutor) -> None:
-    nfs = VolumeOptions(driver_config=Driver(name="local", options={"type": "nfs", "device": ":/x"}))
-    for options, said in (
-        (nfs, 'option "type" of the driver "local"'),
-        (VolumeOptions(subpath="a"), "subpath"),
+async def test_invalid_volume_options_reject_the_task(executor: OciExecutor) -> None:
+    nfs = {"type": "nfs", "device": ":/x"}
+    executor.engine.volumes.ensure("made", None, nfs)
+    for source, options, said in (
+        ("other", {**nfs, "bogus": "1"}, 'create other: invalid option: "bogus"'),
+        ("other", {"device": ":/x"}, 'create other: missing required option: "type"'),
+        ("other", {"size": "1g"}, "create other: quota size requested but no quota support"),
+        (
+            "made",
+            {**nfs, "o": "addr=10.0.0.1"},
+            "volume made exists with other options than those of the mount",
+        ),
     ):
-        mount = Mount(type="volume", source="other", target="/data", volume_options=options)
+        given = VolumeOptions(driver_config=Driver(name="local", options=options))
+        mount = Mount(type="volume", source=source, target="/data", volume_options=given)
         with pytest.raises(Rejected, match=said):
             await executor.controller(a_task("true", mounts=(mount,))).prepare()
-    assert executor.engine.volumes.names() == []
+    outside = Mount(
+        type="volume", source="other", target="/data", volume_options=VolumeOptions(subpath="../made")
+    )
+    with pytest.raises(Rejected, match="subpath must be a relative path within the volume"):
+        await executor.controller(a_task("true", mounts=(outside,))).prepare()
+    assert executor.engine.volumes.names() == ["made"]

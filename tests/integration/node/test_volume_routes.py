@@ -108,7 +108,7 @@ async def test_a_volume_is_made_with_its_labels_and_another_time_is_what_it_is(
         (
             {"DriverOpts": {"device": "/dev/x"}},
             400,
-            'create v1: option "device" of the driver "local" is not',
+            'create v1: missing required option: "type"',
         ),
         ({"ClusterVolumeSpec": {}}, 400, "create v1: cluster volumes (CSI) are not supported"),
         ({"Name": "v"}, 400, "create v: volume name is too short"),
@@ -146,6 +146,32 @@ async def test_unused_volumes_are_pruned_as_the_filters_and_the_version_say(
     assert report == {"VolumesDeleted": pruned, "SpaceReclaimed": 5 if NAMELESS in pruned else 0}
     assert "used" in volumes.names()
     assert not set(pruned) & set(volumes.names())
+
+
+async def test_a_volume_with_options_shows_them_and_is_never_pruned(api: Api, volumes: Volumes) -> None:
+    options = {"type": "nfs", "device": ":/export", "o": "addr=10.0.0.1"}
+    made = await api.post("/volumes/create", json={"Name": "far", "DriverOpts": options})
+    assert (made.status, (await made.json())["Options"]) == (201, options)
+    again = await api.post("/volumes/create", json={"Name": "far", "DriverOpts": {}})
+    assert (await again.json())["Options"] == options
+    assert (await (await api.get("/volumes/free")).json())["Options"] is None
+    report = await (await api.post('/v1.42/volumes/prune?filters={"all":["1"]}')).json()
+    assert report["VolumesDeleted"] == ["free"]
+    assert (await api.delete("/volumes/far")).status == 204
+    assert volumes.names() == ["used"]
+
+
+async def test_options_that_cannot_be_read_leave_the_other_volumes_in_the_list(
+    api: Api, volumes: Volumes
+) -> None:
+    volumes.ensure("broken", None, {"type": "nfs", "device": ":/x"})
+    (volumes.path("broken").parent / "options.json").write_text("{")
+    listed = await (await api.get("/volumes")).json()
+    assert [(one["Name"], one["Options"]) for one in listed["Volumes"]] == [
+        ("broken", None),
+        ("free", None),
+        ("used", None),
+    ]
 
 
 async def test_pruning_refuses_filters_that_it_does_not_know(api: Api, volumes: Volumes) -> None:

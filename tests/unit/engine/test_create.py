@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.api.gosyntax import parse_size
 from skep.engine.container import ContainerConfig, RestartPolicy
 from skep.engine.create import (
     NodeDefaults,
@@ -16,7 +17,6 @@ from skep.engine.create import (
     labels,
     log_config,
     mounts,
-    parse_size,
     plain_options,
 )
 from skep.engine.images.image import ContainerDefaults

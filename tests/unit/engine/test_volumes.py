@@ -1,9 +1,15 @@
 """Mounts of containers, and the volumes made for them."""
 
+import socket
 from pathlib import Path
 
-from skep.engine.volumes import Volumes, mount_point
+import pytest
+
+from skep.engine.volumes import Volumes, check_local_options, check_subpath, mount_point
+from skep.errors import InvalidArgument
+from skep.linux import mounting, syscalls
 from skep.model.container import Mount, TmpfsOptions, VolumeOptions
+from skep.model.meta import Driver
 
 
 def test_a_volume_is_made_with_the_labels_of_its_mount(tmp_path: Path) -> None:
@@ -16,3 +22,76 @@ def test_a_volume_is_made_with_the_labels_of_its_mount(tmp_path: Path) -> None:
 def test_tmpfs_options_replace_their_opposites() -> None:
     mount = Mount(type="tmpfs", target="/t", tmpfs_options=TmpfsOptions(options=(("exec",), ("uid", "7"))))
     assert mount_point(mount, "", "").options == ("nosuid", "nodev", "rprivate", "exec", "uid=7")
+
+
+def with_options(**options: str) -> Mount:
+    given = VolumeOptions(driver_config=Driver(name="local", options=options))
+    return Mount(type="volume", source="data", target="/v", volume_options=given)
+
+
+def test_a_mount_with_other_options_than_its_volume_has_is_refused(tmp_path: Path) -> None:
+    volumes = Volumes(tmp_path)
+    mount = with_options(type="nfs", device=":/a", o="addr=10.0.0.1,password=x")
+    volumes.mount_points([mount], ())
+    assert volumes.options("data") == {"type": "nfs", "device": ":/a", "o": "addr=10.0.0.1,password=x"}
+    assert (tmp_path / "data" / "options.json").stat().st_mode & 0o077 == 0, "there may be a password in it"
+    volumes.mount_points([mount, Mount(type="volume", source="data", target="/v")], ())
+    with pytest.raises(InvalidArgument, match="volume data exists with other options"):
+        volumes.mount_points([with_options(type="nfs", device=":/b", o="addr=10.0.0.1")], ())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"bogus": "1"}, 'invalid option: "bogus"'),
+        ({"type": "nfs"}, 'missing required option: "device"'),
+        ({"o": "ro", "device": "/x"}, 'missing required option: "type"'),
+        ({"size": "1g"}, "quota size requested but no quota support"),
+        ({"size": "much"}, "invalid size: 'much'"),
+        ({"type": "cifs", "device": "//server:44/share"}, "port not allowed in CIFS device URL"),
+        ({"type": "cifs", "device": "//server:x/share"}, "error parsing mount device url"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_by_name(options: dict[str, str], text: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        check_local_options("v1", options)
+    assert str(refused.value).startswith(f"create v1: {text}")
+
+
+@pytest.mark.parametrize("part", ["../x", "a/../../x", "/x", "a/../..", "a\0b"])
+def test_a_part_that_is_not_within_its_volume_is_refused(part: str) -> None:
+    with pytest.raises(InvalidArgument, match="subpath must be a relative path within the volume"):
+        check_subpath("data", part)
+    check_subpath("data", "a/../b")
+    with pytest.raises(InvalidArgument, match="must not set Subpath when using anonymous volumes"):
+        check_subpath("", "a")
+
+
+def test_mount_options_are_flags_or_data_of_the_file_system() -> None:
+    flags, data = mounting.parse_options("rw,bind,noexec,exec,ro,addr=1.2.3.4,,vers=4.2")
+    assert flags == syscalls.MS_BIND | syscalls.MS_RDONLY
+    assert data == "addr=1.2.3.4,vers=4.2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "options", "resolved"),
+    [
+        ("nfs", ":/x", "addr=localhost,ro", (":/x", "addr=127.0.0.1,ro")),
+        ("nfs", ":/x", "addr=10.0.0.1", (":/x", "addr=10.0.0.1")),
+        ("cifs", "//localhost/share", "ro", ("//127.0.0.1/share", "ro")),
+        ("cifs", "//10.0.0.1/share", "", ("//10.0.0.1/share", "")),
+    ],
+)
+def test_the_kernel_gets_an_address_for_a_servers_name(
+    kind: str, device: str, options: str, resolved: tuple[str, str]
+) -> None:
+    assert mounting.resolved(kind, device, options) == resolved
+
+
+def test_a_servers_name_without_an_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.raises(mounting.MountFailed, match=r"lookup nosuch\.example: no such host"):
+        mounting.resolved("nfs", ":/x", "addr=nosuch.example")

@@ -1,0 +1,217 @@
+"""One mount or unmount by a process of its own: ``python -m skep.linux.mounting``, with a request as JSON on its input.
+
+A file system may wait for its server for ever, in mount(2) as in every look at a path of it.  A thread that waits in
+the kernel cannot be ended, a process can.  It ends with 0, or with 1 and the reason on its standard error.
+
+Source: moby/sys, mount/mount_unix.go, mount/flags_linux.go; moby 28, volume/local/local_unix.go (getMountOptions),
+internal/safepath/join_linux.go.
+"""
+
+import ctypes
+import ipaddress
+import json
+import os
+import re
+import socket
+import stat
+import sys
+import urllib.parse
+from pathlib import Path
+
+from skep.linux import syscalls
+
+_PRIVATE, _SLAVE, _SHARED, _UNBINDABLE = 1 << 18, 1 << 19, 1 << 20, 1 << 17
+_PROPAGATION = _PRIVATE | _SLAVE | _SHARED | _UNBINDABLE
+_REMOUNT = 32
+_SET = {
+    "ro": syscalls.MS_RDONLY,
+    "nosuid": syscalls.MS_NOSUID,
+    "nodev": syscalls.MS_NODEV,
+    "noexec": syscalls.MS_NOEXEC,
+    "sync": 16,
+    "remount": _REMOUNT,
+    "mand": 64,
+    "dirsync": 128,
+    "noatime": 1 << 10,
+    "nodiratime": 1 << 11,
+    "bind": syscalls.MS_BIND,
+    "rbind": syscalls.MS_BIND | syscalls.MS_REC,
+    "unbindable": _UNBINDABLE,
+    "runbindable": _UNBINDABLE | syscalls.MS_REC,
+    "private": _PRIVATE,
+    "rprivate": _PRIVATE | syscalls.MS_REC,
+    "slave": _SLAVE,
+    "rslave": _SLAVE | syscalls.MS_REC,
+    "shared": _SHARED,
+    "rshared": _SHARED | syscalls.MS_REC,
+    "relatime": 1 << 21,
+    "strictatime": 1 << 24,
+}
+_CLEARED = {
+    "defaults": 0,
+    "rw": syscalls.MS_RDONLY,
+    "suid": syscalls.MS_NOSUID,
+    "dev": syscalls.MS_NODEV,
+    "exec": syscalls.MS_NOEXEC,
+    "async": 16,
+    "nomand": 64,
+    "atime": 1 << 10,
+    "diratime": 1 << 11,
+    "norelatime": 1 << 21,
+    "nostrictatime": 1 << 24,
+}
+_DEATH_SIGNAL, _SIGKILL = 1, 9
+
+
+def main() -> int:
+    """Do what the request says."""
+    request = json.load(sys.stdin)
+    # The node process may be killed meanwhile: nothing is mounted afterwards that nobody counts.
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, _SIGKILL, 0, 0, 0)
+    try:
+        match request:
+            case {"mount": str() as target, "options": dict() as options}:
+                mount_volume(Path(target), options)
+            case {"bind": str() as target, "root": str() as root, "part": str() as part}:
+                bind_part(root, part, Path(target))
+            case {"unmount": str() as target}:
+                syscalls.unmount(Path(target), syscalls.MNT_DETACH)
+    except MountFailed as error:
+        print(error, file=sys.stderr)
+    except OSError as error:
+        print(_words(error.errno or 0), file=sys.stderr)
+    else:
+        return 0
+    return 1
+
+
+class MountFailed(Exception):
+    """What could not be mounted and why, in Docker's words."""
+
+
+def _words(number: int) -> str:
+    """The words of an error number as Go has them."""
+    text = os.strerror(number)
+    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
+
+
+def parse_options(text: str) -> tuple[int, str]:
+    """Flags of mount(2), and the data for the file system, of a comma-separated list of options."""
+    flags, data = 0, []
+    for word in text.split(","):
+        if word in _SET:
+            flags |= _SET[word]
+        elif word in _CLEARED:
+            flags &= ~_CLEARED[word]
+        elif word:
+            data.append(word)
+    return flags, ",".join(data)
+
+
+def mount_volume(target: Path, options: dict[str, str]) -> None:
+    """Mount ``options["device"]`` on ``target``.  Raises: MountFailed, without passwords; OSError."""
+    kind, device = options.get("type", ""), options.get("device", "")
+    if not device:
+        raise MountFailed("missing device in volume options")
+    given = options.get("o", "")
+    if kind in ("nfs", "cifs"):
+        device, given = resolved(kind, device, given)
+    flags, data = parse_options(given)
+    try:
+        _mount(device, target, kind, flags, data)
+    except OSError as error:
+        shown = f", flags: {flags & ~_PROPAGATION:#x}" if flags & ~_PROPAGATION else ""
+        shown += f", data: {data}" if data else ""
+        text = f"failed to mount local volume: mount {device}:{target}{shown}: {_words(error.errno or 0)}"
+        raise MountFailed(_without_password(text, given)) from error
+
+
+def _mount(device: str, target: Path, type: str, flags: int, data: str) -> None:
+    """mount(2), then what it takes calls of their own for: propagation, and a read-only bind mount."""
+    recursive = flags & syscalls.MS_REC if flags & _PROPAGATION and not flags & syscalls.MS_BIND else 0
+    plain = flags & ~_PROPAGATION & ~recursive
+    syscalls.mount(device, target, type, plain, data or None)
+    try:
+        if flags & _PROPAGATION:
+            syscalls.mount("", target, None, flags & (_PROPAGATION | syscalls.MS_REC))
+        if plain & syscalls.MS_BIND and plain & syscalls.MS_RDONLY:
+            syscalls.mount("", target, None, plain | _REMOUNT)
+    except OSError:
+        syscalls.unmount(target)
+        raise
+
+
+def _without_password(text: str, options: str) -> str:
+    for word in options.split(","):
+        if word.startswith("password="):
+            text = text.replace(word, "password=********")
+    return text
+
+
+def resolved(type: str, device: str, options: str) -> tuple[str, str]:
+    """Device and options of a network file system, with an address for a host's name: the kernel resolves none.
+
+    Raises: MountFailed: the name has no address.
+    """
+    named = next((word for word in options.split(",") if word.startswith("addr=")), "")
+    host = named.removeprefix("addr=")
+    if host and not _is_address(host, 4):
+        return device, options.replace(named, f"addr={_address_of(host)}", 1)
+    if type == "cifs":
+        url = urllib.parse.urlsplit(device)
+        if url.hostname and not _is_address(url.hostname):
+            device = device.replace(url.hostname, _address_of(url.hostname), 1)
+    return device, options
+
+
+def _is_address(text: str, version: int = 0) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == (version or ipaddress.ip_address(text).version)
+    except ValueError:
+        return False
+
+
+def _address_of(host: str) -> str:
+    """Its IPv4 address, else its IPv6 address, as Go's ResolveIPAddr."""
+    try:
+        found = sorted(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM), key=lambda one: one[0])
+    except OSError as error:
+        text = f"error resolving passed in network volume address: lookup {host}: no such host"
+        raise MountFailed(text) from error
+    return str(found[0][4][0])
+
+
+def bind_part(root: str, part: str, target: Path) -> None:
+    """Bind the file or directory ``part`` of the tree ``root`` to ``target``; no link leads out of the tree.
+
+    What was opened is mounted, whatever its path leads to a moment later.  Raises: MountFailed; OSError.
+    """
+    try:
+        descriptor = syscalls.open_beneath(Path(root), part)
+    except OSError as error:
+        if error.errno in (18, 40):  # EXDEV, ELOOP
+            text = f"path concatenation escapes the base directory, base: {root}, subpath: {part}"
+        else:
+            path = os.path.join(root, part)
+            text = f"cannot access path {path}: lstat {path}: {_words(error.errno or 0)}"
+        raise MountFailed(text) from error
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    else:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        target.touch(mode=0o600)
+    syscalls.mount(f"/proc/self/fd/{descriptor}", target, None, syscalls.MS_BIND | syscalls.MS_REC)
+    syscalls.mount("", target, None, syscalls.MS_PRIVATE | syscalls.MS_REC)
+
+
+_ESCAPED = re.compile(r"\\([0-7]{3})")
+
+
+def mount_targets() -> set[str]:
+    """Where this process has mounts, as mountinfo(5) lists them; no file system is asked."""
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    return {_ESCAPED.sub(lambda code: chr(int(code[1], 8)), line.split(" ", 5)[4]) for line in lines}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Volumes with options and parts of volumes: what is mounted, from when until when, and what a silent server stops."""
+
+import asyncio
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from skep.agent.executor.oci import OciExecutor
+from skep.engine.volumes import MountFailed, Part, Volumes
+from skep.errors import SkepError
+from skep.linux.mounting import mount_targets
+from skep.linux.syscalls import mount, unmount_if_mounted
+from skep.model.container import Mount, VolumeOptions
+from skep.model.meta import Driver
+from tests.integration.node.conftest import eventually
+from tests.integration.node.test_oci_tasks import a_task, output
+from tests.support.runc_lab import Lab
+
+MEMORY = {"type": "tmpfs", "device": "tmpfs", "o": "size=64k,noexec"}
+
+
+def with_options(
+    source: str, options: dict[str, str], *, target: str = "/data", no_copy: bool = False
+) -> Mount:
+    given = VolumeOptions(driver_config=Driver(name="local", options=options), no_copy=no_copy)
+    return Mount(type="volume", source=source, target=target, volume_options=given)
+
+
+def part_of(source: str, subpath: str) -> Mount:
+    return Mount(type="volume", source=source, target="/data", volume_options=VolumeOptions(subpath=subpath))
+
+
+async def test_a_volume_with_options_is_mounted_from_its_first_task_to_its_last(
+    lab: Lab, executor: OciExecutor
+) -> None:
+    path = str(executor.engine.volumes.path("memory"))
+    first = executor.controller(
+        a_task("sh", "-c", "echo kept >/data/file; sleep 100", mounts=(with_options("memory", MEMORY),))
+    )
+    await first.prepare()
+    assert path not in mount_targets(), "no task of it runs"
+    await first.start()
+    assert path in mount_targets()
+    script = "while ! cat /data/file; do sleep 0.1; done; stat -f -c %T /data; mount | grep /data"
+    plain = Mount(type="volume", source="memory", target="/data")
+    text = await output(executor, a_task("sh", "-c", script, mounts=(plain,)))
+    assert "kept\ntmpfs\n" in text
+    assert "noexec" in text
+    assert "size=64k" in text
+    assert path in mount_targets(), "the first task has it"
+    await first.terminate()
+    await first.wait()
+    await eventually(lambda: path not in mount_targets(), "the volume is unmounted")
+    await first.remove()
+    assert lab.remains() == []
+
+
+async def test_a_volume_stays_mounted_while_the_node_process_starts_again_and_an_unused_one_does_not(
+    lab: Lab,
+) -> None:
+    mounts = (with_options("memory", MEMORY),)
+    async with (one := lab.executor()).running():
+        task = a_task("sh", "-c", "echo kept >/data/file; sleep 100", mounts=mounts)
+        controller = one.controller(task)
+        await controller.prepare()
+        await controller.start()
+        volumes = one.engine.volumes
+        left = str(volumes.ensure("left", None, MEMORY))
+        await volumes.mount(
+            "a container that ends with the machine", volumes.mount_points([with_options("left", MEMORY)], ())
+        )
+        path = str(volumes.path("memory"))
+    async with (two := lab.executor()).running():
+        await eventually(lambda: left not in mount_targets(), "the unused volume is unmounted")
+        assert path in mount_targets()
+        assert await output(two, a_task("cat", "/data/file", mounts=mounts)) == "kept\n"
+        await two.controller(task).terminate()
+        await eventually(lambda: path not in mount_targets(), "the volume is unmounted")
+
+
+async def test_a_volume_that_cannot_be_mounted_fails_its_task_with_the_kernels_reason(
+    executor: OciExecutor,
+) -> None:
+    for name, options, reason in (
+        (
+            "nosuch",
+            {"type": "none", "device": "/no/such", "o": "bind"},
+            "mount /no/such:{path}, flags: 0x1000: no such file or directory",
+        ),
+        (
+            "secret",
+            {"type": "tmpfs", "device": "x", "o": "password=p4ss"},
+            r"data: password=\*{8}: invalid argument",
+        ),
+        ("odd", {"type": "nosuchfs", "device": "x"}, "mount x:{path}: no such device"),
+    ):
+        path = executor.engine.volumes.path(name)
+        controller = executor.controller(a_task("true", mounts=(with_options(name, options),)))
+        await controller.prepare()
+        said = f"error while mounting volume '{path}': failed to mount local volume: .*{reason.format(path=path)}$"
+        with pytest.raises(SkepError, match=said):
+            await controller.start()
+        assert str(path) not in mount_targets()
+        await controller.remove()
+
+
+async def test_what_the_image_has_fills_an_empty_device_too(executor: OciExecutor) -> None:
+    kept = with_options("filled", MEMORY, target="/etc")
+    assert "alice" in await output(executor, a_task("cat", "/etc/passwd", mounts=(kept,)))
+    bare = with_options("bare", MEMORY, target="/etc", no_copy=True)
+    assert "passwd" not in await output(executor, a_task("ls", "/etc", mounts=(bare,)))
+    broken = with_options("broken", {"type": "nosuchfs", "device": "x"}, target="/etc")
+    with pytest.raises(SkepError, match="failed to populate volume: error while mounting volume"):
+        await executor.controller(a_task("true", mounts=(broken,))).prepare()
+    assert not [one for one in executor.engine.list() if any(at.name == "broken" for at in one.config.mounts)]
+
+
+async def test_a_part_of_a_volume_is_mounted_and_no_link_leads_out_of_it(
+    lab: Lab, executor: OciExecutor
+) -> None:
+    volume = executor.engine.volumes.ensure("parts")
+    (volume / "a" / "b").mkdir(parents=True)
+    (volume / "a" / "b" / "file").write_text("inside\n")
+    for link, leads_to in (("in", "a/b"), ("absolute", "/etc"), ("up", "../../..")):
+        (volume / link).symlink_to(leads_to)
+    for part, path in (("a/b", "/data/file"), ("in", "/data/file"), ("a/b/file", "/data")):
+        assert await output(executor, a_task("cat", path, mounts=(part_of("parts", part),))) == "inside\n"
+    for part, reason in (
+        ("absolute", "path concatenation escapes the base directory"),
+        ("up/etc", "path concatenation escapes the base directory"),
+        ("nosuch", "cannot access path .*/nosuch: .*no such file or directory"),
+    ):
+        controller = executor.controller(a_task("true", mounts=(part_of("parts", part),)))
+        await controller.prepare()
+        with pytest.raises(SkepError, match=reason):
+            await controller.start()
+        await controller.remove()
+    for container in executor.engine.list():
+        await executor.engine.remove(container.id)
+    assert not [target for target in mount_targets() if target.startswith(str(lab.paths.bundles))]
+
+
+@contextmanager
+def swapping(one: Path, other: Path) -> Iterator[None]:
+    """``one`` is by turns what it was and what ``other`` was, as fast as a thread can exchange them."""
+    renameat2, exchange, ended = ctypes.CDLL(None).renameat2, 2, threading.Event()
+
+    def swap() -> None:
+        while not ended.is_set():
+            renameat2(-100, os.fsencode(one), -100, os.fsencode(other), exchange)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+async def test_a_part_that_is_swapped_for_a_link_during_the_mount_is_it_or_refused(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    volumes = Volumes(tmp_path / "volumes")
+    volume = volumes.ensure("swapped")
+    (volume / "part").mkdir()
+    (volume / "part" / "mine").touch()
+    (volume / "link").symlink_to(outside)
+    seen = set()
+    with swapping(volume / "part", volume / "link"):
+        for number in range(12):
+            part = Part("swapped", "part", tmp_path / "parts" / str(number))
+            try:
+                await volumes.mount("user", (), [part])
+            except MountFailed as error:
+                seen.add("escapes" if "escapes the base directory" in str(error) else str(error))
+            else:
+                seen.add(",".join(os.listdir(part.target)))
+                await volumes.unmount("user", [part])
+    assert seen <= {"mine", "escapes"}
+
+
+@contextmanager
+def silent_directory(path: Path) -> Iterator[Path]:
+    """A file system whose server never responds: whoever looks into it waits."""
+    path.mkdir()
+    server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        mount("silent", path, "fuse", 0, f"fd={server},rootmode=40000,user_id=0,group_id=0")
+        yield path
+    finally:
+        os.close(server)
+        unmount_if_mounted(path)
+
+
+async def test_a_mount_that_hangs_fails_its_container_alone(
+    tmp_path: Path, lab: Lab, executor: OciExecutor
+) -> None:
+    engine = executor.engine
+    engine.volumes._deadline_s = 5.0
+    with silent_directory(tmp_path / "silent") as silent:
+        hanging = {"type": "none", "device": str(silent / "x"), "o": "bind"}
+        stuck = []
+        for number in range(2 * (os.cpu_count() or 1) + 2):  # more than may start at one time
+            controller = executor.controller(
+                a_task("true", slot=number, mounts=(with_options(f"far{number}", hanging),))
+            )
+            await controller.prepare()
+            stuck.append(controller)
+        async with asyncio.TaskGroup() as group:
+            starts = [group.create_task(_failure(controller.start())) for controller in stuck]
+            assert await output(executor, a_task("echo", "hello", slot=99)) == "hello\n"
+            assert not any(start.done() for start in starts), "others start while mounts wait"
+        for start in starts:
+            assert "it takes longer than 5 s" in start.result()
+        await stuck[0].remove()
+        assert engine.volumes.names()
+
+
+async def _failure(work: object) -> str:
+    with pytest.raises(SkepError) as failed:
+        await work  # type: ignore[misc]
+    return str(failed.value)
