@@ -679,6 +679,33 @@ def api_errors() -> str:
 
 # --- all ------------------------------------------------------------------------------------------------------
 
+# --- options of the Engine API --------------------------------------------------------------------------------
+
+
+def options() -> str:
+    """What becomes of every field of a service, container, network and volume of API 1.47."""
+    walks = importlib.import_module("tests.unit.test_every_option_of_objects")
+    lines = [
+        "# Options of services, containers, networks and volumes",
+        "",
+        _NOTICE,
+        *paragraph(
+            "What becomes of every field of the Engine API 1.47 that says what a service, a container, a network or a",
+            "volume is to be. *Honoured*: the container, the scheduler, the allocator or the data plane differs by it.",
+            "*Refused*: the request fails, or the task is rejected, with an error that has the text. *No effect*: it",
+            "means nothing here, for the reason given. Tests set each field in turn:",
+            "`tests/unit/test_every_option.py`, `tests/unit/test_every_option_of_objects.py`.",
+        ),
+    ]
+    for walk in (walks.WALKS[0], *walks.CONTAINER_WALKS, *walks.WALKS[1:]):
+        rows = (
+            (f"`{re.sub(r'[.][0-9]+', '', path)}`", walks.outcome(walk, path).replace("<", "&lt;"))
+            for path in walk.rows
+        )
+        lines += [f"## {walk.title}", "", *table(("field", "outcome"), rows), ""]
+    return "\n".join(lines)
+
+
 PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/configuration.md": configuration,
     "docs/reference/labels.md": labels,
@@ -686,6 +713,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/limits.md": limits,
     "docs/reference/events.md": events,
     "docs/reference/errors.md": api_errors,
+    "docs/reference/options.md": options,
     "packaging/skep.1": man_page,
 }
 

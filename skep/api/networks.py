@@ -57,6 +57,7 @@ class NetworkBody(ApiObject):
     check_duplicate: bool = False
     driver: str = ""
     scope: str = ""
+    enable_ipv4: bool | None = None
     enable_ipv6: bool = False
     ipam: IPAMBody | None = None
     internal: bool = False
@@ -107,6 +108,8 @@ def check_form(body: NetworkBody) -> None:
     for config in body.ipam.config if body.ipam is not None else ():
         if config.subnet and not is_subnet(config.subnet):
             raise Untranslated(f"Invalid subnet {config.subnet} : invalid CIDR address: {config.subnet}")
+    if body.enable_ipv4 is False:
+        raise InvalidArgument("IPv4 cannot be disabled: leave EnableIPv4 out")
     if body.config_only:
         if body.ingress or body.internal or body.attachable or body.scope:
             raise Forbidden(

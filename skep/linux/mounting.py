@@ -77,9 +77,9 @@ def main() -> int:
             case {"unmount": str() as target}:
                 syscalls.unmount(Path(target), syscalls.MNT_DETACH)
     except MountFailed as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(str(error))
     except OSError as error:
-        print(_words(error.errno or 0), file=sys.stderr)
+        sys.stderr.write(_words(error.errno or 0))
     else:
         return 0
     return 1

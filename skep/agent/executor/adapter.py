@@ -63,6 +63,7 @@ def context_of(task: AssignedTask, node: NodeFacts) -> Struct:
 def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
     """The request for the task's container.  Raises: Rejected; InvalidArgument: a placeholder's."""
     spec = templates.expand_container(container_spec(task), context_of(task, node))
+    _refuse_driver_options(task.task)
     if spec.isolation not in ("", "default"):
         raise Rejected(f"invalid isolation '{spec.isolation}' on linux")
     resources = task.task.spec.resources
@@ -147,6 +148,13 @@ def _resource_variables(task: Task) -> Iterator[str]:
             given.setdefault(discrete.kind, []).append(str(discrete.value))
     for kind, values in given.items():
         yield f"DOCKER_RESOURCE_{kind.upper()}={','.join(values)}"
+
+
+def _refuse_driver_options(task: Task) -> None:
+    """Raises: Rejected: options of an attachment (``driver-opt``), which this node's networks have none of."""
+    for network in task.spec.networks:
+        for name in network.driver_opts:
+            raise Rejected(f"network {network.target}: driver option {name} is not supported by this node")
 
 
 def _network_mode(task: Task) -> str:

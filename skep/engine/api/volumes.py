@@ -62,7 +62,7 @@ async def create_volume(served: Served, request: web.Request) -> web.StreamRespo
     """``docker volume create``; one that exists stays as it is."""
     body = await read_json(request, VolumeRequest)
     name = body.name or served.volumes.new_name()
-    _check(body, name)
+    check_volume(body, name)
     labels = body.labels if body.name else {**body.labels, ANONYMOUS: ""}
     served.volumes.ensure(name, labels, body.driver_opts)
     return json_answer(shown_volume(served.volumes, name), status=201)
@@ -170,7 +170,7 @@ def _known(volumes: Volumes, name: str) -> str:
     return name
 
 
-def _check(body: VolumeRequest, name: str) -> None:
+def check_volume(body: VolumeRequest, name: str) -> None:
     """Raises: InvalidArgument, NotFound: what this node has no volumes of."""
     if body.cluster_volume_spec is not None:
         raise InvalidArgument(f"create {name}: cluster volumes (CSI) are not supported")

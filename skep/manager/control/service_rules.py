@@ -56,6 +56,13 @@ def check_service_spec(spec: ServiceSpec) -> None:
     else:
         _check_update(spec.update_config)
     _check_endpoint(spec.endpoint_spec)
+    for (
+        network
+    ) in spec.networks:  # the older place of a service's networks; nodes get those of the template alone
+        for option in network.driver_opts:
+            raise InvalidArgument(
+                f"network {network.target}: driver option {option} belongs into the networks of TaskTemplate"
+            )
 
 
 def _check_template(template: TaskSpec) -> None:

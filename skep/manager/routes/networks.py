@@ -64,7 +64,7 @@ async def create_network(request: web.Request) -> web.StreamResponse:
     check_form(body)
     await manager.require_room(creates=True)
     network = await manager.update(
-        control.create_network, _spec(body), new_id=manager.new_id, now=manager.now()
+        control.create_network, spec_of_body(body), new_id=manager.new_id, now=manager.now()
     )
     return json_answer({"Id": network.id, "Warning": ""}, 201)
 
@@ -138,7 +138,8 @@ def _is_prunable(network: Network, filters: Filters, moments: list[int]) -> bool
     )
 
 
-def _spec(body: NetworkBody) -> NetworkSpec:
+def spec_of_body(body: NetworkBody) -> NetworkSpec:
+    """The spec that a request asks for."""
     ipam = None
     if body.ipam is not None:
         ipam = IPAMOptions(
