@@ -14,7 +14,7 @@ from skep.agent.executor.oci import OciExecutor
 from skep.engine.volumes import MountFailed, Part, Volumes
 from skep.errors import SkepError
 from skep.linux.mounting import mount_targets
-from skep.linux.syscalls import mount, unmount_if_mounted
+from skep.linux.syscalls import mount, unmount
 from skep.model.container import Mount, VolumeOptions
 from skep.model.meta import Driver
 from tests.integration.node.conftest import eventually
@@ -195,10 +195,12 @@ def silent_directory(path: Path) -> Iterator[Path]:
     server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     try:
         mount("silent", path, "fuse", 0, f"fd={server},rootmode=40000,user_id=0,group_id=0")
-        yield path
+        try:
+            yield path
+        finally:
+            unmount(path)
     finally:
         os.close(server)
-        unmount_if_mounted(path)
 
 
 async def test_a_mount_that_hangs_fails_its_container_alone(
