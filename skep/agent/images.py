@@ -6,7 +6,7 @@ cluster: its certificate is valid for longer than that.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TypeAlias, TypeVar
 
@@ -175,6 +175,15 @@ class ClusterSources:
                 return [known[id, addr] for id, addr, _ in found]
 
             yield find
+
+
+async def needed_images(session: SessionState) -> Collection[str]:
+    """The images that services of the cluster may need, as their specs name them.
+
+    Raises: SkepError: no manager says so, or this node is in no cluster.
+    """
+    response = await session.channel.call(methods.NEEDED_IMAGES, skep.NeededImagesRequest())
+    return frozenset(response.images)
 
 
 def spellings(reference: Reference) -> Sequence[str]:

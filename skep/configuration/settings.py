@@ -107,6 +107,19 @@ SETTINGS = (
         read=values.wireguard_port,
     ),
     Setting(
+        name="image-disk-high",
+        help="percent of the images' disk from which on a node of a cluster removes images that it fetched and that "
+        "nothing needs; 0: never (85)",
+        read=values.percent,
+        reloads=True,
+    ),
+    Setting(
+        name="image-disk-low",
+        help="percent of the images' disk down to which they are removed (80)",
+        read=values.percent,
+        reloads=True,
+    ),
+    Setting(
         name="image-port",
         help="TCP port where other nodes fetch images from this one (2374, or a free one if that is taken)",
         read=values.port,

@@ -113,6 +113,14 @@ def port(value: Any) -> int:
     return number
 
 
+def percent(value: Any) -> int:
+    """0 to 100."""
+    number = _integer(value)
+    if not 0 <= number <= 100:
+        raise ValueError(f"is {number}: choose a percentage from 0 to 100")
+    return number
+
+
 def data_path_port(value: Any) -> int:
     """A port from 1024 to 49151.  Source: moby, daemon/cluster/listen_addr.go (getDataPathPort)."""
     number = _integer(value)

@@ -7,7 +7,7 @@ image that was built or loaded for the cluster is on a manager.  A node that tur
 from collections.abc import Callable, Collection, Sequence
 from random import Random
 
-from skep.errors import InvalidArgument, PermissionDenied
+from skep.errors import InvalidArgument, PermissionDenied, Unavailable
 from skep.manager.ca.caller_check import check_caller, is_manager
 from skep.model.addresses import host_of, joined
 from skep.model.ids import ClusterId, NodeId
@@ -40,7 +40,11 @@ class ImageDirectory:
 
     def services(self) -> Sequence[Handler]:
         """The handlers for ``wire.server.serve``."""
-        return (unary(methods.FIND_IMAGE, self._find), unary(methods.CHECK_NODE, self._check))
+        return (
+            unary(methods.FIND_IMAGE, self._find),
+            unary(methods.CHECK_NODE, self._check),
+            unary(methods.NEEDED_IMAGES, self._needed),
+        )
 
     async def _find(self, request: skep.FindImageRequest, caller: Caller) -> skep.FindImageResponse:
         if len(request.images) > SPELLINGS_MAX or any(len(one) > CHARACTERS_MAX for one in request.images):
@@ -63,6 +67,20 @@ class ImageDirectory:
         if not check_caller(self._view(), identity, Access.NODE):
             raise PermissionDenied(f"Permission denied: node {identity.node_id} is not part of the swarm")
         return skep.CheckNodeResponse()
+
+    async def _needed(self, _request: skep.NeededImagesRequest, _caller: Caller) -> skep.NeededImagesResponse:
+        return skep.NeededImagesResponse(images=sorted(needed_images(self._view())))
+
+
+def needed_images(view: View) -> frozenset[str]:
+    """The images of the present and the previous specs of all services, as they name them.
+
+    Raises: Unavailable: a service cannot be read, so that its images are not known.
+    """
+    if view.unreadable(Service):
+        raise Unavailable("not all services can be read")
+    specs = [spec for service in view.find(Service) for spec in (service.spec, service.previous_spec)]
+    return frozenset(image for spec in specs if (image := _image_of(spec)))
 
 
 def image_address(node: Node) -> str:
@@ -92,10 +110,13 @@ def sources(view: View, spellings: Collection[str], asking: NodeId, random: Rand
 
 
 def _is_of(spec: ServiceSpec | None, spellings: Collection[str]) -> bool:
+    image = _image_of(spec)
+    return image in spellings or image.rpartition("@")[2] in spellings
+
+
+def _image_of(spec: ServiceSpec | None) -> str:
     container = spec.task_template.container_spec if spec is not None else None
-    if container is None:
-        return False
-    return container.image in spellings or container.image.rpartition("@")[2] in spellings
+    return container.image if container is not None else ""
 
 
 def _usable(nodes: Sequence[Node], asking: NodeId) -> Sequence[Node]:

@@ -19,7 +19,7 @@ from skep.agent.agent import Agent
 from skep.agent.executor.attaching import ClusterAttachments, SessionRequests
 from skep.agent.executor.oci import OciExecutor, oci_executor
 from skep.agent.executor.process import ProcessExecutor
-from skep.agent.images import ClusterSources, ImagePort
+from skep.agent.images import ClusterSources, ImagePort, needed_images
 from skep.agent.last_seen import LastSeenFile
 from skep.agent.managers import ManagerList, Peer
 from skep.agent.probe_stream import NodeProbes
@@ -54,11 +54,12 @@ from skep.dataplane.tables.network_tables import NetworkTables
 from skep.dataplane.wireguard.methods import Refusal, choose, reasons_for_fallback
 from skep.dataplane.wireguard.tunnels import Options
 from skep.engine import apparmor
-from skep.engine.api.containers import create_routes
+from skep.engine.api.containers import create_routes, image_users
 from skep.engine.api.routes import engine_routes
 from skep.engine.capacity import find_programs
 from skep.engine.cgroups import Cgroups
-from skep.engine.engine import EngineConfig
+from skep.engine.engine import Engine, EngineConfig
+from skep.engine.images.collecting import ImageCollector, Marks
 from skep.engine.images.registry import Policy
 from skep.engine.images.serving import ServedImages
 from skep.engine.images.spreading import NodeFetcher
@@ -483,6 +484,16 @@ class Node:
             engine_socket=self._configuration.engine_socket,
         )
 
+    def _collect_images(self, engine: Engine) -> _Work:
+        """While this node is in a cluster: remove unused images when their disk fills."""
+
+        def marks() -> Marks:
+            return Marks(self._configuration.image_disk_high, self._configuration.image_disk_low)
+
+        needed = partial(needed_images, self._session)
+        collector = ImageCollector(engine.images, lambda: image_users(engine), needed, self._clock, marks)
+        return partial(_run_after, self._session.wait_session, collector.run)
+
     def _run_checks(self, run: Callable[..., None]) -> None:
         """Keep the conditions of this machine current, and what lies beside this node."""
         conditions, paths, clock = self._environment.conditions, self._paths, self._clock
@@ -491,6 +502,7 @@ class Node:
             if apparmor.is_supported():
                 run(partial(keep_profile, conditions, clock), "apparmor profile")
             run(self._engine.images.settle, "images")
+            run(self._collect_images(self._engine), "image collection")
         run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
         if self._data_plane is not None:
             run(NeighbourTables(conditions.reporter(NEIGHBOURS), clock).run, "neighbour tables")

@@ -183,5 +183,8 @@ RENEW_EXPIRED = Unary(
 )
 FIND_IMAGE = Unary("/skep.v1.ImageDirectory/FindImage", skep.FindImageRequest, skep.FindImageResponse)
 CHECK_NODE = Unary("/skep.v1.ImageDirectory/CheckNode", skep.CheckNodeRequest, skep.CheckNodeResponse)
+NEEDED_IMAGES = Unary(
+    "/skep.v1.ImageDirectory/NeededImages", skep.NeededImagesRequest, skep.NeededImagesResponse
+)
 IMAGE_MANIFEST = Unary("/skep.v1.Images/Manifest", skep.ImageManifestRequest, skep.ImageManifestResponse)
 IMAGE_BLOB = ServerStream("/skep.v1.Images/Blob", skep.ImageBlobRequest, skep.ImageBlobPiece)

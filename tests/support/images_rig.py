@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import os
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from skep.agent.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.engine.images.digest import Digest, chain_ids
 from skep.engine.images.image import Image
+from skep.engine.images.local import ImageEvent
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.serving import ServedImages
 from skep.engine.images.spreading import NodeFetcher
@@ -57,12 +58,12 @@ class SlowPort(ImagePort):
 class ImageNode:
     """A node: its images, and what it has sent of them."""
 
-    def __init__(self, root: Path, pair: KeyPair) -> None:
+    def __init__(self, root: Path, pair: KeyPair, on_event: Callable[[ImageEvent], None]) -> None:
         self.pair = pair
         self.id = pair.identity.node_id
         self.session = SessionState(CLOCK)
         self.sources = ClusterSources(self.session)
-        self.images = ImageStore(root, nodes=NodeFetcher(self.sources, CLOCK))
+        self.images = ImageStore(root, nodes=NodeFetcher(self.sources, CLOCK), on_event=on_event)
         self.served = ServedImages(self.images, CLOCK)
         self.port = SlowPort(self.served, self.session, CLOCK)
 
@@ -99,9 +100,15 @@ class ImageCluster:
             self.manager = await self.add(own)
             yield self
 
-    async def add(self, pair: KeyPair | None = None) -> ImageNode:
+    async def add(
+        self,
+        pair: KeyPair | None = None,
+        *,
+        root: Path | None = None,
+        on_event: Callable[[ImageEvent], None] = lambda _: None,
+    ) -> ImageNode:
         """One more node, a worker unless ``pair`` is a manager's; ready, and known to the manager."""
-        node = ImageNode(self._root / new_id(), pair or self.cluster.pair(new_id()))
+        node = ImageNode(root or self._root / new_id(), pair or self.cluster.pair(new_id()), on_event)
         await node.images.open()
         channel = await self._stack.enter_async_context(
             connected(self._address, client_context(node.pair), MANAGER_NAME)

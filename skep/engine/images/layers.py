@@ -137,6 +137,14 @@ class Layers:
         """The layer's compressed tar."""
         return self._root / hex_of(chain_id) / "content"
 
+    def bytes_on_disk(self) -> Mapping[str, int]:
+        """Size of each layer: its files and its compressed tar.  Blocks; call it in a thread."""
+        sizes = {}
+        for chain_id, layer in tuple(self._layers.items()):
+            with suppress(OSError):
+                sizes[chain_id] = layer.size_bytes + self.content(chain_id).stat().st_size
+        return sizes
+
     async def add(self, content: Path, *, chain_id: Digest, diff_id: Digest, blob: Digest = NO_BLOB) -> Layer:
         """Unpack the tar at ``content`` (compressed or not) into a layer; the file is taken over.
 

@@ -61,13 +61,15 @@ class Catalog(msgspec.Struct, frozen=True):
     """What is known of images beyond their configurations.
 
     ``references``: reference -> image id.  ``tagged_at``, ``parents``: by image id.  ``retired``: images that were
-    removed while containers still use their layers; they are not shown.
+    removed while containers still use their layers; they are not shown.  ``fetched``: those that came from a registry
+    or another node, and that no user has loaded or tagged.
     """
 
     references: Mapping[str, Digest] = {}
     tagged_at: Mapping[str, Timestamp] = {}
     parents: Mapping[str, str] = {}
     retired: frozenset[str] = frozenset()
+    fetched: frozenset[str] = frozenset()
 
 
 class Damage(msgspec.Struct, frozen=True):
@@ -198,6 +200,10 @@ class LocalImages:
         """The image's configuration as it came."""
         return self._root / "configs" / hex_of(image.id)
 
+    def is_fetched(self, image: Image) -> bool:
+        """Whether it came from a registry or another node, and no user has loaded or tagged it here since."""
+        return image.id in self._catalog.fetched
+
     def document(self, digest: str) -> bytes | None:
         """The manifest or index with this digest, if an image came with it.  Blocks; call it in a thread."""
         for file in (self._root / "manifests").glob(f"*/{hex_of(digest)}"):
@@ -213,8 +219,17 @@ class LocalImages:
 
     # --- changing --------------------------------------------------------------------------------------------------
 
-    async def add(self, content: bytes, references: Iterable[Reference] = (), *, parent: str = "") -> Image:
+    async def add(
+        self,
+        content: bytes,
+        references: Iterable[Reference] = (),
+        *,
+        parent: str = "",
+        is_fetched: bool = False,
+    ) -> Image:
         """Make an image of a configuration whose layers are here; its references move from where they were.
+
+        ``is_fetched``: from a registry or another node.
 
         Raises:
             InvalidArgument: the configuration is none.
@@ -225,10 +240,12 @@ class LocalImages:
         async with self.pinned(chain), self._writing:
             for chain_id in chain:
                 self.layer_store.directory(chain_id)
+            may_go = is_fetched and (id in self._catalog.fetched or id not in self._images)
             if id not in self._configs:
                 await asyncio.to_thread(replace_file, self._root / "configs" / hex_of(id), content)
             catalog = _with_references(self._catalog, references, id)
-            catalog = msgspec.structs.replace(catalog, retired=catalog.retired - {id})
+            fetched = catalog.fetched | {id} if may_go else catalog.fetched - {id}
+            catalog = msgspec.structs.replace(catalog, retired=catalog.retired - {id}, fetched=fetched)
             if parent:
                 catalog = msgspec.structs.replace(catalog, parents={**catalog.parents, id: parent})
             self._configs[id] = config
@@ -259,7 +276,8 @@ class LocalImages:
                 raise NotFound(f"No such image: {word}")
             catalog = _with_references(self._catalog, (reference,), image.id)
             stamps = {**catalog.tagged_at, image.id: timestamp(self._clock.now_ns())}
-            await self._put(msgspec.structs.replace(catalog, tagged_at=stamps))
+            fetched = catalog.fetched - {image.id}
+            await self._put(msgspec.structs.replace(catalog, tagged_at=stamps, fetched=fetched))
         self.announce("tag", image.id, reference.familiar)
 
     async def discard(
@@ -277,7 +295,10 @@ class LocalImages:
                 if text not in texts and id not in image_ids
             }
             retired = self._catalog.retired | (set(image_ids) & set(in_use))
-            await self._put(msgspec.structs.replace(self._catalog, references=kept, retired=retired))
+            fetched = self._catalog.fetched - set(image_ids)
+            await self._put(
+                msgspec.structs.replace(self._catalog, references=kept, retired=retired, fetched=fetched)
+            )
             gone = [id for id in image_ids if id not in retired]
             await self._forget(gone)
         return await self._collect()

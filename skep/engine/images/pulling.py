@@ -312,7 +312,7 @@ async def _pull_image(
     present = images.resolve(config_digest)
     if present is not None:
         content = await asyncio.to_thread(images.config_file(present).read_bytes)
-        return await images.add(content, names)
+        return await images.add(content, names, is_fetched=True)
     async with images.workspace("pull") as directory:
         content = await _fetched_config(repository, images, manifest.config, directory)
         config = parse_config(content)
@@ -321,7 +321,7 @@ async def _pull_image(
         chain = chain_ids(config.diff_ids)
         async with images.pinned(chain):
             await _pull_layers(images, repository, manifest, config, directory, report)
-            return await images.add(content, names)
+            return await images.add(content, names, is_fetched=True)
 
 
 def _check_room(images: LocalImages, manifest: Manifest, config: ImageConfig, directory: Path) -> None:

@@ -5,7 +5,7 @@ from random import Random
 import msgspec
 
 from skep.aio.clock import SystemClock
-from skep.manager.image_directory import SOURCES_MAX, image_address, sources
+from skep.manager.image_directory import SOURCES_MAX, image_address, needed_images, sources
 from skep.model.container import ContainerSpec
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeRole, NodeState
@@ -91,3 +91,9 @@ def test_a_manager_is_reached_where_it_is_advertised() -> None:
     assert image_address(serving("m1", manager_status=advertised)) == "10.0.0.7:2374"
     assert image_address(serving("w1")) == "127.0.0.1:2374"
     assert image_address(serving("w1", status=msgspec.structs.replace(a_node().status, addr=""))) == ""
+
+
+async def test_images_of_present_and_previous_specs_are_needed() -> None:
+    store = MemoryStore(SystemClock())
+    await store.update(lambda tx: tx.put(a_service("web", spec=a_spec("app:3"), previous=a_spec("app:2"))))
+    assert needed_images(store.view()) == {"app:3", "app:2"}

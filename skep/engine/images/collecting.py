@@ -1,0 +1,187 @@
+"""Which images are removed when their disk fills, and when.
+
+Above the high mark those that were fetched and that nothing needs go, the one first that was not used for longest,
+until the disk is down to the low mark.  An image stays that a container has, that the present or the previous spec of a
+service names (a rollback needs it), that was used a moment ago, or that could not be fetched again: what was built,
+loaded or tagged here is its user's.
+
+``to_collect`` decides; ``ImageCollector`` measures, asks and removes.
+
+Source: kubelet, pkg/kubelet/images/image_gc_manager.go (marks, minimum age, order).
+"""
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.failures import retry
+from skep.engine.images.digest import Digest
+from skep.engine.images.image import Image
+from skep.engine.images.removal import ImageUser
+from skep.engine.images.store import ImageStore
+from skep.errors import SkepError
+
+log = structlog.get_logger(__name__)
+
+AGE_S_MIN = 600.0
+"""An image that was fetched or used within this time stays: what is to use it may not have begun."""
+PERIOD_S = 60.0
+LONGEST_S = 300.0
+"""Between two attempts, while the managers cannot be asked."""
+
+
+class Marks(msgspec.Struct, frozen=True):
+    """Percent of the disk of the images.  ``high`` 0: nothing is ever removed."""
+
+    high: int = 85
+    low: int = 80
+
+
+class Disk(msgspec.Struct, frozen=True):
+    """The file system of the images, in bytes."""
+
+    size: int
+    used: int
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """An image, as far as its removal depends on it.
+
+    ``used_at_s``: unix time; ``layers``: chain ids; ``is_needed``: by a container or a service; ``is_fetched``: it came
+    from a registry or another node, and nobody has tagged it since.
+    """
+
+    id: Digest
+    layers: Sequence[str]
+    used_at_s: float
+    is_needed: bool
+    is_fetched: bool
+
+
+def is_full(disk: Disk, marks: Marks) -> bool:
+    """Whether the disk is above the high mark."""
+    return marks.high > 0 and disk.used * 100 >= marks.high * disk.size
+
+
+def to_collect(
+    candidates: Sequence[Candidate], layer_bytes: Mapping[str, int], disk: Disk, marks: Marks, now_s: float
+) -> Sequence[Digest]:
+    """Ids of the images to remove, in this order.
+
+    A layer frees its space with the last image that has it.
+    """
+    if not is_full(disk, marks):
+        return ()
+    excess = disk.used - marks.low * disk.size // 100
+    users = Counter(chain_id for one in candidates for chain_id in one.layers)
+    collected = []
+    for one in sorted(candidates, key=lambda one: (one.used_at_s, one.id)):
+        if excess <= 0:
+            break
+        if one.is_needed or not one.is_fetched or now_s - one.used_at_s < AGE_S_MIN:
+            continue
+        collected.append(one.id)
+        users.subtract(one.layers)
+        excess -= sum(layer_bytes.get(chain_id, 0) for chain_id in one.layers if not users[chain_id])
+    return collected
+
+
+def disk_of(directory: Path) -> Disk:
+    """Raises: OSError."""
+    space = os.statvfs(directory)
+    # What only root may use counts as used, as in ``df``.
+    usable = space.f_blocks - space.f_bfree + space.f_bavail
+    return Disk(size=usable * space.f_frsize, used=(usable - space.f_bavail) * space.f_frsize)
+
+
+class ImageCollector:
+    """Keeps the disk of the images between its marks.
+
+    Args:
+        users: every container of this node.
+        needed: the images, as specs name them, that services of the cluster may need.  Raises: SkepError: it is not
+            known at present, so that nothing is removed.
+        marks: the present ones.
+    """
+
+    def __init__(
+        self,
+        images: ImageStore,
+        users: Callable[[], Collection[ImageUser]],
+        needed: Callable[[], Awaitable[Collection[str]]],
+        clock: Clock,
+        marks: Callable[[], Marks],
+    ) -> None:
+        self._images = images
+        self._users = users
+        self._needed = needed
+        self._clock = clock
+        self._marks = marks
+
+    async def run(self) -> None:
+        """Look every minute until cancelled."""
+        while True:
+            await retry(
+                self.collect,
+                "unused images not removed",
+                clock=self._clock,
+                first_s=PERIOD_S,
+                longest_s=LONGEST_S,
+            )
+            await self._clock.sleep(PERIOD_S)
+
+    async def collect(self) -> Sequence[Digest]:
+        """Look once; the ids of what was removed.  Raises: SkepError, OSError."""
+        images, in_use = self._images.images(), {user.image_id for user in self._users()}
+        used_at = await asyncio.to_thread(self._used_at, images, in_use)
+        disk, marks = await asyncio.to_thread(disk_of, self._images.scratch), self._marks()
+        if not is_full(disk, marks):
+            return ()
+        named = (self._images.lookup(word) for word in await self._needed())
+        needed = in_use | {image.id for image in named if image is not None}
+        candidates = [
+            Candidate(
+                id=image.id,
+                layers=image.chain,
+                used_at_s=used_at.get(image.id, 0.0),
+                is_needed=image.id in needed or bool(self._images.children(image.id)),
+                is_fetched=self._images.is_fetched(image),
+            )
+            for image in images
+        ]
+        layer_bytes = await asyncio.to_thread(self._images.layer_store.bytes_on_disk)
+        now_s = self._clock.now_ns() / 1e9
+        removed = []
+        for id in to_collect(candidates, layer_bytes, disk, marks, now_s):
+            image = self._images.get(id)
+            with suppress(SkepError):  # a container has been made of it meanwhile
+                await self._images.remove(id, force=True, prune=False, users=self._users())
+                removed.append(id)
+                log.info(
+                    "unused image removed",
+                    image=id,
+                    names=[reference.familiar for reference in image.references],
+                    disk_percent=disk.used * 100 // disk.size,
+                    high_mark=marks.high,
+                    low_mark=marks.low,
+                )
+        return removed
+
+    def _used_at(self, images: Sequence[Image], in_use: Collection[str]) -> Mapping[str, float]:
+        """When each was seen in use last; else, when it came.  Kept as the time of its configuration's file."""
+        times: dict[str, float] = {}
+        for image in images:
+            path = self._images.config_file(image)
+            with suppress(OSError):
+                if image.id in in_use:
+                    now_s = self._clock.now_ns() / 1e9
+                    os.utime(path, (now_s, now_s))
+                times[image.id] = path.stat().st_mtime
+        return times
