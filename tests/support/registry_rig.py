@@ -1,15 +1,27 @@
-"""An image as a registry keeps it: configuration, layers, manifest."""
+"""An image as a registry keeps it: configuration, layers, manifest; and Debian's docker-registry to keep it in."""
 
+import asyncio
 import gzip
 import json
 import os
+import shutil
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
 
 from skep.engine.images.registry import DOCKER_MANIFEST
+from tests.conftest import SEARCHED
 from tests.support.archives import a_config, a_file, a_layer, a_tar, sha256
 
 LAYERS = (a_layer(), a_tar(a_file("data", os.urandom(300_000))))
 BLOBS = tuple(gzip.compress(layer, mtime=0) for layer in LAYERS)
 CONFIG = a_config(*LAYERS)
+
+HTPASSWD = "user:$2b$04$HJKnD8v/sWk9MFUCbP3J4.rX23aRxVokR1XHDgzEN2rxLL2Q72x3y"
+"""The name ``user`` with the password ``secret``, as docker-registry reads it."""
 
 
 def a_manifest(
@@ -25,3 +37,56 @@ def a_manifest(
         "layers": [descriptor(blob) for blob in blobs],
     }
     return json.dumps(document).encode()
+
+
+def registry_program() -> str:
+    """The path of docker-registry."""
+    program = shutil.which("docker-registry", path=SEARCHED)
+    assert program is not None, "docker-registry is not installed: make setup"
+    return program
+
+
+@asynccontextmanager
+async def docker_registry(directory: Path, *, auth: Mapping[str, object] | None = None) -> AsyncIterator[str]:
+    """Debian's docker-registry, responding, with its files below ``directory``; gives its address."""
+    directory.mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = {
+        "version": "0.1",
+        "log": {"level": "error"},
+        "storage": {"filesystem": {"rootdirectory": str(directory / "files")}},
+        "http": {"addr": address},
+        **({"auth": auth} if auth else {}),
+    }
+    (directory / "registry.yml").write_text(json.dumps(settings))
+    process = await asyncio.create_subprocess_exec(
+        registry_program(), "serve", str(directory / "registry.yml")
+    )
+    try:
+        await _wait_until_it_responds(address)
+        yield address
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+@asynccontextmanager
+async def guarded_registry(directory: Path) -> AsyncIterator[str]:
+    """The same for the name ``user`` with the password ``secret`` only."""
+    directory.mkdir(parents=True)
+    (directory / "htpasswd").write_text(HTPASSWD + "\n")
+    basic = {"htpasswd": {"realm": "tests", "path": str(directory / "htpasswd")}}
+    async with docker_registry(directory / "own", auth=basic) as address:
+        yield address
+
+
+async def _wait_until_it_responds(address: str) -> None:
+    async with aiohttp.ClientSession() as session, asyncio.timeout(60):
+        while True:
+            try:
+                async with session.get(f"http://{address}/v2/"):
+                    return
+            except aiohttp.ClientConnectionError:
+                await asyncio.sleep(0.05)

@@ -7,13 +7,15 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
+from skep.api.bodies import decode_body
 from skep.api.errors import Untranslated
-from skep.api.server import Filters, api_version, flag, json_answer, json_list_answer
+from skep.api.server import Filters, api_version, flag, json_answer, json_list_answer, read_body
 from skep.api.tables import Table
 from skep.api.timestamps import parse_time
 from skep.engine.api import image_responses
@@ -23,9 +25,10 @@ from skep.engine.images.digest import is_digest
 from skep.engine.images.image import Image
 from skep.engine.images.listing import ImageFilter, Listed, prunable, select
 from skep.engine.images.progress import Message, Report
-from skep.engine.images.reference import Reference, parse_reference
-from skep.engine.images.registry import decode_credentials
+from skep.engine.images.reference import DEFAULT_DOMAIN, Reference, parse_reference
+from skep.engine.images.registry import Credentials, decode_credentials, login
 from skep.engine.images.removal import ImageUser
+from skep.engine.images.searching import LIMIT_DEFAULT, SearchFilter, search, shown
 from skep.engine.images.store import ImageStore, Removed
 from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
 
@@ -51,7 +54,7 @@ _table = Table[Served]()
 def image_routes(
     images: ImageStore, users: Users, *, clock: Clock | None = None
 ) -> Iterable[web.AbstractRouteDef]:
-    """``/images/...`` and ``/distribution/...``."""
+    """``/images/...``, ``/distribution/...`` and ``/auth``."""
     return _table.bound(Served(images, users, clock or SystemClock()))
 
 
@@ -175,8 +178,107 @@ async def tag_image(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/images/{name:.+}/push")
 async def push_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker push``: not supported."""
-    raise Unimplemented("This node does not push images: push from where they are built.")
+    """``docker push``, with its progress; without a tag: all tags."""
+    reference = parse_reference(request.match_info["name"])
+    tag = request.query.get("tag", "")
+    reference = reference.repository.with_tag(tag) if tag else reference
+    if "platform" in request.query:
+        _require_platform(served.images, reference, request.query["platform"])
+    auth = request.headers.get("X-Registry-Auth", "")
+
+    async def push(report: Report) -> None:
+        await served.images.push(reference, auth, report)
+
+    return await answer_with_progress(request, push, early_errors=True)
+
+
+class _WantedPlatform(msgspec.Struct, frozen=True):
+    """``platform`` of a push: one of the image's, of which this node keeps one."""
+
+    os: str = ""
+    architecture: str = ""
+    variant: str = ""
+
+
+def _require_platform(images: ImageStore, reference: Reference, text: str) -> None:
+    """Raises: InvalidArgument: ``text`` is no platform; NotFound: the image is here for another one."""
+    wanted = decode_body(text.encode(), _WantedPlatform)
+    image = images.get(str(reference.with_default_tag()))
+    found = image.config
+    if (found.os, found.architecture) != (wanted.os, wanted.architecture) or (
+        wanted.variant and found.variant != wanted.variant
+    ):
+        raise NotFound(
+            f"image with reference {reference.familiar} was found but does not match the specified platform:"
+            f" wanted {pulling.Platform(wanted.os, wanted.architecture, wanted.variant)},"
+            f" actual: {pulling.Platform(found.os, found.architecture, found.variant)}"
+        )
+
+
+@_table.get("/images/search")
+async def search_images(served: Served, request: web.Request) -> web.StreamResponse:
+    """``docker search``."""
+    filters = Filters.of(request)
+    filters.refuse_unknown("is-automated", "is-official", "stars")
+    wanted = SearchFilter(
+        is_automated=_truth(filters, "is-automated"),
+        is_official=_truth(filters, "is-official"),
+        stars=max((_stars(text) for text in filters["stars"]), default=0),
+    )
+    text = request.query.get("limit", "")
+    try:
+        limit = int(text) if text else LIMIT_DEFAULT
+    except ValueError as error:
+        raise InvalidArgument(f'strconv.Atoi: parsing "{text}": invalid syntax') from error
+    credentials = decode_credentials(request.headers.get("X-Registry-Auth", ""))
+    found = await search(served.images.policy, request.query.get("term", ""), credentials, limit, wanted)
+    return json_list_answer([shown(one) for one in found])
+
+
+def _truth(filters: Filters, key: str) -> bool | None:
+    match filters[key]:
+        case ():
+            return None
+        case ("true",):
+            return True
+        case ("false",):
+            return False
+        case values:
+            raise InvalidArgument(f"Invalid filter '{key}=[{' '.join(values)}]'")
+
+
+def _stars(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InvalidArgument(f"Invalid filter 'stars=[{text}]'") from error
+
+
+@_table.post("/auth")
+async def check_credentials(served: Served, request: web.Request) -> web.StreamResponse:
+    """``docker login``: the credentials are tried at the registry; nothing of them is kept here."""
+    body = await read_body(request)
+    wanted = decode_body(body, _Login)
+    credentials = decode_body(body, Credentials)
+    token = await login(served.images.policy, _domain(wanted.serveraddress), credentials)
+    return json_answer({"Status": "Login Succeeded", "IdentityToken": token})
+
+
+class _Login(msgspec.Struct, frozen=True):
+    serveraddress: str = ""
+
+
+def _domain(address: str) -> str:
+    """The registry that a login is for.  Source: moby 20.10, registry/service.go (Auth)."""
+    url = address if "://" in address else f"https://{address or DEFAULT_DOMAIN}"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise InvalidArgument(f"unable to parse server address: {error}") from error
+    if not host or "@" in parts.netloc:
+        raise InvalidArgument(f"unable to parse server address: {address[:200]!r} names no host")
+    return DEFAULT_DOMAIN if host in (DEFAULT_DOMAIN, "index.docker.io") else parts.netloc
 
 
 @_table.delete("/images/{name:.+}")

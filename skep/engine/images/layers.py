@@ -7,10 +7,13 @@ when all of it is on the disk: a layer that exists is whole.
 
 import asyncio
 import ctypes
+import gzip
+import hashlib
 import json
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,12 +23,13 @@ import msgspec
 import structlog
 
 from skep.aio.failures import describe_error, log_error
-from skep.aio.trees import discard_tree
+from skep.aio.trees import discard_tree, discard_tree_now
 from skep.engine.images import pack, untar
 from skep.engine.images.digest import Digest, chain_id_above, hex_of
 from skep.engine.images.slots import UnpackSlots
+from skep.engine.images.streams import plain_chunks
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError
-from skep.linux.files import is_no_file, sync_directory
+from skep.linux.files import is_no_file, replace_file, sync_directory
 
 log = structlog.get_logger()
 
@@ -77,7 +81,15 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     plain_bytes: int
     blob: Digest = NO_BLOB
-    """Address of ``content`` in the registry it came from; empty when it was compressed here."""
+    """Address of ``content`` in a registry; empty when it came from none and was not pushed yet."""
+
+
+class Blob(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer's compressed tar, by the digest and size that a registry knows it by."""
+
+    digest: Digest
+    size: int
+    path: Path
 
 
 class Unpacked(msgspec.Struct, frozen=True):
@@ -226,6 +238,40 @@ class Layers:
             with content.open("rb") as source:
                 unpacked = await unpack(source.fileno(), files, limits=self._limits, is_layer=True)
         assert unpacked.digest == diff_id, "what was packed is what is unpacked"
+
+    async def blob(self, chain_id: str) -> Blob:
+        """The layer as a registry keeps it: as it came from one, else compressed by gzip, which every engine unpacks.
+
+        What is compressed here takes the place of ``content``, so that the next push finds the same bytes.
+
+        Raises:
+            NotFound: there is no such layer.
+            UnpackFailed: there is no space for it.
+        """
+        async with self._lock(chain_id):
+            layer = self._layers.get(chain_id)
+            if layer is None:
+                raise NotFound(f"layer {chain_id} is not on this node")
+            path = self.content(chain_id)
+            if not layer.blob:
+                async with self._slots.of(chain_id):
+                    blob = await self._compressed(path, layer)
+                self._layers[chain_id] = layer = msgspec.structs.replace(layer, blob=blob)
+            size = (await asyncio.to_thread(path.stat)).st_size
+            return Blob(digest=layer.blob, size=size, path=path)
+
+    async def _compressed(self, path: Path, layer: Layer) -> Digest:
+        room_bytes = self._limits.room_on(self._scratch)
+        is_cancelled = threading.Event()
+        work = asyncio.get_running_loop().run_in_executor(
+            None, _as_gzip, path, layer, self._scratch, room_bytes, is_cancelled
+        )
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            is_cancelled.set()
+            await asyncio.wait([work])  # soon: nothing else writes to the layer as long as the lock is held
+            raise
 
     def detach(self, chain_ids: Iterable[str]) -> Sequence[Path]:
         """Remove unused layers from the store, at once; the caller deletes the returned directories.
@@ -434,6 +480,45 @@ def _result_of(response: bytes) -> Unpacked:
             raise ResourceExhausted(f"the archive {message}, the limit of this node")
         case _:
             raise UnpackFailed(f"Error processing tar file({message}")
+
+
+def _as_gzip(
+    content: Path, layer: Layer, scratch: Path, room_bytes: int, is_cancelled: threading.Event
+) -> Digest:
+    """Have ``content`` compressed by gzip, and note its digest beside it.  Raises: UnpackFailed.
+
+    A cut between the two leaves a layer whose digest is computed again.
+    """
+    workspace = Path(tempfile.mkdtemp(prefix="blob-", dir=scratch))
+    try:
+        if not _is_gzip(content):
+            made = workspace / "content"
+            with content.open("rb") as source, made.open("wb") as target:
+                # No name and no time in its head: the same layer gives the same bytes on every node.
+                with gzip.GzipFile("", "wb", 6, target, mtime=0) as compressed:
+                    for piece in plain_chunks(source):
+                        compressed.write(piece)
+                        if is_cancelled.is_set():
+                            raise UnpackFailed("cancelled")
+                        if target.tell() > room_bytes:
+                            raise UnpackFailed(f"{scratch}: no space left on device")
+                target.flush()
+                os.fsync(target.fileno())
+            made.rename(content)
+        with content.open("rb") as file:
+            blob = Digest(f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}")
+        document = msgspec.json.encode(msgspec.structs.replace(layer, blob=blob))
+        replace_file(content.with_name("layer.json"), document)
+        return blob
+    except OSError as error:
+        raise UnpackFailed(f"{scratch}: {describe_error(error)}") from error
+    finally:
+        discard_tree_now(workspace)
+
+
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(3) == _COMPRESSED[0]
 
 
 def _is_compressed(path: Path) -> bool:

@@ -213,6 +213,14 @@ class LocalImages:
                     return content
         return None
 
+    def documents(self, image: Image) -> Sequence[bytes]:
+        """The manifests and indexes that ``image`` came with, the latest first.  Blocks; call it in a thread."""
+        found = []
+        for file in (self._root / "manifests" / hex_of(image.id)).glob("*"):
+            with suppress(OSError):
+                found.append((file.stat().st_mtime_ns, file.read_bytes()))
+        return [content for _, content in sorted(found, reverse=True)]
+
     def children(self, image_id: str) -> Sequence[Image]:
         """Images that were made from this one."""
         return tuple(image for image in self.images() if image.parent == image_id)

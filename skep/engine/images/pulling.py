@@ -52,6 +52,7 @@ _BACKOFF_S = 0.5
 _CONFIG_BYTES_MAX = 8 << 20
 _MISMATCH = "layers from manifest don't match image configuration"
 _REPORT_BYTES = 512 << 10
+_OFFERED_MAX = 16
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386"}
 
 
@@ -142,7 +143,20 @@ def choose(manifests: Sequence[Descriptor], wanted: Platform) -> Descriptor:
             continue
         if not wanted.variant or found.get("variant", "") in ("", wanted.variant):
             return descriptor
-    raise NotFound(f"no matching manifest for {wanted} in the manifest list entries")
+    raise NotFound(f"no matching manifest for {wanted} in the manifest list entries{_offered(manifests)}")
+
+
+def _offered(manifests: Sequence[Descriptor]) -> str:
+    """The platforms of an index, for the error of one without the wanted one; a bounded number of them."""
+    names = dict.fromkeys(
+        "/".join(str(word) for word in words)
+        for found in (descriptor.platform or {} for descriptor in manifests)
+        if (words := [found[key] for key in ("os", "architecture", "variant") if found.get(key)])
+        and found.get("os") != "unknown"  # an attestation beside its image
+    )
+    shown = list(names)[:_OFFERED_MAX]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return f": it has {', '.join(shown)}{more}" if shown else ""
 
 
 async def pull(
@@ -173,7 +187,7 @@ async def pull_from(
 ) -> Image:
     """Fetch what ``reference`` names from ``repository``.  Raises: as ``ImageStore.pull``."""
     wanted = parse_platform(platform)
-    document = await _attempted(
+    document = await attempted(
         lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max)
     )
     report(Message(id=reference.tag or reference.digest, status=f"Pulling from {reference.path}"))
@@ -217,7 +231,7 @@ async def inspect(
             document = await repository.manifest(target, limits.manifest_bytes_max)
         except Absent as error:
             raise NotFound(error.cause) from error
-        manifest = _decoded(document)
+        manifest = decoded(document)
         platforms = [one.platform for one in manifest.manifests or () if one.platform]
         if manifest.config is not None:
             async with repository.blob(manifest.config.digest) as (_, pieces):
@@ -276,18 +290,19 @@ async def _for_platform(
     repository: Repository, document: Document, wanted: Platform, bytes_max: int
 ) -> tuple[Manifest, Sequence[bytes]]:
     """The manifest that ``document`` is, or that the index in it has for ``wanted``; and the bytes of all of them."""
-    manifest = _decoded(document)
+    manifest = decoded(document)
     if manifest.manifests is None:
         return manifest, (document.content,)
     digest = parse_digest(choose(manifest.manifests, wanted).digest)
-    found = await _attempted(lambda: repository.manifest(digest, bytes_max))
-    chosen = _decoded(found)
+    found = await attempted(lambda: repository.manifest(digest, bytes_max))
+    chosen = decoded(found)
     if chosen.manifests is not None:
         raise InvalidArgument("invalid manifest: an index within an index")
     return chosen, (document.content, found.content)
 
 
-def _decoded(document: Document) -> Manifest:
+def decoded(document: Document) -> Manifest:
+    """The manifest or index in ``document``.  Raises: InvalidArgument."""
     try:
         manifest = msgspec.json.decode(document.content, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -422,7 +437,7 @@ async def _download(
         await asyncio.to_thread(_reserve, file, descriptor.size, images.limits)
         while True:
             try:
-                await _attempted(lambda: _transfer(repository, images, descriptor, file, report))
+                await attempted(lambda: _transfer(repository, images, descriptor, file, report))
                 report(step(short(digest), "Verifying Checksum"))
                 if await asyncio.to_thread(_digest_of_file, path, digest.partition(":")[0]) == digest:
                     return path
@@ -475,16 +490,19 @@ def _reserve(file: BinaryIO, size: int, limits: Limits) -> None:
         # A file system that cannot: then another download may be faster.
 
 
-async def _attempted(action: Callable[[], Awaitable[T]]) -> T:
-    """``action``'s result; a failure of the network is tried again, each time after a longer, jittered wait."""
+async def attempted(action: Callable[[], Awaitable[T]]) -> T:
+    """``action``'s result; a failure of the network is tried again, each time after a longer, jittered wait.
+
+    Where the registry says how long it wants to be left alone, not before that.
+    """
     backoff = Backoff(_BACKOFF_S)
     for attempt in range(_ATTEMPTS):
         try:
             return await action()
-        except RegistryError:
+        except RegistryError as error:
             if attempt == _ATTEMPTS - 1:
                 raise
-            await asyncio.sleep(backoff.next_delay_s())
+            await asyncio.sleep(max(backoff.next_delay_s(), error.retry_after_s))
     raise AssertionError("the last attempt returns or raises")
 
 

@@ -16,8 +16,9 @@ import ipaddress
 import os
 import re
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
@@ -28,7 +29,8 @@ from yarl import URL
 
 from skep.engine.images.digest import Digest, digest_of
 from skep.engine.images.reference import DEFAULT_DOMAIN, Reference
-from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError
+from skep.engine.images.refusals import read_bounded, refusal_of, retry_after
+from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unauthenticated
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -38,17 +40,41 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 _ACCEPT = ", ".join((DOCKER_MANIFEST, DOCKER_LIST, OCI_MANIFEST, OCI_INDEX))
 _DOCKER_IO_HOST = "registry-1.docker.io"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_REDIRECTS_WITH_BODY = frozenset({307, 308})
+"""Those that mean the same method and content at another place; after the others Go would ask there with GET."""
 _REDIRECTS_MAX = 10
 """As in Go."""
 _TOKEN_BYTES_MAX = 1 << 20
-_ERROR_BYTES_MAX = 64 << 10
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
 """A blob may take as long as it likes while bytes keep coming."""
-_SHORT_TIMEOUT = aiohttp.ClientTimeout(total=30.0, sock_connect=10.0)
+SHORT_TIMEOUT = aiohttp.ClientTimeout(total=30.0, sock_connect=10.0)
+"""Of requests whose response is small."""
+
+Content = Callable[[], AsyncIterator[bytes]]
+"""What a request sends, in pieces; called again for each attempt."""
 
 
 class RegistryError(SkepError):
-    """The registry could not be reached, or answered what it should not.  Worth another attempt."""
+    """The registry could not be reached, or answered what it should not.  Worth another attempt.
+
+    ``retry_after_s``: the shortest wait before that, where the registry says one.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoCredentials(SkepError):
+    """The registry wants a name and a password, and there are none.  ``cause``: Docker's words for that alone."""
+
+    def __init__(self, request: str) -> None:
+        self.cause = "no basic auth credentials"
+        super().__init__(f"{request}: {self.cause}")
+
+
+class LoginFailed(SkepError):
+    """The registry refuses a name and password."""
 
 
 class Absent(NotFound):
@@ -80,8 +106,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             return False
         return any(address in network for network in map(_network, self.insecure) if network is not None)
 
-    def endpoints(self, domain: str) -> Sequence["Endpoint"]:
-        """Base URLs to try for images of ``domain``, in this order."""
+    def endpoints(self, domain: str, *, to_push: bool = False) -> Sequence["Endpoint"]:
+        """Base URLs to try for images of ``domain``, in this order.  Nothing is pushed to a mirror."""
+        if domain == DEFAULT_DOMAIN and to_push:
+            return (Endpoint(f"https://{_DOCKER_IO_HOST}"),)
         if domain == DEFAULT_DOMAIN:
             mirrors = [
                 Endpoint(
@@ -123,6 +151,10 @@ class Credentials(msgspec.Struct, frozen=True, rename="lower"):
     def __repr__(self) -> str:
         return f"Credentials(username={self.username!r})"
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.username or self.identity_token or self.registry_token)
+
 
 class _Tags(msgspec.Struct, frozen=True):
     tags: tuple[str, ...] | None = None
@@ -155,111 +187,128 @@ def decode_credentials(header: str) -> Credentials:
         return Credentials()
 
 
-class Repository:
-    """One repository at one registry, as long as ``connected`` keeps it."""
+class Connection:
+    """Requests to one registry with one user's credentials, as long as ``connected`` keeps it."""
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
         endpoint: Endpoint,
-        reference: Reference,
         credentials: Credentials,
+        scopes: Sequence[str] = (),
     ) -> None:
+        """``scopes``: what a token is asked for (``repository:name:actions``); none: only who the user is."""
         self._session = session
         self._endpoint = endpoint
-        self._reference = reference
         self._credentials = Credentials() if endpoint.mirror else credentials
+        self._scopes = scopes
         self._authorization = ""
         if self._credentials.registry_token:
             self._authorization = f"Bearer {self._credentials.registry_token}"
+        self.identity_token = ""
+        """What the registry's token server gave in place of the password; empty: nothing."""
 
     async def ping(self) -> None:
         """Check that a registry responds there, and log in if it requires that.  Raises: RegistryError."""
-        async with self._get("/v2/", timeout=_SHORT_TIMEOUT) as response:
-            if response.status not in (200, 401, 404):
-                raise RegistryError(f"{response.url}: unexpected status {response.status}")
+        try:
+            async with self.request("GET", "/v2/", timeout=SHORT_TIMEOUT) as response:
+                if response.status not in (200, 401, 404, 429):
+                    raise RegistryError(f"{response.url}: unexpected status {response.status}")
+        except NoCredentials:
+            pass  # it responds; what is asked of it next may need none
 
-    async def manifest(self, target: str, bytes_max: int) -> Document:
-        """The manifest or index that ``target`` (a tag or a digest) names.
+    async def login(self) -> None:
+        """Check the credentials.
 
         Raises:
-            NotFound, PermissionDenied: with Docker's texts.
-            InvalidArgument: its digest is not the requested one, or it is too large.
-            RegistryError.
-        """
-        path = f"/v2/{self._reference.path}/manifests/{target}"
-        async with self._get(path, headers={"Accept": _ACCEPT}, timeout=_SHORT_TIMEOUT) as response:
-            await self._check(response)
-            content = await _read(response, bytes_max)
-            media_type = response.content_type
-        if ":" in target and digest_of(content) != target:
-            raise InvalidArgument(f"manifest verification failed for digest {target}")
-        return Document(content, media_type)
+            Unauthenticated: the registry's token server refuses them; LoginFailed: the registry does.
+            NoCredentials, RegistryError.
 
-    async def tags(self, bytes_max: int) -> Sequence[str]:
-        """The repository's tags.  Raises: NotFound, PermissionDenied, RegistryError."""
-        async with self._get(f"/v2/{self._reference.path}/tags/list", timeout=_SHORT_TIMEOUT) as response:
-            await self._check(response)
-            content = await _read(response, bytes_max)
+        Source: moby 20.10, registry/auth.go (loginV2).
+        """
+        url = f"{self._endpoint.url}/v2/"
         try:
-            return msgspec.json.decode(content, type=_Tags).tags or ()
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise RegistryError(f"{response.url}: {error}") from error
+            async with self.request("GET", "/v2/", timeout=SHORT_TIMEOUT) as response:
+                status = response.status
+        except PermissionDenied as error:
+            raise Unauthenticated(f'Get "{url}": {error}') from error
+        if status != 200:
+            raise LoginFailed(f"login attempt to {url} failed with status: {_status_text(status)}")
 
     @asynccontextmanager
-    async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """A blob's bytes from ``start`` on: the offset they really begin at, and the pieces.
-
-        A registry without ranges begins at 0.  Raises: NotFound, PermissionDenied, RegistryError.
-        """
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        async with self._get(f"/v2/{self._reference.path}/blobs/{digest}", headers=headers) as response:
-            await self._check(response)
-            yield start if response.status == 206 else 0, _pieces(response)
-
-    def mistrust(self, _digest: str) -> bool:
-        """There is no other source of a blob that was not what its digest names."""
-        return False
-
-    @asynccontextmanager
-    async def _get(
+    async def request(
         self,
-        path: str,
+        method: str,
+        place: str | URL,
+        *,
         headers: Mapping[str, str] | None = None,
+        content: Content | bytes | None = None,
         timeout: aiohttp.ClientTimeout = _TIMEOUT,
+        also: str = "",
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        url = self._endpoint.url + path
-        sent = dict(headers or {})
-        with _network_errors(url):
+        """The response of the registry at ``place`` (a path, or where it said), redirects followed, logged in.
+
+        Args:
+            also: a further scope that the token has to have.
+
+        Raises:
+            RegistryError: no response; a redirect leads out of TLS, or nowhere.
+            PermissionDenied: the token server refuses the credentials.
+            NoCredentials: a password is wanted, and there is none.
+        """
+        target = URL(self._endpoint.url + place) if isinstance(place, str) else place
+        scopes = (*self._scopes, also) if also else self._scopes
+        with _network_errors(str(target), method):
             for attempt in (1, 2):
-                async with self._followed(url, sent, timeout) as response:
+                async with self._followed(method, target, headers or {}, content, timeout) as response:
                     if response.status == 401 and attempt == 1 and self._is_own(response.url):
                         challenge = response.headers.get("WWW-Authenticate", "")
-                        self._authorization = await self._answer(challenge)
+                        self._authorization = await self._answer(challenge, scopes)
                         if self._authorization:
                             continue
+                        if challenge.lower().startswith("basic"):
+                            raise NoCredentials(f'{method.capitalize()} "{response.url}"')
                     yield response
                     return
 
+    def location(self, response: aiohttp.ClientResponse) -> URL:
+        """Where ``response`` says to go on.  Raises: RegistryError: nowhere, or out of TLS."""
+        location = response.headers.get("Location", "")
+        if not location:
+            raise RegistryError(f"{response.url.with_query(None)}: the registry gives no Location")
+        return self._redirected(response.url, location)
+
     @asynccontextmanager
     async def _followed(
-        self, url: str, headers: Mapping[str, str], timeout: aiohttp.ClientTimeout
+        self,
+        method: str,
+        target: URL,
+        headers: Mapping[str, str],
+        content: Content | bytes | None,
+        timeout: aiohttp.ClientTimeout,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response of ``url``, redirects followed.  Raises: RegistryError: one leads out of TLS, or nowhere."""
-        target = URL(url)
+        """The response of ``target``, redirects followed.  Raises: RegistryError: one leads out of TLS, or nowhere."""
+        url = target
+        redirects = _REDIRECTS if method in ("GET", "HEAD") else _REDIRECTS_WITH_BODY
         for _ in range(_REDIRECTS_MAX + 1):
             sent = dict(headers)
             if self._authorization and self._is_own(target):
                 sent["Authorization"] = self._authorization
-            async with self._session.get(
-                target, headers=sent, timeout=timeout, allow_redirects=False, proxy=_proxy_for(target)
+            async with self._session.request(
+                method,
+                target,
+                headers=sent,
+                data=content() if callable(content) else content,
+                timeout=timeout,
+                allow_redirects=False,
+                proxy=_proxy_for(target),
             ) as response:
                 location = response.headers.get("Location", "")
-                if response.status not in _REDIRECTS or not location:
+                if response.status not in redirects or not location:
                     yield response
                     return
             target = self._redirected(target, location)
-        raise RegistryError(f'Get "{url}": stopped after {_REDIRECTS_MAX} redirects')
+        raise RegistryError(f'{method.capitalize()} "{url}": stopped after {_REDIRECTS_MAX} redirects')
 
     def _redirected(self, source: URL, location: str) -> URL:
         try:
@@ -276,7 +325,7 @@ class Repository:
     def _is_own(self, url: URL) -> bool:
         return url.origin() == URL(self._endpoint.url).origin()
 
-    async def _answer(self, challenge: str) -> str:
+    async def _answer(self, challenge: str, scopes: Sequence[str]) -> str:
         """The ``Authorization`` that a challenge requires; empty without credentials."""
         scheme, _, rest = challenge.partition(" ")
         parameters = dict(re.findall(r'(\w+)="([^"]*)"', rest))
@@ -284,61 +333,128 @@ class Repository:
         if scheme.lower() == "basic" and known.username:
             return aiohttp.encode_basic_auth(known.username, known.password)
         if scheme.lower() == "bearer" and parameters.get("realm"):
-            return f"Bearer {await self._token(parameters)}"
+            return f"Bearer {await self._token(parameters, scopes)}"
         return ""
 
-    async def _token(self, challenge: Mapping[str, str]) -> str:
+    async def _token(self, challenge: Mapping[str, str], scopes: Sequence[str]) -> str:
         realm = challenge["realm"]
         if urlsplit(realm).scheme != "https" and self._endpoint.verify:
             raise PermissionDenied(f"the registry wants credentials sent without TLS, to {realm}")
-        scope = f"repository:{self._reference.path}:pull"
-        fields = {"service": challenge.get("service", ""), "scope": scope}
+        fields = [("service", challenge.get("service", ""))]
         known = self._credentials
         with _network_errors(realm):
-            if known.identity_token:
-                form = fields | {
-                    "grant_type": "refresh_token",
-                    "refresh_token": known.identity_token,
-                    "client_id": "docker",
-                }
-                request = self._session.post(
-                    realm,
-                    data=form,
-                    timeout=_SHORT_TIMEOUT,
-                    allow_redirects=False,
-                    proxy=_proxy_for(URL(realm)),
-                )
-            else:
-                headers = {}
-                if known.username:
-                    fields["account"] = known.username
-                    headers["Authorization"] = aiohttp.encode_basic_auth(known.username, known.password)
-                request = self._session.get(
-                    realm,
-                    params=fields,
-                    headers=headers,
-                    timeout=_SHORT_TIMEOUT,
-                    allow_redirects=False,
-                    proxy=_proxy_for(URL(realm)),
-                )
-            async with request as response:
-                content = await _read(response, _TOKEN_BYTES_MAX)
+            async with self._token_request(realm, fields, scopes) as response:
+                content = await read_bounded(response, _TOKEN_BYTES_MAX)
                 if response.status == 401:
                     raise PermissionDenied("unauthorized: incorrect username or password")
                 if response.status != 200:
-                    raise RegistryError(f"{realm}: unexpected status {response.status}")
+                    raise RegistryError(
+                        f"{realm}: unexpected status {response.status}", retry_after(response)
+                    )
         try:
             document = msgspec.json.decode(content, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RegistryError(f"{realm}: {error}") from error
+        if known.username and not scopes:
+            self.identity_token = str(document.get("refresh_token") or "")
         return str(document.get("token") or document.get("access_token") or "")
+
+    def _token_request(
+        self, realm: str, fields: list[tuple[str, str]], scopes: Sequence[str]
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Asks the token server at ``realm``; without redirects, which would get the password, too."""
+        known = self._credentials
+        proxy = _proxy_for(URL(realm))
+        if known.identity_token:
+            form = [
+                *fields,
+                ("scope", " ".join(scopes)),
+                ("grant_type", "refresh_token"),
+                ("refresh_token", known.identity_token),
+                ("client_id", "docker"),
+            ]
+            return self._session.post(
+                realm, data=form, timeout=SHORT_TIMEOUT, allow_redirects=False, proxy=proxy
+            )
+        fields += [("scope", scope) for scope in scopes]
+        headers = {}
+        if known.username:
+            fields.append(("account", known.username))
+            headers["Authorization"] = aiohttp.encode_basic_auth(known.username, known.password)
+            if not scopes:  # a login: the token that stands for the password is what the client keeps
+                fields += [("offline_token", "true"), ("client_id", "docker")]
+        return self._session.get(
+            realm, params=fields, headers=headers, timeout=SHORT_TIMEOUT, allow_redirects=False, proxy=proxy
+        )
+
+
+class Repository(Connection):
+    """One repository at one registry.  ``actions``: what is done there, ``pull`` or ``pull,push``."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        endpoint: Endpoint,
+        reference: Reference,
+        credentials: Credentials,
+        actions: str = "pull",
+    ) -> None:
+        super().__init__(session, endpoint, credentials, (f"repository:{reference.path}:{actions}",))
+        self._reference = reference
+
+    @property
+    def path(self) -> str:
+        """Where its manifests and blobs are at the registry."""
+        return f"/v2/{self._reference.path}"
+
+    async def manifest(self, target: str, bytes_max: int) -> Document:
+        """The manifest or index that ``target`` (a tag or a digest) names.
+
+        Raises:
+            NotFound, PermissionDenied: with Docker's texts.
+            InvalidArgument: its digest is not the requested one, or it is too large.
+            RegistryError.
+        """
+        path = f"{self.path}/manifests/{target}"
+        accept = {"Accept": _ACCEPT}
+        async with self.request("GET", path, headers=accept, timeout=SHORT_TIMEOUT) as response:
+            await self._check(response)
+            content = await read_bounded(response, bytes_max)
+            media_type = response.content_type
+        if ":" in target and digest_of(content) != target:
+            raise InvalidArgument(f"manifest verification failed for digest {target}")
+        return Document(content, media_type)
+
+    async def tags(self, bytes_max: int) -> Sequence[str]:
+        """The repository's tags.  Raises: NotFound, PermissionDenied, RegistryError."""
+        async with self.request("GET", f"{self.path}/tags/list", timeout=SHORT_TIMEOUT) as response:
+            await self._check(response)
+            content = await read_bounded(response, bytes_max)
+        try:
+            return msgspec.json.decode(content, type=_Tags).tags or ()
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RegistryError(f"{response.url}: {error}") from error
+
+    @asynccontextmanager
+    async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """A blob's bytes from ``start`` on: the offset they really begin at, and the pieces.
+
+        A registry without ranges begins at 0.  Raises: NotFound, PermissionDenied, RegistryError.
+        """
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        async with self.request("GET", f"{self.path}/blobs/{digest}", headers=headers) as response:
+            await self._check(response)
+            yield start if response.status == 206 else 0, _pieces(response)
+
+    def mistrust(self, _digest: str) -> bool:
+        """There is no other source of a blob that was not what its digest names."""
+        return False
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:
         """Raise the error of a failed response, in Docker's words."""
         if response.status in (200, 206):
             return
-        code, message = _first_error(await _read(response, _ERROR_BYTES_MAX), response.status)
-        cause = f"{code.lower().replace('_', ' ')}: {message}"
+        code, cause = await refusal_of(response)
         name, familiar = self._reference.familiar_name, self._reference.familiar
         if code == "MANIFEST_UNKNOWN" or (response.status == 404 and "/manifests/" in response.url.path):
             raise Absent(f"manifest for {familiar} not found: {cause}", cause)
@@ -348,13 +464,13 @@ class Repository:
             reason = "repository does not exist or may require 'docker login'"
             raise Absent(f"pull access denied for {name}, {reason}: {cause}", cause)
         if code == "TOOMANYREQUESTS" or response.status >= 500 or response.status == 429:
-            raise RegistryError(cause)
+            raise RegistryError(cause, retry_after(response))
         raise NotFound(cause)
 
 
 @asynccontextmanager
 async def connected(
-    policy: Policy, reference: Reference, credentials: Credentials
+    policy: Policy, reference: Reference, credentials: Credentials, *, to_push: bool = False
 ) -> AsyncIterator[Repository]:
     """The repository of ``reference`` at the first endpoint that responds.
 
@@ -362,17 +478,11 @@ async def connected(
         RegistryError: none does; with the last one's reason, as Docker gives it.
     """
     problem: RegistryError | None = None
-    for endpoint in policy.endpoints(reference.domain):
-        context = ssl.create_default_context()
-        # Python 3.13 also requires extensions that Go does not, so that private registries often lack them.
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        if not endpoint.verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        connector = aiohttp.TCPConnector(ssl=context, limit=16)
-        # Without trust_env, by which aiohttp would send what root's ~/.netrc has for a host, too.
-        async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
-            repository = Repository(session, endpoint, reference, credentials)
+    for endpoint in policy.endpoints(reference.domain, to_push=to_push):
+        async with session_for(endpoint) as session:
+            repository = Repository(
+                session, endpoint, reference, credentials, "pull,push" if to_push else "pull"
+            )
             try:
                 await repository.ping()
             except RegistryError as error:
@@ -380,6 +490,41 @@ async def connected(
                 continue
             yield repository
             return
+    assert problem is not None, "there is at least one endpoint"
+    raise problem
+
+
+@asynccontextmanager
+async def session_for(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession]:
+    """Connections to ``endpoint`` and where it leads, by its rules for TLS."""
+    context = ssl.create_default_context()
+    # Python 3.13 also requires extensions that Go does not, so that private registries often lack them.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    if not endpoint.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    connector = aiohttp.TCPConnector(ssl=context, limit=16)
+    # Without trust_env, by which aiohttp would send what root's ~/.netrc has for a host, too.
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
+        yield session
+
+
+async def login(policy: Policy, domain: str, credentials: Credentials) -> str:
+    """Check ``credentials`` at the registry ``domain``; gives the token to keep in place of the password, or nothing.
+
+    Raises: Unauthenticated, LoginFailed, RegistryError.
+    """
+    problem: RegistryError | None = None
+    for endpoint in policy.endpoints(domain, to_push=True):
+        async with session_for(endpoint) as session:
+            connection = Connection(session, endpoint, credentials)
+            try:
+                await connection.login()
+            except RegistryError as error:
+                # The second endpoint of an insecure registry is without TLS: it counts if the first is none.
+                problem = error
+                continue
+            return connection.identity_token
     assert problem is not None, "there is at least one endpoint"
     raise problem
 
@@ -404,33 +549,24 @@ def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
 class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
     """Translate failures of the network into ``RegistryError``, worded as Go's HTTP client words them."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, method: str = "GET") -> None:
+        self._request = f'{method.capitalize()} "{url}"'
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, TimeoutError):
-            raise RegistryError(f'Get "{self._url}": net/http: request canceled (timeout)') from error
+            raise RegistryError(f"{self._request}: net/http: request canceled (timeout)") from error
         if isinstance(error, aiohttp.ClientConnectorDNSError):
-            raise RegistryError(f'Get "{self._url}": dial tcp: lookup {error.host}: no such host') from error
+            raise RegistryError(f"{self._request}: dial tcp: lookup {error.host}: no such host") from error
         if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, ssl.SSLError):
             code = error.os_error.errno
             reason = (os.strerror(code) if code and code > 0 else str(error.os_error)).lower()
             where = f"{error.host}:{error.port}"
-            raise RegistryError(f'Get "{self._url}": dial tcp {where}: connect: {reason}') from error
+            raise RegistryError(f"{self._request}: dial tcp {where}: connect: {reason}") from error
         if isinstance(error, aiohttp.ClientError | OSError):
-            raise RegistryError(f'Get "{self._url}": {error}') from error
-
-
-async def _read(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
-    content = bytearray()
-    async for piece in response.content.iter_any():
-        content += piece
-        if len(content) > bytes_max:
-            raise InvalidArgument(f"{response.url}: the answer is larger than {bytes_max} bytes")
-    return bytes(content)
+            raise RegistryError(f"{self._request}: {error}") from error
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
@@ -438,12 +574,5 @@ async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         yield piece
 
 
-def _first_error(content: bytes, status: int) -> tuple[str, str]:
-    """Code and message of the registry's error document, or something in their place."""
-    try:
-        document = msgspec.json.decode(content, type=dict[str, Any])
-        first = document["errors"][0]
-        return str(first.get("code", "UNKNOWN")), str(first.get("message", ""))
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError):
-        code = {401: "UNAUTHORIZED", 403: "DENIED", 404: "MANIFEST_UNKNOWN"}.get(status, "UNKNOWN")
-        return code, f"unexpected status {status}"
+def _status_text(status: int) -> str:
+    return f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else str(status)

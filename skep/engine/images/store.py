@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.engine.images import archive, pulling
+from skep.engine.images import archive, pulling, pushing
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image
 from skep.engine.images.layers import Limits
@@ -103,6 +103,10 @@ class ImageStore(LocalImages):
             except SkepError as other:
                 log.info("image not fetched from a node", image=reference.familiar, reason=str(other))
                 raise error from other
+
+    async def push(self, reference: Reference, auth: str, report: Report = quiet) -> None:
+        """Send an image, or all tags of a repository, to its registry.  Raises: as ``pushing.push``."""
+        await pushing.push(self, self.policy, reference, decode_credentials(auth), report)
 
     async def remove(
         self, word: str, *, force: bool = False, prune: bool = True, users: Collection[ImageUser]

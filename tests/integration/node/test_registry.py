@@ -1,9 +1,6 @@
 """Pulling over the API from Debian's docker-registry, by requests and by the docker command."""
 
 import asyncio
-import json
-import shutil
-import socket
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from skep.engine.images.store import ImageStore
 from tests.conftest import SEARCHED
 from tests.support.archives import sha256
 from tests.support.playground_rig import CLIS
-from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
+from tests.support.registry_rig import BLOBS, CONFIG, a_manifest, docker_registry
 
 pytestmark = pytest.mark.needs("docker-registry")
 
@@ -28,37 +25,13 @@ pytestmark = pytest.mark.needs("docker-registry")
 @pytest.fixture
 async def registry(tmp_path: Path) -> AsyncIterator[str]:
     """Debian's docker-registry with one image, ``team/app:1``; gives its address."""
-    program = shutil.which("docker-registry", path=SEARCHED)
-    assert program is not None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = {
-        "version": "0.1",
-        "log": {"level": "error"},
-        "storage": {"filesystem": {"rootdirectory": str(tmp_path / "registry")}},
-        "http": {"addr": address},
-    }
-    (tmp_path / "registry.yml").write_text(json.dumps(settings))
-    process = await asyncio.create_subprocess_exec(program, "serve", str(tmp_path / "registry.yml"))
-    try:
+    async with docker_registry(tmp_path / "registry") as address:
         async with aiohttp.ClientSession(f"http://{address}") as session:
             await _push(session)
         yield address
-    finally:
-        process.terminate()
-        await process.wait()
 
 
 async def _push(session: aiohttp.ClientSession) -> None:
-    for attempt in range(100):
-        try:
-            async with session.get("/v2/") as response:
-                assert response.status == 200
-                break
-        except aiohttp.ClientConnectionError:
-            assert attempt < 99, "the registry does not answer"
-            await asyncio.sleep(0.05)
     for content in (CONFIG, *BLOBS):
         async with session.post("/v2/team/app/blobs/uploads/") as response:
             location = response.headers["Location"]

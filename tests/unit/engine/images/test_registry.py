@@ -65,9 +65,21 @@ def test_an_index_gives_the_first_manifest_for_the_platform():
     assert choose((arm, amd), Platform("linux", "amd64")) is amd
 
 
-def test_an_index_without_the_platform_is_an_error_that_names_it():
-    with pytest.raises(NotFound, match=r"no matching manifest for linux/arm/v7 in the manifest list entries"):
-        choose((descriptor(os="linux", architecture="amd64"),), Platform("linux", "arm", "v7"))
+def test_an_index_without_the_platform_is_an_error_that_names_those_offered():
+    offered = [
+        descriptor(os="linux", architecture="amd64"),
+        descriptor(os="linux", architecture="amd64"),
+        descriptor(os="linux", architecture="arm64", variant="v8"),
+        descriptor(os="unknown", architecture="unknown"),
+    ]
+    words = "no matching manifest for linux/arm/v7 in the manifest list entries"
+    with pytest.raises(NotFound, match=f"^{words}: it has linux/amd64, linux/arm64/v8$"):
+        choose(offered, Platform("linux", "arm", "v7"))
+    with pytest.raises(NotFound, match=f"^{words}$"):
+        choose((), Platform("linux", "arm", "v7"))
+    many = [descriptor(os="linux", architecture=f"a{number}") for number in range(1000)]
+    with pytest.raises(NotFound, match=r"linux/a15 and 984 more$"):
+        choose(many, Platform("linux", "arm", "v7"))
 
 
 def test_platforms_are_written_with_one_to_three_parts():

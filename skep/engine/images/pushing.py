@@ -1,0 +1,251 @@
+"""``docker push``: images of this node become images of a registry.
+
+A layer goes up once, whatever number of tags has it, and not at all where the registry has it already.  An image that
+was pulled is pushed by the manifest it came with, so its digest stays; of any other one a manifest of schema 2 is made,
+as Docker makes it.  The manifest goes last, after everything it names: a push that is cut leaves no tag.
+
+Source: moby 20.10, distribution/{push,push_v2}.go, distribution/xfer/upload.go.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from skep.aio.groups import first_alone
+from skep.engine.images.digest import Digest, digest_of, short
+from skep.engine.images.image import Image
+from skep.engine.images.layers import Blob
+from skep.engine.images.local import LocalImages
+from skep.engine.images.progress import Message, Report, step, transfer
+from skep.engine.images.pulling import Manifest, attempted, decoded
+from skep.engine.images.reference import Reference
+from skep.engine.images.registry import (
+    DOCKER_MANIFEST,
+    OCI_MANIFEST,
+    SHORT_TIMEOUT,
+    Credentials,
+    Document,
+    NoCredentials,
+    Policy,
+    Repository,
+    connected,
+)
+from skep.engine.images.uploads import Refused, Upload, check, has_blob, require_digest, send
+from skep.errors import InvalidArgument, NotFound, SkepError
+
+_UPLOADS_MAX = 5
+"""Docker's max-concurrent-uploads."""
+_MOUNTS_MAX = 3
+_REPORT_BYTES = 512 << 10
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_CONFIG_TYPES = {
+    DOCKER_MANIFEST: "application/vnd.docker.container.image.v1+json",
+    OCI_MANIFEST: "application/vnd.oci.image.config.v1+json",
+}
+_LAYER_TYPES = {
+    DOCKER_MANIFEST: "application/vnd.docker.image.rootfs.diff.tar.gzip",
+    OCI_MANIFEST: "application/vnd.oci.image.layer.v1.tar+gzip",
+}
+_ZSTD_TYPE = "application/vnd.oci.image.layer.v1.tar+zstd"
+
+
+async def push(
+    images: LocalImages, policy: Policy, reference: Reference, credentials: Credentials, report: Report
+) -> None:
+    """Send the image that ``reference`` names to its registry; without a tag: all tags of the repository.
+
+    Raises:
+        NotFound: there is no such image here.
+        InvalidArgument: a digest is no name to push to; the registry stored something else.
+        Refused, PermissionDenied: the registry does not take it.
+        RegistryError: it cannot be reached.
+    """
+    name = reference.familiar_name
+    if reference.digest:
+        raise InvalidArgument("cannot push a digest reference")
+    report(Message(status=f"The push refers to repository [{reference.name}]"))
+    tags = {
+        tag: image
+        for image in images.images()
+        for tag in image.tags
+        if tag.repository == reference.repository
+    }
+    if not any(
+        one.repository == reference.repository for image in images.images() for one in image.references
+    ):
+        raise NotFound(f"An image does not exist locally with the tag: {name}")
+    if reference.tag and reference not in tags:
+        raise NotFound(f"tag does not exist: {reference.familiar}")
+    if not tags:
+        raise NotFound(f"no tags to push for {name}")
+    wanted = [reference] if reference.tag else sorted(tags)
+    try:
+        async with AsyncExitStack() as stack:
+            for tag in wanted:
+                await stack.enter_async_context(images.pinned(tags[tag].chain))
+            repository = await stack.enter_async_context(
+                connected(policy, reference.repository, credentials, to_push=True)
+            )
+            push = _Push(images, repository, reference.repository, report)
+            for tag in wanted:
+                await push.tag(tag, tags[tag])
+    except NoCredentials as error:
+        raise Refused(error.cause) from error
+    images.announce("push", name, name)
+
+
+class _Push:
+    """One push to one repository."""
+
+    def __init__(self, images: LocalImages, repository: Repository, name: Reference, report: Report) -> None:
+        self._images = images
+        self._repository = repository
+        self._name = name
+        self._report = report
+        self._slots = asyncio.Semaphore(_UPLOADS_MAX)
+        self._pushed: dict[str, Blob] = {}
+        """Layers that the registry has, by the digest of their plain tar."""
+
+    async def tag(self, tag: Reference, image: Image) -> None:
+        """Send what is missing of ``image``, then its manifest under ``tag``."""
+        config = await asyncio.to_thread(self._images.config_file(image).read_bytes)
+        layers = dict(zip(image.config.diff_ids, image.chain, strict=True))
+        for diff_id in reversed(layers):
+            self._report(step(short(diff_id), "Preparing"))
+        with first_alone(SkepError):  # the others follow from it or are the same
+            async with asyncio.TaskGroup() as group:
+                for diff_id, chain_id in reversed(layers.items()):
+                    group.create_task(self._layer(diff_id, chain_id), name=f"push-{short(diff_id)}")
+        await self._blob(Upload(digest=image.id, size=len(config), content=config))
+        blobs = [self._pushed[diff_id] for diff_id in image.config.diff_ids]
+        manifest = await asyncio.to_thread(_manifest_for, self._images, image, config, blobs)
+        await attempted(lambda: self._put_manifest(tag, manifest))
+        self._report(Message(status=f"{tag.tag}: digest: {manifest.digest} size: {len(manifest.content)}"))
+        if self._images.resolve(image.id) is not None:
+            await self._images.add(config, (self._name.with_digest(manifest.digest),))
+        result = {"Tag": tag.tag, "Digest": manifest.digest, "Size": len(manifest.content)}
+        self._report(Message(aux=result))
+
+    async def _layer(self, diff_id: str, chain_id: Digest) -> None:
+        id = short(diff_id)
+        if diff_id in self._pushed:
+            self._report(step(id, "Layer already exists"))
+            return
+        if self._slots.locked():
+            self._report(step(id, "Waiting"))
+        async with self._slots:
+            blob = await self._images.layer_store.blob(chain_id)
+            upload = Upload(
+                digest=blob.digest,
+                size=blob.size,
+                path=blob.path,
+                mounts=mount_sources(self._images.images(), self._name, chain_id),
+            )
+            self._report(step(id, await self._blob(upload, id)))
+        self._pushed[diff_id] = blob
+
+    async def _blob(self, upload: Upload, id: str = "") -> str:
+        """Have the registry take a blob that it lacks; gives the words for what was done.
+
+        Of two pushes of the same blob at once the second finds what the first has sent.
+        """
+        reported = 0
+
+        def sent(count: int) -> None:
+            nonlocal reported
+            if id and (count - reported >= _REPORT_BYTES or count == upload.size or count < reported):
+                reported = count
+                self._report(transfer(id, "Pushing", count, upload.size))
+
+        def waiting(seconds: float) -> None:
+            if id:
+                whole = max(round(seconds), 1)
+                self._report(step(id, f"Retrying in {whole} second{'' if whole == 1 else 's'}"))
+
+        key = f"{self._name} {upload.digest}"
+        lock = _blobs.get(key)
+        if lock is None:
+            lock = _blobs[key] = asyncio.Lock()
+        async with lock:
+            if await attempted(lambda: has_blob(self._repository, upload.digest, upload.size)):
+                return "Layer already exists"
+            mounted = await send(self._repository, upload, sent, waiting)
+        return f"Mounted from {mounted}" if mounted else "Pushed"
+
+    async def _put_manifest(self, tag: Reference, manifest: Document) -> None:
+        async with self._repository.request(
+            "PUT",
+            f"{self._repository.path}/manifests/{tag.tag}",
+            headers={"Content-Type": manifest.media_type},
+            content=manifest.content,
+            timeout=SHORT_TIMEOUT,
+        ) as response:
+            await check(response)
+            require_digest(response, manifest.digest)
+
+
+_blobs: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+"""One lock per blob and repository being pushed; it lives as long as it is held or awaited."""
+
+
+def mount_sources(images: Sequence[Image], target: Reference, chain_id: str) -> Sequence[str]:
+    """Paths of other repositories of the same registry that have the layer: those that an image with it is known by.
+
+    An image has a digest in a repository when it was pulled from there or pushed to it.
+    """
+    paths = {
+        one.path
+        for image in images
+        if chain_id in image.chain
+        for one in image.digests
+        if one.domain == target.domain and one.path != target.path
+    }
+    return sorted(paths)[:_MOUNTS_MAX]
+
+
+def _manifest_for(images: LocalImages, image: Image, config: bytes, blobs: Sequence[Blob]) -> Document:
+    """The manifest that the image was pulled by, if it names these blobs; else one of schema 2.  Blocks."""
+    for content in images.documents(image):
+        kept = _kept(content)
+        if (
+            kept is not None
+            and kept.config is not None
+            and kept.config.digest == image.id
+            and [(one.digest, one.size) for one in kept.layers] == [(one.digest, one.size) for one in blobs]
+        ):
+            return Document(content, kept.media_type or OCI_MANIFEST)
+    are_zstd = [_begins_with(blob, _ZSTD) for blob in blobs]
+    kind = OCI_MANIFEST if any(are_zstd) else DOCKER_MANIFEST  # schema 2 has no word for zstd
+    layers = [
+        _descriptor(_ZSTD_TYPE if is_zstd else _LAYER_TYPES[kind], blob.size, blob.digest)
+        for blob, is_zstd in zip(blobs, are_zstd, strict=True)
+    ]
+    document = {
+        "schemaVersion": 2,
+        "mediaType": kind,
+        "config": _descriptor(_CONFIG_TYPES[kind], len(config), digest_of(config)),
+        "layers": layers,
+    }
+    # Indented by three, as by Docker: an image that both push has one digest.
+    return Document(msgspec.json.format(msgspec.json.encode(document), indent=3), kind)
+
+
+def _kept(content: bytes) -> Manifest | None:
+    try:
+        media_type = str(msgspec.json.decode(content, type=dict[str, Any]).get("mediaType") or OCI_MANIFEST)
+        return decoded(Document(content, media_type))
+    except (msgspec.DecodeError, UnicodeDecodeError, InvalidArgument):
+        return None
+
+
+def _descriptor(media_type: str, size: int, digest: str) -> Mapping[str, object]:
+    return {"mediaType": media_type, "size": size, "digest": digest}
+
+
+def _begins_with(blob: Blob, magic: bytes) -> bool:
+    with blob.path.open("rb") as file:
+        return file.read(len(magic)) == magic

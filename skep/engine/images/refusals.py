@@ -1,0 +1,72 @@
+"""What a registry's response means that is not what was asked for, within bounds.
+
+Source: OCI distribution-spec (Error codes); RFC 9110, 10.2.3 (Retry-After).
+"""
+
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from skep.errors import InvalidArgument
+
+_ERROR_BYTES_MAX = 64 << 10
+_RETRY_AFTER_S_MAX = 60.0
+
+
+async def read_bounded(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
+    """The whole response.  Raises: InvalidArgument: it is larger than ``bytes_max``."""
+    content = bytearray()
+    async for piece in response.content.iter_any():
+        content += piece
+        if len(content) > bytes_max:
+            raise InvalidArgument(f"{response.url}: the answer is larger than {bytes_max} bytes")
+    return bytes(content)
+
+
+_UNEXPLAINED = {
+    401: ("UNAUTHORIZED", "authentication required"),
+    403: ("DENIED", "requested access to the resource is denied"),
+    404: ("MANIFEST_UNKNOWN", "unexpected status 404"),
+    429: ("TOOMANYREQUESTS", "too many requests"),
+}
+"""What a response without an error document means; those to HEAD have none."""
+
+
+async def refusal_of(response: aiohttp.ClientResponse) -> tuple[str, str]:
+    """The code and the text of the registry's error, as Docker's client words it.
+
+    Source: distribution 2.8, registry/client/errors.go (HandleErrorResponse), registry/api/errcode/errors.go.
+    """
+    content, status = await read_bounded(response, _ERROR_BYTES_MAX), response.status
+    code, message = _first_error(content, status)
+    if 'error="insufficient_scope"' in response.headers.get("WWW-Authenticate", ""):
+        code, message = "DENIED", "requested access to the resource is denied"
+    return code, f"{code.lower().replace('_', ' ')}: {message}"
+
+
+def _first_error(content: bytes, status: int) -> tuple[str, str]:
+    """Code and message of the registry's error document, or something in their place."""
+    try:
+        document = msgspec.json.decode(content, type=dict[str, Any])
+        first = document["errors"][0]
+        return str(first.get("code", "UNKNOWN")), str(first.get("message", ""))
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError):
+        return _UNEXPLAINED.get(status, ("UNKNOWN", f"unexpected status {status}"))
+
+
+def retry_after(response: aiohttp.ClientResponse) -> float:
+    """Seconds that ``Retry-After`` asks for; bounded, since anybody may send it.
+
+    A date counts from the response's own: the clocks of registries are theirs.
+    """
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        return min(float(value[:6]), _RETRY_AFTER_S_MAX)
+    try:
+        until, sent = (parsedate_to_datetime(date) for date in (value, response.headers.get("Date", "")))
+        seconds = (until - sent).total_seconds()
+    except (TypeError, ValueError):  # no dates, or one of them without a zone
+        return 0.0
+    return min(max(seconds, 0.0), _RETRY_AFTER_S_MAX)

@@ -1,0 +1,135 @@
+"""``docker search``: a question to a registry's index, by the first version of the protocol, as Docker asks it.
+
+Docker Hub has such an index; of other registries few do.
+
+Source: moby 20.10, registry/{service,search,session,endpoint_v1}.go, daemon/images/image_search.go.
+"""
+
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote_plus, urlsplit
+
+import aiohttp
+import msgspec
+
+from skep.engine.images.reference import DEFAULT_DOMAIN
+from skep.engine.images.refusals import read_bounded
+from skep.engine.images.registry import (
+    SHORT_TIMEOUT,
+    Connection,
+    Credentials,
+    Endpoint,
+    Policy,
+    RegistryError,
+    session_for,
+)
+from skep.errors import InvalidArgument, SkepError
+
+LIMIT_DEFAULT = 25
+_LIMIT_MAX = 100
+_ANSWER_BYTES_MAX = 4 << 20
+_INDEX = "https://index.docker.io"
+
+
+class Found(msgspec.Struct, frozen=True):
+    """One repository of an index, in the API's spelling."""
+
+    name: str = ""
+    description: str = ""
+    star_count: int = 0
+    is_official: bool = False
+    is_automated: bool = False
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    results: tuple[Found, ...] | None = None
+
+
+class SearchFilter(msgspec.Struct, frozen=True):
+    """What ``--filter`` asks for; None: does not matter."""
+
+    is_official: bool | None = None
+    is_automated: bool | None = None
+    stars: int = 0
+
+    def takes(self, found: Found) -> bool:
+        """Whether ``found`` is shown."""
+        return (
+            self.is_official in (None, found.is_official)
+            and self.is_automated in (None, found.is_automated)
+            and found.star_count >= self.stars
+        )
+
+
+async def search(
+    policy: Policy, term: str, credentials: Credentials, limit: int, wanted: SearchFilter
+) -> Sequence[Found]:
+    """Repositories that the index of ``term`` (``[host[:port]/]words``) finds.
+
+    Raises:
+        InvalidArgument: the limit, or the term.
+        RegistryError: the index cannot be reached or gives no result.
+    """
+    if not 1 <= limit <= _LIMIT_MAX:
+        raise InvalidArgument(f"limit {limit} is outside the range of [1, {_LIMIT_MAX}]")
+    if "://" in term:
+        raise InvalidArgument(f"invalid repository name: repository name ({term}) should not have a scheme")
+    domain, words = _split(term)
+    query = f"/v1/search?q={quote_plus(words)}&n={limit}"
+    problem: RegistryError | None = None
+    for endpoint in _endpoints(policy, domain):
+        async with session_for(endpoint) as session:
+            connection = Connection(session, endpoint, credentials)
+            try:
+                found = await _found(connection, query)
+            except RegistryError as error:
+                problem = error
+                continue
+            return [one for one in found[:limit] if wanted.takes(one)]
+    assert problem is not None, "there is at least one endpoint"
+    raise problem
+
+
+class Refusal(SkepError):
+    """The index responds with an error."""
+
+
+async def _found(connection: Connection, query: str) -> Sequence[Found]:
+    headers = {"X-Docker-Token": "true"}
+    async with connection.request("GET", query, headers=headers, timeout=SHORT_TIMEOUT) as response:
+        if response.status != 200:
+            raise Refusal(f"Unexpected status code {response.status}")
+        content = await _content(response)
+    try:
+        return msgspec.json.decode(content, type=_Answer).results or ()
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Refusal(f"error decoding registry search results: {error}") from error
+
+
+async def _content(response: aiohttp.ClientResponse) -> bytes:
+    try:
+        return await read_bounded(response, _ANSWER_BYTES_MAX)
+    except InvalidArgument as error:
+        raise Refusal(f"error decoding registry search results: {error}") from error
+
+
+def _endpoints(policy: Policy, domain: str) -> Sequence[Endpoint]:
+    """Docker Hub's index is apart from its registry; mirrors are no indexes."""
+    return (Endpoint(_INDEX),) if domain == DEFAULT_DOMAIN else policy.endpoints(domain)
+
+
+def _split(term: str) -> tuple[str, str]:
+    """The index and what is looked for there.  Source: registry/search.go (splitReposSearchTerm)."""
+    first, slash, rest = term.partition("/")
+    if slash and (set(".:") & set(first) or first == "localhost"):
+        host = urlsplit(f"//{first}").hostname
+        if not host:
+            raise InvalidArgument(f"invalid index name ({first})")
+        return (
+            (DEFAULT_DOMAIN, rest.removeprefix("library/")) if first == "index.docker.io" else (first, rest)
+        )
+    return DEFAULT_DOMAIN, term.removeprefix("library/")
+
+
+def shown(found: Found) -> Mapping[str, object]:
+    """One entry of the response."""
+    return msgspec.structs.asdict(found)
