@@ -24,8 +24,11 @@ import asyncio
 import os
 import re
 import stat
+import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -40,12 +43,17 @@ from skep.engine.volumes import Part
 from skep.errors import Unavailable
 from skep.linux import syscalls
 from skep.linux.name_files import hosts_file, resolver_file
+from skep.linux.roots import Bind
 from skep.linux.trees import walk
 from skep.model.ids import ContainerId
 
 log = structlog.get_logger()
 
 _FILES_OF_THE_NODE = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"})
+OUTSIDE_OF_IMAGES = tuple(
+    path.removeprefix("/") for path in (*sorted(_FILES_OF_THE_NODE), "/dev", "/proc", "/sys")
+)
+"""Mount points of every container, below its changes: they are no changes of its user."""
 _ID = re.compile("[0-9a-f]{64}")
 
 
@@ -59,6 +67,16 @@ class Found(msgspec.Struct):
     known: list[Container] = []
     unknown: list[ContainerId] = []
     unreadable: list[ContainerId] = []
+
+
+class RootFiles(NamedTuple):
+    """A container's root file system: where it is mounted, and what is mounted in it while the container runs.
+
+    Without what is in memory only; targets in their order, outer ones first.
+    """
+
+    path: Path
+    binds: Sequence[Bind]
 
 
 class Bundles:
@@ -76,6 +94,10 @@ class Bundles:
         self._cgroups = cgroups
         self._capacity = capacity
         self._resolver = resolver
+        self._mounts = threading.Lock()
+        self._borrowers: Counter[ContainerId] = Counter()
+        self._to_release: set[ContainerId] = set()
+        """Root file systems that are mounted for their borrowers alone."""
 
     def path(self, id: ContainerId) -> Path:
         """The directory of a container on disk; it is there from ``make`` to ``discard``."""
@@ -157,7 +179,9 @@ class Bundles:
         """
         config = container.config
         self._confine(config)
-        self._mount(container)
+        with self._mounts:
+            self._mount(container)
+            self._to_release.discard(container.id)
         user = identity(self.rootfs(container.id), config.user, config.groups)
         built = spec.build(
             self._with_parts(container),
@@ -195,8 +219,51 @@ class Bundles:
         return path
 
     def release(self, id: ContainerId) -> None:
-        """Unmount the root file system of a container that has ended; its changes and its output stay."""
-        syscalls.unmount_if_mounted(self.rootfs(id))
+        """Unmount the root file system of a container that has ended; its changes and its output stay.
+
+        One that is borrowed is unmounted when its last borrower gives it back: two mounts with the same changes must
+        not be.
+        """
+        with self._mounts:
+            if self._borrowers[id]:
+                self._to_release.add(id)
+            else:
+                syscalls.unmount_if_mounted(self.rootfs(id))
+
+    def borrow(self, container: Container) -> RootFiles:
+        """Its root file system, mounted until ``give_back`` at the earliest.  Raises: OSError."""
+        id = container.id
+        with self._mounts:
+            if not os.path.ismount(self.rootfs(id)):
+                self._mount(container)
+                self._to_release.add(id)
+            self._borrowers[id] += 1
+        return RootFiles(self.rootfs(id), self._binds(container))
+
+    def give_back(self, id: ContainerId) -> None:
+        """Undo ``borrow``."""
+        with self._mounts:
+            self._borrowers[id] -= 1
+            if self._borrowers[id]:
+                return
+            del self._borrowers[id]
+            if id in self._to_release:
+                self._to_release.discard(id)
+                syscalls.unmount_if_mounted(self.rootfs(id))
+
+    def _binds(self, container: Container) -> Sequence[Bind]:
+        points = container.config.mounts
+        found = {
+            point.destination: Bind(point.source, point.destination, point.read_only, point.subpath)
+            for point in points
+            if point.type in ("bind", "volume") and point.source and not point.internal
+        }
+        taken = {point.destination for point in points}
+        for target in _FILES_OF_THE_NODE - taken:
+            file = self.path(container.id) / os.path.basename(target)
+            if file.exists():  # once it was started
+                found[target] = Bind(str(file), target)
+        return sorted(found.values(), key=lambda bind: bind.target)
 
     async def discard(self, id: ContainerId) -> None:
         """Remove the directories with everything in them.
@@ -204,7 +271,7 @@ class Bundles:
         The record is removed last, so that an interrupted removal is continued.
         Raises: OSError: something of them is left, the record too.
         """
-        await asyncio.to_thread(self.release, id)
+        await asyncio.to_thread(syscalls.unmount_if_mounted, self.rootfs(id))
         await remove_tree(self.bundle(id))
         await remove_tree(self.path(id), keep=records.NAME)
 

@@ -45,6 +45,7 @@ from skep.engine.container import (
     Top,
     WaitCondition,
 )
+from skep.engine.files import Files
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
 from skep.engine.lifecycle import Lifecycle
@@ -132,6 +133,7 @@ class Engine:
             report_restore=config.report_restore,
         )
         self.events = self._lifecycle.events
+        self.files = Files(self._store.get, self._lifecycle.mounted, self.events, images.limits)
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
         self._restarts = RestartMonitor(self, clock)

@@ -5,6 +5,7 @@ reaches no other container.
 """
 
 import asyncio
+import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -20,6 +21,7 @@ from skep.aio.groups import errors_as_they_are
 from skep.aio.race import run_to_end
 from skep.engine import health
 from skep.engine.attachment import WaitingClients
+from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
 from skep.engine.events import Events
@@ -128,6 +130,30 @@ class Lifecycle:
     async def remove(self, id: ContainerId, *, force: bool) -> None:
         """Raises: NotFound; StillRunning; Unavailable: something of it is left."""
         await self._exclusively(id, self._remove(id, force=force))
+
+    @asynccontextmanager
+    async def mounted(self, id: ContainerId) -> AsyncIterator[RootFiles]:
+        """Its root file system and its volumes, mounted as long as the block runs, whether the container runs or not.
+
+        Raises: NotFound; MountFailed; Unavailable: it cannot be mounted.
+        """
+        container, user = self._store.require(id), f"files of {id}: {secrets.token_hex(8)}"
+        borrowed: list[RootFiles] = []
+
+        async def borrow() -> None:
+            try:
+                borrowed.append(await asyncio.to_thread(self._bundles.borrow, self._store.require(id)))
+            except OSError as error:
+                raise Unavailable(f"cannot mount container {id}: {describe_error(error)}") from error
+
+        try:
+            await self._volumes.mount(user, container.config.mounts)
+            await run_to_end(self._exclusively(id, borrow()))
+            yield borrowed[0]
+        finally:
+            if borrowed:
+                await asyncio.shield(self._free(asyncio.to_thread(self._bundles.give_back, id), id))
+            await asyncio.shield(self._free(self._volumes.unmount(user), id))
 
     async def sweep(self) -> Collection[ContainerId]:
         """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.

@@ -15,21 +15,31 @@ MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
 MS_NOEXEC = 8
-MS_REMOUNT = 32
 MS_BIND = 4096
 MS_REC = 16384
 MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
 MS_SHARED = 1 << 20
 MNT_DETACH = 2
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
 
 # Numbers above 423 are the same on every architecture.
-_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2 = 429, 430, 431, 432, 437
+_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _MOUNT_SETATTR = (
+    428,
+    429,
+    430,
+    431,
+    432,
+    437,
+    442,
+)
+_OPEN_TREE_CLONE = 1
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
-_MOVE_MOUNT_F_EMPTY_PATH = 4
-_AT_FDCWD = -100
+_MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
+_AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _RESOLVE_IN_ROOT, _RESOLVE_BENEATH, _RESOLVE_NO_MAGICLINKS = 0x10, 0x08, 0x02
 _TRIES_MAX = 100
 """Of an openat2(2) that a rename in the tree makes uncertain."""
@@ -40,6 +50,15 @@ _libc.syscall.restype = ctypes.c_long
 
 class _OpenHow(ctypes.Structure):
     _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+class _MountAttributes(ctypes.Structure):
+    _fields_ = [
+        ("set", ctypes.c_uint64),
+        ("clear", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("user_namespace", ctypes.c_uint64),
+    ]
 
 
 def _checked(result: int, what: str) -> int:
@@ -63,7 +82,7 @@ def mount(
     _checked(result, f"mount {source} on {target}")
 
 
-def unmount(target: Path, flags: int = MNT_DETACH) -> None:
+def unmount(target: str | Path, flags: int = MNT_DETACH) -> None:
     """umount2(2); by default the mount vanishes at once and is freed when its last user is gone."""
     _checked(_libc.umount2(os.fsencode(target), flags), f"unmount {target}")
 
@@ -84,6 +103,35 @@ def mount_new(type: str, target: Path, options: list[tuple[str, str]]) -> None:
         os.close(mounted)
 
 
+def clone_mount(path: str, *, recursive: bool = False) -> int:
+    """A descriptor of a bind mount of ``path``, attached nowhere yet; ``recursive``: with the mounts below it."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
+    return _syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
+
+
+def restrict_mount(mounted: int, *, recursive: bool = False, read_only: bool = False) -> None:
+    """Take devices and set-user-id from an open mount; with ``read_only``, writing too."""
+    flags = _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOSUID | (_MOUNT_ATTR_RDONLY if read_only else 0)
+    attributes = _MountAttributes(set=flags)
+    where = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
+    size = ctypes.sizeof(attributes)
+    _syscall(_MOUNT_SETATTR, mounted, b"", where, ctypes.byref(attributes), size)
+
+
+def move_mount(mounted: int, target: str | int) -> None:
+    """Attach an open mount to a path, or to an open file or directory."""
+    if isinstance(target, int):
+        flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
+        _syscall(_MOVE_MOUNT, mounted, b"", target, b"", flags)
+    else:
+        _syscall(_MOVE_MOUNT, mounted, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+
+
+def pivot_root(new: str, old: str) -> None:
+    """pivot_root(2)."""
+    _checked(_libc.pivot_root(os.fsencode(new), os.fsencode(old)), f"pivot_root {new}")
+
+
 def unshare(flags: int) -> None:
     """unshare(2), for the calling thread."""
     _checked(_libc.unshare(flags), "unshare")
@@ -101,10 +149,14 @@ def open_in_root(root: Path, path: str, flags: int = os.O_RDONLY) -> int:
     """
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=0, resolve=_RESOLVE_IN_ROOT)
-        return _syscall(_OPENAT2, directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+        return open_in_directory(directory, path, flags)
     finally:
         os.close(directory)
+
+
+def open_in_directory(directory: int, path: str, flags: int = os.O_RDONLY) -> int:
+    """The same, with an open directory as the root."""
+    return _opened(directory, path, flags, _RESOLVE_IN_ROOT)
 
 
 def open_beneath(root: Path, path: str, flags: int = os.O_PATH) -> int:
@@ -113,18 +165,21 @@ def open_beneath(root: Path, path: str, flags: int = os.O_PATH) -> int:
     Raises: OSError: EXDEV: one does (an absolute one always), or the path itself.
     """
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    resolve = _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS
     try:
-        how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=0, resolve=resolve)
-        for left in reversed(range(_TRIES_MAX)):
-            try:
-                return _syscall(_OPENAT2, directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
-            except BlockingIOError:  # something was renamed meanwhile, so the kernel cannot say
-                if not left:
-                    raise
-        raise AssertionError("the last try returns or raises")
+        return _opened(directory, path, flags, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
     finally:
         os.close(directory)
+
+
+def _opened(directory: int, path: str, flags: int, resolve: int) -> int:
+    how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=0, resolve=resolve)
+    for left in reversed(range(_TRIES_MAX)):
+        try:
+            return _syscall(_OPENAT2, directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+        except BlockingIOError:  # something was renamed meanwhile, so the kernel cannot say
+            if not left:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def _syscall(number: int, *arguments: object) -> int:

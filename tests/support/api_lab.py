@@ -3,7 +3,7 @@
 import asyncio
 import json
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import aiohttp
 from aiohttp import web
 
 from skep.agent.executor.oci import OciExecutor
+from skep.aio.clock import SystemClock
 from skep.api.server import Routes, application, runner
-from skep.engine.api.containers import container_routes
+from skep.engine.api.containers import create_routes
+from skep.engine.api.routes import engine_routes
 from tests.conftest import SEARCHED
 
 
@@ -29,6 +31,13 @@ class Api:
             content = await response.read()
             is_json = response.content_type == "application/json" and content
             return response.status, json.loads(content) if is_json else content
+
+    async def send(
+        self, method: str, path: str, data: Any = None, version: str = "1.41"
+    ) -> tuple[int, bytes, Mapping[str, str]]:
+        """Status, body and headers of a request with a body of bytes, or of pieces."""
+        async with self._session.request(method, f"http://node/v{version}{path}", data=data) as response:
+            return response.status, await response.read(), dict(response.headers)
 
     async def hijack(self, path: str, body: Any = None, version: str = "1.41") -> "Raw":
         raw = Raw(*await asyncio.open_unix_connection(self.socket))
@@ -87,7 +96,8 @@ async def serving(directory: Path, executor: OciExecutor) -> AsyncIterator[Api]:
     async def _(_: web.Request) -> web.StreamResponse:
         return web.Response()
 
-    server = runner(application(ping, container_routes(executor.engine)))
+    routes = engine_routes(executor.engine, SystemClock())
+    server = runner(application(ping, routes, create_routes(executor.engine)))
     await server.setup()
     await web.UnixSite(server, directory / "api.sock").start()
     connector = aiohttp.UnixConnector(str(directory / "api.sock"))

@@ -31,6 +31,7 @@ from skep.engine.api import container_responses
 from skep.engine.api.container_listing import Selection, ancestors, select
 from skep.engine.api.container_output import output_routes
 from skep.engine.api.exec import exec_routes
+from skep.engine.api.files import file_routes
 from skep.engine.api.pruning import is_prunable
 from skep.engine.api.queries import integer
 from skep.engine.container import Container, ContainerState, NotRunning, WaitCondition
@@ -78,7 +79,7 @@ def container_routes(engine: Engine, clock: Clock | None = None) -> Iterable[web
     """``/containers/...`` and ``/exec/...``, without ``/containers/create``."""
     clock = clock or SystemClock()
     own = _table.bound(Served(engine, clock))
-    return (*own, *exec_routes(engine.execs), *output_routes(engine, clock))
+    return (*own, *exec_routes(engine.execs), *output_routes(engine, clock), *file_routes(engine))
 
 
 def create_routes(engine: Engine) -> Routes:
@@ -282,22 +283,6 @@ async def rename(served: Served, request: web.Request) -> web.StreamResponse:
         raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
     await served.engine.rename(container.id, request.query.get("name", ""))
     return web.Response(status=204)
-
-
-@_table.get("/containers/{id}/export")
-async def export(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker export``: not supported."""
-    served.engine.get(request.match_info["id"])
-    raise Unimplemented('This node does not export containers: use "docker exec" and tar.')
-
-
-@_table.head("/containers/{id}/archive")
-@_table.get("/containers/{id}/archive")
-@_table.put("/containers/{id}/archive")
-async def copy(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker cp``: not supported."""
-    served.engine.get(request.match_info["id"])
-    raise Unimplemented('This node does not copy files of containers: use "docker exec" and tar.')
 
 
 def _limit(request: web.Request) -> int:

@@ -3,8 +3,7 @@
 Source: moby 20.10, api/server/router/image/image_routes.go, api/server/router/distribution/distribution_routes.go.
 """
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import aclosing
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +19,7 @@ from skep.api.tables import Table
 from skep.api.timestamps import parse_time
 from skep.engine.api import image_responses
 from skep.engine.api.progress import answer_with_progress
+from skep.engine.api.uploads import drain, pieces_of
 from skep.engine.images import pulling
 from skep.engine.images.digest import is_digest
 from skep.engine.images.image import Image
@@ -31,10 +31,6 @@ from skep.engine.images.removal import ImageUser
 from skep.engine.images.searching import LIMIT_DEFAULT, SearchFilter, search, shown
 from skep.engine.images.store import ImageStore, Removed
 from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
-
-_PIECE_BYTES = 1 << 18
-_UPLOAD_REST_BYTES_MAX = 64 << 20
-"""How much of a refused upload is still read, so that its sender gets the response and not a broken pipe."""
 
 Users = Callable[[], Collection[ImageUser]]
 """Gives every container of this node, as what keeps its image from being removed."""
@@ -98,9 +94,9 @@ async def load_images(served: Served, request: web.Request) -> web.StreamRespons
                 report(message)
 
         try:
-            await served.images.load(_pieces(request), report_unless_quiet)
+            await served.images.load(pieces_of(request), report_unless_quiet)
         except SkepError:
-            await _drain(request)
+            await drain(request)
             raise
 
     return await answer_with_progress(request, load, early_errors=False)
@@ -370,21 +366,3 @@ def shared_bytes(images: ImageStore, listed: Collection[Listed]) -> dict[str, in
 
 def _removed(removed: Removed) -> list[dict[str, str]]:
     return [{"Untagged": name} for name in removed.untagged] + [{"Deleted": id} for id in removed.deleted]
-
-
-async def _pieces(request: web.Request) -> AsyncIterator[bytes]:
-    async for piece in request.content.iter_chunked(_PIECE_BYTES):
-        yield piece
-
-
-async def _drain(request: web.Request) -> None:
-    """Read what is left of an upload, within bounds of size and time."""
-    read = 0
-    try:
-        async with asyncio.timeout(10):
-            async for piece in request.content.iter_chunked(_PIECE_BYTES):
-                read += len(piece)
-                if read > _UPLOAD_REST_BYTES_MAX:
-                    return
-    except (TimeoutError, ConnectionError):
-        return

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skep.engine.images.confinement import Helper, confine
-from skep.linux import syscalls
+from skep.linux import roots
 
 _CHUNK_BYTES = 1 << 20
 _MEMORY_BYTES_MAX = 2 << 30
@@ -104,9 +104,16 @@ class Packer:
         without: Collection[str] = (),
         removes: bool = False,
         mark_of: Callable[[int], int] | None = None,
+        prefix: str | None = None,
     ) -> None:
-        """``mark_of``: what overlayfs has noted at a directory (``Helper.mark_of``); None: it is no overlay's."""
+        """``mark_of``: what overlayfs has noted at a directory (``Helper.mark_of``); None: it is no overlay's.
+
+        ``prefix``: the name of what is packed, and the beginning of all names in it; None: names are the paths below
+        the directory, which itself is no member.
+        """
         self._output = output
+        self._prefix = prefix
+        self._top = ""
         self._entries_max = entries_max
         self._without = without
         self._removes = removes
@@ -116,17 +123,35 @@ class Packer:
         self.size_bytes = 0
         """Of the files, as Docker counts a layer: every inode that is no directory, once."""
 
-    def pack(self, directory: str = "") -> None:
+    def pack(self, directory: str = "/") -> None:
         """Everything below ``directory``, depth first, and the end of the archive.  Raises: see ``main``."""
-        pending = [directory]
+        self._top = directory
+        pending = [""]
         while pending:
             pending.extend(reversed(self._directory(pending.pop())))
         self._output.write(bytes(2 * tarfile.BLOCKSIZE))
 
+    def pack_file(self, path: str) -> None:
+        """One entry that is no directory, with the name ``prefix``, and the end of the archive."""
+        parent, name = os.path.split(path)
+        descriptor = os.open(parent or "/", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._file(descriptor, name, "", os.stat(name, dir_fd=descriptor, follow_symlinks=False))
+        finally:
+            os.close(descriptor)
+        self._output.write(bytes(2 * tarfile.BLOCKSIZE))
+
+    def _name(self, path: str) -> str:
+        """The member's name for a path below the directory that is packed."""
+        if self._prefix is None:
+            return path
+        return f"{self._prefix}/{path}" if path else self._prefix or "/"
+
     def _directory(self, path: str) -> list[str]:
         """Write a directory with its files; gives the directories in it, sorted."""
         try:
-            descriptor = os.open("/" + path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            place = f"{self._top}/{path}" if path else self._top
+            descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno in _GONE:
                 return []
@@ -139,7 +164,7 @@ class Packer:
                     _remove(name, descriptor)
             if names and not kept:  # it holds nothing but what is left out
                 return []
-            if path:
+            if path or self._prefix is not None:
                 self._write_directory(path, descriptor)
             below = []
             for name in kept:
@@ -157,7 +182,7 @@ class Packer:
             os.close(descriptor)
 
     def _write_directory(self, path: str, descriptor: int) -> None:
-        member = _member(path, os.fstat(descriptor), tarfile.DIRTYPE)
+        member = self._member(path, os.fstat(descriptor), tarfile.DIRTYPE)
         _add_xattrs(member, descriptor)
         mark = self._mark_of(descriptor) if self._mark_of is not None else 0
         if mark == Helper.MOVED:
@@ -185,15 +210,15 @@ class Packer:
             self._regular(directory, name, path)
             return
         if stat.S_ISLNK(mode):
-            member = _member(path, status, tarfile.SYMTYPE)
+            member = self._member(path, status, tarfile.SYMTYPE)
             try:
                 member.linkname = os.readlink(name, dir_fd=directory)
             except OSError:
                 return
         elif stat.S_ISFIFO(mode):
-            member = _member(path, status, tarfile.FIFOTYPE)
+            member = self._member(path, status, tarfile.FIFOTYPE)
         elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-            member = _member(path, status, tarfile.CHRTYPE if stat.S_ISCHR(mode) else tarfile.BLKTYPE)
+            member = self._member(path, status, tarfile.CHRTYPE if stat.S_ISCHR(mode) else tarfile.BLKTYPE)
             member.devmajor, member.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
         else:
             return  # a socket: it has no form in a tar, and no use without its process
@@ -213,7 +238,7 @@ class Packer:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 return
-            member = _member(path, status, tarfile.REGTYPE)
+            member = self._member(path, status, tarfile.REGTYPE)
             if self._is_link(member, status):
                 self._write_header(member)
                 return
@@ -235,6 +260,13 @@ class Packer:
             self._output.write(data)
         if size % tarfile.BLOCKSIZE:
             self._output.write(bytes(tarfile.BLOCKSIZE - size % tarfile.BLOCKSIZE))
+
+    def _member(self, path: str, status: os.stat_result, type: bytes) -> tarfile.TarInfo:
+        member = tarfile.TarInfo(self._name(path))
+        member.type, member.mode = type, stat.S_IMODE(status.st_mode)
+        member.uid, member.gid = status.st_uid, status.st_gid
+        member.mtime = max(int(status.st_mtime), 0)  # whole seconds, as in Docker
+        return member
 
     def _is_link(self, member: tarfile.TarInfo, status: os.stat_result) -> bool:
         """Whether the inode was written under another name; ``member`` is a link to that then."""
@@ -266,14 +298,6 @@ def _remove(name: str, directory: int) -> None:
             os.rmdir(name, dir_fd=directory)
 
 
-def _member(path: str, status: os.stat_result, type: bytes) -> tarfile.TarInfo:
-    member = tarfile.TarInfo(path)
-    member.type, member.mode = type, stat.S_IMODE(status.st_mode)
-    member.uid, member.gid = status.st_uid, status.st_gid
-    member.mtime = max(int(status.st_mtime), 0)  # whole seconds, as in Docker
-    return member
-
-
 def _whiteout(path: str, mtime: float) -> tarfile.TarInfo:
     member = tarfile.TarInfo(path)
     member.mode, member.mtime = 0, max(int(mtime), 0)
@@ -292,15 +316,6 @@ def _add_xattrs(member: tarfile.TarInfo, descriptor: int) -> None:
                 value = os.getxattr(descriptor, name)
                 records[_XATTR_RECORD + name] = value.decode("utf-8", "surrogateescape")
     member.pax_headers = records
-
-
-def hide_devices(root: str, *, read_only: bool) -> None:
-    """Mount ``root`` on itself, in a mount namespace of this process, so that no device in it can be opened."""
-    syscalls.unshare(syscalls.CLONE_NEWNS)
-    syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
-    syscalls.mount(root, root, None, syscalls.MS_BIND)
-    flags = syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_NODEV | syscalls.MS_NOSUID
-    syscalls.mount("none", root, None, flags | (syscalls.MS_RDONLY if read_only else 0))
 
 
 def give_up_imports(memory_bytes_max: int = _MEMORY_BYTES_MAX) -> None:
@@ -322,8 +337,7 @@ def _compressed(path: str) -> Any:
 def _packed(settings: Settings) -> dict[str, object]:
     content = _compressed(settings.content)
     output = Output(content.write, settings.bytes_max)
-    hide_devices(settings.root, read_only=not settings.removes)
-    helper = confine(settings.root)
+    helper = confine(roots.enter(settings.root, read_only=not settings.removes))
     give_up_imports()
     packer = Packer(
         output,

@@ -223,7 +223,7 @@ class Unpacker:
         elif member.isreg():
             self._write_file(archive, member, path)
         elif member.islnk():
-            os.link(os.path.normpath("/" + member.linkname), path, follow_symlinks=False)
+            os.link(self._link_source(member), path, follow_symlinks=False)
             return  # the other name carries owner, mode and times
         elif member.issym():
             os.symlink(member.linkname, path)
@@ -245,6 +245,10 @@ class Unpacker:
             os.chmod(path, mode)  # after chown, which clears set-user-id
         if not member.isdir():
             _set_times(path, member)
+
+    def _link_source(self, member: tarfile.TarInfo) -> str:
+        """The path that a hard link gives another name."""
+        return os.path.normpath("/" + member.linkname)
 
     def _write_file(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
         content = archive.extractfile(member)

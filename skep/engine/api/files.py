@@ -1,0 +1,95 @@
+"""Files of containers in the Engine API: ``docker cp``, ``docker export``.
+
+Source: moby 20.10, api/server/router/container/copy.go, container_routes.go (getContainersExport).
+"""
+
+import base64
+from collections.abc import AsyncIterator, Iterable
+
+import msgspec
+from aiohttp import web
+
+from skep.api.server import flag
+from skep.api.tables import Table
+from skep.engine.api.uploads import drain, pieces_of
+from skep.engine.engine import Engine
+from skep.engine.files import ArchiveTarget, PathStatus
+from skep.errors import InvalidArgument, SkepError
+
+_table = Table[Engine]()
+
+
+def file_routes(engine: Engine) -> Iterable[web.AbstractRouteDef]:
+    """``/containers/{id}/archive`` and ``/containers/{id}/export``."""
+    return _table.bound(engine)
+
+
+@_table.head("/containers/{id}/archive")
+async def show_path(engine: Engine, request: web.Request) -> web.StreamResponse:
+    """What is at a path, in a header; ``docker cp`` asks before it copies."""
+    word, path = _place(request)
+    status = await engine.files.status(word, path)
+    return web.Response(headers=_header(status))
+
+
+@_table.get("/containers/{id}/archive")
+async def copy_out(engine: Engine, request: web.Request) -> web.StreamResponse:
+    """``docker cp CONTAINER:PATH``: an archive of what is at the path."""
+    word, path = _place(request)
+    async with engine.files.read(word, path) as (status, pieces):
+        return await _sent(request, pieces, _header(status))
+
+
+@_table.put("/containers/{id}/archive")
+async def copy_in(engine: Engine, request: web.Request) -> web.StreamResponse:
+    """``docker cp ... CONTAINER:PATH``: the body is unpacked at the path."""
+    word, path = _place(request)
+    target = ArchiveTarget(
+        path=path, keeps_kinds=flag(request, "noOverwriteDirNonDir"), as_user=flag(request, "copyUIDGID")
+    )
+    try:
+        await engine.files.write(word, target, pieces_of(request))
+    except SkepError:
+        await drain(request)
+        raise
+    return web.Response()
+
+
+@_table.get("/containers/{id}/export")
+async def export(engine: Engine, request: web.Request) -> web.StreamResponse:
+    """``docker export``: an archive of the whole file system, without volumes."""
+    async with engine.files.export(request.match_info["id"]) as pieces:
+        return await _sent(request, pieces, {})
+
+
+def _place(request: web.Request) -> tuple[str, str]:
+    path = request.query.get("path", "")
+    if not path:
+        raise InvalidArgument("bad parameter: pathcannot be empty")  # as in Docker
+    if "\0" in path:
+        raise InvalidArgument("invalid path: it holds a zero byte")
+    return request.match_info["id"], path
+
+
+def _header(status: PathStatus) -> dict[str, str]:
+    text = msgspec.json.encode(
+        {
+            "name": status.name,
+            "size": status.size,
+            "mode": status.mode,
+            "mtime": status.mtime,
+            "linkTarget": status.link_target,
+        }
+    )
+    return {"X-Docker-Container-Path-Stat": base64.b64encode(text).decode()}
+
+
+async def _sent(
+    request: web.Request, pieces: AsyncIterator[bytes], headers: dict[str, str]
+) -> web.StreamResponse:
+    """Send an archive.  One that turns out to be incomplete has no end, so that its reader sees that."""
+    response = web.StreamResponse(headers={"Content-Type": "application/x-tar", **headers})
+    await response.prepare(request)
+    async for piece in pieces:
+        await response.write(piece)
+    return response

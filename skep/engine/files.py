@@ -1,0 +1,227 @@
+"""Files of containers: looked at, read and written as archives (``docker cp``, ``docker export``).
+
+A container's file system is seen as the container sees it, with its volumes and bind mounts, whether it runs or not;
+not what it has in memory (tmpfs, ``/proc``, secrets), as in Docker.  The work is done by processes of their own
+(``files_worker``).
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any
+
+import msgspec
+import structlog
+
+from skep.api.errors import Untranslated
+from skep.engine import files_worker
+from skep.engine.bundle import RootFiles
+from skep.engine.container import Container
+from skep.engine.events import Events
+from skep.engine.images.layers import Limits
+from skep.engine.users import identity
+from skep.errors import NotFound, ResourceExhausted, Unavailable
+from skep.model.ids import ContainerId
+from skep.model.times import Timestamp, timestamp
+
+log = structlog.get_logger()
+
+_PIECE_BYTES = 1 << 18
+_LINE_BYTES_MAX = 1 << 20
+_COPIES_MAX = 16
+"""At one time; each is a process."""
+_LOOK_DEADLINE_S = 60.0
+_IDLE_DEADLINE_S = 300.0
+"""For one piece of an archive: a client that takes or gives nothing for longer is given up."""
+_END_DEADLINE_S = 10.0
+
+
+Mounted = Callable[[ContainerId], AbstractAsyncContextManager[RootFiles]]
+"""Gives a container's root file system, mounted as long as the block runs.  Raises: NotFound."""
+
+
+class PathStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What is at a path of a container.  ``mode``: as Go's ``os.FileMode``."""
+
+    name: str
+    size: int
+    mode: int
+    mtime: Timestamp
+    link_target: str
+
+
+class ArchiveTarget(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an archive is unpacked.
+
+    ``keeps_kinds``: a directory is not replaced by a file, nor a file by a directory.
+    ``as_user``: what is written belongs to the container's user, not to the owners that the archive names.
+    """
+
+    path: str
+    keeps_kinds: bool = False
+    as_user: bool = False
+
+
+class Files:
+    """Files of all containers of a node."""
+
+    def __init__(
+        self, find: Callable[[str], Container], mounted: Mounted, events: Events, limits: Limits
+    ) -> None:
+        """``find``: the container that a word names; raises NotFound."""
+        self._find = find
+        self._events = events
+        self._mounted = mounted
+        self._limits = limits
+        self._places = asyncio.Semaphore(_COPIES_MAX)
+
+    async def status(self, word: str, path: str) -> PathStatus:
+        """What is at ``path``.  Raises: NotFound: nothing; Untranslated: it cannot be reached, in Docker's words."""
+        async with self._worker(word, "stat", path) as worker, _deadline(_LOOK_DEADLINE_S):
+            return _status(await worker.line())
+
+    @asynccontextmanager
+    async def read(self, word: str, path: str) -> AsyncIterator[tuple[PathStatus, AsyncIterator[bytes]]]:
+        """What is at ``path``, as an archive in pieces, whose end raises if it is not whole.
+
+        Raises: as ``status``.
+        """
+        async with self._worker(word, "read", path) as worker:
+            async with _deadline(_LOOK_DEADLINE_S):
+                status = _status(await worker.line())
+            self._events.publish("archive-path", worker.container)
+            yield status, worker.pieces()
+
+    @asynccontextmanager
+    async def export(self, word: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The whole root file system as an archive in pieces, without volumes."""
+        async with self._worker(word, "export", "/") as worker:
+            self._events.publish("export", worker.container)
+            yield worker.pieces()
+
+    async def write(self, word: str, target: ArchiveTarget, archive: AsyncIterable[bytes]) -> None:
+        """Unpack ``archive`` (compressed or not) in a directory of the container.
+
+        Raises: NotFound: there is no such directory; ResourceExhausted; Untranslated: it cannot be done, in Docker's
+        words (read-only, no directory, no archive).
+        """
+        async with self._worker(word, "write", target.path, target) as worker:
+            await worker.feed(archive)
+            async with _deadline(self._limits.unpack_s):
+                await worker.line()
+            self._events.publish("extract-to-dir", worker.container)
+
+    @asynccontextmanager
+    async def _worker(
+        self, word: str, action: str, path: str, target: ArchiveTarget | None = None
+    ) -> AsyncIterator["_Worker"]:
+        container = self._find(word)
+        async with self._places, self._mounted(container.id) as (root, binds):
+            settings = files_worker.Settings(
+                root=str(root),
+                action=action,
+                path=path,
+                binds=[] if action == "export" else list(binds),
+                bytes_max=self._limits.archive_bytes_max,
+                entries_max=self._limits.entries_max,
+                spare_bytes=self._limits.spare_on(root),
+            )
+            if target is not None:
+                settings.keeps_kinds = target.keeps_kinds
+                settings.volumes = [(one.target, one.read_only) for one in binds]
+                settings.read_only = container.config.read_only
+                if target.as_user and container.config.user:
+                    user = identity(root, container.config.user)
+                    settings.owner = (user.uid, user.gid)
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-m", files_worker.__name__, json.dumps(vars(settings))),
+                stdin=asyncio.subprocess.PIPE if action == "write" else asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=_LINE_BYTES_MAX,
+                cwd="/",
+                env={"LANG": "C.UTF-8"},
+            )
+            try:
+                yield _Worker(process, container, word, path)
+            finally:
+                if process.returncode is None:
+                    with suppress(ProcessLookupError):
+                        process.kill()
+                    with suppress(TimeoutError):  # a file system that does not respond keeps it
+                        async with asyncio.timeout(_END_DEADLINE_S):
+                            await asyncio.shield(process.wait())
+
+
+class _Worker:
+    """A running worker."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, container: Container, word: str, path: str
+    ) -> None:
+        self.container = container
+        self._process = process
+        self._word = word
+        self._path = path
+
+    async def line(self) -> dict[str, Any]:
+        """Its next result.  Raises: NotFound; ResourceExhausted; Untranslated: it has failed."""
+        assert self._process.stderr is not None, "its results come in a pipe"
+        text = await self._process.stderr.readline()
+        try:
+            result = msgspec.json.decode(text, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            rest = text + await self._process.stderr.read(_LINE_BYTES_MAX)
+            log.warning(
+                "unexpected output of a worker for files", output=rest[-2000:].decode(errors="replace")
+            )
+            raise Unavailable("the process that copies files ended without a response") from error
+        message = str(result.get("error", ""))
+        match result.get("kind"):
+            case "missing":
+                raise NotFound(f"Could not find the file {self._path} in container {self._word}")
+            case "limit":
+                raise ResourceExhausted(message)
+            case "refused":
+                raise Untranslated(message)
+            case _:
+                return result
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """What it writes.  Raises: at the end, if it was not all."""
+        assert self._process.stdout is not None, "the archive comes in a pipe"
+        while True:
+            async with _deadline(_IDLE_DEADLINE_S):
+                piece = await self._process.stdout.read(_PIECE_BYTES)
+            if not piece:
+                break
+            yield piece
+        async with _deadline(_LOOK_DEADLINE_S):
+            await self.line()
+
+    async def feed(self, archive: AsyncIterable[bytes]) -> None:
+        """Give it an archive.  That it takes no more is no error: its result has the reason."""
+        assert self._process.stdin is not None, "the archive goes through a pipe"
+        pieces = aiter(archive)
+        with suppress(ConnectionError, StopAsyncIteration):
+            while True:
+                async with _deadline(_IDLE_DEADLINE_S):
+                    self._process.stdin.write(await anext(pieces))
+                    await self._process.stdin.drain()
+        self._process.stdin.close()
+
+
+def _status(result: dict[str, Any]) -> PathStatus:
+    fields = {**result, "mtime": timestamp(int(result["mtime_ns"]))}
+    return msgspec.convert(fields, PathStatus)
+
+
+@asynccontextmanager
+async def _deadline(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise Unavailable(f"no file of the container was read or written for {seconds:g} s") from error
