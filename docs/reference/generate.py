@@ -484,6 +484,7 @@ CLUSTER_EVENTS = (
 )
 
 CONTAINER_EVENTS = {
+    "archive-path": "files are copied out of it (`docker cp`)",
     "attach": "a client attaches to its streams",
     "create": "",
     "destroy": "it is removed",
@@ -492,6 +493,8 @@ CONTAINER_EVENTS = {
     "exec_create": "followed by `: COMMAND`",
     "exec_die": "a command of `docker exec` has ended",
     "exec_start": "followed by `: COMMAND`",
+    "export": "",
+    "extract-to-dir": "files were copied into it (`docker cp`)",
     "health_status": "followed by `: healthy` or `: unhealthy`: the result of its health check changed",
     "kill": "a signal is sent",
     "oom": "it was killed because memory ran out",
