@@ -203,6 +203,7 @@ async def _client(store: MemoryStore) -> AsyncIterator[Callable[[str], Awaitable
         logs=nothing,
         backups=nothing,
         diagnostics=nothing,
+        external=nothing,
         events=nothing,
         clock=SystemClock(),
         new_id=nothing,

@@ -75,7 +75,7 @@ async def renew_expired(address: str, pair: KeyPair) -> KeyPair:
         certificate=pair.certificate_pem, csr=csr, signature=proof_of(pair, csr)
     )
     async with connected(address, joining_context(pair.root_pem), ROOT_NAME) as channel:
-        reply = await channel.call(methods.RENEW_EXPIRED, request)
+        reply = await channel.call(methods.RENEW_EXPIRED, request, timeout_s=ISSUE_SECONDS_MAX)
     renewed = KeyPair(certificate_pem=reply.certificate, key_pem=private_pem(key), root_pem=reply.roots)
     if renewed.identity.node_id != pair.identity.node_id:
         raise FailedPrecondition(f"{address} issued a certificate for another node")
@@ -98,9 +98,12 @@ async def _request(
             csr=csr, token=token, availability=availability_to_pb(availability)
         )
         try:
-            reply = await channel.call(methods.SKEP_ISSUE_NODE_CERTIFICATE, request)
+            # Longer than other calls: an external authority may have to sign.
+            reply = await channel.call(
+                methods.SKEP_ISSUE_NODE_CERTIFICATE, request, timeout_s=ISSUE_SECONDS_MAX
+            )
         except Unimplemented:  # a Docker manager
-            reply = await channel.call(methods.ISSUE_NODE_CERTIFICATE, request)
+            reply = await channel.call(methods.ISSUE_NODE_CERTIFICATE, request, timeout_s=ISSUE_SECONDS_MAX)
         try:
             async with asyncio.timeout(ISSUE_SECONDS_MAX):
                 certificate_pem = await _wait_issued(channel, reply.node_id, csr, clock)

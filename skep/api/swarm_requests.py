@@ -208,7 +208,7 @@ def merged_spec(requested: SwarmSpec, base: SwarmSpec = DEFAULT_SWARM_SPEC) -> S
         ca_config=replace(
             base.ca_config,
             node_cert_expiry=ca.node_cert_expiry or base.ca_config.node_cert_expiry,
-            external_cas=ca.external_cas,
+            external_cas=tuple(replace(one, protocol=one.protocol.lower()) for one in ca.external_cas),
             force_rotate=ca.force_rotate,
         ),
         task_defaults=requested.task_defaults,

@@ -7,7 +7,7 @@ from skep import __version__
 from skep.aio.clock import Clock
 from skep.api.backups import BackupRequest, Manifest, Sealer
 from skep.bootstrap import ManagerConfig
-from skep.errors import Unavailable
+from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.cluster import cluster_of
 from skep.model.network import Network
 from skep.model.node import Node
@@ -43,7 +43,16 @@ class Backups:
         self._clock = clock
 
     def begin(self, request: BackupRequest) -> Sealer:
-        """The writer of the file.  Raises: InvalidArgument."""
+        """The writer of the file.
+
+        Raises: InvalidArgument; FailedPrecondition: without the root's key no certificate could be made for a restored
+        manager.
+        """
+        if self._store.view().lookup(Payload, ROOT_KEY_ID) is None:
+            raise FailedPrecondition(
+                "an external CA has the key of the cluster's root, so that a backup could not be restored: rotate to "
+                "a root of the cluster's own first (docker swarm ca --rotate)"
+            )
         return Sealer(request.header, request.key)
 
     async def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:

@@ -27,8 +27,10 @@ from skep.manager.attachment_service import AttachmentService
 from skep.manager.autolock import Autolock
 from skep.manager.backup import Backups
 from skep.manager.ca.caller_check import CallerCheck
+from skep.manager.ca.external import ExternalAuthorities
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
+from skep.manager.ca.signing import CertificateSigner
 from skep.manager.ca.updater import (
     CertificateUpdater,
     PeerCertificates,
@@ -114,7 +116,9 @@ class Manager:
         self._random = random
         self._tls = ServerTls(pair)
         self._keys = StoreKeys(store, WrappingKeys(config.paths))
-        self._certificates = CertificateService(store, new_id)
+        self._external = ExternalAuthorities(lambda: self._tls.pair, clock, random)
+        self._signer = CertificateSigner(store, config.node_id, self._external, self._channel_to, clock)
+        self._certificates = CertificateService(store, new_id, self._signer)
         self._discovery = Discovery(store, self._session, clock)
         self._draining = Draining(store, config.node_id, self._discovery, self._channel_to, clock, random)
         own, reports = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr), PeerReports()
@@ -184,6 +188,7 @@ class Manager:
             new_id=self._new_id,
             new_name=names_from(self._random),
             diagnostics=self._diagnostics,
+            external=self._external,
             quorum=self._quorum,
             lag=LoopLag(),
             own=self._config.node_id,
@@ -194,6 +199,7 @@ class Manager:
         """All gRPC methods of this manager."""
         return (
             *self._certificates.services(),
+            *self._signer.services(),
             *self._dispatcher.services(),
             *self._discovery.services(),
             *self._draining.services(),

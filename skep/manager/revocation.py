@@ -72,9 +72,19 @@ def is_foreign(revocation: Revocation | None, serial: str) -> bool:
     return revocation is not None and any(one.serial == serial for one in revocation.foreign)
 
 
-def is_revoked(revocation: Revocation | None, issued_s: int) -> bool:
-    """Whether a manager's certificate of this age is revoked.  ``issued_s``: unix seconds; 0: not known."""
-    if revocation is None or not revocation.before or not issued_s:
+def is_revoked(revocation: Revocation | None, issued_s: int, serial: str = "") -> bool:
+    """Whether a manager's certificate is revoked: by its serial number, or by its age.
+
+    External authorities backdate by another time than ours, so that the age alone would say nothing.
+
+    Args:
+        issued_s: unix seconds; 0: not known.
+    """
+    if revocation is None:
+        return False
+    if serial and any(one.serial == serial for one in revocation.serials):
+        return True
+    if not revocation.before or not issued_s:
         return False
     return issued_s <= unix_ns(revocation.before) // SECOND_NS
 

@@ -42,7 +42,10 @@ class DispatcherConfig(ApiObject):
 
 
 class ExternalCA(ApiObject):
-    """Accepted in the type, refused by ``control.swarm``."""
+    """An authority outside of the cluster, called by cfssl's protocol (``security.external``).
+
+    ``ca_cert``: the root (PEM) with whose key it signs; empty: the cluster's present one.
+    """
 
     protocol: str = always("")
     url: str = always("")

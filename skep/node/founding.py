@@ -14,7 +14,7 @@ import msgspec
 from skep.agent.managers import Peer
 from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Endpoints, Founding
-from skep.errors import InvalidArgument, Unavailable, Unimplemented
+from skep.errors import InvalidArgument, Unavailable
 from skep.model.addresses import default_peer_addr, joined, parted
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
@@ -22,6 +22,7 @@ from skep.model.swarm import SwarmSpec
 from skep.model.times import SECOND_NS
 from skep.node.local import LocalNode
 from skep.security.authority import Authority
+from skep.security.external import check_external_authorities
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem
@@ -80,18 +81,17 @@ def moved(node: LocalNode, to: Endpoints) -> LocalNode:
 def check_settings(spec: SwarmSpec) -> None:
     """Refuse what the new manager would refuse, before there is one: it could not start.  0: the default.
 
-    Raises: InvalidArgument, in Docker's words; Unimplemented.
+    Raises: InvalidArgument, in Docker's words.
     """
     refused = "error updating cluster settings: rpc error: code = InvalidArgument desc ="
     if 0 != spec.ca_config.node_cert_expiry < _CERT_EXPIRY_MIN_NS:
         raise InvalidArgument(f"{refused} minimum certificate expiry time is: 1h0m0s")
     if spec.dispatcher.heartbeat_period < 0:
         raise InvalidArgument(f"{refused} heartbeat time period cannot be a negative duration")
-    if spec.ca_config.external_cas:
-        raise Unimplemented(
-            "external certificate authorities are not supported: leave --external-ca out and the cluster signs by "
-            "itself; docker swarm ca --rotate --ca-cert FILE --ca-key FILE brings a root of your own"
-        )
+    try:
+        check_external_authorities(spec.ca_config)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"error updating cluster settings: {error}") from error
 
 
 def check_space(data_dir: Path) -> None:

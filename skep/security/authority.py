@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from skep.aio.clock import Clock, SystemClock
@@ -70,7 +71,9 @@ class Authority:
         """A new self-signed root, valid for 20 years."""
         now = moment(clock.now_ns())
         key = new_private_key()
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, ROOT_NAME)])
+        # Go writes names this way: an external authority that signs this root must not change its name.
+        attribute = x509.NameAttribute(NameOID.COMMON_NAME, ROOT_NAME, _type=_ASN1Type.PrintableString)
+        name = x509.Name([attribute])
         builder = (
             x509.CertificateBuilder()
             .subject_name(name)
@@ -144,9 +147,6 @@ class Authority:
         now = moment(max(self._clock.now_ns(), not_before_s * SECOND_NS))
         not_after = min(now + max(lifetime, NODE_LIFETIME_MIN), self._certificate.not_valid_after_utc)
         unit = ROLE_NAMES[identity.role]
-        names = [unit, identity.node_id]
-        if identity.role is NodeRole.MANAGER:
-            names.append(ROOT_NAME)
         subject = x509.Name(
             [
                 x509.NameAttribute(NameOID.ORGANIZATION_NAME, identity.cluster_id),
@@ -169,7 +169,8 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
             .add_extension(self._key_identifier, critical=False)
             .add_extension(
-                x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False
+                x509.SubjectAlternativeName([x509.DNSName(name) for name in names_of(identity)]),
+                critical=False,
             )
         )
         return pem(builder.sign(self._key, hashes.SHA256())) + self._intermediate_pem
@@ -198,6 +199,12 @@ class Authority:
     @property
     def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
         return x509.AuthorityKeyIdentifier(_subject_identifier(self._certificate).digest, None, None)
+
+
+def names_of(identity: Identity) -> tuple[str, ...]:
+    """The DNS names in a node's certificate: its role's, its own, and a manager's as a server of the CA."""
+    names = (ROLE_NAMES[identity.role], str(identity.node_id))
+    return (*names, ROOT_NAME) if identity.role is NodeRole.MANAGER else names
 
 
 def requested_key(csr_pem: bytes) -> PublicKey:

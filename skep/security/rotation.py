@@ -15,7 +15,7 @@ import msgspec
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
-from skep.errors import FailedPrecondition, InvalidArgument
+from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.model.swarm import CAConfig
 from skep.security.authority import Authority, pem
 from skep.security.keys import load_private_key
@@ -25,7 +25,7 @@ ROOT_LIFETIME_LEFT_MIN = timedelta(days=365)
 
 
 class NextRoot(msgspec.Struct, frozen=True, kw_only=True):
-    """The root to which a cluster rotates (PEM)."""
+    """The root to which a cluster rotates (PEM).  ``key_pem`` empty: an external authority has it."""
 
     root_pem: bytes
     key_pem: bytes
@@ -35,8 +35,26 @@ class NextRoot(msgspec.Struct, frozen=True, kw_only=True):
         return "NextRoot(...)"
 
 
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """What external authorities have done for a change of the roots, which itself is a transaction and cannot wait."""
+
+    reachable: frozenset[bytes] = frozenset()
+    """Roots (PEM) with an authority that responds."""
+    next: NextRoot | None = None
+    """The next root, signed by the external authority of the present one."""
+
+
+class Needs(msgspec.Struct, frozen=True, kw_only=True):
+    """What a change of the roots needs of external authorities."""
+
+    reachable: tuple[bytes, ...] = ()
+    """Roots (PEM) of which an authority has to respond."""
+    cross_sign: bool = False
+    """Whether the authority of the present root has to sign the next one."""
+
+
 class Roots(msgspec.Struct, frozen=True, kw_only=True):
-    """A cluster's root with its key (PEM), and the new one during a rotation."""
+    """A cluster's root with its key (PEM; empty: an external authority has it), and the new one during a rotation."""
 
     root_pem: bytes
     key_pem: bytes
@@ -46,63 +64,172 @@ class Roots(msgspec.Struct, frozen=True, kw_only=True):
         return f"Roots(is_rotating={self.next is not None})"
 
 
+def is_about_roots(present: CAConfig, config: CAConfig) -> bool:
+    """Whether a request may change the roots, or who signs with them.
+
+    Others need no external authority, which may be away; SwarmKit calls it for each of them.
+    """
+    is_forced = config.force_rotate != present.force_rotate
+    return bool(
+        is_forced
+        or config.signing_ca_cert
+        or config.signing_ca_key
+        or config.external_cas != present.external_cas
+    )
+
+
 def requested_roots(
-    roots: Roots, config: CAConfig, *, is_forced: bool, now: datetime, create: Callable[[], Authority]
+    roots: Roots,
+    config: CAConfig,
+    *,
+    is_forced: bool,
+    now: datetime,
+    create: Callable[[], Authority],
+    prepared: Prepared = Prepared(),  # noqa: B008 -- immutable
 ) -> Roots:
     """``roots`` after the user requests ``config``; the same if nothing changes.
 
-    A request for the present root ends a rotation; one for another root than the present rotation's restarts it.
+    A request for the present root ends a rotation, and takes the key to or from an external authority; one for another
+    root than the present rotation's restarts it.
 
     Args:
         is_forced: the config's ``force_rotate`` is higher than before.
         create: makes a new root.
+        prepared: what ``needed`` says.
 
     Raises:
         InvalidArgument: the config is invalid, with Docker's text.
+        Unavailable: the roots have changed since ``prepared``.
     """
     if config.signing_ca_key and not config.signing_ca_cert:
         raise InvalidArgument("if a signing CA key is provided, the signing CA cert must also be provided")
-    if not config.signing_ca_cert:
-        return _towards(roots, create()) if is_forced else roots
-    wanted = _user_root(config, now)
+    wanted = _user_root(config, now) if config.signing_ca_cert else None
+    if not roots.key_pem and not _brings_key(roots, config):
+        _require_external(prepared, roots.root_pem, "current")
+    if wanted is None:
+        if is_forced:
+            return _towards(roots, _new_root(roots, prepared, create), prepared)
+        if roots.next is not None and not roots.next.key_pem:
+            _require_external(prepared, roots.next.root_pem, "next")
+        return roots
+    if not wanted.key_pem:
+        _require_external(prepared, wanted.root_pem, "desired")
     if wanted.root_pem == roots.root_pem:
         return Roots(root_pem=roots.root_pem, key_pem=wanted.key_pem)
     if _same_key(wanted.certificate, roots.root_pem):
         raise InvalidArgument("Cannot update to a cert with an identical key")
     if roots.next is not None and wanted.root_pem == roots.next.root_pem:
-        return roots
-    return _towards(roots, wanted)
+        return msgspec.structs.replace(
+            roots, next=msgspec.structs.replace(roots.next, key_pem=wanted.key_pem)
+        )
+    return _towards(roots, wanted, prepared)
 
 
-def _towards(roots: Roots, wanted: Authority) -> Roots:
+def needed(roots: Roots, config: CAConfig, *, is_forced: bool) -> Needs:
+    """What ``requested_roots`` needs of external authorities for this request."""
+    wanted = normalized_root(config.signing_ca_cert)
+    reachable = []
+    if not roots.key_pem and not _brings_key(roots, config):
+        reachable.append(roots.root_pem)
+    if not config.signing_ca_cert and roots.next is not None and not roots.next.key_pem:
+        reachable.append(roots.next.root_pem)
+    if wanted and not config.signing_ca_key:
+        reachable.append(wanted)
+    is_new = wanted not in {roots.root_pem, roots.next.root_pem if roots.next is not None else b""}
+    leads_away = bool(config.signing_ca_key and wanted and is_new) or (
+        is_forced and not config.signing_ca_cert
+    )
+    return Needs(reachable=tuple(reachable), cross_sign=leads_away and not roots.key_pem)
+
+
+def normalized_root(text: str) -> bytes:
+    """The user's root certificate as the cluster has it; empty: there is none that can be read."""
+    try:
+        return pem(_root_certificate(text)) if text else b""
+    except InvalidArgument:
+        return b""
+
+
+def prepared_root(config: CAConfig, now: datetime, create: Callable[[], Authority]) -> Authority:
+    """The root that an external authority has to sign for this request.  Raises: InvalidArgument."""
+    if not config.signing_ca_cert:
+        return create()
+    wanted = _user_root(config, now)
+    return Authority.load(wanted.key_pem, wanted.root_pem)
+
+
+class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """A root to rotate to.  ``key_pem`` empty: an external authority has it."""
+
+    certificate: x509.Certificate
+    key_pem: bytes
+
+    @property
+    def root_pem(self) -> bytes:
+        return pem(self.certificate)
+
+
+def _brings_key(roots: Roots, config: CAConfig) -> bool:
+    """Whether the request brings the key of the present root, so that no external authority is needed any more."""
+    return bool(config.signing_ca_key) and normalized_root(config.signing_ca_cert) == roots.root_pem
+
+
+def _require_external(prepared: Prepared, root_pem: bytes, which: str) -> None:
+    if root_pem not in prepared.reachable:
+        raise InvalidArgument(
+            f"there must be at least one valid, reachable external CA corresponding to the {which} CA certificate"
+        )
+
+
+def _new_root(roots: Roots, prepared: Prepared, create: Callable[[], Authority]) -> _Wanted:
+    if not roots.key_pem and prepared.next is not None:
+        root = Authority.load(prepared.next.key_pem, prepared.next.root_pem)
+    else:
+        root = create()
+    return _Wanted(certificate=root.certificate, key_pem=root.key_pem)
+
+
+def _towards(roots: Roots, wanted: _Wanted, prepared: Prepared) -> Roots:
     """Cross-sign the new root with the present one, never with the target of an unfinished rotation."""
-    present = Authority.load(roots.key_pem, roots.root_pem)
+    if roots.key_pem:
+        cross_signed = Authority.load(roots.key_pem, roots.root_pem).cross_sign(wanted.certificate)
+    elif not wanted.key_pem:
+        raise InvalidArgument("rotating from one external CA to a different external CA is not supported")
+    else:
+        cross_signed = _cross_signed_before(roots, wanted, prepared)
     return msgspec.structs.replace(
         roots,
-        next=NextRoot(
-            root_pem=wanted.root_pem,
-            key_pem=wanted.key_pem,
-            cross_signed_pem=present.cross_sign(wanted.certificate),
-        ),
+        next=NextRoot(root_pem=wanted.root_pem, key_pem=wanted.key_pem, cross_signed_pem=cross_signed),
     )
 
 
-def _user_root(config: CAConfig, now: datetime) -> Authority:
+def _cross_signed_before(roots: Roots, wanted: _Wanted, prepared: Prepared) -> bytes:
+    ready = prepared.next
+    if ready is not None and ready.root_pem == wanted.root_pem:
+        signed = x509.load_pem_x509_certificate(ready.cross_signed_pem)
+        try:
+            signed.verify_directly_issued_by(x509.load_pem_x509_certificate(roots.root_pem))
+        except (ValueError, TypeError, InvalidSignature):
+            pass
+        else:
+            return ready.cross_signed_pem
+    raise Unavailable("the cluster's root has just changed: try again")
+
+
+def _user_root(config: CAConfig, now: datetime) -> _Wanted:
     """The user's root."""
     certificate = _root_certificate(config.signing_ca_cert)
+    if certificate.not_valid_after_utc < now + ROOT_LIFETIME_LEFT_MIN:
+        raise InvalidArgument("CA certificate expires too soon")
     if not config.signing_ca_key:
-        raise InvalidArgument(
-            "there must be at least one valid, reachable external CA corresponding to the desired CA certificate"
-        )
+        return _Wanted(certificate=certificate, key_pem=b"")
     try:
         key = load_private_key(config.signing_ca_key.encode())
     except FailedPrecondition as error:
         raise InvalidArgument(f"malformed private key: {error}") from error
     if key.public_key() != certificate.public_key():
         raise InvalidArgument("certificate key mismatch")
-    if certificate.not_valid_after_utc < now + ROOT_LIFETIME_LEFT_MIN:
-        raise InvalidArgument("CA certificate expires too soon")
-    return Authority.load(config.signing_ca_key.encode(), pem(certificate))
+    return _Wanted(certificate=certificate, key_pem=config.signing_ca_key.encode())
 
 
 def _root_certificate(text: str) -> x509.Certificate:

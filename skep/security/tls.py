@@ -49,6 +49,18 @@ def client_context(pair: KeyPair) -> ssl.SSLContext:
     return context
 
 
+def external_context(pair: KeyPair, root_pem: bytes) -> ssl.SSLContext:
+    """For calls of a manager to an external authority: mutual TLS with HTTP/1.1, its host's name is verified.
+
+    Args:
+        root_pem: the roots to trust; during a rotation also the next one.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _load_pair(context, pair.with_root(root_pem))
+    return context
+
+
 def joining_context(root_pem: bytes) -> ssl.SSLContext:
     """For the request of a certificate: the manager is verified, the client has no certificate."""
     context = _context(ssl.PROTOCOL_TLS_CLIENT)

@@ -172,6 +172,12 @@ PATHS = BothStream(
 RELAY_EXAMINATIONS = BothStream(
     "/skep.v1.ManagerLink/RelayExaminations", skep.ExaminationRelay, skep.RelayedExamination, Access.MANAGER
 )
+SIGN_EXTERNALLY = Unary(
+    "/skep.v1.ManagerLink/SignExternally",
+    skep.SignExternallyRequest,
+    skep.SignExternallyResponse,
+    Access.MANAGER,
+)
 DESCRIBE = Unary(
     "/skep.v1.NodeLink/Describe",
     skep.DescribeRequest,

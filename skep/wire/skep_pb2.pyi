@@ -1297,6 +1297,52 @@ class PromoteMemberResponse(_message.Message):
 Global___PromoteMemberResponse: _TypeAlias = PromoteMemberResponse
 
 @_typing.final
+class SignExternallyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CSR_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    csr: _builtins.bytes
+    """Certificate request (PEM)."""
+    node_id: _builtins.str
+    role: _swarm_pb2.NodeRole.ValueType
+    def __init__(
+        self,
+        *,
+        csr: _builtins.bytes = ...,
+        node_id: _builtins.str = ...,
+        role: _swarm_pb2.NodeRole.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["csr", b"csr", "node_id", b"node_id", "role", b"role"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignExternallyRequest: _TypeAlias = SignExternallyRequest
+
+@_typing.final
+class SignExternallyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    certificate: _builtins.bytes
+    """Chain (PEM)."""
+    def __init__(
+        self,
+        *,
+        certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignExternallyResponse: _TypeAlias = SignExternallyResponse
+
+@_typing.final
 class ExaminationRelay(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -68,6 +68,7 @@ async def test_with_100_000_tasks_nothing_holds_the_event_loop(tmp_path: Path) -
         logs=nothing,
         backups=nothing,
         diagnostics=nothing,
+        external=nothing,
         events=nothing,
         clock=SystemClock(),
         new_id=nothing,

@@ -11,6 +11,7 @@ from typing import Any, cast
 from aiohttp import web
 
 from skep.aio.clock import SystemClock
+from skep.manager.ca.external import ExternalAuthorities
 from skep.manager.control.swarm import found_swarm
 from skep.manager.events import ClusterEvents
 from skep.manager.routes import ManagerApi, application
@@ -65,6 +66,7 @@ async def a_manager_api(
         logs=logs or CannedLogs(),
         backups=cast("Any", None),  # ours, not Docker's
         diagnostics=cast("Any", None),  # likewise
+        external=ExternalAuthorities(lambda: cast("Any", None), clock, Random(1)),
         events=ClusterEvents(store, clock),
         clock=clock,
         new_id=new_id,

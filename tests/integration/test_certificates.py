@@ -12,6 +12,7 @@ from cryptography import x509
 
 from skep.security.authority import Authority
 from skep.security.tokens import join_token
+from tests.support.external_ca import cfssl_command
 from tests.support.playground_rig import (
     TestCluster,
     TestNode,
@@ -118,9 +119,9 @@ def test_join_token_rotate_changes_one_token_and_q_prints_nothing_else(m1: TestN
 
 
 def test_what_swarm_ca_cannot_do_is_refused_in_words(trio: TestCluster, m1: TestNode):
-    url = "protocol=cfssl,url=https://ca.example"
+    url = "protocol=cfssl,url=http://ca.example"
     refused = refusal(m1, "swarm", "update", "--external-ca", url)
-    assert "external certificate authorities are not supported" in refused
+    assert "the URL of an external CA must begin with https://" in refused
     refused = refusal(m1, "swarm", "update", "--cert-expiry", "59m")
     assert "minimum certificate expiry time is: 1h0m0s" in refused
     refused = refusal(m1, "swarm", "ca", "--cert-expiry", "2h")
@@ -139,6 +140,51 @@ def test_an_external_root_is_accepted_and_its_key_never_shown(
     said(m1, "swarm", "ca", "--rotate", "--detach")
     wait_until(lambda: not swarm_of(m1)["RootRotationInProgress"], "the rotation in the background has ended")
     assert said(m1, "swarm", "ca").strip() != ROOT.root_pem.decode().strip()
+
+
+def test_nodes_renew_and_join_with_certificates_of_an_external_authority(
+    trio: TestCluster, m1: TestNode, tmp_path: Path
+):
+    """The root rotates to one whose key no manager has, a node joins, and the root rotates away from it."""
+    theirs, certificate = Authority.create(), tmp_path / "theirs.crt"
+    certificate.write_bytes(theirs.root_pem)
+    present = said(m1, "swarm", "ca").strip()
+    with an_authority(m1, theirs, present, tmp_path) as url:
+        external = f"protocol=cfssl,url={url},cacert={certificate}"
+        said(m1, "swarm", "ca", "--rotate", "-q", "--ca-cert", str(certificate), "--external-ca", external)
+        assert said(m1, "swarm", "ca").strip() == theirs.root_pem.decode().strip()
+        for name in ("m1", "w1", "w2"):
+            certificate_of(trio, name).verify_directly_issued_by(theirs.certificate)
+        w2, token = trio.node("w2"), said(m1, "swarm", "join-token", "-q", "worker").strip()
+        left = w2.client().info()["Swarm"]["NodeID"]
+        said(w2, "swarm", "leave")
+        said(m1, "node", "rm", "--force", left)
+        said(w2, "swarm", "join", "--token", token, f"{m1.description['addr']}:2377")
+        certificate_of(trio, "w2").verify_directly_issued_by(theirs.certificate)
+
+        (shown,) = swarm_of(m1)["Spec"]["CAConfig"]["ExternalCAs"]
+        assert (shown["Protocol"], shown["URL"]) == ("cfssl", url)
+        said(m1, "swarm", "ca", "--rotate", "-q")
+        assert said(m1, "swarm", "ca").strip() not in {present, theirs.root_pem.decode().strip()}
+    said(m1, "swarm", "update", "--cert-expiry", "720h")  # the authority is not needed any more
+
+
+@contextmanager
+def an_authority(m1: TestNode, root: Authority, present_pem: str, directory: Path) -> Iterator[str]:
+    """cfssl with the key of ``root`` on m1's machine; gives its URL."""
+    addr = m1.description["addr"]
+    command = cfssl_command(directory, addr, 8888, root, [root])
+    with (directory / "trusted.crt").open("a") as trusted:
+        trusted.write(present_pem + "\n")
+    inside = ["nsenter", f"--net={m1.description['netns']}"]
+    with (directory / "cfssl.log").open("w") as output:
+        process = subprocess.Popen([*inside, *command], cwd=directory, stdout=output, stderr=output)
+    try:
+        wait_until(lambda: "Now listening" in (directory / "cfssl.log").read_text(), "cfssl listens")
+        yield f"https://{addr}:8888/api/v1/cfssl/sign"
+    finally:
+        process.kill()
+        process.wait()
 
 
 def rotate_to(m1: TestNode, root: Authority, directory: Path) -> None:

@@ -25,9 +25,11 @@ from skep.errors import Unavailable, Unimplemented
 from skep.manager.attachment_service import AttachmentService
 from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.expiry import Expiry
+from skep.manager.ca.external import ExternalAuthorities
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
+from skep.manager.ca.signing import CertificateSigner
 from skep.manager.ca.updater import (
     CertificateUpdater,
     PeerCertificates,
@@ -105,6 +107,7 @@ class Cluster:
         self.knows_paths = True
         self.tls: ServerTls
         self.bound: Bound
+        self.external: ExternalAuthorities
 
     @property
     def address(self) -> str:
@@ -154,7 +157,9 @@ class Cluster:
             self.diagnostics = Diagnostics(self.store, MANAGER_ID, self.paths, self.channel)
             self.logs = LogBroker(self.store, new_id, clock)
             self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
-            certificates = CertificateService(self.store, new_id)
+            self.external = ExternalAuthorities(lambda: self.tls.pair, clock, Random(1))
+            signer = CertificateSigner(self.store, MANAGER_ID, self.external, self.channel, clock)
+            certificates = CertificateService(self.store, new_id, signer)
             bound = await stack.enter_async_context(
                 serve(
                     with_all_methods(self._services(certificates, clock)),

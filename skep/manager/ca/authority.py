@@ -22,7 +22,9 @@ def authority_of(view: View) -> Authority:
     rotation = swarm.rotation
     key = view.lookup(Payload, NEXT_ROOT_KEY_ID if rotation else ROOT_KEY_ID)
     if key is None:
-        raise FailedPrecondition("this cluster's root key is not in the store")
+        raise FailedPrecondition(
+            "this cluster's root key is not in the store: an external CA signs, and none is configured for its root"
+        )
     if rotation is None:
         return Authority.load(key.data, root_bundle_of(swarm))
     return Authority.load(key.data, rotation.root.encode(), intermediate_pem=rotation.cross_signed.encode())

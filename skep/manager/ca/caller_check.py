@@ -96,7 +96,7 @@ def check_caller(view: View, identity: Identity, access: Access) -> bool:
         return node is not None or identity.node_id in view.unreadable(Node)
     if not is_manager(node):
         raise PermissionDenied(f"Permission denied: node {identity.node_id} is not a manager of the swarm")
-    if is_revoked(revocation, identity.issued_s):
+    if is_revoked(revocation, identity.issued_s, identity.serial):
         raise PermissionDenied(
             f"Permission denied: this certificate of node {identity.node_id} was revoked when it was demoted"
         )

@@ -88,8 +88,11 @@ def finish(tx: Transaction, root: str, new_id: IdSource) -> bool:
     if swarm.rotation is None or swarm.rotation.root != root:
         return False
     root_pem = root.encode()
-    tx.put(Payload(id=ROOT_KEY_ID, data=tx.get(Payload, NEXT_ROOT_KEY_ID).data))
-    tx.delete(Payload, NEXT_ROOT_KEY_ID)
+    if (key := tx.lookup(Payload, NEXT_ROOT_KEY_ID)) is not None:
+        tx.put(Payload(id=ROOT_KEY_ID, data=key.data))
+        tx.delete(Payload, NEXT_ROOT_KEY_ID)
+    elif tx.lookup(Payload, ROOT_KEY_ID) is not None:
+        tx.delete(Payload, ROOT_KEY_ID)  # an external authority has the new root's
     tx.put(
         msgspec.structs.replace(
             swarm,

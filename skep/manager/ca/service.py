@@ -15,24 +15,20 @@ from skep.errors import NotFound
 from skep.manager.ca.admission import (
     Issued,
     joining_identity,
-    lifetime_of,
     record_issue,
     renew_window_of,
     renewing_identity,
 )
-from skep.manager.ca.authority import authority_of, root_bundle_of
+from skep.manager.ca.authority import root_bundle_of
+from skep.manager.ca.signing import CertificateSigner
 from skep.manager.cluster import cluster_of
-from skep.manager.revocation import issue_not_before_s
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import Availability
 from skep.model.planes import DOCKER, SKEP
 from skep.model.times import moment
-from skep.security.authority import requested_key
 from skep.security.expiry import proven_identity
 from skep.security.identity import Identity
-from skep.security.trust import issuer_digest, tls_info
 from skep.store.interface import Store
-from skep.store.kinds import Revocation
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
@@ -49,14 +45,17 @@ ISSUED_MAX = 1000
 
 
 class CertificateService:
-    """Certificates are signed at once, by any manager: there is no queue and no pending state.
+    """Certificates are signed at once: there is no queue and no pending state.
 
     A signed certificate is kept in memory until it is fetched from this manager; at another manager, or after a
     restart, a node gets NOT_FOUND and requests a new certificate.
     """
 
-    def __init__(self, store: Store, new_id: IdSource, clock: Clock = _CLOCK) -> None:
+    def __init__(
+        self, store: Store, new_id: IdSource, signer: CertificateSigner, clock: Clock = _CLOCK
+    ) -> None:
         self._store = store
+        self._signer = signer
         self._clock = clock
         self._new_id = new_id
         self._issued: OrderedDict[NodeId, Issued] = OrderedDict()
@@ -127,20 +126,13 @@ class CertificateService:
         shown: str,
     ) -> Issued:
         """Sign the request, record it, and keep the certificate until it is fetched.  ``shown``: see ``Issued``."""
-        key = requested_key(csr_pem)
-        view = self._store.view()
-        authority = authority_of(view)
+        signed = await self._signer.sign(csr_pem, identity)
         issued = Issued(
             identity=identity,
             availability=availability,
             csr_pem=csr_pem,
-            certificate_pem=authority.issue(
-                key,
-                identity,
-                lifetime_of(cluster_of(view)),
-                not_before_s=issue_not_before_s(view.lookup(Revocation, identity.node_id)),
-            ),
-            issuer=issuer_digest(tls_info(authority.root_pem)),
+            certificate_pem=signed.certificate_pem,
+            issuer=signed.issuer,
             plane=plane,
             shown=shown,
         )

@@ -219,7 +219,7 @@ def _disconnect(node: Node | None, revocation: Revocation, disconnect: Disconnec
         lambda peer: (
             peer.node_id == revocation.id
             and _acts_as_manager(peer)
-            and (is_none or is_revoked(revocation, peer.issued_s))
+            and (is_none or is_revoked(revocation, peer.issued_s, peer.serial))
         )
     )
 

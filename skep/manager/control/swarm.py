@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.api.swarm_requests import check_swarm_name, merged_spec
-from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unimplemented
+from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence
 from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import first_networks
 from skep.model.ids import IdSource
@@ -30,8 +30,9 @@ from skep.model.swarm import (
 )
 from skep.model.times import SECOND_NS, duration_ns
 from skep.security.authority import Authority
+from skep.security.external import check_external_authorities
 from skep.security.locking import new_unlock_key
-from skep.security.rotation import NextRoot, Roots, requested_roots
+from skep.security.rotation import NextRoot, Prepared, Roots, is_about_roots, requested_roots
 from skep.security.tokens import join_token
 from skep.security.trust import tls_info
 from skep.store.interface import Transaction, View
@@ -55,7 +56,7 @@ def found_swarm(tx: Transaction, swarm: Swarm, first_node: Node, new_id: IdSourc
 
     Raises:
         FailedPrecondition: there is a cluster already.
-        InvalidArgument, Unimplemented: its spec can never work.
+        InvalidArgument: its spec can never work.
     """
     if tx.find(Swarm):
         raise FailedPrecondition("the store already has a cluster")
@@ -77,13 +78,17 @@ def update_swarm(
     now: datetime,
     new_root: Callable[[], Authority] = Authority.create,
     new_key: Callable[[], bytes] = new_unlock_key,
+    prepared: Prepared = Prepared(),  # noqa: B008 -- immutable
 ) -> Swarm:
     """Replace the cluster's settings, if it is still at ``version``, and the tokens that ``rotations`` names.
 
     A root that the settings bring, or a rotation counted, begins a rotation of the root (``manager.ca`` ends it).
 
+    Args:
+        prepared: what external authorities have done for it (``manager.ca.external``).
+
     Raises:
-        InvalidArgument: the spec can never work; Unimplemented: it has options that this version does not support.
+        InvalidArgument: the spec can never work.
         OutOfSequence: the cluster is at another version.
     """
     swarm = tx.get(Swarm, cluster_of(tx).id)
@@ -91,7 +96,7 @@ def update_swarm(
     ca_config = spec.ca_config  # with a root's key, which the merged settings do not have
     spec = merged_spec(spec)
     check_swarm_spec(spec)
-    rooted = _with_root(tx, swarm, ca_config, now, new_root)
+    rooted = _with_root(tx, swarm, ca_config, now, new_root, prepared)
     if swarm.version != Version(index=version):
         raise OutOfSequence
     tokens = _rotated(swarm, rotations, new_id)
@@ -105,7 +110,7 @@ def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority
     swarm = tx.get(Swarm, cluster_of(tx).id)
     present = swarm.spec.ca_config
     ca_config = replace(present, force_rotate=present.force_rotate + 1)
-    rooted = _with_root(tx, swarm, ca_config, now, new_root)
+    rooted = _with_root(tx, swarm, ca_config, now, new_root, Prepared())
     tx.put(replace(rooted, spec=replace(swarm.spec, ca_config=ca_config)))
 
 
@@ -139,7 +144,7 @@ def frozen_message(freeze: Freeze) -> str:
 
 
 def check_swarm_spec(spec: SwarmSpec) -> None:
-    """Refuse settings that can never work.  Raises: InvalidArgument, Unimplemented."""
+    """Refuse settings that can never work.  Raises: InvalidArgument."""
     if spec.ca_config.node_cert_expiry < CERT_EXPIRY_MIN_NS:
         raise InvalidArgument("minimum certificate expiry time is: 1h0m0s")
     window = spec.labels.get(RENEW_WINDOW_LABEL)
@@ -148,11 +153,7 @@ def check_swarm_spec(spec: SwarmSpec) -> None:
     if spec.dispatcher.heartbeat_period < 0:
         raise InvalidArgument("heartbeat time period cannot be a negative duration")
     check_swarm_labels(spec.labels)
-    if spec.ca_config.external_cas:
-        raise Unimplemented(
-            "external certificate authorities are not supported: let the cluster sign itself, or provide a root "
-            "with docker swarm ca --rotate --ca-cert FILE --ca-key FILE"
-        )
+    check_external_authorities(spec.ca_config)
 
 
 def unlock_key_of(view: View) -> bytes | None:
@@ -173,26 +174,36 @@ def _keep_unlock_key(
 
 
 def _with_root(
-    tx: Transaction, swarm: Swarm, ca_config: CAConfig, now: datetime, new_root: Callable[[], Authority]
+    tx: Transaction,
+    swarm: Swarm,
+    ca_config: CAConfig,
+    now: datetime,
+    new_root: Callable[[], Authority],
+    prepared: Prepared,
 ) -> Swarm:
-    """``swarm`` with the root that ``ca_config`` requests, or with a rotation to it.  Raises: InvalidArgument."""
-    is_forced = ca_config.force_rotate != swarm.spec.ca_config.force_rotate
-    if not (is_forced or ca_config.signing_ca_cert or ca_config.signing_ca_key):
+    """``swarm`` with the root that ``ca_config`` requests, or with a rotation to it.
+
+    Raises: InvalidArgument; Unavailable: the roots have changed since ``prepared``.
+    """
+    if not is_about_roots(swarm.spec.ca_config, ca_config):
         return swarm
-    roots = _roots_of(tx, swarm)
-    requested = requested_roots(roots, ca_config, is_forced=is_forced, now=now, create=new_root)
+    is_forced = ca_config.force_rotate != swarm.spec.ca_config.force_rotate
+    roots = roots_of(tx, swarm)
+    requested = requested_roots(
+        roots, ca_config, is_forced=is_forced, now=now, create=new_root, prepared=prepared
+    )
     return _towards(tx, swarm, requested) if requested != roots else swarm
 
 
-def _roots_of(tx: Transaction, swarm: Swarm) -> Roots:
-    """The cluster's root, and the one it rotates to, with their keys."""
+def roots_of(view: View, swarm: Swarm) -> Roots:
+    """The cluster's root, and the one it rotates to, with the keys that are in the store."""
     rotation = swarm.rotation
     return Roots(
         root_pem=swarm.tls_info.trust_root.encode(),
-        key_pem=tx.get(Payload, ROOT_KEY_ID).data,
+        key_pem=_key(view, ROOT_KEY_ID),
         next=NextRoot(
             root_pem=rotation.root.encode(),
-            key_pem=tx.get(Payload, NEXT_ROOT_KEY_ID).data,
+            key_pem=_key(view, NEXT_ROOT_KEY_ID),
             cross_signed_pem=rotation.cross_signed.encode(),
         )
         if rotation is not None
@@ -202,13 +213,11 @@ def _roots_of(tx: Transaction, swarm: Swarm) -> Roots:
 
 def _towards(tx: Transaction, swarm: Swarm, requested: Roots) -> Swarm:
     """``swarm`` with other roots and, if they have a next one, a rotation to it; writes the keys of both."""
-    tx.put(Payload(id=ROOT_KEY_ID, data=requested.key_pem))
+    _keep_key(tx, ROOT_KEY_ID, requested.key_pem)
+    _keep_key(tx, NEXT_ROOT_KEY_ID, requested.next.key_pem if requested.next is not None else b"")
     if requested.next is None:
-        if tx.lookup(Payload, NEXT_ROOT_KEY_ID) is not None:
-            tx.delete(Payload, NEXT_ROOT_KEY_ID)
         info = tls_info(requested.root_pem)
         return replace(swarm, tls_info=info, rotation=None, root_rotation_in_progress=False)
-    tx.put(Payload(id=NEXT_ROOT_KEY_ID, data=requested.next.key_pem))
     return replace(
         swarm,
         tls_info=tls_info(requested.root_pem, requested.next.root_pem),
@@ -218,6 +227,19 @@ def _towards(tx: Transaction, swarm: Swarm, requested: Roots) -> Swarm:
         ),
         root_rotation_in_progress=True,
     )
+
+
+def _key(view: View, id: str) -> bytes:
+    payload = view.lookup(Payload, id)
+    return payload.data if payload is not None else b""
+
+
+def _keep_key(tx: Transaction, id: str, key_pem: bytes) -> None:
+    """Have this key in the store; empty: an external authority has it."""
+    if key_pem:
+        tx.put(Payload(id=id, data=key_pem))
+    elif tx.lookup(Payload, id) is not None:
+        tx.delete(Payload, id)
 
 
 def _rotated(swarm: Swarm, rotations: Rotations, new_id: IdSource) -> JoinTokens:

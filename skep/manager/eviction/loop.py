@@ -35,7 +35,7 @@ from skep.model.times import moment, timestamp
 from skep.security.trust import is_issued_by, root_digest
 from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.interface import Commit, Created, NotLeader, Store, Term, Updated, View
-from skep.store.kinds import Payload
+from skep.store.kinds import ROOT_KEY_ID, Payload
 from skep.wire import methods
 from skep.wire import skep_pb2 as pb
 from skep.wire.client import Channel
@@ -217,6 +217,8 @@ class Evictions:
         if has_new_root(eviction, swarm):
             return ""
         if not is_rotating_root(eviction, swarm):
+            if view.lookup(Payload, ROOT_KEY_ID) is None:
+                return "the external CA of the present root signs the next one: run docker swarm ca --rotate"
             await self._term.update(rotate_root, moment(self._clock.now_ns()))
             return "nodes renew their certificates"
         waiting = _not_renewed(view)

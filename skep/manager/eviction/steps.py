@@ -25,7 +25,7 @@ from skep.model.swarm import Swarm
 from skep.model.times import Timestamp
 from skep.security.trust import root_digest
 from skep.store.interface import Transaction, View
-from skep.store.kinds import GOSSIP_KEYS_ID, Payload, Revocation
+from skep.store.kinds import GOSSIP_KEYS_ID, NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload, Revocation
 
 EVICTION_ID = "eviction"
 """Id of the payload with the last eviction."""
@@ -133,7 +133,11 @@ def begin(tx: Transaction, name: str, by: str, own: NodeId, now: Timestamp) -> E
     was_manager = _was_manager(tx, target)
     if target.spec.role is NodeRole.MANAGER and tx.lookup(Node, target.id) is not None:
         check_demotion(tx, target)
-    roots = [swarm.tls_info.trust_root, *((swarm.rotation.root,) if swarm.rotation else ())]
+    # A root whose key an external authority has was never this node's.
+    keyed = [(ROOT_KEY_ID, swarm.tls_info.trust_root)]
+    if swarm.rotation is not None:
+        keyed.append((NEXT_ROOT_KEY_ID, swarm.rotation.root))
+    roots = [root for key_id, root in keyed if tx.lookup(Payload, key_id) is not None]
     eviction = Eviction(
         node_id=target.id,
         hostname=target.description.hostname,

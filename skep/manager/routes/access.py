@@ -21,7 +21,9 @@ from skep.model.ids import IdSource, NodeId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.paths import DiagnosticsResult
 from skep.model.readable import NameSource
+from skep.model.swarm import CAConfig, Swarm
 from skep.model.times import Timestamp, timestamp
+from skep.security.rotation import Prepared, Roots
 from skep.store.interface import Store, Transaction, View
 from skep.store.space import refusal
 
@@ -61,6 +63,13 @@ class Diagnostics(Protocol):
         """Call ``on_result`` with each node's result as it arrives, within 25 s, or with the reason of its absence."""
 
 
+class ExternalRoots(Protocol):
+    """What external authorities do for a change of the cluster's root (``manager.ca.external``)."""
+
+    async def prepare(self, swarm: Swarm, roots: Roots, config: CAConfig) -> Prepared:
+        """Do it, within seconds.  Raises: InvalidArgument, Unavailable."""
+
+
 class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     """What the request handlers use of a manager."""
 
@@ -72,6 +81,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     new_name: NameSource
     backups: Backing
     diagnostics: Diagnostics
+    external: ExternalRoots
     quorum: Callable[[], Quorum] = Quorum
     """Whether there is a leader, from local knowledge."""
     lag: LoopLag = msgspec.field(default_factory=LoopLag)

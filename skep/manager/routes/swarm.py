@@ -40,7 +40,12 @@ async def update_swarm(request: web.Request) -> web.StreamResponse:
     check_swarm_name(spec)
     now = moment(manager.clock.now_ns())
     was_locked = control.unlock_key_of(manager.store.view()) is not None
-    await manager.update(control.update_swarm, spec, version, rotations, new_id=manager.new_id, now=now)
+    view = await current_view(request)
+    swarm = cluster_of(view)
+    prepared = await manager.external.prepare(swarm, control.roots_of(view, swarm), spec.ca_config)
+    await manager.update(
+        control.update_swarm, spec, version, rotations, new_id=manager.new_id, now=now, prepared=prepared
+    )
     if spec.encryption_config.auto_lock_managers and not was_locked:
         # What lies on disks in clear until now shall not open what is written from now on.
         await manager.store.rotate_data_key()

@@ -196,9 +196,9 @@ BAD_INITS: list[tuple[dict[str, Any], int, str]] = [
     (INIT | {"ListenAddr": "127.0.0.1:99999"}, 500, "listen tcp: address 99999: invalid port"),
     (INIT | {"ListenAddr": "192.0.2.1:2377"}, 500, "bind: cannot assign requested address"),
     (
-        INIT | {"Spec": {"CAConfig": {"ExternalCAs": [{"Protocol": "cfssl", "URL": "https://ca.example"}]}}},
-        501,
-        "external certificate authorities are not supported",
+        INIT | {"Spec": {"CAConfig": {"ExternalCAs": [{"Protocol": "acme", "URL": "https://ca.example"}]}}},
+        400,
+        'error updating cluster settings: invalid protocol: "acme"',
     ),
     (INIT | {"Spec": {"Name": "x"}}, 400, 'swarm spec must be named "default"'),
     (INIT | {"AdvertiseAddr": "0.0.0.0"}, 400, "advertise address must be a non-zero IP address"),

@@ -103,7 +103,7 @@ def test_init_takes_every_flag(m2: TestNode) -> None:
         (("--data-path-port", "80"), "1024"),
         (("--default-addr-pool", "10.20.0.0/16", "--default-addr-pool-mask-length", "8"), "10.20.0.0/16"),
         (("--cert-expiry", "1m"), "minimum certificate expiry time is: 1h0m0s"),
-        (("--external-ca", "protocol=cfssl,url=https://ca.example"), "xternal"),
+        (("--external-ca", "protocol=cfssl,url=http://ca.example"), "must begin with https://"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_and_nothing_is_kept(

@@ -136,7 +136,7 @@ def test_another_rotation_starts_over_from_the_present_root():
 
 def test_the_root_to_which_the_cluster_rotates_already_changes_nothing():
     first = wished(CAConfig(), is_forced=True)
-    assert wished(brought(NEW._key, NEW.root_pem), first) is first
+    assert wished(brought(NEW._key, NEW.root_pem), first) == first
 
 
 def test_the_present_root_ends_a_rotation():

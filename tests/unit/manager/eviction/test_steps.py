@@ -42,7 +42,7 @@ from skep.model.swarm import RootRotation, Swarm
 from skep.model.times import timestamp
 from skep.security.authority import Authority
 from skep.security.trust import tls_info
-from skep.store.kinds import GOSSIP_KEYS_ID, Payload, Revocation
+from skep.store.kinds import GOSSIP_KEYS_ID, NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload, Revocation
 from skep.store.memory import MemoryStore
 
 NOW_NS = int(datetime.now(UTC).timestamp()) * 10**9
@@ -72,6 +72,7 @@ async def store() -> MemoryStore:
 
     def found(tx):
         tx.put(Swarm(id=ClusterId("c"), tls_info=tls_info(ROOTS[0])))
+        tx.put(Payload(id=ROOT_KEY_ID, data=b"key"))
         for number in (1, 2, 3):
             tx.put(a_node(f"manager{number}", NodeRole.MANAGER, name=f"m{number}"))
         tx.put(a_node("worker1", NodeRole.WORKER, name="w1"))
@@ -170,7 +171,8 @@ async def test_a_root_whose_key_it_may_have_had_is_no_new_one(store):
     """Not the present one, nor the one to which the cluster was rotating when it was evicted."""
     swarm = store.view().get(Swarm, ClusterId("c"))
     rotating = replace(swarm, rotation=RootRotation(root=ROOTS[1].decode(), cross_signed=""))
-    await store.update(lambda tx: tx.put(rotating))
+    key = Payload(id=NEXT_ROOT_KEY_ID, data=b"key")
+    await store.update(lambda tx: [tx.put(rotating), tx.put(key)])
     eviction = await evict(store, "m3")
     assert len(eviction.roots) == 2
     for root in ROOTS:
@@ -178,6 +180,13 @@ async def test_a_root_whose_key_it_may_have_had_is_no_new_one(store):
     fresh = tls_info(Authority.create().root_pem)
     assert has_new_root(eviction, replace(swarm, tls_info=fresh, rotation=None))
     assert not has_new_root(eviction, replace(rotating, tls_info=fresh))
+
+
+async def test_a_root_whose_key_an_external_authority_has_stays(store):
+    await store.update(lambda tx: tx.delete(Payload, ROOT_KEY_ID))
+    eviction = await evict(store, "m3")
+    assert eviction.roots == ()
+    assert has_new_root(eviction, store.view().get(Swarm, ClusterId("c")))
 
 
 async def test_docker_nodes_have_new_keys_if_there_are_any(store):
