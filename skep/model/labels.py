@@ -31,6 +31,9 @@ DRAIN = "skep.drain"
 end."""
 DEFAULT_DRAIN_S = 1.0
 
+PUBLISH_NOT_READY = "skep.publish-not-ready"
+"""On services: ``true``: names of tasks resolve before they are healthy; virtual addresses and ports stay strict."""
+
 IGNORE_PATHS = "skep.ignore-paths"
 """``true``: the node gets tasks on overlay networks even if other nodes do not reach it."""
 
@@ -114,12 +117,20 @@ def ignores_paths(node_labels: Mapping[str, str]) -> bool:
     return node_labels.get(IGNORE_PATHS, "").lower() == "true"
 
 
+def publishes_not_ready(labels: Mapping[str, str]) -> bool:
+    """Whether names of a service's tasks resolve before the tasks are healthy."""
+    return labels.get(PUBLISH_NOT_READY, "").lower() == "true"
+
+
 def check_service_labels(labels: Mapping[str, str]) -> None:
     """Raises: InvalidArgument: a ``skep.*`` label is invalid."""
     _disconnect_policy(labels)
     _progress_deadline_s(labels)
     _job_ttl_s(labels)
     _drain_s(labels)
+    early = labels.get(PUBLISH_NOT_READY, "false")
+    if early.lower() not in {"true", "false"}:
+        raise InvalidArgument(f"invalid label {PUBLISH_NOT_READY}={early}: want true or false")
 
 
 def check_swarm_labels(labels: Mapping[str, str]) -> None:
@@ -232,6 +243,15 @@ LABELS = (
         "`1s`",
         "how long a task that is to stop waits for nodes that may still send it connections, and then again for its "
         "last connection to end",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        PUBLISH_NOT_READY,
+        "`true`, `false`",
+        "`false`",
+        "`true`: the names of tasks (`tasks.SERVICE`, `SLOT.SERVICE`, and `SERVICE` with `--endpoint-mode dnsrr`) "
+        "resolve before the tasks are healthy, for software that needs its peers to become so; virtual addresses and "
+        "published ports reach healthy tasks only",
     ),
     Label(
         LabelTarget.SERVICE,

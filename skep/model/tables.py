@@ -73,6 +73,8 @@ class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Its process runs, healthy or not."""
     is_serving: bool = False
     """It gets new connections: it runs, is healthy, and is not to stop."""
+    is_named_early: bool = False
+    """Its names resolve although it does not serve yet: its service is published before it is ready."""
     is_left_out: bool = False
     """It serves, but its node does not respond and no manager is reachable (``dataplane/tables/unreachable.py``)."""
 

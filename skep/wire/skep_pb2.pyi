@@ -591,6 +591,7 @@ class NetworkEndpoint(_message.Message):
     ADDRESSES_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     SERVING_FIELD_NUMBER: _builtins.int
+    NAMED_EARLY_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     node_id: _builtins.str
     service_id: _builtins.str
@@ -598,6 +599,8 @@ class NetworkEndpoint(_message.Message):
     name: _builtins.str
     running: _builtins.bool
     serving: _builtins.bool
+    named_early: _builtins.bool
+    """It has names although it does not serve."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -614,10 +617,11 @@ class NetworkEndpoint(_message.Message):
         addresses: _abc.Iterable[_builtins.str] | None = ...,
         running: _builtins.bool = ...,
         serving: _builtins.bool = ...,
+        named_early: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "aliases", b"aliases", "name", b"name", "node_id", b"node_id", "running", b"running", "service_id", b"service_id", "serving", b"serving", "slot", b"slot", "task_id", b"task_id"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "aliases", b"aliases", "name", b"name", "named_early", b"named_early", "node_id", b"node_id", "running", b"running", "service_id", b"service_id", "serving", b"serving", "slot", b"slot", "task_id", b"task_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

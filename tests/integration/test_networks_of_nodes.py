@@ -14,6 +14,7 @@ from tests.support.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
+    containers,
     create,
     remove_services,
     wait_running,
@@ -114,6 +115,50 @@ def test_containers_of_two_nodes_meet_in_both_versions_of_ip(m1: TestNode, w1: T
             return m1.docker(*words, check=False).returncode == 0
 
         wait_until(answers, f"{address} answers")
+
+
+def test_a_service_whose_health_needs_its_peers_finds_them_before_they_are_healthy(
+    m1: TestNode, w1: TestNode
+) -> None:
+    m1.docker("network", "create", "-d", "overlay", "--subnet", "10.62.0.0/24", "quorum")
+    two = "test $(nslookup tasks.peers 127.0.0.11 | grep -c 'Address.*10[.]62[.]') -ge 2"
+    health = ("--health-cmd", two, "--health-interval", "1s", "--health-retries", "120")
+    label = ("--label", "skep.publish-not-ready=true")
+    create(m1, "peers", 2, "--network", "quorum", *label, *health, *SPREAD, command=IDLE)
+    wait_running(m1, "peers", 2, within_s=90)  # each is healthy, as it has found the other
+
+
+def test_networks_are_added_to_and_removed_from_a_service(m1: TestNode, w1: TestNode) -> None:
+    """By effect: the tasks' interfaces, and what names resolve to."""
+    for name, subnet in (("front", "10.63.0.0/24"), ("back", "10.64.0.0/24")):
+        m1.docker("network", "create", "-d", "overlay", "--subnet", subnet, name)
+    create(m1, "db", 1, "--network", "back", command=IDLE)
+    create(m1, "web", 1, "--network", "front", "--constraint", "node.hostname==m1", command=IDLE)
+    wait_running(m1, "db", 1)
+    wait_running(m1, "web", 1)
+
+    def subnets() -> set[str]:
+        (container,) = containers(m1, "web") or [{"Id": ""}]
+        shown = m1.docker("exec", container["Id"], "ip", "-4", "-o", "addr", check=False).stdout
+        return {subnet for subnet in ("10.63.0.", "10.64.0.") if subnet in shown}
+
+    def finds_db() -> bool:
+        (container,) = containers(m1, "web")
+        return m1.docker("exec", container["Id"], "nslookup", "db", "127.0.0.11", check=False).returncode == 0
+
+    assert subnets() == {"10.63.0."}
+    assert not finds_db()
+    m1.docker("service", "update", "--quiet", "--network-add", "back", "web")
+    wait_until(
+        lambda: len(containers(m1, "web")) == 1 and subnets() == {"10.63.0.", "10.64.0."}, "it is on both"
+    )
+    wait_until(finds_db, "web resolves db")
+    m1.docker("service", "update", "--quiet", "--network-rm", "front", "web")
+    wait_until(lambda: len(containers(m1, "web")) == 1 and subnets() == {"10.64.0."}, "it is on back alone")
+    again = m1.docker("service", "update", "--quiet", "--network-add", "back", "web", check=False)
+    assert "service is already attached to network back" in again.stderr
+    missing = m1.docker("service", "update", "--quiet", "--network-add", "nowhere", "web", check=False)
+    assert "network nowhere not found" in missing.stderr
 
 
 def test_a_full_network_goes_on_in_the_subnet_it_is_given(m1: TestNode, w1: TestNode) -> None:

@@ -102,7 +102,7 @@ class Index:
 
     def _of_containers(self, name: str) -> Iterator[Sequence[str]]:
         for endpoint in self._containers.get(name, ()):
-            yield endpoint.addresses if endpoint.is_serving else ()
+            yield endpoint.addresses if _has_names(endpoint) else ()
 
     def _of_services(self, name: str) -> Iterator[Sequence[str]]:
         """Virtual addresses; without any, those of the tasks."""
@@ -110,19 +110,19 @@ class Index:
             service = self._table.services[id]
             yield service.virtual_ips
             if not service.virtual_ips:
-                yield from (task.addresses for task in self._ordered(id) if task.is_serving)
+                yield from (task.addresses for task in self._ordered(id) if _has_names(task))
 
     def _of_tasks(self, name: str) -> Iterator[Sequence[str]]:
         """``tasks.<service>``, ``all.tasks.<service>`` and ``<slot>.<service>``."""
         slot, _, rest = name.partition(".")
         if name.startswith(_TASKS):
-            ids, wanted = self._services.get(name.removeprefix(_TASKS), ()), _serves
+            ids, wanted = self._services.get(name.removeprefix(_TASKS), ()), _has_names
         elif name.startswith(_ALL_TASKS):
             ids, wanted = self._services.get(name.removeprefix(_ALL_TASKS), ()), _runs
         else:
             tasks = [task for id in self._services.get(rest, ()) for task in self._ordered(id)]
             yield from (
-                task.addresses if task.is_serving else ()
+                task.addresses if _has_names(task) else ()
                 for task in tasks
                 if task.slot and str(task.slot) == slot
             )
@@ -135,8 +135,8 @@ class Index:
         return sorted(self._tasks.get(id, ()), key=lambda task: task.task_id)
 
 
-def _serves(task: TableEndpoint) -> bool:
-    return task.is_serving
+def _has_names(task: TableEndpoint) -> bool:
+    return task.is_serving or task.is_named_early
 
 
 def _runs(task: TableEndpoint) -> bool:

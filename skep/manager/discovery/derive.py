@@ -3,6 +3,8 @@
 * An endpoint is in the table from its task's assignment until the task has ended or its node is down: so it can be
   reached before it starts, and until its last connection is closed.
 * It serves while its task is RUNNING, which it is only once it is healthy, and is wanted.
+* Its names resolve while it serves; with ``skep.publish-not-ready`` from its start on, for software that needs its
+  peers to become healthy.
 * A service is in the table while it has a virtual address or a task on the network.  Between the end of its only task
   and the start of the next it stays, so that its name and its address are stable.
 * Aliases of a service's network are names of the service (and of its virtual address), as in Docker; a container has
@@ -16,6 +18,7 @@ Source: moby, daemon/cluster/executor/container/container.go (serviceConfig), da
 from collections.abc import Iterable, Mapping
 
 from skep.model.ids import NetworkId, ServiceId
+from skep.model.labels import publishes_not_ready
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.overlays import is_encrypted
@@ -85,6 +88,12 @@ def endpoint_of(
         # STARTING includes containers that run and are not healthy yet; managers cannot distinguish them.
         is_running=state in (TaskState.STARTING, TaskState.RUNNING),
         is_serving=state is TaskState.RUNNING and task.is_wanted,
+        is_named_early=(
+            state is TaskState.STARTING
+            and task.is_wanted
+            and service is not None
+            and publishes_not_ready(service.spec.labels)
+        ),
     )
 
 

@@ -21,6 +21,7 @@ from skep.manager.discovery.derive import (
 from skep.manager.discovery.versioned_table import VersionedTable, counted
 from skep.manager.failures import isolated, object_id
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.labels import publishes_not_ready
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.overlays import head_of
@@ -229,7 +230,7 @@ class NetworkTables:
         self._publish(service.id, is_publishing=is_publishing(service))
         networks = frozenset(one.network_id for one in service.endpoint.virtual_ips if one.addr)
         self._mark_service(service.id, networks)
-        if before is None or before.spec.name != service.spec.name:
+        if before is None or _naming(before) != _naming(service):
             self._mark_endpoints_of(service.id)
 
     def _mark_service(self, id: ServiceId, networks: frozenset[NetworkId]) -> None:
@@ -399,6 +400,11 @@ class NetworkTables:
                 entry = node_on(node, network, [self._nodes[one] for one in claiming])
         if table.set_node(id, entry, self.revision):
             changed.add(table.id)
+
+
+def _naming(service: Service) -> tuple[str, bool]:
+    """What a service says about the names of its tasks."""
+    return service.spec.name, publishes_not_ready(service.spec.labels)
 
 
 def _is_elsewhere(before: Node | None, after: Node | None) -> bool:

@@ -133,6 +133,7 @@ def _entries_to_pb(change: TableChange) -> Iterator[pb.NetworkNode | pb.NetworkE
             addresses=endpoint.addresses,
             running=endpoint.is_running,
             serving=endpoint.is_serving,
+            named_early=endpoint.is_named_early,
         )
 
 
@@ -203,6 +204,7 @@ def _endpoint_from_pb(endpoint: pb.NetworkEndpoint) -> TableEndpoint:
         addresses=tuple(endpoint.addresses),
         is_running=endpoint.running,
         is_serving=endpoint.serving,
+        is_named_early=endpoint.named_early,
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.model.labels import check_service_labels, drain_s
+from skep.model.labels import check_service_labels, drain_s, publishes_not_ready
 
 
 def test_a_task_drains_for_a_second_unless_its_service_says_otherwise() -> None:
@@ -17,3 +17,11 @@ def test_a_time_to_drain_that_cannot_be_read_is_refused_and_counts_for_nothing(w
     with pytest.raises(InvalidArgument, match=r"invalid label skep\.drain=.*want a duration like 30s"):
         check_service_labels({"skep.drain": word})
     assert drain_s({"skep.drain": word}) == 1.0
+
+
+def test_publishing_before_tasks_are_ready_is_true_or_false():
+    check_service_labels({"skep.publish-not-ready": "True"})
+    assert publishes_not_ready({"skep.publish-not-ready": "True"})
+    assert not publishes_not_ready({})
+    with pytest.raises(InvalidArgument, match="want true or false"):
+        check_service_labels({"skep.publish-not-ready": "yes"})

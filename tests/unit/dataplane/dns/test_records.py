@@ -7,6 +7,7 @@ from itertools import chain
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from skep.dataplane.dns.index import Index
 from skep.dataplane.dns.messages import AAAA, MX, PTR, SRV, A, Query, encoded
@@ -77,6 +78,28 @@ def addresses(
 )
 def test_names_stand_for_addresses(name: str, expected: list[str]) -> None:
     assert addresses(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("web", ["10.0.1.2"]),
+        ("tasks.web", ["10.0.1.3", "10.0.1.4", "10.0.1.6"]),
+        ("rr", ["10.0.1.10", "10.0.1.11", "10.0.1.12", "10.0.1.13"]),
+        ("away", ["10.0.1.21"]),
+        ("1.away", ["10.0.1.21"]),
+    ],
+)
+def test_names_of_tasks_resolve_before_they_are_healthy_where_their_service_wants_that(
+    name: str, expected: list[str]
+) -> None:
+    early = {
+        id: replace(one, is_named_early=one.is_running and not one.is_serving)
+        for id, one in FRONT.endpoints.items()
+    }
+    assert addresses(name, tables=[replace(FRONT, endpoints=early)]) == expected
+    srv = found("_80._tcp.web", SRV, tables=[replace(FRONT, endpoints=early)])
+    assert len(srv.answers) == 2  # those that serve
 
 
 @pytest.mark.parametrize("name", ["3.web", "4.web", "web.4.t4", "away", "tasks.away", "tasks.idle"])

@@ -97,6 +97,25 @@ def test_from_its_assignment_until_it_has_ended_and_serving_while_it_runs_and_is
     assert (found and (found.is_running, found.is_serving)) == expected
 
 
+@pytest.mark.parametrize(
+    ("label", "state", "desired", "expected"),
+    [
+        ("true", TaskState.READY, TaskState.RUNNING, False),
+        ("true", TaskState.STARTING, TaskState.RUNNING, True),
+        ("true", TaskState.STARTING, TaskState.SHUTDOWN, False),
+        ("true", TaskState.RUNNING, TaskState.RUNNING, False),  # it serves
+        ("false", TaskState.STARTING, TaskState.RUNNING, False),
+    ],
+)
+def test_a_task_that_is_not_healthy_yet_has_names_where_its_service_wants_that(
+    label: str, state: TaskState, desired: TaskState, expected: bool
+) -> None:
+    labelled = replace(WEB, spec=replace(WEB.spec, labels={"skep.publish-not-ready": label}))
+    found = endpoint(a_task("t1", node="n1", state=state, desired=desired, service=WEB), labelled)
+    assert found.is_named_early is expected
+    assert found.is_serving is (state is TaskState.RUNNING)
+
+
 def test_what_is_on_engines_and_on_nodes_that_are_down_is_not_in_the_table() -> None:
     tasks = [a_task(f"t{n}", node=node, service=WEB) for n, node in enumerate(("n1", "n2", "d1", "gone"))]
     nodes = [a_skep_node("n1"), a_skep_node("n2", state=NodeState.DOWN), a_docker_node("d1")]
