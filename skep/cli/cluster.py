@@ -1,5 +1,6 @@
 """``skep cluster``: operations on the cluster for which Docker has no command."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ def cluster() -> None:
     \b
     Examples:
       skep cluster grace 10s
+      skep cluster pools --add 10.20.0.0/16
       skep cluster resume
     """
 
@@ -49,6 +51,32 @@ def grace(host: HostOptions, duration: str | None) -> None:
     click.echo(run_requests(_grace(host, duration)))
 
 
+@cluster.command()
+@click.option("--add", multiple=True, metavar="SUBNET", help="Add an address pool.")
+@click.option(
+    "--remove", multiple=True, metavar="SUBNET", help="Remove an address pool that no network uses."
+)
+@click.option(
+    "--size", type=int, default=0, metavar="LENGTH", help="Prefix length of further networks' subnets."
+)
+@click.pass_obj
+def pools(host: HostOptions, add: Sequence[str], remove: Sequence[str], size: int) -> None:
+    """Show or change the address pools that networks get their subnets from.
+
+    Networks keep the subnets they have.
+
+    \b
+    Examples:
+      skep cluster pools
+      skep cluster pools --add 10.20.0.0/16 --remove 10.0.0.0/8
+      skep cluster pools --size 26
+    """
+    change = {"Add": add, "Remove": remove, "SubnetSize": size}
+    shown = run_requests(_pools(host, change if add or remove or size else None))
+    for pool in shown["DefaultAddrPool"]:
+        click.echo(f"{pool}\tsubnets of /{shown['SubnetSize']}")
+
+
 @cluster.command("rotate-keys")
 @click.pass_obj
 def rotate_keys(host: HostOptions) -> None:
@@ -62,6 +90,17 @@ def rotate_keys(host: HostOptions) -> None:
     """
     run_requests(_rotate_keys(host))
     click.echo("A new data key is in use; what was written before is re-encrypted in the background.")
+
+
+async def _pools(host: HostOptions, change: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    async with host.client() as client:
+        if change is None:
+            swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_ANSWERS_WITHIN_S)
+            return swarm
+        changed: dict[str, Any] = await client.post(
+            "/skep/cluster/pools", change, timeout_s=_ANSWERS_WITHIN_S
+        )
+        return changed
 
 
 async def _resume(host: HostOptions) -> None:

@@ -34,7 +34,8 @@ COMMANDS = {
     ),
     "doctor": Command("skep.cli.doctor:doctor", "Measure whether nodes reach each other."),
     "cluster": Command(
-        "skep.cli.cluster:cluster", "The cluster: grace period, data keys, resumed replacement."
+        "skep.cli.cluster:cluster",
+        "The cluster: grace period, address pools, data keys, resumed replacement.",
     ),
     "node": Command("skep.cli.node:node", "Nodes: docker's commands, and eviction."),
     "network": Command("skep.cli.network:network", "Networks: docker's commands, and further subnets."),

@@ -161,6 +161,28 @@ def test_networks_are_added_to_and_removed_from_a_service(m1: TestNode, w1: Test
     assert "network nowhere not found" in missing.stderr
 
 
+def test_address_pools_change_after_the_beginning(m1: TestNode, w1: TestNode) -> None:
+    def skep(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [SKEP, "--host", m1.socket, "cluster", "pools", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    def subnet(network: str) -> str:
+        return str((inspected(m1, network)["IPAM"]["Config"] or [{"Subnet": ""}])[0]["Subnet"])
+
+    assert "10.0.0.0/8\tsubnets of /24" in skep().stdout
+    changed = skep("--add", "172.31.8.0/29", "--size", "29")
+    assert changed.returncode == 0, changed.stderr
+    refused = skep("--remove", "10.0.0.0/8")
+    assert "address pool 10.0.0.0/8 is in use by networks: ingress" in refused.stderr
+    try:
+        m1.docker("network", "create", "-d", "overlay", "small")
+        wait_until(lambda: subnet("small").endswith("/29"), "the network has a subnet of the new size")
+    finally:
+        m1.docker("network", "rm", "small", check=False)
+        restored = skep("--remove", "172.31.8.0/29", "--size", "24")
+    assert restored.stdout == "10.0.0.0/8\tsubnets of /24\n", restored.stderr
+
+
 def test_a_full_network_goes_on_in_the_subnet_it_is_given(m1: TestNode, w1: TestNode) -> None:
     m1.docker("network", "create", "-d", "overlay", "--subnet", "10.61.0.0/30", "tiny")
     create(m1, "web", 2, "--network", "tiny", "--endpoint-mode", "dnsrr", *SPREAD, command=IDLE)

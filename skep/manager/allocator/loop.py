@@ -92,7 +92,7 @@ class Allocator:
 
     async def run(self) -> None:
         """Allocate until cancelled.  Runs on the leader only."""
-        kinds = (Service, Task, Network, Node)
+        kinds = (Service, Task, Network, Node, Swarm)
         await run_informer(
             self._term, kinds, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
         )
@@ -159,6 +159,8 @@ class Allocator:
                 self._queue_nodes()
             case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
                 self._update_node(node)
+            case Updated(Swarm() as old, Swarm() as swarm) if _pools(old) != _pools(swarm):
+                self._queue_unallocated()
 
     def _update_service(self, id: ServiceId) -> None:
         service = self._term.view().lookup(Service, id)
@@ -431,6 +433,10 @@ class Allocator:
                     self._allocations.enter_node(node)
             case Explain() | Claim():
                 pass
+
+
+def _pools(swarm: Swarm) -> tuple[tuple[str, ...], int]:
+    return swarm.default_addr_pool, swarm.subnet_size
 
 
 class FullnessWarnings:

@@ -9,7 +9,9 @@ from skep.api.server import Routes, json_answer, read_json
 from skep.api.swarm_requests import check_swarm_name
 from skep.errors import AlreadyExists, InvalidArgument
 from skep.manager.cluster import cluster_of
+from skep.manager.control import pools
 from skep.manager.control import swarm as control
+from skep.manager.control.pools import PoolChange
 from skep.manager.routes.access import current_view, manager_of, strict_flag, version_parameter
 from skep.manager.routes.shown import shown_swarm
 from skep.model.swarm import SwarmSpec, UnlockRequest
@@ -64,6 +66,14 @@ async def resume_replacement(request: web.Request) -> web.StreamResponse:
     """Resume the replacement of tasks of down nodes."""
     await manager_of(request).update(control.resume_replacement)
     return web.Response()
+
+
+@routes.post("/skep/cluster/pools")
+async def change_pools(request: web.Request) -> web.StreamResponse:
+    """Add and remove address pools; gives all there are then, as ``GET /swarm`` shows them."""
+    change = await read_json(request, PoolChange)
+    swarm = await manager_of(request).update(pools.change_pools, change)
+    return json_answer({"DefaultAddrPool": swarm.default_addr_pool, "SubnetSize": swarm.subnet_size})
 
 
 @routes.get("/swarm/unlockkey")

@@ -1,0 +1,119 @@
+"""Address pools of a cluster that exists: Docker sets them once, with ``docker swarm init --default-addr-pool``.
+
+A pool is where networks get their subnets from; a change concerns networks without one, those that exist keep theirs.
+"""
+
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Network
+
+from msgspec.structs import replace
+
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.manager.cluster import cluster_of
+from skep.model.encoding import ApiObject
+from skep.model.network import Network, subnet_of
+from skep.model.node import Node
+from skep.model.routes import Subnet, overlap, routes_of
+from skep.model.swarm import Swarm
+from skep.store.interface import Transaction, View
+
+POOLS_MAX = 64
+SUBNET_SIZE_MAX = 29
+"""Longest prefix of a network's subnet; Docker's."""
+NAMED_MAX = 5
+
+
+class PoolChange(ApiObject):
+    """Body of ``POST /skep/cluster/pools``.
+
+    ``subnet_size``: prefix length of the subnets of further networks; 0: as before.
+    """
+
+    add: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    subnet_size: int = 0
+
+
+def change_pools(tx: Transaction, change: PoolChange) -> Swarm:
+    """Add and remove address pools, and set the size of subnets.
+
+    Raises:
+        InvalidArgument: no IPv4 subnet, too small for the subnets, or it overlaps another pool or is a node's network.
+        NotFound: there is no such pool to remove.
+        FailedPrecondition: networks have subnets of a pool that is to be removed, or no pool would be left.
+    """
+    swarm = tx.get(Swarm, cluster_of(tx).id)
+    present = [_pool(text) for text in swarm.default_addr_pool]
+    removed = [_pool(text) for text in change.remove]
+    for pool in removed:
+        if pool not in present:
+            raise NotFound(f"{pool} is no address pool of the cluster: it has {_listed(map(str, present))}")
+        if users := _users(tx, pool):
+            raise FailedPrecondition(f"address pool {pool} is in use by networks: {_listed(users)}")
+    kept = [pool for pool in present if pool not in removed]
+    for pool in dict.fromkeys(map(_pool, change.add)):
+        if pool not in kept:
+            _check_new(tx, pool, kept)
+            kept.append(pool)
+    size = change.subnet_size or swarm.subnet_size
+    _check_sizes(kept, size)
+    return tx.put(replace(swarm, default_addr_pool=tuple(map(str, kept)), subnet_size=size))
+
+
+def _pool(text: str) -> IPv4Network:
+    try:
+        if "/" not in text:
+            raise ValueError
+        return IPv4Network(text.strip(), strict=False)
+    except ValueError:
+        raise InvalidArgument(
+            f"invalid address pool {text[:100]!r}: want an IPv4 subnet like 10.10.0.0/16"
+        ) from None
+
+
+def _check_new(view: View, pool: IPv4Network, others: Sequence[IPv4Network]) -> None:
+    """Refuse a pool that overlaps another one, or in which no subnet would be free: a node reaches all of it itself."""
+    if clash := next((other for other in others if pool.overlaps(other)), None):
+        raise InvalidArgument(f"address pool {pool} overlaps address pool {clash}")
+    for node in view.find(Node):
+        for route in routes_of(node):
+            if isinstance(route.subnet, IPv4Network) and pool.subnet_of(route.subnet):
+                name = node.description.hostname or node.id
+                raise InvalidArgument(
+                    f"address pool {pool} is within {route.subnet}, which node {name} reaches by {route.interface}"
+                )
+
+
+def _check_sizes(pools: Sequence[IPv4Network], size: int) -> None:
+    if not pools:
+        raise FailedPrecondition("the cluster needs an address pool: add another one before")
+    if len(pools) > POOLS_MAX:
+        raise InvalidArgument(f"a cluster has at most {POOLS_MAX} address pools")
+    if not 1 <= size <= SUBNET_SIZE_MAX:
+        raise InvalidArgument(f"subnet size is out of range: {size}")
+    if small := next((pool for pool in pools if pool.prefixlen > size), None):
+        raise InvalidArgument(f'invalid CIDR: "{small}". Subnet size is too small for pool: {size}')
+
+
+def _users(view: View, pool: IPv4Network) -> list[str]:
+    """Names of the networks that have a subnet of the pool; those whose user named the subnet do not need it."""
+    return sorted(
+        network.spec.name
+        for network in view.find(Network)
+        if any(overlap(subnet, pool) for subnet in _automatic(network))
+    )
+
+
+def _automatic(network: Network) -> list[Subnet]:
+    options = network.spec.ipam_options
+    named = {
+        subnet_of(config) for config in (options.configs if options is not None else ()) if config.subnet
+    }
+    given = network.ipam_options.configs if network.ipam_options is not None else ()
+    return [subnet for config in given if (subnet := subnet_of(config)) not in named]
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = list(names)
+    more = len(found) - NAMED_MAX
+    return ", ".join(found[:NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
