@@ -380,6 +380,13 @@ LABELS = (
     ),
     Label(
         LabelTarget.ENGINE,
+        "skep.ports",
+        "`tcp=22,80 udp=53`",
+        "",
+        "ports that plain containers and other programs of the machine use; host-mode ports are published elsewhere",
+    ),
+    Label(
+        LabelTarget.ENGINE,
         "skep.routes",
         "`SUBNET=INTERFACE ...`",
         "",

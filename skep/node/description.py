@@ -1,15 +1,18 @@
 """What a node reports of itself to the managers when it registers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from skep import __version__
 from skep.configuration.configuration import Configuration
+from skep.engine.container import Container
 from skep.engine.create import LOG_DRIVERS
+from skep.linux.ports import read_listening_ports
 from skep.linux.routes import read_routes
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
 from skep.model.planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_LABEL, PATHS_LABEL
 from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.service import Platform, Resources
+from skep.model.used_ports import PORTS_LABEL, UsedPort, ports_label
 from skep.node.conditions import Conditions
 from skep.node.features import Features, labels
 from skep.node.machine import Machine
@@ -24,6 +27,18 @@ _OVERLAY_NEEDS = ("veth", "bridge", "vxlan", "nftables")
 """Without one of these the overlay plugin is not listed, so that tasks on overlay networks are placed elsewhere."""
 
 
+def port_labels(containers: Iterable[Container]) -> Mapping[str, str]:
+    """The label of the ports that no task has: what listens on this machine, and what plain containers publish."""
+    by_tasks: set[UsedPort] = set()
+    by_others: set[UsedPort] = set()
+    for container in containers:
+        ports = container.sandbox.ports if container.sandbox is not None else ()
+        owner = by_tasks if container.plain is None else by_others
+        owner.update((port.protocol, port.published_port) for port in ports)
+    label = ports_label(read_listening_ports() - by_tasks | by_others)
+    return {PORTS_LABEL: label} if label else {}
+
+
 def has_overlays(features: Features) -> bool:
     """Whether this machine can have overlay networks."""
     return all(map(features.has, _OVERLAY_NEEDS))
@@ -34,7 +49,7 @@ class NodeDescriber:
 
     Args:
         configuration: gives the present one, which may be reloaded.
-        encryption_labels: give how this node encrypts overlay networks, with its public keys.
+        further_labels: give those of its parts, such as how this node encrypts overlay networks.
         image_port: gives where it serves its images to other nodes; 0: it does not.
         has_probes: whether it probes other nodes.
     """
@@ -45,7 +60,7 @@ class NodeDescriber:
         features: Features,
         configuration: Callable[[], Configuration],
         conditions: Conditions,
-        encryption_labels: Callable[[], Mapping[str, str]],
+        further_labels: Callable[[], Mapping[str, str]],
         *,
         image_port: Callable[[], int],
         has_probes: bool,
@@ -54,7 +69,7 @@ class NodeDescriber:
         self._features = features
         self._configuration = configuration
         self._conditions = conditions
-        self._encryption_labels = encryption_labels
+        self._further_labels = further_labels
         self._image_port = image_port
         self._has_probes = has_probes
 
@@ -81,7 +96,7 @@ class NodeDescriber:
                 labels={
                     **labels(self._features),
                     **configuration.labels,
-                    **self._encryption_labels(),
+                    **self._further_labels(),
                     **own,
                     **self._conditions.labels(),
                 },

@@ -7,7 +7,7 @@ and the Engine API.  A layer is given the layers below it when it is made.
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -75,7 +75,7 @@ from skep.model.node import NodeRole
 from skep.model.wireguard import Method
 from skep.node import info
 from skep.node.cluster_work import NodeWork
-from skep.node.description import NodeDescriber, has_overlays
+from skep.node.description import NodeDescriber, has_overlays, port_labels
 from skep.node.disk_check import DiskCheck
 from skep.node.docker_engine import DockerEngine, with_containers_of
 from skep.node.environment import Environment
@@ -149,7 +149,7 @@ class Node:
             environment.features,
             lambda: self._configuration,
             environment.conditions,
-            self._data_plane.tunnels.labels if self._data_plane is not None else dict,
+            self._part_labels,
             image_port=lambda: self._image_port.port if self._image_port is not None else 0,
             has_probes=self._probes is not None,
         )
@@ -304,6 +304,12 @@ class Node:
         with self._image_sources.using(lambda: credentials.pair):
             if self._image_port is not None:
                 await self._image_port.run(lambda: credentials.pair, host_of(node.listen_addr))
+
+    def _part_labels(self) -> Mapping[str, str]:
+        """Labels of the node that its parts know."""
+        encryption = self._data_plane.tunnels.labels() if self._data_plane is not None else {}
+        ports = port_labels(self._engine.list()) if self._engine is not None else {}
+        return {**encryption, **ports}
 
     def _node_probes(self) -> NodeProbes | None:
         """Probes of other nodes, where this one can have overlay networks."""

@@ -18,6 +18,7 @@ from tests.support.playground_rig import (
     TestNode,
     a_playground,
     container_pids,
+    nodes_by_name,
     remove_services,
     running,
     wait_running,
@@ -254,6 +255,33 @@ def test_docker_info_names_a_port_that_the_nodes_own_server_has(nodes: dict[str,
 
         wait_until(lambda: words in warnings(), "the warning")
     wait_until(lambda: words not in warnings(), "the port is published when it is free")
+
+
+def test_a_task_is_not_placed_where_a_plain_container_publishes_its_port(nodes: dict[str, TestNode]) -> None:
+    m1, w1 = nodes["m1"], nodes["w1"]
+    w1.docker("run", "-d", "--name", "plain", "-p", "8091:80", IMAGE, "sleep", "1000")
+    try:
+        wait_until(lambda: "8091" in used_ports(m1, "w1"), "the node has reported the port")
+        port = ("--publish", "mode=host,target=80,published=8091")
+        m1.docker(
+            "service", "create", "-d", "--name", "host", "--mode", "global", *port, IMAGE, "sleep", "1000"
+        )
+        wait_running(m1, "host", 2)
+        m1.docker("service", "rm", "host")
+        m1.docker(
+            "service", "create", "-d", "--name", "web", "--replicas", "3", *port, IMAGE, "sleep", "1000"
+        )
+        wait_running(m1, "web", 2)
+        explained = "host-mode port already in use on 3 nodes"
+        wait_until(lambda: explained in m1.docker("service", "ps", "--no-trunc", "web").stdout, "the reason")
+    finally:
+        w1.docker("rm", "-f", "plain")
+    wait_running(m1, "web", 3)
+
+
+def used_ports(seen_by: TestNode, name: str) -> str:
+    labels = nodes_by_name(seen_by)[name]["Description"]["Engine"].get("Labels") or {}
+    return str(labels.get("skep.ports", ""))
 
 
 def test_two_services_cannot_have_one_port(nodes: dict[str, TestNode]) -> None:

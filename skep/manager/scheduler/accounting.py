@@ -18,6 +18,7 @@ from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import GenericResource, TaskSpec
 from skep.model.task import Task, TaskState
+from skep.model.used_ports import used_ports_of
 from skep.store.interface import View
 from skep.store.kinds import spec_of
 
@@ -114,6 +115,12 @@ class Account:
         self.free_nano_cpus = resources.nano_cpus
         self.free_memory_bytes = resources.memory_bytes
         self.generic = GenericStock(resources.generic_resources)
+        self.used_ports = used_ports_of(node)
+        """Ports that no task has: plain containers and other programs of the machine use them."""
+
+    def has_port(self, port: HostPort) -> bool:
+        """Whether a task, or anything else on the node, uses the port."""
+        return bool(self.host_ports[port]) or port in self.used_ports
 
 
 class Accounting:

@@ -59,11 +59,12 @@ def platform(requirements: Requirements, account: Account, copies: int) -> str:
 
 
 def ports(requirements: Requirements, account: Account, copies: int) -> str:
-    """The host-mode ports that are in use on the node."""
+    """The host-mode ports that are in use on the node, and by what."""
     taken = [
         f"{number}/{protocol}"
+        + ("" if account.host_ports[protocol, number] else " (by a plain container or another program)")
         for protocol, number in requirements.host_ports
-        if account.host_ports[protocol, number]
+        if account.has_port((protocol, number))
     ]
     return f"host-mode port already in use: {', '.join(taken)}"
 

@@ -91,7 +91,7 @@ def _fits(wanted: Platform, actual: Platform) -> bool:
 
 
 def _has_ports(requirements: Requirements, account: Account, copies: int) -> bool:
-    return not any(account.host_ports[port] for port in requirements.host_ports)
+    return not any(map(account.has_port, requirements.host_ports))
 
 
 def _is_below_max_replicas(requirements: Requirements, account: Account, copies: int) -> bool:

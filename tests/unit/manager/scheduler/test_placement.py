@@ -185,6 +185,28 @@ def test_a_host_port_is_taken_once_per_node() -> None:
     assert reason(result) == "no suitable node (host-mode port already in use on 2 nodes)"
 
 
+def test_a_host_port_that_something_else_on_a_node_uses_is_avoided() -> None:
+    used = a_node("n1")
+    engine = replace(used.description.engine, labels={"skep.ports": "tcp=22,8080 udp=53"})
+    used = replace(used, description=replace(used.description, engine=engine))
+    port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    result = placed(a_service(replicas=2, ports=(port,)), accounting_of([used, a_node("n2")]))
+    assert nodes_of(result) == {"n2": 1}
+    assert reason(result) == "no suitable node (host-mode port already in use on 2 nodes)"
+    udp = replace(port, protocol="udp")
+    assert nodes_of(placed(a_service(replicas=1, ports=(udp,)), accounting_of([used]))) == {"n1": 1}
+
+
+def test_a_host_port_is_free_again_when_the_other_program_has_ended() -> None:
+    node = a_node("n1")
+    engine = replace(node.description.engine, labels={"skep.ports": "tcp=8080"})
+    accounting = accounting_of([replace(node, description=replace(node.description, engine=engine))])
+    port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    assert nodes_of(placed(a_service(replicas=1, ports=(port,)), accounting)) == {}
+    accounting.set_node(node)
+    assert nodes_of(placed(a_service(replicas=1, ports=(port,)), accounting)) == {"n1": 1}
+
+
 def test_a_retired_task_holds_its_memory_until_it_has_stopped() -> None:
     service = a_service(reserve=Resources(memory_bytes=60))
     stopping = a_task(node="n1", service=service, desired=TaskState.SHUTDOWN)

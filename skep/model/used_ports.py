@@ -1,0 +1,43 @@
+"""Ports of a node that something else than tasks uses: plain containers, and other programs of the machine.
+
+The node reports them in an engine label, so that host-mode ports are published elsewhere.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Final, TypeAlias
+
+from skep.model.node import Node
+
+PORTS_LABEL: Final = "skep.ports"
+PORTS_MAX = 1000
+"""Ports in the label, the lowest ones of each protocol."""
+_LABEL_CHARACTERS_MAX = 16 * 1024
+
+UsedPort: TypeAlias = tuple[str, int]
+"""Protocol and number."""
+
+
+def ports_label(ports: Iterable[UsedPort]) -> str:
+    """``tcp=22,80 udp=53``"""
+    by_protocol: dict[str, list[int]] = {}
+    for protocol, number in sorted(set(ports)):
+        by_protocol.setdefault(protocol, []).append(number)
+    return " ".join(
+        f"{protocol}={','.join(map(str, numbers[:PORTS_MAX]))}" for protocol, numbers in by_protocol.items()
+    )
+
+
+def used_ports_of(node: Node) -> frozenset[UsedPort]:
+    """The ports in the node's label; what cannot be read is ignored."""
+    return _read(node.description.engine.labels.get(PORTS_LABEL, "")[:_LABEL_CHARACTERS_MAX])
+
+
+@lru_cache(4096)
+def _read(label: str) -> frozenset[UsedPort]:
+    return frozenset(
+        (protocol, int(number))
+        for protocol, _, numbers in (item.partition("=") for item in label.split())
+        for number in numbers.split(",")
+        if number.isascii() and number.isdigit() and len(number) <= 5
+    )
