@@ -34,7 +34,6 @@ OBSERVED_BY_TESTS = {
     "layer_of_changes": "commits and builds make layers by it",
     "comparisons": "a test waits until a namespace was compared so many times",
     "held_bytes": "a test holds a server to its bound",
-    "routes_of": "one node's routes, of which the allocator needs all nodes'",
     "write_archive": "tests write images",
 }
 ROUTES = ["get", "post", "put", "delete", "head", "route", "command", "group"]
