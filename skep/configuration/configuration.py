@@ -100,6 +100,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 
     insecure_registries: tuple[str, ...] = ()
     registry_mirrors: tuple[str, ...] = ()
+    credential_helpers: Mapping[str, str] = {}
+    """Registry -> NAME of the program ``docker-credential-NAME``."""
     log_driver: str = "json-file"
     log_opts: Mapping[str, str] = {}
     default_address_pools: tuple[AddressPool, ...] = ()

@@ -177,6 +177,14 @@ SETTINGS = (
         reloads=True,
     ),
     Setting(
+        name="credential-helper",
+        key="credential-helpers",
+        help="REGISTRY=NAME: docker-credential-NAME has the credentials for that registry",
+        read=values.credential_helpers,
+        repeats=True,
+        reloads=True,
+    ),
+    Setting(
         name="log-driver",
         help="log driver of containers that name none (json-file)",
         read=values.log_driver,

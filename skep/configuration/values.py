@@ -19,6 +19,7 @@ from skep.paths import SOCKET_PATH_BYTES_MAX
 STORE_QUOTA_MIN, STORE_QUOTA_MAX = 16 * 1024**2, 64 * 1024**3
 
 _HOST_AND_PORT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::\d{1,5})?")
+_HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,14}")
 _RESOURCE_KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _CGROUP_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
@@ -280,6 +281,22 @@ def mirrors(values: Any) -> tuple[str, ...]:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError(f"is {written!r}: write a URL like https://mirror.example.com")
     return tuple(dict.fromkeys(written.rstrip("/") + "/" for written in _texts(values)))
+
+
+def credential_helpers(values: Any) -> Mapping[str, str]:
+    """``host[:port]=name`` as a flag, a table of names in a file."""
+    pairs = values.items() if isinstance(values, Mapping) else [_pair(text) for text in _texts(values)]
+    for registry, name in pairs:
+        if not _HOST_AND_PORT.fullmatch(registry):
+            raise ValueError(f"has {registry!r}: write host:port without http://, or docker.io")
+        if not isinstance(name, str) or not _HELPER.fullmatch(name):
+            raise ValueError(f"has {name!r}: write NAME of the program docker-credential-NAME")
+    return dict(pairs)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    registry, _, name = text.partition("=")
+    return registry, name
 
 
 def log_driver(value: Any) -> str:

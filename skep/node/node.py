@@ -517,9 +517,11 @@ class Node:
 
 
 def _registry_policy(configuration: Configuration) -> Policy:
-    """Which registries are reached without TLS, and by which mirrors."""
+    """Which registries are reached without TLS, by which mirrors, and with whose credentials."""
     return Policy(
-        insecure=frozenset(configuration.insecure_registries), mirrors=configuration.registry_mirrors
+        insecure=frozenset(configuration.insecure_registries),
+        mirrors=configuration.registry_mirrors,
+        helpers=configuration.credential_helpers,
     )
 
 

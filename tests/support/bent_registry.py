@@ -51,6 +51,8 @@ class Registry:
         """Of the next uploads: the bytes after which the connection is closed."""
         self.bend: Respond = self._not_at_all
         self.address = ""
+        self.right = ""
+        """The password, where a test wants one."""
 
     async def _not_at_all(self, _request: web.Request) -> web.StreamResponse | None:
         return None

@@ -296,9 +296,8 @@ async def inspect_distribution(served: Served, request: web.Request) -> web.Stre
     if is_digest(name):
         raise InvalidArgument(f"unknown image reference format: {name}")
     reference = parse_reference(name).with_default_tag()
-    credentials = decode_credentials(request.headers.get("X-Registry-Auth", ""))
-    found = await pulling.inspect(served.images.policy, reference, credentials, served.images.limits)
-    return json_answer(found)
+    auth = request.headers.get("X-Registry-Auth", "")
+    return json_answer(await served.images.inspect_remote(reference, auth))
 
 
 def _wanted(name: str, tag: str) -> Reference:

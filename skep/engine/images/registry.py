@@ -85,15 +85,21 @@ class Absent(NotFound):
         self.cause = cause
 
 
+class Denied(Absent):
+    """The same text for an image that is there for others: the registry does not tell."""
+
+
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """How registries are reached.
 
     ``insecure``: hosts (``name[:port]``) and networks (``10.0.0.0/8``) whose certificate is not checked and that may
     be reached without TLS; loopback always is one.  ``mirrors``: base URLs tried before Docker Hub.
+    ``helpers``: registry -> the program ``docker-credential-NAME`` that has credentials for it.
     """
 
     insecure: frozenset[str] = frozenset()
     mirrors: tuple[str, ...] = ()
+    helpers: Mapping[str, str] = {}
 
     def is_insecure(self, domain: str) -> bool:
         """Whether ``domain`` (``host[:port]``) may be reached without verified TLS."""
@@ -462,7 +468,7 @@ class Repository(Connection):
             raise Absent(f"repository {name} not found: {cause}", cause)
         if code == "DENIED" or response.status in (401, 403):
             reason = "repository does not exist or may require 'docker login'"
-            raise Absent(f"pull access denied for {name}, {reason}: {cause}", cause)
+            raise Denied(f"pull access denied for {name}, {reason}: {cause}", cause)
         if code == "TOOMANYREQUESTS" or response.status >= 500 or response.status == 429:
             raise RegistryError(cause, retry_after(response))
         raise NotFound(cause)

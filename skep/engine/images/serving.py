@@ -177,7 +177,7 @@ class ServedImages:
     def _path(self, digest: Digest) -> Path | None:
         layers = self._images.layer_store
         for chain_id, layer in layers.all().items():
-            if digest in (layer.blob, self._digests.get(chain_id)):
+            if digest == (layer.blob or self._digests.get(chain_id)):  # a push may have compressed it anew
                 return layers.content(chain_id)
         image = next((one for one in self._images.images() if one.id == digest), None)
         return self._images.config_file(image) if image is not None else None

@@ -3,24 +3,42 @@
 ``LocalImages`` holds them; here are the ways they come in, go out and go away.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
 
 from skep.aio.clock import Clock
 from skep.engine.images import archive, pulling, pushing
+from skep.engine.images.credentials import CredentialHelpers
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image
 from skep.engine.images.layers import Limits
 from skep.engine.images.local import ImageEvent, LocalImages
 from skep.engine.images.progress import Report, quiet
 from skep.engine.images.reference import Reference, parse_reference
-from skep.engine.images.registry import Credentials, Policy, decode_credentials
+from skep.engine.images.registry import (
+    Credentials,
+    Denied,
+    NoCredentials,
+    Policy,
+    decode_credentials,
+)
 from skep.engine.images.removal import ImageUser, ancestors_to_prune, removal
 from skep.engine.images.spreading import NodeFetcher
-from skep.errors import SkepError
+from skep.errors import NotFound, PermissionDenied, SkepError
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +70,7 @@ class ImageStore(LocalImages):
         super().__init__(root, limits=limits, clock=clock, on_event=on_event, report=report)
         self.policy = policy or Policy()
         self._nodes = nodes
+        self._helpers = CredentialHelpers(self._clock)
 
     async def load(self, pieces: AsyncIterable[bytes], report: Report = quiet) -> Sequence[Image]:
         """Take in the images of an archive (``docker load``).  Raises: InvalidArgument, ResourceExhausted."""
@@ -76,25 +95,29 @@ class ImageStore(LocalImages):
             Unavailable: it cannot be reached.
         """
         reference = parse_reference(word).with_default_tag()
-        credentials = decode_credentials(auth)
-        return await self._pull(reference, credentials, report, platform)
+        return await self._pull(reference, auth, report, platform)
 
     async def pull_all(
         self, reference: Reference, auth: str, report: Report = quiet, *, platform: str = ""
     ) -> Sequence[Image]:
         """Like ``pull``; a reference without tag and digest means every tag of its repository."""
-        credentials = decode_credentials(auth)
         wanted = [reference]
         if reference.is_name_only:
-            tags = await pulling.tags(self.policy, reference, credentials, self.limits)
+            tags = await self._with_credentials(
+                reference.domain,
+                auth,
+                lambda known: pulling.tags(self.policy, reference, known, self.limits),
+            )
             wanted = [reference.with_tag(tag) for tag in tags]
-        return [await self._pull(one, credentials, report, platform) for one in wanted]
+        return [await self._pull(one, auth, report, platform) for one in wanted]
 
-    async def _pull(
-        self, reference: Reference, credentials: Credentials, report: Report, platform: str
-    ) -> Image:
+    async def _pull(self, reference: Reference, auth: str, report: Report, platform: str) -> Image:
         try:
-            return await pulling.pull(self, self.policy, reference, credentials, report, platform=platform)
+            return await self._with_credentials(
+                reference.domain,
+                auth,
+                lambda known: pulling.pull(self, self.policy, reference, known, report, platform=platform),
+            )
         except SkepError as error:
             if self._nodes is None or self.resolve(str(reference)) is not None:
                 raise
@@ -104,9 +127,49 @@ class ImageStore(LocalImages):
                 log.info("image not fetched from a node", image=reference.familiar, reason=str(other))
                 raise error from other
 
+    async def inspect_remote(self, reference: Reference, auth: str) -> Mapping[str, Any]:
+        """What a registry has under a name: as ``pulling.inspect``."""
+        return await self._with_credentials(
+            reference.domain,
+            auth,
+            lambda known: pulling.inspect(self.policy, reference, known, self.limits),
+        )
+
     async def push(self, reference: Reference, auth: str, report: Report = quiet) -> None:
         """Send an image, or all tags of a repository, to its registry.  Raises: as ``pushing.push``."""
-        await pushing.push(self, self.policy, reference, decode_credentials(auth), report)
+        credentials, helper = decode_credentials(auth), self.policy.helpers.get(reference.domain)
+        if not credentials and helper:
+            credentials = (await self._helpers.provide(helper, reference.domain)).credentials
+        await pushing.push(self, self.policy, reference, credentials, report)
+
+    async def _with_credentials(
+        self, domain: str, auth: str, action: Callable[[Credentials], Awaitable[T]]
+    ) -> T:
+        """``action`` with the credentials that a client sent; the helper's without any, or where they are refused.
+
+        Those of a service may have expired long ago.
+        """
+        known, helper = decode_credentials(auth), self.policy.helpers.get(domain)
+        if not helper:
+            return await action(known)
+        if known:
+            try:
+                return await action(known)
+            except (Denied, PermissionDenied) as error:
+                log.info(
+                    "credentials refused; those of the node are tried", registry=domain, reason=str(error)
+                )
+        provided = await self._helpers.provide(helper, domain)
+        try:
+            return await action(provided.credentials)
+        except (Denied, PermissionDenied, NoCredentials) as error:
+            if provided.is_kept:
+                provided = await self._helpers.provide(helper, domain, fresh=True)
+                if not provided.problem:
+                    return await action(provided.credentials)
+            if provided.problem:
+                raise NotFound(f"{error} ({provided.problem})") from error
+            raise
 
     async def remove(
         self, word: str, *, force: bool = False, prune: bool = True, users: Collection[ImageUser]

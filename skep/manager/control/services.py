@@ -15,6 +15,7 @@ from skep.api.errors import Untranslated
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfSequence, Unimplemented
 from skep.manager.control.networks import known_ingress_network
 from skep.manager.control.service_rules import check_service_spec
+from skep.manager.registry_auth import auth_of, follow_rollback, keep_auth
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, ServiceId
 from skep.model.meta import Version
@@ -32,7 +33,7 @@ from skep.model.service import (
 )
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction, View
-from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_id
+from skep.store.kinds import previous_registry_auth_id, registry_auth_id
 
 AuthSource = Literal["spec", "previous-spec"]
 """Source of the registry credentials of an update that has none."""
@@ -72,7 +73,7 @@ def create_service(
             job_status=JobStatus(last_execution=now) if _is_job(spec) else None,
         )
     )
-    _keep_auth(tx, registry_auth_id(service.id), registry_auth)
+    keep_auth(tx, registry_auth_id(service.id), registry_auth)
     return service
 
 
@@ -95,11 +96,14 @@ def update_service(
         OutOfSequence: the service is at another version.
     """
     service = _changeable(tx, id, spec, version)
-    current_auth, previous_auth = _auth(tx, registry_auth_id(id)), _auth(tx, previous_registry_auth_id(id))
+    current_auth, previous_auth = (
+        auth_of(tx, registry_auth_id(id)),
+        auth_of(tx, previous_registry_auth_id(id)),
+    )
     if not registry_auth:
         registry_auth = previous_auth if registry_auth_from == "previous-spec" else current_auth
-    _keep_auth(tx, registry_auth_id(id), registry_auth)
-    _keep_auth(tx, previous_registry_auth_id(id), current_auth)
+    keep_auth(tx, registry_auth_id(id), registry_auth)
+    keep_auth(tx, previous_registry_auth_id(id), current_auth)
     return tx.put(
         replace(
             service,
@@ -122,9 +126,7 @@ def rollback_service(
     service = _changeable(tx, id, spec, version)
     if service.previous_spec is None:
         raise FailedPrecondition(f"service {id} does not have a previous spec")
-    current_auth, previous_auth = _auth(tx, registry_auth_id(id)), _auth(tx, previous_registry_auth_id(id))
-    _keep_auth(tx, registry_auth_id(id), previous_auth)
-    _keep_auth(tx, previous_registry_auth_id(id), current_auth)
+    follow_rollback(tx, service)
     return tx.put(
         replace(
             service,
@@ -267,18 +269,6 @@ def _next_job(service: Service, now: Timestamp) -> JobStatus | None:
         return None
     index = service.job_status.job_iteration.index + 1
     return JobStatus(job_iteration=Version(index=index), last_execution=now)
-
-
-def _auth(tx: Transaction, payload_id: str) -> str:
-    payload = tx.rely_on(Payload, payload_id)
-    return payload.data.decode() if payload is not None else ""
-
-
-def _keep_auth(tx: Transaction, payload_id: str, auth: str) -> None:
-    if auth:
-        tx.put(Payload(id=payload_id, data=auth.encode()))
-    elif tx.lookup(Payload, payload_id) is not None:
-        tx.delete(Payload, payload_id)
 
 
 def auth_source(word: str, service: Service) -> AuthSource:

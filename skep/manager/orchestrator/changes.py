@@ -11,6 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import SkepError
+from skep.manager.registry_auth import follow_rollback
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.service import Service, UpdateState, UpdateStatus
@@ -235,4 +236,5 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
     status = UpdateStatus(
         state=UpdateState.ROLLBACK_STARTED, started_at=before.started_at or now, message=message
     )
+    follow_rollback(tx, service)
     tx.put(replace(service, spec=service.previous_spec, previous_spec=None, update_status=status))

@@ -1,0 +1,169 @@
+"""Credentials of registries from helper programs, ``docker-credential-NAME``, that the node's configuration names.
+
+Tokens of large registries expire within hours, so what a service was created with is of no use to a task that is
+placed later; a program on the node gets a fresh one when an image is pulled.  What it gives is kept in memory for some
+seconds: many tasks that start together ask once.
+
+Source: docker/docker-credential-helpers, README (Development), client/client.go, credentials/error.go; docker/cli,
+cli/config/credentials/native_store.go.
+"""
+
+import asyncio
+import os
+import signal
+from contextlib import suppress
+from weakref import WeakValueDictionary
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.engine.images.reference import DEFAULT_DOMAIN
+from skep.engine.images.registry import Credentials
+
+log = structlog.get_logger()
+
+_DEADLINE_S = 30.0
+_END_S = 5.0
+_OUTPUT_BYTES_MAX = 1 << 20
+_KEPT_S = 30.0
+_KEPT_MAX = 256
+_PROBLEM_LENGTH_MAX = 300
+_NONE_STORED = "credentials not found in native keychain"
+_TOKEN_USER = "<token>"
+"""The name that says that the secret is an identity token."""
+_INDEX = "https://index.docker.io/v1/"
+"""What Docker Hub is called there."""
+
+
+class Provided(msgspec.Struct, frozen=True):
+    """What a helper gave.  ``problem``: why it gave nothing; ``is_kept``: not by this call, but a moment ago."""
+
+    credentials: Credentials
+    problem: str = ""
+    is_kept: bool = False
+
+
+class _Output(msgspec.Struct, frozen=True, rename="pascal"):
+    username: str = ""
+    secret: str = ""
+
+
+class CredentialHelpers:
+    """Asks helpers.  Credentials stay in memory, and are never logged."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._kept: dict[tuple[str, str], tuple[float, Provided]] = {}
+        self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+
+    async def provide(self, helper: str, domain: str, *, fresh: bool = False) -> Provided:
+        """The credentials for the registry ``domain`` by ``docker-credential-<helper>``.
+
+        ``fresh``: the registry refused those of a moment ago.  A helper that fails gives none, and the problem.
+        """
+        key = helper, domain
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = self._locks[key] = asyncio.Lock()
+        asked_at = self._clock.monotonic()
+        async with lock:
+            found_at, found = self._kept.get(key, (0.0, None))
+            # Of several that were refused at once, the first asks again for all.
+            is_recent = self._clock.monotonic() - found_at < _KEPT_S and (not fresh or found_at > asked_at)
+            if found is not None and is_recent:
+                return msgspec.structs.replace(found, is_kept=True)
+            provided = await _asked(helper, _INDEX if domain == DEFAULT_DOMAIN else domain)
+            if provided.problem:
+                log.warning(
+                    "credential helper failed", helper=helper, registry=domain, reason=provided.problem
+                )
+            self._kept.pop(key, None)
+            while len(self._kept) >= _KEPT_MAX:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = self._clock.monotonic(), provided
+            return provided
+
+
+async def _asked(helper: str, server: str) -> Provided:
+    """Run ``docker-credential-<helper> get``, within bounds of time and output."""
+    name = f"docker-credential-{helper}"
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(name, "get"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,  # what it starts in turn is ended with it
+        )
+    except OSError as error:
+        return _failed(name, (error.strerror or str(error)).lower())
+    has_ended = False
+    try:
+        async with asyncio.timeout(_DEADLINE_S):
+            output = await _output(process, server)
+            status = await process.wait()
+        has_ended = True
+    except TimeoutError:
+        return _failed(name, f"no response within {_DEADLINE_S:g} s")
+    except _TooLong:
+        return _failed(name, f"its output is longer than {_OUTPUT_BYTES_MAX} bytes")
+    finally:
+        if not has_ended:
+            await asyncio.shield(_end(process))
+    text = output.decode(errors="replace").strip()
+    if status != 0:
+        if text == _NONE_STORED:
+            return Provided(Credentials())
+        return _failed(name, f"exit code {status}: {text[:_PROBLEM_LENGTH_MAX]!r}")
+    return _read(name, output)
+
+
+def _read(name: str, output: bytes) -> Provided:
+    """What a helper that succeeded printed."""
+    try:
+        found = msgspec.json.decode(output, type=_Output)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return _failed(
+            name, "its output is not JSON with Username and Secret"
+        )  # which may have a secret in it
+    if found.username == _TOKEN_USER:
+        return Provided(Credentials(identity_token=found.secret))
+    return Provided(Credentials(username=found.username, password=found.secret))
+
+
+class _TooLong(Exception):
+    """The output is over its bound."""
+
+
+async def _output(process: asyncio.subprocess.Process, server: str) -> bytes:
+    assert process.stdin is not None, "it is a pipe"
+    assert process.stdout is not None, "it is a pipe"
+    with suppress(ConnectionError):  # it does not read; what it prints counts
+        process.stdin.write(f"{server}\n".encode())
+        await process.stdin.drain()
+    process.stdin.close()
+    output = bytearray()
+    while piece := await process.stdout.read(1 << 16):
+        output += piece
+        if len(output) > _OUTPUT_BYTES_MAX:
+            raise _TooLong
+    return bytes(output)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End a helper with what it started, which may hold its output open."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.stdout is not None, "it is a pipe"
+    with suppress(TimeoutError):  # of something that left the session and holds the output
+        async with asyncio.timeout(_END_S):
+            # asyncio knows of the end only when the output was read to its own.
+            while await process.stdout.read(1 << 16):
+                pass
+            await process.wait()
+
+
+def _failed(name: str, reason: str) -> Provided:
+    return Provided(Credentials(), f"{name}: {reason}")
