@@ -140,7 +140,11 @@ def labels() -> str:
     ]
     for target in LabelTarget:
         ours = [label for label in LABELS if label.target is target]
-        title = {"ENGINE": "Reported by nodes", "CLUSTER": "The cluster"}.get(target.name)
+        title = {
+            "ENGINE": "Reported by nodes",
+            "CLUSTER": "The cluster",
+            "CONTAINER": "Containers of services",
+        }.get(target.name)
         lines += [f"## {title or f'{target.name.capitalize()}s'}", "", target.value, ""]
         if target is LabelTarget.ENGINE:
             rows: list[Sequence[str]] = [(f"`{one.name}`", one.values, one.effect) for one in ours]

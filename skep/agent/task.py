@@ -135,6 +135,10 @@ def next_attempt(task: Task, exit_code: int, attempts: Sequence[float], now: flo
     return DEFAULT_DELAY_S if policy.delay is None else policy.delay / SECOND_NS
 
 
+_MESSAGE_MAX = 2000
+"""Characters of a status message with warnings."""
+
+
 class TaskDriver:
     """Drives one task through its states."""
 
@@ -286,7 +290,9 @@ class TaskDriver:
 
     def _reach(self, state: TaskState, message: str, error: str = "") -> None:
         assert state >= self.status.state, f"{self.task.task.id} would go back to {state}"
-        container, ports = self._container(state)
+        container, ports, warnings = self._observed(state)
+        if state is TaskState.RUNNING:
+            message = "; ".join([message, *warnings])[:_MESSAGE_MAX]
         self.status = TaskStatus(
             timestamp=timestamp(self._clock.now_ns()),
             state=state,
@@ -297,13 +303,13 @@ class TaskDriver:
         )
         self._on_status(self.task.task.id, self.status)
 
-    def _container(self, state: TaskState) -> tuple[ContainerStatus | None, PortStatus]:
-        """The container as it is, from STARTING on; once it was seen it is not forgotten."""
+    def _observed(self, state: TaskState) -> tuple[ContainerStatus | None, PortStatus, Sequence[str]]:
+        """The container as it is, from STARTING on, with its warnings; once it was seen it is not forgotten."""
         observed = None
         try:
             observed = self.controller.observed() if state >= TaskState.STARTING else None
         except Exception as error:
             log_error(error, "task's container cannot be observed", task=self.task.task.id)
         if observed is None:
-            return self.status.container_status, self.status.port_status
-        return observed.container, PortStatus(ports=observed.ports)
+            return self.status.container_status, self.status.port_status, ()
+        return observed.container, PortStatus(ports=observed.ports), observed.warnings

@@ -8,6 +8,7 @@ import click
 from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests
 from skep.model.labels import HEARTBEAT_GRACE
+from skep.model.rights import ALLOW_LABEL
 
 _ANSWERS_WITHIN_S = 15.0
 
@@ -77,6 +78,24 @@ def pools(host: HostOptions, add: Sequence[str], remove: Sequence[str], size: in
         click.echo(f"{pool}\tsubnets of /{shown['SubnetSize']}")
 
 
+@cluster.command()
+@click.argument("rights", metavar="[RIGHT]...", nargs=-1)
+@click.pass_obj
+def allow(host: HostOptions, rights: tuple[str, ...]) -> None:
+    """Show or set the rights over their nodes that services may have (RIGHT: privileged, devices, gpus,
+    namespaces, resources; "all"; "none").
+
+    Services ask for them by labels of their containers, such as skep.devices=/dev/ttyUSB0.  What was allowed stays with
+    the services that have it until they are updated.
+
+    \b
+    Examples:
+      skep cluster allow devices resources
+      skep cluster allow none
+    """
+    click.echo(run_requests(_allow(host, rights)))
+
+
 @cluster.command("rotate-keys")
 @click.pass_obj
 def rotate_keys(host: HostOptions) -> None:
@@ -114,15 +133,25 @@ async def _rotate_keys(host: HostOptions) -> None:
 
 
 async def _grace(host: HostOptions, duration: str | None) -> str:
-    """Set the label of the cluster's spec, as any client may; gives what holds then."""
+    value = "" if duration == "default" else duration
+    return await _label(host, HEARTBEAT_GRACE, value) or "three heartbeat periods"
+
+
+async def _allow(host: HostOptions, rights: tuple[str, ...]) -> str:
+    value = "" if rights == ("none",) else ",".join(rights) or None
+    return await _label(host, ALLOW_LABEL, value) or "none"
+
+
+async def _label(host: HostOptions, name: str, value: str | None) -> str:
+    """Set a label of the cluster's spec, as any client may; empty removes it.  Gives what holds then."""
     async with host.client() as client:
         swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_ANSWERS_WITHIN_S)
         labels = dict(swarm["Spec"].get("Labels") or {})
-        if duration is not None:
-            labels.pop(HEARTBEAT_GRACE, None)
-            if duration != "default":
-                labels[HEARTBEAT_GRACE] = duration
+        if value is not None:
+            labels.pop(name, None)
+            if value:
+                labels[name] = value
             spec = {**swarm["Spec"], "Labels": labels}
             version = str(swarm["Version"]["Index"])
             await client.post("/swarm/update", spec, timeout_s=_ANSWERS_WITHIN_S, version=version)
-        return str(labels.get(HEARTBEAT_GRACE, "three heartbeat periods"))
+        return str(labels.get(name, ""))

@@ -7,6 +7,7 @@ import msgspec
 
 from skep.errors import SkepError
 from skep.model.addresses import joined
+from skep.model.rights import ALL_RIGHTS, Right
 from skep.model.service import GenericResource
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 from skep.paths import DEFAULT_DATA, DEFAULT_RUN, Paths
@@ -87,6 +88,10 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str = "text"
     labels: Mapping[str, str] = {}
     generic_resources: tuple[GenericResource, ...] = ()
+
+    allow: frozenset[Right] = ALL_RIGHTS
+    """Rights over this machine that tasks may have, where the cluster allows them, too."""
+    cdi_spec_dirs: tuple[Path, ...] = (Path("/etc/cdi"), Path("/var/run/cdi"))
 
     executor: str = "oci"
     cgroup_parent: str = "skep"

@@ -144,6 +144,19 @@ SETTINGS = (
         docker_key="node-generic-resources",
     ),
     Setting(
+        name="allow",
+        help="rights over this machine that services may have where the cluster allows them (all)",
+        read=values.rights,
+    ),
+    Setting(
+        name="cdi-spec-dir",
+        key="cdi-spec-dirs",
+        help="folder with descriptions of devices (/etc/cdi and /var/run/cdi)",
+        read=values.directories,
+        repeats=True,
+        docker_key="cdi-spec-dirs",
+    ),
+    Setting(
         name="executor",
         help="oci: containers; process: plain commands, without images",
         read=values.one_of("oci", "process"),

@@ -12,7 +12,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from skep.configuration.configuration import AddressPool, Host, TcpHost, UnixHost
+from skep.errors import InvalidArgument
 from skep.model.addresses import joined
+from skep.model.rights import Right, allowed_rights
 from skep.model.service import DiscreteResource, GenericResource, NamedResource
 from skep.paths import SOCKET_PATH_BYTES_MAX
 
@@ -36,6 +38,15 @@ def text(value: Any) -> str:
     if not value or "\0" in value:
         raise ValueError("is empty: write a value, or leave the setting out")
     return value
+
+
+def rights(value: Any) -> frozenset[Right]:
+    """``all``, ``none``, or some of ``privileged,devices,gpus,namespaces,resources``."""
+    try:
+        return allowed_rights(text(value))
+    except InvalidArgument:
+        known = ", ".join(right.value for right in Right)
+        raise ValueError(f"is {value!r}: write all, none, or some of {known}, separated by commas") from None
 
 
 def boolean(value: Any) -> bool:
@@ -272,6 +283,11 @@ def registries(values: Any) -> tuple[str, ...]:
                     f"is {written!r}: write host:port without http://, or a network like 10.0.0.0/8"
                 ) from error
     return tuple(dict.fromkeys(_texts(values)))
+
+
+def directories(values: Any) -> tuple[Path, ...]:
+    """An absolute path."""
+    return tuple(dict.fromkeys(absolute_path(written) for written in _texts(values)))
 
 
 def mirrors(values: Any) -> tuple[str, ...]:

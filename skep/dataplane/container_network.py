@@ -115,7 +115,7 @@ class ContainerNetwork:
         A container on internal networks only has no default route, and no ports of the node.  Raises: AlreadyExists:
         a port is taken; SkepError.
         """
-        if config.mode is NetworkMode.HOST:
+        if config.mode in (NetworkMode.HOST, NetworkMode.CONTAINER):
             return Sandbox(netns="")
         id, endpoints = config.id, config.endpoints
         sandbox = Sandbox(netns=str(self._namespaces.path(id)), sysctls=_sysctls_of(config))
@@ -285,7 +285,7 @@ def needs_way_out(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> boo
             return True
         case NetworkMode.NETWORKS:
             return any(not one.head.is_internal for one in endpoints)
-        case NetworkMode.NONE | NetworkMode.HOST:
+        case NetworkMode.NONE | NetworkMode.HOST | NetworkMode.CONTAINER:
             return False
 
 

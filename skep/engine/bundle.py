@@ -13,6 +13,7 @@
                    attach ctl pidfile ...   conmon's socket, pipe and files
                    exec/<exec id>/          the same for an exec
                    parts/<n>                where parts of volumes are mounted while runc starts
+                   shm/                     its /dev/shm, if other containers may share it
 ```
 
 What only a running container needs lies in the run directory, which a reboot empties and which is memory: of the 33
@@ -35,9 +36,11 @@ import structlog
 
 from skep.aio.failures import log_error
 from skep.aio.trees import remove_tree
-from skep.engine import apparmor, overlay, records, spec
+from skep.engine import apparmor, devices, overlay, records, spec
+from skep.engine.capacity import Capacity
 from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, ContainerConfig, ExecConfig, MountPoint
+from skep.engine.machine import other_container
 from skep.engine.users import identity
 from skep.engine.volumes import Part
 from skep.errors import Unavailable
@@ -46,10 +49,12 @@ from skep.linux.name_files import hosts_file, resolver_file
 from skep.linux.roots import Bind
 from skep.linux.trees import walk
 from skep.model.ids import ContainerId
+from skep.model.sandbox import NetworkMode
 
 log = structlog.get_logger()
 
-_FILES_OF_THE_NODE = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"})
+_NAMES = ("hosts", "hostname", "resolv.conf")
+_FILES_OF_THE_NODE = frozenset(f"/etc/{name}" for name in _NAMES)
 OUTSIDE_OF_IMAGES = tuple(
     path.removeprefix("/") for path in (*sorted(_FILES_OF_THE_NODE), "/dev", "/proc", "/sys")
 )
@@ -83,7 +88,7 @@ class Bundles:
     """The directories of all containers of this node."""
 
     def __init__(
-        self, directory: Path, run: Path, cgroups: Cgroups, capacity: spec.Capacity, resolver: Path
+        self, directory: Path, run: Path, cgroups: Cgroups, capacity: Capacity, resolver: Path
     ) -> None:
         """``directory`` and ``run``: where containers have their directories, on disk and until a reboot.
 
@@ -119,6 +124,10 @@ class Bundles:
             for number, point in enumerate(container.config.mounts)
             if point.subpath
         )
+
+    def shm(self, id: ContainerId) -> Path:
+        """The /dev/shm of a container whose IPC namespace is shareable; mounted while it may run."""
+        return self.bundle(id) / "shm"
 
     def log(self, id: ContainerId) -> Path:
         """The file conmon writes to at present; older ones have ``.1``, ``.2``, ... behind."""
@@ -170,18 +179,22 @@ class Bundles:
         for name in ("upper", "work", "log"):
             (path / name).mkdir(mode=0o755)
 
-    def prepare(self, container: Container) -> tuple[str, ...]:
+    def prepare(self, container: Container, shared: spec.Shared = spec.NOTHING_SHARED) -> tuple[str, ...]:
         """Mount the root file system and write what runc reads; may be called again after a restart.
 
-        Gives warnings: limits of the configuration that this node could not set.
+        ``shared``: what it shares of other containers.  Gives warnings: limits of the configuration that this node
+        could not set.
         Raises: OSError; InvalidArgument: unknown user, invalid capability, ...; FailedPrecondition: this node cannot
-        confine it.
+        confine it, or a device is missing.
         """
         config = container.config
         self._confine(config)
+        found = devices.look_up(config.machine, self._capacity.cdi_directories)
         with self._mounts:
             self._mount(container)
             self._to_release.discard(container.id)
+        if config.machine.ipc_mode == "shareable":
+            shared = msgspec.structs.replace(shared, shm=self._mount_shm(container))
         user = identity(self.rootfs(container.id), config.user, config.groups)
         built = spec.build(
             self._with_parts(container),
@@ -190,6 +203,8 @@ class Bundles:
             rootfs=str(self.rootfs(container.id)),
             cgroup=self._cgroups.path_of(container.id),
             files=self._write_files(container),
+            devices=found,
+            shared=shared,
         )
         (self.bundle(container.id) / "config.json").write_bytes(msgspec.json.encode(built.specification))
         for warning in built.warnings:
@@ -229,6 +244,8 @@ class Bundles:
                 self._to_release.add(id)
             else:
                 syscalls.unmount_if_mounted(self.rootfs(id))
+        if self.shm(id).is_dir():
+            syscalls.unmount_if_mounted(self.shm(id))
 
     def borrow(self, container: Container) -> RootFiles:
         """Its root file system, mounted until ``give_back`` at the earliest.  Raises: OSError."""
@@ -311,9 +328,22 @@ class Bundles:
             layers = [Path(layer) for layer in container.layers]
             overlay.mount_layers(layers, path / "upper", path / "work", target)
 
+    def _mount_shm(self, container: Container) -> str:
+        target = self.shm(container.id)
+        target.mkdir(exist_ok=True)
+        if not os.path.ismount(target):
+            flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+            size = container.config.shm_bytes
+            syscalls.mount("shm", target, "tmpfs", flags, f"mode=1777,size={size}")
+        return str(target)
+
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
         """/etc/hosts, /etc/hostname and /etc/resolv.conf, unless the user has mounts there."""
         config, sandbox, path = container.config, container.sandbox, self.path(container.id)
+        taken = {point.destination for point in config.mounts}
+        if container.mode is NetworkMode.CONTAINER:  # those of the container whose network it has
+            path = self.path(ContainerId(other_container(container.network_mode)))
+            return [_file(path, name) for name in _NAMES if f"/etc/{name}" not in taken]
         addresses = sandbox.own_addresses if sandbox is not None else ()
         node_resolver = self._resolver.read_text() if self._resolver.is_file() else ""
         contents: Mapping[str, str] = {
@@ -327,7 +357,6 @@ class Bundles:
                 is_named=sandbox is not None and bool(sandbox.endpoints),
             ),
         }
-        taken = {point.destination for point in config.mounts}
         points = []
         for name, content in contents.items():
             file = path / name
@@ -336,7 +365,9 @@ class Bundles:
                 file.write_text(content)
                 file.chmod(0o644)
             if f"/etc/{name}" not in taken:
-                points.append(
-                    MountPoint(type="bind", source=str(file), destination=f"/etc/{name}", internal=True)
-                )
+                points.append(_file(path, name))
         return points
+
+
+def _file(path: Path, name: str) -> MountPoint:
+    return MountPoint(type="bind", source=str(path / name), destination=f"/etc/{name}", internal=True)

@@ -4,14 +4,13 @@ import os
 import platform
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
-from skep.engine import apparmor, capabilities, seccomp
+from skep.engine import apparmor, capabilities, cdi, seccomp
 from skep.engine.cgroups import Cgroups
-from skep.engine.spec import Capacity
 
 _CPUS = Path("/sys/devices/system/cpu")
 _UID_MAP = Path("/proc/self/uid_map")
@@ -20,6 +19,37 @@ _MOUNT_SETATTR = (5, 12)
 _CAP_SYS_RESOURCE = "CAP_SYS_RESOURCE"
 _INITS = ("/usr/bin/tini-static", "/usr/bin/catatonit")
 """Static ones only: a dynamic init finds no loader in most images."""
+
+
+class Capacity(msgspec.Struct, frozen=True, kw_only=True):
+    """What this node can give its containers at most."""
+
+    capabilities: frozenset[str]
+    hard_limits: Mapping[str, int] = {}
+    """Hard limits of this process by name (``RLIMIT_NOFILE``), where it may not raise them."""
+    controllers: frozenset[str]
+    has_swap_accounting: bool
+    may_lower_oom_score: bool = True
+    is_cgroup_v2: bool = False
+    has_apparmor: bool = False
+    masked_paths: tuple[str, ...] = ()
+    """Of this machine, beside those that are masked everywhere."""
+    has_keyrings: bool = True
+    """Whether each container gets a session keyring of its own."""
+    init_binary: str = ""
+    """A static init on the node, empty when there is none."""
+    has_x32: bool = True
+    """Whether the kernel may run x32 calls."""
+    has_recursive_read_only: bool = False
+    """Whether a mount can be made read-only with all mounts below it."""
+    has_io_weight: bool = False
+    """Whether a container's share of block devices can be weighed."""
+    cpus: str = ""
+    """Processors that a container can be bound to (``0-3``); empty: unknown."""
+    memory_nodes: str = ""
+    """Memory nodes, likewise."""
+    cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES
+    """Where descriptions of devices are; the later ones prevail."""
 
 
 class Programs(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +70,9 @@ def find_programs(runc: str = "runc", conmon: str = "conmon") -> Programs:
     )
 
 
-def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:
+def capacity_of(
+    cgroups: Cgroups, programs: Programs, cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES
+) -> Capacity:
     """What this process can give to containers; it does not change while the process lives."""
     bounding = capabilities.bounding_set()
     may_raise = _CAP_SYS_RESOURCE in bounding
@@ -61,6 +93,10 @@ def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:
         has_apparmor=apparmor.is_supported(),
         masked_paths=thermal_throttles(),
         has_keyrings=not is_in_user_namespace(),
+        has_io_weight=cgroups.has_io_weight,
+        cdi_directories=cdi_directories,
+        cpus=cgroups.cpus,
+        memory_nodes=cgroups.memory_nodes,
         has_recursive_read_only=seccomp.kernel_version(platform.release()) >= _MOUNT_SETATTR,
     )
 

@@ -23,6 +23,8 @@ log = structlog.get_logger()
 
 MOUNT_POINT = Path("/sys/fs/cgroup")
 _CGROUP2_SUPER_MAGIC = 0x63677270
+_WEIGHTS_V1 = ("blkio.weight", "blkio.bfq.weight")
+_WEIGHTS_V2 = ("io.weight", "io.bfq.weight")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -53,6 +55,37 @@ class Cgroups:
             return "memory" in self.controllers and Path("/proc/swaps").exists()
         root = self._roots.get("memory")
         return root is not None and (root / "memory.memsw.limit_in_bytes").exists()
+
+    @property
+    def has_io_weight(self) -> bool:
+        """Whether block devices can be shared by weight.
+
+        v2: a group shows it, the root has no such file; v1: the root does.
+        """
+        if not self.is_v2:
+            root = self._roots.get("blkio")
+            return root is not None and any((root / name).exists() for name in _WEIGHTS_V1)
+        groups = (path for path in self._mount_point.iterdir() if path.is_dir())
+        return any((group / name).exists() for group in groups for name in _WEIGHTS_V2)
+
+    @property
+    def cpus(self) -> str:
+        """Processors that containers can be bound to: ``0-3``; empty: unknown."""
+        return self._cpuset("cpus")
+
+    @property
+    def memory_nodes(self) -> str:
+        """Memory nodes that containers can be bound to: ``0``; empty: unknown."""
+        return self._cpuset("mems")
+
+    def _cpuset(self, name: str) -> str:
+        root = self._roots.get("" if self.is_v2 else "cpuset")
+        if root is None:
+            return ""
+        for file in (f"cpuset.{name}.effective", f"cpuset.effective_{name}", f"cpuset.{name}"):
+            with suppress(OSError):
+                return (root / file).read_text().strip()
+        return ""
 
     def directory(self, container_id: ContainerId, controller: str) -> Path | None:
         """Where files of ``controller`` are for this container, None where it is not mounted."""

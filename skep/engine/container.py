@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from skep.engine.machine import MachineOptions
 from skep.errors import AlreadyExists
 from skep.model.container import HealthConfig, Ulimit
 from skep.model.ids import ContainerId
@@ -147,6 +148,8 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     is_on_host: bool = False
     """It has no network namespace of its own, but the node's."""
     exposed_ports: tuple[str, ...] = ()
+    machine: MachineOptions = MachineOptions()
+    """What it is given of the machine, as its user asked for it."""
     healthcheck: HealthConfig | None = None
     log: LogConfig = LogConfig()
 
@@ -173,6 +176,8 @@ class PlainOptions(msgspec.Struct, frozen=True, kw_only=True):
     is_stopped: bool = False
     """By its user: its policy does not start it again."""
     security_options: tuple[str, ...] = ()
+    """As the user gave them."""
+    volumes_from: tuple[str, ...] = ()
     """As the user gave them."""
     attached: tuple[str, ...] = ()
     """Streams that the client attached when it was created: stdin, stdout, stderr."""
@@ -209,6 +214,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     """None: it is a task's."""
     is_retired: bool = False
     """It never ran and never will: its sandbox is freed."""
+    warnings: tuple[str, ...] = ()
+    """What of its configuration this node could not give it when it was last prepared."""
 
     @property
     def mode(self) -> NetworkMode:

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from skep.api.gosyntax import BOOLEANS, parse_size
-from skep.engine import apparmor, health
+from skep.engine import apparmor, health, machine
 from skep.engine.container import ContainerConfig, LogConfig, PlainOptions, RestartPolicy
 from skep.engine.images.image import ContainerDefaults
+from skep.engine.limits import nano_cpus_of
+from skep.engine.machine import MachineOptions
 from skep.engine.request import CreateRequest, EndpointSettings, HostConfig, TaskOptions, refused
 from skep.engine.signals import signal_number
-from skep.engine.spec import merged_environment, nano_cpus_of
+from skep.engine.spec import merged_environment
 from skep.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from skep.model.addresses import parsed
 from skep.model.container import BindOptions, Mount, TmpfsOptions, VolumeOptions
@@ -51,6 +53,7 @@ def plain_options(request: CreateRequest) -> PlainOptions:
     """When a plain container runs, and on which networks.  Raises: InvalidArgument, Unimplemented."""
     host = request.host_config
     _check_memory(host)  # of tasks the managers do, which allow less
+    _check_shared(request)
     restart = _restart_policy(host)
     if host.auto_remove and restart.name != "no":
         raise InvalidArgument("can't create 'AutoRemove' container with restart policy")
@@ -67,6 +70,7 @@ def plain_options(request: CreateRequest) -> PlainOptions:
         restart=restart,
         auto_remove=host.auto_remove,
         security_options=host.security_opt,
+        volumes_from=host.volumes_from,
         attached=tuple(name for name, is_attached in streams.items() if is_attached),
     )
 
@@ -76,9 +80,13 @@ def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointReques
     endpoints = {
         name: one or EndpointSettings() for name, one in request.networking_config.endpoints_config.items()
     }
-    if mode.startswith("container:"):
-        raise refused("--network container:NAME")
     match mode:
+        case _ if machine.other_container(mode):
+            if any(one.aliases for one in endpoints.values()):
+                raise InvalidArgument(
+                    "network-scoped alias is supported only for containers in user defined networks"
+                )
+            kind, others = NetworkMode.CONTAINER, {}
         case "" | "default" | "bridge" | "none" | "host":
             kind = {"none": NetworkMode.NONE, "host": NetworkMode.HOST}.get(mode, NetworkMode.BRIDGE)
             others = {
@@ -93,6 +101,44 @@ def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointReques
         case _:
             kind, others = NetworkMode.NETWORKS, {mode: endpoints.get(mode, EndpointSettings()), **endpoints}
     return kind, tuple(endpoint_request(name, one) for name, one in others.items())
+
+
+def _check_shared(request: CreateRequest) -> None:
+    """Options that a container cannot have beside namespaces that it shares.  Raises: InvalidArgument.
+
+    Source: moby, runconfig/hostconfig.go (validateNetContainerMode), hostconfig_unix.go; in its order.
+    """
+    host = request.host_config
+    if host.network_mode == "container:":
+        raise InvalidArgument("invalid container format container:<name|id>")
+    if machine.other_container(host.network_mode):
+        for is_given, what in (
+            (request.hostname, "hostname and the network mode"),
+            (host.dns, "dns and the network mode"),
+            (host.extra_hosts, "custom host-to-IP mapping and the network mode"),
+            (
+                host.port_bindings or host.publish_all_ports,
+                "port publishing and the container type network mode",
+            ),
+            (request.exposed_ports, "port exposing and the container type network mode"),
+        ):
+            if is_given:
+                raise InvalidArgument(f"conflicting options: {what}")
+    if host.uts_mode == "host" and request.hostname:
+        raise InvalidArgument("conflicting options: hostname and the UTS mode")
+
+
+def volumes_from(text: str) -> tuple[str, bool]:
+    """A container of ``--volumes-from``, and whether its mounts are read-only.  Raises: InvalidArgument.
+
+    Source: moby, volume/mounts/volume_unix.go (ParseVolumesFrom).
+    """
+    name, _, mode = text.partition(":")
+    if not name:
+        raise InvalidArgument(f"malformed volumes-from specification: {text}")
+    if mode not in ("", "ro", "rw", "z", "Z"):
+        raise InvalidArgument(f"invalid mode for volumes-from: {mode}")
+    return name, mode == "ro"
 
 
 def endpoint_request(network: str, settings: EndpointSettings) -> EndpointRequest:
@@ -162,7 +208,7 @@ def container_config(
         working_dir=request.working_dir or image.working_dir,
         user=request.user or image.user,
         groups=host.group_add,
-        hostname=request.hostname or (node.hostname if is_on_host else ""),
+        hostname=request.hostname or (node.hostname if is_on_host or host.uts_mode == "host" else ""),
         tty=request.tty,
         open_stdin=request.open_stdin,
         stdin_once=request.stdin_once,
@@ -190,15 +236,23 @@ def container_config(
         dns_options=host.dns_options,
         ports=() if is_on_host else (*task.ports, *_ports(request, exposed)),
         endpoints=task.endpoints,
+        machine=machine_options(host),
         is_on_host=is_on_host,
         exposed_ports=tuple(sorted(exposed)),
         healthcheck=health.merged(request.healthcheck, image.healthcheck),
-        log=log_config(
-            Driver(name=host.log_config.type, options=host.log_config.config)
-            if host.log_config.type
-            else node.log
-        ),
+        log=log_config(_log_driver(host, node)),
     )
+
+
+def _log_driver(host: HostConfig, node: NodeDefaults) -> Driver:
+    given = host.log_config
+    return Driver(name=given.type, options=given.config) if given.type else node.log
+
+
+def machine_options(host: HostConfig) -> MachineOptions:
+    """Those of ``host`` that are kept with the container as they are.  Raises: InvalidArgument."""
+    machine.check(host, host.memory)
+    return MachineOptions(**{name: getattr(host, name) for name in MachineOptions.__struct_fields__})
 
 
 def _stop_grace_ns(request: CreateRequest, image: ContainerDefaults) -> int:
@@ -301,6 +355,8 @@ def _check_memory(host: HostConfig) -> None:
     for value, what in ((host.memory, "limit"), (host.memory_reservation, "reservation")):
         if 0 < value < MEMORY_BYTES_MIN:
             raise InvalidArgument(f"Minimum memory {what} allowed is 6MB")
+    if not -1000 <= host.oom_score_adj <= 1000:
+        raise InvalidArgument(f"Invalid value {host.oom_score_adj}, range for oom score adj is [-1000, 1000]")
 
 
 def _not_negative(value: int, what: str) -> int:

@@ -31,7 +31,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
-from skep.engine import create, logs, top
+from skep.engine import create, logs, sharing, top
 from skep.engine.attachment import Attachment, attach
 from skep.engine.container import (
     Container,
@@ -39,6 +39,7 @@ from skep.engine.container import (
     Counts,
     LogEntry,
     LogFilter,
+    MountPoint,
     NewContainer,
     NotRunning,
     PlainOptions,
@@ -64,6 +65,7 @@ from skep.errors import (
     ResourceExhausted,
     SkepError,
 )
+from skep.model.container import Mount
 from skep.model.ids import ContainerId, new_container_id
 from skep.model.meta import Driver
 from skep.model.readable import NameSource, free_name, names_from
@@ -266,6 +268,7 @@ class Engine:
         SkepError: something of the request cannot be had.
         """
         chosen = _checked_name(name) if name else self._free_name()
+        request = sharing.with_ids(request, self._store.get)
         plain = create.plain_options(request) if task is None else None
         self._store.check_free(chosen)  # before any volume is made
         image = image or self.images.get(request.image)
@@ -278,7 +281,11 @@ class Engine:
             task,
             create.NodeDefaults(self._config.hostname, self._network.host_gateway, self._config.log_default),
         )
-        points = self.volumes.mount_points(mounts, defaults.volumes or {})
+        config = sharing.with_hostname(config, request.host_config.network_mode, self._store.get)
+        own = {mount.target for mount in mounts}
+        inherited = sharing.inherited_mounts(request.host_config.volumes_from, own, self._store.get)
+        of_image = set(defaults.volumes or ()) - {point.destination for point in inherited}
+        points = self.volumes.mount_points(mounts, of_image)
         try:
             async with self.images.pinned(image.chain):
                 container = await self.add(
@@ -287,7 +294,7 @@ class Engine:
                         image=request.image,
                         image_id=image.id,
                         layers=tuple(map(str, self.images.layers(image))),
-                        config=msgspec.structs.replace(config, mounts=(*points, *config.mounts)),
+                        config=msgspec.structs.replace(config, mounts=(*points, *inherited, *config.mounts)),
                         labels=labels,
                         plain=plain,
                     )
@@ -295,16 +302,20 @@ class Engine:
         except SkepError:
             await self.volumes.remove_anonymous(points)
             raise
+        await self._fill(container, (*points, *config.mounts), mounts)
+        return container
+
+    async def _fill(
+        self, container: Container, points: Sequence[MountPoint], mounts: Sequence[Mount]
+    ) -> None:
+        """Fill new volumes of a container; it is gone again if that fails.  Raises: SkepError."""
         try:
-            await self.volumes.fill(
-                container.id, container.config.mounts, mounts, self.bundles.rootfs(container.id)
-            )
+            await self.volumes.fill(container.id, points, mounts, self.bundles.rootfs(container.id))
         except BaseException:
             await asyncio.shield(
                 isolate(self.remove(container.id, with_volumes=True), "container not removed")
             )
             raise
-        return container
 
     async def add(self, new: NewContainer) -> Container:
         """Create a container whose configuration is complete: directories, root file system, network, ports.
@@ -485,7 +496,7 @@ class Engine:
         container, _ = self._require_plain(word)
         async with self._network_locks[container.id]:
             container, plain = self._require_plain(container.id)
-            if plain.mode is NetworkMode.HOST:
+            if plain.mode in (NetworkMode.HOST, NetworkMode.CONTAINER):
                 raise FailedPrecondition(_SHARES_THE_HOSTS)
             if plain.mode is NetworkMode.NONE:
                 raise FailedPrecondition(_HAS_NONE)
@@ -549,7 +560,10 @@ class Engine:
         self._restarts.reset(container.id)
         self._network_locks.pop(container.id, None)
         if with_volumes:
-            await self.volumes.remove_anonymous(container.config.mounts)
+            others = {point.name for one in self.list() for point in one.config.mounts}
+            await self.volumes.remove_anonymous(
+                point for point in container.config.mounts if point.name not in others
+            )
 
     async def sweep(self) -> Collection[ContainerId]:
         """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.

@@ -19,7 +19,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.groups import errors_as_they_are
 from skep.aio.race import run_to_end
-from skep.engine import health
+from skep.engine import health, spec
 from skep.engine.attachment import WaitingClients
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
@@ -30,6 +30,7 @@ from skep.engine.health import HealthMonitor
 from skep.engine.networking import Networking, has_sandbox, sandbox_config
 from skep.engine.processes import send_signal
 from skep.engine.runtime import Runtime
+from skep.engine.sharing import shared_by
 from skep.engine.state import ContainerStore
 from skep.engine.volumes import Volumes
 from skep.errors import SkepError, Unavailable
@@ -178,8 +179,7 @@ class Lifecycle:
             self._bundles.make(container)
             if container.plain is None:
                 container = await self._connect_all(container)
-            await asyncio.to_thread(self._bundles.prepare, container)
-            return container
+            return await self._write(container, spec.NOTHING_SHARED)
         except BaseException as error:
             await asyncio.shield(self._free(self._discard(container.id), container.id))
             if isinstance(error, OSError):
@@ -228,9 +228,16 @@ class Lifecycle:
         return container
 
     async def _prepare_again(self, container: Container) -> Container:
+        shared = shared_by(container, self._store.get, self._bundles.shm)
         container = await self._connect_all(container)
-        await asyncio.to_thread(self._bundles.prepare, container)
-        return container
+        return await self._write(container, shared)
+
+    async def _write(self, container: Container, shared: spec.Shared) -> Container:
+        """Write what the runtime reads, and record what this node could not give the container."""
+        warnings = await asyncio.to_thread(self._bundles.prepare, container, shared)
+        if warnings == container.warnings:
+            return container
+        return self._store.observe(container.id, warnings=warnings)
 
     async def _mount(self, container: Container) -> None:
         """Raises: MountFailed; Unavailable."""
@@ -461,7 +468,7 @@ class Lifecycle:
             return
         try:
             if has_network:
-                await asyncio.to_thread(self._bundles.prepare, container)
+                await self._write(container, spec.NOTHING_SHARED)
             elif not container.error:  # with an error its start has failed, and its sandbox was freed
                 await self._prepare_again(container)
         except Exception as error:

@@ -14,6 +14,7 @@ import msgspec
 
 from skep.api.bodies import from_builtins, parse
 from skep.engine.container import MountPoint
+from skep.engine.machine import MachineOptions
 from skep.errors import InvalidArgument, Unimplemented
 from skep.model.container import HealthConfig, Mount, Ulimit
 from skep.model.encoding import ApiObject, GoInt
@@ -50,7 +51,7 @@ class PortBinding(ApiObject):
     host_port: str = ""
 
 
-class HostConfig(ApiObject):
+class HostConfig(MachineOptions):
     """Options that depend on the machine."""
 
     __go_name__: ClassVar[str | None] = "container.HostConfig"
@@ -84,6 +85,7 @@ class HostConfig(ApiObject):
     pids_limit: int | None = None
     ulimits: tuple[Ulimit, ...] = ()
     init: bool | None = None
+    volumes_from: tuple[str, ...] = ()
 
 
 class EndpointIPAM(ApiObject):
@@ -202,6 +204,19 @@ _HOST_OPTIONS: Final = frozenset(
         *("capadd", "capdrop", "dns", "dnsoptions", "dnssearch", "extrahosts", "groupadd", "oomscoreadj"),
         *("readonlyrootfs", "securityopt", "tmpfs", "mounts", "shmsize", "sysctls", "memory"),
         *("memoryreservation", "nanocpus", "cpuperiod", "cpuquota", "pidslimit", "ulimits", "init"),
+        *(
+            "volumesfrom",
+            "privileged",
+            "devices",
+            "devicecgrouprules",
+            "devicerequests",
+            "pidmode",
+            "ipcmode",
+        ),
+        *("utsmode", "usernsmode", "cgroupnsmode", "cpushares", "cpusetcpus", "cpusetmems", "blkioweight"),
+        *("blkioweightdevice", "blkiodevicereadbps", "blkiodevicewritebps", "blkiodevicereadiops"),
+        *("blkiodevicewriteiops", "memoryswap", "memoryswappiness", "oomkilldisable", "annotations"),
+        *("maskedpaths", "readonlypaths"),
         # The client's own business.
         *("containeridfile", "consolesize"),
     }
@@ -243,50 +258,20 @@ _ENDPOINT_OPTIONS: Final = frozenset(
 )
 _NOTHING: Final[tuple[Any, ...]] = (None, "", 0, False, [], {})
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
-    "cgroupnsmode": (None, "", "private"),
-    "ipcmode": (None, "", "private"),
     "isolation": (None, "", "default"),
-    "memoryswappiness": (None, -1),
-    "maskedpaths": (None,),  # an empty list would show what Docker hides
-    "readonlypaths": (None,),
     "runtime": (None, "", "runc"),
     "volumedriver": (None, "", "local"),
 }
 _FLAGS: Final[Mapping[str, str]] = {
-    "privileged": "--privileged",
-    "devices": "--device",
-    "devicerequests": "--gpus",
-    "devicecgrouprules": "--device-cgroup-rule",
-    "pidmode": "--pid",
-    "ipcmode": "--ipc",
-    "utsmode": "--uts",
-    "usernsmode": "--userns",
-    "cgroupnsmode": "--cgroupns",
     "cgroupparent": "--cgroup-parent",
-    "volumesfrom": "--volumes-from",
     "volumedriver": "--volume-driver",
     "links": "--link",
     "runtime": "--runtime",
-    "cpushares": "--cpu-shares",
-    "cpusetcpus": "--cpuset-cpus",
-    "cpusetmems": "--cpuset-mems",
     "cpurealtimeperiod": "--cpu-rt-period",
     "cpurealtimeruntime": "--cpu-rt-runtime",
-    "blkioweight": "--blkio-weight",
-    "blkioweightdevice": "--blkio-weight-device",
-    "blkiodevicereadbps": "--device-read-bps",
-    "blkiodevicewritebps": "--device-write-bps",
-    "blkiodevicereadiops": "--device-read-iops",
-    "blkiodevicewriteiops": "--device-write-iops",
     "kernelmemory": "--kernel-memory",
-    "memoryswap": "--memory-swap",
-    "memoryswappiness": "--memory-swappiness",
-    "oomkilldisable": "--oom-kill-disable",
     "storageopt": "--storage-opt",
     "isolation": "--isolation",
-    "annotations": "--annotation",
-    "maskedpaths": "--security-opt systempaths",
-    "readonlypaths": "--security-opt systempaths",
     "domainname": "--domainname",
     "macaddress": "--mac-address",
     "driveropts": "--network driver-opt",
@@ -297,10 +282,7 @@ _FLAGS: Final[Mapping[str, str]] = {
 
 def _check_host(host: Any) -> None:
     """``host``: the JSON of ``HostConfig``.  Raises: Unimplemented."""
-    for name, value in _given(host):
-        # Docker's default of swap, twice the memory, is the engine's too.
-        if name == "memoryswap" and value == 2 * (host.get("Memory") or 0):
-            continue
+    for name, _ in _given(host):
         if name not in _HOST_OPTIONS:
             raise refused(name)
 

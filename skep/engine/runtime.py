@@ -22,6 +22,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.engine.attachment import Attachment, attach
 from skep.engine.bundle import Bundles
+from skep.engine.capacity import Capacity
 from skep.engine.cgroups import Cgroups
 from skep.engine.conmon import (
     RUNTIME_ENVIRONMENT,
@@ -33,9 +34,9 @@ from skep.engine.conmon import (
     read_pid,
 )
 from skep.engine.container import Container, ContainerConfig, ProcessName
+from skep.engine.limits import resources
 from skep.engine.processes import find, wait_gone
 from skep.engine.runc_state import ProcessEnded, RuncState
-from skep.engine.spec import Capacity, resources
 from skep.errors import Unavailable
 from skep.linux.commands import communicate
 from skep.model.ids import ContainerId
@@ -192,7 +193,7 @@ class Runtime:
             if self._capacity.has_swap_accounting:
                 limits["memory"]["swap"] = -1
         if "cpu" in self._capacity.controllers and not config.nano_cpus:
-            limits["cpu"] = {"quota": -1}
+            limits.setdefault("cpu", {})["quota"] = -1
         if "pids" in self._capacity.controllers and not config.pids:
             limits["pids"] = {"limit": -1}
         await self.run("update", "--resources", "-", id, stdin=msgspec.json.encode(limits))

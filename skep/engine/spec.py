@@ -10,15 +10,18 @@ from typing import Any
 
 import msgspec
 
-from skep.engine import apparmor, capabilities, seccomp
+from skep.engine import apparmor, capabilities, cdi, seccomp
+from skep.engine.capacity import Capacity
 from skep.engine.container import Container, ContainerConfig, ExecConfig, MountPoint
+from skep.engine.devices import NO_DEVICES, DeviceNode, Devices
+from skep.engine.limits import block_io, resources
+from skep.engine.machine import device_rule, other_container
 from skep.engine.users import Identity
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.sandbox import NetworkMode
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INIT_PATH = "/sbin/docker-init"
-CPU_PERIOD_US = 100_000
 
 _MASKED_PATHS = (
     *("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),
@@ -34,27 +37,16 @@ _DEFAULT_SYSCTLS = {
 }
 
 
-class Capacity(msgspec.Struct, frozen=True, kw_only=True):
-    """What this node can give its containers at most."""
+class Shared(msgspec.Struct, frozen=True, kw_only=True):
+    """What a container shares of others that run.  Empty: not known yet, as before the container's start."""
 
-    capabilities: frozenset[str]
-    hard_limits: Mapping[str, int] = {}
-    """Hard limits of this process by name (``RLIMIT_NOFILE``), where it may not raise them."""
-    controllers: frozenset[str]
-    has_swap_accounting: bool
-    may_lower_oom_score: bool = True
-    is_cgroup_v2: bool = False
-    has_apparmor: bool = False
-    masked_paths: tuple[str, ...] = ()
-    """Of this machine, beside those that are masked everywhere."""
-    has_keyrings: bool = True
-    """Whether each container gets a session keyring of its own."""
-    init_binary: str = ""
-    """A static init on the node, empty when there is none."""
-    has_x32: bool = True
-    """Whether the kernel may run x32 calls."""
-    has_recursive_read_only: bool = False
-    """Whether a mount can be made read-only with all mounts below it."""
+    namespaces: Mapping[str, str] = {}
+    """Paths on the node by type: ``network``, ``pid``, ``ipc``."""
+    shm: str = ""
+    """Where the node has the tmpfs that is the container's /dev/shm; empty: one of its own."""
+
+
+NOTHING_SHARED = Shared()
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -72,18 +64,22 @@ def build(
     rootfs: str,
     cgroup: str,
     files: Sequence[MountPoint],
+    devices: Devices = NO_DEVICES,
+    shared: Shared = NOTHING_SHARED,
 ) -> Built:
     """The specification of ``container``.
 
-    ``files``: mounts that the node makes itself (/etc/hosts and its like), placed before the user's.
+    ``files``: mounts that the node makes itself (/etc/hosts and its like), placed before the user's; ``devices``: what
+    was found of those that it is given.
     Raises: InvalidArgument: the configuration cannot work on any node; FailedPrecondition: this one cannot confine it.
     """
     config = container.config
     warnings: list[str] = []
-    mounts = [*_default_mounts(config, capacity), *(_mount(point, capacity) for point in files)]
+    mounts = [*_default_mounts(config, shared), *(_mount(point, capacity) for point in files)]
     mounts += [
         _mount(point, capacity) for point in sorted(config.mounts, key=lambda one: one.destination.count("/"))
     ]
+    mounts += [_edited_mount(one) for one in devices.edits.mounts]
     arguments = [config.path, *config.args]
     if config.init:
         if capacity.init_binary:
@@ -93,12 +89,20 @@ def build(
             warnings.append("no static init on this node: the container runs without one")
     specification: dict[str, Any] = {
         "ociVersion": "1.0.2",
-        "hostname": config.hostname,
         "root": {"path": rootfs, "readonly": config.read_only},
         "process": _process(config, user, capacity, arguments, warnings),
         "mounts": _without_overridden(mounts),
-        "linux": _linux(container, capacity, cgroup, warnings),
+        "linux": _linux(container, capacity, cgroup, devices, shared, warnings),
     }
+    if config.machine.uts_mode != "host":
+        specification["hostname"] = config.hostname
+    if config.machine.annotations:
+        specification["annotations"] = dict(config.machine.annotations)
+    if devices.edits.hooks:
+        specification["hooks"] = cdi.oci_hooks(devices.edits.hooks)
+    process = specification["process"]
+    process["env"] = list(merged_environment(process["env"], devices.edits.env))
+    process["user"]["additionalGids"] += devices.edits.additional_gids
     return Built(specification, tuple(warnings))
 
 
@@ -113,15 +117,12 @@ def exec_process(
         tty=exec.tty,
     )
     if exec.privileged:
-        config = msgspec.structs.replace(config, capability_add=("ALL",), capability_drop=())
+        config = msgspec.structs.replace(
+            config, machine=msgspec.structs.replace(config.machine, privileged=True)
+        )
     process = _process(config, user, capacity, list(exec.command), [])
     process.pop("oomScoreAdj", None)  # inherited from the container
     return process
-
-
-def nano_cpus_of(quota_us: int, period_us: int) -> int:
-    """Billionths of a processor that a quota in a period is.  ``period_us``: 0 is the kernel's."""
-    return quota_us * 1_000_000_000 // (period_us or CPU_PERIOD_US)
 
 
 def merged_environment(base: Iterable[str], over: Iterable[str]) -> tuple[str, ...]:
@@ -139,38 +140,10 @@ def merged_environment(base: Iterable[str], over: Iterable[str]) -> tuple[str, .
     return tuple(result.values())
 
 
-def resources(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -> dict[str, Any]:
-    """``linux.resources`` for the limits of ``config``; limits without a controller become warnings."""
-    result: dict[str, Any] = {}
-    if config.memory_bytes or config.memory_reservation_bytes:
-        if "memory" in capacity.controllers:
-            result["memory"] = memory = {}
-            if config.memory_bytes:
-                memory["limit"] = config.memory_bytes
-                if capacity.has_swap_accounting:
-                    memory["swap"] = 2 * config.memory_bytes
-            if config.memory_reservation_bytes:
-                memory["reservation"] = config.memory_reservation_bytes
-        else:
-            warnings.append("Your kernel does not support memory limit capabilities. Limitation discarded.")
-    if config.nano_cpus:
-        if "cpu" in capacity.controllers:
-            quota_us = config.nano_cpus * CPU_PERIOD_US // 1_000_000_000
-            result["cpu"] = {"quota": max(quota_us, 1000), "period": CPU_PERIOD_US}  # the kernel's least
-        else:
-            warnings.append("Your kernel does not support CPU cfs quota. Quota discarded.")
-    if config.pids > 0:
-        if "pids" in capacity.controllers:
-            result["pids"] = {"limit": config.pids}
-        else:
-            warnings.append("Your kernel does not support pids limit capabilities. PIDs limit discarded.")
-    return result
-
-
 def _process(
     config: ContainerConfig, user: Identity, capacity: Capacity, arguments: list[str], warnings: list[str]
 ) -> dict[str, Any]:
-    wanted = capabilities.granted(config.capability_add, config.capability_drop)
+    wanted = _capabilities(config)
     given = [name for name in wanted if name in capacity.capabilities]
     if len(given) < len(wanted):
         refused = [name for name in wanted if name not in capacity.capabilities]
@@ -190,12 +163,25 @@ def _process(
             warnings.append("this node may not lower the OOM score")
         else:
             process["oomScoreAdj"] = config.oom_score_adj
-    if config.apparmor not in ("default", apparmor.UNCONFINED) and not capacity.has_apparmor:
-        raise FailedPrecondition(f"AppArmor is not enabled on this machine: no profile {config.apparmor}")
+    profile = _apparmor_profile(config)
+    if profile not in (apparmor.DEFAULT_PROFILE, apparmor.UNCONFINED) and not capacity.has_apparmor:
+        raise FailedPrecondition(f"AppArmor is not enabled on this machine: no profile {profile}")
     if capacity.has_apparmor:
-        is_default = config.apparmor == "default"
-        process["apparmorProfile"] = apparmor.DEFAULT_PROFILE if is_default else config.apparmor
+        process["apparmorProfile"] = profile
     return process
+
+
+def _capabilities(config: ContainerConfig) -> tuple[str, ...]:
+    if config.machine.privileged:
+        return capabilities.ALL
+    return capabilities.granted(config.capability_add, config.capability_drop)
+
+
+def _apparmor_profile(config: ContainerConfig) -> str:
+    """A privileged container is confined by a profile only that its user has named."""
+    if config.apparmor != "default":
+        return config.apparmor
+    return apparmor.UNCONFINED if config.machine.privileged else apparmor.DEFAULT_PROFILE
 
 
 def _environment(config: ContainerConfig) -> list[str]:
@@ -221,26 +207,33 @@ def _rlimits(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -
     return limits
 
 
-def _linux(container: Container, capacity: Capacity, cgroup: str, warnings: list[str]) -> dict[str, Any]:
-    config = container.config
-    namespaces = [{"type": type} for type in ("mount", "pid", "ipc", "uts")]
-    is_on_host = container.mode is NetworkMode.HOST
-    if not is_on_host:
-        network = {"type": "network"}
-        if container.sandbox is not None:
-            network["path"] = container.sandbox.netns
-        namespaces.append(network)
-    if capacity.is_cgroup_v2:
-        namespaces.append({"type": "cgroup"})
+def _linux(
+    container: Container,
+    capacity: Capacity,
+    cgroup: str,
+    devices: Devices,
+    shared: Shared,
+    warnings: list[str],
+) -> dict[str, Any]:
+    config, options = container.config, container.config.machine
+    limits = resources(config, capacity, warnings)
+    if io := block_io(options, devices.limited, capacity, warnings):
+        limits["blockIO"] = io
+    own_network = container.mode not in (NetworkMode.HOST, NetworkMode.CONTAINER)
+    masked = (
+        [*_MASKED_PATHS, *capacity.masked_paths] if options.masked_paths is None else options.masked_paths
+    )
+    read_only = _READONLY_PATHS if options.readonly_paths is None else options.readonly_paths
     linux: dict[str, Any] = {
-        "namespaces": namespaces,
+        "namespaces": _namespaces(container, capacity, shared),
         "cgroupsPath": cgroup,
-        # runc adds the devices every container may use.
-        "resources": {"devices": [{"allow": False, "access": "rwm"}]} | resources(config, capacity, warnings),
-        "maskedPaths": [*_MASKED_PATHS, *capacity.masked_paths],
-        "readonlyPaths": _READONLY_PATHS,
-        "sysctl": ({} if is_on_host else _DEFAULT_SYSCTLS) | dict(config.sysctls),
+        "resources": {"devices": _device_rules(config, devices.nodes)} | limits,
+        "maskedPaths": [] if options.privileged else masked,
+        "readonlyPaths": [] if options.privileged else read_only,
+        "sysctl": (_DEFAULT_SYSCTLS if own_network else {}) | dict(config.sysctls),
     }
+    if devices.nodes:
+        linux["devices"] = [_device(node) for node in devices.nodes]
     profile = _seccomp(config, capacity)
     if profile is not None:
         linux["seccomp"] = profile
@@ -251,23 +244,64 @@ def _linux(container: Container, capacity: Capacity, cgroup: str, warnings: list
     return linux
 
 
+def _namespaces(container: Container, capacity: Capacity, shared: Shared) -> list[dict[str, str]]:
+    """The container's own namespaces, and those of others that it enters; the machine's are left out."""
+    options = container.config.machine
+    modes = {"pid": options.pid_mode, "ipc": options.ipc_mode, "uts": options.uts_mode}
+    found = [{"type": "mount"}]
+    found += [{"type": type} for type, mode in modes.items() if mode != "host" and not other_container(mode)]
+    if container.mode not in (NetworkMode.HOST, NetworkMode.CONTAINER):
+        network = {"type": "network"}
+        if container.sandbox is not None:
+            network["path"] = container.sandbox.netns
+        found.append(network)
+    # Docker's defaults: private on v2, the machine's on v1.
+    if (options.cgroupns_mode or ("private" if capacity.is_cgroup_v2 else "host")) == "private":
+        found.append({"type": "cgroup"})
+    return found + [{"type": type, "path": path} for type, path in shared.namespaces.items()]
+
+
+def _device_rules(config: ContainerConfig, nodes: Iterable[DeviceNode]) -> list[dict[str, Any]]:
+    """Which devices may be used; runc adds those of every container."""
+    if config.machine.privileged:
+        return [{"allow": True, "access": "rwm"}]
+    rules: list[dict[str, Any]] = [{"allow": False, "access": "rwm"}]
+    rules += [
+        {"allow": True, "type": one.type, "major": one.major, "minor": one.minor, "access": one.access}
+        for one in nodes
+    ]
+    return rules + [device_rule(rule) for rule in config.machine.device_cgroup_rules]
+
+
+def _device(node: DeviceNode) -> dict[str, Any]:
+    return {
+        "path": node.path,
+        "type": node.type,
+        "major": node.major,
+        "minor": node.minor,
+        "fileMode": node.mode,
+        "uid": node.uid,
+        "gid": node.gid,
+    }
+
+
 def _seccomp(config: ContainerConfig, capacity: Capacity) -> msgspec.Raw | None:
-    if config.seccomp == "unconfined":
+    if config.seccomp == "unconfined" or (config.seccomp == "default" and config.machine.privileged):
         return None
-    given = (
-        frozenset(capabilities.granted(config.capability_add, config.capability_drop)) & capacity.capabilities
-    )
+    given = frozenset(_capabilities(config)) & capacity.capabilities
     if config.seccomp == "default":
         return seccomp.default(given, has_x32=capacity.has_x32)
     return seccomp.custom(config.seccomp.encode(), given)
 
 
-def _default_mounts(config: ContainerConfig, capacity: Capacity) -> list[dict[str, Any]]:
+def _default_mounts(config: ContainerConfig, shared: Shared) -> list[dict[str, Any]]:
     def entry(destination: str, type: str, source: str, *options: str) -> dict[str, Any]:
         return {"destination": destination, "type": type, "source": source, "options": list(options)}
 
     safe = ("nosuid", "noexec", "nodev")
-    return [
+    options = config.machine
+    writable = "rw" if options.privileged else "ro"
+    mounts = [
         entry("/proc", "proc", "proc", *safe),
         entry("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
         entry(
@@ -281,11 +315,25 @@ def _default_mounts(config: ContainerConfig, capacity: Capacity) -> list[dict[st
             "mode=0620",
             "gid=5",
         ),
-        entry("/sys", "sysfs", "sysfs", *safe, "ro"),
-        entry("/sys/fs/cgroup", "cgroup", "cgroup", "ro", *safe),
+        entry("/sys", "sysfs", "sysfs", *safe, writable),
+        entry("/sys/fs/cgroup", "cgroup", "cgroup", writable, *safe),
         entry("/dev/mqueue", "mqueue", "mqueue", *safe),
-        entry("/dev/shm", "tmpfs", "shm", *safe, "mode=1777", f"size={config.shm_bytes}"),
     ]
+    shm = "/dev/shm" if options.ipc_mode == "host" else shared.shm
+    if shm:
+        mounts.append({**_bind(shm, "/dev/shm", read_only=False), "options": ["rbind", "rw", "rprivate"]})
+    elif options.ipc_mode != "none":
+        mounts.append(entry("/dev/shm", "tmpfs", "shm", *safe, "mode=1777", f"size={config.shm_bytes}"))
+    return mounts
+
+
+def _edited_mount(mount: cdi.BindMount) -> dict[str, Any]:
+    return {
+        "destination": mount.container_path,
+        "type": mount.type or "bind",
+        "source": mount.host_path,
+        "options": list(mount.options or ("ro", "nosuid", "nodev", "bind")),
+    }
 
 
 def _mount(point: MountPoint, capacity: Capacity) -> dict[str, Any]:

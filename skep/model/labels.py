@@ -10,6 +10,7 @@ from enum import Enum
 import msgspec
 
 from skep.errors import InvalidArgument
+from skep.model.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL, allowed_rights
 from skep.model.times import SECOND_NS, duration_ns
 
 HEARTBEAT_GRACE = "skep.heartbeat-grace"
@@ -136,6 +137,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
 def check_swarm_labels(labels: Mapping[str, str]) -> None:
     """Raises: InvalidArgument: a ``skep.*`` label is invalid."""
     _heartbeat_grace_s(labels)
+    allowed_rights(labels.get(ALLOW_LABEL, ""))
 
 
 def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
@@ -185,6 +187,10 @@ class LabelTarget(Enum):
     """The kind of object with a label; the value is a sentence on how to set or read it."""
 
     SERVICE = "`docker service create --label NAME=VALUE`, `docker service update --label-add`."
+    CONTAINER = (
+        "`docker service create --container-label NAME=VALUE`, `docker service update --container-label-add`: what the "
+        "containers of a service are given of their nodes, as far as the cluster allows it (`skep.allow`)."
+    )
     NETWORK = "`docker network create --label NAME=VALUE`."
     NODE = "`docker node update --label-add NAME=VALUE NODE`."
     CLUSTER = "`Spec.Labels` of `POST /swarm/update`; docker has no flag for it."
@@ -281,6 +287,69 @@ LABELS = (
         "`none`",
         "each TCP connection begins with a PROXY protocol header that names its client",
     ),
+    *(
+        Label(LabelTarget.CONTAINER, name, values, default, effect)
+        for name, values, default, effect in (
+            (
+                "skep.privileged",
+                "`true`, `false`",
+                "`false`",
+                "as `docker run --privileged` (right `privileged`)",
+            ),
+            (
+                "skep.devices",
+                "`/dev/a`, `/dev/a:/dev/b:rwm`, `vendor.com/class=name`, separated by commas",
+                "none",
+                "devices, directories, and what vendors describe (CDI), on nodes that have it (right `devices`)",
+            ),
+            (
+                "skep.device-rules",
+                "`c 188:* rwm`, separated by commas",
+                "none",
+                "as `--device-cgroup-rule` (right `devices`)",
+            ),
+            (
+                "skep.gpus",
+                "`all`, a number, `device=NAME,...`",
+                "none",
+                "GPUs by CDI, not counted (right `gpus`)",
+            ),
+            ("skep.pid", "`host`", "its own", "the node's processes (right `namespaces`)"),
+            ("skep.ipc", "`host`", "its own", "the node's shared memory (right `namespaces`)"),
+            ("skep.uts", "`host`", "its own", "the node's host name (right `namespaces`)"),
+            (
+                "skep.shm-size",
+                "size: `256m`",
+                "`64m`",
+                "size of /dev/shm (right `resources`, as all that follow)",
+            ),
+            (
+                "skep.cpu-shares",
+                "`2` to `262144`",
+                "`1024`",
+                "share of the processors beside other containers",
+            ),
+            ("skep.cpuset-cpus", "`0-3,5`", "all", "processors that it runs on"),
+            ("skep.cpuset-mems", "`0,1`", "all", "memory nodes that it uses"),
+            ("skep.memory-swap", "size; `-1`: no limit", "twice the limit", "memory and swap together"),
+            ("skep.memory-swappiness", "`0` to `100`", "the kernel's", "on cgroups v1"),
+            ("skep.blkio-weight", "`10` to `1000`", "the kernel's", "share of block devices"),
+            (
+                "skep.device-read-bps",
+                "`/dev/sda:1m`, separated by commas",
+                "none",
+                "bytes read in a second at most",
+            ),
+            ("skep.device-write-bps", "likewise", "none", "bytes written in a second at most"),
+            (
+                "skep.device-read-iops",
+                "`/dev/sda:1000`, separated by commas",
+                "none",
+                "reads in a second at most",
+            ),
+            ("skep.device-write-iops", "likewise", "none", "writes in a second at most"),
+        )
+    ),
     Label(
         LabelTarget.NETWORK,
         "skep.attach",
@@ -322,6 +391,13 @@ LABELS = (
         "duration; `0`: never",
         "`720h`",
         "how long after its expiry the certificate of a node can be renewed",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        ALLOW_LABEL,
+        "`none`, `all`, or some of `privileged`, `devices`, `gpus`, `namespaces`, `resources`, separated by commas",
+        "`none`",
+        "rights over their nodes that services may ask for by labels of their containers (`skep cluster allow`)",
     ),
     Label(LabelTarget.ENGINE, "skep.node", "`true`", "", "this is a skep node, not a Docker Engine"),
     Label(
@@ -367,6 +443,27 @@ LABELS = (
         "IP address",
         "",
         "the same, where a manager refused it: it belongs to another node",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        ALLOW_LABEL,
+        "rights, separated by commas",
+        "",
+        "rights over itself that the node gives tasks (its setting `allow`)",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        DEVICES_LABEL,
+        "paths, separated by commas",
+        "",
+        "the node's devices, without terminals, loop devices and disks by name; `...` at the end: there are more",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        CDI_LABEL,
+        "`vendor.com/class=name`, separated by commas",
+        "",
+        "the devices that descriptions on the node name (CDI)",
     ),
     Label(
         LabelTarget.ENGINE, "skep.paths", "`1`", "", "the node probes other nodes and answers their probes"

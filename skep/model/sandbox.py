@@ -25,6 +25,8 @@ class NetworkMode(Enum):
     """Its own loopback."""
     HOST = "host"
     """The node's."""
+    CONTAINER = "container"
+    """Another container's."""
 
 
 class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterable, Mapping
 
 from skep import __version__
 from skep.configuration.configuration import Configuration
+from skep.engine.cdi import described
 from skep.engine.container import Container
 from skep.engine.create import LOG_DRIVERS
+from skep.engine.devices import device_paths
 from skep.linux.ports import read_listening_ports
 from skep.linux.routes import read_routes
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
 from skep.model.planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_LABEL, PATHS_LABEL
+from skep.model.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL, MORE, is_listed, rights_text
 from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.service import Platform, Resources
 from skep.model.used_ports import PORTS_LABEL, UsedPort, ports_label
@@ -23,6 +26,8 @@ _PLUGINS = (
     EnginePlugin(type="Volume", name="local"),
 )
 _OVERLAY = EnginePlugin(type="Network", name="overlay")
+_LIST_BYTES_MAX = 16_384
+"""Of a label with devices."""
 _OVERLAY_NEEDS = ("veth", "bridge", "vxlan", "nftables")
 """Without one of these the overlay plugin is not listed, so that tasks on overlay networks are placed elsewhere."""
 
@@ -42,6 +47,19 @@ def port_labels(containers: Iterable[Container]) -> Mapping[str, str]:
 def has_overlays(features: Features) -> bool:
     """Whether this machine can have overlay networks."""
     return all(map(features.has, _OVERLAY_NEEDS))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a label, separated by commas, as many as fit."""
+    kept: list[str] = []
+    left = _LIST_BYTES_MAX
+    for name in names:
+        left -= len(name.encode()) + 1
+        if left < 0:
+            return ",".join([*kept, MORE])
+        if "," not in name:
+            kept.append(name)
+    return ",".join(kept)
 
 
 class NodeDescriber:
@@ -73,10 +91,24 @@ class NodeDescriber:
         self._image_port = image_port
         self._has_probes = has_probes
 
+    def _offers(self, configuration: Configuration) -> Mapping[str, str]:
+        """What of this machine tasks may be given."""
+        if configuration.executor != "oci":
+            return {}
+        return {
+            ALLOW_LABEL: rights_text(configuration.allow),
+            DEVICES_LABEL: listed(path for path in device_paths() if is_listed(path)),
+            CDI_LABEL: listed(sorted(described(configuration.cdi_spec_dirs))),
+        }
+
     def describe(self, data_path_addr: str = "") -> NodeDescription:
         """``data_path_addr``: where VXLAN packets are to be sent; empty: to the address that the node connects from."""
         configuration = self._configuration()
-        own = {NODE_LABEL: "true", ROUTES_LABEL: routes_label(MachineRoute(*one) for one in read_routes())}
+        own = {
+            NODE_LABEL: "true",
+            **self._offers(configuration),
+            ROUTES_LABEL: routes_label(MachineRoute(*one) for one in read_routes()),
+        }
         if self._has_probes:
             own[PATHS_LABEL] = "1"
         if port := self._image_port():

@@ -229,6 +229,8 @@ class Node:
             self._clock,
             cgroup_parent=configuration.cgroup_parent,
             programs=find_programs(configuration.runc, configuration.conmon),
+            cdi_directories=configuration.cdi_spec_dirs,
+            allowed=configuration.allow,
         )
 
     def _make_data_plane(self, endpoints: ClusterEndpoints) -> DataPlane:

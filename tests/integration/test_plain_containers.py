@@ -238,7 +238,12 @@ def test_what_docker_refuses_is_refused_in_its_words(m1: TestNode, w1: TestNode)
     assert "You cannot remove a running container" in refused(m1, "rm", "box")
     said = refused(m1, "create", "--pull", "never", "nosuch:1")
     assert "No such image: nosuch:1" in said
-    for option in ("--privileged", "--device=/dev/kmsg", "--pid=host", "--ipc=host", "--cpu-shares=2"):
+    for option in (
+        "--cgroup-parent=mine",
+        "--runtime=kata",
+        "--storage-opt=size=1G",
+        "--domainname=example.com",
+    ):
         said = refused(m1, "create", option, IMAGE)
         assert option.partition("=")[0] in said
     lacking = m1.docker("run", "--rm", *LABEL, IMAGE, "/nosuch", check=False)
@@ -249,6 +254,61 @@ def test_what_docker_refuses_is_refused_in_its_words(m1: TestNode, w1: TestNode)
         127,
         "",
     )
+
+
+def test_what_a_container_is_given_of_the_machine_is_shown_as_it_was_asked_for(m1: TestNode) -> None:
+    options = ("--privileged", "--device=/dev/zero:/dev/mine:r", "--device-cgroup-rule=c 1:* r", "--pid=host")
+    options += ("--ipc=shareable", "--uts=host", "--userns=host", "--cgroupns=private", "--cpu-shares=512")
+    options += (
+        "--cpuset-cpus=0",
+        "--memory=64m",
+        "--memory-swap=96m",
+        "--memory-swappiness=7",
+        "--pids-limit=50",
+    )
+    options += ("--device-read-bps=/dev/loop0:1mb", "--annotation=a=b")
+    m1.docker("run", "-d", "--name", "box", *LABEL, *options, IMAGE, "sleep", "1000")
+    host = m1.client().api.inspect_container("box")["HostConfig"]
+    shown = {
+        "Privileged": True,
+        "Devices": [{"PathOnHost": "/dev/zero", "PathInContainer": "/dev/mine", "CgroupPermissions": "r"}],
+        "DeviceCgroupRules": ["c 1:* r"],
+        "PidMode": "host",
+        "IpcMode": "shareable",
+        "UTSMode": "host",
+        "UsernsMode": "host",
+        "CgroupnsMode": "private",
+        "CpuShares": 512,
+        "CpusetCpus": "0",
+        "Memory": 64 << 20,
+        "MemorySwap": 96 << 20,
+        "MemorySwappiness": 7,
+        "PidsLimit": 50,
+        "BlkioDeviceReadBps": [{"Path": "/dev/loop0", "Rate": 1 << 20}],
+        "Annotations": {"a": "b"},
+        "MaskedPaths": None,
+    }
+    assert {name: host.get(name) for name in shown} == shown
+    m1.docker(
+        "run",
+        "-d",
+        "--name",
+        "guest",
+        *LABEL,
+        "--network=container:box",
+        "--ipc=container:box",
+        IMAGE,
+        "sleep",
+        "9",
+    )
+    guest = m1.client().api.inspect_container("guest")
+    id = m1.docker("inspect", "--format", "{{.Id}}", "box").stdout.strip()
+    assert (guest["HostConfig"]["NetworkMode"], guest["HostConfig"]["IpcMode"]) == (f"container:{id}",) * 2
+    assert guest["NetworkSettings"]["Networks"] == {}
+    assert m1.docker("ps", "--format", "{{.Names}} {{.Networks}}").stdout.count("guest") == 1
+    m1.docker("network", "create", "side")
+    said = refused(m1, "network", "connect", "side", "guest")
+    assert "container sharing network namespace with another container or host" in said
 
 
 @pytest.mark.slow
@@ -272,6 +332,9 @@ def test_security_options_hold_or_are_refused_in_dockers_words(m1: TestNode, tmp
     (tmp_path / "profile.json").write_text(json.dumps(profile))
     said = confined_by(f"seccomp={tmp_path}/profile.json", command=("mkdir", "/x"))
     assert "Operation not permitted" in said
+    hidden = "$(grep -c ' /proc/sys ' /proc/mounts)"
+    assert not confined_by(command=fails(f"{hidden} = 1"))
+    assert not confined_by("systempaths=unconfined", command=fails(f"{hidden} = 0"))
 
     options = ["label=disable", "apparmor=unconfined", "no-new-privileges=true"]
     run(m1, "box", *(word for option in options for word in ("--security-opt", option)))
@@ -280,7 +343,6 @@ def test_security_options_hold_or_are_refused_in_dockers_words(m1: TestNode, tmp
     for option, reason in (
         ("selinux=off", 'invalid --security-opt 2: "selinux=off"'),
         ("label=level:s0", "do not have --security-opt label"),
-        ("systempaths=unconfined", "do not have --security-opt systempaths"),
         ("apparmor=nosuch", "apparmor" if apparmor.is_supported() else "no profile nosuch"),
     ):
         assert reason in refused(m1, "run", "--rm", *LABEL, "--security-opt", option, IMAGE)

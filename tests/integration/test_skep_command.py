@@ -1,17 +1,17 @@
-"""How ``skep`` finds a node: docker's contexts, and ssh to another machine."""
+"""How ``skep`` finds a node: docker's contexts, and ssh to another machine; and what it sets in a cluster."""
 
 import asyncio
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncssh
 import pytest
 
-from tests.support.playground_rig import CLIS, SKEP, TestNode
+from tests.support.playground_rig import CLIS, IMAGE, SKEP, TestNode, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -118,3 +118,61 @@ async def test_a_node_on_another_machine_is_reached_by_ssh(m1: TestNode, tmp_pat
         code, _, err = await skep(f"{machine}{socket}", "status")
         assert (code, err) == (1, f"Error: {machine}{socket}: Host key verification failed.\n")
     assert not list(Path("/tmp").glob("skep-ssh-*")), "the forwarded sockets are gone"
+
+
+def allowed(m1: TestNode, *rights: str) -> str:
+    done = run(SKEP, "--host", m1.socket, "cluster", "allow", *rights)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def strict(m1: TestNode) -> Iterator[TestNode]:
+    """A cluster that allows nothing, before and after."""
+    assert allowed(m1) == "none"
+    yield m1
+    m1.docker("service", "rm", "right", check=False)
+    allowed(m1, "none")
+
+
+def test_a_service_has_the_rights_that_the_cluster_allows_it(strict: TestNode) -> None:
+    create = ["service", "create", "--detach", "--name", "right", "--restart-condition", "none"]
+    create += [
+        f"--container-label=skep.{one}"
+        for one in ("shm-size=2m", "devices=/dev/kmsg:/dev/log0:r", "pid=host")
+    ]
+    script = "grep ' /dev/shm ' /proc/mounts; ls -l /proc/self/ns/pid; head -c 0 /dev/log0 && echo opened; sleep 1000"
+    create += ["--cap-add", "SYSLOG", IMAGE, "sh", "-c", script]
+    refused = strict.docker(*create, check=False)
+    assert "the cluster does not allow its services: devices,namespaces,resources" in refused.stderr
+    assert allowed(strict, "devices", "namespaces", "resources") == "devices,namespaces,resources"
+    strict.docker(*create)
+
+    def logs() -> str:
+        done = strict.docker("service", "logs", "--raw", "right", check=False)
+        return done.stdout if "opened" in done.stdout else ""
+
+    text = wait_until(logs, "the device is open", within_s=60)
+    assert "size=2048k" in text
+    assert os.readlink("/proc/self/ns/pid") in text
+    refused = strict.docker(
+        "service", "update", "--detach", "--container-label-add", "skep.privileged=true", "right", check=False
+    )
+    assert "the cluster does not allow its services: privileged" in refused.stderr
+    allowed(strict, "none")
+    refused = strict.docker("service", "update", "--detach", "--force", "right", check=False)
+    assert "the cluster does not allow its services: devices,namespaces,resources" in refused.stderr
+
+
+def test_a_service_whose_device_no_node_has_waits_and_says_so(strict: TestNode) -> None:
+    allowed(strict, "devices")
+    strict.docker(
+        *("service", "create", "--detach", "--name", "right"),
+        *("--container-label", "skep.devices=/dev/ttyNoSuch", IMAGE, "sleep", "1000"),
+    )
+
+    def reason() -> bool:
+        found = strict.docker("service", "ps", "--no-trunc", "--format", "{{.Error}}", "right").stdout
+        return "missing device on 1 node" in found
+
+    wait_until(reason, "the reason is shown", within_s=60)

@@ -141,7 +141,16 @@ def an_executor(
     plane = a_data_plane(paths, namespaces, ports, attachments)
     config = EngineConfig(starts_max=2 * (os.cpu_count() or 1), hostname="lab")
     clock = SystemClock()
-    return oci_executor(paths, images, plane, attachments, config, clock, cgroup_parent=cgroup_parent)
+    return oci_executor(
+        paths,
+        images,
+        plane,
+        attachments,
+        config,
+        clock,
+        cgroup_parent=cgroup_parent,
+        cdi_directories=(paths.data.parent / "cdi",),
+    )
 
 
 class Lab:

@@ -5,13 +5,15 @@ container_operations.go (ingress comes first).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_interface, ip_network
+from typing import Any
 
 import msgspec
 
 from skep.agent.executor.interface import Rejected
 from skep.engine.container import MountPoint
+from skep.engine.machine import DeviceMapping, DeviceRequest, ThrottleDevice
 from skep.engine.request import CreateRequest, HostConfig, LogOptions, TaskOptions
 from skep.gotemplate import Struct
 from skep.model import templates
@@ -21,6 +23,7 @@ from skep.model.network import MTU_OPTION, MTUS, Network
 from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
 from skep.model.planes import driver_of, is_overlay
 from skep.model.publishing import publish_options
+from skep.model.rights import ALL_RIGHTS, MachineRights, Right, rights_of, rights_text
 from skep.model.sandbox import EndpointConfig, PublishedPort
 from skep.model.service import PortConfig, PublishMode
 from skep.model.tables import NetworkHead
@@ -34,6 +37,8 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str
     os: str = "linux"
     architecture: str = ""
+    allowed: frozenset[Right] = ALL_RIGHTS
+    """Rights over itself that it gives tasks."""
 
 
 def container_spec(task: AssignedTask) -> ContainerSpec:
@@ -107,8 +112,49 @@ def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
             pids_limit=limits.pids if limits else 0,
             ulimits=spec.ulimits,
             init=spec.init,
+            **_machine_options(rights_of(spec), node),
         ),
     )
+
+
+def _machine_options(rights: MachineRights, node: NodeFacts) -> dict[str, Any]:
+    """Options of the request for rights over the machine.  Raises: Rejected: this node does not give one."""
+    refused = rights.kinds - node.allowed
+    if refused:
+        raise Rejected(f"this node does not allow its tasks: {rights_text(refused)} (its setting `allow`)")
+    requests = [DeviceRequest(driver="cdi", device_ids=rights.cdi_devices)] if rights.cdi_devices else []
+    if rights.gpus is not None:
+        gpus = rights.gpus
+        requests.append(DeviceRequest(count=gpus.count, device_ids=gpus.ids, capabilities=(("gpu",),)))
+    return {
+        "privileged": rights.privileged,
+        "devices": tuple(
+            DeviceMapping(
+                path_on_host=one.path, path_in_container=one.path_in_container, cgroup_permissions=one.access
+            )
+            for one in rights.devices
+        ),
+        "device_cgroup_rules": rights.device_rules,
+        "device_requests": tuple(requests),
+        "pid_mode": rights.pid,
+        "ipc_mode": rights.ipc,
+        "uts_mode": rights.uts,
+        "shm_size": rights.shm_bytes,
+        "cpu_shares": rights.cpu_shares,
+        "cpuset_cpus": rights.cpuset_cpus,
+        "cpuset_mems": rights.cpuset_mems,
+        "memory_swap": rights.memory_swap,
+        "memory_swappiness": rights.memory_swappiness,
+        "blkio_weight": rights.blkio_weight,
+        "blkio_device_read_bps": _throttles(rights.read_bps),
+        "blkio_device_write_bps": _throttles(rights.write_bps),
+        "blkio_device_read_iops": _throttles(rights.read_iops),
+        "blkio_device_write_iops": _throttles(rights.write_iops),
+    }
+
+
+def _throttles(rates: Iterable[tuple[str, int]]) -> tuple[ThrottleDevice, ...]:
+    return tuple(ThrottleDevice(path=path, rate=rate) for path, rate in rates)
 
 
 def task_options(task: AssignedTask, mounts: Sequence[MountPoint]) -> TaskOptions:

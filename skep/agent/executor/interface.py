@@ -43,6 +43,8 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     """What a started task looks like from outside."""
 
     container: ContainerStatus
+    warnings: tuple[str, ...] = ()
+    """What of the task's options this node could not give it."""
     ports: tuple[PortConfig, ...] = ()
     """Host-mode ports as opened, with the published port that the node has picked where the spec has 0."""
 

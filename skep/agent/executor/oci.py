@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import structlog
 
@@ -22,6 +23,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.netns.connections import inbound_of
+from skep.engine import cdi
 from skep.engine.bundle import Bundles
 from skep.engine.capacity import Programs, capacity_of, find_programs
 from skep.engine.cgroups import Cgroups
@@ -36,6 +38,7 @@ from skep.model import templates
 from skep.model.ids import TaskId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.planes import is_overlay
+from skep.model.rights import ALL_RIGHTS, Right
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.paths import Paths
 
@@ -115,15 +118,19 @@ def oci_executor(
     *,
     cgroup_parent: str = "skep",
     programs: Programs | None = None,
+    cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES,
+    allowed: frozenset[Right] = ALL_RIGHTS,
 ) -> OciExecutor:
     """The executor of one node, with its engine.
 
     Args:
         cgroup_parent: below each cgroup hierarchy; two nodes on one machine need two.
         programs: runc and conmon; None: those on the PATH.
+        cdi_directories: where descriptions of devices are.
+        allowed: rights over the node that tasks may have.
     """
     cgroups, programs = Cgroups(cgroup_parent), programs or find_programs()
-    capacity = capacity_of(cgroups, programs)
+    capacity = capacity_of(cgroups, programs, cdi_directories)
     runtime = Runtime(
         runc=programs.runc,
         conmon=programs.conmon,
@@ -146,7 +153,7 @@ def oci_executor(
         payloads=Payloads(paths.secrets),
         attachments=attachments,
         clock=clock,
-        node=NodeFacts(hostname=config.hostname, architecture=os.uname().machine),
+        node=NodeFacts(hostname=config.hostname, architecture=os.uname().machine, allowed=allowed),
     )
 
 
@@ -309,5 +316,6 @@ def _running(container: Container) -> Running:
         container=ContainerStatus(
             container_id=container.id, pid=container.pid, exit_code=container.exit_code
         ),
+        warnings=container.warnings,
         ports=container.sandbox.ports if container.sandbox is not None else (),
     )

@@ -8,11 +8,14 @@ Source: moby 20.10, api/types/types.go (ContainerJSON), api/types/container/host
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from skep.engine import apparmor
 from skep.engine.api.network_settings import network_settings, networks
 from skep.engine.bundle import Bundles
 from skep.engine.container import Container, ContainerConfig, ContainerState, HealthStatus, MountPoint
 from skep.engine.images.store import ImageStore
+from skep.engine.limits import swap_bytes
 from skep.model.times import ZERO_TIME, unix_ns
 
 _NS = 1_000_000_000
@@ -282,6 +285,7 @@ def _host_config(container: Container) -> dict[str, Any]:
     mounts = [_mount_config(mount) for mount in config.mounts if not mount.internal]
     return {
         **_HOST_DEFAULTS,
+        **_machine_options(config),
         **_plain_host_config(container),
         "LogConfig": {"Type": config.log.type, "Config": dict(config.log.options)},
         "PortBindings": _bindings(container),
@@ -308,6 +312,16 @@ def _host_config(container: Container) -> dict[str, Any]:
     }
 
 
+def _machine_options(config: ContainerConfig) -> dict[str, Any]:
+    """Those that its user has set.  A privileged container hides nothing."""
+    options: dict[str, Any] = msgspec.to_builtins(config.machine)
+    if config.memory_bytes:
+        options["MemorySwap"] = swap_bytes(config)
+    if config.machine.privileged:
+        options |= {"MaskedPaths": None, "ReadonlyPaths": None}
+    return options
+
+
 def _security_options(container: Container) -> list[str]:
     if container.plain is not None and container.plain.security_options:
         return list(container.plain.security_options)
@@ -325,6 +339,7 @@ def _plain_host_config(container: Container) -> dict[str, Any]:
     return mode | {
         "RestartPolicy": {"Name": plain.restart.name, "MaximumRetryCount": plain.restart.attempts_max},
         "AutoRemove": plain.auto_remove,
+        "VolumesFrom": list(plain.volumes_from) or None,
     }
 
 

@@ -39,8 +39,8 @@ from skep.engine.create import MEMORY_BYTES_MIN
 from skep.engine.engine import Engine
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
+from skep.engine.limits import nano_cpus_of
 from skep.engine.request import read_create
-from skep.engine.spec import nano_cpus_of
 from skep.errors import InvalidArgument, NotFound, Unimplemented
 from skep.model.encoding import ApiObject
 
@@ -97,7 +97,7 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
     """Create a plain container from the body of ``request``."""
     body = read_create(await read_body(request))
     container = await engine.create(body, name=request.query.get("name", ""))
-    return json_answer({"Id": container.id, "Warnings": []}, 201)
+    return json_answer({"Id": container.id, "Warnings": list(container.warnings)}, 201)
 
 
 @_table.get("/containers/json")

@@ -82,7 +82,7 @@ def networks(container: Container) -> dict[str, Any]:
         return {endpoint.network_name: _overlay(container, endpoint) for endpoint in sandbox.endpoints}
     is_up = container.is_running
     name = sandbox.network or "bridge"
-    if container.plain is not None and container.mode is NetworkMode.NETWORKS:
+    if container.plain is not None and container.mode in (NetworkMode.NETWORKS, NetworkMode.CONTAINER):
         return {}
     if container.plain is not None or container.mode is NetworkMode.HOST:
         name = container.mode.value
@@ -99,7 +99,7 @@ def networks(container: Container) -> dict[str, Any]:
 
 def _alone(container: Container) -> dict[str, Any]:
     """Of a plain container that does not run and is to have none of its own."""
-    if container.plain is None or container.plain.mode is NetworkMode.NETWORKS:
+    if container.plain is None or container.plain.mode in (NetworkMode.NETWORKS, NetworkMode.CONTAINER):
         return {}
     return {container.plain.mode.value: _NO_NETWORK}
 

@@ -12,7 +12,15 @@ from typing import Literal
 from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfSequence, Unimplemented
+from skep.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfSequence,
+    PermissionDenied,
+    Unimplemented,
+)
+from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import known_ingress_network
 from skep.manager.control.service_rules import check_service_spec
 from skep.manager.registry_auth import auth_of, follow_rollback, keep_auth
@@ -21,6 +29,7 @@ from skep.model.ids import IdSource, ServiceId
 from skep.model.meta import Version
 from skep.model.network import Network, is_ingress
 from skep.model.readable import NameSource, free_name
+from skep.model.rights import allowed_by, rights_of, rights_text
 from skep.model.secret import Config, Secret
 from skep.model.service import (
     JobStatus,
@@ -55,6 +64,7 @@ def create_service(
 
     Raises:
         InvalidArgument: the spec can never work, a port is taken, a secret or config is missing.
+        PermissionDenied: the cluster does not allow the rights over nodes that it asks for.
         AlreadyExists: the name is taken.
         FailedPrecondition: it publishes ports on the ingress network and there is none.
         Unavailable: what it needs cannot be read.
@@ -62,6 +72,7 @@ def create_service(
     if not spec.name:
         spec = replace(spec, name=_free_name(tx, new_name))
     check_service_spec(spec)
+    _check_rights(tx, spec)
     _check_attachments(tx, spec)
     _check_ingress(tx, spec)
     _check_files(tx, spec)
@@ -96,6 +107,7 @@ def update_service(
         OutOfSequence: the service is at another version.
     """
     service = _changeable(tx, id, spec, version)
+    _check_rights(tx, spec)
     current_auth, previous_auth = (
         auth_of(tx, registry_auth_id(id)),
         auth_of(tx, previous_registry_auth_id(id)),
@@ -126,6 +138,7 @@ def rollback_service(
     service = _changeable(tx, id, spec, version)
     if service.previous_spec is None:
         raise FailedPrecondition(f"service {id} does not have a previous spec")
+    _check_rights(tx, service.previous_spec)
     follow_rollback(tx, service)
     return tx.put(
         replace(
@@ -214,6 +227,18 @@ def _present(tx: Transaction, id: ServiceId) -> Service:
     if service.removed_at is not None:
         raise NotFound(f"service {id} not found")
     return service
+
+
+def _check_rights(view: View, spec: ServiceSpec) -> None:
+    """Raises: PermissionDenied: the cluster does not allow its services what the spec asks for."""
+    kinds = rights_of(spec.task_template.container_spec).kinds
+    if not kinds:
+        return
+    refused = kinds - allowed_by(cluster_of(view).spec.labels)
+    if refused:
+        raise PermissionDenied(
+            f"the cluster does not allow its services: {rights_text(refused)} (see `skep cluster allow`)"
+        )
 
 
 def _check_attachments(view: View, spec: ServiceSpec) -> None:

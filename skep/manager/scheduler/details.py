@@ -8,6 +8,7 @@ from skep.manager.scheduler.requirements import Requirements
 from skep.model.constraints import meets
 from skep.model.labels import IGNORE_PATHS
 from skep.model.node import NodeState
+from skep.model.rights import allowed_by, missing_devices, rights_text
 
 _CPU_NANO = 1_000_000_000
 _MEBIBYTE = 1024**2
@@ -56,6 +57,18 @@ def platform(requirements: Requirements, account: Account, copies: int) -> str:
     wanted = ", ".join(f"{one.os or 'any'}/{one.architecture or 'any'}" for one in requirements.platforms)
     actual = account.node.description.platform
     return f"unsupported platform: {wanted} wanted, this is {actual.os}/{actual.architecture}"
+
+
+def rights(requirements: Requirements, account: Account, copies: int) -> str:
+    """The rights over the machine that the node does not give."""
+    refused = requirements.rights.kinds - allowed_by(account.node.description.engine.labels)
+    return f"rights over the machine not given: {rights_text(refused)} (the node's setting `allow`)"
+
+
+def devices(requirements: Requirements, account: Account, copies: int) -> str:
+    """The devices that the node does not have."""
+    missing = missing_devices(requirements.rights, account.node.description.engine.labels)
+    return f"missing device: {', '.join(missing)}"
 
 
 def ports(requirements: Requirements, account: Account, copies: int) -> str:

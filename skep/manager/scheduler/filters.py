@@ -18,6 +18,7 @@ from skep.model.ids import NodeId
 from skep.model.labels import ignores_paths
 from skep.model.node import Availability, EnginePlugin, NodeState
 from skep.model.planes import DOCKER, SKEP, plane_of_node
+from skep.model.rights import allowed_by, missing_devices
 from skep.model.service import Platform
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -88,6 +89,18 @@ def _fits(wanted: Platform, actual: Platform) -> bool:
     architecture = _ARCHITECTURES.get(wanted.architecture, wanted.architecture)
     actual_architecture = _ARCHITECTURES.get(actual.architecture, actual.architecture)
     return architecture in ("", actual_architecture) and wanted.os in ("", actual.os)
+
+
+def _gives_rights(requirements: Requirements, account: Account, copies: int) -> bool:
+    return requirements.rights.kinds <= allowed_by(account.node.description.engine.labels)
+
+
+def _has_devices(requirements: Requirements, account: Account, copies: int) -> bool:
+    return not missing_devices(requirements.rights, account.node.description.engine.labels)
+
+
+def _asks_for_rights(requirements: Requirements) -> bool:
+    return bool(requirements.rights.kinds)
 
 
 def _has_ports(requirements: Requirements, account: Account, copies: int) -> bool:
@@ -161,6 +174,21 @@ FILTERS = (
         _is_platform,
         "unsupported platform on {nodes}",
         details.platform,
+        is_lasting=True,
+    ),
+    # Not SwarmKit's, whose services have none.
+    Filter(
+        _asks_for_rights,
+        _gives_rights,
+        "rights over the machine not given by {nodes}",
+        details.rights,
+        is_lasting=True,
+    ),
+    Filter(
+        _asks_for_rights,
+        _has_devices,
+        "missing device on {nodes}",
+        details.devices,
         is_lasting=True,
     ),
     Filter(

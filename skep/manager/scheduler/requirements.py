@@ -13,6 +13,7 @@ from skep.model.network import Network
 from skep.model.overlays import is_encrypted
 from skep.model.paths import PathCheck
 from skep.model.planes import is_overlay, plane_of
+from skep.model.rights import MachineRights, rights_of
 from skep.model.service import (
     GenericResource,
     Placement,
@@ -49,6 +50,8 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """Data planes of its overlay networks; empty if none belongs to one yet."""
     paths: tuple[PathCheck, ...] = ()
     """The checks of overlay traffic that must pass on its node; the ingress network counts."""
+    rights: MachineRights = MachineRights()
+    """What its containers are given of their node."""
     cluster_volumes: tuple[str, ...] = ()
     """Sources of its mounts of type ``cluster``: a volume's name, or ``group:`` and the name of a group."""
 
@@ -63,7 +66,7 @@ def requirements_of(
         planes: of its overlay networks, as they are now (``planes_of``).
 
     Raises:
-        InvalidArgument: a constraint cannot be parsed (the API rejects such specs).
+        InvalidArgument: a constraint or a label cannot be parsed (the API rejects such specs).
     """
     spec = task.spec
     placement = spec.placement or Placement()
@@ -82,6 +85,7 @@ def requirements_of(
         max_replicas=placement.max_replicas,
         planes=planes,
         paths=_paths(task.networks_attachments),
+        rights=rights_of(spec.container_spec),
         cluster_volumes=tuple(_cluster_volumes(task)),
     )
 

@@ -293,6 +293,26 @@ async def test_errors_of_one_task_do_not_touch_another(node: Node) -> None:
         await node.reports.wait("good", RUNNING)
 
 
+class Limited(SimulatedController):
+    """On a node that cannot give its tasks everything."""
+
+    def observed(self) -> Running | None:
+        found = super().observed()
+        return found and msgspec.structs.replace(
+            found, warnings=("this node may not give CAP_BPF", "w" * 5000)
+        )
+
+
+async def test_what_the_node_could_not_give_a_task_is_in_its_message(node: Node) -> None:
+    node.controllers["limited"] = Limited
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("limited"), assigned("good")))
+        assert (await node.reports.wait("good", RUNNING)).message == "started"
+        status = await node.reports.wait("limited", RUNNING)
+        assert status.message.startswith("started; this node may not give CAP_BPF; www")
+        assert (len(status.message), status.err) == (2000, "")
+
+
 class Stubborn(SimulatedController):
     """Cannot be removed at the first try."""
 

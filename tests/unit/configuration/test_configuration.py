@@ -77,12 +77,14 @@ def test_daemon_json_is_understood_by_its_own_names() -> None:
             "log-opts": {"max-size": "10m"},
             "default-address-pools": [{"base": "10.10.0.0/16", "size": 24}],
             "data-root": "/srv/skep",
+            "cdi-spec-dirs": ["/srv/cdi"],
         }
     )
     assert configuration == Configuration(
         debug=True,
         hosts=(UnixHost(Path("/run/other.sock")),),
         labels={"zone": "a b"},
+        cdi_spec_dirs=(Path("/srv/cdi"),),
         generic_resources=(
             GenericResource(discrete_resource_spec=DiscreteResource(kind="FPGA", value=3)),
             GenericResource(named_resource_spec=NamedResource(kind="GPU", value="UUID1")),
@@ -218,6 +220,8 @@ BAD = [
     ("generic-resource", "gpu", "write kind=number or kind=name"),
     ("generic-resource", "gpu=-1", "must not be negative"),
     ("generic-resource", "gpu=9223372036854775808", "must not be negative, nor above"),
+    ("allow", "everything", "write all, none, or some of privileged, devices"),
+    ("cdi-spec-dir", "etc/cdi", "absolute"),
     ("executor", "docker", "choose oci or process"),
     ("cgroup-parent", "a/../b", "names separated by '/'"),
     ("runc", "", "is empty"),

@@ -70,19 +70,14 @@ def test_values_that_the_docker_command_always_sends_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("host", "option"),
     [
-        ({"Privileged": True}, "--privileged"),
-        ({"Devices": [{"PathOnHost": "/dev/kmsg"}]}, "--device"),
-        ({"PidMode": "host"}, "--pid"),
-        ({"IpcMode": "host"}, "--ipc"),
-        ({"CgroupnsMode": "host"}, "--cgroupns"),
-        ({"MaskedPaths": []}, "systempaths"),
-        ({"MemorySwap": -1}, "--memory-swap"),
+        ({"CgroupParent": "mine"}, "--cgroup-parent"),
+        ({"Runtime": "kata"}, "--runtime"),
+        ({"KernelMemory": 1 << 20}, "--kernel-memory"),
         ({"SomethingOfTomorrow": "on"}, "somethingoftomorrow"),
         ({"SecurityOpt": ["label=level:s0:c100"]}, "--security-opt label"),
         ({"SecurityOpt": ["label:type:svirt_apache_t"]}, "--security-opt label"),
         ({"SecurityOpt": ["writable-cgroups"]}, "--security-opt writable-cgroups"),
         ({"SecurityOpt": ["writable-cgroups=1"]}, "--security-opt writable-cgroups"),
-        ({"NetworkMode": "container:box"}, "--network container:NAME"),
     ],
 )
 def test_an_option_that_is_not_honoured_is_refused_by_its_name(host: dict[str, Any], option: str) -> None:

@@ -20,6 +20,7 @@ from skep.model.container import (
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
+from skep.model.rights import Right
 from skep.model.service import DiscreteResource, GenericResource, NamedResource, TaskSpec
 from skep.model.task import AssignedTask, NetworkAttachment
 from tests.support.builders import a_task
@@ -119,3 +120,45 @@ def test_generic_resources_are_variables_of_the_container() -> None:
     task = replace(a_task("t"), spec=spec, generic_resources=given)
     env = create_request(AssignedTask(task=task, service_name="web"), NODE).env
     assert env == ("A=b", "DOCKER_RESOURCE_GPU=a,b", "DOCKER_RESOURCE_SSD=2")
+
+
+def with_labels(**labels: str) -> AssignedTask:
+    named = {f"skep.{name.replace('_', '-')}": value for name, value in labels.items()}
+    spec = TaskSpec(container_spec=ContainerSpec(image="i", command=("true",), labels=named))
+    return AssignedTask(task=replace(a_task("t"), spec=spec), service_name="web")
+
+
+def test_rights_of_a_tasks_labels_are_options_of_its_container() -> None:
+    task = with_labels(
+        privileged="true",
+        devices="/dev/fuse:/dev/f:rw,acme.com/net=eth9",
+        device_rules="c 188:* r",
+        gpus="device=1",
+        pid="host",
+        ipc="host",
+        uts="host",
+        shm_size="1m",
+        cpu_shares="7",
+        memory_swap="-1",
+        device_read_bps="/dev/sda:2",
+    )
+    host = create_request(task, NODE).host_config
+    assert (host.privileged, host.pid_mode, host.ipc_mode, host.uts_mode) == (True, "host", "host", "host")
+    assert [(one.path_on_host, one.path_in_container, one.cgroup_permissions) for one in host.devices] == [
+        ("/dev/fuse", "/dev/f", "rw")
+    ]
+    assert [(one.driver, one.device_ids, one.capabilities) for one in host.device_requests] == [
+        ("cdi", ("acme.com/net=eth9",), ()),
+        ("", ("1",), (("gpu",),)),
+    ]
+    assert (host.device_cgroup_rules, host.shm_size, host.cpu_shares) == (("c 188:* r",), 1 << 20, 7)
+    assert host.memory_swap == -1
+    assert [(one.path, one.rate) for one in host.blkio_device_read_bps] == [("/dev/sda", 2)]
+
+
+def test_a_right_that_is_not_granted_rejects_the_task() -> None:
+    node = NodeFacts(hostname="n", allowed=frozenset({Right.RESOURCES}))
+    assert create_request(with_labels(shm_size="1m"), node).host_config.shm_size == 1 << 20
+    with pytest.raises(Rejected, match="this node does not allow its tasks: devices,privileged"):
+        create_request(with_labels(privileged="true", devices="/dev/fuse"), node)
+    assert not create_request(with_labels(), node).host_config.privileged

@@ -12,13 +12,14 @@ from skep.errors import (
     InvalidArgument,
     NotFound,
     OutOfSequence,
+    PermissionDenied,
     SkepError,
     Unimplemented,
 )
 from skep.manager.control.networks import first_networks
 from skep.manager.control.service_form import settled
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
-from skep.model.ids import new_id
+from skep.model.ids import ClusterId, new_id
 from skep.model.service import (
     EndpointSpec,
     GlobalService,
@@ -29,6 +30,7 @@ from skep.model.service import (
     ServiceSpec,
     UpdateState,
 )
+from skep.model.swarm import Swarm
 from skep.model.times import Timestamp
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
@@ -60,6 +62,10 @@ async def update(store, service: Service, spec: ServiceSpec, **options) -> Servi
     return await store.update(
         update_service, service.id, settled(spec), service.version.index, now=NOW, **options
     )
+
+
+async def rollback(store, service: Service, spec: ServiceSpec) -> Service:
+    return await store.update(rollback_service, service.id, settled(spec), service.version.index, now=NOW)
 
 
 def payloads(store) -> dict[str, bytes]:
@@ -221,3 +227,43 @@ async def test_of_what_is_refused_nothing_stays(store, spec, message):
     assert store.view().find(Service) == before
     await create(store, a_service_spec("new"))
     assert store.view().get(Service, first.id) == first
+
+
+def with_labels(spec: ServiceSpec, **labels: str) -> ServiceSpec:
+    container = replace(spec.task_template.container_spec, labels=labels)
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
+
+
+async def allow(store, rights: str) -> None:
+    def write(tx) -> None:
+        swarm = next(iter(tx.find(Swarm)), Swarm(id=ClusterId("c"), created_at=NOW))
+        tx.put(replace(swarm, spec=replace(swarm.spec, labels={"skep.allow": rights})))
+
+    await store.update(write)
+
+
+async def test_a_service_gets_no_right_over_its_nodes_that_the_cluster_does_not_allow(store):
+    plain = a_service_spec("web")
+    privileged = with_labels(plain, **{"skep.privileged": "true", "skep.shm-size": "1g"})
+    words = "the cluster does not allow its services: privileged"
+    await allow(store, "resources")
+    with pytest.raises(PermissionDenied, match=words):
+        await create(store, privileged)
+    await allow(store, "resources,privileged")
+    service = await create(store, privileged)
+    service = await update(store, service, plain)
+    await allow(store, "resources")
+    with pytest.raises(PermissionDenied, match=words):
+        await update(store, service, privileged)
+    with pytest.raises(PermissionDenied, match=words):
+        await rollback(store, service, plain)
+    assert store.view().get(Service, service.id).spec == settled(plain)
+    await allow(store, "all")
+    assert (await rollback(store, service, plain)).spec == settled(privileged)
+
+
+async def test_a_right_that_cannot_be_read_or_is_the_services_own_label_is_refused(store):
+    with pytest.raises(InvalidArgument, match=r"invalid label skep\.gpus=many"):
+        await create(store, with_labels(a_service_spec("web"), **{"skep.gpus": "many"}))
+    with pytest.raises(InvalidArgument, match="counts on containers only"):
+        await create(store, replace(a_service_spec("web"), labels={"skep.gpus": "all"}))

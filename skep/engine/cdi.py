@@ -1,0 +1,192 @@
+"""Devices by the Container Device Interface: what a vendor's files say a container needs to have a device.
+
+``vendor.com/class=name`` names a device; files in /etc/cdi and /var/run/cdi, written by the machine's administrator or
+the vendor's tools, say which nodes, mounts, variables and hooks it stands for.  They are read at each start: a driver's
+update replaces them.  The files are root's, like the runtime itself: their hooks run on the machine.
+
+Source: cncf-tags/container-device-interface, SPEC.md (0.8), pkg/cdi; moby, daemon/cdi.go.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from skep.engine.machine import DeviceRequest
+from skep.errors import FailedPrecondition, InvalidArgument
+from skep.model.encoding import GoInt
+
+log = structlog.get_logger()
+
+DIRECTORIES: Final = (Path("/etc/cdi"), Path("/var/run/cdi"))
+"""Those of the specification, in the order of their priority: later files prevail."""
+_FILE_BYTES_MAX = 1 << 20
+_FILES_MAX = 256
+_HOOKS = frozenset(
+    {"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"}
+)
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A device file in the container.  What is left out is the machine's."""
+
+    path: str
+    host_path: str = ""
+    type: str = ""
+    major: int | None = None
+    minor: int | None = None
+    file_mode: int | None = None
+    permissions: str = ""
+    uid: int | None = None
+    gid: int | None = None
+
+
+class BindMount(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A mount from the machine."""
+
+    host_path: str
+    container_path: str
+    options: tuple[str, ...] = ()
+    type: str = ""
+
+
+class Hook(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A program that the runtime runs on the machine at a moment of the container's life."""
+
+    hook_name: str
+    path: str
+    args: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    timeout: GoInt | None = None
+
+
+class Edits(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """``containerEdits``: what is added to the container."""
+
+    env: tuple[str, ...] = ()
+    nodes: tuple[Node, ...] = msgspec.field(name="deviceNodes", default=())
+    mounts: tuple[BindMount, ...] = ()
+    hooks: tuple[Hook, ...] = ()
+    additional_gids: tuple[int, ...] = msgspec.field(name="additionalGids", default=())
+
+    def __add__(self, other: "Edits") -> "Edits":
+        return Edits(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
+
+class _Device(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    name: str
+    container_edits: Edits = Edits()
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    kind: str
+    devices: tuple[_Device, ...]
+    container_edits: Edits = Edits()
+
+
+class Described(msgspec.Struct, frozen=True, kw_only=True):
+    """One device.  ``shared``: edits of its file, needed once however many of its devices a container has."""
+
+    edits: Edits
+    file: Path
+    shared: Edits
+
+
+def described(directories: Iterable[Path] = DIRECTORIES) -> Mapping[str, Described]:
+    """Every device of this machine's descriptions, by name.  A file that cannot be read is logged, and is not there."""
+    found: dict[str, Described] = {}
+    for directory in directories:
+        try:
+            files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".yaml", ".yml"))
+        except OSError:
+            continue
+        for path in files[:_FILES_MAX]:
+            try:
+                content = _read(path)
+            except (OSError, ValueError, msgspec.MsgspecError) as error:
+                log.warning("description of devices not read", path=str(path), error=str(error))
+                continue
+            for device in content.devices:
+                found[f"{content.kind}={device.name}"] = Described(
+                    edits=device.container_edits, file=path, shared=content.container_edits
+                )
+    return found
+
+
+def edits_for(requests: Sequence[DeviceRequest], directories: Iterable[Path] = DIRECTORIES) -> Edits:
+    """What the devices of ``requests`` add to a container.
+
+    Raises: FailedPrecondition: a device is not there; InvalidArgument: a request that nothing here fulfils.
+    """
+    known = described(directories)
+    names = [name for request in requests for name in names_of(request, known)]
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise FailedPrecondition(
+            f"CDI device injection failed: unresolvable CDI devices {', '.join(missing)}"
+        )
+    edits, files = Edits(), set()
+    for name in dict.fromkeys(names):
+        device = known[name]
+        edits += device.edits if device.file in files else device.shared + device.edits
+        files.add(device.file)
+    return edits
+
+
+def names_of(request: DeviceRequest, known: Iterable[str]) -> Sequence[str]:
+    """The devices that a request names.  ``known``: those of the machine.
+
+    ``--gpus`` asks for GPUs of whatever vendor is described; a driver's name chooses among several.
+    Raises: FailedPrecondition: there are not as many; InvalidArgument: no driver has the capabilities.
+
+    Source: moby, daemon/devices.go (its words) and daemon/nvidia_linux.go (which capabilities are a GPU's).
+    """
+    if request.driver == "cdi":
+        if request.count:
+            raise InvalidArgument("cannot specify Count for CDI devices")
+        return request.device_ids
+    is_gpu = any("gpu" in one for one in request.capabilities)
+    kinds = sorted({name.partition("=")[0] for name in known if name.partition("=")[0].endswith("/gpu")})
+    kind = next((one for one in kinds if one.startswith(request.driver)), None)
+    if not is_gpu or kind is None:
+        shown = " ".join(f"[{' '.join(one)}]" for one in request.capabilities)
+        raise FailedPrecondition(
+            f'could not select device driver "{request.driver}" with capabilities: [{shown}]'
+        )
+    if request.device_ids:
+        if request.count:
+            raise InvalidArgument("cannot set both Count and DeviceIDs on device request")
+        return [f"{kind}={id}" for id in request.device_ids]
+    own = [name for name in known if name.startswith(f"{kind}=") and name != f"{kind}=all"]
+    if request.count < 0:
+        return [f"{kind}=all"] if f"{kind}=all" in known else own
+    if request.count > len(own):
+        raise FailedPrecondition(
+            f"{request.count} devices {kind} were requested, this machine has {len(own)}"
+        )
+    return sorted(own)[: request.count]
+
+
+def oci_hooks(hooks: Iterable[Hook]) -> dict[str, list[dict[str, Any]]]:
+    """``hooks`` of the runtime specification."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for hook in hooks:
+        entry: dict[str, Any] = {"path": hook.path, "args": list(hook.args), "env": list(hook.env)}
+        if hook.timeout is not None:
+            entry["timeout"] = hook.timeout
+        found.setdefault(hook.hook_name, []).append(entry)
+    return found
+
+
+def _read(path: Path) -> _File:
+    """Raises: OSError; ValueError; msgspec.MsgspecError."""
+    if path.stat().st_size > _FILE_BYTES_MAX:
+        raise ValueError(f"larger than {_FILE_BYTES_MAX} bytes")
+    content = msgspec.json.decode(path.read_bytes(), type=_File)
+    for edits in (content.container_edits, *(one.container_edits for one in content.devices)):
+        unknown = {hook.hook_name for hook in edits.hooks} - _HOOKS
+        if unknown:
+            raise ValueError(f"unknown hooks: {', '.join(sorted(unknown))}")
+    return content

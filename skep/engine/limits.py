@@ -1,0 +1,170 @@
+"""Limits of a container as the runtime specification has them.  What the kernel cannot limit becomes a warning.  Pure.
+
+Source: moby 20.10, daemon/daemon_unix.go (verifyPlatformContainerResources: the words), daemon/oci_linux.go.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from skep.engine.capacity import Capacity
+from skep.engine.container import ContainerConfig
+from skep.engine.machine import MachineOptions, numbers
+from skep.errors import InvalidArgument
+
+CPU_PERIOD_US: Final = 100_000
+_THROTTLES: Final = {
+    "throttleReadBpsDevice": "BPS Block I/O read",
+    "throttleWriteBpsDevice": "BPS Block I/O write",
+    "throttleReadIOPSDevice": "IOPS Block read",
+    "throttleWriteIOPSDevice": "IOPS Block write",
+}
+
+
+def nano_cpus_of(quota_us: int, period_us: int) -> int:
+    """Billionths of a processor that a quota in a period is.  ``period_us``: 0 is the kernel's."""
+    return quota_us * 1_000_000_000 // (period_us or CPU_PERIOD_US)
+
+
+def swap_bytes(config: ContainerConfig) -> int:
+    """Memory and swap together that the container may use; -1: as much as there is; 0: no limit was given."""
+    return config.machine.memory_swap or 2 * config.memory_bytes
+
+
+def resources(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -> dict[str, Any]:
+    """``linux.resources`` for the limits of ``config`` but those of block devices.
+
+    Raises: InvalidArgument: this machine does not have the processors or memory nodes.
+    """
+    found = {
+        "memory": _memory(config, capacity, warnings),
+        "cpu": _cpu(config, capacity, warnings),
+        "pids": _pids(config, capacity, warnings),
+    }
+    return {name: limits for name, limits in found.items() if limits}
+
+
+def _memory(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -> dict[str, Any]:
+    memory: dict[str, Any] = {}
+    options = config.machine
+    is_limited = bool(config.memory_bytes or config.memory_reservation_bytes)
+    if "memory" not in capacity.controllers:
+        if is_limited:
+            warnings.append("Your kernel does not support memory limit capabilities. Limitation discarded.")
+        return memory
+    if config.memory_bytes:
+        memory["limit"] = config.memory_bytes
+        if capacity.has_swap_accounting:
+            memory["swap"] = swap_bytes(config)
+        elif options.memory_swap:
+            warnings.append(
+                "Your kernel does not support swap limit capabilities or the cgroup is not mounted. "
+                "Memory limited without swap."
+            )
+    if config.memory_reservation_bytes:
+        memory["reservation"] = config.memory_reservation_bytes
+    if options.memory_swappiness not in (None, -1):
+        if capacity.is_cgroup_v2:
+            warnings.append(
+                "Your kernel does not support memory swappiness capabilities or the cgroup is not mounted. "
+                "Memory swappiness discarded."
+            )
+        else:
+            memory["swappiness"] = options.memory_swappiness
+    if options.oom_kill_disable:
+        if capacity.is_cgroup_v2:
+            warnings.append("Your kernel does not support OomKillDisable. OomKillDisable discarded.")
+        else:
+            memory["disableOOMKiller"] = True
+            if not config.memory_bytes:
+                warnings.append(
+                    "OOM killer is disabled for the container, but no memory limit is set, this can result in the "
+                    "system running out of resources."
+                )
+    return memory
+
+
+def _cpu(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -> dict[str, Any]:
+    cpu: dict[str, Any] = {}
+    options, has_cpu = config.machine, "cpu" in capacity.controllers
+    if config.nano_cpus:
+        if has_cpu:
+            quota_us = config.nano_cpus * CPU_PERIOD_US // 1_000_000_000
+            cpu |= {"quota": max(quota_us, 1000), "period": CPU_PERIOD_US}  # the kernel's least
+        else:
+            warnings.append("Your kernel does not support CPU cfs quota. Quota discarded.")
+    if options.cpu_shares:
+        if has_cpu:
+            cpu["shares"] = options.cpu_shares
+        else:
+            warnings.append(
+                "Your kernel does not support CPU shares or the cgroup is not mounted. Shares discarded."
+            )
+    if not (options.cpuset_cpus or options.cpuset_mems):
+        return cpu
+    if "cpuset" not in capacity.controllers:
+        warnings.append("Your kernel does not support cpuset or the cgroup is not mounted. Cpuset discarded.")
+        return cpu
+    for name, asked, available, what in (
+        ("cpus", options.cpuset_cpus, capacity.cpus, "CPUs"),
+        ("mems", options.cpuset_mems, capacity.memory_nodes, "memory nodes"),
+    ):
+        if not asked:
+            continue
+        if available and not (numbers(asked) or frozenset()) <= (numbers(available) or frozenset()):
+            raise InvalidArgument(
+                f"Requested {what} are not available - requested {asked}, available: {available}"
+            )
+        cpu[name] = asked
+    return cpu
+
+
+def _pids(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -> dict[str, Any]:
+    if config.pids <= 0:
+        return {}
+    if "pids" in capacity.controllers:
+        return {"limit": config.pids}
+    warnings.append("Your kernel does not support pids limit capabilities. PIDs limit discarded.")
+    return {}
+
+
+def block_io(
+    options: MachineOptions,
+    numbers_of: Mapping[str, tuple[int, int]],
+    capacity: Capacity,
+    warnings: list[str],
+) -> dict[str, Any]:
+    """``linux.resources.blockIO``.  ``numbers_of``: major and minor number of each limited device by its path."""
+    found: dict[str, Any] = {}
+    if options.blkio_weight or options.blkio_weight_device:
+        if capacity.has_io_weight:
+            if options.blkio_weight:
+                found["weight"] = options.blkio_weight
+            if options.blkio_weight_device:
+                found["weightDevice"] = [
+                    {**_device(numbers_of[one.path]), "weight": one.weight}
+                    for one in options.blkio_weight_device
+                ]
+        else:
+            for is_given, what in (
+                (options.blkio_weight, "Block I/O weight"),
+                (options.blkio_weight_device, "Block I/O weight_device"),
+            ):
+                if is_given:
+                    discarded = "Weight" if what.endswith("weight") else "Weight-device"
+                    warnings.append(
+                        f"Your kernel does not support {what} or the cgroup is not mounted. {discarded} discarded."
+                    )
+    has_limits = ("io" if capacity.is_cgroup_v2 else "blkio") in capacity.controllers
+    for name, devices in options.throttles.items():
+        if devices and has_limits:
+            found[name] = [{**_device(numbers_of[one.path]), "rate": one.rate} for one in devices]
+        elif devices:
+            warnings.append(
+                f"Your kernel does not support {_THROTTLES[name]} limit or the cgroup is not mounted. "
+                "Limit discarded."
+            )
+    return found
+
+
+def _device(numbers_: tuple[int, int]) -> dict[str, int]:
+    return {"major": numbers_[0], "minor": numbers_[1]}

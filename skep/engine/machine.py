@@ -1,0 +1,206 @@
+"""Options by which a container shares the machine: devices, namespaces, and limits beside memory and processors.
+
+They are fields of ``HostConfig`` with Docker's names, kept with the container as the user gave them and shown so.
+
+Source: moby 20.10, api/types/container/host_config.go; the checks daemon/daemon_unix.go
+(verifyPlatformContainerSettings, verifyPlatformContainerResources) and runconfig/hostconfig_unix.go.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Final
+
+import msgspec
+
+from skep.errors import InvalidArgument
+from skep.model.encoding import ApiObject, GoInt
+
+CONTAINER: Final = "container:"
+"""Begins a mode that names another container, whose namespace is shared."""
+SWAPPINESS_MAX: Final = 100
+
+_RULE = re.compile(r"([acb]) ([0-9]+|\*):([0-9]+|\*) ([rwm]{1,3})")
+_ACCESS = re.compile(r"[rwm]{1,3}")
+
+
+class DeviceMapping(ApiObject):
+    """``--device``: a device, or every device in a directory.  ``cgroup_permissions`` empty: ``rwm``."""
+
+    __go_name__: ClassVar[str | None] = "container.DeviceMapping"
+
+    path_on_host: str = msgspec.field(name="PathOnHost", default="")
+    path_in_container: str = msgspec.field(name="PathInContainer", default="")
+    cgroup_permissions: str = msgspec.field(name="CgroupPermissions", default="")
+
+
+class DeviceRequest(ApiObject):
+    """``--gpus``, or devices of CDI (``driver`` cdi).  ``count`` -1: all; ``capabilities``: any of these sets."""
+
+    __go_name__: ClassVar[str | None] = "container.DeviceRequest"
+
+    driver: str = msgspec.field(name="Driver", default="")
+    count: GoInt = msgspec.field(name="Count", default=0)
+    device_ids: tuple[str, ...] = msgspec.field(name="DeviceIDs", default=())
+    capabilities: tuple[tuple[str, ...], ...] = msgspec.field(name="Capabilities", default=())
+    options: Mapping[str, str] = msgspec.field(name="Options", default={})
+
+
+class WeightDevice(ApiObject):
+    """``--blkio-weight-device``."""
+
+    __go_name__: ClassVar[str | None] = "blkiodev.WeightDevice"
+
+    path: str = ""
+    weight: GoInt = 0
+
+
+class ThrottleDevice(ApiObject):
+    """``--device-read-bps`` and its like.  ``rate``: bytes or operations in a second."""
+
+    __go_name__: ClassVar[str | None] = "blkiodev.ThrottleDevice"
+
+    path: str = ""
+    rate: int = 0
+
+
+class MachineOptions(ApiObject):
+    """What a container is given of its machine.  The defaults are what Docker gives every container."""
+
+    __go_name__: ClassVar[str | None] = "container.HostConfig"
+
+    privileged: bool = False
+    devices: tuple[DeviceMapping, ...] = ()
+    device_cgroup_rules: tuple[str, ...] = ()
+    device_requests: tuple[DeviceRequest, ...] = ()
+    pid_mode: str = msgspec.field(name="PidMode", default="")
+    ipc_mode: str = ""
+    uts_mode: str = msgspec.field(name="UTSMode", default="")
+    userns_mode: str = ""
+    cgroupns_mode: str = ""
+    cpu_shares: int = msgspec.field(name="CpuShares", default=0)
+    cpuset_cpus: str = msgspec.field(name="CpusetCpus", default="")
+    cpuset_mems: str = msgspec.field(name="CpusetMems", default="")
+    blkio_weight: GoInt = 0
+    blkio_weight_device: tuple[WeightDevice, ...] = ()
+    blkio_device_read_bps: tuple[ThrottleDevice, ...] = ()
+    blkio_device_write_bps: tuple[ThrottleDevice, ...] = ()
+    blkio_device_read_iops: tuple[ThrottleDevice, ...] = msgspec.field(name="BlkioDeviceReadIOps", default=())
+    blkio_device_write_iops: tuple[ThrottleDevice, ...] = msgspec.field(
+        name="BlkioDeviceWriteIOps", default=()
+    )
+    memory_swap: int = 0
+    memory_swappiness: int | None = None
+    oom_kill_disable: bool | None = None
+    annotations: Mapping[str, str] = {}
+    masked_paths: tuple[str, ...] | None = None
+    """None: Docker's."""
+    readonly_paths: tuple[str, ...] | None = None
+
+    @property
+    def throttles(self) -> Mapping[str, tuple[ThrottleDevice, ...]]:
+        """Limits of block devices by their name in the runtime specification."""
+        return {
+            "throttleReadBpsDevice": self.blkio_device_read_bps,
+            "throttleWriteBpsDevice": self.blkio_device_write_bps,
+            "throttleReadIOPSDevice": self.blkio_device_read_iops,
+            "throttleWriteIOPSDevice": self.blkio_device_write_iops,
+        }
+
+
+def other_container(mode: str) -> str:
+    """The container that a mode ``container:NAME`` names; empty: it names none."""
+    return mode.removeprefix(CONTAINER) if mode.startswith(CONTAINER) else ""
+
+
+def check(options: MachineOptions, memory_bytes: int) -> None:
+    """Refuse what can work on no node, in Docker's words.  ``memory_bytes``: the limit; 0: none.
+
+    Raises: InvalidArgument.
+    """
+    _check_modes(options)
+    _check_memory(options, memory_bytes)
+    if options.cpu_shares < 0:
+        raise InvalidArgument(f"invalid CPU shares ({options.cpu_shares}): value must be a positive integer")
+    for text, what in ((options.cpuset_cpus, "cpus"), (options.cpuset_mems, "mems")):
+        if text and numbers(text) is None:
+            raise InvalidArgument(f"Invalid value {text} for cpuset {what}")
+    _check_block_io(options)
+    for rule in options.device_cgroup_rules:
+        device_rule(rule)
+    for device in options.devices:
+        if device.cgroup_permissions and not _ACCESS.fullmatch(device.cgroup_permissions):
+            raise InvalidArgument(f"bad mode specified: {device.cgroup_permissions}")
+        for path in (device.path_on_host, device.path_in_container or device.path_on_host):
+            if not path.startswith("/"):
+                raise InvalidArgument(f"{path} is not an absolute path")
+    if "" in options.annotations:
+        raise InvalidArgument("invalid Annotations: the empty string is not permitted as an annotation key")
+
+
+def device_rule(text: str) -> dict[str, object]:
+    """``c 1:3 rwm`` as the runtime specification has it.  Raises: InvalidArgument.
+
+    Source: moby, oci/oci.go (AppendDevicePermissionsFromCgroupRules).
+    """
+    match = _RULE.fullmatch(text)
+    if match is None:
+        raise InvalidArgument(f"invalid device cgroup rule format: '{text}'")
+    kind, major, minor, access = match.groups()
+    rule: dict[str, object] = {"allow": True, "type": kind, "access": access}
+    for name, number in (("major", major), ("minor", minor)):
+        if number != "*":
+            rule[name] = int(number)
+    return rule
+
+
+def numbers(ranges: str) -> frozenset[int] | None:
+    """The numbers of ``0-3,8``; None: it cannot be read.
+
+    Source: moby, pkg/parsers/parsers.go (ParseUintList; at most 8192 processors).
+    """
+    found: set[int] = set()
+    for part in ranges.split(","):
+        first, separator, last = part.partition("-")
+        ends = (first, last if separator else first)
+        if not all(end.isascii() and end.isdigit() and len(end) <= 4 for end in ends):
+            return None
+        if int(ends[0]) > int(ends[1]):
+            return None
+        found.update(range(int(ends[0]), int(ends[1]) + 1))
+    return frozenset(found)
+
+
+def _check_modes(options: MachineOptions) -> None:
+    modes: Sequence[tuple[str, str, Sequence[str]]] = (
+        ("PID mode", options.pid_mode, ("", "host")),
+        ("IPC mode", options.ipc_mode, ("", "none", "private", "shareable", "host")),
+        ("UTS mode", options.uts_mode, ("", "host")),
+        ("user namespace mode", options.userns_mode, ("", "host")),
+        ("cgroup namespace mode", options.cgroupns_mode, ("", "private", "host")),
+    )
+    for what, mode, known in modes:
+        is_shared = what in ("PID mode", "IPC mode") and bool(other_container(mode))
+        if mode not in known and not is_shared:
+            raise InvalidArgument(f"invalid {what}: {mode}")
+
+
+def _check_memory(options: MachineOptions, memory_bytes: int) -> None:
+    if memory_bytes > 0 and 0 < options.memory_swap < memory_bytes:
+        raise InvalidArgument("Minimum memoryswap limit should be larger than memory limit, see usage")
+    if memory_bytes == 0 and options.memory_swap > 0:
+        raise InvalidArgument("You should always set the Memory limit when using Memoryswap limit, see usage")
+    swappiness = options.memory_swappiness
+    if swappiness is not None and not -1 <= swappiness <= SWAPPINESS_MAX:
+        raise InvalidArgument(
+            f"Invalid value: {swappiness}, valid memory swappiness range is 0-{SWAPPINESS_MAX}"
+        )
+
+
+def _check_block_io(options: MachineOptions) -> None:
+    for weight in (options.blkio_weight, *(one.weight for one in options.blkio_weight_device)):
+        if weight and not 10 <= weight <= 1000:
+            raise InvalidArgument("Range of blkio weight is from 10 to 1000")
+    for devices in options.throttles.values():
+        for device in devices:
+            if device.rate < 0:
+                raise InvalidArgument(f"invalid rate for device: {device.path}:{device.rate}")

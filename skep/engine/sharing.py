@@ -1,0 +1,92 @@
+"""What containers share with each other: namespaces, mounts, a host name.  ``get``: a container by id or name.
+
+Source: moby 20.10, daemon/container_operations_unix.go (getIpcContainer, getPidContainer), daemon/volumes.go; the words
+are its own.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+from skep.engine import create
+from skep.engine.container import Container, ContainerConfig, MountPoint, NotRunning
+from skep.engine.machine import CONTAINER, other_container
+from skep.engine.request import CreateRequest
+from skep.engine.spec import Shared
+from skep.errors import InvalidArgument
+from skep.model.ids import ContainerId
+
+Get: TypeAlias = Callable[[str], Container]
+
+
+def with_ids(request: CreateRequest, get: Get) -> CreateRequest:
+    """``request`` with ids in the place of containers' names.  Raises: NotFound: there is none of a name."""
+    host, ids = request.host_config, {}
+    for field in ("network_mode", "pid_mode", "ipc_mode"):
+        if name := other_container(getattr(host, field)):
+            ids[field] = f"{CONTAINER}{get(name).id}"
+    if not ids:
+        return request
+    return msgspec.structs.replace(request, host_config=msgspec.structs.replace(host, **ids))
+
+
+def with_hostname(config: ContainerConfig, network_mode: str, get: Get) -> ContainerConfig:
+    """``config`` with the host name of the container whose network it shares."""
+    name = other_container(network_mode)
+    return msgspec.structs.replace(config, hostname=get(name).config.hostname) if name else config
+
+
+def inherited_mounts(specs: Sequence[str], taken: Collection[str], get: Get) -> tuple[MountPoint, ...]:
+    """The mounts of ``--volumes-from`` but where the container has one of its own.
+
+    ``taken``: destinations of its own.  Raises: NotFound; InvalidArgument.
+    """
+    found: dict[str, MountPoint] = {}
+    for text in specs:
+        name, is_read_only = create.volumes_from(text)
+        for point in get(name).config.mounts:
+            if not point.internal and point.destination not in taken:
+                read_only = point.read_only or is_read_only
+                found[point.destination] = msgspec.structs.replace(point, read_only=read_only)
+    return tuple(found.values())
+
+
+def shared_by(container: Container, get: Get, shm: Callable[[ContainerId], Path]) -> Shared:
+    """What a container to be started shares of others.
+
+    ``shm``: where the node has a container's /dev/shm.  Raises: NotFound; NotRunning; InvalidArgument.
+    """
+    machine = container.config.machine
+    path, namespaces = "", {}
+    for mode, type, refusal in (
+        (container.network_mode, "network", "cannot join network of a non running container: {id}"),
+        (machine.pid_mode, "pid", "container {id} is not running"),
+        (machine.ipc_mode, "ipc", "can't join IPC of container {id}: container {id} is not running"),
+    ):
+        name = other_container(mode)
+        if not name:
+            continue
+        other = get(name)
+        if not other.is_running:
+            raise NotRunning(refusal.format(id=other.id))
+        namespaces[type] = f"/proc/{other.pid}/ns/{'net' if type == 'network' else type}"
+        if type == "ipc":
+            path = _shm_of(other, get, shm)
+    return Shared(namespaces=namespaces, shm=path)
+
+
+def _shm_of(other: Container, get: Get, shm: Callable[[ContainerId], Path]) -> str:
+    """Raises: NotFound; InvalidArgument: the container shares it with no other."""
+    mode = other.config.machine.ipc_mode
+    if mode == "host":
+        return "/dev/shm"
+    if name := other_container(mode):
+        return _shm_of(get(name), get, shm)
+    if mode != "shareable":
+        raise InvalidArgument(
+            f"can't join IPC of container {other.id}: non-shareable IPC"
+            " (hint: use IpcMode:shareable for the donor container)"
+        )
+    return str(shm(other.id))

@@ -1,0 +1,346 @@
+"""Rights over its machine that a service asks for by labels of its containers, and who allows them.
+
+Docker's services have no field for devices, privileges, GPUs, shared memory and the machine's namespaces.  Labels of
+the *container* say it, because they belong to the task's spec: a change of them rolls the tasks, a rollback takes it
+back.
+The cluster allows kinds of rights (``skep.allow`` of its spec), and each node does for itself; without either nothing
+but what every Docker service has.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from typing import Any, Final
+
+import msgspec
+
+from skep.errors import InvalidArgument
+from skep.model.container import ContainerSpec
+
+ALLOW_LABEL: Final = "skep.allow"
+"""On the cluster: the kinds of rights that services may have; reported by nodes: those that they give."""
+DEVICES_LABEL: Final = "skep.devices"
+"""Reported by nodes: their devices, separated by commas; ``...`` at the end: there are more."""
+CDI_LABEL: Final = "skep.cdi"
+"""Reported by nodes: the devices that vendors describe (CDI), separated by commas."""
+MORE: Final = "..."
+
+_SIZE = re.compile(r"(\d{1,15})([bkmgt]?)b?", re.IGNORECASE)
+_FACTORS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_CDI_NAME = re.compile(r"[a-zA-Z][\w.-]*/[a-zA-Z][\w.-]*=[\w.:-]+")
+_ACCESS = re.compile(r"[rwm]{1,3}")
+_RULE = re.compile(r"[acb] ([0-9]+|\*):([0-9]+|\*) [rwm]{1,3}")
+_UNLISTED = re.compile(
+    r"/dev/((tty|vcs[au]?|loop|ram|dm-|zram|pty|ptyp|ttyp)\d*|null|zero|full|random|urandom|ptmx|console)"
+    r"|/dev/(disk|char|block|pts|shm|mqueue|mapper|fd)/.*"
+)
+
+
+class Right(Enum):
+    """A kind of right, as ``skep.allow`` names it."""
+
+    PRIVILEGED = "privileged"
+    """Everything that root of the machine may."""
+    DEVICES = "devices"
+    GPUS = "gpus"
+    NAMESPACES = "namespaces"
+    """Processes, shared memory and host name of the machine."""
+    RESOURCES = "resources"
+    """Sizes and limits that a service's ``--limit`` does not have."""
+
+
+ALL_RIGHTS: Final = frozenset(Right)
+
+
+class Device(msgspec.Struct, frozen=True):
+    """A device, or a directory of devices.  ``access``: letters of ``rwm``."""
+
+    path: str
+    path_in_container: str
+    access: str = "rwm"
+
+
+class Gpus(msgspec.Struct, frozen=True, kw_only=True):
+    """GPUs of a machine: so many (``count`` -1: all), or those with these names."""
+
+    count: int = 0
+    ids: tuple[str, ...] = ()
+
+
+class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
+    """What the labels of a container ask for."""
+
+    privileged: bool = False
+    devices: tuple[Device, ...] = ()
+    cdi_devices: tuple[str, ...] = ()
+    device_rules: tuple[str, ...] = ()
+    gpus: Gpus | None = None
+    pid: str = ""
+    """``host`` or empty, as the next two."""
+    ipc: str = ""
+    uts: str = ""
+    shm_bytes: int = 0
+    cpu_shares: int = 0
+    cpuset_cpus: str = ""
+    cpuset_mems: str = ""
+    memory_swap: int = 0
+    """Memory and swap together, in bytes; -1: without a limit."""
+    memory_swappiness: int | None = None
+    blkio_weight: int = 0
+    read_bps: tuple[tuple[str, int], ...] = ()
+    """Path of a block device, and bytes in a second; the next three likewise."""
+    write_bps: tuple[tuple[str, int], ...] = ()
+    read_iops: tuple[tuple[str, int], ...] = ()
+    write_iops: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def kinds(self) -> frozenset[Right]:
+        """The rights that it needs."""
+        groups = {
+            Right.PRIVILEGED: ("privileged",),
+            Right.DEVICES: ("devices", "cdi_devices", "device_rules"),
+            Right.GPUS: ("gpus",),
+            Right.NAMESPACES: ("pid", "ipc", "uts"),
+        }
+        rest = set(self.__struct_fields__) - {name for names in groups.values() for name in names}
+        groups[Right.RESOURCES] = tuple(rest)
+        return frozenset(
+            right
+            for right, names in groups.items()
+            if any(getattr(self, name) != getattr(_NOTHING, name) for name in names)
+        )
+
+
+_NOTHING: Final = MachineRights()
+
+
+def rights_of(container: ContainerSpec | None) -> MachineRights:
+    """What a service's container is to have.  Raises: InvalidArgument: a label cannot be read."""
+    if container is None:
+        return _NOTHING
+    found: dict[str, Any] = {}
+    for name, read in _READERS.items():
+        text = container.labels.get(name)
+        if text is None:
+            continue
+        try:
+            found |= read(text)
+        except ValueError as error:
+            raise InvalidArgument(f"invalid label {name}={text}: {error}") from None
+    return MachineRights(**found) if found else _NOTHING
+
+
+def check_service_rights(container: ContainerSpec | None, service_labels: Iterable[str]) -> None:
+    """Raises: InvalidArgument: a label cannot be read, or is the service's where only a container's counts."""
+    misplaced = sorted(_READERS.keys() & set(service_labels))
+    if misplaced:
+        raise InvalidArgument(
+            f"the label {misplaced[0]} counts on containers only: give it with --container-label, not with --label"
+        )
+    rights_of(container)
+
+
+def allowed_rights(text: str) -> frozenset[Right]:
+    """The kinds that ``skep.allow`` names: ``devices,gpus``, ``all``, or nothing.  Raises: InvalidArgument."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if words == ["all"]:
+        return ALL_RIGHTS
+    if words == ["none"]:
+        return frozenset()
+    try:
+        return frozenset(Right(word) for word in words)
+    except ValueError:
+        known = ", ".join(right.value for right in Right)
+        raise InvalidArgument(
+            f"invalid label {ALLOW_LABEL}={text}: want all, none, or some of {known}, separated by commas"
+        ) from None
+
+
+def allowed_by(labels: Mapping[str, str]) -> frozenset[Right]:
+    """The kinds in the labels of a cluster or a node; none without the label, or where it cannot be read."""
+    try:
+        return allowed_rights(labels.get(ALLOW_LABEL, ""))
+    except InvalidArgument:
+        return frozenset()
+
+
+def rights_text(rights: Iterable[Right]) -> str:
+    """The kinds as ``skep.allow`` has them."""
+    return ",".join(sorted(right.value for right in rights))
+
+
+def is_listed(path: str) -> bool:
+    """Whether nodes report a device at ``path`` if they have one; terminals and loop devices, for example, are not."""
+    return path.startswith("/dev/") and not _UNLISTED.fullmatch(path)
+
+
+def missing_devices(rights: MachineRights, engine_labels: Mapping[str, str]) -> tuple[str, ...]:
+    """What of the devices a node lacks, by its labels."""
+    listed = engine_labels.get(DEVICES_LABEL, "").split(",")
+    described = [one for one in engine_labels.get(CDI_LABEL, "").split(",") if one]
+    missing: list[str] = []
+    if MORE not in listed:
+        missing += [
+            one.path
+            for one in rights.devices
+            if is_listed(one.path)
+            and not any(path == one.path or path.startswith(f"{one.path.rstrip('/')}/") for path in listed)
+        ]
+    if MORE not in described:
+        missing += [name for name in rights.cdi_devices if name not in described]
+        missing += _missing_gpus(rights.gpus, described) if rights.gpus is not None else []
+    return tuple(missing)
+
+
+def _missing_gpus(gpus: Gpus, described: Iterable[str]) -> list[str]:
+    names = {name.partition("=")[2] for name in described if name.partition("=")[0].endswith("/gpu")}
+    if gpus.ids:
+        return [f"GPU {id}" for id in gpus.ids if id not in names]
+    single = names - {"all"}
+    if gpus.count < 0:
+        return [] if names else ["GPU"]
+    return [] if len(single) >= gpus.count else [f"{gpus.count} GPUs (it has {len(single)})"]
+
+
+# --- labels ------------------------------------------------------------------------------------------------------
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise ValueError("it is empty")
+    return words
+
+
+def _boolean(text: str) -> dict[str, Any]:
+    if text not in ("true", "false"):
+        raise ValueError("want true or false")
+    return {"privileged": text == "true"}
+
+
+def _devices(text: str) -> dict[str, Any]:
+    """``/dev/a[:/dev/b[:rwm]]``, as ``--device`` has it, and names of CDI."""
+    devices, names = [], []
+    for word in _words(text):
+        if _CDI_NAME.fullmatch(word):
+            names.append(word)
+            continue
+        parts = word.split(":")
+        if len(parts) == 2 and _ACCESS.fullmatch(parts[1]):
+            parts = [parts[0], parts[0], parts[1]]
+        path, inside, access = (*parts, *("", "", "")[len(parts) :]) if len(parts) <= 3 else ("", "", "")
+        inside, access = inside or path, access or "rwm"
+        if not (path.startswith("/") and inside.startswith("/") and _ACCESS.fullmatch(access)):
+            raise ValueError(
+                "want devices like /dev/ttyUSB0 or /dev/ttyUSB0:/dev/modem:rw, separated by commas"
+            )
+        devices.append(Device(path, inside, access))
+    return {"devices": tuple(devices), "cdi_devices": tuple(names)}
+
+
+def _rules(text: str) -> dict[str, Any]:
+    words = _words(text)
+    if not all(map(_RULE.fullmatch, words)):
+        raise ValueError("want rules like c 188:* rwm, separated by commas")
+    return {"device_rules": tuple(words)}
+
+
+def _gpus(text: str) -> dict[str, Any]:
+    words = _words(text)
+    if words == ["all"]:
+        return {"gpus": Gpus(count=-1)}
+    if len(words) == 1 and words[0].isascii() and words[0].isdigit() and 0 < int(words[0]) <= 1024:
+        return {"gpus": Gpus(count=int(words[0]))}
+    names = text.removeprefix("device=").split(",") if text.startswith("device=") else []
+    if not names or not all(re.fullmatch(r"[\w.:-]+", name) for name in names):
+        raise ValueError("want all, a number, or device=NAME,...")
+    return {"gpus": Gpus(ids=tuple(names))}
+
+
+def _of_the_machine(field: str) -> Callable[[str], dict[str, Any]]:
+    def read(text: str) -> dict[str, Any]:
+        if text != "host":
+            raise ValueError("want host")
+        return {field: text}
+
+    return read
+
+
+def size(text: str) -> int:
+    """Bytes of ``64m``, ``1g``, ``4096``.  Raises: ValueError."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError("want a size like 64m or 1g")
+    return int(match[1]) * _FACTORS[match[2].lower()]
+
+
+def _size(field: str, *, is_unlimited: bool = False) -> Callable[[str], dict[str, Any]]:
+    def read(text: str) -> dict[str, Any]:
+        if is_unlimited and text == "-1":
+            return {field: -1}
+        bytes_ = size(text)
+        if not 0 < bytes_ < 2**63:
+            raise ValueError("want a size like 64m or 1g")
+        return {field: bytes_}
+
+    return read
+
+
+def _number(field: str, least: int, most: int) -> Callable[[str], dict[str, Any]]:
+    def read(text: str) -> dict[str, Any]:
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
+            raise ValueError(f"want a number from {least} to {most}")
+        return {field: int(text)}
+
+    return read
+
+
+def _ranges(field: str) -> Callable[[str], dict[str, Any]]:
+    def read(text: str) -> dict[str, Any]:
+        if not re.fullmatch(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*", text):
+            raise ValueError("want numbers like 0-3,5")
+        return {field: text}
+
+    return read
+
+
+def _rates(field: str, amount: Callable[[str], int]) -> Callable[[str], dict[str, Any]]:
+    def read(text: str) -> dict[str, Any]:
+        found = []
+        for word in _words(text):
+            path, separator, rate = word.rpartition(":")
+            if not separator or not path.startswith("/"):
+                raise ValueError("want DEVICE:RATE, separated by commas")
+            found.append((path, amount(rate)))
+        return {field: tuple(found)}
+
+    return read
+
+
+def _operations(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise ValueError("want DEVICE:OPERATIONS, separated by commas")
+    return int(text)
+
+
+_READERS: Final[Mapping[str, Callable[[str], dict[str, Any]]]] = {
+    "skep.privileged": _boolean,
+    "skep.devices": _devices,
+    "skep.device-rules": _rules,
+    "skep.gpus": _gpus,
+    "skep.pid": _of_the_machine("pid"),
+    "skep.ipc": _of_the_machine("ipc"),
+    "skep.uts": _of_the_machine("uts"),
+    "skep.shm-size": _size("shm_bytes"),
+    "skep.cpu-shares": _number("cpu_shares", 2, 262_144),
+    "skep.cpuset-cpus": _ranges("cpuset_cpus"),
+    "skep.cpuset-mems": _ranges("cpuset_mems"),
+    "skep.memory-swap": _size("memory_swap", is_unlimited=True),
+    "skep.memory-swappiness": _number("memory_swappiness", 0, 100),
+    "skep.blkio-weight": _number("blkio_weight", 10, 1000),
+    "skep.device-read-bps": _rates("read_bps", size),
+    "skep.device-write-bps": _rates("write_bps", size),
+    "skep.device-read-iops": _rates("read_iops", _operations),
+    "skep.device-write-iops": _rates("write_iops", _operations),
+}
+"""Every label of a container that asks for a right."""

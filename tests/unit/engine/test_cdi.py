@@ -1,0 +1,82 @@
+"""Devices that vendors describe (CDI)."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from skep.engine.cdi import Hook, described, edits_for, names_of, oci_hooks
+from skep.engine.machine import DeviceRequest
+from skep.errors import FailedPrecondition, InvalidArgument
+
+KNOWN = ("acme.com/gpu=0", "acme.com/gpu=1", "acme.com/gpu=all", "acme.com/net=eth9")
+
+
+def a_file(directory: Path, name: str = "a.json", kind: str = "acme.com/gpu", **device: Any) -> None:
+    directory.mkdir(exist_ok=True)
+    content = {
+        "cdiVersion": "0.5.0",
+        "kind": kind,
+        "devices": [{"name": "0", "containerEdits": device}],
+        "containerEdits": {"env": ["COMMON=1"]},
+    }
+    (directory / name).write_bytes(msgspec.json.encode(content))
+
+
+def request(count: int = 0, *ids: str, driver: str = "", capability: str = "gpu") -> DeviceRequest:
+    return DeviceRequest(driver=driver, count=count, device_ids=ids, capabilities=((capability,),))
+
+
+def test_gpus_are_chosen_by_number_or_count() -> None:
+    assert names_of(request(-1), KNOWN) == ["acme.com/gpu=all"]
+    assert names_of(request(1), KNOWN) == ["acme.com/gpu=0"]
+    assert names_of(request(0, "1"), KNOWN) == ["acme.com/gpu=1"]
+    assert names_of(DeviceRequest(driver="cdi", device_ids=("acme.com/net=eth9",)), KNOWN) == (
+        "acme.com/net=eth9",
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (request(3), "3 devices acme.com/gpu were requested, this machine has 2"),
+        (request(-1, driver="nvidia"), 'could not select device driver "nvidia" with capabilities: [[gpu]]'),
+        (request(-1, capability="tpu"), 'could not select device driver "" with capabilities: [[tpu]]'),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(asked: DeviceRequest, words: str) -> None:
+    with pytest.raises(FailedPrecondition) as refused:
+        names_of(asked, KNOWN)
+    assert str(refused.value) == words
+
+
+def test_a_count_beside_names_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="cannot set both Count and DeviceIDs"):
+        names_of(request(1, "0"), KNOWN)
+
+
+def test_the_later_directory_prevails_and_common_edits_are_made_once(tmp_path: Path) -> None:
+    a_file(tmp_path / "etc", env=["FROM=etc"])
+    a_file(tmp_path / "run", env=["FROM=run"])
+    edits = edits_for([request(0, "0"), request(1)], (tmp_path / "etc", tmp_path / "run"))
+    assert edits.env == ("COMMON=1", "FROM=run")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"kind": 1}', b"\xff", b'{"kind":"a/b","devices":7}'])
+def test_a_file_that_cannot_be_read_hides_no_other(tmp_path: Path, content: bytes) -> None:
+    a_file(tmp_path, "b.json")
+    (tmp_path / "a.json").write_bytes(content)
+    assert list(described((tmp_path, tmp_path / "nosuch"))) == ["acme.com/gpu=0"]
+
+
+def test_a_file_with_an_unknown_hook_is_not_used(tmp_path: Path) -> None:
+    a_file(tmp_path, hooks=[{"hookName": "sometime", "path": "/bin/true"}])
+    assert described((tmp_path,)) == {}
+
+
+def test_hooks_are_the_runtimes() -> None:
+    hook = Hook(hook_name="createContainer", path="/bin/true", args=("true",), timeout=3)
+    assert oci_hooks([hook]) == {
+        "createContainer": [{"path": "/bin/true", "args": ["true"], "env": [], "timeout": 3}]
+    }

@@ -1,0 +1,63 @@
+"""Tasks with rights over their machine get nodes that give them."""
+
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
+from skep.manager.scheduler.placement import place
+from skep.manager.scheduler.requirements import requirements_of
+from skep.manager.scheduler.spread import Choices
+from skep.model.container import ContainerSpec
+from skep.model.node import EngineDescription, Node
+from skep.model.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL
+from skep.model.service import Service
+from skep.model.task import TaskState
+from tests.support.builders import a_docker_node, a_node, a_service, a_task
+from tests.unit.manager.scheduler.test_placement import accounting_of, nodes_of, reason
+
+
+def a_service_with(labels: Mapping[str, str]) -> Service:
+    service = a_service(replicas=1)
+    container = ContainerSpec(image="i", labels=labels)
+    template = replace(service.spec.task_template, container_spec=container)
+    return replace(service, spec=replace(service.spec, task_template=template))
+
+
+def a_node_with(id: str, allow: str, devices: str = "", cdi: str = "") -> Node:
+    node = a_node(id)
+    labels = {**node.description.engine.labels, ALLOW_LABEL: allow, DEVICES_LABEL: devices, CDI_LABEL: cdi}
+    engine = EngineDescription(engine_version="1", labels=labels)
+    return replace(node, description=replace(node.description, engine=engine))
+
+
+def placed(labels: Mapping[str, str], *nodes: Node):
+    service = a_service_with(labels)
+    task = replace(a_task(service=service, state=TaskState.PENDING), spec=service.spec.task_template)
+    requirements = requirements_of(task, service.spec)
+    return place([task], requirements, Choices(accounting_of(nodes)), now=0.0, limit=100)
+
+
+def test_a_task_with_a_right_runs_where_the_node_gives_it() -> None:
+    labels = {"skep.privileged": "true"}
+    nodes = (a_node_with("n1", "devices"), a_node_with("n2", "devices,privileged"), a_node("n3"))
+    assert nodes_of(placed(labels, *nodes)) == {"n2": 1}
+    refused = placed(labels, nodes[0], nodes[2], a_docker_node("n4"))
+    assert reason(refused) == "no suitable node (rights over the machine not given by 3 nodes)"
+
+
+def test_a_task_with_a_device_runs_where_the_device_is() -> None:
+    labels = {"skep.devices": "/dev/ttyUSB0"}
+    there, elsewhere = a_node_with("n1", "devices", "/dev/ttyUSB0"), a_node_with("n2", "devices", "/dev/fuse")
+    assert nodes_of(placed(labels, elsewhere, there)) == {"n1": 1}
+    assert reason(placed(labels, elsewhere)) == "no suitable node (missing device on 1 node)"
+
+
+def test_a_task_with_gpus_runs_where_as_many_are() -> None:
+    one = a_node_with("n1", "all", cdi="acme.com/gpu=0")
+    two = a_node_with("n2", "all", cdi="acme.com/gpu=0,acme.com/gpu=1")
+    assert nodes_of(placed({"skep.gpus": "2"}, one, two)) == {"n2": 1}
+    assert nodes_of(placed({"skep.gpus": "all"}, one)) == {"n1": 1}
+
+
+def test_a_task_without_rights_runs_anywhere() -> None:
+    assert nodes_of(placed({}, a_node_with("n1", ""))) == {"n1": 1}
