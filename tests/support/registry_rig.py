@@ -22,6 +22,8 @@ CONFIG = a_config(*LAYERS)
 
 HTPASSWD = "user:$2b$04$HJKnD8v/sWk9MFUCbP3J4.rX23aRxVokR1XHDgzEN2rxLL2Q72x3y"
 """The name ``user`` with the password ``secret``, as docker-registry reads it."""
+HTPASSWD_NEXT = "user:$2b$04$efiU.xNt8gsmC0opyjdd6.gpplbkG3bffmzfuEOD80uU6sYuoJ5Om"
+"""The same name with the password ``next``."""
 
 
 def a_manifest(
