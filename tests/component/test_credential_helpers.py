@@ -175,6 +175,11 @@ async def test_credentials_that_have_expired_are_renewed_by_the_helper(
     helper.gives("user", "next")
     await images.pull(f"{guarded.address}/app:1")
     assert len(helper.asked) == 2
+    guarded.right = "last"
+    helper.gives("user", "last")
+    found = await images.inspect_remote(images.get(f"{guarded.address}/app:1").tags[0], expired)
+    assert found["Descriptor"]["digest"] == sha256(a_manifest())
+    assert len(helper.asked) == 3
 
 
 async def test_a_refused_pull_names_what_is_wrong_with_the_helper(

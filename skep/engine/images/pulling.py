@@ -35,6 +35,7 @@ from skep.engine.images.registry import (
     OCI_MANIFEST,
     Absent,
     Credentials,
+    Denied,
     Document,
     Policy,
     RegistryError,
@@ -229,6 +230,8 @@ async def inspect(
         target = reference.digest or reference.tag
         try:
             document = await repository.manifest(target, limits.manifest_bytes_max)
+        except Denied as error:  # still as one: other credentials may do
+            raise Denied(error.cause, error.cause) from error
         except Absent as error:
             raise NotFound(error.cause) from error
         manifest = decoded(document)
