@@ -121,6 +121,8 @@ class ContainerNetwork:
         sandbox = Sandbox(netns=str(self._namespaces.path(id)), sysctls=_sysctls_of(config))
         if config.networks:
             endpoints = await self._allocation.join(config)
+        else:
+            endpoints = await self._allocation.fill(config, endpoints)
         try:
             netns = await self._namespaces.create(id, sandbox.sysctls)
             connected = await self._overlays.connect(id, netns, endpoints)
@@ -278,13 +280,16 @@ class ContainerNetwork:
 def needs_way_out(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> bool:
     """Whether a container with ``endpoints`` gets an interface on the gateway bridge.
 
+    On a network of the machine's own it has a way out already.
+
     Source: moby, libnetwork/default_gateway.go (needDefaultGW).
     """
     match mode:
         case NetworkMode.BRIDGE:
             return True
         case NetworkMode.NETWORKS:
-            return any(not one.head.is_internal for one in endpoints)
+            is_out = any(one.head.parent is not None and not one.head.is_internal for one in endpoints)
+            return not is_out and any(not one.head.is_internal for one in endpoints)
         case NetworkMode.NONE | NetworkMode.HOST | NetworkMode.CONTAINER:
             return False
 

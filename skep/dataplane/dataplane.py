@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -11,6 +12,7 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.aio.groups import errors_as_they_are
+from skep.api.networks import NetworkBody
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.endpoint_allocation import ClusterEndpoints, EndpointAllocation
 from skep.dataplane.gateway import BRIDGE, Gateway
@@ -18,6 +20,7 @@ from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.ingress.reply_routing import ReplyRouting
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.networks import LocalNetworks
+from skep.dataplane.local.objects import head_of
 from skep.dataplane.name_registration import NameRegistration
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
@@ -32,6 +35,8 @@ from skep.dataplane.probe.port_probe import PortChecks, PortProbe
 from skep.dataplane.probe.prober import PathProber
 from skep.dataplane.wireguard.tunnels import Options, Tunnels
 from skep.model.ids import new_container_id
+from skep.model.network import ConfigReference
+from skep.model.tables import NetworkHead
 from skep.paths import Paths
 
 
@@ -125,6 +130,15 @@ class DataPlane:
             naming=net.names,
             show_condition=partial(host.show_condition, "networks"),
         )
+
+    def network_of_cluster(self, id: str, name: str, driver: str, configuration: str) -> NetworkHead:
+        """A network of the cluster that each node makes for itself, from its own ``configuration`` (macvlan, ipvlan).
+
+        Raises: NotFound: there is no such configuration, in Docker's words; SkepError: it cannot be so.
+        """
+        body = NetworkBody(name=name, driver=driver, config_from=ConfigReference(network=configuration))
+        devices = [device for _, device in socket.if_nameindex()]
+        return head_of(self.local.of_cluster(id, body, devices))
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -59,6 +59,20 @@ class EndpointAllocation:
             raise
         return tuple(taken)
 
+    async def fill(
+        self, container: SandboxConfig, endpoints: Sequence[EndpointConfig]
+    ) -> tuple[EndpointConfig, ...]:
+        """``endpoints`` of a task, with addresses on networks that this node makes.  Raises: SkepError."""
+        filled: list[EndpointConfig] = []
+        try:
+            for one in endpoints:
+                is_here = one.head.parent is not None and not one.addresses
+                filled.append(await self._local.fill(container, one) if is_here else one)
+        except BaseException:
+            await self.leave(container.id, filled)
+            raise
+        return tuple(filled)
+
     async def join_one(
         self, container: SandboxConfig, request: EndpointRequest, others: Collection[EndpointConfig]
     ) -> EndpointConfig:

@@ -242,7 +242,8 @@ class Overlays:
         try:
             for one in endpoints:
                 self._enter(container_id, str(netns), one)
-                await self._settle(one.network_id)
+                if one.config.head.parent is None:
+                    await self._settle(one.network_id)
         except BaseException:
             self.disconnect(container_id, endpoints)
             raise
@@ -298,6 +299,8 @@ class Overlays:
             await self._clear_pins()
 
     def _enter(self, container_id: ContainerId, netns: str, endpoint: Endpoint) -> None:
+        if endpoint.config.head.parent is not None:
+            return  # it is no network that this node carries: there is a device in the container's namespace alone
         self._heads.setdefault(endpoint.network_id, endpoint.config.head)
         endpoints = self._endpoints.setdefault(endpoint.network_id, {})
         endpoints[container_id] = LocalEndpoint(netns, endpoint)
@@ -345,6 +348,9 @@ class Overlays:
     def _networks_of(self, sandbox: Sandbox) -> dict[NetworkId, tuple[NetworkHead, int]]:
         found = {}
         for one in sandbox.endpoints:
+            if one.config.head.parent is not None:
+                found[one.network_id] = (one.config.head, one.config.head.mtu)
+                continue
             head, (_, underlay) = self._head_of(one.network_id), self._carried(one.network_id)
             found[one.network_id] = (head, mtu_of(head, underlay))
         return found

@@ -27,6 +27,17 @@ class Segment(msgspec.Struct, frozen=True):
     vni: int
 
 
+class ParentLink(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine's own device that a network of a node is on: containers have devices of ``kind`` on ``device``.
+
+    ``kind``: ``macvlan`` or ``ipvlan``; ``mode``: the driver's word, such as ``bridge`` or ``l2``.
+    """
+
+    kind: str
+    device: str
+    mode: str
+
+
 class NetworkHead(msgspec.Struct, frozen=True, kw_only=True):
     """The network's own properties."""
 
@@ -40,6 +51,8 @@ class NetworkHead(msgspec.Struct, frozen=True, kw_only=True):
     is_ingress: bool = False
     is_internal: bool = False
     is_encrypted: bool = False
+    parent: ParentLink | None = None
+    """Of networks of a node alone; None: an overlay, or a bridge."""
 
 
 class TableNode(msgspec.Struct, frozen=True, kw_only=True):

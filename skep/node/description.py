@@ -21,7 +21,7 @@ from skep.node.features import Features, labels
 from skep.node.machine import Machine
 
 _PLUGINS = (
-    *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null")),
+    *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "ipvlan", "macvlan", "null")),
     *(EnginePlugin(type="Log", name=name) for name in LOG_DRIVERS),
     EnginePlugin(type="Volume", name="local"),
 )

@@ -5,7 +5,7 @@ container_operations.go (ingress comes first).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_interface, ip_network
 from typing import Any
 
@@ -157,8 +157,17 @@ def _throttles(rates: Iterable[tuple[str, int]]) -> tuple[ThrottleDevice, ...]:
     return tuple(ThrottleDevice(path=path, rate=rate) for path, rate in rates)
 
 
-def task_options(task: AssignedTask, mounts: Sequence[MountPoint]) -> TaskOptions:
-    """What the request has no field for.  ``mounts``: of secrets and configs.  Raises: Rejected."""
+def task_options(
+    task: AssignedTask, mounts: Sequence[MountPoint], own_networks: Sequence[EndpointConfig] = ()
+) -> TaskOptions:
+    """What the request has no field for.
+
+    Args:
+        mounts: of secrets and configs.
+        own_networks: endpoints on networks of the cluster that this node makes itself.
+
+    Raises: Rejected.
+    """
     spec = container_spec(task)
     return TaskOptions(
         labels={
@@ -169,7 +178,7 @@ def task_options(task: AssignedTask, mounts: Sequence[MountPoint]) -> TaskOption
             LABEL_TASK_ID: task.task.id,
             "com.docker.swarm.task.name": task.name,
         },
-        endpoints=endpoint_configs(task.task),
+        endpoints=(*endpoint_configs(task.task), *own_networks),
         ports=tuple(
             published_port(port, task.service_labels)
             for port in task.ports
@@ -262,6 +271,19 @@ def endpoint_configs(task: Task) -> tuple[EndpointConfig, ...]:
         if one.network is not None and is_overlay(one.network)
     ]
     return tuple(sorted(found, key=lambda one: not one.head.is_ingress))
+
+
+def own_networks(task: Task, head_of_own: Callable[[Network], NetworkHead]) -> tuple[EndpointConfig, ...]:
+    """Endpoints on the networks of ``task`` that are on the machines' own devices; this node gives their addresses.
+
+    Args:
+        head_of_own: makes such a network here.  Raises: SkepError.
+    """
+    return tuple(
+        EndpointConfig(head=head_of_own(one.network), addresses=(), aliases=one.aliases)
+        for one in task.networks_attachments
+        if one.network is not None and driver_of(one.network) in ("macvlan", "ipvlan")
+    )
 
 
 def network_head(network: Network) -> NetworkHead:

@@ -37,8 +37,10 @@ from skep.linux.name_files import RESOLVER
 from skep.model import templates
 from skep.model.ids import TaskId
 from skep.model.labels import LABEL_TASK_ID
-from skep.model.planes import is_overlay
+from skep.model.network import Network
+from skep.model.planes import driver_of, is_overlay
 from skep.model.rights import ALL_RIGHTS, Right
+from skep.model.tables import NetworkHead
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.paths import Paths
 
@@ -183,10 +185,23 @@ class OciController:
             await self._engine.create(
                 adapter.create_request(task, executor.node),
                 name=task.name,
-                task=adapter.task_options(task, secrets),
+                task=adapter.task_options(task, secrets, adapter.own_networks(task.task, self._network_here)),
                 image=image,
             )
         except InvalidArgument as error:
+            raise Rejected(str(error)) from error
+
+    def _network_here(self, network: Network) -> NetworkHead:
+        """A network of the cluster on a device of this machine.  Raises: Rejected: it cannot be made here."""
+        source = network.spec.config_from
+        try:
+            return self._executor.data_plane.network_of_cluster(
+                network.id,
+                network.spec.name,
+                driver_of(network),
+                source.network if source is not None else "",
+            )
+        except SkepError as error:
             raise Rejected(str(error)) from error
 
     async def start(self) -> Running:

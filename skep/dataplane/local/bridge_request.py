@@ -58,7 +58,7 @@ def bridge_of(
         name=body.name,
         driver="bridge",
         created_at=created_at,
-        configs=(_settled([one for one in configs if one != SubnetBody()], list(taken)),),
+        configs=(settled_subnet([one for one in configs if one != SubnetBody()], list(taken)),),
         ipam_options=ipam.options,
         config_from=body.config_source,
         is_internal=body.internal,
@@ -90,7 +90,7 @@ def _check_options(options: Mapping[str, str]) -> None:
             raise Unimplemented(f"bridge networks of this node do not know the option {name}={value}")
 
 
-def _settled(configs: list[SubnetBody], taken: list[IPv4Network]) -> SubnetBody:
+def settled_subnet(configs: list[SubnetBody], taken: list[IPv4Network]) -> SubnetBody:
     """The network's one subnet, with its gateway."""
     if len(configs) > 1 or any(":" in config.subnet for config in configs):
         raise Unimplemented("a bridge network of this node has one IPv4 subnet")

@@ -15,7 +15,7 @@ from skep.dataplane.addresses import Addresses
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, find, gateway_of, head_of, is_local, subnet_of
 from skep.dataplane.name_registration import NameRegistration
-from skep.errors import InvalidArgument, SkepError
+from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
 from skep.model.sandbox import EndpointConfig, EndpointRequest, Sandbox, SandboxConfig
@@ -43,7 +43,12 @@ class LocalEndpoints:
         self._endpoints: dict[str, dict[ContainerId, TableEndpoint]] = {}
 
     def find(self, word: str) -> LocalNetwork | None:
-        """The bridge network with the id, name or prefix of an id ``word``; None: there is none."""
+        """The network of this node with the id, name or prefix of an id ``word``; None: there is none.
+
+        One of the cluster that is made here is found by its id alone.
+        """
+        if is_local(word):
+            return find(self._networks.all(), word)
         return find(self._networks.bridges(), word)
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
@@ -86,6 +91,18 @@ class LocalEndpoints:
             raise
         return config
 
+    async def fill(self, container: SandboxConfig, wanted: EndpointConfig) -> EndpointConfig:
+        """An endpoint of a task on a network of the cluster that this node makes, with its address.
+
+        Raises: NotFound: it is not there any more; as ``take``.
+        """
+        network = self.find(wanted.head.id)
+        if network is None:
+            raise NotFound(f"network {wanted.head.name} not found")
+        return await self.take(
+            container, network, EndpointRequest(network=network.id, aliases=wanted.aliases)
+        )
+
     async def give_back(self, container_id: ContainerId, config: EndpointConfig) -> None:
         """Release the address and the names of an endpoint.  Harmless when they were released before."""
         id = config.head.id
@@ -95,6 +112,9 @@ class LocalEndpoints:
             return
         if not self._endpoints[id]:
             del self._endpoints[id]
+            if (network := self.find(id)) is not None and network.cluster_id:
+                self._networks.remove_bridge(id)  # the next task makes it again
+                self._addresses.pop(id, None)
         try:
             await self._publish(id)
         except SkepError as error:

@@ -1,6 +1,6 @@
 """Keeps the node's own networks over restarts, and gives the gateway bridge the subnet that the user wants."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -16,7 +16,8 @@ from skep.aio.trees import discard_tree_now
 from skep.api.errors import Forbidden
 from skep.api.networks import NetworkBody, SubnetBody
 from skep.dataplane.local.bridge_request import bridge_of
-from skep.dataplane.local.objects import GATEWAY, LocalNetwork, find, subnet_of
+from skep.dataplane.local.objects import GATEWAY, PARENT_MODES, LocalNetwork, find, subnet_of
+from skep.dataplane.local.parent_request import parent_network_of
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented
 from skep.linux.files import is_no_file, replace_file
 from skep.model.times import Timestamp, timestamp
@@ -173,11 +174,47 @@ class LocalNetworks:
         self._keep(replace(kept, configurations=rest))
 
     def bridges(self) -> list[LocalNetwork]:
-        """The users' bridge networks."""
+        """The users' networks for containers: bridges, and those on the machine's own devices."""
+        return [one for one in self._opened().bridges if not one.cluster_id]
+
+    def all(self) -> list[LocalNetwork]:
+        """``bridges``, and those of the cluster that are made here for its tasks."""
         return list(self._opened().bridges)
 
-    def add_bridge(self, body: NetworkBody, routes: Sequence[IPv4Network]) -> LocalNetwork:
-        """Make a user's bridge network.  ``routes``: subnets that the machine reaches.
+    def of_cluster(self, cluster_id: str, body: NetworkBody, devices: Collection[str]) -> LocalNetwork:
+        """The cluster's network on a device of this machine, made where it is not there yet.
+
+        Args:
+            body: with the name of the configuration that it has its settings from.
+
+        Raises: NotFound: there is no such configuration, in Docker's words; InvalidArgument, Forbidden, Unimplemented:
+        it cannot be so.
+        """
+        kept = self._opened()
+        if found := next((one for one in kept.bridges if one.cluster_id == cluster_id), None):
+            return found
+        configuration = find(kept.configurations, body.config_source) if body.config_source else None
+        if configuration is None:
+            raise NotFound(f'configuration network "{body.config_source}" does not exist')
+        network = parent_network_of(
+            body,
+            id=self._new_id(),
+            created_at=self._now(),
+            others=kept.bridges,
+            devices=devices,
+            configuration=configuration,
+        )
+        network = replace(network, cluster_id=cluster_id)
+        self._keep(replace(kept, bridges=(*kept.bridges, network)))
+        log.info("network of the cluster made on a device of this machine", network=network.name)
+        return network
+
+    def add(self, body: NetworkBody, routes: Sequence[IPv4Network], devices: Collection[str]) -> LocalNetwork:
+        """Make a user's bridge network, or one on a device of the machine (macvlan, ipvlan).
+
+        Args:
+            routes: subnets that the machine reaches.
+            devices: names of its network interfaces.
 
         Raises: AlreadyExists; InvalidArgument, Forbidden, Unimplemented: it cannot be so.
         """
@@ -191,13 +228,25 @@ class LocalNetworks:
         configuration = find(kept.configurations, body.config_source) if body.config_source else None
         if body.config_source and configuration is None:
             raise NotFound(f"configuration network {body.config_source} not found")
-        own = self._gateway.subnet
-        taken = [*routes, *map(subnet_of, kept.bridges), *([own] if own is not None else [])]
-        network = bridge_of(
-            body, id=self._new_id(), created_at=self._now(), taken=taken, configuration=configuration
-        )
+        if body.driver in PARENT_MODES:
+            network = parent_network_of(
+                body,
+                id=self._new_id(),
+                created_at=self._now(),
+                others=kept.bridges,
+                devices=devices,
+                configuration=configuration,
+            )
+        else:
+            own = self._gateway.subnet
+            taken = [*routes, *map(subnet_of, kept.bridges), *([own] if own is not None else [])]
+            network = bridge_of(
+                body, id=self._new_id(), created_at=self._now(), taken=taken, configuration=configuration
+            )
         self._keep(replace(kept, bridges=(*kept.bridges, network)))
-        log.info("bridge network made", network=network.name, subnet=network.configs[0].subnet)
+        log.info(
+            "network made", network=network.name, driver=network.driver, subnet=network.configs[0].subnet
+        )
         return network
 
     def remove_bridge(self, id: str) -> None:

@@ -14,13 +14,21 @@ import msgspec
 from skep.api.networks import LOCAL, Facts, SubnetBody
 from skep.model.ids import NetworkId
 from skep.model.network import MTU_OPTION
-from skep.model.tables import NetworkHead, Segment
+from skep.model.tables import NetworkHead, ParentLink, Segment
 from skep.model.times import Timestamp
 
 MTU: Final = 1500
 LOCAL_ID_LENGTH: Final = 64
 GATEWAY: Final = "docker_gwbridge"
 """Docker's name of the bridge by which containers on overlay networks reach the world."""
+
+
+PARENT_OPTION: Final = "parent"
+PARENT_MODES: Final[Mapping[str, tuple[str, ...]]] = {
+    "macvlan": ("bridge", "private", "vepa", "passthru"),
+    "ipvlan": ("l2", "l3", "l3s"),
+}
+"""Drivers of networks on the machine's own devices, with their modes, the default first."""
 
 
 class LocalNetwork(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +49,8 @@ class LocalNetwork(msgspec.Struct, frozen=True, kw_only=True):
     has_ipv6: bool = False
     options: Mapping[str, str] = {}
     labels: Mapping[str, str] = {}
+    cluster_id: str = ""
+    """Id of the cluster's network that this is, on this node, for its tasks; empty: the node's own."""
 
 
 def facts_of(network: LocalNetwork, *, is_used: bool) -> Facts:
@@ -91,14 +101,24 @@ def gateway_of(network: LocalNetwork) -> IPv4Address:
 
 
 def head_of(network: LocalNetwork) -> NetworkHead:
-    """A bridge network as overlays know one: it has no other node to reach."""
+    """A network as overlays know one: it has no other node to reach."""
+    parent = parent_of(network)
     return NetworkHead(
         id=NetworkId(network.id),
         name=network.name,
         segments=(Segment(str(subnet_of(network)), str(gateway_of(network)), 0),),
-        mtu=int(network.options.get(MTU_OPTION) or MTU),
+        mtu=int(network.options.get(MTU_OPTION) or (0 if parent is not None else MTU)),
         is_internal=network.is_internal,
+        parent=parent,
     )
+
+
+def parent_of(network: LocalNetwork) -> ParentLink | None:
+    """The machine's device that a network is on; None: it is a bridge network."""
+    if network.driver not in PARENT_MODES:
+        return None
+    mode = network.options.get(f"{network.driver}_mode") or PARENT_MODES[network.driver][0]
+    return ParentLink(kind=network.driver, device=network.options[PARENT_OPTION], mode=mode)
 
 
 def is_local(id: str) -> bool:

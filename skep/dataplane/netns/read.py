@@ -40,7 +40,7 @@ from skep.dataplane.netns.state import (
     Vxlan,
 )
 
-_KINDS = frozenset({"bridge", "vxlan", "tun", "veth", "wireguard", "loopback"})
+_KINDS = frozenset({"bridge", "vxlan", "tun", "veth", "wireguard", "loopback", "macvlan", "ipvlan"})
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBi")
 _NDMSG = struct.Struct("=BxxxiHBB")

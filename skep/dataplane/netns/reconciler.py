@@ -290,8 +290,9 @@ class NetnsReconciler:
         return is_wanted or (self.scope.selects is not None and self.scope.selects(link))
 
     async def _carry_out(self, operations: Sequence[Operation]) -> None:
-        missing = [one.link.name for one in operations if isinstance(one, AddLink)]
-        if missing or any(isinstance(one, DeleteLink) for one in operations):
+        added = [one.link for one in operations if isinstance(one, AddLink)]
+        missing = [link.name for link in added if link.parent is None]
+        if added or any(isinstance(one, DeleteLink) for one in operations):
             self.indices = None
         if missing and self._remake is not None:
             for name in missing:
@@ -299,7 +300,7 @@ class NetnsReconciler:
             # Now they are there, and bare.
             goal = self._goal or State()
             operations = difference(goal, await self._read(goal), is_exclusive=self.is_exclusive)
-            if any(isinstance(one, AddLink) for one in operations):
+            if any(isinstance(one, AddLink) and one.link.parent is None for one in operations):
                 raise KernelRefused(f"an interface of {self.name} cannot be made again")
         await apply_operations(self._namespaces, self.path, operations)
 

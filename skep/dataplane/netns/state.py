@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from skep.model.tables import ParentLink
+
 
 class Vxlan(msgspec.Struct, frozen=True, kw_only=True):
     """What cannot be changed of a VXLAN device once it is made.  ``local``: address that its packets leave from.
@@ -33,7 +35,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     ``is_closed_port``: as a port of a bridge it neither learns addresses nor gets what is meant for unknown ones.
     ``offloads``: whether checksums and TCP's segments are left to what lies below; of VXLAN only, None elsewhere.
     Of wanted states only: ``peer``, where the other end of a veth is to be made; ``sockets``, the namespace that has a
-    VXLAN's UDP socket, empty: the node's own.
+    VXLAN's UDP socket, empty: the node's own; ``parent``, the device of the node's own namespace that it is on.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     offloads: bool | None = None
     peer: Peer | None = None
     sockets: str = ""
+    parent: ParentLink | None = None
 
 
 class EntryKind(IntEnum):

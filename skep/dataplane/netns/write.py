@@ -8,7 +8,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from skep.dataplane.netns.diff import (
 from skep.dataplane.netns.namespaces import Namespaces, set_sysctl
 from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, RouteKind, Rule, State
 from skep.errors import Unavailable
+from skep.model.tables import ParentLink
 
 log = structlog.get_logger()
 
@@ -65,6 +66,13 @@ async def apply_operations(namespaces: Namespaces, path: Path, operations: Seque
         raise KernelRefused(f"the kernel did not answer in {_DEADLINE_S:g} s") from error
     except (OSError, NetlinkError) as error:
         raise KernelRefused(f"the kernel refused a change of the network: {error}") from error
+
+
+_MODES: Mapping[str, Mapping[str, int | str]] = {
+    "macvlan": {"private": "private", "vepa": "vepa", "bridge": "bridge", "passthru": "passthru"},
+    "ipvlan": {"l2": 0, "l3": 1, "l3s": 2},
+}
+"""As pyroute2 has them."""
 
 
 async def remove_vxlans(namespaces: Namespaces, path: Path) -> None:
@@ -168,6 +176,8 @@ class _Changes:
                 await _tolerating(_PRESENT, self._route.link("add", br_mcast_snooping=0, **options))
             case "vxlan":
                 await self._add_vxlan(link, options)
+            case _ if link.parent is not None:
+                await self._add_on_parent(link, link.parent, options)
             case _ if link.peer is not None:
                 if not os.path.ismount(link.peer.netns):  # its container ends at this moment
                     log.warning("no namespace for the other end", link=link.name, namespace=link.peer.netns)
@@ -181,6 +191,18 @@ class _Changes:
             case _:
                 raise KernelRefused(f"the other end of {link.name} is not known")
         await self._set(link)
+
+    async def _add_on_parent(self, link: Link, parent: ParentLink, options: dict[str, Any]) -> None:
+        """A device on one of the node's own, made where that is, for this namespace."""
+        if parent.kind == "ipvlan":
+            options.pop("address", None)  # it has its parent's
+        options[f"{parent.kind}_mode"] = _MODES[parent.kind][parent.mode]
+        async with self._namespaces.netlink(self._namespaces.home) as route:
+            found = await route.link_lookup(ifname=parent.device)
+            if not found:
+                raise KernelRefused(f"the parent interface {parent.device} of a network is not there")
+            with _opened(str(self._path)) as namespace:
+                await _tolerating(_PRESENT, route.link("add", link=found[0], net_ns_fd=namespace, **options))
 
     async def _add_vxlan(self, link: Link, options: dict[str, Any]) -> None:
         assert link.vxlan is not None, "a wanted VXLAN has its parameters"

@@ -19,7 +19,7 @@ from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Peer, Ro
 from skep.dataplane.plan.wireguard import tunnel_mtu
 from skep.model.ids import NetworkId, NodeId
 from skep.model.sandbox import Endpoint, Sandbox
-from skep.model.tables import NetworkHead, Segment, Table
+from skep.model.tables import NetworkHead, ParentLink, Segment, Table
 
 INGRESS_BRIDGE = "skep-ingress"
 """The ingress network's bridge, in the node's own namespace."""
@@ -185,7 +185,11 @@ def container_state(sandbox: Sandbox, networks: Mapping[NetworkId, tuple[Network
     sysctls = dict(sandbox.sysctls)
     for endpoint in sandbox.endpoints:
         name, (head, mtu) = endpoint.interface, networks[endpoint.network_id]
-        links[name] = Link(name=name, kind="veth", mtu=mtu, mac=endpoint.mac_address)
+        if head.parent is None:
+            links[name] = Link(name=name, kind="veth", mtu=mtu, mac=endpoint.mac_address)
+        else:
+            links[name] = _on_parent(name, head, head.parent, endpoint.mac_address)
+            routes |= _ways_by(name, head)
         held = [ip_interface(one) for one in endpoint.config.addresses]
         addresses |= {Address(name, str(one)) for one in held}
         if any(one.version == 6 for one in held):
@@ -209,6 +213,26 @@ def container_state(sandbox: Sandbox, networks: Mapping[NetworkId, tuple[Network
     return State(links=links, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=sysctls)
 
 
+def _on_parent(name: str, head: NetworkHead, parent: ParentLink, mac: str) -> Link:
+    return Link(
+        name=name,
+        kind=parent.kind,
+        mtu=head.mtu,
+        mac="" if parent.kind == "ipvlan" else mac,  # ipvlan's is its parent's
+        parent=parent,
+    )
+
+
+def _ways_by(name: str, head: NetworkHead) -> set[Route]:
+    """The default route on a device of the machine: by the gateway, or straight where ipvlan routes itself."""
+    gateways = [one.gateway for one in head.segments if one.gateway]
+    if head.is_internal or not head.segments:
+        return set()
+    if head.parent is not None and head.parent.mode in ("l3", "l3s"):
+        return {Route(name, "0.0.0.0/0")}
+    return {Route(name, "0.0.0.0/0", gateway) for gateway in gateways[:1]}
+
+
 def _ipv6_sysctls(interface: str) -> dict[str, str]:
     """Of an interface with an IPv6 address that we know to be free, and whose routes we know."""
     return {
@@ -225,7 +249,11 @@ def just_made(wanted: State, sysctls: Mapping[str, str]) -> State:
     ``sysctls``: those that it was made with.
     """
     return State(
-        links={name: msgspec.structs.replace(link, is_up=False) for name, link in wanted.links.items()},
+        links={
+            name: msgspec.structs.replace(link, is_up=False)
+            for name, link in wanted.links.items()
+            if link.parent is None  # these are made from inside
+        },
         # The kernel gives them as soon as the interfaces are up.
         addresses=frozenset(one for one in wanted.addresses if one.interface.startswith(("127.", "fe80:"))),
         rules=frozenset(one for one in wanted.rules if not one.is_policy),

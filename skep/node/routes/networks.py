@@ -8,6 +8,7 @@ Source: moby 20.10, api/server/router/network/network_routes.go, daemon/network.
 """
 
 import asyncio
+import socket
 from ipaddress import IPv4Network
 from typing import Any
 from urllib.parse import quote
@@ -149,7 +150,8 @@ class _NodeNetworks:
                 "(--driver overlay), or give skep a Docker Engine (--engine-socket)"
             )
         routes = [one for one, _ in await asyncio.to_thread(read_routes) if isinstance(one, IPv4Network)]
-        return _created(self._local.add_bridge(body, routes))
+        devices = [name for _, name in socket.if_nameindex()]
+        return _created(self._local.add(body, routes, devices))
 
     async def remove(self, request: web.Request) -> web.StreamResponse:
         word = request.match_info["name"]

@@ -1,0 +1,78 @@
+"""Networks on a device of the machine, as users ask for them."""
+
+import pytest
+
+from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
+from skep.dataplane.local.objects import LocalNetwork, head_of
+from skep.dataplane.local.parent_request import parent_network_of
+from skep.errors import SkepError
+from skep.model.tables import ParentLink
+from skep.model.times import Timestamp
+
+LAN = IPAMBody(config=(SubnetBody(subnet="10.77.0.0/24", ip_range="10.77.0.64/26"),))
+
+
+def made(
+    driver: str = "macvlan", *, others: tuple[LocalNetwork, ...] = (), ipam: IPAMBody = LAN, **options: str
+) -> LocalNetwork:
+    named = {
+        name.replace("__", "."): value for name, value in ({"parent": "eth0"} | options).items() if value
+    }
+    body = NetworkBody(name="lan", driver=driver, ipam=ipam, options=named)
+    return parent_network_of(
+        body, id="a" * 64, created_at=Timestamp(""), others=others, devices=["lo", "eth0", "eth1"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("driver", "options", "mode"),
+    [
+        ("macvlan", {}, "bridge"),
+        ("macvlan", {"macvlan_mode": "private"}, "private"),
+        ("ipvlan", {}, "l2"),
+        ("ipvlan", {"ipvlan_mode": "l3s"}, "l3s"),
+    ],
+)
+def test_containers_are_on_the_parent_in_the_drivers_mode(driver, options, mode):
+    head = head_of(made(driver, **options))
+    assert head.parent == ParentLink(kind=driver, device="eth0", mode=mode)
+    assert head.segments[0].gateway == "10.77.0.1"
+    assert head.mtu == 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "options", "words"),
+    [
+        ("macvlan", {"parent": ""}, "needs a parent interface"),
+        ("macvlan", {"parent": "lo"}, "loopback interface is not a valid macvlan parent link"),
+        ("macvlan", {"parent": "eth9"}, "the parent interface is not there"),
+        ("macvlan", {"parent": "e" * 16}, "the parent interface is not there"),
+        (
+            "macvlan",
+            {"macvlan_mode": "x"},
+            "requested macvlan mode 'x' is not valid, 'bridge' mode is the macvlan",
+        ),
+        ("ipvlan", {"ipvlan_mode": "l4"}, "requested ipvlan mode 'l4' is not valid, 'l2' mode is the ipvlan"),
+        ("macvlan", {"ipvlan_mode": "l2"}, "do not know the option ipvlan_mode=l2"),
+        (
+            "macvlan",
+            {"com__docker__network__driver__mtu": "x"},
+            "invalid value for com.docker.network.driver.mtu",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(driver, options, words):
+    with pytest.raises(SkepError, match=words):
+        made(driver, **options)
+
+
+def test_a_network_without_a_subnet_is_refused():
+    with pytest.raises(SkepError, match="needs the subnet"):
+        made(ipam=IPAMBody())
+
+
+def test_a_parent_has_one_network():
+    first = made()
+    with pytest.raises(SkepError, match="network aaaaaaaaaaaa is already using parent interface eth0"):
+        made(others=(first,))
+    assert made(others=(first,), parent="eth1")
