@@ -13,7 +13,7 @@ import msgspec
 
 from skep.engine.machine import MachineOptions
 from skep.errors import AlreadyExists
-from skep.model.container import HealthConfig, Ulimit
+from skep.model.container import HealthConfig, Mount, Ulimit
 from skep.model.ids import ContainerId
 from skep.model.sandbox import EndpointConfig, EndpointRequest, NetworkMode, PublishedPort, Sandbox
 from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
@@ -150,6 +150,12 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     exposed_ports: tuple[str, ...] = ()
     machine: MachineOptions = MachineOptions()
     """What it is given of the machine, as its user asked for it."""
+    binds: tuple[str, ...] = ()
+    """``HostConfig.Binds`` of the request; it and the next two are kept to be shown."""
+    requested_mounts: tuple[Mount, ...] | None = None
+    """``HostConfig.Mounts`` of the request; None: made by a version that did not keep them."""
+    tmpfs: Mapping[str, str] = {}
+    """``HostConfig.Tmpfs`` of the request."""
     healthcheck: HealthConfig | None = None
     log: LogConfig = LogConfig()
 

@@ -197,14 +197,14 @@ def container_config(
     entrypoint, command = invocation(request, image)
     security = _security(host.security_opt)
     is_on_host = host.network_mode == "host"
-    exposed = {*(image.exposed_ports or {}), *request.exposed_ports, *host.port_bindings}
     task = task or TaskOptions(stop_grace_ns=_stop_grace_ns(request, image))
+    exposed = _exposed(request, image, task)
     return ContainerConfig(
         path=(entrypoint + command)[0],
         args=(entrypoint + command)[1:],
         entrypoint=entrypoint,
         command=command,
-        env=merged_environment(image.env or (), request.env),
+        env=_environment(request, image),
         working_dir=request.working_dir or image.working_dir,
         user=request.user or image.user,
         groups=host.group_add,
@@ -239,6 +239,9 @@ def container_config(
         machine=machine_options(host),
         is_on_host=is_on_host,
         exposed_ports=tuple(sorted(exposed)),
+        binds=host.binds,
+        requested_mounts=host.mounts,
+        tmpfs=host.tmpfs,
         healthcheck=health.merged(request.healthcheck, image.healthcheck),
         log=log_config(_log_driver(host, node)),
     )
@@ -253,6 +256,27 @@ def machine_options(host: HostConfig) -> MachineOptions:
     """Those of ``host`` that are kept with the container as they are.  Raises: InvalidArgument."""
     machine.check(host, host.memory)
     return MachineOptions(**{name: getattr(host, name) for name in MachineOptions.__struct_fields__})
+
+
+def _exposed(request: CreateRequest, image: ContainerDefaults, task: TaskOptions) -> set[str]:
+    """Ports of the image, of the request, and those that the task publishes on its node."""
+    published = {f"{port.target_port}/{port.protocol}" for port in task.ports}
+    return {
+        *(image.exposed_ports or {}),
+        *request.exposed_ports,
+        *request.host_config.port_bindings,
+        *published,
+    }
+
+
+def _environment(request: CreateRequest, image: ContainerDefaults) -> tuple[str, ...]:
+    """The user's variables, then those of the image that the user does not name.
+
+    Source: moby 20.10, daemon/commit.go (merge).
+    """
+    merged = merged_environment(image.env or (), request.env)
+    named = {one.partition("=")[0] for one in request.env}
+    return tuple(sorted(merged, key=lambda one: one.partition("=")[0] not in named))
 
 
 def _stop_grace_ns(request: CreateRequest, image: ContainerDefaults) -> int:

@@ -116,24 +116,31 @@ class Volumes:
         # Before the directory, with which the volume is there.
         if labels is not None:
             replace_file(path.parent / _LABELS, msgspec.json.encode(labels))
-        if options:  # a password may be among them
+        if options is not None:  # a password may be among them
             replace_file(path.parent / _OPTIONS, msgspec.json.encode(options), mode=0o600)
         path.mkdir(mode=0o755, exist_ok=True)
         return path
 
     def options(self, name: str) -> Mapping[str, str]:
         """The driver options it was made with.  Raises: Unavailable: they cannot be read."""
+        return self.given_options(name) or {}
+
+    def given_options(self, name: str) -> Mapping[str, str] | None:
+        """The same; None where whoever made it said nothing of options."""
         try:
             content = (self.path(name).parent / _OPTIONS).read_bytes()
             return msgspec.json.decode(content, type=dict[str, str])
         except FileNotFoundError:
-            return {}
+            return None
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Unavailable(f"options of volume {name} cannot be read: {describe_error(error)}") from error
 
     def has_options(self, name: str) -> bool:
         """Whether it was made with driver options: what it mounts may not be on this node."""
-        return (self.path(name).parent / _OPTIONS).exists()
+        try:
+            return bool(self.options(name))
+        except SkepError:
+            return True
 
     def labels(self, name: str) -> Mapping[str, str] | None:
         """The labels it was made with; None: it was made by a container without labels, or they cannot be read."""
@@ -314,6 +321,10 @@ class Volumes:
         """Raises: InvalidArgument."""
         given = mount.volume_options or VolumeOptions()
         driver = given.driver_config or Driver()
+        # As an engine: with a driver they are stored, be there any or not.
+        labels = given.labels if given.labels or given.driver_config is not None else None
+        if not mount.source and labels is not None:
+            labels = {**labels, ANONYMOUS: ""}
         if driver.name not in ("", "local"):
             raise InvalidArgument(
                 f'error looking up volume plugin {driver.name}: plugin "{driver.name}" not found'
@@ -324,7 +335,7 @@ class Volumes:
         check_local_options(name, driver.options)
         if driver.options and self.has(name) and self.options(name) != driver.options:
             raise InvalidArgument(f"volume {name} exists with other options than those of the mount")
-        path = self.ensure(name, (given.labels if mount.source else None) or None, driver.options)
+        path = self.ensure(name, labels, driver.options if given.driver_config is not None else None)
         point = mount_point(mount, str(path), name)
         return msgspec.structs.replace(point, anonymous=not mount.source, subpath=given.subpath)
 

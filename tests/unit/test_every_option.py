@@ -355,6 +355,7 @@ def of_request(request: CreateRequest, task: TaskOptions | None, directory: Path
     config = create.container_config(
         request, image, task, create.NodeDefaults("n", "172.18.0.1", Driver(name="json-file"))
     )
+    config = msgspec.structs.replace(config, binds=(), requested_mounts=None, tmpfs={})  # are only shown
     volumes = Volumes(directory / "volumes")
     points = volumes.mount_points(mounts, ())
     config = msgspec.structs.replace(config, mounts=(*points, *config.mounts))

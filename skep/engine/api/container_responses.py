@@ -265,7 +265,7 @@ def _config(container: Container) -> dict[str, Any]:
         "Env": list(config.env),
         "Cmd": list(config.command) or None,
         "Image": container.image,
-        "Volumes": {mount.destination: {} for mount in config.mounts if mount.type == "volume"} or None,
+        "Volumes": {one.destination: {} for one in config.mounts if _is_of_config(one, config)} or None,
         "WorkingDir": config.working_dir,
         "Entrypoint": list(config.entrypoint) or None,
         "OnBuild": None,
@@ -282,11 +282,14 @@ def _config(container: Container) -> dict[str, Any]:
 
 def _host_config(container: Container) -> dict[str, Any]:
     config = container.config
-    mounts = [_mount_config(mount) for mount in config.mounts if not mount.internal]
+    mounts: list[Any] = list(config.requested_mounts or ())
+    if config.requested_mounts is None:
+        mounts = [_mount_config(mount) for mount in config.mounts if not mount.internal]
     return {
         **_HOST_DEFAULTS,
         **_machine_options(config),
         **_plain_host_config(container),
+        "Binds": list(config.binds) or None,
         "LogConfig": {"Type": config.log.type, "Config": dict(config.log.options)},
         "PortBindings": _bindings(container),
         "CapAdd": list(config.capability_add) or None,
@@ -303,12 +306,15 @@ def _host_config(container: Container) -> dict[str, Any]:
         "Isolation": "default",
         "Memory": config.memory_bytes,
         "NanoCpus": config.nano_cpus,
+        # The engine's default, and what runc is given.
+        "MemorySwap": 2 * config.memory_bytes,
         "MemoryReservation": config.memory_reservation_bytes,
         "PidsLimit": config.pids or None,
         "Ulimits": list(config.ulimits),
         "Init": config.init,
         **({"Sysctls": dict(config.sysctls)} if config.sysctls else {}),
         **({"Mounts": mounts} if mounts else {}),
+        **({"Tmpfs": dict(config.tmpfs)} if config.tmpfs else {}),
     }
 
 
@@ -363,19 +369,37 @@ def _mount_config(mount: MountPoint) -> dict[str, Any]:
 
 
 def _mounts(container: Container) -> list[dict[str, Any]]:
-    return [_mount(mount) for mount in container.config.mounts if not mount.internal]
+    config = container.config
+    return [_mount(mount, config) for mount in config.mounts if not mount.internal]
 
 
-def _mount(mount: MountPoint) -> dict[str, Any]:
+def _is_of_config(mount: MountPoint, config: ContainerConfig) -> bool:
+    """Whether it is a volume of the image or of ``Config.Volumes``, not of a mount or bind."""
+    asked = {one.target for one in config.requested_mounts or ()}
+    return mount.type == "volume" and mount.anonymous and mount.destination not in asked
+
+
+def _mode(mount: MountPoint, config: ContainerConfig) -> str:
+    """The options of its bind; else ``z`` for a volume that was asked for.
+
+    Source: moby 20.10, daemon/volumes.go (setBindModeIfNull).
+    """
+    for words in (bind.split(":") for bind in config.binds):
+        if len(words) == 3 and words[1] == mount.destination:
+            return words[2]
+    return "z" if mount.type == "volume" and not _is_of_config(mount, config) else ""
+
+
+def _mount(mount: MountPoint, config: ContainerConfig) -> dict[str, Any]:
     response: dict[str, Any] = {
         "Type": mount.type,
         "Name": mount.name,
         "Source": mount.source,
         "Destination": mount.destination,
         "Driver": mount.driver,
-        "Mode": "",
+        "Mode": _mode(mount, config),
         "RW": not mount.read_only,
-        "Propagation": mount.propagation,
+        "Propagation": mount.propagation or ("rprivate" if mount.type == "bind" else ""),
     }
     return {key: value for key, value in response.items() if value != "" or key not in ("Name", "Driver")}
 

@@ -160,7 +160,8 @@ async def wait(served: Served, request: web.Request) -> web.StreamResponse:
     async with JsonLines(request) as lines:  # the header is sent before the container has ended
         ended = await served.engine.wait(container.id, condition)
         response: dict[str, Any] = {"StatusCode": ended.exit_code}
-        if ended.error:
+        # A removal that succeeds clears the error of a failed start (moby, container/state.go, SetRemovalError).
+        if ended.error and condition is not WaitCondition.REMOVED:
             response["Error"] = {"Message": ended.error}
         elif api_version(request) < _WITHOUT_NULL_ERROR:
             response["Error"] = None

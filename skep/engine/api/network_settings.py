@@ -112,9 +112,7 @@ def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
     requested |= {"IPv6Address": str(v6.ip)} if v6 is not None else {}
     response = _NO_NETWORK | {
         "IPAMConfig": requested,
-        "Aliases": [*endpoint.config.aliases, container.id[:12]]
-        if container.plain is not None
-        else [container.id[:12]],
+        "Aliases": _aliases(container, endpoint),
         "NetworkID": endpoint.network_id,
     }
     if not container.is_running:
@@ -127,6 +125,18 @@ def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
         "GlobalIPv6PrefixLen": v6.network.prefixlen if v6 is not None else 0,
         "MacAddress": endpoint.mac_address,
     }
+
+
+def _aliases(container: Container, endpoint: Endpoint) -> list[str]:
+    """A task's do not have those of its spec, which the cluster resolves.
+
+    Source: moby 20.10, daemon/container_operations.go (updateNetworkConfig).
+    """
+    id = container.id[:12]
+    if container.plain is not None:
+        return [*endpoint.config.aliases, id]
+    hostname = container.config.hostname
+    return [id, hostname] if hostname not in ("", id) else [id]
 
 
 def _endpoint_id(container: Container, endpoint: Endpoint) -> str:

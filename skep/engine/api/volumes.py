@@ -37,8 +37,8 @@ class VolumeRequest(ApiObject):
 
     name: str = ""
     driver: str = ""
-    driver_opts: Mapping[str, str] = {}
-    labels: Mapping[str, str] = {}
+    driver_opts: Mapping[str, str] | None = None
+    labels: Mapping[str, str] | None = None
     cluster_volume_spec: Mapping[str, Any] | None = None
 
 
@@ -63,7 +63,7 @@ async def create_volume(served: Served, request: web.Request) -> web.StreamRespo
     body = await read_json(request, VolumeRequest)
     name = body.name or served.volumes.new_name()
     check_volume(body, name)
-    labels = body.labels if body.name else {**body.labels, ANONYMOUS: ""}
+    labels = body.labels if body.name else {**(body.labels or {}), ANONYMOUS: ""}
     served.volumes.ensure(name, labels, body.driver_opts)
     return json_answer(shown_volume(served.volumes, name), status=201)
 
@@ -155,7 +155,7 @@ def shown_volume(volumes: Volumes, name: str) -> dict[str, Any]:
 def _options(volumes: Volumes, name: str) -> Mapping[str, str] | None:
     """As it is shown: one volume's error does not reach the others of a list."""
     try:
-        return volumes.options(name) or None
+        return volumes.given_options(name)
     except SkepError as error:
         log_error(error, "options of a volume not shown", volume=name)
         return None
@@ -178,7 +178,7 @@ def check_volume(body: VolumeRequest, name: str) -> None:
         raise NotFound(
             f'create {name}: error looking up volume plugin {body.driver}: plugin "{body.driver}" not found'
         )
-    check_local_options(name, body.driver_opts)
+    check_local_options(name, body.driver_opts or {})
 
 
 def _is_true(filters: Filters, name: str) -> bool:

@@ -179,7 +179,7 @@ def test_security_and_the_other_options() -> None:
         ("NET_ADMIN",),
     )
     assert config.hosts == ("172.18.0.1 gate", "10.1.1.1 db")
-    assert (config.nano_cpus, config.env) == (500_000_000, ("A=1", "B=3"))
+    assert (config.nano_cpus, config.env) == (500_000_000, ("B=3", "A=1"))
     assert plain_options(
         body({"RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": 3}})
     ).restart == RestartPolicy(name="on-failure", attempts_max=3)

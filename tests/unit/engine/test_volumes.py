@@ -3,9 +3,10 @@
 import socket
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from skep.engine.volumes import Volumes, check_local_options, check_subpath, mount_point
+from skep.engine.volumes import ANONYMOUS, Volumes, check_local_options, check_subpath, mount_point
 from skep.errors import InvalidArgument
 from skep.linux import mounting, syscalls
 from skep.model.container import Mount, TmpfsOptions, VolumeOptions
@@ -17,6 +18,8 @@ def test_a_volume_is_made_with_the_labels_of_its_mount(tmp_path: Path) -> None:
     mount = Mount(type="volume", source="data", target="/v", volume_options=VolumeOptions(labels={"a": "b"}))
     volumes.mount_points([mount], ())
     assert volumes.labels("data") == {"a": "b"}
+    (nameless,) = volumes.mount_points([msgspec.structs.replace(mount, source="")], ())
+    assert volumes.labels(nameless.name) == {"a": "b", ANONYMOUS: ""}
 
 
 def test_tmpfs_options_replace_their_opposites() -> None:
