@@ -306,8 +306,6 @@ def _host_config(container: Container) -> dict[str, Any]:
         "Isolation": "default",
         "Memory": config.memory_bytes,
         "NanoCpus": config.nano_cpus,
-        # The engine's default, and what runc is given.
-        "MemorySwap": 2 * config.memory_bytes,
         "MemoryReservation": config.memory_reservation_bytes,
         "PidsLimit": config.pids or None,
         "Ulimits": list(config.ulimits),
