@@ -20,6 +20,8 @@ from skep.errors import FailedPrecondition
 DEV = Path("/dev")
 _NOT_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"})
 """Directories of /dev that each container has of its own."""
+_ENTRIES_MAX = 10_000
+"""Files in a directory that stands for the devices in it."""
 
 
 class DeviceNode(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,8 +125,14 @@ def _mapped(mapping: DeviceMapping) -> Iterator[DeviceNode]:
             "error gathering device information while adding custom device "
             f'"{mapping.path_on_host}": {reason}'
         )
+    seen = 0
     for directory, names, files in os.walk(real):
         names.sort()
+        seen += len(names) + len(files)
+        if seen > _ENTRIES_MAX:  # a whole file system, perhaps
+            raise FailedPrecondition(
+                f'custom device "{mapping.path_on_host}": more than {_ENTRIES_MAX} files are in this directory'
+            )
         for name in sorted(files):
             path = Path(directory, name)
             inside = device_at(path, str(Path(shown, path.relative_to(real))), access)

@@ -16,6 +16,9 @@ TESTS = (
     "test_container_life.py::test_another_stop_signal_is_used",
     "test_container_life.py::test_a_paused_container_stands_still_and_can_be_killed",
     "test_container_life.py::test_nothing_is_left_after_removal",
+    "test_devices.py::test_a_named_device_opens_and_no_other_does",
+    "test_devices.py::test_a_rule_opens_every_device_of_its_numbers",
+    "test_devices.py::test_a_privileged_container_has_what_its_node_has",
     "test_survival_of_containers.py::test_a_restart_finds_running_containers_and_their_exit_code",
 )
 

@@ -210,7 +210,7 @@ async def test_processes_of_a_container_without_a_pid_namespace_end_with_it(
     assert lab.remains() == []
 
 
-async def test_namespaces_of_another_container_are_shared(plain: Plain, run: Runner, engine: Engine) -> None:
+async def test_namespaces_of_another_container_are_shared(plain: Plain, lab: Lab, engine: Engine) -> None:
     donor = await plain.start(
         "sh",
         "-c",
@@ -229,6 +229,9 @@ async def test_namespaces_of_another_container_are_shared(plain: Plain, run: Run
     assert any("sleep 100" in line for line in lines)
     named = await plain.create("true", host={"NetworkMode": "container:donor"}, name="second")
     assert named.network_mode == f"container:{donor.id}"
+    for one in (named, donor):
+        await engine.remove(one.id, force=True)
+    assert lab.remains() == []
 
 
 async def test_a_namespace_that_cannot_be_shared_is_refused_in_dockers_words(
