@@ -135,7 +135,7 @@ class Engine:
             report_restore=config.report_restore,
         )
         self.events = self._lifecycle.events
-        self.files = Files(self._store.get, self._lifecycle.mounted, self.events, images.limits)
+        self.files = Files(self._store.get, self._lifecycle.mounted, self.events, images)
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
         self._restarts = RestartMonitor(self, clock)

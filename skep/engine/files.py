@@ -20,7 +20,7 @@ from skep.engine import files_worker
 from skep.engine.bundle import RootFiles
 from skep.engine.container import Container
 from skep.engine.events import Events
-from skep.engine.images.layers import Limits
+from skep.engine.images.store import ImageStore
 from skep.engine.users import identity
 from skep.errors import NotFound, ResourceExhausted, Unavailable
 from skep.model.ids import ContainerId
@@ -68,13 +68,13 @@ class Files:
     """Files of all containers of a node."""
 
     def __init__(
-        self, find: Callable[[str], Container], mounted: Mounted, events: Events, limits: Limits
+        self, find: Callable[[str], Container], mounted: Mounted, events: Events, images: ImageStore
     ) -> None:
-        """``find``: the container that a word names; raises NotFound."""
+        """``find``: the container that a word names, or raises NotFound; ``images``: copies have their limits."""
         self._find = find
         self._events = events
         self._mounted = mounted
-        self._limits = limits
+        self._images = images
         self._places = asyncio.Semaphore(_COPIES_MAX)
 
     async def status(self, word: str, path: str) -> PathStatus:
@@ -109,7 +109,7 @@ class Files:
         """
         async with self._worker(word, "write", target.path, target) as worker:
             await worker.feed(archive)
-            async with _deadline(self._limits.unpack_s):
+            async with _deadline(self._images.limits.unpack_s):
                 await worker.line()
             self._events.publish("extract-to-dir", worker.container)
 
@@ -124,9 +124,9 @@ class Files:
                 action=action,
                 path=path,
                 binds=[] if action == "export" else list(binds),
-                bytes_max=self._limits.archive_bytes_max,
-                entries_max=self._limits.entries_max,
-                spare_bytes=self._limits.spare_on(root),
+                bytes_max=self._images.limits.archive_bytes_max,
+                entries_max=self._images.limits.entries_max,
+                spare_bytes=self._images.limits.spare_on(root),
             )
             if target is not None:
                 settings.keeps_kinds = target.keeps_kinds

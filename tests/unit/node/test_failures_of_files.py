@@ -137,7 +137,8 @@ async def images_come_and_the_process_changes(directory: Path, faults: Faults) -
         assert content_of(store, "old:1") == {"old: old"}
         assert content_of(store, "new:1") == {"new: new"}
         assert len(store.images()) == len(store.layer_store.all()) == 2
-    assert {path.name for path in directory.iterdir()} == {"configs", "layers", "tmp", "catalog.json"}
+    kept = {"configs", "layers", "manifests", "tmp", "catalog.json"}
+    assert {path.name for path in directory.iterdir()} == kept
     assert list(third.scratch.iterdir()) == []
 
 
