@@ -39,6 +39,8 @@ COMMANDS = {
     ),
     "node": Command("skep.cli.node:node", "Nodes: docker's commands, and eviction."),
     "network": Command("skep.cli.network:network", "Networks: docker's commands, and further subnets."),
+    "secret": Command("skep.cli.rotation:secret", "Secrets: docker's commands, rotate and prune."),
+    "config": Command("skep.cli.rotation:config", "Configs: docker's commands, rotate and prune."),
     "backup": Command("skep.cli.backup:backup", "Write the whole swarm to an encrypted file, while it runs."),
     "restore": Command("skep.cli.backup:restore", "Make this node the manager of the swarm in a backup."),
     "runs": Command("skep.cli.runs:runs", "List ended tasks with exit codes and last lines."),

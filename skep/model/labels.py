@@ -25,6 +25,8 @@ DEFAULT_PROGRESS_S = 600.0
 """Long enough for large images over slow links."""
 
 JOB_TTL = "skep.job-ttl"
+ROTATION_OF = "skep.rotation.of"
+"""On every version of a secret or config but the first: the name of the first."""
 """On jobs: how long a finished job is kept before it is removed with its tasks; unset: forever."""
 
 DRAIN = "skep.drain"
@@ -192,6 +194,7 @@ class LabelTarget(Enum):
         "containers of a service are given of their nodes, as far as the cluster allows it (`skep.allow`)."
     )
     NETWORK = "`docker network create --label NAME=VALUE`."
+    SECRET = "Written by `skep secret rotate`; by `skep config rotate` likewise for configs."
     NODE = "`docker node update --label-add NAME=VALUE NODE`."
     CLUSTER = "`Spec.Labels` of `POST /swarm/update`; docker has no flag for it."
     ENGINE = (
@@ -370,6 +373,13 @@ LABELS = (
         "`true`",
         "refused",
         "take a subnet that some node already reaches by itself; as a driver option (`--opt`) too",
+    ),
+    Label(
+        LabelTarget.SECRET,
+        ROTATION_OF,
+        "a name",
+        "",
+        "the first version of a secret or config, on every later version",
     ),
     Label(
         LabelTarget.NODE,

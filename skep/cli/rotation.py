@@ -1,0 +1,351 @@
+"""``skep secret`` and ``skep config``: docker's commands, and rotate and prune.
+
+Secrets and configs never change; a rotation makes a next version, an object ``NAME-v2`` with the labels of the one
+before, and updates every service that uses an older one, each by its own update policy.  In the containers the file
+keeps its name.
+"""
+
+import asyncio
+import base64
+import copy
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import click
+import msgspec
+
+from skep.api.client import Client
+from skep.cli import passthrough
+from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests
+from skep.errors import InvalidArgument, NotFound, OutOfSequence, SkepError, Unavailable
+from skep.model.labels import ROTATION_OF
+
+_ANSWERS_WITHIN_S = 20.0
+_LOOK_S = 0.5
+_UPDATES_MAX = 10
+"""Attempts to update a service that others update, too."""
+_FILE_BYTES_MAX = 1 << 20
+_STUCK = ("paused", "rollback_started", "rollback_paused", "rollback_completed")
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """Secrets or configs, as the API spells them."""
+
+    noun: str
+
+    @property
+    def path(self) -> str:
+        """Where the API has them."""
+        return f"/{self.noun}s"
+
+    @property
+    def field(self) -> str:
+        """The references of a container's spec."""
+        return f"{self.noun.title()}s"
+
+    @property
+    def id_key(self) -> str:
+        """The id in a reference."""
+        return f"{self.noun.title()}ID"
+
+    @property
+    def name_key(self) -> str:
+        """The name in a reference."""
+        return f"{self.noun.title()}Name"
+
+
+def root_of(found: Mapping[str, Any]) -> str:
+    """The name of an object's first version."""
+    spec = found["Spec"]
+    return str((spec.get("Labels") or {}).get(ROTATION_OF) or spec["Name"])
+
+
+def versions(objects: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """All versions of the object ``name``, which may be any of them, the oldest first.  Raises: NotFound."""
+    named = next((one for one in objects if one["Spec"]["Name"] == name), None)
+    if named is None:
+        raise NotFound(f"there is no {name}: create it with docker, and rotate it from then on")
+    root = root_of(named)
+    return sorted((one for one in objects if root_of(one) == root), key=lambda one: _number(one, root))
+
+
+def _number(found: Mapping[str, Any], root: str) -> int:
+    match = re.fullmatch(re.escape(root) + r"-v(\d{1,9})", found["Spec"]["Name"])
+    return int(match[1]) if match else 1
+
+
+def next_name(objects: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]) -> str:
+    """A name for the version after ``known`` that no object has."""
+    root = root_of(known[-1])
+    taken = {one["Spec"]["Name"] for one in objects}
+    number = max(_number(one, root) for one in known) + 1
+    while f"{root}-v{number}" in taken:
+        number += 1
+    return f"{root}-v{number}"
+
+
+def moved(kind: Kind, spec: Mapping[str, Any], old: Collection[str], new: Mapping[str, Any]) -> Any:
+    """A service's spec with references to ``new`` in place of those to ``old``; None: it has none."""
+    made = copy.deepcopy(spec)
+    touched = False
+    for reference in _references(kind, made):
+        if reference[kind.id_key] in old:
+            reference[kind.id_key], reference[kind.name_key] = new["ID"], new["Spec"]["Name"]
+            touched = True
+    return made if touched else None
+
+
+def _references(kind: Kind, spec: Mapping[str, Any] | None) -> Sequence[dict[str, Any]]:
+    container = ((spec or {}).get("TaskTemplate") or {}).get("ContainerSpec") or {}
+    return container.get(kind.field) or ()
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """How far a service is: its tasks that run with the new version, of how many; ``stuck``: why it does not go on."""
+
+    done: int
+    wanted: int
+    is_complete: bool = False
+    stuck: str = ""
+
+
+def standing(
+    kind: Kind, service: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]], new: str
+) -> Standing:
+    """``tasks``: those of the service that are wanted.  ``new``: the id of the version."""
+    on_it = [task for task in tasks if any(r[kind.id_key] == new for r in _references_of(kind, task))]
+    done = sum(task["Status"]["State"] == "running" for task in on_it)
+    replicated = service["Spec"]["Mode"].get("Replicated")
+    wanted = max(len(tasks), replicated.get("Replicas", 1) if replicated is not None else 0)
+    update = service.get("UpdateStatus") or {}
+    state = update.get("State", "")
+    if state in _STUCK:
+        return Standing(done, wanted, stuck=update.get("Message") or state)
+    return Standing(done, wanted, is_complete=done == wanted == len(tasks) and state != "updating")
+
+
+def _references_of(kind: Kind, task: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+    return _references(kind, {"TaskTemplate": task["Spec"]})
+
+
+def unused(
+    kind: Kind, objects: Sequence[Mapping[str, Any]], services: Sequence[Mapping[str, Any]], *, all: bool
+) -> list[Mapping[str, Any]]:
+    """Objects that no service uses, nor returns to by a rollback; without ``all`` only superseded versions."""
+    used = {
+        reference[kind.id_key]
+        for service in services
+        for spec in (service["Spec"], service.get("PreviousSpec"))
+        for reference in _references(kind, spec)
+    }
+    return [
+        one
+        for one in sorted(objects, key=lambda one: str(one["Spec"]["Name"]))
+        if one["ID"] not in used and (all or one is not versions(objects, one["Spec"]["Name"])[-1])
+    ]
+
+
+class _Rotation:
+    """One rotation on its way."""
+
+    def __init__(self, kind: Kind, client: Client) -> None:
+        self._kind = kind
+        self._client = client
+        self._shown: dict[str, str] = {}
+
+    async def next_version(self, name: str, data: bytes | None) -> tuple[Mapping[str, Any], Collection[str]]:
+        """The version to have, and the ids of the older ones.  ``data`` None: the latest there is."""
+        objects = await self._client.get(self._kind.path, timeout_s=_ANSWERS_WITHIN_S)
+        known = versions(objects, name)
+        if data is None:
+            return known[-1], {one["ID"] for one in known[:-1]}
+        before = known[-1]["Spec"]
+        spec = {key: value for key, value in before.items() if key != "Data"} | {
+            "Name": next_name(objects, known),
+            "Labels": (before.get("Labels") or {}) | {ROTATION_OF: root_of(known[-1])},
+            "Data": base64.b64encode(data).decode(),
+        }
+        made = await self._client.post(f"{self._kind.path}/create", spec, timeout_s=_ANSWERS_WITHIN_S)
+        click.echo(f"{spec['Name']} created", err=True)
+        return {"ID": made["ID"], "Spec": spec}, {one["ID"] for one in known}
+
+    async def move(self, old: Collection[str], new: Mapping[str, Any]) -> list[str]:
+        """Update the services that use an older version; gives the ids of those that use ``new`` now."""
+        using = []
+        for service in await self._client.get("/services", timeout_s=_ANSWERS_WITHIN_S):
+            name, mode = service["Spec"]["Name"], service["Spec"]["Mode"]
+            is_job = "ReplicatedJob" in mode or "GlobalJob" in mode
+            if is_job and moved(self._kind, service["Spec"], old, new) is not None:
+                click.echo(f"{name}: a job, which an update would run again: left as it is", err=True)
+                continue
+            await self._move_one(service["ID"], old, new)
+            current = await self._client.get(f"/services/{service['ID']}", timeout_s=_ANSWERS_WITHIN_S)
+            if any(one[self._kind.id_key] == new["ID"] for one in _references(self._kind, current["Spec"])):
+                using.append(service["ID"])
+        return using
+
+    async def _move_one(self, id: str, old: Collection[str], new: Mapping[str, Any]) -> None:
+        for attempt in range(_UPDATES_MAX):
+            service = await self._client.get(f"/services/{id}", timeout_s=_ANSWERS_WITHIN_S)
+            spec = moved(self._kind, service["Spec"], old, new)
+            if spec is None:
+                return
+            version = str(service["Version"]["Index"])
+            try:
+                await self._client.post(
+                    f"/services/{id}/update", spec, timeout_s=_ANSWERS_WITHIN_S, version=version
+                )
+                return
+            except SkepError as error:
+                is_race = isinstance(error, OutOfSequence) or "update out of sequence" in str(error)
+                if not is_race or attempt == _UPDATES_MAX - 1:
+                    raise
+
+    async def wait(self, ids: Sequence[str], new: Mapping[str, Any]) -> list[str]:
+        """Show progress until every task has ``new``; gives a line for each service that is stuck."""
+        waiting, stuck = list(ids), []
+        while waiting:
+            for id in tuple(waiting):
+                service, found = await self._standing(id, new)
+                if found is None:
+                    waiting.remove(id)
+                    continue
+                name = service["Spec"]["Name"]
+                self._show(name, f"{found.done} of {found.wanted} tasks have {new['Spec']['Name']}")
+                if found.stuck:
+                    stuck.append(f"{name}: {found.stuck}")
+                if found.stuck or found.is_complete:
+                    waiting.remove(id)
+            if waiting:
+                await asyncio.sleep(_LOOK_S)
+        return stuck
+
+    async def _standing(self, id: str, new: Mapping[str, Any]) -> tuple[Mapping[str, Any], Standing | None]:
+        """The service and how far it is; None: it was removed meanwhile."""
+        try:
+            service = await self._client.get(f"/services/{id}", timeout_s=_ANSWERS_WITHIN_S)
+        except NotFound:
+            return {}, None
+        filters = {"service": [id], "desired-state": ["running"]}
+        tasks = await self._client.get("/tasks", filters=filters, timeout_s=_ANSWERS_WITHIN_S)
+        return service, standing(self._kind, service, tasks, new["ID"])
+
+    def _show(self, name: str, text: str) -> None:
+        if self._shown.get(name) != text:
+            self._shown[name] = text
+            click.echo(f"{name}: {text}", err=True)
+
+    def unfinished(self) -> str:
+        """What was shown last of each service."""
+        return "; ".join(f"{name}: {text}" for name, text in sorted(self._shown.items()))
+
+
+async def _rotate(host: HostOptions, kind: Kind, name: str, data: bytes | None, timeout_s: float) -> str:
+    async with host.client() as client:
+        rotation = _Rotation(kind, client)
+        new, old = await rotation.next_version(name, data)
+        ids = await rotation.move(old, new)
+        try:
+            async with asyncio.timeout(timeout_s):
+                stuck = await rotation.wait(ids, new)
+        except TimeoutError:
+            raise Unavailable(f"not done within {timeout_s:g} s: {rotation.unfinished()}") from None
+        if stuck:
+            raise Unavailable("; ".join(stuck))
+        return str(new["Spec"]["Name"])
+
+
+async def _prune(host: HostOptions, kind: Kind, *, all: bool) -> None:
+    async with host.client() as client:
+        objects = await client.get(kind.path, timeout_s=_ANSWERS_WITHIN_S)
+        services = await client.get("/services", timeout_s=_ANSWERS_WITHIN_S)
+        for one in unused(kind, objects, services, all=all):
+            try:
+                await client.delete(f"{kind.path}/{one['ID']}", timeout_s=_ANSWERS_WITHIN_S)
+            except SkepError as error:  # a service uses it since a moment ago
+                click.echo(f"{one['Spec']['Name']}: {error}", err=True)
+            else:
+                click.echo(one["Spec"]["Name"])
+
+
+_ROTATE_HELP = """Replace the content of a {noun} in every service that uses it.
+
+Makes a next version with the content of FILE (- for standard input) and updates the services, each by its own
+update policy; done when every task has it.  Without FILE the latest version is used: after a rotation that was
+interrupted, or was stuck.  The versions before it stay for rollbacks; see prune.
+
+\b
+Examples:
+  skep {noun} rotate password new.txt
+  skep {noun} rotate password
+"""
+
+
+class _WithDockers(click.Group):
+    """Docker's commands, except for those that are defined here."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, cmd_name) or passthrough.command(str(self.name), cmd_name)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_paragraph()
+        formatter.write_text(f"Everything else is docker's: skep {self.name} ls, create, inspect, rm")
+
+
+def _commands(kind: Kind) -> click.Group:
+    """Docker's commands of ``kind``, and those below."""
+
+    @click.group(
+        kind.noun,
+        cls=_WithDockers,
+        help=f"""{kind.noun.title()}s: docker's commands, rotate and prune.
+
+        \b
+        Examples:
+          skep {kind.noun} ls
+          skep {kind.noun} rotate password new.txt
+        """,
+    )
+    def group() -> None:
+        pass
+
+    @group.command(help=_ROTATE_HELP.format(noun=kind.noun))
+    @click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
+    @click.argument("name")
+    @click.argument("file", type=click.File("rb"), required=False)
+    @click.pass_obj
+    def rotate(host: HostOptions, name: str, file: BinaryIO | None, timeout: float) -> None:
+        data = file.read(_FILE_BYTES_MAX + 1) if file is not None else None
+        if data is not None and len(data) > _FILE_BYTES_MAX:
+            raise click.ClickException(
+                str(InvalidArgument(f"the file is larger than {_FILE_BYTES_MAX} bytes"))
+            )
+        click.echo(run_requests(_rotate(host, kind, name, data, timeout)))
+
+    @group.command(
+        help=f"""Remove {kind.noun}s that no service uses, nor returns to by a rollback.
+
+        Without --all: superseded versions only.
+
+        \b
+        Examples:
+          skep {kind.noun} prune
+        """
+    )
+    @click.option("--all", "-a", "is_all", is_flag=True, help="Those, too, that were never rotated.")
+    @click.option("--force", "-f", is_flag=True, help="Do not ask.")
+    @click.pass_obj
+    def prune(host: HostOptions, is_all: bool, force: bool) -> None:
+        if not force:
+            which = "every unused" if is_all else "every superseded and unused"
+            click.confirm(f"Remove {which} {kind.noun}?", abort=True, err=True)
+        run_requests(_prune(host, kind, all=is_all))
+
+    return group
+
+
+SECRET, CONFIG = Kind("secret"), Kind("config")
+secret = _commands(SECRET)
+config = _commands(CONFIG)

@@ -1,0 +1,113 @@
+"""What a rotation of secrets decides."""
+
+from typing import Any
+
+import pytest
+
+from skep.cli.rotation import (
+    CONFIG,
+    SECRET,
+    Standing,
+    moved,
+    next_name,
+    standing,
+    unused,
+    versions,
+)
+from skep.errors import NotFound
+from skep.model.labels import ROTATION_OF
+
+
+def an_object(id: str, name: str, of: str = "") -> dict[str, Any]:
+    return {"ID": id, "Spec": {"Name": name, "Labels": {ROTATION_OF: of} if of else {}}}
+
+
+OBJECTS = [
+    an_object("i3", "key-v10", "key"),
+    an_object("i1", "key"),
+    an_object("i2", "key-v2", "key"),
+    an_object("i4", "key-v11"),
+    an_object("i5", "other"),
+]
+
+
+def a_spec(*ids: str, field: str = "Secrets") -> dict[str, Any]:
+    kind = field[:-1]
+    references = [
+        {f"{kind}ID": id, f"{kind}Name": f"name of {id}", "File": {"Name": "password"}} for id in ids
+    ]
+    return {
+        "Name": "web",
+        "Mode": {"Replicated": {"Replicas": 2}},
+        "TaskTemplate": {"ContainerSpec": {"Image": "app", field: references}},
+    }
+
+
+@pytest.mark.parametrize("name", ["key", "key-v2", "key-v10"])
+def test_versions_are_found_by_any_of_their_names_in_the_order_of_their_numbers(name: str) -> None:
+    assert [one["ID"] for one in versions(OBJECTS, name)] == ["i1", "i2", "i3"]
+
+
+def test_a_name_that_no_object_has_is_an_error() -> None:
+    with pytest.raises(NotFound, match=r"^there is no nothing: "):
+        versions(OBJECTS, "nothing")
+
+
+def test_the_next_name_is_after_every_version_and_is_free() -> None:
+    assert next_name(OBJECTS, versions(OBJECTS, "key")) == "key-v12"
+    assert next_name(OBJECTS, versions(OBJECTS, "other")) == "other-v2"
+
+
+def test_references_move_to_the_new_version_and_files_keep_their_names() -> None:
+    spec = a_spec("i1", "i5", "i2")
+    made = moved(SECRET, spec, {"i1", "i2"}, OBJECTS[0])
+    references = made["TaskTemplate"]["ContainerSpec"]["Secrets"]
+    assert [one["SecretID"] for one in references] == ["i3", "i5", "i3"]
+    assert [one["SecretName"] for one in references] == ["key-v10", "name of i5", "key-v10"]
+    assert {one["File"]["Name"] for one in references} == {"password"}
+    assert spec == a_spec("i1", "i5", "i2"), "what was given is as it was"
+
+
+@pytest.mark.parametrize(
+    "spec", [a_spec("i5"), {"TaskTemplate": {}}, {"TaskTemplate": {"ContainerSpec": {}}}]
+)
+def test_a_service_that_uses_none_of_the_versions_is_left_alone(spec: dict[str, Any]) -> None:
+    assert moved(SECRET, spec, {"i1"}, OBJECTS[0]) is None
+
+
+def test_configs_are_moved_by_their_own_references() -> None:
+    assert moved(CONFIG, a_spec("i1"), {"i1"}, OBJECTS[0]) is None
+    made = moved(CONFIG, a_spec("i1", field="Configs"), {"i1"}, OBJECTS[0])
+    assert made["TaskTemplate"]["ContainerSpec"]["Configs"][0]["ConfigID"] == "i3"
+
+
+def a_task(id: str, state: str = "running") -> dict[str, Any]:
+    return {"Spec": a_spec(id)["TaskTemplate"], "Status": {"State": state}}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "update", "expected"),
+    [
+        ([a_task("new"), a_task("new")], {"State": "completed"}, Standing(2, 2, is_complete=True)),
+        ([a_task("new"), a_task("new")], None, Standing(2, 2, is_complete=True)),
+        ([a_task("new"), a_task("new")], {"State": "updating"}, Standing(2, 2)),
+        ([a_task("new"), a_task("old")], None, Standing(1, 2)),
+        ([a_task("new"), a_task("new", "preparing")], None, Standing(1, 2)),
+        ([a_task("new"), a_task("new"), a_task("old")], None, Standing(2, 3)),
+        ([a_task("new")], None, Standing(1, 2)),
+        ([a_task("old")], {"State": "paused", "Message": "why"}, Standing(0, 2, stuck="why")),
+        ([], {"State": "rollback_completed"}, Standing(0, 2, stuck="rollback_completed")),
+    ],
+)
+def test_a_service_is_done_when_every_wanted_task_runs_with_the_version(
+    tasks: list[dict[str, Any]], update: dict[str, str] | None, expected: Standing
+) -> None:
+    service = {"Spec": a_spec("new"), "UpdateStatus": update}
+    assert standing(SECRET, service, tasks, "new") == expected
+
+
+def test_superseded_versions_that_no_service_uses_or_returns_to_are_pruned() -> None:
+    services = [{"Spec": a_spec("i3"), "PreviousSpec": a_spec("i2")}]
+    assert [one["ID"] for one in unused(SECRET, OBJECTS, services, all=False)] == ["i1"]
+    assert [one["ID"] for one in unused(SECRET, OBJECTS, services, all=True)] == ["i1", "i4", "i5"]
+    assert [one["ID"] for one in unused(CONFIG, OBJECTS, services, all=False)] == ["i1", "i2"]
