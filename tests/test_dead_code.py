@@ -30,8 +30,7 @@ USED_BY_OTHERS = {
     "__spec__": "read by the import system",
 }
 OBSERVED_BY_TESTS = {
-    "child_config": "commits and builds make images by it",
-    "layer_of_changes": "commits and builds make layers by it",
+    "apply_changes": "the changes of a commit, of which the route follows",
     "comparisons": "a test waits until a namespace was compared so many times",
     "held_bytes": "a test holds a server to its bound",
     "write_archive": "tests write images",

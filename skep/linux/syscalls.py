@@ -40,7 +40,7 @@ _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
-_RESOLVE_IN_ROOT, _RESOLVE_BENEATH, _RESOLVE_NO_MAGICLINKS = 0x10, 0x08, 0x02
+_RESOLVE_IN_ROOT, _RESOLVE_BENEATH, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS = 0x10, 0x08, 0x02, 0x04
 _TRIES_MAX = 100
 """Of an openat2(2) that a rename in the tree makes uncertain."""
 
@@ -169,6 +169,11 @@ def open_beneath(root: Path, path: str, flags: int = os.O_PATH) -> int:
         return _opened(directory, path, flags, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
     finally:
         os.close(directory)
+
+
+def open_without_links(directory: int, path: str, flags: int) -> int:
+    """Open ``path`` below an open directory.  Raises: OSError: ELOOP: a symbolic link is in it; EXDEV: it leads out."""
+    return _opened(directory, path, flags, _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS)
 
 
 def _opened(directory: int, path: str, flags: int, resolve: int) -> int:

@@ -5,7 +5,7 @@ import time
 
 import docker
 import pytest
-from docker.errors import APIError, ImageNotFound, NotFound
+from docker.errors import APIError, BuildError, ImageNotFound, NotFound
 from docker.models.containers import Container
 from docker.models.services import Service
 from docker.types import (
@@ -206,6 +206,25 @@ def test_images_are_listed_tagged_saved_loaded_and_removed(client: docker.Docker
     with pytest.raises(APIError):
         client.images.pull("127.0.0.1:1/nosuch", tag="1")
     assert client.df()["LayersSize"] > 0
+
+
+def test_images_are_built_and_used_by_services(m1: TestNode, client: docker.DockerClient) -> None:
+    dockerfile = io.BytesIO(
+        f"FROM {IMAGE}\nARG WORD\nRUN echo $WORD > /word\nCMD cat /word; sleep 600\n".encode()
+    )
+    image, lines = client.images.build(fileobj=dockerfile, tag="built:1", buildargs={"WORD": "salted"})
+    said = "".join(line.get("stream", "") for line in lines)
+    assert image.tags == ["built:1"]
+    assert "Step 4/4 : CMD cat /word; sleep 600\n" in said
+    assert said.endswith("Successfully tagged built:1\n")
+    with pytest.raises(BuildError, match="returned a non-zero code: 2") as raised:
+        client.images.build(fileobj=io.BytesIO(f"FROM {IMAGE}\nRUN exit 2\n".encode()), tag="built:2")
+    assert "Step 2/2" in "".join(line.get("stream", "") for line in raised.value.build_log)
+    service = client.services.create("built:1", name="built")
+    wait_until(lambda: b"salted" in b"".join(service.logs(stdout=True)), "the built image runs")
+    service.remove()
+    wait_until(lambda: not client.containers.list(all=True, filters={"ancestor": "built:1"}), "it is gone")
+    client.images.remove("built:1", force=True)
 
 
 def test_secrets_and_configs_are_kept(client: docker.DockerClient) -> None:

@@ -7,29 +7,42 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from skep.api.server import JsonLines
+from skep.engine.build.runs import StepFailed
 from skep.engine.images.progress import Message, Report, failure
 from skep.errors import SkepError
 
 _PENDING_MAX = 1000
+_TEXT_BYTES_MAX = 16 << 20
+_MESSAGE_BYTES = 256
+"""What a message costs beside its text."""
+_CLIPPED = Message(stream="\n[output clipped: it comes faster than the client takes it]\n")
 
 
 class Pending:
     """Messages on their way to a client that may be slower than the work.
 
     Of a layer's transfer only the latest figure is kept; other messages beyond the bound are dropped (there
-    are a handful per layer).
+    are a handful per layer).  Text, as the commands of a build write it, has a larger bound, and what is dropped of it
+    leaves a note.
     """
 
     def __init__(self) -> None:
         self._messages: OrderedDict[object, Message] = OrderedDict()
         self._changed = asyncio.Event()
         self._has_ended = False
+        self._text_bytes = 0
+        self._is_clipped = False
 
     def report(self, message: Message) -> None:
         """Queue a message; never waits."""
         is_transfer = message.progress_detail is not None and message.progress
+        if message.stream:
+            self._is_clipped |= self._text_bytes > _TEXT_BYTES_MAX
+            if self._is_clipped:
+                return
+            self._text_bytes += len(message.stream) + _MESSAGE_BYTES
         key: object = (message.id, message.status) if is_transfer else object()
-        if key in self._messages or len(self._messages) < _PENDING_MAX:
+        if key in self._messages or message.stream or len(self._messages) < _PENDING_MAX:
             self._messages[key] = message
         self._changed.set()
 
@@ -41,11 +54,17 @@ class Pending:
     async def next(self) -> Message | None:
         """The oldest message; None after the last."""
         while not self._messages:
+            if self._is_clipped:
+                self._is_clipped = False
+                return _CLIPPED
             if self._has_ended:
                 return None
             self._changed.clear()
             await self._changed.wait()
-        return self._messages.popitem(last=False)[1]
+        message = self._messages.popitem(last=False)[1]
+        if message.stream:
+            self._text_bytes -= len(message.stream) + _MESSAGE_BYTES
+        return message
 
 
 async def answer_with_progress(
@@ -69,7 +88,8 @@ async def answer_with_progress(
                         await lines.send(message)
                         message = await pending.next()
                     if (error := await outcome) is not None:
-                        await lines.send(failure(str(error)))
+                        code = error.code if isinstance(error, StepFailed) else 0
+                        await lines.send(failure(str(error), code))
                 except ConnectionError:
                     outcome.cancel()
                 return lines.response

@@ -4,16 +4,18 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.api.server import Routes, json_answer
+from skep.engine.api.builds import build_routes
 from skep.engine.api.containers import container_routes, image_users
 from skep.engine.api.disk_usage import disk_usage_routes
 from skep.engine.api.images import image_routes
 from skep.engine.api.volumes import volume_routes
+from skep.engine.build.builder import Builder
 from skep.engine.engine import Engine
 from skep.errors import NotFound
 
 
 def engine_routes(engine: Engine, clock: Clock) -> tuple[web.AbstractRouteDef, ...]:
-    """Routes of containers, execs, images, volumes and disk usage, without ``POST /containers/create``.
+    """Routes of containers, execs, images, builds, volumes and disk usage, without ``POST /containers/create``.
 
     Creation is apart (``containers.create_routes``): beside a Docker Engine it depends on the container's networks.
     """
@@ -22,15 +24,15 @@ def engine_routes(engine: Engine, clock: Clock) -> tuple[web.AbstractRouteDef, .
         *container_routes(engine, clock),
         *volume_routes(engine.volumes, engine.list),
         *disk_usage_routes(engine, clock),
+        *build_routes(Builder(engine, engine.images.builds, clock)),
         *absent_routes(),
     )
 
 
 def absent_routes() -> Routes:
-    """Kinds of objects that do not exist here: plugins, caches of builds.
+    """Kinds of objects that do not exist here: plugins.
 
-    ``docker inspect NAME`` tries objects of every kind until one is found, so they have to be reported as not found;
-    ``docker system prune`` prunes every kind.
+    ``docker inspect NAME`` tries objects of every kind until one is found, so they have to be reported as not found.
     """
     table = Routes()
 
@@ -41,9 +43,5 @@ def absent_routes() -> Routes:
     @table.get("/plugins/{name:.+}/json")
     async def inspect_plugin(request: web.Request) -> web.StreamResponse:
         raise NotFound(f'plugin "{request.match_info["name"]}" not found')
-
-    @table.post("/build/prune")
-    async def prune_build_cache(request: web.Request) -> web.StreamResponse:
-        return json_answer({"CachesDeleted": None, "SpaceReclaimed": 0})
 
     return table

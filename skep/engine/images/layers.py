@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -182,7 +182,13 @@ class Layers:
             return layer
 
     async def add_changes(
-        self, changes: Path, *, below: Digest | None, without: Collection[str] = (), take: bool = False
+        self,
+        changes: Path,
+        *,
+        below: Digest | None,
+        without: Collection[str] = (),
+        take: bool = False,
+        keep: Callable[[Digest], Awaitable[None]],
     ) -> Layer:
         """Make a layer of an overlay's upper directory, on top of the layer ``below`` (None: of nothing).
 
@@ -192,6 +198,7 @@ class Layers:
             without: paths below ``changes`` that are left out.
             take: ``changes`` is moved into the layer instead of being copied, and is gone afterwards; nothing has it
                 mounted or writes to it, and it is on this file system.
+            keep: called with the layer's id before the layer is there, so that it is not collected at once.
 
         Raises:
             InvalidArgument: something of it has no form in an image.
@@ -208,6 +215,7 @@ class Layers:
                 )
             diff_id = packed.digest
             chain_id = chain_id_above(below, diff_id)
+            await keep(chain_id)
             async with self._lock(chain_id):
                 present = self._layers.get(chain_id)
                 if present is not None:
@@ -344,6 +352,7 @@ async def unpack(
     *,
     limits: Limits,
     is_layer: bool,
+    has_whiteouts: bool = True,
     copy_to: Path | None = None,
 ) -> Unpacked:
     """Unpack a tar into the empty directory ``target``, by a confined worker.
@@ -351,6 +360,7 @@ async def unpack(
     Args:
         source: an open file's descriptor, or the tar's pieces as they arrive; compressed or not.
         is_layer: owners, devices and whiteouts count (else: plain files, owned by us, readable by us alone).
+        has_whiteouts: of a layer: names that begin with ``.wh.`` say what is removed.
         copy_to: receives the plain tar, compressed.
 
     Raises:
@@ -363,6 +373,7 @@ async def unpack(
         entries_max=limits.entries_max,
         spare_bytes=limits.spare_on(target),
         copy_to=str(copy_to or ""),
+        has_whiteouts=has_whiteouts,
     )
     if limits.room_on(target) < 0:
         raise UnpackFailed(f"{target}: no space left on device")

@@ -22,7 +22,7 @@ import secrets
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -97,6 +97,8 @@ class LocalImages:
     ) -> None:
         self.limits = limits or Limits()
         self.scratch = root / "tmp"
+        self.builds = root / "builds"
+        """What builds keep from one to the next."""
         self._root = root
         self._clock = clock or SystemClock()
         self._on_event = on_event
@@ -344,12 +346,15 @@ class LocalImages:
         """
         self._require_catalog()
         chain = below.chain if below is not None else ()
-        async with self.pinned(chain):
-            layer = await self.layer_store.add_changes(
-                changes, below=chain[-1] if chain else None, without=without, take=take
+        async with self.pinned(chain), AsyncExitStack() as stack:
+
+            async def keep(chain_id: Digest) -> None:
+                await stack.enter_async_context(self.pinned([chain_id]))
+
+            below_id = chain[-1] if chain else None
+            yield await self.layer_store.add_changes(
+                changes, below=below_id, without=without, take=take, keep=keep
             )
-            async with self.pinned([layer.chain_id]):  # nothing runs between these two lines
-                yield layer
 
     @asynccontextmanager
     async def workspace(self, prefix: str) -> AsyncIterator[Path]:

@@ -59,9 +59,9 @@ def step(id: str, status: str) -> Message:
     return Message(id=id, status=status, progress_detail=ProgressDetail())
 
 
-def failure(message: str) -> Message:
-    """The last line of a stream that failed."""
-    return Message(error_detail=ErrorDetail(message=message), error=message)
+def failure(message: str, code: int = 0) -> Message:
+    """The last line of a stream that failed.  ``code``: of the command that did; 0: it was none."""
+    return Message(error_detail=ErrorDetail(code=code, message=message), error=message)
 
 
 _BAR_WIDTH = 50

@@ -66,6 +66,9 @@ class LimitExceeded(Exception):
 class Settings:
     """``root``: directory to fill.  ``is_layer``: whiteouts, devices and owners count; else plain files only.
 
+    ``has_whiteouts``: a layer's; without, a name that begins with ``.wh.`` is one like others, and of two members with
+    one name the later counts (contexts of builds).
+
     ``bytes_max`` bounds both the plain tar and what is written; ``spare_bytes`` stay free on the file system.
     ``copy_to``: a file that receives the plain tar, zstd-compressed (empty: none).
     """
@@ -76,6 +79,7 @@ class Settings:
     entries_max: int
     spare_bytes: int
     copy_to: str = ""
+    has_whiteouts: bool = True
 
 
 class PlainStream:
@@ -152,6 +156,7 @@ class Unpacker:
         self._written_bytes = 0
         self._checked_bytes = 0
         self._names: set[str] = set()
+        self._members = 0
         self._directories: list[tuple[str, tarfile.TarInfo]] = []
 
     def unpack(self, stream: PlainStream) -> None:
@@ -181,17 +186,19 @@ class Unpacker:
         if "\0" in member.name or "\0" in member.linkname:
             raise Malformed("archive/tar: invalid tar header")
         name = os.path.normpath(member.name)
-        if name in self._names:
+        if name in self._names and self._settings.has_whiteouts:
             raise Duplicate
         self._names.add(name)
-        if len(self._names) > self._settings.entries_max:
+        self._members += 1
+        if self._members > self._settings.entries_max:
             raise LimitExceeded(f"holds more than {self._settings.entries_max} entries")
         path = os.path.normpath("/" + member.name.lstrip("/"))
         if path == "/":
             return  # Docker leaves the layer's own directory as it is
         if not os.path.lexists(os.path.dirname(path)):
             os.makedirs(os.path.dirname(path), mode=0o755)
-        if self._settings.is_layer and self._whiteout(path, member):
+        is_changes = self._settings.is_layer and self._settings.has_whiteouts
+        if is_changes and self._whiteout(path, member):
             return
         _make_way(path, member)
         self._create(archive, member, path)

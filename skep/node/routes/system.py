@@ -167,7 +167,7 @@ _SUPPORTED_FAMILIES = (
 )
 _REASONS = {
     "POST /containers/create": "this node runs plain commands of services, no containers",
-    "POST /build": "images are not built here: build with docker or buildah and load the archive with docker load",
+    "POST /build": "this node runs plain commands of services, no containers",
 }
 
 

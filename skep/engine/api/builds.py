@@ -1,0 +1,235 @@
+"""``docker build`` by the classic API: an archive comes in, lines of progress go out.
+
+Source: moby 20.10, api/server/router/build/build_routes.go, builder/dockerfile (what it prints).
+"""
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from skep.api.bodies import decode_body
+from skep.api.errors import Untranslated
+from skep.api.server import Filters, flag, json_answer
+from skep.api.tables import Table
+from skep.engine.api.progress import answer_with_progress
+from skep.engine.api.queries import integer
+from skep.engine.api.uploads import drain, pieces_of
+from skep.engine.build import context
+from skep.engine.build.builder import Builder
+from skep.engine.build.interface import BuildRequest, BuildResult, Step, StepLimits
+from skep.engine.container import Stream
+from skep.engine.images.digest import Digest, short
+from skep.engine.images.progress import Message, Report
+from skep.engine.images.reference import Reference, parse_reference
+from skep.engine.limits import nano_cpus_of
+from skep.errors import InvalidArgument, SkepError, Unimplemented
+from skep.model.container import Ulimit
+
+_REFUSED = {"cpushares": "0", "memswap": "0", "cpusetcpus": "", "cpusetmems": "", "cgroupparent": ""}
+"""Options that are not honoured, and the value of each that means nothing."""
+_ALWAYS_REMOVED = "[Warning] --rm=false has no effect: no step leaves its container\n"
+_HUB = frozenset({"index.docker.io", "registry-1.docker.io"})
+_CREDENTIALS_MAX = 256
+
+T = TypeVar("T")
+
+_table = Table[Builder]()
+
+
+def build_routes(builder: Builder) -> list[web.RouteDef]:
+    """``/build`` and ``/build/prune``."""
+    return _table.bound(builder)
+
+
+@_table.post("/build")
+async def build_image(builder: Builder, request: web.Request) -> web.StreamResponse:
+    """``docker build``."""
+    is_quiet = flag(request, "q")
+    template = _template(request)
+
+    async def build(report: Report) -> None:
+        shown = _ClassicProgress((lambda _: None) if is_quiet else report)
+        keeps_containers = "rm" in request.query and not flag(request, "rm")
+        async with builder.images.workspace("context") as directory:
+            try:
+                await context.receive(pieces_of(request), directory, builder.images.limits)
+            except SkepError:
+                await drain(request)
+                raise
+            name = request.query.get("dockerfile") or context.DEFAULT_NAME
+            text = await asyncio.to_thread(context.read_dockerfile, directory, name)
+
+            async def opened() -> Path:
+                return directory
+
+            wanted = msgspec.structs.replace(template, dockerfile=text)
+            if keeps_containers and not is_quiet:  # docker-py's default
+                report(Message(stream=_ALWAYS_REMOVED))
+            result = await builder.build(wanted, opened, shown)
+        if is_quiet:
+            report(Message(stream=f"{result.image_id}\n"))
+        else:
+            _report_end(report, wanted, result)
+
+    return await answer_with_progress(request, build, early_errors=True)
+
+
+@_table.post("/build/prune")
+async def prune_build_cache(builder: Builder, request: web.Request) -> web.StreamResponse:
+    """``docker builder prune``: the directories of ``RUN --mount=type=cache``.
+
+    Results of steps are images, which ``docker image prune`` takes.
+    """
+    filters = Filters.of(request)
+    filters.refuse_unknown()
+    if integer(request, "keep-storage", 0):
+        raise Unimplemented("docker builder prune --keep-storage is not supported")
+    gone, freed_bytes = await builder.mounts.prune()
+    return json_answer({"CachesDeleted": gone or None, "SpaceReclaimed": freed_bytes})
+
+
+def _report_end(report: Report, request: BuildRequest, result: BuildResult) -> None:
+    if result.unused_arguments:
+        names = " ".join(result.unused_arguments)
+        report(Message(stream=f"[Warning] One or more build-args [{names}] were not consumed\n"))
+    report(Message(aux={"ID": result.image_id}))
+    report(Message(stream=f"Successfully built {short(result.image_id)}\n"))
+    for tag in request.tags:
+        report(Message(stream=f"Successfully tagged {tag.familiar}\n"))
+
+
+class _ClassicProgress:
+    """The lines of the classic builder."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def _say(self, text: str) -> None:
+        self._report(Message(stream=text))
+
+    def started(self, step: Step) -> None:
+        self._say(f"Step {step.number}/{step.total} : {step.text}\n")
+
+    def cached(self, step: Step) -> None:
+        self._say(" ---> Using cache\n")
+
+    def pulling(self, step: Step, message: Message) -> None:
+        self._report(message)
+
+    def running(self, step: Step, container_id: str) -> None:
+        self._say(f" ---> Running in {short(container_id)}\n")
+
+    def output(self, step: Step, stream: Stream, data: bytes) -> None:
+        text = data.decode(errors="replace")
+        self._say(f"\x1b[91m{text}\x1b[0m" if stream is Stream.STDERR else text)
+
+    def removed(self, step: Step, container_id: str) -> None:
+        self._say(f"Removing intermediate container {short(container_id)}\n")
+
+    def warning(self, step: Step, text: str) -> None:
+        self._say(f"\x1b[91m[WARNING]: {text}\n\x1b[0m")
+
+    def finished(self, step: Step, image_id: Digest | None) -> None:
+        if image_id is not None:
+            self._say(f" ---> {short(image_id)}\n")
+
+    def failed(self, step: Step, error: Exception) -> None:
+        """The last line of the response says it."""
+
+
+def _template(request: web.Request) -> BuildRequest:
+    """The request without its Dockerfile.  Raises: InvalidArgument, Unimplemented."""
+    query = request.query
+    _refuse(request)
+    cpu_quota = integer(request, "cpuquota", 0)
+    return BuildRequest(
+        dockerfile="",
+        tags=_tags(query.getall("t", [])),
+        target=query.get("target", ""),
+        arguments=_decoded(query.get("buildargs") or "{}", dict[str, str | None], "build args"),
+        labels=_decoded(query.get("labels") or "{}", dict[str, str], "labels"),
+        use_cache=not flag(request, "nocache"),
+        pull=flag(request, "pull"),
+        network=query.get("networkmode", ""),
+        hosts=tuple(query.getall("extrahosts", [])),
+        limits=StepLimits(
+            memory_bytes=integer(request, "memory", 0),
+            nano_cpus=nano_cpus_of(cpu_quota, integer(request, "cpuperiod", 0)) if cpu_quota > 0 else 0,
+            shm_bytes=integer(request, "shmsize", 0) or (64 << 20),
+            ulimits=tuple(_decoded(query.get("ulimits") or "[]", list[Ulimit], "ulimit settings")),
+        ),
+        credentials=_credentials(request.headers.get("X-Registry-Config", "")),
+        platform=query.get("platform", "").lower(),
+    )
+
+
+def _refuse(request: web.Request) -> None:
+    """Raises: InvalidArgument, Unimplemented: an option that is not honoured, by its name."""
+    query = request.query
+    version = query.get("version", "")
+    if version not in ("", "1", "2"):
+        raise InvalidArgument(f"invalid version {version}")
+    if version == "2":
+        raise Unimplemented("builds by BuildKit are not served here: set DOCKER_BUILDKIT=0")
+    if query.get("remote"):
+        raise Unimplemented(f"a build's context comes from the client: {query['remote']} is not fetched")
+    if flag(request, "squash"):
+        raise InvalidArgument("squash is only supported with experimental mode")
+    if query.get("securityopt"):
+        raise InvalidArgument(
+            "The daemon on this platform does not support setting security options on build"
+        )
+    if query.get("isolation", "") not in ("", "default"):
+        raise InvalidArgument(f'Unsupported isolation: "{query["isolation"]}"')
+    if _decoded(query.get("outputs") or "[]", list[object], "outputs"):
+        raise Unimplemented("docker build --output is not supported")
+    if _decoded(query.get("cachefrom") or "[]", list[str], "cache-from"):
+        raise Unimplemented(
+            "docker build --cache-from is not supported: steps that were built here are found"
+        )
+    for name, nothing in _REFUSED.items():
+        if query.get(name, "") not in ("", nothing):
+            raise Unimplemented(f"docker build: {name} is not supported")
+
+
+def _tags(texts: list[str]) -> tuple[Reference, ...]:
+    """Source: moby 20.10, builder/builder-next/tag.go (sanitizeRepoAndTags)."""
+    found: dict[Reference, None] = {}
+    for text in texts:
+        if not text:
+            continue
+        reference = parse_reference(text)
+        if reference.digest:
+            raise Untranslated("build tag cannot contain a digest")
+        found[reference.with_default_tag()] = None
+    return tuple(found)
+
+
+def _decoded(text: str, type: type[T], what: str) -> T:
+    """A value in the query.  Raises: InvalidArgument."""
+    try:
+        return decode_body(text.encode(), type)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"error reading {what}: {error}") from error
+
+
+def _credentials(header: str) -> Mapping[str, str]:
+    """``X-Registry-Auth`` values by registry.  What cannot be read means none, as in Docker."""
+    try:
+        given = msgspec.json.decode(
+            base64.urlsafe_b64decode(header + "=="), type=dict[str, dict[str, object]]
+        )
+    except (msgspec.DecodeError, UnicodeError, binascii.Error):
+        return {}
+    found = {}
+    for address, one in list(given.items())[:_CREDENTIALS_MAX]:
+        host = address.removeprefix("https://").removeprefix("http://").split("/")[0]
+        domain = "docker.io" if host in _HUB else host
+        found[domain] = base64.urlsafe_b64encode(msgspec.json.encode(one)).decode()
+    return found

@@ -1,0 +1,1 @@
+"""Building images: Dockerfiles are read here and carried out with the engine's own containers and image store."""

@@ -1,0 +1,553 @@
+"""Carries out Dockerfiles: stage by stage, step by step, each step's result an image.
+
+A step that was carried out before on the same image is not carried out again (``cache``).  What changes the
+configuration alone makes an image at once; COPY writes into an overlay on the stage's layers; RUN runs in a container
+of the engine.
+
+Source: moby 20.10, builder/dockerfile (builder.go, evaluator.go, dispatchers.go, internals.go).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from skep.aio.clock import Clock
+from skep.engine.build import copies, runs, targets
+from skep.engine.build.cache import CacheMounts, StepCache, key_of
+from skep.engine.build.config import (
+    Arguments,
+    StageState,
+    begun,
+    changed,
+    command_of_step,
+    expanded,
+    variables_of,
+)
+from skep.engine.build.copying import digest_of_sources, find
+from skep.engine.build.dockerfile import parse
+from skep.engine.build.instructions import (
+    Arg,
+    Copy,
+    From,
+    Healthcheck,
+    Instruction,
+    Run,
+    Stage,
+    Stages,
+    Workdir,
+    instruction_of,
+    stages_of,
+)
+from skep.engine.build.interface import (
+    BuildRequest,
+    BuildResult,
+    Builds,
+    OpenContext,
+    Progress,
+    Provider,
+    Step,
+)
+from skep.engine.build.mounts import RunMount, parse_mount
+from skep.engine.build.stage import (
+    Changes,
+    Made,
+    Position,
+    in_thread,
+    lower_directories,
+    mounted_image,
+    new_work,
+)
+from skep.engine.build.substitution import substituted
+from skep.engine.container import Stream
+from skep.engine.engine import Engine
+from skep.engine.images import child
+from skep.engine.images.digest import Digest
+from skep.engine.images.image import ContainerDefaults, Image
+from skep.engine.images.pulling import this_platform
+from skep.engine.images.reference import parse_reference
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError
+from skep.model.ids import new_container_id
+from skep.model.times import timestamp
+
+SCRATCH = "scratch"
+BUILDS_MAX = 16
+"""At once; others wait."""
+_CONFIG_BYTES_MAX = 1 << 20
+_BUILDKIT = "buildkit.dockerfile.v0"
+
+
+class Builder(Builds):
+    """All builds of one node."""
+
+    def __init__(self, engine: Engine, directory: Path, clock: Clock) -> None:
+        """``directory``: for what is kept from build to build."""
+        self.engine = engine
+        self.images = engine.images
+        self.containers = runs.Containers(engine)
+        self.steps = StepCache(directory / "steps.json", engine.images)
+        self.mounts = CacheMounts(directory / "mounts")
+        self.clock = clock
+        self._slots = asyncio.Semaphore(BUILDS_MAX)
+
+    async def build(
+        self,
+        request: BuildRequest,
+        context: OpenContext,
+        progress: Progress,
+        provider: Provider | None = None,
+    ) -> BuildResult:
+        """Build an image and tag it.  Cancelling ends its container; nothing is left but finished steps.
+
+        Raises: SkepError: in Docker's words; nothing was tagged.
+        """
+        parsed = parse(request.dockerfile)
+        stages = targets.chosen(stages_of(parsed), request)
+        targets.require_platform(request.platform)
+        async with self._slots, AsyncExitStack() as stack:
+            workspace = await stack.enter_async_context(self.images.workspace("build"))
+            build = Build(self, request, _Inputs(context, provider), progress, workspace, stack)
+            try:
+                return await build.run(stages, parsed.warnings)
+            finally:
+                await asyncio.shield(self.steps.save())
+
+
+class _Inputs:
+    """What a build gets from its client."""
+
+    def __init__(self, context: OpenContext, provider: Provider | None) -> None:
+        self._open = context
+        self._directory: Path | None = None
+        self.provider = provider
+
+    async def context(self) -> Path:
+        """The directory of the context."""
+        if self._directory is None:
+            self._directory = await self._open()
+        return self._directory
+
+
+class Build:
+    """One build."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        request: BuildRequest,
+        inputs: _Inputs,
+        progress: Progress,
+        workspace: Path,
+        stack: AsyncExitStack,
+    ) -> None:
+        self._builder = builder
+        self._images = builder.images
+        self._request = request
+        self._inputs = inputs
+        self._progress = progress
+        self._workspace = workspace
+        self._stack = stack
+        here = this_platform()
+        platform = {
+            f"{whose}{what}": value
+            for whose in ("TARGET", "BUILD")
+            for what, value in (("PLATFORM", str(here)), ("OS", here.os), ("ARCH", here.architecture))
+        }
+        self._arguments = Arguments(request.arguments, platform if request.is_buildkit else {})
+        self._stages = Stages(stages=())
+        self._done: dict[int, Made | None] = {}
+        self._stage = 0
+        self._steps = 0
+        self._areas = 0
+        self._may_be_cached = request.use_cache
+        self._position = Position(state=StageState(config=ContainerDefaults()), image=None)
+
+    async def run(self, stages: Stages, warnings: Sequence[str]) -> BuildResult:
+        """Carry out all that the target needs."""
+        self._stages = stages
+        for text in warnings:
+            self._progress.warning(Step(number=0, total=stages.steps, text=""), text)
+        everything = frozenset(range(len(stages.stages)))
+        for arg in stages.arguments:
+            step = self._next_step(arg)
+            self._progress.started(step)
+            ready = self._expanded(arg, self._arguments.known)
+            assert isinstance(ready, Arg), "its type stays"
+            for name, value in ready.pairs:
+                self._arguments.declare(name, value, before_stages=True)
+            self._progress.finished(step, None)
+        needed = (
+            targets.needed(stages, self._arguments.of_stages) if self._request.is_buildkit else everything
+        )
+        names: set[str] = set()
+        for number, stage in enumerate(stages.stages):
+            name = stage.base.name
+            if name in names:
+                raise InvalidArgument(f"{name} stage name already used")
+            names |= {name} - {""}
+            if number in needed:
+                await self._run_stage(number, stage)
+            else:
+                self._steps += 1 + len(stage.instructions)
+        made = self._position.image
+        if made is None:
+            raise FailedPrecondition("No image was generated. Is your Dockerfile empty?")
+        await self._images.add(made.content, self._request.tags)
+        for tag in self._request.tags:
+            self._images.announce("tag", made.id, tag.familiar)
+        return BuildResult(image_id=made.id, unused_arguments=self._arguments.unused)
+
+    def _next_step(self, instruction: Instruction) -> Step:
+        self._steps += 1
+        stage = self._stages.stages[self._stage]
+        return Step(
+            number=self._steps,
+            total=self._stages.steps,
+            text=instruction.text,
+            stage=self._stage,
+            stage_name=stage.base.name,
+        )
+
+    async def _run_stage(self, number: int, stage: Stage) -> None:
+        self._stage = number
+        self._arguments.begin_stage()
+        self._may_be_cached = self._request.use_cache
+        await self._run_step(stage.base)
+        for instruction in stage.instructions:
+            await self._run_step(instruction)
+        self._done[number] = self._position.image
+
+    async def _run_step(self, instruction: Instruction) -> None:
+        step = self._next_step(instruction)
+        self._progress.started(step)
+        try:
+            if isinstance(instruction, From):
+                await self._begin_stage(step, instruction)
+            else:
+                await self._carry_out(step, instruction)
+        except Exception as error:
+            self._progress.failed(step, error)
+            raise
+        self._progress.finished(step, self._position.image_id)
+
+    # --- FROM -----------------------------------------------------------------------------------------------------
+
+    async def _begin_stage(self, step: Step, base: From) -> None:
+        arguments = dict(self._arguments.of_stages)
+        if base.platform:
+            targets.require_platform(substituted(base.platform, arguments, self._stages.escape))
+        name = substituted(base.base, arguments, self._stages.escape)
+        if not name:
+            raise InvalidArgument(f"base name ({base.base}) should not be blank")
+        made = await self._stage_or_image(step, name, by_number=False)
+        defaults = made.config.defaults if made is not None else ContainerDefaults()
+        state = begun(defaults)
+        triggers = state.config.on_build or ()
+        state = msgspec.structs.replace(state, config=msgspec.structs.replace(state.config, on_build=None))
+        self._position = Position(state=state, image=made)
+        if triggers:
+            plural = "s" if len(triggers) > 1 else ""
+            text = f"# Executing {len(triggers)} build trigger{plural}\n"
+            self._progress.output(step, Stream.STDOUT, text.encode())
+        for trigger in triggers:
+            lines = parse(trigger).lines
+            if len(lines) != 1:
+                raise InvalidArgument("onbuild trigger should be a single expression")
+            await self._carry_out(step, instruction_of(lines[0]))
+
+    async def _stage_or_image(self, step: Step, name: str, *, by_number: bool = True) -> Made | None:
+        """The image that a stage has given, or that is pulled; None: that of ``scratch``."""
+        index = self._stages.index(name)
+        if index is not None and (by_number or not name.isdigit()):
+            if index in self._done:
+                return self._done[index]
+            if index == self._stage and by_number:
+                raise InvalidArgument(f"invalid from flag value {name}: refers to current build stage")
+        elif by_number and name.isascii() and name.isdigit():
+            raise InvalidArgument(f"invalid from flag value {name}: index out of bounds")
+        if name == SCRATCH:
+            return None
+        return await self._made(await self._image(step, name))
+
+    async def _image(self, step: Step, name: str) -> Image:
+        found = self._images.resolve(name)
+        if found is not None and not self._request.pull:
+            return found
+        reference = parse_reference(name).with_default_tag()
+        auth = self._request.credentials.get(reference.domain, "")
+        return await self._images.pull(
+            str(reference), auth, partial(self._progress.pulling, step), platform=self._request.platform
+        )
+
+    async def _made(self, image: Image) -> Made:
+        """An image that stays usable for the rest of the build.  Raises: NotFound, OSError: it was removed just now."""
+        await self._stack.enter_async_context(self._images.pinned(image.chain))
+        content = self._images.config_file(image).read_bytes()
+        return Made(id=image.id, content=content, config=image.config, chain=tuple(image.chain))
+
+    # --- the other instructions -----------------------------------------------------------------------------------
+
+    async def _carry_out(self, step: Step, instruction: Instruction) -> None:
+        state = self._position.state
+        beside = self._arguments.beside(state.config.env or ())
+        ready = self._expanded(instruction, variables_of(state, beside))
+        match ready:
+            case Run():
+                await self._run(step, ready, beside)
+            case Copy():
+                await self._copy(step, ready)
+            case _:
+                if isinstance(ready, Arg):
+                    for name, value in ready.pairs:
+                        self._arguments.declare(name, value)
+                if isinstance(ready, Healthcheck) and state.config.healthcheck is not None:
+                    old = state.config.healthcheck.test
+                    if old and old[0] != "NONE":
+                        text = f"Note: overriding previous HEALTHCHECK: [{' '.join(old)}]\n"
+                        self._progress.output(step, Stream.STDOUT, text.encode())
+                await self._change(step, ready)
+
+    def _expanded(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
+        return expanded(instruction, variables, self._stages.escape)
+
+    async def _change(self, step: Step, instruction: Instruction) -> None:
+        """An instruction that changes the configuration; WORKDIR makes its directory, too."""
+        state, comment = changed(self._position.state, instruction)
+        is_workdir = isinstance(instruction, Workdir)
+        words = (f"#(nop) {comment}",) if is_workdir else ("#(nop) ", comment)
+        container = _options(msgspec.structs.replace(state.config, cmd=(*state.shell, *words)))
+        line = comment if self._request.is_buildkit else ""
+        if await self._take_cached(step, state, key := self._key(container, state)):
+            return
+        id = new_container_id()  # Docker makes a container for each of these; here it names the step's work
+        self._progress.running(step, id)
+        if is_workdir and (changes := await self._made_directory(state.config.working_dir)) is not None:
+            await self._commit_changes(state, container, key, line, changes.upper)
+        else:
+            await self._commit(state, container, key, line, diff_id="", chain=self._chain)
+        self._progress.removed(step, id)
+
+    async def _made_directory(self, path: str) -> Changes | None:
+        changes = self._changes()
+        work = new_work(self._images, self._workspace)
+        is_new = await in_thread(work, partial(copies.make_directory, changes, path))
+        return changes if is_new else None
+
+    async def _copy(self, step: Step, copy: Copy) -> None:
+        """COPY and ADD."""
+        state = self._position.state
+        copies.check_copy(copy, is_buildkit=self._request.is_buildkit)
+        async with AsyncExitStack() as stack:
+            root = await self._sources(step, copy, stack)
+            prepared = await copies.prepare(self._images, copy, root, self._workspace)
+            digest = digest_of_sources(prepared.sources) if prepared.sources else "inline"
+            shown = copies.shown_copy(copy, digest)
+            config = msgspec.structs.replace(state.config, cmd=(*state.shell, f"#(nop) {shown}"))
+            container = _options(config)
+            documents = "".join(f"{one.name}\0{one.text}\0" for one in copy.documents)
+            line = f"{copy.text} # buildkit" if self._request.is_buildkit else ""
+            key = self._key(container, state, copy.chmod, documents)
+            if await self._take_cached(step, state, key):
+                return
+            changes = self._changes()
+            await copies.perform(self._images, copy, prepared, changes, state.config.working_dir)
+            await self._commit_changes(state, container, key, line, changes.upper)
+
+    async def _sources(self, step: Step, copy: Copy, stack: AsyncExitStack) -> Path | None:
+        """The tree that the sources are in; None: there are none but here-documents."""
+        if not copy.sources:
+            return None
+        if not copy.origin:
+            return await self._inputs.context()
+        return await stack.enter_async_context(self._tree_of(step, copy.origin))
+
+    @asynccontextmanager
+    async def _tree_of(self, step: Step, origin: str) -> AsyncIterator[Path]:
+        """The file system of a stage or an image."""
+        try:
+            made = await self._stage_or_image(step, origin)
+        except SkepError as error:
+            text = str(error)
+            prefix = f"invalid from flag value {origin}: "
+            raise type(error)(text if text.startswith(prefix) else prefix + text) from error
+        changes = Changes(self._area(), lower_directories(self._images, made))
+        async with mounted_image(changes, new_work(self._images, self._workspace)) as root:
+            yield root
+
+    async def _run(self, step: Step, run: Run, beside: Mapping[str, str]) -> None:
+        """RUN."""
+        state = self._position.state
+        if self._position.image is None:
+            raise InvalidArgument("Please provide a source image with `from` prior to run")
+        if run.flags and not self._request.is_buildkit:
+            raise InvalidArgument(copies.NEEDS_BUILDKIT.format(run.flags[0]))
+        network = runs.network_of(run)
+        command, script = runs.command_of(run, state.shell)
+        shown = command_of_step(command, self._arguments, beside)
+        container = _options(msgspec.structs.replace(state.config, cmd=shown, entrypoint=None))
+        variables = variables_of(state, beside)
+        mounts = [
+            parse_mount(text, lambda word: substituted(word, variables, self._stages.escape))
+            for text in run.mounts
+        ]
+        async with AsyncExitStack() as stack:
+            trees = await self._bound_trees(step, mounts, stack)
+            extras = (*run.mounts, run.network, script, *(digest for _, digest in trees.values()))
+            line = f"RUN {' '.join(shown)} # buildkit" if self._request.is_buildkit else ""
+            key = self._key(container, state, *extras) if any(extras) else self._key(container, state)
+            if await self._take_cached(step, state, key):
+                return
+            sources = runs.MountSources(
+                stack,
+                self._area(),
+                self._builder.mounts,
+                self._inputs.provider,
+                lambda mount: self._bound(mount, trees[id(mount)][0]),
+            )
+            prepared = await sources.prepare(command, script, beside, mounts)
+            prepared = msgspec.structs.replace(prepared, network=network)
+            await self._run_command(step, prepared, (state, container, key, line))
+
+    async def _run_command(
+        self, step: Step, prepared: runs.Prepared, made: tuple[StageState, dict[str, Any], str, str]
+    ) -> None:
+        state = made[0]
+        config = msgspec.structs.replace(state.config, healthcheck=None)
+        if self._request.is_buildkit:  # which mounts no volumes in a step
+            config = msgspec.structs.replace(config, volumes=None)
+        position = self._position.image
+        assert position is not None, "RUN on scratch is refused"
+        image = Image(id=position.id, config=msgspec.structs.replace(position.config, config=config))
+        containers = self._builder.containers
+        async with containers.created(image, self._request, prepared) as container:
+            self._progress.running(step, container.id)
+            missing = await asyncio.to_thread(containers.missing_targets, container, prepared.mounts)
+            await containers.run(container, prepared.command, partial(self._progress.output, step))
+            upper = await containers.changes_of(container, missing)
+            await self._commit_changes(*made, upper, without=runs.MADE_BY_THE_RUNTIME)
+        self._progress.removed(step, container.id)
+
+    async def _bound_trees(
+        self, step: Step, mounts: Sequence[RunMount], stack: AsyncExitStack
+    ) -> dict[int, tuple[Path, str]]:
+        """For each bind mount its tree, and a digest of what is mounted."""
+        found = {}
+        for mount in mounts:
+            if mount.type != "bind":
+                continue
+            if mount.origin:
+                root = await stack.enter_async_context(self._tree_of(step, mount.origin))
+            else:
+                root = await self._inputs.context()
+            work = new_work(self._images, self._workspace)
+            act = partial(find, root, (mount.source or "/",), work, is_context=not mount.origin)
+            found[id(mount)] = (root, (await in_thread(work, act))[0].digest)
+        return found
+
+    @asynccontextmanager
+    async def _bound(self, mount: RunMount, root: Path) -> AsyncIterator[Path]:
+        """The tree of a bind mount; what a step writes to it is dropped."""
+        if mount.is_read_only:
+            yield root
+            return
+        changes = Changes(self._area(), [root])
+        async with mounted_image(changes, new_work(self._images, self._workspace)) as merged:
+            yield merged
+
+    # --- results --------------------------------------------------------------------------------------------------
+
+    @property
+    def _chain(self) -> tuple[Digest, ...]:
+        image = self._position.image
+        return image.chain if image is not None else ()
+
+    def _area(self) -> Path:
+        """An empty directory."""
+        self._areas += 1
+        area = self._workspace / f"{self._areas}"
+        area.mkdir(mode=0o700)
+        return area
+
+    def _changes(self) -> Changes:
+        return Changes(self._area(), lower_directories(self._images, self._position.image))
+
+    def _key(self, container: dict[str, Any], state: StageState, *more: str) -> str:
+        kind = (_BUILDKIT,) if self._request.is_buildkit else ()
+        options = {**container, "": [*kind, *more]} if kind or any(more) else container
+        return key_of(self._position.image_id, options, state.author)
+
+    async def _take_cached(self, step: Step, state: StageState, key: str) -> bool:
+        """Whether the step's result is here; it is the position then."""
+        found = self._builder.steps.find(key) if self._may_be_cached else None
+        try:
+            made = await self._made(found) if found is not None else None
+        except (NotFound, OSError):
+            made = None
+        if made is None:
+            self._may_be_cached = False
+            return False
+        self._position = Position(state=state, image=made)
+        self._progress.cached(step)
+        return True
+
+    async def _commit_changes(
+        self,
+        state: StageState,
+        container: dict[str, Any],
+        key: str,
+        line: str,
+        upper: Path,
+        *,
+        without: Sequence[str] = (),
+    ) -> None:
+        """Make the changes in ``upper`` a layer, and an image with it."""
+        image = self._position.image
+        below = Image(id=image.id, config=image.config) if image is not None else None
+        async with self._images.layer_of_changes(upper, below, without=without, take=True) as layer:
+            is_empty = layer.diff_id == child.EMPTY_LAYER
+            chain = self._chain if is_empty else (*self._chain, layer.chain_id)
+            await self._commit(state, container, key, line, diff_id=layer.diff_id, chain=chain)
+
+    async def _commit(
+        self,
+        state: StageState,
+        container: dict[str, Any],
+        key: str,
+        line: str,
+        *,
+        diff_id: str,
+        chain: Sequence[Digest],
+    ) -> None:
+        """Make an image of the step's result, and let it be the position."""
+        here, parent = this_platform(), self._position.image
+        step = child.Step(
+            created=timestamp(self._builder.clock.now_ns()),
+            diff_id=diff_id,
+            created_by=line or " ".join(container.get("Cmd", ())),
+            author=state.author,
+            comment=_BUILDKIT if line else "",
+        )
+        content = child.child_config(
+            parent.content if parent is not None else None,
+            step,
+            _options(state.config),
+            more={} if line else {"container_config": container},
+            platform={"architecture": here.architecture, "os": here.os},
+        )
+        if len(content) > _CONFIG_BYTES_MAX:
+            raise InvalidArgument(f"the image's configuration has more than {_CONFIG_BYTES_MAX} bytes")
+        await self._stack.enter_async_context(self._images.pinned(chain))
+        image = await self._images.add(content, parent=parent.id if parent is not None else "")
+        self._builder.steps.note(key, image.id)
+        made = Made(id=image.id, content=content, config=image.config, chain=tuple(chain))
+        self._position = Position(state=state, image=made)
+
+
+def _options(config: ContainerDefaults) -> dict[str, Any]:
+    """As JSON has it."""
+    options: dict[str, Any] = msgspec.to_builtins(config)
+    return options

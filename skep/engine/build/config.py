@@ -1,0 +1,318 @@
+"""What instructions change in an image's configuration, and the variables of a build.  Pure.
+
+Source: moby 20.10, builder/dockerfile/dispatchers.go, internals.go, buildargs.go.
+"""
+
+import posixpath
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from skep.engine.build.dockerfile import parse, quoted
+from skep.engine.build.instructions import (
+    Arg,
+    Cmd,
+    Entrypoint,
+    Env,
+    Expose,
+    Healthcheck,
+    Instruction,
+    Label,
+    Maintainer,
+    OnBuild,
+    OptionLabel,
+    Shell,
+    StopSignal,
+    User,
+    Volume,
+    Workdir,
+    instruction_of,
+)
+from skep.engine.build.substitution import VALUE_BYTES_MAX, split, substituted
+from skep.engine.images.image import ContainerDefaults
+from skep.engine.signals import signal_number
+from skep.engine.spec import DEFAULT_PATH
+from skep.errors import InvalidArgument
+from skep.model.container import HealthConfig
+from skep.model.times import SECOND_NS
+
+DEFAULT_SHELL = ("/bin/sh", "-c")
+_PREDEFINED = frozenset(
+    name
+    for upper in ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
+    for name in (upper, upper.lower())
+)
+"""Arguments that no ARG has to declare, and that are no part of the cache's key."""
+_PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?(?:/(\w+))?")
+_CHANGES = (
+    Cmd,
+    Entrypoint,
+    Env,
+    Expose,
+    Healthcheck,
+    Label,
+    OnBuild,
+    Shell,
+    StopSignal,
+    User,
+    Volume,
+    Workdir,
+)
+
+
+class StageState(msgspec.Struct, frozen=True, kw_only=True):
+    """The configuration of a stage so far.  ``has_cmd``: the stage itself has a CMD, which ENTRYPOINT leaves."""
+
+    config: ContainerDefaults
+    author: str = ""
+    has_cmd: bool = False
+
+    @property
+    def shell(self) -> tuple[str, ...]:
+        """What runs the shell form of commands."""
+        return self.config.shell or DEFAULT_SHELL
+
+
+class Arguments:
+    """The arguments of a build: what its user gives, and what ARG declares."""
+
+    def __init__(self, given: Mapping[str, str | None], platform: Mapping[str, str]) -> None:
+        """``platform``: arguments that every Dockerfile may declare without a value (``TARGETARCH``)."""
+        self._given = given
+        self._before: dict[str, str | None] = dict(platform)
+        self._declared: dict[str, str | None] = {}
+        self._used: set[str] = set()
+
+    def begin_stage(self) -> None:
+        """Arguments of the stage before are not known any more."""
+        self._declared = {}
+
+    def declare(self, name: str, value: str | None, *, before_stages: bool = False) -> None:
+        """``ARG name=value``."""
+        self._used.add(name)
+        self._declared[name] = value
+        if before_stages:
+            self._before[name] = value
+
+    @property
+    def of_stages(self) -> Mapping[str, str]:
+        """What FROM may use."""
+        return self._values(self._before)
+
+    @property
+    def known(self) -> Mapping[str, str]:
+        """What the instructions of the stage may use."""
+        return self._values(self._declared)
+
+    def beside(self, env: Iterable[str]) -> Mapping[str, str]:
+        """The same without what the image's own variables hide."""
+        hidden = {text.partition("=")[0] for text in env}
+        return {name: value for name, value in self.known.items() if name not in hidden}
+
+    def in_key(self, name: str) -> bool:
+        """Whether the argument's value counts for the cache: not that of a proxy that no ARG declares."""
+        return name in self._declared or name not in _PREDEFINED
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Those given that no ARG has declared."""
+        return tuple(sorted(self._given.keys() - self._used - _PREDEFINED))
+
+    def _values(self, declared: Mapping[str, str | None]) -> dict[str, str]:
+        values = {}
+        for name in (*declared, *sorted(_PREDEFINED)):
+            value = self._given.get(name)
+            if value is None:
+                value = declared.get(name)
+            if value is None:
+                value = self._before.get(name)
+            if value is not None:
+                values[name] = value
+        return values
+
+
+def begun(base: ContainerDefaults) -> StageState:
+    """The state of a stage on an image with the options ``base``."""
+    env = base.env or ()
+    if not any(text.startswith("PATH=") for text in env):
+        env = (*env, DEFAULT_PATH)
+    return StageState(config=msgspec.structs.replace(base, env=env))
+
+
+def expanded(instruction: Instruction, variables: Mapping[str, str], escape: str) -> Instruction:
+    """The instruction with its variables substituted.  Raises: InvalidArgument."""
+    if isinstance(instruction, Expose):
+        ports = [port for text in instruction.ports for port in split(text, variables, escape)]
+        return msgspec.structs.replace(instruction, ports=tuple(ports))
+    return instruction.expanded(lambda word: substituted(word, variables, escape))
+
+
+def variables_of(state: StageState, arguments: Mapping[str, str]) -> Mapping[str, str]:
+    """Variables that instructions are substituted with: arguments, then the image's, which win."""
+    pairs = (text.partition("=") for text in state.config.env or ())
+    return {**arguments, **{name: value for name, _, value in pairs}}
+
+
+def changed(state: StageState, instruction: Instruction) -> tuple[StageState, str]:
+    """The state after an instruction that runs and copies nothing, and its line in the image's history.
+
+    Raises: InvalidArgument.
+    """
+    config = state.config
+    match instruction:
+        case Env(pairs=pairs):
+            comment = _joined("ENV", pairs)
+            config = msgspec.structs.replace(config, env=_with_variables(config.env or (), pairs))
+        case Label(pairs=pairs) | OptionLabel(pairs=pairs):
+            comment = _joined("LABEL", pairs)
+            config = msgspec.structs.replace(config, labels={**(config.labels or {}), **dict(pairs)})
+        case Arg(pairs=arguments):
+            comment = " ".join(
+                ["ARG", *(name if value is None else f"{name}={value}" for name, value in arguments)]
+            )
+        case Maintainer(author=author):
+            return msgspec.structs.replace(state, author=author), f"MAINTAINER {author}"
+        case Workdir(path=path):
+            directory = working_directory(config.working_dir, path)
+            comment = f"WORKDIR {directory}"
+            config = msgspec.structs.replace(config, working_dir=directory)
+        case User(user=user):
+            comment = f"USER {user}"
+            config = msgspec.structs.replace(config, user=user)
+        case StopSignal(signal=signal):
+            signal_number(signal)
+            comment = f"STOPSIGNAL {signal}"
+            config = msgspec.structs.replace(config, stop_signal=signal)
+        case Expose(ports=ports):
+            comment = f"EXPOSE {' '.join(ports)}"
+            found: dict[str, object] = {port: {} for text in ports for port in _ports(text)}
+            config = msgspec.structs.replace(config, exposed_ports={**(config.exposed_ports or {}), **found})
+        case Volume(paths=paths):
+            if not all(paths):
+                raise InvalidArgument("VOLUME specified can not be an empty string")
+            comment = f"VOLUME [{' '.join(paths)}]"
+            volumes = {**(config.volumes or {}), **{path: {} for path in paths}}
+            config = msgspec.structs.replace(config, volumes=volumes)
+        case OnBuild(expression=expression):
+            comment = f"ONBUILD {expression}"
+            config = msgspec.structs.replace(config, on_build=(*(config.on_build or ()), expression))
+        case Shell(words=words):
+            comment = f"SHELL [{' '.join(words)}]"
+            config = msgspec.structs.replace(config, shell=words)
+        case Healthcheck(health=health):
+            comment = f"HEALTHCHECK {_shown(health)}"
+            config = msgspec.structs.replace(config, healthcheck=health)
+        case Cmd() | Entrypoint():
+            return _with_command(state, instruction)
+        case _:
+            raise InvalidArgument(f"unsupported command type: {instruction.keyword}")
+    if sum(map(len, config.env or ())) > VALUE_BYTES_MAX:
+        raise InvalidArgument(f"the variables have more than {VALUE_BYTES_MAX} characters")
+    return msgspec.structs.replace(state, config=config), comment
+
+
+def _with_command(state: StageState, instruction: Cmd | Entrypoint) -> tuple[StageState, str]:
+    config, words = state.config, instruction.command.resolved(state.shell)
+    comment = f"{instruction.keyword} [{' '.join(map(quoted, words))}]"
+    if isinstance(instruction, Cmd):
+        has_cmd = state.has_cmd or bool(instruction.command.words)
+        config = msgspec.structs.replace(config, cmd=words)
+        return msgspec.structs.replace(state, config=config, has_cmd=has_cmd), comment
+    config = msgspec.structs.replace(config, entrypoint=words, cmd=config.cmd if state.has_cmd else None)
+    return msgspec.structs.replace(state, config=config), comment
+
+
+def apply_changes(config: ContainerDefaults, lines: Sequence[str]) -> ContainerDefaults:
+    """``config`` after the instructions of ``docker commit --change``.
+
+    Raises: InvalidArgument: one of them is none, or does not change a configuration.
+
+    Source: moby 20.10, builder/dockerfile/builder.go (BuildFromConfig).
+    """
+    if not lines:
+        return config
+    parsed = parse("\n".join(lines))
+    for line in parsed.lines:
+        if line.keyword.upper() not in {type.__name__.upper() for type in _CHANGES}:
+            raise InvalidArgument(f"{line.keyword} is not a valid change command")
+    instructions = [instruction_of(line) for line in parsed.lines]
+    state = StageState(config=config)
+    for instruction in instructions:
+        ready = expanded(instruction, variables_of(state, {}), parsed.escape)
+        state, _ = changed(state, ready)
+    return state.config
+
+
+def command_of_step(
+    command: Sequence[str], arguments: Arguments, beside: Mapping[str, str]
+) -> tuple[str, ...]:
+    """The command of a RUN step as history and cache have it: behind the arguments that it sees."""
+    counted = sorted(f"{name}={value}" for name, value in beside.items() if arguments.in_key(name))
+    return (f"|{len(counted)}", *counted, *command) if beside else tuple(command)
+
+
+def working_directory(current: str, wanted: str) -> str:
+    """``WORKDIR wanted`` below the present one.  Raises: InvalidArgument: it is empty."""
+    if not wanted:
+        raise InvalidArgument("cannot normalize nothing")
+    return _clean(posixpath.join("/", current, wanted))
+
+
+def _clean(path: str) -> str:
+    """Without dots and double slashes; POSIX lets two leading ones stand, Docker does not."""
+    return "/" + posixpath.normpath(path).lstrip("/")
+
+
+def _joined(keyword: str, pairs: Iterable[tuple[str, str]]) -> str:
+    return " ".join([keyword, *(f"{name}={value}" for name, value in pairs)])
+
+
+def _with_variables(env: Sequence[str], pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Values are replaced where they stand; new ones follow."""
+    values = {text.partition("=")[0]: text for text in env}
+    values.update({name: f"{name}={value}" for name, value in pairs})
+    return tuple(values.values())
+
+
+def _ports(text: str) -> Iterable[str]:
+    """``80``, ``80-90/udp``, ``127.0.0.1:80:90`` as the container's ports."""
+    inside = text.rpartition(":")[2]
+    found = _PORTS.fullmatch(inside)
+    if found is None:
+        if not inside or inside.startswith("/"):
+            raise InvalidArgument(f"No port specified: {text}<empty>")
+        raise InvalidArgument(f"Invalid containerPort: {inside.partition('/')[0]}")
+    first, last, protocol = int(found[1]), int(found[2] or found[1]), (found[3] or "tcp").lower()
+    if protocol not in ("tcp", "udp", "sctp"):
+        raise InvalidArgument(f"Invalid proto: {protocol}")
+    if not first <= last <= 65535:
+        raise InvalidArgument(f"Invalid containerPort: {inside.partition('/')[0]}")
+    return (f"{port}/{protocol}" for port in range(first, last + 1))
+
+
+def _shown(health: HealthConfig) -> str:
+    """As Go prints it with ``%q``."""
+    test = " ".join(map(quoted, health.test))
+    times = " ".join(
+        quoted(_go_duration(ns)) for ns in (health.interval, health.timeout, health.start_period)
+    )
+    return f"&{{[{test}] {times} {_quoted_rune(health.retries)}}}"
+
+
+def _quoted_rune(number: int) -> str:
+    """As Go prints a number with ``%q``: the character that it is."""
+    escaped = repr(chr(number))[1:-1] if number < 0x110000 else "\ufffd"
+    return f"'{escaped}'"
+
+
+def _go_duration(ns: int) -> str:
+    """``1h2m3s``."""
+    if ns and ns < SECOND_NS:
+        return f"{ns / 1_000_000:g}ms"
+    seconds = ns / SECOND_NS
+    hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
+    rest = f"{seconds % 60:g}s"
+    if hours:
+        return f"{hours}h{minutes}m{rest}"
+    return f"{minutes}m{rest}" if minutes else rest

@@ -1,0 +1,138 @@
+"""What a build is asked for, what it reports, and what it asks of its client while it runs.
+
+Two protocols start builds: the classic API (``POST /build``) and BuildKit's.  Both make a ``BuildRequest``, give the
+context as a directory, and show the ``Progress`` in their own way.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from skep.engine.container import Stream
+from skep.engine.images.digest import Digest
+from skep.engine.images.progress import Message
+from skep.engine.images.reference import Reference
+from skep.model.container import Ulimit
+
+OpenContext = Callable[[], Awaitable[Path]]
+"""Gives the directory with the files of the context; it stays the caller's, and is not changed by a build.
+
+Called at most once, when the first step needs a file.  What is in the directory is not trusted: links in it lead no
+further than the directory.  Raises: SkepError: there is none."""
+
+
+class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of the containers of ``RUN`` steps; 0 is none."""
+
+    memory_bytes: int = 0
+    nano_cpus: int = 0
+    shm_bytes: int = 64 << 20
+    ulimits: tuple[Ulimit, ...] = ()
+
+
+class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One build."""
+
+    dockerfile: str
+    """The text of the Dockerfile."""
+    tags: tuple[Reference, ...] = ()
+    """Given to the image when all steps have succeeded, together."""
+    target: str = ""
+    """Name or number of the last stage to build; empty: the last one."""
+    arguments: Mapping[str, str | None] = {}
+    """``--build-arg``; None: named without a value, which takes the Dockerfile's default."""
+    labels: Mapping[str, str] = {}
+    use_cache: bool = True
+    pull: bool = False
+    """Ask registries for the images of FROM even when they are here."""
+    network: str = ""
+    """Of ``RUN`` steps: default, none, host, or a network's name."""
+    hosts: tuple[str, ...] = ()
+    """``--add-host``: ``name:address``."""
+    limits: StepLimits = StepLimits()
+    credentials: Mapping[str, str] = {}
+    """``X-Registry-Auth`` values by registry (``docker.io``, ``registry:5000``)."""
+    cache_from: tuple[str, ...] = ()
+    """Images whose steps may be taken for the same steps of this build."""
+    platform: str = ""
+    is_buildkit: bool = False
+    """BuildKit's language: RUN --mount, COPY --link; stages that the target does not need are left out."""
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """One step, as it is shown."""
+
+    number: int
+    """From 1."""
+    total: int
+    text: str
+    """The instruction, variables substituted: ``RUN make``."""
+    stage: int = 0
+    stage_name: str = ""
+
+
+class Progress(Protocol):
+    """Receives what happens, in order; never waits."""
+
+    def started(self, step: Step) -> None:
+        """A step begins."""
+
+    def cached(self, step: Step) -> None:
+        """Its result is here from an earlier build; ``finished`` follows."""
+
+    def pulling(self, step: Step, message: Message) -> None:
+        """Progress of the pull of a stage's image."""
+
+    def running(self, step: Step, container_id: str) -> None:
+        """A container was made for it."""
+
+    def output(self, step: Step, stream: Stream, data: bytes) -> None:
+        """A piece of what its command writes."""
+
+    def removed(self, step: Step, container_id: str) -> None:
+        """Its container is gone."""
+
+    def warning(self, step: Step, text: str) -> None:
+        """Something that its author should know."""
+
+    def finished(self, step: Step, image_id: Digest | None) -> None:
+        """It has succeeded.  ``image_id``: the image so far, empty after ``FROM scratch``; None: no stage has begun."""
+
+    def failed(self, step: Step, error: Exception) -> None:
+        """It has failed, and the build with it."""
+
+
+class Provider(Protocol):
+    """What ``RUN --mount`` asks of the client of a build."""
+
+    async def secret(self, id: str) -> bytes | None:
+        """The content of a secret; None: the client has none with this id.  Raises: SkepError."""
+
+    def ssh(self, id: str) -> AbstractAsyncContextManager[Path | None]:
+        """A socket of the client's ssh agent while the block runs; None: the client forwards none with this id."""
+
+
+class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
+    """``image_id``: of the target's last step; ``unused_arguments``: those that no ARG declares."""
+
+    image_id: Digest
+    unused_arguments: tuple[str, ...] = ()
+
+
+class Builds(Protocol):
+    """Carries out builds."""
+
+    async def build(
+        self,
+        request: BuildRequest,
+        context: OpenContext,
+        progress: Progress,
+        provider: Provider | None = None,
+    ) -> BuildResult:
+        """Build an image and tag it.  Cancelling ends its container; nothing is left but finished steps.
+
+        Raises: SkepError: in Docker's words; nothing was tagged.
+        """

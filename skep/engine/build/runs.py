@@ -1,0 +1,314 @@
+"""RUN: a command in a container of its own, whose changes become a layer.
+
+Source: moby 20.10, builder/dockerfile/dispatchers.go (dispatchRun), containerbackend.go; buildkit,
+frontend/dockerfile/dockerfile2llb/convert.go (dispatchRun), convert_runmount.go, convert_ssh.go.
+"""
+
+import asyncio
+import os
+import secrets
+import stat
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from skep.engine.build.cache import CacheMounts
+from skep.engine.build.copying import Tree
+from skep.engine.build.dockerfile import heredoc_of, quoted
+from skep.engine.build.instructions import Run
+from skep.engine.build.interface import BuildRequest, Provider
+from skep.engine.build.mounts import RunMount
+from skep.engine.container import Container, Stream
+from skep.engine.engine import Engine
+from skep.engine.images.image import Image
+from skep.engine.request import CreateRequest, HostConfig, LogOptions
+from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
+from skep.linux import syscalls
+from skep.model.container import BindOptions, HealthConfig, Mount, TmpfsOptions
+
+MADE_BY_THE_RUNTIME = ("dev", "proc", "sys", "etc/hosts", "etc/hostname", "etc/resolv.conf")
+"""Mount points that the runtime makes in every container, where the image has none: no part of a layer."""
+_SECRETS_BYTES_MAX = 16 << 20
+_PIPES = "/dev/pipes/"
+
+Output = Callable[[Stream, bytes], None]
+
+
+class StepFailed(InvalidArgument):
+    """A command ended with another code than 0."""
+
+    def __init__(self, command: Sequence[str], code: int, reason: str) -> None:
+        text = f"The command '{' '.join(command)}' returned a non-zero code: {code}"
+        super().__init__(f"{text}: {reason}" if reason else text)
+        self.code = code
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """What a RUN step's container is given."""
+
+    command: tuple[str, ...]
+    env: tuple[str, ...] = ()
+    mounts: tuple[Mount, ...] = ()
+    network: str = ""
+
+
+def command_of(run: Run, shell: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """Program and arguments, and the content of the script that is to be at ``/dev/pipes/<name>`` (empty: none).
+
+    Raises: InvalidArgument: a here-document where none can be.
+    """
+    if not run.heredocs:
+        return run.command.resolved(shell), ""
+    if len(run.command.words) != 1 or not run.command.is_shell:
+        raise InvalidArgument("parsing produced an invalid run command")
+    text, first = run.command.words[0], run.heredocs[0]
+    if heredoc_of(text) is None:
+        for document in run.heredocs:
+            text += f"\n{document.content}{document.name}"
+        return (*shell, text), ""
+    if first.content.startswith("#!"):
+        return (f"{_PIPES}{first.name}",), first.text
+    return (*shell, first.text), ""
+
+
+class Containers:
+    """Runs the commands of builds."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @asynccontextmanager
+    async def created(
+        self, image: Image, request: BuildRequest, prepared: Prepared
+    ) -> AsyncIterator[Container]:
+        """A container for one command; it ends and goes with the block."""
+        name = f"build-{secrets.token_hex(6)}"
+        try:
+            yield await self._engine.create(_create_request(image, request, prepared), name=name, image=image)
+        finally:
+            await asyncio.shield(self._discard(name))
+
+    async def run(self, container: Container, command: Sequence[str], output: Output) -> None:
+        """Start it, pass on what it writes, return when it has ended.  Raises: StepFailed; SkepError."""
+        async with asyncio.TaskGroup() as group:
+            # It waits for the start before ``start`` is far enough to look who waits.
+            reading = group.create_task(self._read(container, output), name="output of a build step")
+            error = None
+            try:
+                await self._engine.start(container.id)
+            except SkepError as refused:  # a group would hide it
+                error = refused
+                reading.cancel()
+        if error is not None:
+            raise error
+        ended = await self._engine.wait(container.id)
+        if ended.exit_code:
+            raise StepFailed(command, ended.exit_code, "out of memory" if ended.oom_killed else "")
+
+    def missing_targets(self, container: Container, mounts: Sequence[Mount]) -> list[str]:
+        """Targets of mounts, and directories above them, that the runtime will make; the deepest first.
+
+        ``container``: not started yet.  Blocks.
+        """
+        missing = set[str]()
+        with Tree(self._engine.bundles.rootfs(container.id)) as tree:
+            for mount in mounts:
+                path = tree.resolve(mount.target)
+                while path and tree.status(path) is None:
+                    missing.add(path)
+                    path = os.path.dirname(path)
+        return sorted(missing, key=lambda path: path.count("/"), reverse=True)
+
+    async def changes_of(self, container: Container, made: Sequence[str]) -> Path:
+        """The directory with what an ended container has changed; nothing has it mounted any more.
+
+        ``made``: what ``missing_targets`` gave; it is no part of the changes where it is empty.
+        """
+        upper = self._engine.bundles.path(container.id) / "upper"
+        await asyncio.to_thread(self._engine.bundles.release, container.id)
+        await asyncio.to_thread(_remove_empty, upper, made)
+        return upper
+
+    async def _read(self, container: Container, output: Output) -> None:
+        try:
+            attachment = await self._engine.attach(container.id)
+        except SkepError:
+            return  # it was not started, and ``start`` says why
+        try:
+            while (piece := await attachment.read()) is not None:
+                output(*piece)
+        finally:
+            attachment.close()
+
+    async def _discard(self, name: str) -> None:
+        with suppress(NotFound):
+            await self._engine.remove(name, force=True, with_volumes=True)
+
+
+def _remove_empty(root: Path, paths: Sequence[str]) -> None:
+    """Remove those of ``paths`` that are empty directories or files."""
+    with Tree(root) as tree:
+        for path in paths:
+            directory, name = os.path.split(path)
+            with suppress(OSError), tree.opened(directory) as parent:
+                status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    os.rmdir(name, dir_fd=parent)
+                elif not status.st_size:
+                    os.unlink(name, dir_fd=parent)
+
+
+def _create_request(image: Image, request: BuildRequest, prepared: Prepared) -> CreateRequest:
+    limits = request.limits
+    return CreateRequest(
+        image=image.id,
+        cmd=prepared.command,
+        entrypoint=("",),
+        env=prepared.env,
+        healthcheck=HealthConfig(test=("NONE",)),
+        host_config=HostConfig(
+            network_mode=prepared.network or request.network or "default",
+            log_config=LogOptions(type="none"),
+            memory=limits.memory_bytes,
+            nano_cpus=limits.nano_cpus,
+            shm_size=limits.shm_bytes,
+            ulimits=limits.ulimits,
+            extra_hosts=request.hosts,
+            mounts=prepared.mounts,
+        ),
+    )
+
+
+class MountSources:
+    """Brings the mounts of one RUN step together, for as long as the step runs."""
+
+    def __init__(
+        self,
+        stack: AsyncExitStack,
+        directory: Path,
+        caches: CacheMounts,
+        provider: Provider | None,
+        tree_of: Callable[[RunMount], AbstractAsyncContextManager[Path]],
+    ) -> None:
+        """``directory``: empty, for this step alone; ``tree_of``: the files that a bind mount is of."""
+        self._stack = stack
+        self._directory = directory
+        self._caches = caches
+        self._provider = provider
+        self._tree_of = tree_of
+        self._secrets: Path | None = None
+        self._agents = 0
+
+    async def prepare(
+        self, command: tuple[str, ...], script: str, env: Mapping[str, str], mounts: Sequence[RunMount]
+    ) -> Prepared:
+        """Raises: InvalidArgument, NotFound: something that a mount needs is not there."""
+        variables, found = dict(env), list[Mount]()
+        if script:
+            path = self._file("script", script.encode("utf-8", "surrogateescape"), 0o755)
+            found.append(Mount(type="bind", source=str(path), target=command[0], read_only=True))
+        for mount in mounts:
+            match mount.type:
+                case "bind":
+                    found.append(await self._bind(mount))
+                case "cache":
+                    found.append(await self._cache(mount))
+                case "tmpfs":
+                    options = TmpfsOptions(size_bytes=mount.size_bytes)
+                    found.append(Mount(type="tmpfs", target=mount.target, tmpfs_options=options))
+                case "secret":
+                    found += await self._secret(mount, variables)
+                case "ssh":
+                    found += await self._ssh(mount, variables)
+        return Prepared(
+            command=command,
+            env=tuple(f"{name}={value}" for name, value in variables.items()),
+            mounts=tuple(found),
+        )
+
+    async def _bind(self, mount: RunMount) -> Mount:
+        root = await self._stack.enter_async_context(self._tree_of(mount))
+        with Tree(root) as tree:
+            inside = tree.resolve(mount.source)
+            if tree.status(inside) is None:
+                raise NotFound(f"failed to calculate checksum: {mount.source}: not found")
+        return Mount(
+            type="bind", source=str(root / inside), target=mount.target, read_only=mount.is_read_only
+        )
+
+    async def _cache(self, mount: RunMount) -> Mount:
+        directory = await self._stack.enter_async_context(
+            self._caches.used(mount.id or os.path.normpath(mount.target), mount.sharing)
+        )
+        if mount.uid is not None or mount.gid is not None or mount.mode is not None:
+            os.chown(directory, mount.uid or 0, mount.gid or 0)
+            os.chmod(directory, 0o755 if mount.mode is None else mount.mode)
+        return Mount(type="bind", source=str(directory), target=mount.target, read_only=mount.is_read_only)
+
+    async def _secret(self, mount: RunMount, variables: dict[str, str]) -> list[Mount]:
+        id = mount.id or mount.source or os.path.basename(mount.target)
+        value = await self._provider.secret(id) if self._provider is not None else None
+        if value is None:
+            if mount.required:
+                raise NotFound(f"secret {id}: not found")
+            return []
+        if mount.env is not None:
+            variables[mount.env or id] = value.decode("utf-8", "surrogateescape")
+            if not mount.target:
+                return []
+        path = self._file(
+            f"secret-{secrets.token_hex(4)}", value, 0o400 if mount.mode is None else mount.mode
+        )
+        os.chown(path, mount.uid or 0, mount.gid or 0)
+        return [
+            Mount(type="bind", source=str(path), target=mount.target or f"/run/secrets/{id}", read_only=True)
+        ]
+
+    async def _ssh(self, mount: RunMount, variables: dict[str, str]) -> list[Mount]:
+        id = mount.id or "default"
+        socket = None
+        if self._provider is not None:
+            socket = await self._stack.enter_async_context(self._provider.ssh(id))
+        if socket is None:
+            if mount.required:
+                raise NotFound(f"ssh agent {id}: not found")
+            return []
+        target = mount.target or f"/run/buildkit/ssh_agent.{self._agents}"
+        if not self._agents:
+            variables["SSH_AUTH_SOCK"] = target
+        self._agents += 1
+        os.chown(socket, mount.uid or 0, mount.gid or 0)
+        os.chmod(socket, 0o600 if mount.mode is None else mount.mode)
+        return [Mount(type="bind", source=str(socket), target=target, bind_options=BindOptions())]
+
+    def _file(self, name: str, content: bytes, mode: int) -> Path:
+        """A file in memory, which is gone when the step has ended."""
+        if self._secrets is None:
+            self._secrets = self._directory / "memory"
+            self._secrets.mkdir(mode=0o700)
+            options = f"size={_SECRETS_BYTES_MAX},mode=0700"
+            syscalls.mount("tmpfs", self._secrets, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, options)
+            self._stack.callback(syscalls.unmount_if_mounted, self._secrets)
+        path = self._secrets / name
+        path.write_bytes(content)
+        path.chmod(mode)
+        return path
+
+
+def network_of(run: Run) -> str:
+    """The network of a step, empty: the build's.
+
+    Raises: InvalidArgument, Unimplemented: it is none, or a right that builds do not have.
+    """
+    if run.security not in ("", "sandbox"):
+        raise Unimplemented(f"RUN --security={run.security} is not supported")
+    match run.network:
+        case "" | "default":
+            return ""
+        case "none":
+            return "none"
+        case "host":
+            raise Unimplemented("RUN --network=host is not supported: give --network host to the build")
+    raise InvalidArgument(f"unsupported network mode {quoted(run.network)}")

@@ -1,0 +1,124 @@
+"""What the steps of a build share: the images they make, mounted file systems, work in threads."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from skep.aio.failures import describe_error
+from skep.engine import overlay
+from skep.engine.build.config import StageState
+from skep.engine.build.copying import CopyLimits, Work
+from skep.engine.images.digest import Digest
+from skep.engine.images.image import ImageConfig
+from skep.engine.images.layers import UnpackFailed
+from skep.engine.images.store import ImageStore
+from skep.linux import syscalls
+
+T = TypeVar("T")
+
+
+class Made(msgspec.Struct, frozen=True, kw_only=True):
+    """An image that a step has given.  ``content``: its configuration, kept here since an image may be removed."""
+
+    id: Digest
+    content: bytes
+    config: ImageConfig
+    chain: tuple[Digest, ...]
+
+
+class Position(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a stage is.  ``image`` None: it began with scratch, and has nothing yet."""
+
+    state: StageState
+    image: Made | None
+
+    @property
+    def image_id(self) -> Digest:
+        """Empty where there is no image yet."""
+        return self.image.id if self.image is not None else Digest("")
+
+
+def lower_directories(images: ImageStore, image: Made | None) -> list[Path]:
+    """The layers of an image for an overlay, top first.  Raises: NotFound."""
+    chain = image.chain if image is not None else ()
+    return [images.layer_store.directory(chain_id) for chain_id in reversed(chain)]
+
+
+class Changes:
+    """An overlay of a step's own on top of an image's layers.  ``root``: mounted while in ``mounted``."""
+
+    def __init__(self, directory: Path, layers: Sequence[Path]) -> None:
+        """``directory``: empty, for this overlay alone."""
+        self._layers = list(layers)
+        self._directory = directory
+        self.root = directory / "root"
+        self.upper = directory / "upper"
+
+    def mount(self) -> None:
+        """Raises: OSError; FailedPrecondition: more layers than this kernel can take."""
+        work, empty = self._directory / "work", self._directory / "empty"
+        for path in (self.root, self.upper, work, empty):
+            path.mkdir(mode=0o755, exist_ok=True)
+            path.chmod(0o755)
+        overlay.mount_layers(self._layers or [empty], self.upper, work, self.root)
+
+    def unmount(self) -> None:
+        """Nothing happens when it is not mounted."""
+        syscalls.unmount_if_mounted(self.root)
+
+    @contextmanager
+    def mounted(self) -> Iterator[Path]:
+        """The merged file system.  Blocks; for work in a thread."""
+        self.mount()
+        try:
+            yield self.root
+        finally:
+            self.unmount()
+
+
+def new_work(images: ImageStore, place: Path) -> Work:
+    """Bounds of a copy to ``place``: what the node takes, and what its disk has room for."""
+    limits = images.limits
+    room = max(limits.room_on(place), 0)
+    return Work(CopyLimits(bytes_max=min(limits.layer_bytes_max, room), entries_max=limits.entries_max))
+
+
+async def in_thread(work: Work, act: Callable[[], T]) -> T:
+    """The result of ``act`` in a thread; when the caller is cancelled, ``work`` is stopped and waited for.
+
+    Raises: what ``act`` does; UnpackFailed: a call on a file failed.
+    """
+    running = asyncio.gather(asyncio.to_thread(act), return_exceptions=True)
+    try:
+        (result,) = await asyncio.shield(running)
+    except asyncio.CancelledError:
+        work.stop()
+        await asyncio.wait([running])
+        raise
+    if isinstance(result, OSError):
+        raise UnpackFailed(f"failed to copy files: {_words(result)}") from result
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+@asynccontextmanager
+async def mounted_image(changes: Changes, work: Work) -> AsyncIterator[Path]:
+    """The same as ``Changes.mounted``, for as long as an async block runs."""
+    try:
+        await in_thread(work, changes.mount)
+        yield changes.root
+    finally:
+        await asyncio.shield(asyncio.to_thread(changes.unmount))
+
+
+def _words(error: OSError) -> str:
+    if error.errno is None:
+        return describe_error(error)
+    name = os.path.basename(os.fsdecode(error.filename)) + ": " if error.filename else ""
+    return name + os.strerror(error.errno).lower()

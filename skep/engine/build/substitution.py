@@ -1,0 +1,337 @@
+"""Variables in a Dockerfile: ``$name``, ``${name}``, ``${name:-word}`` and their like, with quotes and escapes.
+
+Source: buildkit, frontend/dockerfile/shell/lex.go.  What a value grows to is bounded: ``ENV A=$A$A`` in fifty lines
+would otherwise fill the memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+from skep.errors import InvalidArgument
+
+VALUE_BYTES_MAX = 1 << 20
+_PATTERN_STEPS_MAX = 4_000_000
+"""Comparisons for one pattern: of a value with 1,000 characters, four are left to each."""
+_SPECIAL = frozenset("@*#?-$!0")
+_DEPTH_MAX = 32
+_STAR: Final = "*"
+_ANY: Final = "?"
+
+
+def substituted(word: str, variables: Mapping[str, str], escape: str = "\\") -> str:
+    """``word`` with its variables replaced and its quotes taken away.  Raises: InvalidArgument, in BuildKit's words."""
+    return _Reader(word, variables, escape).run()[0]
+
+
+def split(word: str, variables: Mapping[str, str], escape: str = "\\") -> list[str]:
+    """The same, as the words that it is after substitution.  Raises: InvalidArgument."""
+    return _Reader(word, variables, escape).run()[1]
+
+
+def raw_words(line: str) -> list[str]:
+    """Words of a line with their quotes and escapes, nothing substituted; as far as it can be read."""
+    reader = _Reader(line, None, "\\", raw_quotes=True, raw_escapes=True)
+    try:
+        return reader.run()[1]
+    except InvalidArgument:
+        return []
+
+
+def unquoted_word(text: str) -> tuple[str, bool] | None:
+    """The single word that ``text`` is, and whether some of it is quoted; None: it is not one word."""
+    words = _Reader(text, None, "\\").run()[1]
+    if len(words) != 1:
+        return None
+    raw = _Reader(text, None, "\\", raw_quotes=True).run()[1]
+    quotes = sum(words[0].count(one) for one in "'\"")
+    return words[0], quotes != sum(raw[0].count(one) for one in "'\"")
+
+
+class _Words:
+    """What is split at spaces that no quotes protect."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self._pending: list[str] = []
+        self._in_word = False
+
+    def add(self, text: str) -> None:
+        for character in text:
+            if not character.isspace():
+                self.add_raw(character)
+            elif self._in_word and any(self._pending):
+                self.words.append("".join(self._pending))
+                self._pending, self._in_word = [], False
+
+    def add_raw(self, text: str) -> None:
+        self._pending.append(text)
+        self._in_word = True
+
+    def all(self) -> list[str]:
+        if any(self._pending):
+            self.words.append("".join(self._pending))
+            self._pending = []
+        return self.words
+
+
+class _Reader:
+    """Reads one word from its beginning to its end.  ``variables`` None: they stay as they are."""
+
+    def __init__(
+        self,
+        source: str,
+        variables: Mapping[str, str] | None,
+        escape: str,
+        *,
+        raw_quotes: bool = False,
+        raw_escapes: bool = False,
+    ) -> None:
+        self._source = source
+        self._variables = variables
+        self._escape = escape
+        self._raw_quotes = raw_quotes
+        self._raw_escapes = raw_escapes
+        self._at = 0
+        self._depth = 0
+
+    def run(self) -> tuple[str, list[str]]:
+        try:
+            return self._until("")
+        except InvalidArgument as error:
+            raise InvalidArgument(f'failed to process "{self._source[:200]}": {error}') from error
+
+    def _peek(self) -> str:
+        return self._source[self._at] if self._at < len(self._source) else ""
+
+    def _next(self) -> str:
+        character = self._peek()
+        self._at += 1
+        return character
+
+    def _until(self, stop: str, *, raw_escapes: bool | None = None) -> tuple[str, list[str]]:
+        """Everything to the character ``stop`` (empty: to the end), which is consumed."""
+        raw_escapes = self._raw_escapes if raw_escapes is None else raw_escapes
+        self._depth += 1
+        if self._depth > _DEPTH_MAX:
+            raise InvalidArgument("substitutions are nested too deeply")
+        special: Mapping[str, Callable[[], str]] = {
+            "$": self._dollar,
+            "'": self._single_quoted,
+            '"': lambda: self._double_quoted(raw_escapes),
+        }
+        result: list[str] = []
+        words = _Words()
+        length = 0
+        while character := self._peek():
+            if stop and character == stop:
+                self._next()
+                break
+            if character in special:
+                text = special[character]()
+                words.add(text) if character == "$" else words.add_raw(text)
+            else:
+                text = self._next()
+                if text == self._escape:
+                    escaped = self._next()
+                    text = (text if raw_escapes else "") + escaped
+                    words.add_raw(text)
+                else:
+                    words.add(text)
+            result.append(text)
+            length += len(text)
+            if length > VALUE_BYTES_MAX:
+                raise InvalidArgument(f"a value has more than {VALUE_BYTES_MAX} characters")
+        else:
+            if stop:
+                raise InvalidArgument(f"unexpected end of statement while looking for matching {stop}")
+        self._depth -= 1
+        return "".join(result), words.all()
+
+    def _single_quoted(self) -> str:
+        self._next()
+        end = self._source.find("'", self._at)
+        if end < 0:
+            raise InvalidArgument("unexpected end of statement while looking for matching single-quote")
+        text, self._at = self._source[self._at : end], end + 1
+        return f"'{text}'" if self._raw_quotes else text
+
+    def _double_quoted(self, raw_escapes: bool) -> str:
+        quote = self._next()
+        result = [quote] if self._raw_quotes else []
+        while True:
+            match character := self._peek():
+                case "":
+                    raise InvalidArgument(
+                        "unexpected end of statement while looking for matching double-quote"
+                    )
+                case '"':
+                    self._next()
+                    if self._raw_quotes:
+                        result.append(character)
+                    return "".join(result)
+                case "$":
+                    result.append(self._dollar())
+                case _:
+                    self._next()
+                    if character == self._escape:
+                        if raw_escapes:
+                            result.append(character)
+                        following = self._peek()
+                        if not following:
+                            continue
+                        if following in ('"', "$", self._escape):
+                            character = self._next()
+                    result.append(character)
+
+    def _dollar(self) -> str:
+        self._next()
+        if self._peek() != "{":
+            name = self._name()
+            if not name:
+                return "$"
+            return f"${name}" if self._variables is None else self._variables.get(name, "")
+        self._next()
+        if not self._peek():
+            raise InvalidArgument("syntax error: missing '}'")
+        if self._peek() in "{}:":
+            raise InvalidArgument("syntax error: bad substitution")
+        name = self._name()
+        modifier = self._next()
+        if modifier == "}":
+            return f"${{{name}}}" if self._variables is None else self._variables.get(name, "")
+        if modifier == "/":
+            return self._replacement(name)
+        if modifier == ":":
+            modifier += self._next()
+        if modifier.removeprefix(":") not in ("+", "-", "?", "#", "%") or modifier in (":#", ":%"):
+            raise InvalidArgument(f"unsupported modifier ({modifier}) in substitution")
+        word = self._word("}", raw_escapes=modifier in ("#", "%"))
+        if self._variables is None:
+            return f"${{{name}{modifier}{word}}}"
+        return _modified(name, self._variables.get(name), modifier, word)
+
+    def _replacement(self, name: str) -> str:
+        """``${name/pattern/replacement}``, or with ``//`` for every match."""
+        every = self._peek() == "/"
+        if every:
+            self._next()
+        pattern = self._word("/", raw_escapes=True)
+        replacement = self._word("}", raw_escapes=True)
+        if self._variables is None:
+            return f"${{{name}/{pattern}/{replacement}}}"
+        return _replaced(self._variables.get(name, ""), _tokens(pattern), replacement, every=every)
+
+    def _word(self, stop: str, *, raw_escapes: bool) -> str:
+        try:
+            return self._until(stop, raw_escapes=raw_escapes)[0]
+        except InvalidArgument as error:
+            if self._peek():
+                raise
+            missing = "'/' in ${}" if stop == "/" else "'}'"
+            raise InvalidArgument(f"syntax error: missing {missing}") from error
+
+    def _name(self) -> str:
+        start = self._at
+        if self._peek().isdigit():
+            while self._peek().isdigit():
+                self._at += 1
+        elif self._peek() and self._peek() in _SPECIAL:
+            self._at += 1
+        else:
+            while self._peek().isalnum() or self._peek() == "_":
+                self._at += 1
+        return self._source[start : self._at]
+
+
+def _modified(name: str, value: str | None, modifier: str, word: str) -> str:
+    """What ``${name<modifier>word}`` gives."""
+    is_unset = value is None or (modifier.startswith(":") and not value)
+    match modifier.removeprefix(":"):
+        case "-":
+            return word if is_unset else value or ""
+        case "+":
+            return "" if is_unset else word
+        case "?":
+            if is_unset:
+                what = "unset" if value is None else "empty"
+                raise InvalidArgument(f"{name}: {word or f'is not allowed to be {what}'}")
+            return value or ""
+        case side:
+            greedy = word.startswith(side)
+            tokens = _tokens(word[1:] if greedy else word)
+            return _trimmed(value or "", tokens, at_start=side == "#", greedy=greedy)
+
+
+def _tokens(pattern: str) -> list[str]:
+    """A shell pattern (``*`` and ``?``) as literals and the two signs; a literal has a leading dot."""
+    tokens, characters = [], iter(pattern)
+    for character in characters:
+        if character == "\\":
+            escaped = next(characters, "")
+            if escaped not in ("*", "?", "\\", "}", "/"):
+                raise InvalidArgument(
+                    f"invalid pattern ({pattern}) in substitution: invalid escape '\\{escaped}'"
+                )
+            tokens.append(f".{escaped}")
+        else:
+            tokens.append(character if character in (_STAR, _ANY) else f".{character}")
+    return tokens
+
+
+def _ends(tokens: list[str], text: str, start: int) -> Iterator[int]:
+    """Where matches of the pattern that begin at ``start`` end, the shortest first."""
+    states = _closed({0}, tokens)
+    for at in range(start, len(text) + 1):
+        if len(tokens) in states:
+            yield at
+        if at == len(text) or not states:
+            return
+        following = set()
+        for state in states:
+            if state == len(tokens):
+                continue
+            if tokens[state] == _STAR:
+                following.add(state)
+            elif tokens[state] == _ANY or tokens[state][1] == text[at]:
+                following.add(state + 1)
+        states = _closed(following, tokens)
+
+
+def _closed(states: set[int], tokens: list[str]) -> set[int]:
+    """With the states that a star leads to without a character."""
+    found = set()
+    for state in states:
+        while state not in found:
+            found.add(state)
+            if state < len(tokens) and tokens[state] == _STAR:
+                state += 1
+    return found
+
+
+def _check_length(steps: int) -> None:
+    if steps > _PATTERN_STEPS_MAX:
+        raise InvalidArgument("the value is too long for a pattern")
+
+
+def _trimmed(value: str, tokens: list[str], *, at_start: bool, greedy: bool) -> str:
+    _check_length(len(value) * len(tokens))
+    if not at_start:
+        return _trimmed(value[::-1], tokens[::-1], at_start=True, greedy=greedy)[::-1]
+    ends = list(_ends(tokens, value, 0))
+    return value[ends[-1 if greedy else 0] :] if ends else value
+
+
+def _replaced(value: str, tokens: list[str], replacement: str, *, every: bool) -> str:
+    _check_length(len(value) ** 2 * len(tokens))
+    result, at = [], 0
+    while at <= len(value):
+        end = max(_ends(tokens, value, at), default=None)
+        if end is None or end == at:
+            result.append(value[at : at + 1])
+            at += 1
+            continue
+        result.append(replacement)
+        at = end
+        if not every:
+            break
+    return "".join(result) + value[at:]

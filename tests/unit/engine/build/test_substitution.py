@@ -1,0 +1,101 @@
+"""Variables in a Dockerfile."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.engine.build.substitution import VALUE_BYTES_MAX, split, substituted
+from skep.errors import InvalidArgument
+
+VARIABLES = {"A": "one", "EMPTY": "", "PATH": "/usr/bin:/bin", "F": "a.tar.gz", "PORTS": "80 443"}
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("$A", "one"),
+        ("${A}x$A", "onexone"),
+        ("$Ax", ""),
+        ("$NOSUCH", ""),
+        ("$", "$"),
+        ("a$", "a$"),
+        ("\\$A", "$A"),
+        ("'$A'", "$A"),
+        ('"$A b"', "one b"),
+        ('"a\\"b\\n"', 'a"b\\n'),
+        ("${A:-two}", "one"),
+        ("${NOSUCH:-two}", "two"),
+        ("${NOSUCH-two}", "two"),
+        ("${EMPTY:-two}", "two"),
+        ("${EMPTY-two}", ""),
+        ("${A:+two}", "two"),
+        ("${NOSUCH:+two}", ""),
+        ("${EMPTY+two}", "two"),
+        ("${NOSUCH:-${A}}", "one"),
+        ("${A:?gone}", "one"),
+        ("${PATH#*:}", "/bin"),
+        ("${PATH%:*}", "/usr/bin"),
+        ("${F%.*}", "a.tar"),
+        ("${F%%.*}", "a"),
+        ("${F#*.}", "tar.gz"),
+        ("${F##*.}", "gz"),
+        ("${PATH/bin/lib}", "/usr/lib:/bin"),
+        ("${PATH//bin/lib}", "/usr/lib:/lib"),
+        ("${PATH//b?n/}", "/usr/:/"),
+    ],
+)
+def test_a_word_is_substituted_as_by_the_shell(word: str, expected: str) -> None:
+    assert substituted(word, VARIABLES) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "error"),
+    [
+        ("${", "failed to process \"${\": syntax error: missing '}'"),
+        ("${A", "unsupported modifier"),
+        ("${}", "syntax error: bad substitution"),
+        ("${A:-x", "syntax error: missing '}'"),
+        ("${A!x}", "unsupported modifier (!) in substitution"),
+        ("${NOSUCH:?not given}", "NOSUCH: not given"),
+        ("${EMPTY:?}", "EMPTY: is not allowed to be empty"),
+        ("'x", "looking for matching single-quote"),
+        ('"x', "looking for matching double-quote"),
+    ],
+)
+def test_what_cannot_be_substituted_is_an_error(word: str, error: str) -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        substituted(word, VARIABLES)
+    assert error in str(raised.value)
+
+
+def test_the_escape_character_may_be_another_one() -> None:
+    assert substituted("`$A\\", VARIABLES, "`") == "$A\\"
+
+
+def test_a_variable_may_hold_several_words() -> None:
+    assert split("$PORTS 22 '1 2'", VARIABLES) == ["80", "443", "22", "1 2"]
+
+
+def test_a_value_is_bounded() -> None:
+    with pytest.raises(InvalidArgument, match=f"more than {VALUE_BYTES_MAX} characters"):
+        substituted("$L$L", {"L": "x" * VALUE_BYTES_MAX})
+
+
+@pytest.mark.parametrize("word", ["${L//*a*a*a*a*b/x}", "${L%*a*a*a*a*a*b}", "${" * 60 + "}" * 60])
+def test_an_expensive_word_ends_soon(word: str) -> None:
+    begun = time.process_time()
+    try:
+        substituted(word, {"L": "a" * 5000})
+    except InvalidArgument:
+        pass
+    assert time.process_time() - begun < 20
+
+
+@given(st.text(alphabet="A${}:-+?#%/\\\"' x*", max_size=60))
+def test_any_word_gives_text_or_an_error(word: str) -> None:
+    try:
+        assert len(substituted(word, VARIABLES)) < 10_000
+    except InvalidArgument:
+        pass
