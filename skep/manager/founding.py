@@ -7,6 +7,7 @@ from skep.errors import FailedPrecondition
 from skep.linux.routes import read_routes
 from skep.manager.ca.admission import issued_certificate
 from skep.manager.control.swarm import found_swarm
+from skep.model.addresses import host_of
 from skep.model.ids import IdSource
 from skep.model.node import (
     EngineDescription,
@@ -81,4 +82,4 @@ def found_cluster(
         subnet_size=bootstrap.subnet_size,
         data_path_port=bootstrap.data_path_port,
     )
-    return found_swarm(tx, swarm, first, new_id)
+    return found_swarm(tx, swarm, first, new_id, has_ipv6=":" in host_of(config.advertise_addr))

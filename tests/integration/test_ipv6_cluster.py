@@ -12,9 +12,11 @@ import pytest
 from tests.integration.test_published_ports import in_namespace
 from tests.support.playground_rig import (
     IDLE,
+    IMAGE,
     TestCluster,
     TestNode,
     a_playground,
+    container_pids,
     containers,
     create,
     nodes_by_name,
@@ -81,6 +83,14 @@ def fetch(address: str, port: int) -> str:
     return answer.decode().strip().splitlines()[-1].replace("[", "").replace("]", "")
 
 
+def a_socket(address: str, port: int) -> socket.socket:
+    """A UDP socket of the present namespace."""
+    made = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    made.settimeout(2)
+    made.bind((address, port))
+    return made
+
+
 def address_on(node: TestNode, network: str, field: str) -> str:
     """The address of the node's one task on a network."""
     (entry,) = json.loads(node.docker("network", "inspect", network).stdout)[0]["Containers"].values()
@@ -106,7 +116,7 @@ def test_managers_join_and_agree_over_ipv6(cluster: TestCluster, m1: TestNode) -
         wait_running(cluster.node(name), "agreed", 3, within_s=60)
 
 
-def test_a_service_answers_across_nodes_and_its_published_port_at_every_node(
+def test_a_service_answers_across_nodes_and_published_ports_show_the_clients_address(
     cluster: TestCluster, m1: TestNode
 ) -> None:
     m1.docker("network", "create", "-d", "overlay", "--ipv6", "back")
@@ -132,4 +142,31 @@ def test_a_service_answers_across_nodes_and_its_published_port_at_every_node(
             except OSError:
                 return set()
 
-        wait_until(lambda: got if len(got := found()) == 3 else set(), f"{address} answers", 60)
+        told = wait_until(lambda: got if len(got := found()) == 3 else set(), f"{address} answers", 60)
+        assert {answer.split()[1] for answer in told} == {CLIENT}
+
+
+def test_udp_over_ipv6_reaches_a_task_from_every_node_and_keeps_the_clients_address(
+    cluster: TestCluster, m1: TestNode
+) -> None:
+    m1.docker("service", "create", "-d", "--name", "udp", "--publish", "9000:9000/udp", IMAGE, *IDLE)
+    wait_running(m1, "udp", 1, within_s=60)
+    (node,) = [one for name in ADDRESSES if containers(one := cluster.node(name), "udp")]
+    (pid,) = container_pids(node, "udp").values()
+    with (
+        in_namespace(f"/proc/{pid}/ns/net", a_socket, "::", 9000) as server,
+        in_namespace(switch_of(cluster), a_socket, CLIENT, 9999) as client,
+    ):
+        for address in ADDRESSES.values():
+
+            def seen(address: str = address) -> tuple[str, bytes]:
+                """The client's address as the task sees it, and what comes back."""
+                try:
+                    client.sendto(b"hello", (address, 9000))
+                    data, peer = server.recvfrom(100)
+                    server.sendto(data.upper(), peer)
+                    return str(peer[0]), client.recvfrom(100)[0]
+                except OSError:
+                    return "", b""
+
+            wait_until(lambda: seen() == (CLIENT, b"HELLO"), f"{address} answers by UDP", 60)

@@ -1,6 +1,7 @@
 """The allocator's loop: allocates subnets of networks and endpoints of services, then sets tasks to PENDING."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from random import Random
 
 import structlog
@@ -332,7 +333,9 @@ class Allocator:
             is_published = bool(self._allocations.publishing)
             wanted = networks_of_node(node, tasks, ingress, upcoming, is_published=is_published)
             attachments = node_attachments(
-                node, wanted, lambda network: self._allocations.allocate(node_owner(node_id), network)
+                node,
+                wanted,
+                partial(self._node_addresses, node_owner(node_id), is_docker=is_docker_node(node)),
             )
             if attachments != node.attachments:
                 self._allocations.enter_node(replace(node, attachments=attachments))
@@ -340,6 +343,12 @@ class Allocator:
         if (failure := self._failures.of(node_key(node_id))) is not None:
             self._queue.add_at(node_key(node_id), failure.retry_at)
         return []
+
+    def _node_addresses(self, owner: str, network: Network, *, is_docker: bool) -> tuple[str, ...]:
+        """A node's own: of each IP version, but engines choose IPv6 addresses for themselves.  Raises: NoAddress."""
+        if is_docker:
+            return (self._allocations.allocate(owner, network),)
+        return self._allocations.allocate_all(owner, network)
 
     def _releases(self, service_id: ServiceId, networks: Networks) -> list[Grant]:
         """The results for the service's new tasks: released to the scheduler, or a reason to wait."""

@@ -46,7 +46,7 @@ def networks_of_node(
 
 
 def node_attachments(
-    node: Node, wanted: dict[NetworkId, Network], allocate: Callable[[Network], str]
+    node: Node, wanted: dict[NetworkId, Network], allocate: Callable[[Network], tuple[str, ...]]
 ) -> tuple[NetworkAttachment, ...]:
     """The attachments that ``node`` should have, in order of network id; present ones are kept.
 
@@ -54,7 +54,7 @@ def node_attachments(
     """
     present = {one.network.id: one for one in node.attachments if one.network is not None}
     return tuple(
-        present.get(id) or NetworkAttachment(network=wanted[id], addresses=(allocate(wanted[id]),))
+        present.get(id) or NetworkAttachment(network=wanted[id], addresses=allocate(wanted[id]))
         for id in sorted(wanted)
     )
 

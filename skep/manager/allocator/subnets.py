@@ -112,7 +112,7 @@ def allocated(
     count = sum(":" not in config.subnet for config in given)
     ids = _ids_for(network, allocations, count)
     options = {**requested.options, **network.driver_state.options, VXLAN_OPTION: ",".join(map(str, ids))}
-    if _has_ipv6(network) and not plane_of(network):
+    if _has_ipv6(network) and not plane_of(network) and not network.spec.ingress:
         options[PLANE_OPTION] = SKEP
     return replace(
         network,

@@ -105,12 +105,17 @@ def remove_network(tx: Transaction, id: NetworkId) -> None:
         raise FailedPrecondition(f"network {id} is in use by {kind} {user}{_names(tx, error)}") from error
 
 
-def first_networks(*, new_id: IdSource, now: Timestamp) -> tuple[Network, ...]:
-    """The networks of a new cluster: ingress, and the nodes' own bridge and host."""
+def first_networks(*, new_id: IdSource, now: Timestamp, has_ipv6: bool = False) -> tuple[Network, ...]:
+    """The networks of a new cluster: ingress, and the nodes' own bridge and host.
+
+    Args:
+        has_ipv6: the nodes know each other by IPv6: so will clients, whose addresses ingress keeps where it has IPv6.
+    """
     ingress = NetworkSpec(
         name="ingress",
         driver_configuration=Driver(name="overlay"),
         ingress=True,
+        ipv6_enabled=has_ipv6,
         ipam_options=IPAMOptions(driver=Driver(name="default")),
     )
     local = (

@@ -51,8 +51,13 @@ class Rotations(msgspec.Struct, frozen=True, kw_only=True):
     unlock_key: bool = False
 
 
-def found_swarm(tx: Transaction, swarm: Swarm, first_node: Node, new_id: IdSource) -> Swarm:
+def found_swarm(
+    tx: Transaction, swarm: Swarm, first_node: Node, new_id: IdSource, *, has_ipv6: bool = False
+) -> Swarm:
     """Write everything a new cluster begins with: itself, its first node, ingress and the predefined networks.
+
+    Args:
+        has_ipv6: its first manager is advertised by an IPv6 address.
 
     Raises:
         FailedPrecondition: there is a cluster already.
@@ -62,7 +67,7 @@ def found_swarm(tx: Transaction, swarm: Swarm, first_node: Node, new_id: IdSourc
         raise FailedPrecondition("the store already has a cluster")
     check_swarm_spec(swarm.spec)
     tx.put(replace(first_node, created_at=swarm.created_at))
-    for network in first_networks(new_id=new_id, now=swarm.created_at):
+    for network in first_networks(new_id=new_id, now=swarm.created_at, has_ipv6=has_ipv6):
         tx.put(network)
     _keep_unlock_key(tx, is_wanted=swarm.spec.encryption_config.auto_lock_managers, new_key=new_unlock_key)
     return tx.put(swarm)

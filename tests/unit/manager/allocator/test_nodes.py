@@ -38,10 +38,10 @@ def test_a_skep_node_needs_the_ingress_network_alone_once_a_port_is_published_an
 def test_addresses_that_a_node_has_stay_with_it() -> None:
     allocations = AddressAllocations()
     node = a_docker_node()
-    first = node_attachments(node, {NET2.id: NET2}, lambda network: allocations.allocate("node", network))
+    first = node_attachments(node, {NET2.id: NET2}, lambda network: allocations.allocate_all("node", network))
     node = replace(node, attachments=first)
     both = node_attachments(
-        node, {NET1.id: NET1, NET2.id: NET2}, lambda network: allocations.allocate("node", network)
+        node, {NET1.id: NET1, NET2.id: NET2}, lambda network: allocations.allocate_all("node", network)
     )
     assert [one.addresses for one in both] == [("10.0.1.2/24",), ("10.0.2.2/24",)]
     assert both[1] == first[0]

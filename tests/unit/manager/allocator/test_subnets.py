@@ -155,6 +155,15 @@ def test_named_subnets_of_both_versions_are_kept_ipv4_first() -> None:
     ]
 
 
+def test_an_ingress_network_with_ipv6_is_of_both_data_planes() -> None:
+    ingress = an_overlay("ingress", subnet="", ingress=True, ipv6_enabled=True)
+    given_network = allocated(ingress, NetworkAllocations(), POOLS, 24, cluster="c1")
+    assert PLANE_OPTION not in given_network.driver_state.options
+    assert given_network.ipam_options is not None
+    first, second = given_network.ipam_options.configs
+    assert (first.subnet, second.subnet[:2]) == ("10.0.0.0/24", "fd")
+
+
 def test_engines_give_ipv6_addresses_for_themselves() -> None:
     wished = an_overlay("n", subnet="", ipv6_enabled=True, labels={PLANE_OPTION: DOCKER})
     assert config_of(allocated(wished, NetworkAllocations(), POOLS, 24)).subnet == "10.0.0.0/24"
