@@ -15,11 +15,11 @@ from google.protobuf.message import Message
 
 from sim.links import Links, Machine
 from skep.errors import SkepError, Unavailable, Unimplemented
+from skep.rpc.errors import from_status
 from skep.rpc.status import CallFailed
 from skep.security.identity import Identity
 from skep.wire.access import Caller
 from skep.wire.client import CONNECT_SECONDS_MAX
-from skep.wire.errors import from_status
 from skep.wire.methods import Method, Unary
 from skep.wire.service import Handler, run_handler
 

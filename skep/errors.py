@@ -1,4 +1,4 @@
-"""The errors everyone raises; the edges translate them (``api/errors.py``, ``wire/errors.py``).
+"""The errors everyone raises; the edges translate them (``api/errors.py``, ``rpc/errors.py``).
 
 An error is raised by meaning, with a message that a user can act on.  No module below the edges knows
 status codes.

@@ -25,7 +25,7 @@ from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML, EXAMPL
 from skep.manager import events as manager_events
 from skep.model.labels import LABELS, LabelTarget
 from skep.node import events as node_events
-from skep.wire.errors import STATUS_OF
+from skep.rpc.errors import STATUS_OF
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 100

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.node_session import NodeSession, StreamSignal
 from skep.model.ids import NodeId
-from skep.wire.errors import LOST_PEER
+from skep.rpc.errors import LOST_PEER
 
 FIRST_MESSAGE_SECONDS_MAX = 20.0
 """Time limit for the first message: the peer is authenticated, but its session is not known before."""

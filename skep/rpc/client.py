@@ -78,14 +78,27 @@ class ClientStream(Stream):
         return self.has_ended
 
     @property
+    def has_message(self) -> bool:
+        """Whether ``receive`` gives a message without waiting."""
+        return bool(self._messages)
+
+    @property
     def has_said_all(self) -> bool:
         """Our direction has ended."""
         return self.ends_after_unsent and not self.unsent
 
-    def begin(self, block: bytes, message: bytes, *, is_last: bool) -> None:
-        """Send the headers and the first message."""
+    def begin(self, block: bytes, message: bytes | None, *, is_last: bool) -> None:
+        """Send the headers and the first message; None: the server speaks first."""
         head = frames.frame(frames.HEADERS, frames.END_HEADERS, self.id, block)
-        self.send_data(head, framed(message), ends=is_last)
+        if message is None:
+            self._connection.write(head)
+        else:
+            self.send_data(head, framed(message), ends=is_last)
+
+    def end_sending(self) -> None:
+        """Say that no more messages follow, once all have been sent (``drained``)."""
+        self.ends_after_unsent = True
+        self._connection.write(frames.frame(frames.DATA, frames.END_STREAM, self.id))
 
     def send(self, message: bytes, *, is_last: bool = False) -> None:
         """Send one more message; never waits: what the peer does not take yet is kept (``drained``).

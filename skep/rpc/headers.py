@@ -36,6 +36,8 @@ class Request(msgspec.Struct, frozen=True):
     content_type: str
     timeout: str
     """As the client wrote it, such as ``5S``."""
+    build_id: str = ""
+    """The build that a call of BuildKit's protocol belongs to."""
 
 
 class Table:
@@ -68,7 +70,7 @@ def _decoded(table: Table, block: bytes) -> tuple[Request, Table]:
         headers = dict(decoder.decode(block, raw=True))
     except HPACKError as error:
         raise Violation(f"headers that cannot be decoded: {error}", Code.COMPRESSION_ERROR) from error
-    names = (b":method", b":path", b"content-type", b"grpc-timeout")
+    names = (b":method", b":path", b"content-type", b"grpc-timeout", b"buildkit-controlapi-buildid")
     request = Request(*(headers.get(name, b"").decode("ascii", "replace") for name in names))
     entries = tuple(inner.dynamic_entries)
     if entries == table.entries and inner._maxsize == table.size_max:

@@ -15,8 +15,8 @@ from skep.aio.tls import connect
 from skep.errors import InvalidArgument, Unavailable, reason_of
 from skep.model.addresses import parted
 from skep.rpc.client import Bounds, ClientConnection, ClientStream
+from skep.rpc.errors import peer_errors
 from skep.rpc.headers import request_block
-from skep.wire.errors import peer_errors
 from skep.wire.methods import Method, Unary
 
 Q = TypeVar("Q", bound=Message)

@@ -27,13 +27,13 @@ from skep.aio.handshakes import Handshakes, source_of
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable, Unimplemented
 from skep.model.ids import ClusterId, NodeId
 from skep.rpc import frames
+from skep.rpc.errors import LOST_PEER, to_status
 from skep.rpc.frames import Code, Violation
 from skep.rpc.server import Limits, ServerConnection, ServerStream
 from skep.rpc.status import CallFailed, Status
 from skep.security.authority import issued_s
 from skep.security.identity import Identity, peer_identity
 from skep.wire.access import Caller, CertificateCheck, accept_all, authorize
-from skep.wire.errors import LOST_PEER, to_status
 from skep.wire.service import Handler, run_handler
 from skep.wire.service import Stream as HandledStream
 

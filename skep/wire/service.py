@@ -15,9 +15,9 @@ import structlog
 from google.protobuf.message import DecodeError, Message
 
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unimplemented
+from skep.rpc.errors import LOST_PEER, to_status
 from skep.rpc.status import CallFailed, Status
 from skep.wire.access import Caller
-from skep.wire.errors import LOST_PEER, to_status
 from skep.wire.methods import BothStream, ClientStream, Method, ServerStream, Unary
 
 log = structlog.get_logger(__name__)

@@ -16,7 +16,7 @@ import fcntl
 import socket
 import struct
 import termios
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 from aiohttp import web
@@ -104,6 +104,67 @@ async def hijacked(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
             async with asyncio.timeout(1):
                 await writer.drain()
         writer.close()
+
+
+async def upgraded(
+    request: web.Request, protocol: asyncio.Protocol, begin: Callable[[asyncio.Transport], None]
+) -> None:
+    """Respond to ``request`` by switching to the protocol that it asks for; returns when the connection has ended.
+
+    The handler then returns ``Hijacked()``.
+
+    Args:
+        begin: called with the transport once ``protocol`` gets what arrives.
+    """
+    handler, transport = request.protocol, request.transport
+    if transport is None:
+        raise ConnectionResetError("the client has gone")
+    ahead = _sent_ahead(handler)
+    reporting = _Reporting(protocol, handler)
+    transport.set_protocol(reporting)
+    lines = (
+        "HTTP/1.1 101 Switching Protocols",
+        "Connection: Upgrade",
+        f"Upgrade: {request.headers['Upgrade']}",
+    )
+    transport.write("\r\n".join((*lines, "", "")).encode())
+    begin(transport)
+    if ahead:
+        protocol.data_received(ahead)
+    transport.resume_reading()
+    try:
+        await reporting.wait_closed()
+    finally:
+        transport.abort()
+
+
+class _Reporting(asyncio.Protocol):
+    """Passes everything on to ``protocol``, and the end to aiohttp, too, which counts connections."""
+
+    def __init__(self, protocol: asyncio.Protocol, handler: RequestHandler) -> None:
+        self._protocol = protocol
+        self._handler = handler
+        self._closed = asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        self._protocol.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._protocol.eof_received()
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+        self._handler.connection_lost(exc)
+        self._closed.set()
+
+    async def wait_closed(self) -> None:
+        await self._closed.wait()
 
 
 class Hijacked(web.StreamResponse):

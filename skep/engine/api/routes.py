@@ -10,6 +10,7 @@ from skep.engine.api.disk_usage import disk_usage_routes
 from skep.engine.api.images import image_routes
 from skep.engine.api.volumes import volume_routes
 from skep.engine.build.builder import Builder
+from skep.engine.buildkit.routes import buildkit_for, with_sessions
 from skep.engine.engine import Engine
 from skep.errors import NotFound
 
@@ -19,12 +20,13 @@ def engine_routes(engine: Engine, clock: Clock) -> tuple[web.AbstractRouteDef, .
 
     Creation is apart (``containers.create_routes``): beside a Docker Engine it depends on the container's networks.
     """
+    builder = Builder(engine, engine.images.builds, clock)
     return (
         *image_routes(engine.images, lambda: image_users(engine), clock=clock),
         *container_routes(engine, clock),
         *volume_routes(engine.volumes, engine.list),
         *disk_usage_routes(engine, clock),
-        *build_routes(Builder(engine, engine.images.builds, clock)),
+        *with_sessions(buildkit_for(builder, clock), build_routes(builder)),
         *absent_routes(),
     )
 

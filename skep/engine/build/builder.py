@@ -70,7 +70,7 @@ from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image
 from skep.engine.images.pulling import this_platform
 from skep.engine.images.reference import parse_reference
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError, Unimplemented
 from skep.model.ids import new_container_id
 from skep.model.times import timestamp
 
@@ -123,6 +123,7 @@ class _Inputs:
     def __init__(self, context: OpenContext, provider: Provider | None) -> None:
         self._open = context
         self._directory: Path | None = None
+        self._further: dict[str, Path] = {}
         self.provider = provider
 
     async def context(self) -> Path:
@@ -130,6 +131,20 @@ class _Inputs:
         if self._directory is None:
             self._directory = await self._open()
         return self._directory
+
+    async def named(self, request: BuildRequest, name: str) -> Path | None:
+        """The directory of a further context; None: there is none of this name."""
+        name = name.lower()
+        if name not in self._further:
+            if name not in request.directories:
+                return None
+            self._further[name] = await request.directories[name]()
+        return self._further[name]
+
+    async def credentials(self, request: BuildRequest, domain: str) -> str:
+        """The ``X-Registry-Auth`` value for a registry, which the client may be asked for."""
+        auth = request.credentials.get(domain, "")
+        return auth if auth or self.provider is None else await self.provider.credentials(domain)
 
 
 class Build:
@@ -215,7 +230,8 @@ class Build:
     async def _run_stage(self, number: int, stage: Stage) -> None:
         self._stage = number
         self._arguments.begin_stage()
-        self._may_be_cached = self._request.use_cache
+        without = stage.base.name.lower() in self._request.stages_without_cache
+        self._may_be_cached = self._request.use_cache and not without
         await self._run_step(stage.base)
         for instruction in stage.instructions:
             await self._run_step(instruction)
@@ -261,6 +277,10 @@ class Build:
 
     async def _stage_or_image(self, step: Step, name: str, *, by_number: bool = True) -> Made | None:
         """The image that a stage has given, or that is pulled; None: that of ``scratch``."""
+        if image := self._request.images.get(name.lower()):
+            return await self._made(await self._image(step, image))
+        if name.lower() in self._request.directories:
+            raise Unimplemented(f"FROM {name}: a context that is a directory is supported by --from only")
         index = self._stages.index(name)
         if index is not None and (by_number or not name.isdigit()):
             if index in self._done:
@@ -278,7 +298,7 @@ class Build:
         if found is not None and not self._request.pull:
             return found
         reference = parse_reference(name).with_default_tag()
-        auth = self._request.credentials.get(reference.domain, "")
+        auth = await self._inputs.credentials(self._request, reference.domain)
         return await self._images.pull(
             str(reference), auth, partial(self._progress.pulling, step), platform=self._request.platform
         )
@@ -367,7 +387,10 @@ class Build:
 
     @asynccontextmanager
     async def _tree_of(self, step: Step, origin: str) -> AsyncIterator[Path]:
-        """The file system of a stage or an image."""
+        """The file system of a further context, a stage or an image."""
+        if (directory := await self._inputs.named(self._request, origin)) is not None:
+            yield directory
+            return
         try:
             made = await self._stage_or_image(step, origin)
         except SkepError as error:
@@ -426,7 +449,8 @@ class Build:
         async with containers.created(image, self._request, prepared) as container:
             self._progress.running(step, container.id)
             missing = await asyncio.to_thread(containers.missing_targets, container, prepared.mounts)
-            await containers.run(container, prepared.command, partial(self._progress.output, step))
+            output, is_buildkit = partial(self._progress.output, step), self._request.is_buildkit
+            await containers.run(container, prepared.command, output, is_buildkit=is_buildkit)
             upper = await containers.changes_of(container, missing)
             await self._commit_changes(*made, upper, without=runs.MADE_BY_THE_RUNTIME)
         self._progress.removed(step, container.id)

@@ -46,6 +46,12 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     """``--build-arg``; None: named without a value, which takes the Dockerfile's default."""
     labels: Mapping[str, str] = {}
     use_cache: bool = True
+    stages_without_cache: tuple[str, ...] = ()
+    """Names of stages whose steps are carried out anew, in lower case."""
+    images: Mapping[str, str] = {}
+    """Images by the names that stand for them in FROM and ``--from``, in lower case."""
+    directories: Mapping[str, OpenContext] = {}
+    """Further contexts by the names that stand for them in ``--from``, in lower case."""
     pull: bool = False
     """Ask registries for the images of FROM even when they are here."""
     network: str = ""
@@ -55,8 +61,6 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     limits: StepLimits = StepLimits()
     credentials: Mapping[str, str] = {}
     """``X-Registry-Auth`` values by registry (``docker.io``, ``registry:5000``)."""
-    cache_from: tuple[str, ...] = ()
-    """Images whose steps may be taken for the same steps of this build."""
     platform: str = ""
     is_buildkit: bool = False
     """BuildKit's language: RUN --mount, COPY --link; stages that the target does not need are left out."""
@@ -110,6 +114,9 @@ class Provider(Protocol):
 
     async def secret(self, id: str) -> bytes | None:
         """The content of a secret; None: the client has none with this id.  Raises: SkepError."""
+
+    async def credentials(self, domain: str) -> str:
+        """The ``X-Registry-Auth`` value for a registry; empty: the client has none for it."""
 
     def ssh(self, id: str) -> AbstractAsyncContextManager[Path | None]:
         """A socket of the client's ssh agent while the block runs; None: the client forwards none with this id."""

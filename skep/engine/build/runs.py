@@ -39,8 +39,12 @@ Output = Callable[[Stream, bytes], None]
 class StepFailed(InvalidArgument):
     """A command ended with another code than 0."""
 
-    def __init__(self, command: Sequence[str], code: int, reason: str) -> None:
-        text = f"The command '{' '.join(command)}' returned a non-zero code: {code}"
+    def __init__(self, command: Sequence[str], code: int, reason: str, *, is_buildkit: bool = False) -> None:
+        """``is_buildkit``: in BuildKit's words."""
+        words = " ".join(command)
+        text = f"The command '{words}' returned a non-zero code: {code}"
+        if is_buildkit:
+            text = f'process "{words}" did not complete successfully: exit code: {code}'
         super().__init__(f"{text}: {reason}" if reason else text)
         self.code = code
 
@@ -90,7 +94,9 @@ class Containers:
         finally:
             await asyncio.shield(self._discard(name))
 
-    async def run(self, container: Container, command: Sequence[str], output: Output) -> None:
+    async def run(
+        self, container: Container, command: Sequence[str], output: Output, *, is_buildkit: bool = False
+    ) -> None:
         """Start it, pass on what it writes, return when it has ended.  Raises: StepFailed; SkepError."""
         async with asyncio.TaskGroup() as group:
             # It waits for the start before ``start`` is far enough to look who waits.
@@ -105,7 +111,8 @@ class Containers:
             raise error
         ended = await self._engine.wait(container.id)
         if ended.exit_code:
-            raise StepFailed(command, ended.exit_code, "out of memory" if ended.oom_killed else "")
+            reason = "out of memory" if ended.oom_killed else ""
+            raise StepFailed(command, ended.exit_code, reason, is_buildkit=is_buildkit)
 
     def missing_targets(self, container: Container, mounts: Sequence[Mount]) -> list[str]:
         """Targets of mounts, and directories above them, that the runtime will make; the deepest first.

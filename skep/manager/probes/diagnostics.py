@@ -15,13 +15,13 @@ from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
 from skep.model.paths import DiagnosticsResult
 from skep.model.planes import is_docker_node, probes_paths
+from skep.rpc.errors import LOST_PEER
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from skep.wire.client import Channel
 from skep.wire.convert.paths import reports_from_pb, reports_to_pb
-from skep.wire.errors import LOST_PEER
 from skep.wire.service import Handler, duplex
 
 log = structlog.get_logger(__name__)

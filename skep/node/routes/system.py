@@ -61,6 +61,11 @@ class NodeSystem:
         self._node = msgspec.structs.replace(self._node, configuration=configuration)
 
     @property
+    def builds_images(self) -> bool:
+        """Whether this node builds images itself; beside a Docker Engine that one does."""
+        return self._engine is not None and self._docker is None
+
+    @property
     def swarm_header(self) -> str:
         """The ``Swarm`` header of ``/_ping``."""
         return self._membership.header
@@ -127,6 +132,7 @@ async def ping(system: NodeSystem, request: web.Request) -> web.StreamResponse:
         "Cache-Control": "no-cache, no-store, must-revalidate",
         "Pragma": "no-cache",
         "Swarm": system.swarm_header,
+        **({"Builder-Version": "2"} if system.builds_images else {}),
     }
     body = "" if request.method == "HEAD" else "OK"
     return web.Response(text=body, headers=headers, content_type="text/plain", charset="utf-8")

@@ -6,8 +6,8 @@ import ssl
 import pytest
 
 from skep import errors
+from skep.rpc.errors import STATUS_OF, from_status, peer_errors, to_status
 from skep.rpc.status import CallFailed, Lost, Status
-from skep.wire.errors import STATUS_OF, from_status, peer_errors, to_status
 
 
 @pytest.mark.parametrize(("error", "status"), STATUS_OF, ids=str)

@@ -1,0 +1,115 @@
+"""The directories that builds get from their clients, and the ones that are kept for the next time.
+
+A context that comes again sends only what changed: its last tree is kept, by the key that the client gives the same
+directory each time, and files that are listed as they were are linked from it.  Trees are never changed once they are
+whole.
+"""
+
+import secrets
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from skep.aio.trees import discard_tree
+from skep.engine.buildkit.filesync import Selection, receive
+from skep.engine.buildkit.sessions import Session
+from skep.engine.buildkit.tree import Entry, KeptTree, Kind, TreeLimits
+from skep.engine.images.layers import Limits
+
+_KEPT_MAX = 8
+"""Trees, the least recently used goes first."""
+_KEPT_BYTES_MAX = 2 << 30
+"""A larger tree is not kept."""
+
+
+class Contexts:
+    """All trees below ``directory``, which is this object's alone."""
+
+    def __init__(self, directory: Path, limits: Limits) -> None:
+        self.directory = directory
+        """Private to this engine: files below it have owners and modes of other machines."""
+        self._limits = limits
+        self._is_cleared = False
+        self._kept: OrderedDict[tuple[str, str], KeptTree] = OrderedDict()
+        self._used: dict[Path, int] = {}
+        """Trees that builds read, or take files from, at this moment."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of files in each tree that is kept, by its name."""
+        return {
+            tree.root.name: sum(entry.size for entry in tree.entries.values()) for tree in self._kept.values()
+        }
+
+    async def prune(self) -> list[str]:
+        """Keep no trees; the names of those that were kept.  Builds at work on one keep it to their end."""
+        gone = list(self.sizes())
+        self._kept.clear()
+        await self._sweep()
+        return gone
+
+    @asynccontextmanager
+    async def received(
+        self,
+        session: Session,
+        selection: Selection,
+        *,
+        bytes_max: int | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> AsyncIterator[Path]:
+        """A directory of the client while the block runs.  Raises: as ``filesync.receive``."""
+        key = (session.shared_key, selection.name)
+        can_keep = bool(session.shared_key) and not selection.follow
+        limits = TreeLimits(bytes=bytes_max or self._limits.archive_bytes_max)
+        if not self._is_cleared:
+            self._is_cleared = True
+            await self._sweep()  # what earlier processes left
+        kept = self._kept.get(key) if can_keep else None
+        root = self._new()
+        uses = [root] if kept is None else [root, kept.root]
+        for used in uses:
+            self._used[used] = self._used.get(used, 0) + 1
+        try:
+            entries = await receive(
+                session,
+                selection,
+                root,
+                limits,
+                room_bytes=self._limits.room_on(root),
+                kept=kept,
+                progress=progress,
+            )
+            if can_keep and sum(entry.size for entry in entries) <= _KEPT_BYTES_MAX:
+                self._keep(key, root, entries)
+            yield root
+        finally:
+            for used in uses:
+                await self._release(used)
+
+    def _new(self) -> Path:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory.chmod(0o700)  # files in it may be setuid
+        root = self.directory / secrets.token_hex(8)
+        root.mkdir(mode=0o755)
+        return root
+
+    def _keep(self, key: tuple[str, str], root: Path, entries: Sequence[Entry]) -> None:
+        files = {entry.path: entry for entry in entries if entry.kind is Kind.FILE}
+        self._kept[key] = KeptTree(root, files)
+        self._kept.move_to_end(key)
+        while len(self._kept) > _KEPT_MAX:
+            self._kept.popitem(last=False)
+
+    async def _release(self, root: Path) -> None:
+        self._used[root] -= 1
+        if not self._used[root]:
+            del self._used[root]
+            await self._sweep()
+
+    async def _sweep(self) -> None:
+        """Remove trees that are neither used nor kept."""
+        if not self.directory.exists():
+            return
+        for path in sorted(self.directory.iterdir()):
+            if path not in self._used and all(path != tree.root for tree in self._kept.values()):
+                await discard_tree(path)

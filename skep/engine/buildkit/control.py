@@ -1,0 +1,145 @@
+"""The calls of BuildKit's control protocol that buildx makes: ``moby.buildkit.v1.Control`` and ``frontend.LLBBridge``.
+
+Source: moby/buildkit, api/services/control/control.proto, frontend/gateway/pb; moby, builder/builder-next.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from google.protobuf.message import Message
+
+from skep import __version__
+from skep.engine.build.builder import Builder
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.serving import Streaming, Unary
+from skep.engine.buildkit.solver import Solver
+from skep.engine.images.pulling import this_platform
+from skep.errors import InvalidArgument, Unimplemented
+from skep.rpc.headers import Request
+
+_CONTROL = "/moby.buildkit.v1.Control/"
+_BRIDGE = "/moby.buildkit.v1.frontend.LLBBridge/"
+
+_VERSION = pb.BuildkitVersion(package="skep", version=__version__)
+_BRIDGE_CAPS = ("solve.base", "return", "proto.refarray", "frontend.caps", "gateway.evaluate")
+_LLB_CAPS = ("source.image", "source.local", "exec.mount.bind", "file.base", "constraints", "platform")
+
+
+class Control:
+    """Serves the calls of one connection."""
+
+    def __init__(self, solver: Solver, builder: Builder) -> None:
+        self._solver = solver
+        self._builder = builder
+
+    def methods(self) -> Mapping[str, Unary[Any] | Streaming[Any]]:
+        """All calls by their paths."""
+        return {
+            f"{_CONTROL}Solve": Unary(pb.SolveRequest, self._solve),
+            f"{_CONTROL}Status": Streaming(pb.StatusRequest, self._status),
+            f"{_CONTROL}DiskUsage": Unary(pb.DiskUsageRequest, self._disk_usage),
+            f"{_CONTROL}Prune": Streaming(pb.PruneRequest, self._prune),
+            f"{_CONTROL}ListWorkers": Unary(pb.ListWorkersRequest, self._list_workers),
+            f"{_CONTROL}Info": Unary(pb.InfoRequest, self._info),
+            f"{_CONTROL}ListenBuildHistory": Streaming(pb.BuildHistoryRequest, self._history),
+            f"{_CONTROL}UpdateBuildHistory": Unary(pb.UpdateBuildHistoryRequest, self._update_history),
+            f"{_BRIDGE}Ping": Unary(pb.PingRequest, self._ping),
+            f"{_BRIDGE}Solve": Unary(pb.BridgeSolveRequest, self._bridge_solve),
+            f"{_BRIDGE}Evaluate": Unary(pb.EvaluateRequest, self._evaluate),
+            f"{_BRIDGE}Return": Unary(pb.ReturnRequest, self._bridge_return),
+        }
+
+    async def _solve(self, request: pb.SolveRequest, _call: Request) -> Message:
+        return pb.SolveResponse(exporter_response=await self._solver.solve(request))
+
+    async def _status(self, request: pb.StatusRequest, _call: Request) -> AsyncGenerator[Message, None]:
+        async for event in self._solver.status(request.ref):
+            yield event
+
+    async def _history(
+        self, request: pb.BuildHistoryRequest, _call: Request
+    ) -> AsyncGenerator[Message, None]:
+        async for event in self._solver.history.listen(request):
+            yield event
+
+    async def _update_history(self, request: pb.UpdateBuildHistoryRequest, _call: Request) -> Message:
+        self._solver.history.update(request)
+        return pb.UpdateBuildHistoryResponse()
+
+    async def _list_workers(self, _request: pb.ListWorkersRequest, _call: Request) -> Message:
+        return pb.ListWorkersResponse(record=[self._record()])
+
+    async def _info(self, _request: pb.InfoRequest, _call: Request) -> Message:
+        return pb.InfoResponse(buildkit_version=_VERSION)
+
+    async def _ping(self, _request: pb.PingRequest, _call: Request) -> Message:
+        return pb.PongResponse(
+            frontend_api_caps=[pb.ApiCap(id=id, enabled=True) for id in _BRIDGE_CAPS],
+            llb_caps=[pb.ApiCap(id=id, enabled=True) for id in _LLB_CAPS],
+            workers=[self._record()],
+        )
+
+    async def _bridge_solve(self, request: pb.BridgeSolveRequest, call: Request) -> Message:
+        return await self._solver.bridge_solve(_build_of(call), request)
+
+    async def _evaluate(self, _request: pb.EvaluateRequest, call: Request) -> Message:
+        _build_of(call)  # results are whole when they are given
+        return pb.EvaluateResponse()
+
+    async def _bridge_return(self, request: pb.ReturnRequest, call: Request) -> Message:
+        return await self._solver.bridge_return(_build_of(call), request)
+
+    async def _disk_usage(self, request: pb.DiskUsageRequest, _call: Request) -> Message:
+        _refuse_filters(request.filter)
+        return pb.DiskUsageResponse(record=await self._usage())
+
+    async def _prune(self, request: pb.PruneRequest, _call: Request) -> AsyncGenerator[Message, None]:
+        _refuse_filters(request.filter)
+        for name in ("keep_duration", "reserved_space", "max_used_space", "min_free_space"):
+            if getattr(request, name):
+                raise Unimplemented(f"a prune of the build cache with {name} is not supported")
+        before = await self._usage()
+        gone, _freed = await self._builder.mounts.prune()
+        gone += await self._solver.contexts.prune()
+        for record in before:
+            if record.id in gone:
+                yield record
+
+    async def _usage(self) -> Sequence[pb.UsageRecord]:
+        """Directories of cache mounts, and contexts that are kept: results of steps are images."""
+        mounts = await asyncio.to_thread(self._builder.mounts.sizes)
+        records = [
+            pb.UsageRecord(
+                id=name,
+                mutable=True,
+                in_use=self._builder.mounts.is_used(name),
+                size=size,
+                record_type="exec.cachemount",
+                description="directory of RUN --mount=type=cache",
+            )
+            for name, size in mounts.items()
+        ]
+        for name, size in self._solver.contexts.sizes().items():
+            records.append(
+                pb.UsageRecord(id=name, size=size, record_type="source.local", description="build context")
+            )
+        return records
+
+    def _record(self) -> pb.WorkerRecord:
+        labels = {"org.mobyproject.buildkit.worker.executor": "skep"}
+        here = this_platform()
+        platform = pb.Platform(architecture=here.architecture, os=here.os)
+        return pb.WorkerRecord(id="skep", labels=labels, platforms=[platform], buildkit_version=_VERSION)
+
+
+def _refuse_filters(filters: Sequence[str]) -> None:
+    """Raises: Unimplemented."""
+    if any(filters):
+        raise Unimplemented(f"filters of the build cache are not supported: {', '.join(filters)}")
+
+
+def _build_of(call: Request) -> str:
+    if not call.build_id:
+        raise InvalidArgument("the call names no build")
+    return call.build_id

@@ -1,0 +1,180 @@
+"""Directories of a client, copied here and back by fsutil's protocol.
+
+The client lists its files; those that are not here from an earlier time are asked for, some at once, in pieces.
+Everything that touches the disk runs in a thread, a batch of pieces at a time.
+
+Source: moby/buildkit, session/filesync; tonistiigi/fsutil, receive.go, send.go.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+from google.protobuf.message import DecodeError
+
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.sessions import Messages, Session, header_values
+from skep.engine.buildkit.tree import Contents, Entry, KeptTree, Listing, TreeLimits, write_tree
+from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError, Unavailable
+from skep.rpc.status import CallFailed, Lost
+
+DIFF_COPY = "/moby.filesync.v1.FileSync/DiffCopy"
+
+_REQUESTED_MAX = 64
+"""Files asked for at one time; clients read four at once."""
+_BATCH_BYTES = 1 << 20
+_REFUSE_S = 5.0
+_SILENT_S = 120.0
+"""A client that sends nothing for this long while something is owed has gone."""
+
+
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
+    """Which files of a client's directory are wanted."""
+
+    name: str
+    """As the client names the directory: ``context``, ``dockerfile``, or a named context."""
+    follow: tuple[str, ...] = ()
+    """Only these paths, with what their links lead to."""
+    excludes: tuple[str, ...] = ()
+    """Patterns of ``.dockerignore``."""
+
+    def headers(self) -> Sequence[tuple[str, str]]:
+        """How the client is told."""
+        return (
+            *header_values("dir-name", [self.name]),
+            *header_values("followpaths", self.follow),
+            *header_values("exclude-patterns", self.excludes),
+        )
+
+
+async def receive(
+    session: Session,
+    selection: Selection,
+    root: Path,
+    limits: TreeLimits,
+    *,
+    room_bytes: int,
+    kept: KeptTree | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Sequence[Entry]:
+    """Copy a client's directory into ``root``, which is new and empty; its entries, without files that changed while
+    they were sent.
+
+    Args:
+        room_bytes: what may be written to the disk. progress: called with the bytes that have come so far.
+
+    Raises: SkepError: the client gives none, sent something that is not accepted, or is gone.
+    """
+    async with session.stream(DIFF_COPY, selection.headers()) as messages:
+        transfer = _Transfer(messages, root, limits, room_bytes, progress)
+        try:
+            return await transfer.run(kept)
+        except (InvalidArgument, ResourceExhausted) as error:
+            with suppress(CallFailed, Lost, TimeoutError):  # it may have ended the call already
+                async with asyncio.timeout(_REFUSE_S):
+                    await messages.send(pb.Packet(type=pb.Packet.ERR, data=str(error).encode()))
+            raise
+        except OSError as error:
+            raise _on_disk(error) from error
+
+
+def _on_disk(error: OSError) -> SkepError:
+    """A failure of the disk: the connection's failures are OSErrors as well, and go on as they are."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        raise error
+    return Unavailable(f"the build context cannot be written: {error.strerror or error}")
+
+
+class _Transfer:
+    """One directory on its way."""
+
+    def __init__(
+        self,
+        messages: Messages,
+        root: Path,
+        limits: TreeLimits,
+        room_bytes: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._messages = messages
+        self._root = root
+        self._limits = limits
+        self._room = room_bytes
+        self._progress = progress
+        self._bytes = 0
+
+    async def run(self, kept: KeptTree | None) -> Sequence[Entry]:
+        listing = Listing(self._limits)
+        await self._list(listing)
+        if listing.bytes > self._room:
+            raise ResourceExhausted(f"no space left on device for a build context of {listing.bytes} bytes")
+        needed = await asyncio.to_thread(write_tree, self._root, listing.entries, kept)
+        contents = Contents(self._root, listing.entries, needed, min(self._limits.bytes, self._room))
+        try:
+            await self._fetch(contents, deque(needed))
+        finally:
+            contents.close()
+        await self._messages.send(pb.Packet(type=pb.Packet.FIN))
+        await self._messages.end()
+        while await self._next() is not None:
+            pass  # the client's FIN, and its status
+        return [entry for entry in listing.entries if entry.path not in contents.changed]
+
+    async def _list(self, listing: Listing) -> None:
+        """Take entries up to the empty one.  Raises: InvalidArgument, ResourceExhausted."""
+        while (packet := await self._next()) is not None:
+            if packet.type != pb.Packet.STAT:
+                raise InvalidArgument("the client sent data before it had listed its files")
+            if not packet.HasField("stat"):
+                return
+            listing.add(packet.stat)
+        raise Unavailable("the client ended the transfer of its files early")
+
+    async def _fetch(self, contents: Contents, waiting: deque[int]) -> None:
+        while not contents.is_whole:
+            while waiting and len(contents.requested) < _REQUESTED_MAX:
+                number = waiting.popleft()
+                contents.request(number)
+                await self._messages.send(pb.Packet(type=pb.Packet.REQ, id=number))
+            batch = await self._batch()
+            await asyncio.to_thread(_write_batch, contents, batch)
+            self._bytes += sum(len(packet.data) for packet in batch)
+            self._progress(self._bytes)
+
+    async def _batch(self) -> Sequence[pb.Packet]:
+        """What has come, up to a bound.  Raises: InvalidArgument."""
+        batch: list[pb.Packet] = []
+        size = 0
+        while not batch or (self._messages.has_more and size < _BATCH_BYTES):
+            packet = await self._next()
+            if packet is None:
+                raise Unavailable("the client ended the transfer of its files early")
+            if packet.type != pb.Packet.DATA:
+                raise InvalidArgument("the client sent something else than the files that it was asked for")
+            batch.append(packet)
+            size += len(packet.data)
+        return batch
+
+    async def _next(self) -> pb.Packet | None:
+        try:
+            async with asyncio.timeout(_SILENT_S):
+                data = await self._messages.receive()
+        except TimeoutError as error:
+            raise Unavailable("the client sends nothing of its files any more") from error
+        if data is None:
+            return None
+        try:
+            packet = pb.Packet.FromString(data)
+        except DecodeError as error:
+            raise InvalidArgument("the client sent a packet that cannot be decoded") from error
+        if packet.type == pb.Packet.ERR:
+            raise NotFound(f"error from sender: {packet.data.decode(errors='replace')}")
+        return packet
+
+
+def _write_batch(contents: Contents, batch: Sequence[pb.Packet]) -> None:
+    for packet in batch:
+        contents.write(packet.id, packet.data)

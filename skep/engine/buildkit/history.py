@@ -1,0 +1,51 @@
+"""What ``buildx history`` shows: the last builds of this engine, while its process lives.
+
+Source: moby/buildkit, solver/llbsolver/history.go.
+"""
+
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.errors import NotFound, Unimplemented
+
+RECORDS_MAX = 50
+"""As many as BuildKit keeps."""
+
+
+class History:
+    """Records of builds, the oldest first.  Those of requests that a client marks as internal are not kept."""
+
+    def __init__(self) -> None:
+        self._records: OrderedDict[str, pb.BuildHistoryRecord] = OrderedDict()
+
+    def keep(self, record: pb.BuildHistoryRecord) -> None:
+        """A build has begun, or has ended."""
+        self._records[record.ref] = record
+        while len(self._records) > RECORDS_MAX:
+            self._records.popitem(last=False)
+
+    def update(self, request: pb.UpdateBuildHistoryRequest) -> None:
+        """Remove a record.  Raises: NotFound, Unimplemented."""
+        if request.ref not in self._records:
+            raise NotFound(f"failed to find build record {request.ref}")
+        if request.pinned:
+            raise Unimplemented("build records cannot be pinned")
+        if request.delete:
+            del self._records[request.ref]
+
+    async def listen(self, request: pb.BuildHistoryRequest) -> AsyncGenerator[pb.BuildHistoryEvent, None]:
+        """The records that there are.  Raises: Unimplemented: for filters, and for records to come."""
+        if request.filter:
+            raise Unimplemented(f"filters of build records are not supported: {', '.join(request.filter)}")
+        if not request.early_exit:
+            raise Unimplemented("build records cannot be followed")
+        found = [
+            record
+            for record in reversed(self._records.values())
+            if (not request.ref or record.ref == request.ref)
+            and (not request.active_only or not record.HasField("completed_at"))
+        ]
+        for record in found[: request.limit or None]:
+            kind = pb.COMPLETE if record.HasField("completed_at") else pb.STARTED
+            yield pb.BuildHistoryEvent(type=kind, record=record)

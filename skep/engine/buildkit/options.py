@@ -1,0 +1,273 @@
+"""What a client of BuildKit asks for, as a build of this engine: every option is carried out or refused by its name.
+
+Source: moby/buildkit, frontend/dockerui/config.go, exporter/; docker/buildx, build/opt.go.
+"""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+
+import msgspec
+
+from skep.engine.build.interface import StepLimits
+from skep.engine.images.reference import Reference, parse_reference
+from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
+from skep.model.container import Ulimit
+
+DOCKERFILE = "dockerfile.v0"
+_GATEWAY = "gateway.v0"
+
+_IGNORED = ("frontend.caps", "vcs:", "build-arg:BUILDKIT_CONTEXT_KEEP_GIT_DIR")
+"""Of no effect on the image: what a client can do, and where its files come from (of provenance, git contexts)."""
+_ARGUMENTS_REFUSED = (
+    "BUILDKIT_SANDBOX_HOSTNAME",
+    "BUILDKIT_CACHE_MOUNT_NS",
+    "BUILDKIT_DOCKERFILE_CHECK",
+    "SOURCE_DATE_EPOCH",
+)
+_DEFAULT_PROVENANCE = ("mode=min,inline-only=true", "false", "disabled=true")
+
+
+class Output(Enum):
+    """Where the result goes."""
+
+    IMAGE = "image"
+    """The engine's image store."""
+    NONE = "none"
+
+
+class Source(msgspec.Struct, frozen=True):
+    """A directory of a client.  ``session`` empty: the build's own."""
+
+    name: str
+    session: str = ""
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """One build, as far as it is known before its Dockerfile is read."""
+
+    filename: str = "Dockerfile"
+    context: Source = Source("context")
+    dockerfile: Source = Source("dockerfile")
+    remote: str = ""
+    """An archive that the client uploads, or another address that is the context."""
+    images: Mapping[str, str] = {}
+    """Named contexts that are images, by the names that stand for them in the Dockerfile."""
+    directories: Mapping[str, Source] = {}
+    """Named contexts that are directories of the client."""
+    target: str = ""
+    arguments: Mapping[str, str] = {}
+    labels: Mapping[str, str] = {}
+    use_cache: bool = True
+    stages_without_cache: tuple[str, ...] = ()
+    pull: bool = False
+    network: str = ""
+    hosts: tuple[str, ...] = ()
+    limits: StepLimits = StepLimits()
+    platform: str = ""
+
+
+class Exported(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes of the result."""
+
+    output: Output = Output.NONE
+    tags: tuple[Reference, ...] = ()
+
+
+class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
+    """One place where steps are taken from."""
+
+    type: str = ""
+    attrs: Mapping[str, str] = {}
+
+
+def asked(frontend: str, attributes: Mapping[str, str]) -> Asked:
+    """Raises: Unimplemented, InvalidArgument: names what is not done, or what is wrong."""
+    if frontend not in (DOCKERFILE, _GATEWAY):
+        raise Unimplemented(f"front end {frontend} is not supported: Dockerfiles are built, by {DOCKERFILE}")
+    left = {name: value for name, value in attributes.items() if not name.startswith(_IGNORED)}
+    if frontend == _GATEWAY:
+        check_syntax(left.pop("source", ""))
+        left.pop("cmdline", None)
+    arguments = _taken(left, "build-arg:")
+    _refuse(left, arguments)
+    _refuse_caches(left)
+    sessions = _taken(left, "local-sessionid:")
+    images, directories = _contexts(_taken(left, "context:"), sessions)
+    use_cache, stages = _use_cache(left)
+    context, dockerfile = left.pop("contextkey", "context"), left.pop("dockerfilekey", "dockerfile")
+    build = Asked(
+        filename=left.pop("filename", "") or "Dockerfile",
+        context=Source(context, sessions.get(context, "")),
+        dockerfile=Source(dockerfile, sessions.get(dockerfile, "")),
+        remote=left.pop("context", ""),
+        images=images,
+        directories=directories,
+        target=left.pop("target", ""),
+        arguments=arguments,
+        labels=_taken(left, "label:"),
+        use_cache=use_cache,
+        stages_without_cache=stages,
+        pull=left.pop("image-resolve-mode", "") == "pull",
+        network=left.pop("force-network-mode", ""),
+        hosts=_hosts(left.pop("add-hosts", "")),
+        limits=_limits(left),
+        platform=left.pop("platform", ""),
+    )
+    if "," in build.platform:
+        raise Unimplemented(f"multiple platforms are not supported: {build.platform}")
+    for name, value in left.items():
+        if value:
+            raise Unimplemented(f"build option {name} is not supported")
+    return build
+
+
+def check_syntax(image: str) -> None:
+    """Whether this engine speaks the language that ``# syntax=`` names.  Raises: Unimplemented."""
+    name = image.split()[0] if image.strip() else ""
+    name = name.partition("@")[0]
+    repository, _, tag = name.removeprefix("docker.io/").partition(":")
+    is_ours = repository in ("", "docker/dockerfile", "docker/dockerfile-upstream")
+    if not is_ours or tag.endswith("-labs") or tag in ("labs", "experimental") or tag.startswith("0."):
+        raise Unimplemented(f"front end {name} is not supported: this engine reads Dockerfiles itself")
+
+
+def _taken(left: dict[str, str], prefix: str) -> dict[str, str]:
+    """Options whose names begin so, without it; they are left no longer."""
+    names = [name for name in left if name.startswith(prefix)]
+    return {name.removeprefix(prefix): left.pop(name) for name in names}
+
+
+def _refuse(left: dict[str, str], arguments: dict[str, str]) -> None:
+    """Raises: Unimplemented: for what is known of BuildKit and is not done."""
+    if request := left.get("requestid", ""):
+        raise Unimplemented(f"unsupported request {request}")
+    for name in _ARGUMENTS_REFUSED:
+        if arguments.get(name, ""):
+            raise Unimplemented(f"build argument {name} is not supported")
+    check_syntax(arguments.pop("BUILDKIT_SYNTAX", ""))
+    if _is_true(arguments.pop("BUILDKIT_INLINE_CACHE", "")):
+        raise Unimplemented("cache export is not supported: inline")
+    if _is_true(arguments.pop("BUILDKIT_MULTI_PLATFORM", "") or left.pop("multi-platform", "")):
+        raise Unimplemented("multiple platforms are not supported")
+    for kind, value in _taken(left, "attest:").items():
+        if kind != "provenance" or value not in _DEFAULT_PROVENANCE:
+            raise Unimplemented(f"attestations are not supported: {kind}")
+
+
+def _is_true(value: str) -> bool:
+    return value.lower() in ("1", "t", "true")
+
+
+def _use_cache(left: dict[str, str]) -> tuple[bool, tuple[str, ...]]:
+    """Whether the build may use the cache, and its stages that may not."""
+    if "no-cache" not in left:
+        return True, ()
+    stages = left.pop("no-cache")
+    return bool(stages), tuple(stages.lower().split(",")) if stages else ()
+
+
+def _contexts(
+    named: Mapping[str, str], sessions: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, Source]]:
+    """Images and directories by their names.  Raises: Unimplemented: another kind of context."""
+    images, directories = {}, {}
+    for name, value in named.items():
+        kind, separator, rest = value.partition(":")
+        if kind == "docker-image" and separator:
+            images[name.lower()] = rest.removeprefix("//")
+        elif kind == "local" and separator:
+            directories[name.lower()] = Source(rest, sessions.get(rest, ""))
+        else:
+            raise Unimplemented(f"named context {name} is not supported: {value}")
+    return images, directories
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    """``name=address,...`` as ``name:address``.  Raises: InvalidArgument."""
+    hosts = []
+    for part in filter(None, text.split(",")):
+        name, separator, address = part.partition("=")
+        if not (name and separator and address):
+            raise InvalidArgument(f"invalid key-value pair {part}")
+        hosts.append(f"{name}:{address}")
+    return tuple(hosts)
+
+
+def _limits(left: dict[str, str]) -> StepLimits:
+    quota, period = _number(left, "cpuquota"), _number(left, "cpuperiod") or 100_000
+    return StepLimits(
+        memory_bytes=_number(left, "memory"),
+        nano_cpus=quota * 1_000_000_000 // period,
+        shm_bytes=_number(left, "shm-size") or StepLimits().shm_bytes,
+        ulimits=tuple(map(_ulimit, filter(None, left.pop("ulimit", "").split(",")))),
+    )
+
+
+def _number(left: dict[str, str], name: str) -> int:
+    text = left.pop(name, "") or "0"
+    if not (text.isascii() and text.isdigit()) or len(text) > 18:
+        raise InvalidArgument(f"invalid value of {name}: {text}")
+    return int(text)
+
+
+def _ulimit(text: str) -> Ulimit:
+    name, _, limits = text.partition("=")
+    soft, _, hard = limits.partition(":")
+    try:
+        return Ulimit(name=name, soft=int(soft), hard=int(hard or soft))
+    except ValueError as error:
+        raise InvalidArgument(f"invalid ulimit argument: {text}") from error
+
+
+def _refuse_caches(left: dict[str, str]) -> None:
+    """Raises: Unimplemented: steps are taken from this node's own builds only; InvalidArgument."""
+    check_cache_imports([image for image in left.pop("cache-from", "").split(",") if image])
+    if text := left.pop("cache-imports", ""):
+        try:
+            entries = msgspec.json.decode(text, type=list[CacheEntry])
+        except msgspec.DecodeError as error:
+            raise InvalidArgument(f"failed to unmarshal cache-imports: {error}") from error
+        check_cache_imports([entry.attrs.get("ref") or entry.type for entry in entries])
+
+
+def check_cache_imports(kinds: Sequence[str]) -> None:
+    """``kinds``: or images.  Raises: Unimplemented."""
+    for kind in kinds:
+        raise Unimplemented(f"cache import is not supported: {kind}")
+
+
+_EXPORT_IGNORED = ("push", "load", "registry.insecure", "prefer-image-digest", "unpack", "context", "dest")
+"""Of an image export: buildx pushes by itself; here an image is always unpacked."""
+
+
+def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
+    """What becomes of the result.  Raises: Unimplemented, InvalidArgument."""
+    if len(exporters) > 1:
+        raise Unimplemented("multiple outputs are not supported")
+    for kind, attributes in exporters:
+        if kind in ("moby", "image"):
+            left = {name for name, value in attributes.items() if value} - {"name", *_EXPORT_IGNORED}
+            if left:
+                raise Unimplemented(f"output option {min(left)} is not supported")
+            names = attributes.get("name", "").split(",")
+            return Exported(
+                output=Output.IMAGE,
+                tags=tuple(parse_reference(name).with_default_tag() for name in names if name),
+            )
+        raise Unimplemented(f"output {kind} is not supported")
+    return Exported()
+
+
+def check_cache_exports(kinds: Sequence[str]) -> None:
+    """Raises: Unimplemented."""
+    for kind in kinds:
+        raise Unimplemented(f"cache export is not supported: {kind}")
+
+
+def check_entitlements(entitlements: Sequence[str]) -> None:
+    """Raises: PermissionDenied: a build may have the host's network, and no more."""
+    for name in entitlements:
+        if name != "network.host":
+            raise PermissionDenied(
+                f"granting entitlement {name} is not allowed by build daemon configuration"
+            )

@@ -1,0 +1,206 @@
+"""What a build reports, as BuildKit's clients show it: vertices that begin and end, figures, output, warnings.
+
+A build's log is kept while it runs, and for those that ask soon after; its output is bounded as BuildKit's is.
+
+Source: moby/buildkit, util/progress, solver/llbsolver/ops/exec.go (limits of output).
+"""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import msgspec
+
+from skep.engine.build.interface import Step
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.container import Stream
+from skep.engine.images.digest import Digest
+from skep.engine.images.progress import Message
+
+OUTPUT_BYTES_MAX = 2 << 20
+"""Of one vertex, as in BuildKit."""
+LOG_BYTES_MAX = 64 << 20
+"""Of one build, everything together."""
+
+_DONE = ("Pull complete", "Download complete", "Already exists")
+
+
+class BuildLog:
+    """Everything that one build has reported, for any number of readers, from its beginning."""
+
+    def __init__(self) -> None:
+        self._events: list[pb.StatusResponse] = []
+        self._bytes = 0
+        self._waker: asyncio.Event = asyncio.Event()
+        self.has_ended = False
+
+    def add(self, event: pb.StatusResponse) -> None:
+        """Never waits.  What is beyond the bound is dropped, except for the ends of vertices."""
+        self._bytes += event.ByteSize()
+        if self._bytes <= LOG_BYTES_MAX or event.vertexes:
+            self._events.append(event)
+            self._wake()
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        self.has_ended = True
+        self._wake()
+
+    async def follow(self) -> AsyncIterator[pb.StatusResponse]:
+        """All events, those to come as well, until the end."""
+        position = 0
+        while True:
+            while position < len(self._events):
+                position += 1
+                yield self._events[position - 1]
+            if self.has_ended:
+                return
+            await self._waker.wait()
+
+    def _wake(self) -> None:
+        waker, self._waker = self._waker, asyncio.Event()
+        waker.set()
+
+
+class Counts(msgspec.Struct):
+    """Of a build's steps, for its record."""
+
+    total: int = 0
+    completed: int = 0
+    cached: int = 0
+    warnings: int = 0
+
+
+class Vertices:
+    """Reports vertices of one build: what it does itself, and (as ``Progress``) the steps of the Dockerfile."""
+
+    def __init__(self, ref: str, log: BuildLog, now_ns: Callable[[], int]) -> None:
+        self._ref = ref
+        self._log = log
+        self._now_ns = now_ns
+        self._vertices: dict[str, pb.Vertex] = {}
+        self._output: dict[str, int] = {}
+        self.counts = Counts()
+
+    # -- of the build itself ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def doing(self, name: str) -> Iterator[str]:
+        """A vertex that lasts as long as the block; its digest.  A failure of the block is its own."""
+        digest = self._begin(name, name)
+        try:
+            yield digest
+        except BaseException as error:
+            self._end(digest, str(error) or type(error).__name__)
+            raise
+        self._end(digest)
+
+    def figure(self, vertex: str, id: str, current: int, total: int = 0, *, done: bool = False) -> None:
+        """How far something of a vertex has come, in bytes."""
+        status = pb.VertexStatus(id=id, vertex=vertex, name=id, current=current, total=total)
+        status.timestamp.FromNanoseconds(self._now_ns())
+        status.started.CopyFrom(self._vertices[vertex].started)
+        if done:
+            status.completed.CopyFrom(status.timestamp)
+        self._log.add(pb.StatusResponse(statuses=[status]))
+
+    def warn(self, vertex: str, text: str, detail: Sequence[str] = ()) -> None:
+        """Something that the author of the Dockerfile should know."""
+        self.counts.warnings += 1
+        warning = pb.VertexWarning(vertex=vertex, level=1, short=text.encode())
+        warning.detail.extend(line.encode() for line in detail)
+        self._log.add(pb.StatusResponse(warnings=[warning]))
+
+    def fail_open(self, reason: str) -> None:
+        """End the vertices that were not ended: the build is over."""
+        for digest, vertex in self._vertices.items():
+            if not vertex.HasField("completed"):
+                self._end(digest, reason)
+
+    # -- as Progress -----------------------------------------------------------------------------------------------
+
+    def started(self, step: Step) -> None:
+        """A step begins."""
+        self.counts.total = max(self.counts.total, step.total)
+        self._begin(_key(step), _name(step))
+
+    def cached(self, step: Step) -> None:
+        """Its result is here from an earlier build; ``finished`` follows."""
+        self.counts.cached += 1
+        vertex = self._vertices[self._digest(_key(step))]
+        vertex.cached = True
+
+    def pulling(self, step: Step, message: Message) -> None:
+        """Progress of the pull of a stage's image."""
+        detail = message.progress_detail
+        if message.id and detail is not None:
+            digest = self._digest(_key(step))
+            self.figure(digest, message.id, detail.current, detail.total, done=message.status in _DONE)
+
+    def running(self, step: Step, container_id: str) -> None:
+        """A container was made for it: BuildKit's clients show none."""
+
+    def removed(self, step: Step, container_id: str) -> None:
+        """Its container is gone."""
+
+    def output(self, step: Step, stream: Stream, data: bytes) -> None:
+        """A piece of what its command writes."""
+        digest = self._digest(_key(step))
+        before = self._output.get(digest, 0)
+        self._output[digest] = before + len(data)
+        if before >= OUTPUT_BYTES_MAX:
+            return
+        if before + len(data) > OUTPUT_BYTES_MAX:
+            data = data[: OUTPUT_BYTES_MAX - before] + b"\n[output clipped, log limit 2MiB reached]\n"
+        log = pb.VertexLog(vertex=digest, stream=stream.value, msg=data)
+        log.timestamp.FromNanoseconds(self._now_ns())
+        self._log.add(pb.StatusResponse(logs=[log]))
+
+    def warning(self, step: Step, text: str) -> None:
+        """Something that its author should know."""
+        self.warn(self._digest(_key(step)), text)
+
+    def finished(self, step: Step, image_id: Digest | None) -> None:
+        """It has succeeded."""
+        self.counts.completed += 1
+        self._end(self._digest(_key(step)))
+
+    def failed(self, step: Step, error: Exception) -> None:
+        """It has failed, and the build with it."""
+        self._end(self._digest(_key(step)), str(error))
+
+    # -- within -----------------------------------------------------------------------------------------------------
+
+    def _digest(self, key: str) -> str:
+        return "sha256:" + hashlib.sha256(f"{self._ref}/{key}".encode()).hexdigest()
+
+    def _begin(self, key: str, name: str) -> str:
+        digest = self._digest(key)
+        vertex = self._vertices[digest] = pb.Vertex(digest=digest, name=name)
+        vertex.started.FromNanoseconds(self._now_ns())
+        self._report(vertex)
+        return digest
+
+    def _end(self, digest: str, error: str = "") -> None:
+        vertex = self._vertices.get(digest)
+        if vertex is None or vertex.HasField("completed"):
+            return
+        vertex.completed.FromNanoseconds(self._now_ns())
+        vertex.error = error
+        self._report(vertex)
+
+    def _report(self, vertex: pb.Vertex) -> None:
+        copy = pb.Vertex()
+        copy.CopyFrom(vertex)
+        self._log.add(pb.StatusResponse(vertexes=[copy]))
+
+
+def _key(step: Step) -> str:
+    return f"{step.stage}/{step.number}"
+
+
+def _name(step: Step) -> str:
+    """As BuildKit shows it: ``[2/5] RUN make``, with the name of a stage where there is one."""
+    stage = f"{step.stage_name} " if step.stage_name else ""
+    return f"[{stage}{step.number}/{step.total}] {step.text}"

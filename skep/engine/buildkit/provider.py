@@ -1,0 +1,144 @@
+"""What steps of a build ask of its client: secrets, its ssh agent, credentials for registries.
+
+Source: moby/buildkit, session/secrets, session/sshforward, session/auth.
+"""
+
+import asyncio
+import os
+import tempfile
+from base64 import urlsafe_b64encode
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from skep.aio.groups import errors_as_they_are
+from skep.aio.trees import discard_tree
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.sessions import Messages, Session
+from skep.errors import NotFound, SkepError, Unimplemented
+from skep.rpc.status import CallFailed, Lost
+
+_GET_SECRET = "/moby.buildkit.secrets.v1.Secrets/GetSecret"
+_CHECK_AGENT = "/moby.sshforward.v1.SSH/CheckAgent"
+_FORWARD_AGENT = "/moby.sshforward.v1.SSH/ForwardAgent"
+_CREDENTIALS = "/moby.filesync.v1.Auth/Credentials"
+
+SECRET_BYTES_MAX = 500 << 10
+"""As in BuildKit."""
+_AGENT_CONNECTIONS_MAX = 16
+_PIECE_BYTES = 32 << 10
+_HUB_HOST = "registry-1.docker.io"
+
+
+class ClientProvider:
+    """Asks the client of one build.  ``directory``: where sockets are made; private to this engine."""
+
+    def __init__(self, session: Session, directory: Path) -> None:
+        self._session = session
+        self._directory = directory
+
+    async def secret(self, id: str) -> bytes | None:
+        """The content of a secret; None: the client has none with this id.  Raises: SkepError."""
+        try:
+            response = await self._session.call(_GET_SECRET, pb.GetSecretRequest(id=id), pb.GetSecretResponse)
+        except (NotFound, Unimplemented):
+            return None
+        if len(response.data) > SECRET_BYTES_MAX:
+            raise SkepError(f"secret {id} is larger than {SECRET_BYTES_MAX} bytes")
+        return response.data
+
+    @asynccontextmanager
+    async def ssh(self, id: str) -> AsyncIterator[Path | None]:
+        """A socket of the client's ssh agent while the block runs; None: the client forwards none with this id."""
+        id = id or "default"
+        try:
+            await self._session.call(_CHECK_AGENT, pb.CheckAgentRequest(id=id), pb.CheckAgentResponse)
+        except SkepError:
+            # The client says in many words that it has none with this id.
+            yield None
+            return
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix="ssh-", dir=self._directory))
+        try:
+            async with _listening(place, self._session, id):
+                yield place / "agent"
+        finally:
+            await discard_tree(place)
+
+    async def credentials(self, domain: str) -> str:
+        """The value of ``X-Registry-Auth`` for a registry; empty: the client has none for it."""
+        host = _HUB_HOST if domain == "docker.io" else domain
+        try:
+            found = await self._session.call(
+                _CREDENTIALS, pb.CredentialsRequest(host=host), pb.CredentialsResponse
+            )
+        except SkepError:
+            return ""  # as BuildKit: the registry decides whether that is enough
+        if not found.secret:
+            return ""
+        if found.username:
+            login = {"username": found.username, "password": found.secret, "serveraddress": domain}
+        else:
+            login = {"identitytoken": found.secret, "serveraddress": domain}
+        return urlsafe_b64encode(msgspec.json.encode(login)).decode()
+
+
+@asynccontextmanager
+async def _listening(place: Path, session: Session, id: str) -> AsyncIterator[None]:
+    """``place/agent`` accepts connections, each forwarded to the client's agent, until the block ends."""
+    serving: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        serving.add(task)
+        try:
+            if len(serving) <= _AGENT_CONNECTIONS_MAX:
+                await _forward(session, id, reader, writer)
+        finally:
+            serving.discard(task)
+            writer.close()
+
+    # A socket's path may have 107 bytes; that of the directory may be longer.
+    directory = os.open(place, os.O_PATH | os.O_DIRECTORY)
+    try:
+        server = await asyncio.start_unix_server(serve, f"/proc/self/fd/{directory}/agent")
+    finally:
+        os.close(directory)
+    try:
+        yield
+    finally:
+        server.close()
+        for task in serving:
+            task.cancel()
+        if serving:
+            await asyncio.wait(set(serving))
+
+
+async def _forward(
+    session: Session, id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Copy both directions until the agent ends, as it does when it is told that nothing more follows."""
+    with suppress(SkepError, CallFailed, Lost, ConnectionError):
+        async with (
+            session.stream(_FORWARD_AGENT, [("buildkit.ssh.id", id)]) as messages,
+            errors_as_they_are(),
+            asyncio.TaskGroup() as group,
+        ):
+            asking = group.create_task(_to_client(reader, messages), name="to the client's ssh agent")
+            await _from_client(messages, writer)
+            asking.cancel()
+
+
+async def _to_client(reader: asyncio.StreamReader, messages: Messages) -> None:
+    while data := await reader.read(_PIECE_BYTES):
+        await messages.send(pb.BytesMessage(data=data))
+    await messages.end()
+
+
+async def _from_client(messages: Messages, writer: asyncio.StreamWriter) -> None:
+    while (data := await messages.receive()) is not None:
+        writer.write(pb.BytesMessage.FromString(data).data)
+        await writer.drain()

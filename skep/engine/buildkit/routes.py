@@ -1,0 +1,264 @@
+"""HTTP routes that lead to BuildKit's protocols: ``/session``, ``/grpc``, and ``/build`` as docker 20.10 asks for it.
+
+Source: moby 20.10, api/server/router/session, api/server/router/grpc, builder/builder-next/builder.go.
+"""
+
+import asyncio
+import secrets
+from base64 import b64encode
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from skep.aio.clock import Clock
+from skep.aio.race import Preempted, run_unless
+from skep.api.server import JsonLines
+from skep.api.tables import Table
+from skep.engine.api.hijack import Hijacked, upgraded
+from skep.engine.build.builder import Builder
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.contexts import Contexts
+from skep.engine.buildkit.control import Control
+from skep.engine.buildkit.serving import CONNECTIONS_MAX, LIMITS, connection
+from skep.engine.buildkit.sessions import SessionInfo, Sessions
+from skep.engine.buildkit.solver import Solver
+from skep.engine.images.progress import Message, failure
+from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unimplemented
+from skep.rpc.status import CallFailed
+
+_SESSION = "X-Docker-Expose-Session-"
+
+
+class BuildKit:
+    """Everything that a client of BuildKit's protocols reaches."""
+
+    def __init__(self, sessions: Sessions, solver: Solver, control: Control) -> None:
+        self.sessions = sessions
+        self.solver = solver
+        self.control = control
+        self.connections = 0
+        self.running: dict[str, asyncio.Task[object]] = {}
+        """Builds of docker 20.10 by the ids that it gave them."""
+
+
+_table = Table[BuildKit]()
+
+
+def buildkit_for(builder: Builder, clock: Clock) -> BuildKit:
+    """BuildKit's protocols before the builder of an engine."""
+    images = builder.images
+    sessions = Sessions()
+    contexts = Contexts(images.builds / "contexts", images.limits)
+    solver = Solver(builder, sessions, contexts, clock)
+    return BuildKit(sessions, solver, Control(solver, builder))
+
+
+def with_sessions(buildkit: BuildKit, routes: Iterable[web.RouteDef]) -> list[web.RouteDef]:
+    """``routes`` of classic builds, and those of BuildKit; ``POST /build?version=2`` is a build with a session."""
+
+    def either(route: web.RouteDef) -> web.RouteDef:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            if request.query.get("version") == "2":
+                return await build(buildkit, request)
+            response: web.StreamResponse = await route.handler(request)
+            return response
+
+        return web.post(route.path, handle) if route.path == "/build" else route
+
+    return [*map(either, routes), *buildkit_routes(buildkit)]
+
+
+def buildkit_routes(buildkit: BuildKit) -> list[web.RouteDef]:
+    """``/session``, ``/grpc`` and ``/build/cancel``."""
+    return _table.bound(buildkit)
+
+
+@_table.post("/session")
+async def open_session(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
+    """Take the connection over: from now on the engine calls the client."""
+    _require_http2(request)
+    info = SessionInfo(
+        request.headers.get(f"{_SESSION}Uuid", ""),
+        request.headers.get(f"{_SESSION}Sharedkey", ""),
+        request.headers.getall(f"{_SESSION}Grpc-Method", []),
+    )
+    if not info.id:
+        raise InvalidArgument("a session needs an id")
+    async with buildkit.sessions.opened(info) as session, asyncio.TaskGroup() as group:
+        checking = group.create_task(session.keep_checking(), name="check session")
+        await upgraded(request, session.connection, session.connection.connection_made)
+        checking.cancel()
+    return Hijacked()
+
+
+@_table.post("/grpc")
+async def serve_control(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
+    """Take the connection over: from now on the client makes calls of BuildKit's control protocol."""
+    _require_http2(request)
+    if buildkit.connections >= CONNECTIONS_MAX:
+        raise ResourceExhausted(f"there are {CONNECTIONS_MAX} connections of builds already")
+    protocol = connection(buildkit.control.methods())
+    buildkit.connections += 1
+    try:
+        await upgraded(request, protocol, lambda transport: protocol.begin(transport, LIMITS))
+        await protocol.wait_closed()
+    finally:
+        buildkit.connections -= 1
+        protocol.abort()
+    return Hijacked()
+
+
+def _require_http2(request: web.Request) -> None:
+    wanted = request.headers.get("Upgrade", "")
+    if not wanted:
+        raise InvalidArgument("no upgrade proto in request")
+    if wanted != "h2c":
+        raise InvalidArgument(f"protocol {wanted} not supported")
+
+
+@_table.post("/build/cancel")
+async def cancel_build(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
+    """End a build of docker 20.10."""
+    id = request.query.get("id", "")
+    if not id:
+        raise InvalidArgument("build ID not provided")
+    if task := buildkit.running.get(id):
+        task.cancel()
+    return web.Response()
+
+
+async def build(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
+    """``POST /build?version=2``: a build with a session, as docker 20.10 asks for it."""
+    wanted = solve_request(request.query, secrets.token_hex(12))
+    id = request.query.get("buildid", "")
+    lines = JsonLines(request)
+    async with asyncio.TaskGroup() as group:
+        work = group.create_task(_outcome(buildkit.solver, wanted), name="build")
+        buildkit.running[id] = work
+        try:
+            async with lines:
+                await _show(buildkit.solver, wanted.ref, work, lines)
+                await lines.send(await work)
+        except (ConnectionError, asyncio.CancelledError):
+            work.cancel()
+            if work.cancelled() or work.cancelling():
+                return lines.response
+            raise
+        finally:
+            buildkit.running.pop(id, None)
+    return lines.response
+
+
+async def _show(solver: Solver, ref: str, work: "asyncio.Task[Message]", lines: JsonLines) -> None:
+    """Send what a build reports, until it has ended."""
+    try:
+        await run_unless(solver.job(ref), asyncio.wait({work}))
+    except Preempted:
+        return  # refused before it began
+    async for event in solver.status(ref):
+        trace = b64encode(event.SerializeToString()).decode()
+        await lines.send(Message(id="moby.buildkit.trace", aux=trace))
+
+
+async def _outcome(solver: Solver, wanted: pb.SolveRequest) -> Message:
+    """The last line of a build."""
+    try:
+        response = await solver.solve(wanted)
+    except (SkepError, CallFailed) as error:
+        return failure(str(error))
+    return Message(id="moby.image.id", aux={"ID": response.get("containerimage.digest", "")})
+
+
+def solve_request(query: Any, ref: str) -> pb.SolveRequest:
+    """What ``POST /build?version=2`` asks for, as BuildKit's own request.
+
+    Raises: Unimplemented: names what is not done; InvalidArgument.
+    """
+    for name in ("squash", "securityopt", "isolation"):
+        if query.get(name, "") not in ("", "0", "false", "null", "[]", "default"):
+            raise Unimplemented(f"build option {name} is not supported")
+    if query.get("remote", "") != "client-session":
+        raise Unimplemented("a context at another place than the client is not supported")
+    outputs = _json(query, "outputs", list[_Output]) or [_Output(type="moby")]
+    request = pb.SolveRequest(ref=ref, session=query.get("session", ""), frontend="dockerfile.v0")
+    attributes = request.frontend_attrs
+    attributes.update(_attributes(query))
+    for name, value in (_json(query, "buildargs", dict[str, str | None]) or {}).items():
+        if value is not None:
+            attributes[f"build-arg:{name}"] = value
+    for name, value in (_json(query, "labels", dict[str, str]) or {}).items():
+        attributes[f"label:{name}"] = value
+    if attributes.get("force-network-mode") == "host":
+        request.entitlements.append("network.host")
+    for output in outputs:
+        if output.type == "cacheonly":
+            continue
+        exporter = request.exporters.add(type=output.type)
+        exporter.attrs.update(output.attrs)
+        if output.type == "moby":
+            exporter.attrs["name"] = ",".join(query.getall("t", []))
+    return request
+
+
+class _Output(msgspec.Struct, frozen=True, rename="pascal"):
+    type: str = ""
+    attrs: Mapping[str, str] = {}
+
+
+class _Limit(msgspec.Struct, frozen=True, rename="pascal"):
+    name: str
+    soft: int = 0
+    hard: int = 0
+
+
+_PLAIN = {
+    "target": "target",
+    "platform": "platform",
+    "memory": "memory",
+    "memswap": "memswap",
+    "cpushares": "cpushares",
+    "cpuperiod": "cpuperiod",
+    "cpuquota": "cpuquota",
+    "cpusetcpus": "cpusetcpus",
+    "cpusetmems": "cpusetmems",
+    "cgroupparent": "cgroup-parent",
+    "shmsize": "shm-size",
+}
+
+
+def _attributes(query: Any) -> Mapping[str, str]:
+    """Options of the front end.  Raises: InvalidArgument."""
+    attributes = {
+        attribute: query[name] for name, attribute in _PLAIN.items() if query.get(name, "") not in ("", "0")
+    }
+    if (filename := query.get("dockerfile", "")) not in ("", "."):
+        attributes["filename"] = filename
+    if query.get("nocache", "") in ("1", "true"):
+        attributes["no-cache"] = ""
+    if query.get("pull", "") in ("1", "true"):
+        attributes["image-resolve-mode"] = "pull"
+    network = query.get("networkmode", "")
+    if network not in ("", "default", "host", "none"):
+        raise InvalidArgument(f'network mode "{network}" not supported by buildkit')
+    if network in ("host", "none"):
+        attributes["force-network-mode"] = network
+    if hosts := query.getall("extrahosts", []):
+        attributes["add-hosts"] = ",".join(host.replace(":", "=", 1) for host in hosts)
+    if images := _json(query, "cachefrom", list[str]):
+        attributes["cache-from"] = ",".join(images)
+    if limits := _json(query, "ulimits", list[_Limit]):
+        attributes["ulimit"] = ",".join(f"{limit.name}={limit.soft}:{limit.hard}" for limit in limits)
+    return attributes
+
+
+def _json(query: Any, name: str, kind: Any) -> Any:
+    """Raises: InvalidArgument."""
+    text = query.get(name, "")
+    if not text:
+        return None
+    try:
+        return msgspec.json.decode(text, type=kind | None)
+    except msgspec.DecodeError as error:
+        raise InvalidArgument(f"invalid value of {name}: {error}") from error

@@ -1,0 +1,109 @@
+"""The engine's end of BuildKit's control connection: calls, their messages and limits."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
+from typing import Generic, TypeAlias, TypeVar
+
+import structlog
+from google.protobuf.message import DecodeError, Message
+
+from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unimplemented
+from skep.rpc.core import MESSAGE_HEAD
+from skep.rpc.errors import LOST_PEER, to_status
+from skep.rpc.headers import Request
+from skep.rpc.server import Limits, ServerConnection, ServerStream
+from skep.rpc.status import CallFailed, Status
+
+log = structlog.get_logger(__name__)
+
+Q = TypeVar("Q", bound=Message)
+
+LIMITS = Limits(streams=64, stream_window=1 << 20, connection_window=4 << 20)
+CONNECTIONS_MAX = 64
+MESSAGE_BYTES_MAX = 16 << 20
+"""BuildKit's own."""
+_MESSAGE_S = 60.0
+"""For a message of which the length has come."""
+
+
+class Unary(Generic[Q]):
+    """A method with one request and one response."""
+
+    def __init__(self, request: type[Q], serve: Callable[[Q, Request], Awaitable[Message]]) -> None:
+        self.request = request
+        self._serve = serve
+
+    async def respond(self, request: Q, stream: ServerStream) -> None:
+        """Serve one call."""
+        await stream.send_message(await self._serve(request, stream.request))
+
+
+class Streaming(Generic[Q]):
+    """A method with one request, and as many responses as its generator gives."""
+
+    def __init__(
+        self, request: type[Q], serve: Callable[[Q, Request], AsyncGenerator[Message, None]]
+    ) -> None:
+        self.request = request
+        self._serve = serve
+
+    async def respond(self, request: Q, stream: ServerStream) -> None:
+        """Serve one call."""
+        await stream.send_initial_metadata()
+        async with aclosing(self._serve(request, stream.request)) as responses:
+            async for response in responses:
+                await stream.send_message(response)
+
+
+Method: TypeAlias = Unary[Message] | Streaming[Message]
+
+
+def connection(methods: "Mapping[str, Unary[Q] | Streaming[Q]]") -> ServerConnection:
+    """The protocol of a connection whose client calls ``methods``, which are named by their paths."""
+
+    async def handle(stream: ServerStream) -> None:
+        with suppress(*LOST_PEER):
+            try:
+                await _serve(methods, stream)
+            except CallFailed as error:
+                await stream.send_status(error)
+            else:
+                await stream.send_status()
+
+    return ServerConnection(handle)
+
+
+async def _serve(methods: "Mapping[str, Unary[Q] | Streaming[Q]]", stream: ServerStream) -> None:
+    """Raises: CallFailed: the status of whatever went wrong."""
+    method = methods.get(stream.request.path)
+    try:
+        if method is None:
+            raise Unimplemented(f"unknown method {stream.request.path}")
+        await method.respond(await _only_request(method.request, stream), stream)
+    except SkepError as error:
+        raise to_status(error) from error
+    except TimeoutError as error:
+        raise CallFailed(Status.DEADLINE_EXCEEDED, "the call took too long") from error
+    except (*LOST_PEER, CallFailed):
+        raise
+    except Exception as error:
+        log.exception("call failed", method=stream.request.path)
+        raise CallFailed(Status.INTERNAL, "internal error") from error
+
+
+async def _only_request(kind: type[Q], stream: ServerStream) -> Q:
+    """Raises: InvalidArgument, ResourceExhausted, TimeoutError."""
+    try:
+        head = await stream.recv_data(MESSAGE_HEAD.size, _MESSAGE_S)
+        if not head:
+            raise InvalidArgument("the request is missing")
+        is_compressed, size = MESSAGE_HEAD.unpack(head)
+        if is_compressed:
+            raise Unimplemented("compressed messages are not supported")
+        if size > MESSAGE_BYTES_MAX:
+            raise ResourceExhausted(
+                f"grpc: received message larger than max ({size} vs. {MESSAGE_BYTES_MAX})"
+            )
+        return kind.FromString(await stream.recv_data(size, _MESSAGE_S))
+    except (DecodeError, AssertionError) as error:
+        raise InvalidArgument("the message cannot be decoded") from error

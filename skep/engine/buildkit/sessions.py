@@ -1,0 +1,194 @@
+"""Sessions: connections on which the engine calls its clients, for files, secrets, credentials and their ssh agents.
+
+A client opens one (``POST /session``, upgraded to HTTP/2), names the methods that it serves, and keeps it open for as
+long as its build; the build ends with it.  It may be stopped or unplugged without a word, so it is called every few
+seconds, as BuildKit does.
+
+Source: moby/buildkit, session/manager.go, session/grpc.go.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar
+from urllib.parse import quote_plus
+
+from google.protobuf.message import Message
+
+from skep.errors import AlreadyExists, NotFound, ResourceExhausted, SkepError, Unavailable, Unimplemented
+from skep.rpc.client import Bounds, ClientConnection, ClientStream
+from skep.rpc.errors import peer_errors
+from skep.rpc.headers import request_block
+
+A = TypeVar("A", bound=Message)
+
+SESSIONS_MAX = 64
+"""At one time; each may hold as much unread as its window."""
+WAIT_S = 5.0
+"""A build may be asked for before its session is there."""
+CALL_S = 60.0
+"""A client may ask its user, or a helper of credentials."""
+_CHECK_EVERY_S, _CHECK_S = 15.0, 60.0
+
+BOUNDS = Bounds(stream_window=1 << 20, connection_window=8 << 20, message=16 << 20)
+"""The longest message is BuildKit's own."""
+
+_HEALTH = "/grpc.health.v1.Health/Check"
+_WHO = "the client of the build"
+
+
+class SessionInfo:
+    """What a client says of itself when it opens a session."""
+
+    __slots__ = ("id", "methods", "shared_key")
+
+    def __init__(self, id: str, shared_key: str, methods: Sequence[str]) -> None:
+        self.id = id
+        self.shared_key = shared_key
+        """The same for the same directory, whenever it is built."""
+        self.methods = frozenset(method.lower() for method in methods)
+
+
+class Session:
+    """Calls to one client."""
+
+    def __init__(self, info: SessionInfo) -> None:
+        self.id = info.id
+        self.shared_key = info.shared_key
+        self.connection = ClientConnection(BOUNDS)
+        self._methods = info.methods
+        self._closed = asyncio.Event()
+
+    def serves(self, method: str) -> bool:
+        """Whether the client serves ``/package.Service/Method``."""
+        return method.lower() in self._methods
+
+    async def call(self, method: str, request: Message, response: type[A], *, timeout_s: float = CALL_S) -> A:
+        """A unary call.  Raises: SkepError: of the client's status; Unimplemented: it does not serve this."""
+        if not self.serves(method):
+            raise Unimplemented(f"method {method} not supported by the client")
+        return response.FromString(await self._call(method, request.SerializeToString(), timeout_s))
+
+    async def _call(self, method: str, request: bytes, timeout_s: float) -> bytes:
+        with peer_errors(_WHO):
+            async with asyncio.timeout(timeout_s):
+                with self.connection.stream() as stream:
+                    stream.begin(request_block(method, None), request, is_last=True)
+                    return await stream.only_message()
+
+    @asynccontextmanager
+    async def stream(
+        self, method: str, metadata: Sequence[tuple[str, str]] = ()
+    ) -> AsyncIterator["Messages"]:
+        """A call in which both sides send; it is abandoned at the end of the block unless it has ended."""
+        if not self.serves(method):
+            raise Unimplemented(f"method {method} not supported by the client")
+        with peer_errors(_WHO):
+            stream = self.connection.open()
+            try:
+                stream.begin(_uncached_block(method, metadata), None, is_last=False)
+                yield Messages(stream)
+            finally:
+                self.connection.release(stream)
+
+    async def keep_checking(self) -> None:
+        """Return when the client does not respond any more."""
+        while True:
+            await asyncio.sleep(_CHECK_EVERY_S)
+            try:
+                await self._call(_HEALTH, b"", _CHECK_S)
+            except Unavailable:
+                self.connection.abort()
+                return
+            except SkepError:
+                return  # it has no such service; the connection's end is what is left
+
+    async def wait_closed(self) -> None:
+        """Return when the client is gone."""
+        await self._closed.wait()
+
+    def note_closed(self) -> None:
+        """The connection has ended."""
+        self._closed.set()
+
+
+class Messages:
+    """One streaming call: encoded messages out and in."""
+
+    def __init__(self, stream: ClientStream) -> None:
+        self._stream = stream
+
+    async def send(self, message: Message) -> None:
+        """Waits while the client reads slowly.  Raises: CallFailed, Lost."""
+        self._stream.send(message.SerializeToString())
+        await self._stream.drained()
+
+    async def end(self) -> None:
+        """Nothing more is sent."""
+        await self._stream.drained()
+        self._stream.end_sending()
+
+    async def receive(self) -> bytes | None:
+        """The next message; None after the last.  Raises: CallFailed, Lost."""
+        return await self._stream.receive()
+
+    @property
+    def has_more(self) -> bool:
+        """Whether ``receive`` gives a message at once."""
+        return self._stream.has_message
+
+
+def _uncached_block(method: str, metadata: Sequence[tuple[str, str]]) -> bytes:
+    """Headers of one call, which no other has."""
+    return request_block.__wrapped__(method, None, tuple(metadata))
+
+
+def header_values(name: str, values: Sequence[str]) -> Sequence[tuple[str, str]]:
+    """``values`` as headers; those that are not ASCII are encoded, and said to be.
+
+    Source: session/filesync/filesync.go, encodeOpts.
+    """
+    if all(value.isascii() for value in values):
+        return [(name, value) for value in values]
+    return [*((name, quote_plus(value)) for value in values), (f"{name}-encoded", "1")]
+
+
+class Sessions:
+    """All sessions of this engine, by id."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
+        self._arrived = asyncio.Condition()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @asynccontextmanager
+    async def opened(self, info: SessionInfo) -> AsyncIterator[Session]:
+        """A session while the block runs, in which its connection lives.
+
+        Raises: AlreadyExists; ResourceExhausted: there are too many.
+        """
+        if info.id in self._sessions:
+            raise AlreadyExists(f"session {info.id} already exists")
+        if len(self._sessions) >= SESSIONS_MAX:
+            raise ResourceExhausted(f"there are {SESSIONS_MAX} sessions of builds already")
+        session = self._sessions[info.id] = Session(info)
+        try:
+            async with self._arrived:
+                self._arrived.notify_all()
+            yield session
+        finally:
+            del self._sessions[info.id]
+            session.note_closed()
+
+    async def get(self, id: str) -> Session:
+        """Waits a moment for a session that is not there yet.  Raises: NotFound."""
+        # A prefix tells uses of one session apart, as BuildKit's clients may send it.
+        id = id.partition(":")[2] or id
+        try:
+            async with asyncio.timeout(WAIT_S), self._arrived:
+                await self._arrived.wait_for(lambda: id in self._sessions)
+                return self._sessions[id]
+        except TimeoutError as error:
+            raise NotFound(f"no active session for {id}: context deadline exceeded") from error

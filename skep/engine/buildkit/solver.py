@@ -1,0 +1,383 @@
+"""Builds as BuildKit's clients ask for them: from a request and its session to an image, with everything reported.
+
+A build is one *job*, named by its client (``ref``).  buildx asks for it in two calls: ``Control.Solve`` says what
+becomes of the result, ``LLBBridge.Solve`` what is to be built; the former ends when the client has returned the result
+of the latter (``LLBBridge.Return``).
+
+Source: moby/buildkit, control/control.go, client/solve.go, client/build.go, frontend/gateway.
+"""
+
+import asyncio
+import os
+import secrets
+import stat
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from skep.aio.clock import Clock
+from skep.aio.race import Preempted, run_unless
+from skep.engine.build.dockerfile import FILE_BYTES_MAX, parse
+from skep.engine.build.interface import BuildRequest, Builds, OpenContext
+from skep.engine.build.patterns import ignored_patterns
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.contexts import Contexts
+from skep.engine.buildkit.filesync import Selection
+from skep.engine.buildkit.history import History
+from skep.engine.buildkit.options import (
+    Asked,
+    Exported,
+    Output,
+    Source,
+    asked,
+    check_cache_exports,
+    check_cache_imports,
+    check_entitlements,
+    check_syntax,
+    exported,
+)
+from skep.engine.buildkit.progress import BuildLog, Vertices
+from skep.engine.buildkit.provider import ClientProvider
+from skep.engine.buildkit.sessions import Session, Sessions
+from skep.engine.images.digest import Digest
+from skep.errors import (
+    AlreadyExists,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    Unimplemented,
+)
+from skep.linux.syscalls import open_in_root
+from skep.rpc.status import CallFailed, Status, status_of
+
+JOBS_MAX = 32
+"""Builds at one time."""
+ENDED_JOBS_MAX = 8
+"""Of which the log is kept for a while: a client may ask for it when its build has ended already."""
+_JOB_WAIT_S = 15.0
+"""A client asks for the progress of a build, or calls it, before the build is there."""
+_DEFINITION_BYTES_MAX = 16 << 20
+"""Of the Dockerfile and what is fetched with it."""
+_IGNORE_FILE, _IGNORE_BYTES_MAX = ".dockerignore", 1 << 20
+
+
+class Job:
+    """One build, from its request to its end."""
+
+    def __init__(self, request: pb.SolveRequest, now_ns: Callable[[], int]) -> None:
+        self.request = request
+        self.log = BuildLog()
+        self.vertices = Vertices(request.ref, self.log, now_ns)
+        self.exported = Exported()
+        self.results: dict[str, Digest] = {}
+        """By the name under which the client returns a result."""
+        self.returned: asyncio.Future[pb.ReturnRequest] = asyncio.get_running_loop().create_future()
+        self.started_ns = now_ns()
+        self.ended_ns = 0
+        self.error = ""
+        self.response: Mapping[str, str] = {}
+
+    def record(self) -> pb.BuildHistoryRecord:
+        """What its history says of it at this moment."""
+        counts = self.vertices.counts
+        record = pb.BuildHistoryRecord(
+            ref=self.request.ref,
+            frontend=self.request.frontend,
+            frontend_attrs=self.request.frontend_attrs,
+            exporters=self.request.exporters,
+            exporter_response=self.response,
+            num_cached_steps=counts.cached,
+            num_total_steps=counts.total,
+            num_completed_steps=counts.completed,
+            num_warnings=counts.warnings,
+        )
+        record.created_at.FromNanoseconds(self.started_ns)
+        if self.ended_ns:
+            record.completed_at.FromNanoseconds(self.ended_ns)
+        if self.error:
+            record.error.code, record.error.message = Status.UNKNOWN, self.error
+        return record
+
+
+class Solver:
+    """All builds that clients of BuildKit's protocol have asked for."""
+
+    def __init__(self, builds: Builds, sessions: Sessions, contexts: Contexts, clock: Clock) -> None:
+        self._builds = builds
+        self._sessions = sessions
+        self.contexts = contexts
+        self._clock = clock
+        self._jobs: dict[str, Job] = {}
+        self._ended: OrderedDict[str, Job] = OrderedDict()
+        self.history = History()
+        self._begun = asyncio.Condition()
+
+    # -- what clients call --------------------------------------------------------------------------------------------
+
+    async def solve(self, request: pb.SolveRequest) -> Mapping[str, str]:
+        """Carry out one build, and return what its exporter says.  Raises: SkepError; nothing is tagged then."""
+        async with self._job(request) as job:
+            _check(request)
+            session = await self._sessions.get(request.session)
+            try:
+                job.response = await run_unless(self._solved(job, session), session.wait_closed())
+            except Preempted as error:
+                raise Unavailable("the client of the build is gone") from error
+            return job.response
+
+    async def bridge_solve(self, ref: str, request: pb.BridgeSolveRequest) -> pb.BridgeSolveResponse:
+        """Build what a client of the job ``ref`` asks for; the job's result is what it returns afterwards."""
+        job = await self.job(ref)
+        if request.definition.ByteSize():
+            raise Unimplemented("a build of LLB definitions is not supported, only of Dockerfiles")
+        if request.frontend_inputs:
+            raise Unimplemented("results of other builds as contexts are not supported")
+        session = await self._sessions.get(job.request.session)
+        image = await self._build(job, session, request.frontend, request.frontend_opt)
+        response = pb.BridgeSolveResponse()
+        response.result.ref.id = secrets.token_hex(12)
+        job.results[response.result.ref.id] = image
+        return response
+
+    async def bridge_return(self, ref: str, request: pb.ReturnRequest) -> pb.ReturnResponse:
+        """The client has its result, or has failed."""
+        job = await self.job(ref)
+        if not job.returned.done():
+            job.returned.set_result(request)
+        return pb.ReturnResponse()
+
+    async def job(self, ref: str) -> Job:
+        """Waits a moment for a build that has not begun yet.  Raises: NotFound."""
+        if job := self._ended.get(ref):
+            return job
+        try:
+            async with asyncio.timeout(_JOB_WAIT_S), self._begun:
+                await self._begun.wait_for(lambda: ref in self._jobs)
+                return self._jobs[ref]
+        except TimeoutError as error:
+            raise NotFound(f"no such job {ref}") from error
+
+    async def status(self, ref: str) -> AsyncGenerator[pb.StatusResponse, None]:
+        """What a build reports, from its beginning to its end.  Raises: NotFound."""
+        job = await self.job(ref)
+        async for event in job.log.follow():
+            yield event
+
+    # -- jobs ---------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _job(self, request: pb.SolveRequest) -> AsyncIterator[Job]:
+        if request.ref in self._jobs or request.ref in self._ended:
+            raise AlreadyExists(f"job ID {request.ref} exists")
+        if len(self._jobs) >= JOBS_MAX:
+            raise ResourceExhausted(f"there are {JOBS_MAX} builds already")
+        job = self._jobs[request.ref] = Job(request, self._clock.now_ns)
+        try:
+            job.exported = exported(_exporters(request))
+            self._record(job)
+            async with self._begun:
+                self._begun.notify_all()
+            yield job
+        except BaseException as error:
+            job.error = str(error) or "canceled"
+            raise
+        finally:
+            job.ended_ns = self._clock.now_ns()
+            job.vertices.fail_open(job.error or "canceled")
+            job.log.end()
+            self._record(job)
+            del self._jobs[request.ref]
+            self._ended[request.ref] = job
+            while len(self._ended) > ENDED_JOBS_MAX:
+                self._ended.popitem(last=False)
+
+    def _record(self, job: Job) -> None:
+        if not job.request.internal:
+            self.history.keep(job.record())
+
+    async def _solved(self, job: Job, session: Session) -> Mapping[str, str]:
+        request = job.request
+        if request.frontend:
+            image: Digest | None = await self._build(job, session, request.frontend, request.frontend_attrs)
+        else:
+            image = _returned(job, await job.returned)
+        if image is None or job.exported.output is Output.NONE:
+            return {}
+        return self._exported(job, image)
+
+    def _exported(self, job: Job, image: Digest) -> Mapping[str, str]:
+        export: Exported = job.exported
+        with job.vertices.doing("exporting to image") as vertex:
+            for done in (f"writing image {image}", *(f"naming to {tag}" for tag in export.tags)):
+                job.vertices.figure(vertex, done, 0, done=True)
+        names = ",".join(map(str, export.tags))
+        digests = {"containerimage.digest": image, "containerimage.config.digest": image}
+        return {**digests, "image.name": names} if names else digests
+
+    # -- one build ----------------------------------------------------------------------------------------------------
+
+    async def _build(
+        self, job: Job, session: Session, frontend: str, attributes: Mapping[str, str]
+    ) -> Digest:
+        build = asked(frontend, attributes)
+        job.request.frontend_attrs.update(attributes)  # for its record
+        definition = await self._definition(job, await self._session_of(session, build.dockerfile), build)
+        provider = ClientProvider(session, self.contexts.directory)
+        async with AsyncExitStack() as received:
+
+            def opening(source: Source, ignored: str | None, remote: str = "") -> OpenContext:
+                async def open_context() -> Path:
+                    client = await self._session_of(session, source)
+                    opened = self._context(job, client, source, ignored, remote)
+                    return await received.enter_async_context(opened)
+
+                return open_context
+
+            request = msgspec.structs.replace(
+                _request(build, job.exported, definition.text),
+                directories={name: opening(source, None) for name, source in build.directories.items()},
+            )
+            open_context = opening(build.context, definition.ignored, build.remote)
+            work = self._builds.build(request, open_context, job.vertices, provider)
+            try:
+                result = await run_unless(work, session.wait_closed())
+            except Preempted as error:
+                raise Unavailable("the client of the build is gone") from error
+        return result.image_id
+
+    async def _session_of(self, session: Session, source: Source) -> Session:
+        return await self._sessions.get(source.session) if source.session else session
+
+    async def _definition(self, job: Job, session: Session, build: Asked) -> "_Definition":
+        """Raises: SkepError: the client has no such Dockerfile."""
+        names = _names_of(build.filename)
+        with job.vertices.doing(f"[internal] load build definition from {build.filename}") as vertex:
+            async with self.contexts.received(
+                session,
+                Selection(name=build.dockerfile.name, follow=names),
+                bytes_max=_DEFINITION_BYTES_MAX,
+                progress=partial(job.vertices.figure, vertex, "transferring dockerfile:"),
+            ) as root:
+                definition = await asyncio.to_thread(_read_definition, root, build.filename)
+            job.vertices.figure(vertex, "transferring dockerfile:", len(definition.text), done=True)
+        return definition
+
+    @asynccontextmanager
+    async def _context(
+        self, job: Job, session: Session, source: Source, ignored: str | None, remote: str
+    ) -> AsyncIterator[Path]:
+        """The files of a context while the block runs.  Raises: SkepError."""
+        if remote:
+            raise Unimplemented(f"a context at another place than the client is not supported: {remote}")
+        which = "build context" if source.name == "context" else f"context {source.name}"
+        if ignored is None:
+            with job.vertices.doing(f"[internal] load .dockerignore of the {which}"):
+                only = Selection(name=source.name, follow=(_IGNORE_FILE,))
+                async with self.contexts.received(session, only, bytes_max=_IGNORE_BYTES_MAX) as root:
+                    ignored = await asyncio.to_thread(_read_in, root, _IGNORE_FILE, _IGNORE_BYTES_MAX) or ""
+        async with AsyncExitStack() as stack:
+            with job.vertices.doing(f"[internal] load {which}") as vertex:
+                received = self.contexts.received(
+                    session,
+                    Selection(name=source.name, excludes=tuple(ignored_patterns(ignored))),
+                    progress=partial(job.vertices.figure, vertex, "transferring context:"),
+                )
+                root = await stack.enter_async_context(received)
+            yield root
+
+
+class _Definition(msgspec.Struct, frozen=True):
+    """A Dockerfile; ``ignored``: the text of the file of ignored patterns that is its own, None: it has none."""
+
+    text: str
+    ignored: str | None
+
+
+def _names_of(filename: str) -> tuple[str, ...]:
+    """What is asked of the client for a Dockerfile."""
+    directory, _, name = filename.rpartition("/")
+    names = [filename, f"{filename}{_IGNORE_FILE}"]
+    if name == "Dockerfile":
+        names.append(f"{directory}/dockerfile" if directory else "dockerfile")
+    return tuple(names)
+
+
+def _read_definition(root: Path, filename: str) -> _Definition:
+    """Raises: NotFound, InvalidArgument."""
+    *_, last = _names_of(filename)
+    text = _read_in(root, filename, FILE_BYTES_MAX)
+    if text is None and last != f"{filename}{_IGNORE_FILE}":
+        text = _read_in(root, last, FILE_BYTES_MAX)
+    if text is None:
+        raise NotFound(f"failed to read dockerfile: open {filename}: no such file or directory")
+    return _Definition(text, _read_in(root, f"{filename}{_IGNORE_FILE}", _IGNORE_BYTES_MAX))
+
+
+def _read_in(root: Path, name: str, bytes_max: int) -> str | None:
+    """The text of a file; its links lead no further than ``root``.  None: there is none.  Raises: InvalidArgument."""
+    try:
+        descriptor = open_in_root(root, name, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        data = file.read(bytes_max + 1)
+    if len(data) > bytes_max:
+        raise InvalidArgument(f"{name} is larger than {bytes_max} bytes")
+    return data.decode(errors="replace")
+
+
+def _request(build: Asked, export: Exported, dockerfile: str) -> BuildRequest:
+    """Raises: Unimplemented: the Dockerfile asks for another front end."""
+    check_syntax(parse(dockerfile).syntax)
+    return BuildRequest(
+        dockerfile=dockerfile,
+        tags=export.tags,
+        target=build.target,
+        arguments=build.arguments,
+        labels=build.labels,
+        use_cache=build.use_cache,
+        stages_without_cache=build.stages_without_cache,
+        images=build.images,
+        pull=build.pull,
+        network=build.network,
+        hosts=build.hosts,
+        limits=build.limits,
+        platform=build.platform,
+        is_buildkit=True,
+    )
+
+
+def _exporters(request: pb.SolveRequest) -> Sequence[tuple[str, Mapping[str, str]]]:
+    if request.exporters:
+        return [(exporter.type, exporter.attrs) for exporter in request.exporters]
+    return [(request.exporter, request.exporter_attrs)] if request.exporter else []
+
+
+def _check(request: pb.SolveRequest) -> None:
+    """Raises: SkepError: what is asked beside the front end's options, and is not done."""
+    if not request.ref or not request.session:
+        raise InvalidArgument("a build needs a reference and a session")
+    if request.definition.ByteSize():
+        raise Unimplemented("a build of LLB definitions is not supported, only of Dockerfiles")
+    if request.frontend_inputs:
+        raise Unimplemented("results of other builds as contexts are not supported")
+    if request.source_policy.ByteSize():
+        raise Unimplemented("source policies are not supported")
+    check_entitlements(request.entitlements)
+    exports = [entry.type for entry in request.cache.exports]
+    check_cache_exports([*exports, *(["registry"] if request.cache.export_ref else [])])
+    check_cache_imports([*(entry.type for entry in request.cache.imports), *request.cache.import_refs])
+
+
+def _returned(job: Job, answer: pb.ReturnRequest) -> Digest | None:
+    """The image that a client has returned; None: it asked for none.  Raises: CallFailed: it has failed."""
+    if answer.HasField("error"):
+        raise CallFailed(status_of(str(answer.error.code)), answer.error.message)
+    return job.results.get(answer.result.ref.id)

@@ -1,0 +1,351 @@
+"""A tree of files as a client lists it: what is accepted, and how it is written below a new directory.
+
+fsutil sends one entry after another, in the order of a walk: a directory, then everything in it, names sorted by their
+bytes.  The client is not trusted: an entry is accepted only below a directory that was listed and not left since, so
+no path has a symbolic link in it; what is created is new (O_EXCL), relative to descriptors of directories made here.
+Numbers, sizes and lengths are bounded.  A file that is as it was when the same context came before is taken from
+the tree of that time.
+
+Source: tonistiigi/fsutil, validator.go, diskwriter.go, receive.go.
+"""
+
+import os
+import stat as modes
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.errors import InvalidArgument, ResourceExhausted
+
+# Go's os.FileMode, whose bits are the same everywhere.
+_DIRECTORY, _SYMLINK, _DEVICE, _PIPE = 1 << 31, 1 << 27, 1 << 26, 1 << 25
+_SOCKET, _SETUID, _SETGID, _STICKY, _IRREGULAR = 1 << 24, 1 << 23, 1 << 22, 1 << 20, 1 << 19
+_CHARACTER_DEVICE = 1 << 21
+_KINDS = _DIRECTORY | _SYMLINK | _DEVICE | _PIPE | _SOCKET | _IRREGULAR | _CHARACTER_DEVICE
+
+_KEPT_ATTRIBUTES = ("user.", "security.capability")
+"""Extended attributes that are written; others are the client machine's own (labels of SELinux, access lists)."""
+
+_TIMES = range(-(1 << 62), 1 << 62)
+"""Modification times that the kernel takes, in nanoseconds."""
+
+
+class TreeLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one tree may have."""
+
+    entries: int = 500_000
+    bytes: int
+    """Of all files together."""
+    name_bytes: int = 64 << 20
+    """Of all paths, link targets and attributes together."""
+    depth: int = 256
+    """Directories in each other: a descriptor is open for each."""
+
+
+class Kind(Enum):
+    """What an entry is."""
+
+    DIRECTORY = "directory"
+    FILE = "file"
+    HARD_LINK = "hard link"
+    SYMLINK = "symbolic link"
+    PIPE = "named pipe"
+    SOCKET = "socket"
+    """Not created, as it is of no use without the process that made it."""
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry, as it was accepted.  ``mode``: permissions with setuid, setgid and sticky bits."""
+
+    path: str
+    kind: Kind
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime_ns: int
+    link: str
+    attributes: Mapping[str, bytes]
+
+
+class Listing:
+    """Accepts entries in their order."""
+
+    def __init__(self, limits: TreeLimits) -> None:
+        self.entries: list[Entry] = []
+        self.bytes = 0
+        """Of the files listed."""
+        self._limits = limits
+        self._name_bytes = 0
+        self._open: list[tuple[str, bytes]] = [("", b"")]
+        """Directories from the root to the current one, each with the last name in it."""
+        self._files: set[str] = set()
+
+    def add(self, stat: pb.Stat) -> None:
+        """Raises: InvalidArgument: not below a listed directory, out of order, or nothing that can be created;
+        ResourceExhausted: too much."""
+        self._name_bytes += len(stat.path) + len(stat.linkname)
+        self._name_bytes += sum(len(name) + len(value) for name, value in stat.xattrs.items())
+        if len(self.entries) >= self._limits.entries or self._name_bytes > self._limits.name_bytes:
+            raise ResourceExhausted(f"the build context has more than {self._limits.entries} files")
+        self._enter(stat.path)
+        entry = self._entry(stat)
+        if entry.kind is Kind.DIRECTORY:
+            if len(self._open) > self._limits.depth:
+                raise InvalidArgument(f"directories are too deep: {stat.path!r}")
+            self._open.append((stat.path, b""))
+        elif entry.kind is Kind.FILE:
+            self._files.add(stat.path)
+            self.bytes += entry.size
+            if self.bytes > self._limits.bytes:
+                raise ResourceExhausted(
+                    f"the build context is larger than the {self._limits.bytes} bytes that this node accepts"
+                )
+        self.entries.append(entry)
+
+    def _enter(self, path: str) -> None:
+        """Leave directories until the parent of ``path`` is the current one.  Raises: InvalidArgument."""
+        parent, _, name = path.rpartition("/")
+        if not name or name in (".", "..") or "\0" in path or path.startswith("/"):
+            raise InvalidArgument(f"invalid path in the build context: {path!r}")
+        while len(self._open) > 1 and self._open[-1][0] != parent:
+            self._open.pop()
+        directory, last = self._open[-1]
+        # Names in a directory grow, so one that was left cannot be entered again, and none comes twice.
+        if directory != parent or name.encode() <= last:
+            raise InvalidArgument(f"changes out of order: {path!r} {directory + '/' + last.decode()!r}")
+        self._open[-1] = (directory, name.encode())
+
+    def _entry(self, stat: pb.Stat) -> Entry:
+        kind = _kind(stat)
+        if stat.size < 0 or stat.mod_time not in _TIMES or stat.uid == 0xFFFFFFFF or stat.gid == 0xFFFFFFFF:
+            raise InvalidArgument(f"invalid file in the build context: {stat.path!r}")
+        if kind is Kind.HARD_LINK and stat.linkname not in self._files:
+            raise InvalidArgument(f"invalid link in the build context: {stat.path!r} to {stat.linkname!r}")
+        if kind is Kind.SYMLINK and (not stat.linkname or "\0" in stat.linkname):
+            raise InvalidArgument(f"invalid link in the build context: {stat.path!r}")
+        return Entry(
+            path=stat.path,
+            kind=kind,
+            mode=_permissions(stat.mode),
+            uid=stat.uid,
+            gid=stat.gid,
+            size=stat.size if kind is Kind.FILE else 0,
+            mtime_ns=stat.mod_time,
+            link=stat.linkname if kind in (Kind.HARD_LINK, Kind.SYMLINK) else "",
+            attributes={k: bytes(v) for k, v in stat.xattrs.items() if k.startswith(_KEPT_ATTRIBUTES)},
+        )
+
+
+def _kind(stat: pb.Stat) -> Kind:
+    kind = stat.mode & _KINDS
+    if not kind:
+        return Kind.HARD_LINK if stat.linkname else Kind.FILE
+    kinds = {_DIRECTORY: Kind.DIRECTORY, _SYMLINK: Kind.SYMLINK, _PIPE: Kind.PIPE, _SOCKET: Kind.SOCKET}
+    if kind not in kinds:
+        raise InvalidArgument(f"a device in the build context: {stat.path!r}; leave it out by .dockerignore")
+    return kinds[kind]
+
+
+def _permissions(mode: int) -> int:
+    bits = {_SETUID: modes.S_ISUID, _SETGID: modes.S_ISGID, _STICKY: modes.S_ISVTX}
+    return (mode & 0o777) | sum(value for bit, value in bits.items() if mode & bit)
+
+
+class KeptTree(msgspec.Struct, frozen=True):
+    """A tree of the same context that came before; ``entries`` by path."""
+
+    root: Path
+    entries: Mapping[str, Entry]
+
+
+def write_tree(root: Path, entries: Sequence[Entry], kept: KeptTree | None = None) -> Sequence[int]:
+    """Create all ``entries`` below ``root``, a new empty directory; blocking.
+
+    Returns the numbers of the files whose content is still needed: they are empty.  Raises: OSError.
+    """
+    needed: list[int] = []
+    with _Writer(root, kept) as writer:
+        for number, entry in enumerate(entries):
+            if not writer.write(entry):
+                needed.append(number)
+    return needed
+
+
+class _Writer:
+    """Creates entries in the order of a ``Listing``, each in the descriptor of its directory."""
+
+    def __init__(self, root: Path, kept: KeptTree | None) -> None:
+        self._open: list[tuple[Entry | None, int]] = [(None, _open_directory(root))]
+        self._kept = kept
+        self._kept_root = -1
+
+    def __enter__(self) -> "_Writer":
+        if self._kept is not None:
+            with suppress(OSError):  # then every file is asked for
+                self._kept_root = _open_directory(self._kept.root)
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        try:
+            while len(self._open) > 1:
+                self._leave(finishes=error is None)
+        finally:
+            for _entry, descriptor in self._open:
+                os.close(descriptor)
+            if self._kept_root >= 0:
+                os.close(self._kept_root)
+
+    def write(self, entry: Entry) -> bool:
+        """Whether the entry is whole; else it is a file without its content.  Raises: OSError."""
+        parent, _, name = entry.path.rpartition("/")
+        while (current := self._open[-1][0]) is not None and current.path != parent:
+            self._leave(finishes=True)
+        directory = self._open[-1][1]
+        if entry.kind is Kind.DIRECTORY:
+            os.mkdir(name, 0o700, dir_fd=directory)
+            self._open.append((entry, _open_directory(name, directory)))
+            return True
+        if entry.kind is Kind.SYMLINK:
+            os.symlink(entry.link, name, dir_fd=directory)
+            os.chown(name, entry.uid, entry.gid, dir_fd=directory, follow_symlinks=False)
+            os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=directory, follow_symlinks=False)
+        elif entry.kind is Kind.HARD_LINK:
+            self._link(self._open[0][1], entry.link, name, directory)
+        elif entry.kind is Kind.PIPE:
+            os.mkfifo(name, 0o600, dir_fd=directory)
+            descriptor = os.open(
+                name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory
+            )
+            with closed(descriptor):
+                _finish(descriptor, entry)
+        elif entry.kind is Kind.FILE and not self._take_kept(entry, name, directory):
+            descriptor = os.open(
+                name,
+                os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
+                0o600,
+                dir_fd=directory,
+            )
+            with closed(descriptor):
+                if not entry.size:
+                    _finish(descriptor, entry)
+            return not entry.size
+        return True
+
+    def _take_kept(self, entry: Entry, name: str, directory: int) -> bool:
+        if self._kept_root < 0 or self._kept is None or self._kept.entries.get(entry.path) != entry:
+            return False
+        with suppress(OSError):
+            self._link(self._kept_root, entry.path, name, directory)
+            return True
+        return False
+
+    def _link(self, root: int, path: str, name: str, directory: int) -> None:
+        os.link(path, name, src_dir_fd=root, dst_dir_fd=directory, follow_symlinks=False)
+
+    def _leave(self, *, finishes: bool) -> None:
+        entry, descriptor = self._open.pop()
+        with closed(descriptor):
+            if finishes and entry is not None:
+                _finish(descriptor, entry)
+
+
+@contextmanager
+def closed(descriptor: int) -> Iterator[int]:
+    """Close ``descriptor`` with the block."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _open_directory(path: Path | str, parent: int | None = None) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+
+
+def _finish(descriptor: int, entry: Entry) -> None:
+    """Give an entry its owner, mode, attributes and time, in the order in which none undoes another."""
+    os.fchown(descriptor, entry.uid, entry.gid)
+    os.fchmod(descriptor, entry.mode)
+    for name, value in entry.attributes.items():
+        with suppress(OSError):  # the file system has none, as in BuildKit
+            os.setxattr(descriptor, name, value)
+    os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
+
+
+class Contents:
+    """Writes the contents of files that ``write_tree`` has left empty."""
+
+    def __init__(self, root: Path, entries: Sequence[Entry], needed: Sequence[int], bytes_max: int) -> None:
+        self._root = root
+        self._entries = entries
+        self._bytes_left = bytes_max
+        self._open: dict[int, tuple[int, int]] = {}
+        """By number: the descriptor, and the bytes written."""
+        self._waiting = set(needed)
+        self.requested: set[int] = set()
+        self.changed: set[str] = set()
+        """Paths of files that had another length than was listed: they changed while they were sent."""
+
+    def request(self, number: int) -> None:
+        """The content of this file was asked for."""
+        self._waiting.remove(number)
+        self.requested.add(number)
+
+    def write(self, number: int, data: bytes) -> bool:
+        """A piece of a file; an empty one ends it, and gives true.  Blocking.
+
+        Raises: InvalidArgument: nobody asked; ResourceExhausted; OSError.
+        """
+        if number not in self.requested:
+            raise InvalidArgument(f"invalid file request {number}")
+        entry = self._entries[number]
+        descriptor, written = self._open.get(number) or (self._reopen(entry), 0)
+        self._open[number] = descriptor, written + len(data)
+        self._bytes_left -= len(data)
+        if self._bytes_left < 0:
+            raise ResourceExhausted("the build context is larger than what this node accepts")
+        if data:
+            _write_all(descriptor, data)
+            return False
+        del self._open[number]
+        self.requested.remove(number)
+        with closed(descriptor):
+            _finish(descriptor, entry)
+        if written != entry.size:
+            self.changed.add(entry.path)
+        return True
+
+    def _reopen(self, entry: Entry) -> int:
+        """The empty file; each directory on its way is one that was made here."""
+        directory = _open_directory(self._root)
+        *parents, name = entry.path.split("/")
+        try:
+            for parent in parents:
+                below = _open_directory(parent, directory)
+                os.close(directory)
+                directory = below
+            return os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        finally:
+            os.close(directory)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every file has its content."""
+        return not self._waiting and not self.requested
+
+    def close(self) -> None:
+        """Close what is open."""
+        for descriptor, _ in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,295 @@
+"""BuildKit's protocols over real connections: sessions, files of clients, builds, and clients that are hostile."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from skep.aio.clock import SystemClock
+from skep.api.server import application
+from skep.engine.build.interface import BuildRequest, BuildResult, OpenContext, Progress, Provider, Step
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit import sessions as sessions_module
+from skep.engine.buildkit.contexts import Contexts
+from skep.engine.buildkit.control import Control
+from skep.engine.buildkit.routes import BuildKit, buildkit_routes
+from skep.engine.buildkit.sessions import SESSIONS_MAX, Sessions
+from skep.engine.buildkit.solver import Solver
+from skep.engine.container import Stream
+from skep.engine.images.digest import Digest
+from skep.engine.images.layers import Limits
+from skep.rpc.status import CallFailed, Status
+from tests.support.buildkit_client import FileServer, Tree, a_file, a_link, control, session
+
+IMAGE = Digest("sha256:" + "1" * 64)
+DOCKERFILE = a_file("Dockerfile", "FROM scratch\nCOPY . /\n")
+NOTHING: Tree = ()
+
+
+class ReadingBuilds:
+    """Builds that read the whole context.  A Dockerfile with ``sleep`` in it never ends."""
+
+    def __init__(self) -> None:
+        self.requests: list[BuildRequest] = []
+        self.files: dict[str, str] = {}
+        self.sleeps = asyncio.Event()
+        self.cancelled = asyncio.Event()
+
+    async def build(
+        self,
+        request: BuildRequest,
+        context: OpenContext,
+        progress: Progress,
+        provider: Provider | None = None,
+    ) -> BuildResult:
+        self.requests.append(request)
+        step = Step(number=1, total=1, text="COPY . /")
+        progress.started(step)
+        if "sleep" in request.dockerfile:
+            self.sleeps.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.cancelled.set()
+        root = await context()
+        self.files = {
+            str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()
+        }
+        progress.output(step, Stream.STDOUT, b"read\n")
+        progress.finished(step, IMAGE)
+        return BuildResult(image_id=IMAGE)
+
+
+@dataclass
+class Rig:
+    socket: Path
+    builds: ReadingBuilds
+    kit: BuildKit
+    directory: Path
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    builds, sessions, limits = ReadingBuilds(), Sessions(), Limits(archive_bytes_max=10_000)
+    contexts = Contexts(tmp_path / "contexts", limits)
+    solver = Solver(builds, sessions, contexts, SystemClock())
+    kit = BuildKit(sessions, solver, Control(solver, None))  # type: ignore[arg-type]  # no cache is asked for
+    runner = web.AppRunner(application(buildkit_routes(kit)), handler_cancellation=True)
+    await runner.setup()
+    await web.UnixSite(runner, str(tmp_path / "api")).start()
+    yield Rig(tmp_path / "api", builds, kit, tmp_path / "contexts")
+    await runner.cleanup()
+
+
+def a_request(ref: str, session: str, **attributes: str) -> pb.SolveRequest:
+    request = pb.SolveRequest(ref=ref, session=session, frontend="dockerfile.v0")
+    request.frontend_attrs.update(attributes)
+    request.exporters.add(type="moby").attrs["name"] = "made"
+    return request
+
+
+async def built(
+    rig: Rig, ref: str, files: FileServer, *, key: str = "", **attributes: str
+) -> pb.SolveResponse:
+    async with session(rig.socket, f"s-{ref}", files, key=key), control(rig.socket) as calls:
+        return await calls.solve(a_request(ref, f"s-{ref}", **attributes))
+
+
+async def test_a_build_gets_the_files_of_its_client_and_its_image_has_its_names(rig: Rig) -> None:
+    tree = (pb.Stat(path="d", mode=(1 << 31) | 0o755), b""), a_file("d/one", "1"), a_file("two", "22")
+    files = FileServer([DOCKERFILE], [a_file(".dockerignore", "no*\n")], tree)
+    async with session(rig.socket, "s", files), control(rig.socket) as calls:
+        response, events = await asyncio.gather(calls.solve(a_request("r", "s")), calls.status("r"))
+    assert rig.builds.files == {"d/one": "1", "two": "22"}
+    assert dict(response.exporter_response) == {
+        "containerimage.digest": IMAGE,
+        "containerimage.config.digest": IMAGE,
+        "image.name": "docker.io/library/made:latest",
+    }
+    names = [vertex.name for event in events for vertex in event.vertexes if vertex.HasField("completed")]
+    assert "[internal] load build context" in names
+    assert "[1/1] COPY . /" in names
+    assert b"".join(log.msg for event in events for log in event.logs) == b"read\n"
+
+
+async def test_a_context_that_comes_again_sends_only_what_changed(rig: Rig) -> None:
+    trees: list[Tree] = [
+        [a_file("gone", "1", mod_time=1), a_file("other", "1", mod_time=1), a_file("same", "1", mod_time=1)],
+        [a_file("new", "2"), a_file("other", "2", mod_time=2), a_file("same", "1", mod_time=1)],
+    ]
+    requested = []
+    for number, tree in enumerate(trees):
+        files = FileServer([DOCKERFILE], NOTHING, tree)
+        await built(rig, f"r{number}", files, key="k")
+        requested.append([path for path in files.requested if path != "Dockerfile"])
+    assert requested == [["gone", "other", "same"], ["new", "other"]]
+    assert rig.builds.files == {"new": "2", "other": "2", "same": "1"}
+    assert len(list(rig.directory.iterdir())) == 1
+    await built(rig, "r3", files := FileServer([DOCKERFILE], NOTHING, trees[0]), key="another")
+    assert "same" in files.requested
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../../../../../etc/passwd", "/proc/self/environ"])
+async def test_a_dockerfile_that_is_a_link_leads_no_further_than_its_context(rig: Rig, target: str) -> None:
+    with pytest.raises(CallFailed, match="failed to read dockerfile: open Dockerfile: no such file"):
+        await built(rig, "r", FileServer([a_link("Dockerfile", target)]))
+    assert not rig.builds.requests
+
+
+async def test_a_dockerfile_may_be_a_link_within_its_directory(rig: Rig) -> None:
+    tree = [a_link("Dockerfile", "/real"), a_file("real", DOCKERFILE[1].decode())]
+    await built(rig, "r", FileServer(tree, NOTHING, NOTHING))
+    assert rig.builds.requests[0].dockerfile == DOCKERFILE[1].decode()
+
+
+STAT, DATA, REQ = pb.Packet.STAT, pb.Packet.DATA, pb.Packet.REQ
+
+
+@pytest.mark.parametrize(
+    ("packets", "text"),
+    [
+        ([pb.Packet(type=DATA, id=1, data=b"x")], "data before it had listed"),
+        ([pb.Packet(type=STAT, stat=pb.Stat(path="/out", mode=0o644))], "invalid path"),
+        (
+            [pb.Packet(type=STAT, stat=one[0]) for one in (a_link("a", "/"), a_file("a/b", "x"))],
+            "out of order",
+        ),
+        ([pb.Packet(type=STAT, stat=a_file("a", "x" * 20_000)[0])], "larger than the 10000 bytes"),
+        (
+            [
+                pb.Packet(type=STAT, stat=a_file("a", "x")[0]),
+                pb.Packet(type=STAT),
+                pb.Packet(type=DATA, id=5, data=b"x"),
+            ],
+            "invalid file request 5",
+        ),
+        (
+            [
+                pb.Packet(type=STAT, stat=a_file("a", "x")[0]),
+                pb.Packet(type=STAT),
+                *[pb.Packet(type=DATA, id=0, data=b"x" * 5000)] * 3,
+            ],
+            "larger than what this node accepts",
+        ),
+        ([pb.Packet(type=STAT, stat=a_file("a", "x")[0])], "ended the transfer of its files early"),
+        ([pb.Packet(type=pb.Packet.ERR, data=b"no such directory")], "error from sender: no such directory"),
+    ],
+)
+async def test_a_hostile_client_gets_an_error_and_leaves_nothing(
+    rig: Rig, packets: Sequence[pb.Packet], text: str
+) -> None:
+    files = FileServer([DOCKERFILE], NOTHING, NOTHING, packets=packets, stays="early" not in text)
+    with pytest.raises(CallFailed, match=text):
+        await built(rig, "r", files, key="k")
+    assert not list(rig.directory.iterdir())
+
+
+async def test_a_build_ends_with_its_session(rig: Rig) -> None:
+    files = FileServer([a_file("Dockerfile", "FROM scratch\nRUN sleep\n")])
+    async with control(rig.socket) as calls, session(rig.socket, "s", files) as transport:
+        solving = asyncio.create_task(calls.solve(a_request("r", "s")))
+        async with asyncio.timeout(60):
+            await rig.builds.sleeps.wait()
+        transport.abort()
+        with pytest.raises(CallFailed, match="the client of the build is gone"):
+            await solving
+    assert rig.builds.cancelled.is_set()
+    assert not list(rig.directory.iterdir())
+
+
+async def test_a_build_ends_with_its_call(rig: Rig) -> None:
+    files = FileServer([a_file("Dockerfile", "FROM scratch\nRUN sleep\n")])
+    async with session(rig.socket, "s", files), control(rig.socket) as calls:
+        solving = asyncio.create_task(calls.solve(a_request("r", "s")))
+        async with asyncio.timeout(60):
+            await rig.builds.sleeps.wait()
+            solving.cancel()
+            await rig.builds.cancelled.wait()
+
+
+async def test_the_number_of_sessions_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert SESSIONS_MAX >= 16
+    monkeypatch.setattr(sessions_module, "SESSIONS_MAX", 1)
+    async with session(rig.socket, "s", FileServer()):
+        with pytest.raises(ConnectionError, match="session s already exists"):
+            async with session(rig.socket, "s", FileServer()):
+                pass
+        with pytest.raises(ConnectionError, match="there are 1 sessions of builds already"):
+            async with session(rig.socket, "other", FileServer()):
+                pass
+    async with asyncio.timeout(60):
+        while len(rig.kit.sessions):  # noqa: ASYNC110 - the server notices the end by itself
+            await asyncio.sleep(0.01)
+    async with session(rig.socket, "other", FileServer()):
+        pass
+
+
+async def test_a_client_that_asks_in_two_calls_gets_what_it_returns(rig: Rig) -> None:
+    """As buildx does: the outer call ends with what the inner one has built and the client has returned."""
+    bridge = "/moby.buildkit.v1.frontend.LLBBridge/"
+    outer = pb.SolveRequest(ref="r", session="s")
+    outer.exporters.add(type="moby").attrs["name"] = "made:1"
+    inner = pb.BridgeSolveRequest(frontend="dockerfile.v0", frontend_opt={"target": "t"})
+    async with (
+        session(rig.socket, "s", FileServer([DOCKERFILE], NOTHING, NOTHING)),
+        control(rig.socket) as calls,
+    ):
+        solving = asyncio.create_task(calls.solve(outer))
+        result = await calls.call(f"{bridge}Solve", inner, pb.BridgeSolveResponse, build="r")
+        returned = pb.ReturnRequest(result=result.result)
+        await calls.call(f"{bridge}Return", returned, pb.ReturnResponse, build="r")
+        assert (await solving).exporter_response["image.name"] == "docker.io/library/made:1"
+    assert (rig.builds.requests[0].target, str(rig.builds.requests[0].tags[0])) == (
+        "t",
+        "docker.io/library/made:1",
+    )
+
+
+async def test_a_client_that_fails_between_its_calls_fails_the_build(rig: Rig) -> None:
+    outer = pb.SolveRequest(ref="r", session="s")
+    failed = pb.ReturnRequest(error=pb.RpcStatus(code=Status.INVALID_ARGUMENT, message="not like this"))
+    async with session(rig.socket, "s", FileServer()), control(rig.socket) as calls:
+        solving = asyncio.create_task(calls.solve(outer))
+        await calls.call("/moby.buildkit.v1.frontend.LLBBridge/Return", failed, pb.ReturnResponse, build="r")
+        with pytest.raises(CallFailed, match="not like this"):
+            await solving
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (pb.SolveRequest(definition=pb.Definition(**{"def": [b"x"]})), "LLB definitions"),
+        (
+            pb.SolveRequest(cache=pb.CacheOptions(exports=[pb.CacheOptionsEntry(type="gha")])),
+            "cache export .*: gha",
+        ),
+        (pb.SolveRequest(entitlements=["security.insecure"]), "granting entitlement security.insecure"),
+        (
+            pb.SolveRequest(frontend_attrs={"context": "https://example.org/x.git"}),
+            "a context at another place",
+        ),
+        (pb.SolveRequest(frontend="other.v0"), "front end other.v0 is not supported"),
+    ],
+)
+async def test_what_is_not_done_is_refused_by_name(rig: Rig, change: pb.SolveRequest, text: str) -> None:
+    request = a_request("r", "s")
+    request.MergeFrom(change)
+    async with session(rig.socket, "s", FileServer([DOCKERFILE], NOTHING)), control(rig.socket) as calls:
+        with pytest.raises(CallFailed, match=text):
+            await calls.solve(request)
+
+
+async def test_an_unknown_method_and_a_build_that_is_not_there_have_their_status(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skep.engine.buildkit.solver._JOB_WAIT_S", 0.1)
+    async with control(rig.socket) as calls:
+        with pytest.raises(CallFailed) as unknown:
+            await calls.call("/moby.buildkit.v1.Control/Other", pb.InfoRequest(), pb.InfoResponse)
+        assert unknown.value.status is Status.UNIMPLEMENTED
+        with pytest.raises(CallFailed, match="no such job x") as missing:
+            await calls.status("x")
+        assert missing.value.status is Status.NOT_FOUND

@@ -1,0 +1,187 @@
+"""A client of BuildKit's protocols, as buildx is one, that can also be hostile."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.sessions import BOUNDS
+from skep.rpc.client import ClientConnection
+from skep.rpc.core import MESSAGE_HEAD
+from skep.rpc.headers import request_block
+from skep.rpc.server import Limits, ServerConnection, ServerStream
+from skep.rpc.status import CallFailed, Status
+
+A = TypeVar("A", bound=Message)
+
+_DIFF_COPY = "/moby.filesync.v1.FileSync/DiffCopy"
+LIMIT_S = 60.0
+
+
+def a_file(path: str, content: str, **fields: int) -> tuple[pb.Stat, bytes]:
+    return pb.Stat(path=path, mode=0o644, size=len(content), **fields), content.encode()
+
+
+def a_link(path: str, target: str) -> tuple[pb.Stat, bytes]:
+    return pb.Stat(path=path, mode=(1 << 27) | 0o777, linkname=target), b""
+
+
+Tree = Sequence[tuple[pb.Stat, bytes]]
+
+
+class FileServer:
+    """Serves directories, one each time it is asked: the Dockerfile's, that of ``.dockerignore``, the context."""
+
+    def __init__(self, *trees: Tree, packets: Sequence[pb.Packet] | None = None, stays: bool = True) -> None:
+        """``packets``: sent instead of the last tree, whatever is asked; then the call ends unless it ``stays``."""
+        self._trees = list(trees)
+        self._packets = packets
+        self._stays = stays
+        self.requested: list[str] = []
+        """Paths of the files whose content was asked for."""
+
+    async def handle(self, stream: ServerStream) -> None:
+        if stream.request.path != _DIFF_COPY:
+            await stream.send_status(CallFailed(Status.UNIMPLEMENTED, "not served"))
+            return
+        tree = self._trees.pop(0)
+        if not self._trees and self._packets is not None:
+            for packet in self._packets:
+                await stream.send_message(packet)
+            while self._stays and await stream.recv_data(MESSAGE_HEAD.size):
+                pass
+        else:
+            await self._serve(stream, tree)
+        await stream.send_status()
+
+    async def _serve(self, stream: ServerStream, tree: Tree) -> None:
+        for stat, _ in tree:
+            await stream.send_message(pb.Packet(type=pb.Packet.STAT, stat=stat))
+        await stream.send_message(pb.Packet(type=pb.Packet.STAT))
+        while head := await stream.recv_data(MESSAGE_HEAD.size):
+            packet = pb.Packet.FromString(await stream.recv_data(MESSAGE_HEAD.unpack(head)[1]))
+            if packet.type == pb.Packet.REQ:
+                stat, content = tree[packet.id]
+                self.requested.append(stat.path)
+                await stream.send_message(pb.Packet(type=pb.Packet.DATA, id=packet.id, data=content))
+                await stream.send_message(pb.Packet(type=pb.Packet.DATA, id=packet.id))
+            elif packet.type == pb.Packet.FIN:
+                await stream.send_message(pb.Packet(type=pb.Packet.FIN))
+            elif packet.type == pb.Packet.ERR:
+                return
+
+
+class _Head(asyncio.Protocol):
+    """Waits for the response's head; what follows is for the next protocol."""
+
+    def __init__(self) -> None:
+        self._received = b""
+        self.is_whole = asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if b"\r\n\r\n" in self._received:
+            self.is_whole.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_whole.set()
+
+    def parts(self) -> tuple[bytes, bytes]:
+        head, _, rest = self._received.partition(b"\r\n\r\n")
+        return head, rest
+
+
+async def _upgraded(
+    socket: Path,
+    target: str,
+    headers: Mapping[str, str],
+    begin: Callable[[asyncio.Transport], asyncio.Protocol],
+) -> asyncio.Transport:
+    """A connection with the protocol that ``begin`` gives.  Raises: ConnectionError: with the response's body."""
+    transport, response = await asyncio.get_running_loop().create_unix_connection(_Head, str(socket))
+    lines = [f"POST {target} HTTP/1.1", "Host: x", "Connection: Upgrade", "Upgrade: h2c"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    transport.write("\r\n".join((*lines, "", "")).encode())
+    async with asyncio.timeout(LIMIT_S):
+        await response.is_whole.wait()
+    head, rest = response.parts()
+    if not head.startswith(b"HTTP/1.1 101"):
+        transport.abort()
+        raise ConnectionError(rest.decode())
+    protocol = begin(transport)
+    transport.set_protocol(protocol)
+    if rest:
+        protocol.data_received(rest)
+    return transport
+
+
+@asynccontextmanager
+async def session(
+    socket: Path, id: str, files: FileServer, *, key: str = ""
+) -> AsyncIterator[asyncio.Transport]:
+    """A session that serves ``files`` while the block runs."""
+    connection = ServerConnection(files.handle)
+
+    def begin(transport: asyncio.Transport) -> asyncio.Protocol:
+        connection.begin(transport, Limits(streams=32, stream_window=1 << 20, connection_window=8 << 20))
+        return connection
+
+    headers = {
+        "X-Docker-Expose-Session-Uuid": id,
+        "X-Docker-Expose-Session-Sharedkey": key,
+        "X-Docker-Expose-Session-Grpc-Method": _DIFF_COPY,
+    }
+    transport = await _upgraded(socket, "/session", headers, begin)
+    try:
+        yield transport
+    finally:
+        connection.abort()
+        await connection.wait_closed()
+
+
+class Calls:
+    """Calls of the control connection."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection = connection
+
+    async def call(self, method: str, request: Message, response: type[A], *, build: str = "") -> A:
+        metadata = (("buildkit-controlapi-buildid", build),) if build else ()
+        async with asyncio.timeout(LIMIT_S):
+            with self._connection.stream() as stream:
+                stream.begin(request_block(method, None, metadata), request.SerializeToString(), is_last=True)
+                return response.FromString(await stream.only_message())
+
+    async def solve(self, request: pb.SolveRequest) -> pb.SolveResponse:
+        return await self.call("/moby.buildkit.v1.Control/Solve", request, pb.SolveResponse)
+
+    async def status(self, ref: str) -> list[pb.StatusResponse]:
+        """All that a build reports."""
+        found = []
+        async with asyncio.timeout(LIMIT_S):
+            with self._connection.stream() as stream:
+                block = request_block("/moby.buildkit.v1.Control/Status", None)
+                stream.begin(block, pb.StatusRequest(ref=ref).SerializeToString(), is_last=True)
+                while (data := await stream.receive()) is not None:
+                    found.append(pb.StatusResponse.FromString(data))
+        return found
+
+
+@asynccontextmanager
+async def control(socket: Path) -> AsyncIterator[Calls]:
+    """A control connection while the block runs."""
+    connection = ClientConnection(BOUNDS)
+
+    def begin(transport: asyncio.Transport) -> asyncio.Protocol:
+        connection.connection_made(transport)
+        return connection
+
+    await _upgraded(socket, "/grpc", {}, begin)
+    try:
+        yield Calls(connection)
+    finally:
+        connection.abort()

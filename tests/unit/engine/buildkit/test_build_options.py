@@ -1,0 +1,221 @@
+"""What clients of BuildKit ask for is carried out or refused by its name."""
+
+import pytest
+from multidict import MultiDict
+
+from skep.engine.build.interface import StepLimits
+from skep.engine.buildkit.options import (
+    Output,
+    Source,
+    asked,
+    check_cache_exports,
+    check_cache_imports,
+    check_entitlements,
+    check_syntax,
+    exported,
+)
+from skep.engine.buildkit.routes import solve_request
+from skep.engine.images.reference import parse_reference
+from skep.errors import InvalidArgument, PermissionDenied, SkepError, Unimplemented
+from skep.model.container import Ulimit
+
+
+def test_every_option_that_is_honoured_reaches_the_build() -> None:
+    build = asked(
+        "dockerfile.v0",
+        {
+            "filename": "other/Dockerfile",
+            "target": "last",
+            "build-arg:A": "1",
+            "label:l": "v",
+            "no-cache": "",
+            "image-resolve-mode": "pull",
+            "force-network-mode": "host",
+            "add-hosts": "one=10.0.0.1,two=::1",
+            "shm-size": "1000",
+            "ulimit": "nofile=10:20,nproc=5",
+            "memory": "2000",
+            "cpuquota": "50000",
+            "platform": "linux/amd64",
+            "contextkey": "ctx",
+            "local-sessionid:ctx": "shared",
+            "context:Base": "docker-image://busybox:1",
+            "context:more": "local:dir",
+            "local-sessionid:dir": "shared2",
+            "vcs:source": "https://example.org",
+            "attest:provenance": "mode=min,inline-only=true",
+        },
+    )
+    assert (build.filename, build.target, build.arguments, build.labels) == (
+        "other/Dockerfile",
+        "last",
+        {"A": "1"},
+        {"l": "v"},
+    )
+    assert (build.use_cache, build.pull, build.network) == (False, True, "host")
+    assert build.images == {"base": "busybox:1"}
+    assert build.directories == {"more": Source("dir", "shared2")}
+    assert build.hosts == ("one:10.0.0.1", "two:::1")
+    assert build.limits == StepLimits(
+        memory_bytes=2000,
+        nano_cpus=500_000_000,
+        shm_bytes=1000,
+        ulimits=(Ulimit(name="nofile", soft=10, hard=20), Ulimit(name="nproc", soft=5, hard=5)),
+    )
+    assert build.platform == "linux/amd64"
+    assert (build.context, build.dockerfile) == (Source("ctx", "shared"), Source("dockerfile"))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "text"),
+    [
+        (
+            {"platform": "linux/amd64,linux/arm64"},
+            "multiple platforms are not supported: linux/amd64,linux/arm64",
+        ),
+        ({"build-arg:BUILDKIT_MULTI_PLATFORM": "1"}, "multiple platforms are not supported"),
+        ({"attest:sbom": ""}, "attestations are not supported: sbom"),
+        ({"attest:provenance": "mode=max"}, "attestations are not supported: provenance"),
+        ({"requestid": "frontend.lint"}, "unsupported request frontend.lint"),
+        (
+            {"context:a": "https://example.org/x.git"},
+            "named context a is not supported: https://example.org/x.git",
+        ),
+        ({"context:a": "input:b"}, "named context a is not supported: input:b"),
+        ({"cache-from": "busybox"}, "cache import is not supported: busybox"),
+        ({"cache-imports": '[{"Type":"registry","Attrs":{"ref":"a"}}]'}, "cache import is not supported: a"),
+        ({"cache-imports": '[{"Type":"gha"}]'}, "cache import is not supported: gha"),
+        ({"build-arg:BUILDKIT_INLINE_CACHE": "1"}, "cache export is not supported: inline"),
+        (
+            {"build-arg:BUILDKIT_SANDBOX_HOSTNAME": "x"},
+            "build argument BUILDKIT_SANDBOX_HOSTNAME is not supported",
+        ),
+        ({"build-arg:BUILDKIT_SYNTAX": "some/frontend"}, "front end some/frontend is not supported"),
+        ({"hostname": "x"}, "build option hostname is not supported"),
+        ({"cgroup-parent": "x"}, "build option cgroup-parent is not supported"),
+        ({"cpushares": "5"}, "build option cpushares is not supported"),
+        ({"source-policy": "x"}, "build option source-policy is not supported"),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(attributes: dict[str, str], text: str) -> None:
+    with pytest.raises(Unimplemented) as error:
+        asked("dockerfile.v0", attributes)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"add-hosts": "one"},
+        {"shm-size": "-1"},
+        {"memory": "much"},
+        {"ulimit": "nofile=x"},
+        {"cache-imports": "{"},
+    ],
+)
+def test_values_that_cannot_be_read_are_invalid(attributes: dict[str, str]) -> None:
+    with pytest.raises(InvalidArgument):
+        asked("dockerfile.v0", attributes)
+
+
+@pytest.mark.parametrize("image", ["", "docker/dockerfile:1", "docker.io/docker/dockerfile:1.7@sha256:abc"])
+def test_dockers_own_front_end_is_ours(image: str) -> None:
+    check_syntax(image)
+    asked("gateway.v0", {"source": image, "cmdline": image})
+
+
+@pytest.mark.parametrize(
+    "image", ["docker/dockerfile:1-labs", "docker/dockerfile:labs", "me/frontend", "docker/dockerfile:0.9"]
+)
+def test_another_front_end_is_refused_by_name(image: str) -> None:
+    with pytest.raises(Unimplemented, match=f"front end {image} is not supported"):
+        check_syntax(image)
+
+
+def test_outputs_are_images_files_or_nothing() -> None:
+    image = exported([("moby", {"name": "a,b:1", "push": "true"})])
+    assert image.output is Output.IMAGE
+    assert image.tags == (parse_reference("a:latest"), parse_reference("b:1"))
+    assert exported([]).output is Output.NONE
+
+
+@pytest.mark.parametrize(
+    ("exporters", "text"),
+    [
+        ([("local", {"dest": "x"})], "output local is not supported"),
+        ([("tar", {})], "output tar is not supported"),
+        ([("oci", {})], "output oci is not supported"),
+        ([("docker", {"dest": "x"})], "output docker is not supported"),
+        ([("moby", {"compression": "zstd"})], "output option compression is not supported"),
+        ([("moby", {}), ("tar", {})], "multiple outputs are not supported"),
+    ],
+)
+def test_other_outputs_are_refused_by_name(exporters: list[tuple[str, dict[str, str]]], text: str) -> None:
+    with pytest.raises(Unimplemented, match=text):
+        exported(exporters)
+
+
+def test_caches_and_entitlements_that_are_not_done_are_refused_by_name() -> None:
+    with pytest.raises(Unimplemented, match="cache export is not supported: local"):
+        check_cache_exports(["local"])
+    with pytest.raises(Unimplemented, match="cache import is not supported: s3"):
+        check_cache_imports(["s3"])
+    check_entitlements(["network.host"])
+    with pytest.raises(PermissionDenied, match=r"granting entitlement security\.insecure"):
+        check_entitlements(["security.insecure"])
+
+
+def test_stages_may_be_built_without_the_cache() -> None:
+    build = asked("dockerfile.v0", {"no-cache": "One,two"})
+    assert (build.use_cache, build.stages_without_cache) == (True, ("one", "two"))
+
+
+def test_the_request_of_docker_20_becomes_buildkits() -> None:
+    query = MultiDict(
+        [
+            ("session", "s"),
+            ("remote", "client-session"),
+            ("t", "a"),
+            ("t", "b:1"),
+            ("buildargs", '{"A":"1","B":null}'),
+            ("labels", '{"l":"v"}'),
+            ("networkmode", "host"),
+            ("extrahosts", "one:10.0.0.1"),
+            ("extrahosts", "two:::1"),
+            ("nocache", "1"),
+            ("pull", "1"),
+            ("dockerfile", "Other"),
+            ("ulimits", '[{"Name":"nofile","Soft":1,"Hard":2}]'),
+            ("cachefrom", '["c"]'),
+        ]
+    )
+    request = solve_request(query, "ref")
+    assert dict(request.frontend_attrs) == {
+        "build-arg:A": "1",
+        "label:l": "v",
+        "force-network-mode": "host",
+        "add-hosts": "one=10.0.0.1,two=::1",
+        "no-cache": "",
+        "image-resolve-mode": "pull",
+        "filename": "Other",
+        "ulimit": "nofile=1:2",
+        "cache-from": "c",
+    }
+    assert list(request.entitlements) == ["network.host"]
+    assert dict(request.exporters[0].attrs) == {"name": "a,b:1"}
+
+
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        ({"squash": "1"}, "build option squash is not supported"),
+        ({"securityopt": '["x"]'}, "build option securityopt is not supported"),
+        ({"networkmode": "mine"}, 'network mode "mine" not supported by buildkit'),
+        ({"remote": "https://example.org/x.git"}, "a context at another place than the client"),
+        ({"buildargs": "{"}, "invalid value of buildargs"),
+    ],
+)
+def test_what_docker_20_asks_for_in_vain_is_refused_by_name(query: dict[str, str], text: str) -> None:
+    with pytest.raises(SkepError) as error:
+        solve_request(MultiDict({"remote": "client-session", **query}), "ref")
+    assert text in str(error.value)
