@@ -1,9 +1,12 @@
 """Disaster recovery, at the end of a run: all managers are lost, and one is restored from a snapshot."""
 
+from collections import deque
+from collections.abc import Iterable
 from inspect import isfunction
 from typing import Any
 
 from sim.cluster import SimulatedCluster
+from sim.committed import Change, CommittedState
 from sim.etcd.client import SimulatedClient
 from sim.initial_state import address_of
 from sim.invariants.observer import Observer
@@ -12,6 +15,7 @@ from skep.model.ids import NodeId, TaskId
 from skep.model.task import Task
 from skep.model.times import SECOND_NS
 from skep.store.etcd.initialize import raise_incarnation_on
+from skep.store.interface import Created, View
 
 WITHOUT_S = 5.0
 """Time from the loss of the managers to the restore; nodes keep running."""
@@ -43,11 +47,20 @@ def restore(cluster: SimulatedCluster, revision: int) -> None:
 
 
 class StatelessObserver(Observer):
-    """An observer with only the rules that have no state."""
+    """An observer with only the rules that have no state, and with the restored tasks of each slot."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.rules = [rule for rule in self.rules if isfunction(rule)]
+    def __init__(self, committed: CommittedState, *args: Any) -> None:
+        super().__init__(committed, *args)
+        self.rules = [*(rule for rule in self.rules if isfunction(rule)), self._record_restarts]
+        tasks = sorted(committed.view.find(Task), key=lambda task: task.created_at)
+        events = tuple(Created(task) for task in tasks)
+        restored = Change(committed.now(), NodeId(""), None, committed.view.revision, (), events)
+        self._record_restarts(restored, committed.view)
+
+    def _record_restarts(self, change: Change, view: View) -> Iterable[str]:
+        """Record which slots are given up; whether restarts were allowed before the restore is not judged."""
+        deque(self.restarts(change, view), maxlen=0)
+        return ()
 
     def check_durations(self) -> None:
         """Not checked: the start times of processes are unknown."""

@@ -43,7 +43,8 @@ class RestartPolicies:
                 case Created(Task() as task) if task.job_iteration is None:
                     slot = self._slots.setdefault(_slot_of(task), [])
                     before = [one for one in slot if one.task.spec_version == task.spec_version]
-                    slot.append(_Begun(task, change.time_s, change.leader))
+                    ended_at = change.time_s if task.status.state.is_terminal else inf  # as restored
+                    slot.append(_Begun(task, change.time_s, change.leader, ended_at))
                     service = view.lookup(Service, task.service_id)
                     if before and service is not None and service.spec_version == task.spec_version:
                         yield from self._surplus(before, task, change)

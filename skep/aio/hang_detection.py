@@ -10,6 +10,8 @@ from enum import Enum
 import msgspec
 
 HAND_OVER_S = 3.0
+AGAIN_S = 2.0
+"""Between two hand-overs of one silence: the first may have failed, or leadership may have come back."""
 END_S = 15.0
 CALM_S = 600.0
 """After so long without a hand-over the next one is as quick as the first."""
@@ -46,8 +48,9 @@ class Action(Enum):
 class HangDetector:
     """Observes one process, which is probed every ``tick_s``.
 
-    Each hand-over that was not needed, because a response came after all, doubles the wait for the next one, up to
-    the time at which the process is ended anyway: a machine that is slow now and then keeps its leader.
+    A silent process loses its leadership every ``AGAIN_S``, as it may be elected again.  Each silence whose hand-over
+    was not needed, because a response came after all, doubles the wait for the next one, up to the time at which the
+    process is ended anyway: a machine that is slow now and then keeps its leader.
     """
 
     def __init__(self, tick_s: float, now: float) -> None:
@@ -57,7 +60,8 @@ class HangDetector:
         self._responded_at = 0.0
         self._after_s = HAND_OVER_S
         self._handed_over_at: float | None = None
-        self._is_handed_over = False
+        self._again_at: float | None = None
+        """When to hand over again; None: not handed over in this silence."""
 
     @property
     def silent_s(self) -> float:
@@ -69,15 +73,19 @@ class HangDetector:
         self._time = self._time.after(now, self._tick_s)
         if has_response:
             self._responded_at = self._time.seconds
-            self._is_handed_over = False
+            self._again_at = None
             return Action.WAIT
+        now_s = self._time.seconds
         if self.silent_s >= END_S:
             return Action.END
-        if self._is_handed_over or self.silent_s < self._wait_s():
+        if self._again_at is None:
+            if self.silent_s < self._wait_s():
+                return Action.WAIT
+            self._handed_over_at = now_s
+            self._after_s *= 2
+        elif now_s < self._again_at:
             return Action.WAIT
-        self._is_handed_over = True
-        self._handed_over_at = self._time.seconds
-        self._after_s *= 2
+        self._again_at = now_s + AGAIN_S
         return Action.HAND_OVER
 
     def _wait_s(self) -> float:

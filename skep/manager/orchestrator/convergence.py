@@ -39,7 +39,7 @@ def deciding(situation: Situation) -> SlicedWork[list[Step]]:
     match service.spec.mode.name:
         case "replicated":
             slots, converged = yield from _slots(situation)
-            if not slots and len(converged) == service.spec.replicas:
+            if converged and not slots and len(converged) == service.spec.replicas:
                 return []
             changes = yield from replicated.reconciling(service, slots, situation.seen, converged)
             steps: list[Step] = [*changes]

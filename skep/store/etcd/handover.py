@@ -25,9 +25,14 @@ async def hand_over(socket: Path) -> bool:
         if status.leader != status.header.member_id:
             return False
         members = parsed_members((await client.members()).members)
-        for member in members:
-            if member.id == status.leader or member.is_learner or not member.has_started:
-                continue
+        voters = [
+            member
+            for member in members
+            if member.id != status.leader and not member.is_learner and member.has_started
+        ]
+        # Where leadership came back, the term is a later one, and another voter is the first.
+        first = status.raft_term % len(voters) if voters else 0
+        for member in [*voters[first:], *voters[:first]]:
             try:
                 await client.move_leader(member.id, timeout_s=MOVE_S)
             except Unavailable as error:

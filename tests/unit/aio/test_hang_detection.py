@@ -1,6 +1,6 @@
 """When one who does not answer leads no more, and when its process is ended."""
 
-from skep.aio.hang_detection import CALM_S, END_S, HAND_OVER_S, Action, HangDetector
+from skep.aio.hang_detection import AGAIN_S, CALM_S, END_S, HAND_OVER_S, Action, HangDetector
 
 TICK_S = 0.5
 
@@ -31,7 +31,10 @@ class Asking:
 def test_a_silent_one_leads_no_more_after_three_seconds_and_is_ended_after_fifteen() -> None:
     asking = Asking()
     asking.well(60)
-    assert asking.silent(100) == [(HAND_OVER_S, Action.HAND_OVER), (END_S, Action.END)]
+    (first, *again), end = (done := asking.silent(100))[:-1], done[-1]
+    assert first == (HAND_OVER_S, Action.HAND_OVER)
+    assert end == (END_S, Action.END)
+    assert again == [(HAND_OVER_S + n * AGAIN_S, Action.HAND_OVER) for n in range(1, 6)]
 
 
 def test_a_short_silence_is_nothing() -> None:
@@ -56,9 +59,19 @@ def test_one_that_is_slow_again_and_again_keeps_its_leader_for_longer_each_time(
     asked_after = []
     for _ in range(3):
         asking.well(30)
-        asked_after += [after for after, _ in asking.silent(14)]
+        asked_after += [after for after, _ in asking.silent(14)][:1]
     assert asked_after == [HAND_OVER_S, 2 * HAND_OVER_S, 4 * HAND_OVER_S]
     asking.well(30)
     assert asking.silent(14) == []
     asking.well(CALM_S + 1)
     assert asking.silent(4) == [(HAND_OVER_S, Action.HAND_OVER)]
+
+
+def test_a_silent_one_loses_its_leadership_again_as_it_may_have_come_back() -> None:
+    asking = Asking()
+    asking.well(60)
+    assert [after for after, _ in asking.silent(8)] == [
+        HAND_OVER_S,
+        HAND_OVER_S + AGAIN_S,
+        HAND_OVER_S + 2 * AGAIN_S,
+    ]

@@ -233,6 +233,15 @@ def test_a_rollback_that_fails_is_paused_and_not_rolled_back() -> None:
     assert message(world).startswith("rollback paused due to failure or early termination of task ")
 
 
+def test_the_rollback_of_a_service_without_replicas_is_completed() -> None:
+    world = a_world(replicas=0)
+    swapped = UpdateStatus(state=UpdateState.ROLLBACK_STARTED, message="manually requested rollback")
+    before = a_spec("app:0", replicas=0)
+    world.put(replace(world.service, spec=before, previous_spec=world.service.spec, update_status=swapped))
+    world.settle()
+    assert (state(world), message(world)) == (UpdateState.ROLLBACK_COMPLETED, "rollback completed")
+
+
 def test_a_rollback_has_settings_of_its_own() -> None:
     """One at a time forwards, all at once back, and a failure on the way back does not stop it."""
     update = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.ROLLBACK, max_failure_ratio=0.5)
