@@ -52,22 +52,23 @@ def surplus_history(
 ) -> Slot:
     """Tasks of one slot that exceed its history limit, oldest first.
 
-    ``limit`` counts all tasks of the slot, the running one included; negative: no limit.  Whatever the limit, tasks
+    ``limit`` counts the tasks of the slot that ended and one that is to run; negative: no limit.  Whatever the limit, tasks
     that decisions depend on are kept: the youngest task of the slot (its delay, and that the slot was given up); the
     completed tasks of a job's present ``iteration``, which would be run once more; and the first task of the version
     to which an update is under way (``updating``), whose failure counts.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
-    present = sum(not _is_past(task) for task in slot)
+    present = [task for task in slot if not _is_past(task)]
     ordered = sorted(slot, key=age)
     lead = next((task for task in ordered if updating is not None and task.spec_version == updating), None)
     past = [
         task for task in ordered[:-1] if _is_past(task) and task is not lead and not _counts(task, iteration)
     ]
-    # Only one unfinished task counts: an older one that is still stopping must not displace a task that restarts are
-    # counted by.
-    return tuple(past[: max(len(slot) - max(present - 1, 0) - limit, 0)])
+    # Of the unfinished tasks only one that is wanted counts: one that is still stopping, or on a lost node, must not
+    # displace a task that restarts are counted by.  A slot that is given up would be filled again, and again.
+    counted = len(slot) - len(present) + any(task.is_wanted for task in present)
+    return tuple(past[: max(counted - limit, 0)])
 
 
 def _counts(task: Task, iteration: Version | None) -> bool:

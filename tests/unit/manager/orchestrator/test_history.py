@@ -30,6 +30,14 @@ def test_the_oldest_tasks_go_first_and_the_running_one_counts() -> None:
     assert surplus_history([*past, a_task()], limit=3) == tuple(past[:2])
 
 
+def test_a_task_on_a_lost_node_displaces_none_that_restarts_are_counted_by() -> None:
+    """Else a slot that is given up would be filled again at once, as no restart is left that counts."""
+    lost = a_task(node="n2", desired=SHUTDOWN)
+    assert surplus_history([lost, a_past_task(), a_past_task()], limit=2) == ()
+    oldest, *others = [a_past_task() for _ in range(3)]
+    assert surplus_history([oldest, lost, *others], limit=2) == (oldest,)
+
+
 def test_a_negative_limit_keeps_everything_and_zero_only_what_runs() -> None:
     slot = [a_past_task(), a_past_task(), a_task()]
     assert surplus_history(slot, limit=-1) == ()
