@@ -53,7 +53,7 @@ from skep.model.times import timestamp
 from skep.security.identity import Identity
 from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.initialize import cluster_in, initialize_on
-from skep.store.etcd.requests import etcd_key
+from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.interface import Transaction, View
 
 T = TypeVar("T")
@@ -480,8 +480,25 @@ class SimulatedCluster:
 
     def _observer(self, kind: type[Observer] = Observer) -> Observer:
         return kind(
-            self.committed, self.trace, self._calm_since, self._uptime, self._manager_uptime, self._isolation
+            self.committed,
+            self.trace,
+            self._calm_since,
+            self._uptime,
+            self._manager_uptime,
+            self._isolation,
+            self._unreadable_nodes,
         )
+
+    def _unreadable_nodes(self) -> set[NodeId]:
+        """Nodes of which some manager's disk has damaged values."""
+        names = {
+            key.removeprefix(PREFIX).decode()
+            for member in self.raft.members.values()
+            for key in member.corrupted
+        }
+        return {
+            NodeId(name.removeprefix("o/node/").split(".")[0]) for name in names if name.startswith("o/node/")
+        }
 
     def _cannot_read(self, id: NodeId) -> bool:
         return id in self.raft.members and bool(self.raft.members[id].corrupted)

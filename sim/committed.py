@@ -25,6 +25,8 @@ class Change(msgspec.Struct, frozen=True):
     """The manager that proposed it."""
     leader: NodeId | None
     """The leader before this entry, by the leader key."""
+    term: int
+    """Its term, by the leader key; a manager may lead several."""
     revision: int
     keys: tuple[KeyChange, ...]
     events: tuple[Event, ...]
@@ -36,6 +38,7 @@ class CommittedState:
     def __init__(self, now: Callable[[], float]) -> None:
         self.watchers: list[Callable[[Change, View], None]] = []
         self.leader: NodeId | None = None
+        self.term = 0
         self.now = now
         self._state = State()
         self._cipher: Cipher | None = None
@@ -61,12 +64,13 @@ class CommittedState:
             if (change := change_of(event.kv, self._cipher, is_delete=event.type == pb.Event.DELETE))
             is not None
         )
-        leader = self.leader
+        leader, term = self.leader, self.term
         for change in changes:
             if change.key == keys.LEADER and change.value is not None:
-                self.leader = msgspec.json.decode(change.value, type=LeaderRecord).node
+                record = msgspec.json.decode(change.value, type=LeaderRecord)
+                self.leader, self.term = record.node, record.term
         happened = self._state.apply(revision, changes)
-        change_ = Change(self.now(), origin, leader, revision, changes, happened)
+        change_ = Change(self.now(), origin, leader, term, revision, changes, happened)
         for watcher in tuple(self.watchers):
             watcher(change_, self._state)
 

@@ -54,7 +54,7 @@ class StatelessObserver(Observer):
         self.rules = [*(rule for rule in self.rules if isfunction(rule)), self._record_restarts]
         tasks = sorted(committed.view.find(Task), key=lambda task: task.created_at)
         events = tuple(Created(task) for task in tasks)
-        restored = Change(committed.now(), NodeId(""), None, committed.view.revision, (), events)
+        restored = Change(committed.now(), NodeId(""), None, 0, committed.view.revision, (), events)
         self._record_restarts(restored, committed.view)
 
     def _record_restarts(self, change: Change, view: View) -> Iterable[str]:

@@ -67,6 +67,8 @@ class Containers:
         """Tasks reported for running on after their node lost its managers."""
         self._down_at: dict[NodeId, float] = {}
         """When a node was last not ready."""
+        self._active_at: dict[NodeId, float] = {}
+        """When a node last became active."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         """Record a commit; none is a violation by itself."""
@@ -82,6 +84,8 @@ class Containers:
                 case Updated(Node() as before, Node() as after):
                     if NodeState.DOWN in (before.status.state, after.status.state):
                         self._down_at[after.id] = change.time_s
+                    if before.spec.availability != after.spec.availability:
+                        self._active_at[after.id] = change.time_s
         return ()
 
     def started(self, node_id: NodeId, task: Task, now: float, view: View) -> Iterable[str]:
@@ -190,6 +194,8 @@ class Containers:
             or not _is_same(before.task, own.task)
         ):
             return
+        if not own.task.slot and self._active_at.get(own.task.node_id, -inf) > before.failed_at:
+            return  # a global service fills a node that becomes active at once
         delay_s = _delay_s(before.task) * TOLERANCE
         if now < before.failed_at + delay_s:
             waited_s = now - before.failed_at

@@ -1,7 +1,7 @@
 """Checks every invariant at every commit."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from sim.committed import Change, CommittedState
 from sim.invariants.acknowledgements import Acknowledgements
@@ -46,6 +46,7 @@ class Observer:
         uptime: Uptime,
         manager_uptime: Uptime,
         isolation: Isolation,
+        unreadable: Callable[[], Collection[NodeId]],
     ) -> None:
         """
         Args:
@@ -53,6 +54,7 @@ class Observer:
             uptime: of node processes.
             manager_uptime: of manager processes.
             isolation: of nodes from all managers.
+            unreadable: nodes of which a manager's disk has damaged values.
         """
         self.containers = Containers(uptime.since, isolation.since)
         self.restarts = RestartPolicies()
@@ -79,7 +81,7 @@ class Observer:
             one_leader_writes,
             session_owners_report,
             sessions_are_claimed,
-            TasksAreSpread(),
+            TasksAreSpread(unreadable),
             UpdatesKeepServing(),
             UpdateParallelism(),
             UpdateStopsHaveCauses(),

@@ -22,7 +22,7 @@ class _Begun(msgspec.Struct):
 
     task: Task
     created_at: float
-    leader: NodeId | None
+    term: int
     ended_at: float = inf
 
 
@@ -30,7 +30,7 @@ class RestartPolicies:
     """Tasks of one slot and version of the spec follow each other as the restart policy says.
 
     Checked at commits: no task follows one that may not be restarted, and no more than ``max_attempts`` follow (within
-    the window, counting those of one leader).  That a restart is not missing is checked at rest, by ``is_given_up``.
+    the window, counting those of one term).  That a restart is not missing is checked at rest, by ``is_given_up``.
     Jobs are not checked.
     """
 
@@ -44,9 +44,10 @@ class RestartPolicies:
                     slot = self._slots.setdefault(_slot_of(task), [])
                     before = [one for one in slot if one.task.spec_version == task.spec_version]
                     ended_at = change.time_s if task.status.state.is_terminal else inf  # as restored
-                    slot.append(_Begun(task, change.time_s, change.leader, ended_at))
+                    slot.append(_Begun(task, change.time_s, change.term, ended_at))
                     service = view.lookup(Service, task.service_id)
-                    if before and service is not None and service.spec_version == task.spec_version:
+                    is_same = service is not None and service.spec_version == task.spec_version
+                    if before and is_same and not _replaces_another_version(task, change):
                         yield from self._surplus(before, task, change)
                 case Updated(Task() as old, Task() as task) if task.job_iteration is None:
                     for one in self._slots.get(_slot_of(task), ()):
@@ -91,11 +92,24 @@ class RestartPolicies:
         window_s = (policy.window or 0) / SECOND_NS or inf
         if window_s < inf:
             since = last.ended_at - window_s + SLACK_S
-            counted = [one for one in before[1:] if one.created_at > since and one.leader == change.leader]
+            counted = [one for one in before[1:] if one.created_at > since and one.term == change.term]
         else:
             counted = before[1:]
         if len(counted) >= policy.max_attempts:
             yield f"task {task.id} is restart {len(counted) + 1} of its slot, of {policy.max_attempts}"
+
+
+def _replaces_another_version(task: Task, change: Change) -> bool:
+    """Whether the task takes over from one of another version, which lost its node beside given-up attempts at this
+    one: for swarmkit, too, that is no restart of this version."""
+    return any(
+        old.is_wanted and not new.is_wanted and new.spec_version != task.spec_version
+        for event in change.events
+        if isinstance(event, Updated)
+        and isinstance(old := event.old, Task)
+        and isinstance(new := event.new, Task)
+        and _slot_of(new) == _slot_of(task)
+    )
 
 
 def _is_final(policy: RestartPolicy, task: Task) -> bool:

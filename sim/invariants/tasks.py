@@ -1,7 +1,7 @@
 """Rules on tasks and services that a single commit can violate."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from math import inf
 
 from sim.committed import Change
@@ -107,13 +107,14 @@ class TasksAreSpread:
     """While no node changes, a task is assigned to a node with the fewest tasks of its service.
 
     One more is allowed: the leader's replica may not show the last end yet.  The old task of its own slot does not
-    count: it is retired when the new one runs.
+    count: it is retired when the new one runs.  Nor do nodes that a manager cannot read (``unreadable``).
     """
 
     QUIET_S = 5.0
     SLACK = 1
 
-    def __init__(self) -> None:
+    def __init__(self, unreadable: Callable[[], Collection[NodeId]]) -> None:
+        self._unreadable = unreadable
         self._changed_at = 0.0
         self._failed: set[ServiceId] = set()
         """Services with a failed task: its node is avoided even after the task's record is deleted."""
@@ -150,7 +151,8 @@ class TasksAreSpread:
             return  # nodes where tasks failed are avoided
         staying = [one for one in others if one.is_active and one.slot != task.slot]
         copies = Counter(one.node_id for one in staying if one.node_id)
-        nodes = [node.id for node in view.find(Node) if _takes_tasks(node)]
+        unreadable = self._unreadable()
+        nodes = [node.id for node in view.find(Node) if _takes_tasks(node) and node.id not in unreadable]
         least = min((copies[id] for id in nodes), default=0)
         if copies[task.node_id] > least + self.SLACK:
             yield (

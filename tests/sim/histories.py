@@ -63,7 +63,7 @@ class History:
             + [KeyChange(key, value, revision, revision) for key, value in proposal.puts if key in created]
         )
         events = self.state.apply(revision, keys)
-        change = Change(self.now, by, LEADER, revision, keys, events)
+        change = Change(self.now, by, LEADER, 1, revision, keys, events)
         for rule in self._rules:
             self.violations += rule(change, self.state)
 

@@ -104,7 +104,7 @@ def test_an_overcommitted_node_is_rejected() -> None:
 
 
 def test_a_task_on_the_fuller_node_is_rejected_while_nodes_are_quiet() -> None:
-    history = History(TasksAreSpread())
+    history = History(TasksAreSpread(frozenset))
     history.put(a_node(W1), a_node(W2), a_service(), *(a_task(f"t{slot}", slot=slot) for slot in (1, 2, 3)))
     history.after(10).put(a_task("t1", slot=1, node="w1", state=TaskState.ASSIGNED))
     history.put(a_task("t2", slot=2, node="w1", state=TaskState.ASSIGNED))

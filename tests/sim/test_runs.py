@@ -13,6 +13,12 @@ FAILED_ONCE = (
     79,  # a slot was given up and filled again, thirty times a second, beside a task on a lost node
     4005072,  # the rollback of a service without replicas never completed
     4005124,  # after a restore, slots that are given up were not known to be
+    4005196,  # a task of another version that lost its node was taken for one more restart
+    4005212,  # a node that the leader could not read was expected to get tasks
+    4005341,  # two terms of one manager were taken for one
+    4005530,  # a node of a global service that becomes active gets its task at once
+    4005550,  # a new leader took a task that was stopped with its node for one that was given up
+    4005588,  # under a new leader an update whose failures are tolerated did not end
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""
 

@@ -24,7 +24,7 @@ from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, Re
 from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.situation import Situation
-from skep.manager.orchestrator.slots import Slot, history, is_lost, is_stopping, wanted
+from skep.manager.orchestrator.slots import ENDED_BY_ITSELF, Slot, history, is_lost, is_stopping, wanted
 from skep.model.ids import NodeId
 from skep.model.node import Availability
 from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
@@ -112,7 +112,8 @@ def should_restart(task: Task, slot: Slot, seen: ObservedTimes) -> bool:
     if ended_at is None:
         return True
     if not seen.saw_end(task):
-        return task.is_wanted
+        # One that was stopped, as its node was down or drained, was not given up.
+        return task.is_wanted or task.status.state not in ENDED_BY_ITSELF
     window_opens_at = ended_at - policy.window / SECOND_NS
     attempts = [
         other

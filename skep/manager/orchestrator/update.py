@@ -49,7 +49,7 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.situation import ROLLBACKS, Situation
-from skep.manager.orchestrator.slots import Slot, age, history, is_lost, wanted
+from skep.manager.orchestrator.slots import ENDED_BY_ITSELF, Slot, age, history, is_lost, wanted
 from skep.manager.resources import reservations_of
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import progress_deadline_s
@@ -70,7 +70,6 @@ from skep.model.times import SECOND_NS
 
 DEFAULT_MONITOR_S = 5.0
 
-BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
 
 
@@ -83,7 +82,9 @@ class _SlotView(msgspec.Struct, frozen=True):
     outdated: Slot
     """Wanted tasks (or the last one, ended for good) made from an older, different spec."""
     lead: Task | None
-    """The first task of the present version (``_lead``)."""
+    """The first task of the present version that counts as success or failure (``_leads``)."""
+    first: Task | None
+    """The lead, or an earlier task of the present version whose run a new leader has not observed."""
     started: Task | None
     """The task the slot was started with: its lead, or one of an earlier version with the same task spec
     (``_started``)."""
@@ -246,7 +247,16 @@ class _Rollout:
         """No slot is left to start with: the update is over once every lead was monitored for the monitor time."""
         if self.state not in UNDER_WAY:
             return
-        leads = [self._settled[view.lead.id] for view in self._views if view.lead is not None]
+        failed = {task.id for task in self._failed}  # and tolerated
+        leads = [
+            # A new leader's lead may be another one after each restart, as the history is bounded: the monitor time
+            # of one that failed counts from the first.
+            self._settled_at(view.first)
+            if view.first and view.lead.id in failed
+            else self._settled[view.lead.id]
+            for view in self._views
+            if view.lead is not None
+        ]
         settled = [at for at in leads if at is not None]
         if len(settled) < len(leads):
             yield from self._recheck_progress()
@@ -324,7 +334,7 @@ class _Rollout:
         """Whether the task ended before the monitor time, not being stopped, or made no progress until the deadline."""
         if self._is_overdue(lead):
             return True
-        if lead.status.state not in BY_ITSELF or _is_unseen(lead, self._seen, self._monitor_s):
+        if lead.status.state not in ENDED_BY_ITSELF or _is_unseen(lead, self._seen, self._monitor_s):
             return False
         ended_at, ran_at = self._seen.ended(lead), self._seen.running(lead)
         return ran_at is None or ended_at is None or ended_at - ran_at <= self._monitor_s
@@ -349,8 +359,8 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
     kept = wanted(past)
     outdated = _outdated(kept, past, situation)
     current = kept if not outdated else tuple([task for task in kept if task not in outdated])
-    lead = _lead(past, situation)
-    return _SlotView(slot, current, outdated, lead, lead or _started(past, current, situation))
+    first, lead = _leads(past, situation)
+    return _SlotView(slot, current, outdated, lead, first, lead or _started(past, current, situation))
 
 
 def _serves(task: Task) -> bool:
@@ -382,22 +392,24 @@ def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
     return ended_at - ran_at <= monitor_s
 
 
-def _lead(past: Slot, situation: Situation) -> Task | None:
-    """The first task of the present version that counts; not one that was given up on a lost node.
+def _leads(past: Slot, situation: Situation) -> tuple[Task | None, Task | None]:
+    """The first task of the present version, and the first one that counts; not one given up on a lost node.
 
-    Nor one whose run a new leader has not observed: it counts neither as success nor as failure; the next attempt
-    does.
+    One whose run a new leader has not observed counts neither as success nor as failure; the next attempt does.
     """
     made = [task for task in past if task.spec_version == situation.service.spec_version]
+    if not made:
+        return None, None
+    first: Task | None = None
     for task in made[:-1]:
-        if task.status.state in BY_ITSELF and _is_unseen(
-            task, situation.seen, monitor_s(situation.rollout_config)
-        ):
-            continue
         is_reported = task.status.state.is_terminal or situation.seen.running(task) is not None
-        if task.is_wanted or is_reported or not is_lost(situation.node_of(task)):
-            return task
-    return made[-1] if made else None
+        if not (task.is_wanted or is_reported or not is_lost(situation.node_of(task))):
+            continue
+        first = first or task
+        is_past = task.status.state in ENDED_BY_ITSELF
+        if not (is_past and _is_unseen(task, situation.seen, monitor_s(situation.rollout_config))):
+            return first, task
+    return first or made[-1], made[-1]
 
 
 def _started(past: Slot, current: Slot, situation: Situation) -> Task | None:

@@ -52,10 +52,10 @@ def surplus_history(
 ) -> Slot:
     """Tasks of one slot that exceed its history limit, oldest first.
 
-    ``limit`` counts the tasks of the slot that ended and one that is to run; negative: no limit.  Whatever the limit, tasks
-    that decisions depend on are kept: the youngest task of the slot (its delay, and that the slot was given up); the
-    completed tasks of a job's present ``iteration``, which would be run once more; and the first task of the version
-    to which an update is under way (``updating``), whose failure counts.
+    ``limit`` counts the tasks of the slot that ended and one that is to run; negative: no limit.  Whatever the limit,
+    tasks that decisions depend on are kept: the youngest task of the slot (its delay, and that the slot was given up);
+    the completed tasks of a job's present ``iteration``, which would be run once more; and the first task of the
+    version to which an update is under way (``updating``), whose failure counts.
     """
     if limit < 0 or len(slot) <= limit:
         return ()

@@ -176,6 +176,17 @@ def test_only_attempts_within_the_window_count() -> None:
     assert wanted(world) == []
 
 
+def test_a_new_leader_refills_the_slot_of_a_task_that_was_stopped_and_not_of_one_that_ended() -> None:
+    """With its node, say: only what ended by itself can have been given up by the leader before."""
+    policy = RestartPolicy(delay=0, max_attempts=2, window=10 * SECOND_NS)
+    for state, tasks in ((SHUTDOWN, 1), (TaskState.FAILED, 0)):
+        world = World(a_service(replicas=1, restart=policy), nodes=[a_node("n1")])
+        world.put(a_task(slot=1, node="n1", service=world.service, state=state, desired=SHUTDOWN))
+        world.seen = ObservedTimes(0.0)
+        world.settle()
+        assert len(wanted(world)) == tasks
+
+
 def test_what_could_not_be_prepared_is_tried_again_only_after_its_delay() -> None:
     world = a_world(RestartPolicy(delay=3 * SECOND_NS))
     world.report(only(world).id, TaskState.FAILED)
