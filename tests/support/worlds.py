@@ -118,6 +118,10 @@ class World:
 
     get = lookup
 
+    def rely_on(self, kind: type[Any], id: str, *parts: str) -> Any:
+        """One object at a time is written here, so nothing can change meanwhile."""
+        return self.lookup(kind, id)
+
     def find(self, kind: type[Task], slot: str) -> list[Task]:
         assert kind is Task
         return [t for t in self.tasks.values() if f"{t.service_id}/{t.slot or t.node_id}" == slot]
