@@ -5,6 +5,7 @@ by a few seconds at most, and its part of the response is missing.
 """
 
 from collections.abc import AsyncIterable, Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -83,13 +84,19 @@ class DockerEngine:
             images=found.get("Images", 0),
         )
 
-    async def has_image(self, word: str) -> bool:
-        """Whether it has the image that ``word`` means.  Raises: Unavailable: it does not respond."""
+    async def image_id(self, word: str) -> str:
+        """Id of the image that ``word`` means; empty: it has none.  Raises: Unavailable: it does not respond."""
         try:
-            await self.api.get(f"/images/{quote(word)}/json")
+            found = await self.api.get(f"/images/{quote(word)}/json")
         except NotFound:
-            return False
-        return True
+            return ""
+        return str(found.get("Id", "")) if isinstance(found, dict) else ""
+
+    async def images(
+        self, query: Mapping[str, str] = MappingProxyType({}), path: str = "/images/json"
+    ) -> list[Any]:
+        """Its images, as ``docker images`` lists them.  Raises: Unavailable; SkepError: it refuses the ``query``."""
+        return list(await self.api.request("GET", path, query=query, timeout_s=_TIMEOUT_S))
 
     async def load(self, archive: AsyncIterable[bytes]) -> None:
         """Load images into it, as ``docker load`` does.  Raises: Unavailable; SkepError: it refuses them."""

@@ -7,7 +7,7 @@ and the Engine API.  A layer is given the layers below it when it is made.
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,8 @@ from skep.agent.agent import Agent
 from skep.agent.executor.attaching import ClusterAttachments, SessionRequests
 from skep.agent.executor.oci import OciExecutor, oci_executor
 from skep.agent.executor.process import ProcessExecutor
-from skep.agent.images import ClusterSources, ImagePort, needed_images
+from skep.agent.executor.pulling import nothing_beside
+from skep.agent.images import ClusterSources
 from skep.agent.last_seen import LastSeenFile
 from skep.agent.managers import ManagerList, Peer
 from skep.agent.probe_stream import NodeProbes
@@ -58,16 +59,14 @@ from skep.engine.api.containers import create_routes, image_users
 from skep.engine.api.routes import engine_routes
 from skep.engine.capacity import find_programs
 from skep.engine.cgroups import Cgroups
-from skep.engine.engine import Engine, EngineConfig
-from skep.engine.images.collecting import ImageCollector, Marks
+from skep.engine.engine import EngineConfig
 from skep.engine.images.registry import Policy
-from skep.engine.images.serving import ServedImages
+from skep.engine.images.removal import ImageUser
 from skep.engine.images.spreading import NodeFetcher
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from skep.linux.name_files import RESOLVER
 from skep.linux.processes import boot_id
-from skep.model.addresses import host_of
 from skep.model.conditions import NEIGHBOURS
 from skep.model.ids import NodeId, new_container_id, new_id
 from skep.model.meta import Driver
@@ -78,18 +77,21 @@ from skep.node.cluster_work import NodeWork
 from skep.node.description import NodeDescriber, has_overlays, port_labels
 from skep.node.disk_check import DiskCheck
 from skep.node.docker_engine import DockerEngine, with_containers_of
+from skep.node.engine_images import EngineImages
 from skep.node.environment import Environment
 from skep.node.events import NodeEvents
 from skep.node.features import Features
 from skep.node.front.handover import Handover
 from skep.node.front.routing import LocalObjects
 from skep.node.front.server import Front, tls_context
+from skep.node.image_sharing import ImageSharing
 from skep.node.isolation import keep_profile
 from skep.node.load import LoadMeter, reader_of
 from skep.node.local import LocalNode
 from skep.node.manager_files import ManagerFiles
 from skep.node.membership import Membership
 from skep.node.reaping import reap_orphans
+from skep.node.routes.beside_engine import with_objects_of
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkSources, network_routes
 from skep.node.routes.plain_containers import plain_container_routes
@@ -127,6 +129,7 @@ class Node:
             self._clock, LastSeenFile(self._paths.last_heard, self._clock.since_boot, boot_id())
         )
         self._image_sources = ClusterSources(self._session)
+        self._engine_images: EngineImages | None = None
         # Containers.  With the executor ``process`` there are none: tasks are plain commands.
         self._executor = self._make_executor()
         oci = self._executor if isinstance(self._executor, OciExecutor) else None
@@ -138,7 +141,9 @@ class Node:
         self._tables = self._network_tables()
         # The agent's side.
         self._reports = Reports()
-        self._image_port = self._make_image_port()
+        self._image_sharing = ImageSharing(
+            self._engine, self._session, self._image_sources, self._clock, lambda: self._configuration
+        )
         self._worker = self._make_worker()
         self._probes = self._node_probes()
         self._load = LoadMeter(
@@ -150,7 +155,7 @@ class Node:
             lambda: self._configuration,
             environment.conditions,
             self._part_labels,
-            image_port=lambda: self._image_port.port if self._image_port is not None else 0,
+            image_port=self._image_sharing.port,
             has_probes=self._probes is not None,
         )
         # The cluster, and the API.
@@ -215,6 +220,10 @@ class Node:
             report=environment.conditions.reporter("images"),
         )
         attachments = ClusterAttachments(SessionRequests(self._session))
+        if self._docker is not None:
+            self._engine_images = EngineImages(
+                self._docker, images, self._image_users, self._paths.images / "engine.json"
+            )
         return oci_executor(
             self._paths,
             images,
@@ -231,7 +240,12 @@ class Node:
             programs=find_programs(configuration.runc, configuration.conmon),
             cdi_directories=configuration.cdi_spec_dirs,
             allowed=configuration.allow,
+            bring=self._engine_images.bring if self._engine_images is not None else nothing_beside,
         )
+
+    def _image_users(self) -> Collection[ImageUser]:
+        """Every container of this node."""
+        return image_users(self._engine) if self._engine is not None else ()
 
     def _make_data_plane(self, endpoints: ClusterEndpoints) -> DataPlane:
         configuration, environment = self._configuration, self._environment
@@ -294,19 +308,6 @@ class Node:
             session_state=self._session,
         )
 
-    def _make_image_port(self) -> ImagePort | None:
-        """Serves the images of this node to others, where it has any."""
-        if self._engine is None:
-            return None
-        served = ServedImages(self._engine.images, self._clock)
-        return ImagePort(served, self._session, self._clock, self._configuration.image_port)
-
-    async def _serve_images(self, credentials: KeyPairCredentials, node: LocalNode) -> None:
-        """Exchange images with the other nodes of the cluster, until cancelled."""
-        with self._image_sources.using(lambda: credentials.pair):
-            if self._image_port is not None:
-                await self._image_port.run(lambda: credentials.pair, host_of(node.listen_addr))
-
     def _part_labels(self) -> Mapping[str, str]:
         """Labels of the node that its parts know."""
         encryption = self._data_plane.tunnels.labels() if self._data_plane is not None else {}
@@ -342,7 +343,7 @@ class Node:
             tables=self._tables,
             probes=self._probes,
             seen=SeenRevision(certificates / _REVISION_FILE, credentials.identity.cluster_id, self._clock),
-            serve_images=partial(self._serve_images, credentials, node),
+            serve_images=partial(self._image_sharing.exchange, credentials, node),
         )
         managers = ManagerList(
             self._known_managers(node),
@@ -478,7 +479,10 @@ class Node:
         engine, docker = self._engine, self._docker
         own = engine_routes(engine, self._clock) if engine is not None else ()
         if docker is not None:
-            beside = plain_container_routes(docker, engine, cluster.may_have)
+            images = self._engine_images
+            beside = plain_container_routes(docker, engine, images, cluster.may_have)
+            if engine is not None and images is not None:
+                own = with_objects_of(docker, images, engine.volumes, own)
             return (*networks, *with_containers_of(docker, own), *beside)
         return (*networks, *own, *(create_routes(engine) if engine is not None else ()))
 
@@ -492,16 +496,6 @@ class Node:
             engine_socket=self._configuration.engine_socket,
         )
 
-    def _collect_images(self, engine: Engine) -> _Work:
-        """While this node is in a cluster: remove unused images when their disk fills."""
-
-        def marks() -> Marks:
-            return Marks(self._configuration.image_disk_high, self._configuration.image_disk_low)
-
-        needed = partial(needed_images, self._session)
-        collector = ImageCollector(engine.images, lambda: image_users(engine), needed, self._clock, marks)
-        return partial(_run_after, self._session.wait_session, collector.run)
-
     def _run_checks(self, run: Callable[..., None]) -> None:
         """Keep the conditions of this machine current, and what lies beside this node."""
         conditions, paths, clock = self._environment.conditions, self._paths, self._clock
@@ -510,12 +504,14 @@ class Node:
             if apparmor.is_supported():
                 run(partial(keep_profile, conditions, clock), "apparmor profile")
             run(self._engine.images.settle, "images")
-            run(self._collect_images(self._engine), "image collection")
+            run(self._image_sharing.collect, "image collection")
         run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
         if self._data_plane is not None:
             run(NeighbourTables(conditions.reporter(NEIGHBOURS), clock).run, "neighbour tables")
         if self._docker is not None:
             run(partial(self._docker.follow, clock, self._random), "docker engine")
+        if self._engine_images is not None:
+            run(partial(self._engine_images.follow, clock, self._random), "images of the docker engine")
 
 
 def _registry_policy(configuration: Configuration) -> Policy:

@@ -65,7 +65,7 @@ def test_run_takes_its_standard_input_and_gives_its_exit_code(node: TestNode, cl
     assert (done.returncode, done.stdout) == (7, "to the end")
 
 
-def test_an_image_that_only_skep_has_is_handed_to_the_engine(node: TestNode, engine_socket: Path) -> None:
+def test_an_image_that_only_skep_has_is_copied_to_the_engine(node: TestNode, engine_socket: Path) -> None:
     mine = "lent:1"
     node.docker("tag", IMAGE, mine)
     assert mine not in engine_says(engine_socket, "images", "--format", "{{.Repository}}:{{.Tag}}")
@@ -153,6 +153,91 @@ def test_an_image_is_built(node: TestNode, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert node.docker("run", "--rm", "made:1").stdout == "built\n"
+
+
+def made_here(node: TestNode, directory: Path, name: str, word: str) -> None:
+    """Have the engine build an image that prints ``word``."""
+    (directory / "Dockerfile").write_text(f"FROM {IMAGE}\nCOPY word /word\nCMD cat /word; sleep 1000\n")
+    (directory / "word").write_text(f"{word}\n")
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": "/nonexistent", "DOCKER_HOST": node.socket, "DOCKER_BUILDKIT": "0",
+    }  # fmt: skip
+    done = subprocess.run(
+        [CLIS[0], "build", "-t", name, str(directory)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def service_prints(node: TestNode, name: str, image: str, word: str) -> None:
+    """A service of ``image`` prints ``word``."""
+    node.docker("service", "create", "--detach", "--name", name, image)
+    try:
+        wait_until(
+            lambda: word in node.docker("service", "logs", "--raw", name, check=False).stdout,
+            f"the service prints {word}",
+            within_s=60,
+        )
+    finally:
+        node.docker("service", "rm", name)
+
+
+def test_an_image_that_the_engine_has_just_built_is_run_by_a_service(node: TestNode, tmp_path: Path) -> None:
+    node.docker("run", "--rm", IMAGE, "true")  # so that the engine has the base
+    for word in ("first", "second"):
+        made_here(node, tmp_path, "localhost:1/built:1", word)
+        service_prints(node, f"built-{word}", "localhost:1/built:1", word)
+
+
+def test_an_image_that_the_engine_has_loaded_is_run_by_a_service(
+    node: TestNode, engine_socket: Path, tmp_path: Path
+) -> None:
+    node.docker("run", "--rm", IMAGE, "true")
+    made_here(node, tmp_path, "localhost:1/kept:1", "kept")
+    archive = str(tmp_path / "kept.tar")
+    engine_says(engine_socket, "save", "-o", archive, "localhost:1/kept:1")
+    node.docker("rmi", "localhost:1/kept:1")
+    assert "localhost:1/kept" not in node.docker("images", "--format", "{{.Repository}}").stdout
+    engine_says(engine_socket, "load", "-i", archive)
+    service_prints(node, "loaded", "localhost:1/kept:1", "kept")
+
+
+def test_images_of_both_sides_are_one_list_with_one_removal(
+    node: TestNode, engine_socket: Path, tmp_path: Path
+) -> None:
+    node.docker("tag", IMAGE, "ours:1")
+    node.docker("run", "--rm", IMAGE, "true")
+    made_here(node, tmp_path, "theirs:1", "theirs")
+    listed = ("images", "--format", "{{.Repository}}:{{.Tag}}")
+    lines = node.docker(*listed).stdout.split()
+    assert {"ours:1", "theirs:1", IMAGE} <= set(lines)
+    assert len([one for one in lines if not one.startswith("<none>")]) == len(set(lines) - {"<none>:<none>"})
+    node.docker("run", "--rm", "ours:1", "true")
+    assert "ours:1" in engine_says(engine_socket, *listed).split()
+    node.docker("rmi", "ours:1", "theirs:1")
+    assert not {"ours:1", "theirs:1"} & set(node.docker(*listed).stdout.split())
+    assert not {"ours:1", "theirs:1"} & set(engine_says(engine_socket, *listed).split())
+
+
+def test_a_services_volume_is_listed_inspected_and_removed(node: TestNode) -> None:
+    node.docker("volume", "create", "plain")
+    create(node, "keeper", 1, "--mount", "type=volume,source=kept,target=/data")
+    try:
+        wait_running(node, "keeper", 1)
+        assert {"kept", "plain"} <= set(node.docker("volume", "ls", "-q").stdout.split())
+        assert node.docker("volume", "inspect", "kept", "--format", "{{.Name}}").stdout == "kept\n"
+        assert "in use" in node.docker("volume", "rm", "kept", check=False).stderr
+    finally:
+        node.docker("service", "rm", "keeper")
+    wait_until(
+        lambda: node.docker("volume", "rm", "kept", check=False).returncode == 0, "the volume is not used"
+    )
+    node.docker("volume", "rm", "plain")
+    assert not {"kept", "plain"} & set(node.docker("volume", "ls", "-q").stdout.split())
 
 
 def test_volumes_are_the_engines(node: TestNode, engine_socket: Path) -> None:

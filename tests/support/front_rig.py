@@ -26,6 +26,7 @@ class Owned:
     """A node that made the container ``ours``."""
 
     has_docker_engine = True
+    has_volumes = False
 
     def owns_container(self, word: str) -> bool:
         return word == "ours"

@@ -18,7 +18,7 @@ from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.attaching import AttachmentController, ClusterAttachments, is_attachment
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.agent.executor.payloads import Payloads
-from skep.agent.executor.pulling import ImagePuller
+from skep.agent.executor.pulling import Bring, ImagePuller, nothing_beside
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.dataplane.dataplane import DataPlane
@@ -67,13 +67,18 @@ class OciExecutor:
         attachments: ClusterAttachments,
         clock: Clock,
         node: NodeFacts,
+        bring: Bring = nothing_beside,
     ) -> None:
-        """``attachments``: plain containers' endpoints on the cluster's networks, which are tasks too."""
+        """
+        Args:
+            attachments: plain containers' endpoints on the cluster's networks, which are tasks too.
+            bring: see ``ImagePuller``.
+        """
         self.engine = engine
         self.data_plane = data_plane
         self.payloads = payloads
         self.attachments = attachments
-        self.image_puller = ImagePuller(engine.images, clock)
+        self.image_puller = ImagePuller(engine.images, clock, bring)
         self.clock = clock
         self.node = node
 
@@ -122,6 +127,7 @@ def oci_executor(
     programs: Programs | None = None,
     cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES,
     allowed: frozenset[Right] = ALL_RIGHTS,
+    bring: Bring = nothing_beside,
 ) -> OciExecutor:
     """The executor of one node, with its engine.
 
@@ -130,6 +136,7 @@ def oci_executor(
         programs: runc and conmon; None: those on the PATH.
         cdi_directories: where descriptions of devices are.
         allowed: rights over the node that tasks may have.
+        bring: see ``ImagePuller``.
     """
     cgroups, programs = Cgroups(cgroup_parent), programs or find_programs()
     capacity = capacity_of(cgroups, programs, cdi_directories)
@@ -156,6 +163,7 @@ def oci_executor(
         attachments=attachments,
         clock=clock,
         node=NodeFacts(hostname=config.hostname, architecture=os.uname().machine, allowed=allowed),
+        bring=bring,
     )
 
 

@@ -7,6 +7,8 @@ time-out again and again.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
 
 import structlog
 
@@ -21,12 +23,24 @@ log = structlog.get_logger()
 RETRY_AFTER_S = 30.0
 
 
-class ImagePuller:
-    """Fetches images for tasks."""
+Bring: TypeAlias = Callable[[str], Awaitable[None]]
 
-    def __init__(self, images: ImageStore, clock: Clock) -> None:
+
+async def nothing_beside(_word: str) -> None:
+    """There is no other store on this machine."""
+
+
+class ImagePuller:
+    """Fetches images for tasks.
+
+    Args:
+        bring: called with each image first: copies it here from another store of this machine, if it is newer there.
+    """
+
+    def __init__(self, images: ImageStore, clock: Clock, bring: Bring = nothing_beside) -> None:
         self._images = images
         self._clock = clock
+        self._bring = bring
         self._fetches: dict[tuple[str, str], asyncio.Future[Image | SkepError | None]] = {}
         self._failed_at: dict[str, float] = {}
 
@@ -36,6 +50,7 @@ class ImagePuller:
         Raises: Rejected: ``No such image: x: ...``, neither here nor to be had, and why the registry gave none.
         """
         try:
+            await self._bring(reference)
             local = self._images.resolve(reference)
             if local is not None and self._needs_no_registry(reference, local):
                 return local

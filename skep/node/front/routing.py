@@ -36,6 +36,10 @@ class Ownership(Protocol):
     def owns_exec(self, id: str) -> bool:
         """Whether this node made that exec."""
 
+    @property
+    def has_volumes(self) -> bool:
+        """Whether this node has volumes of its own, those of services among them."""
+
 
 class LocalObjects:
     """``Ownership`` by the node's container engine.  ``engine`` None: the node has no containers nor images."""
@@ -43,6 +47,11 @@ class LocalObjects:
     def __init__(self, engine: Engine | None, *, has_docker_engine: bool) -> None:
         self._engine = engine
         self.has_docker_engine = has_docker_engine
+
+    @property
+    def has_volumes(self) -> bool:
+        """See ``Ownership``."""
+        return self._engine is not None
 
     def owns_container(self, word: str) -> bool:
         """See ``Ownership``."""
@@ -105,6 +114,10 @@ def _owner_of_image(request: _Request, name: str) -> Destination:
     return Destination.HERE if request.ownership.owns_image(name) else _others(request)
 
 
+def _volumes(request: _Request, _name: str) -> Destination:
+    return Destination.HERE if request.ownership.has_volumes else _others(request)
+
+
 def _rule(pattern: str, decide: Callable[[_Request, str], Destination]) -> _Rule:
     return _Rule(re.compile(pattern), decide)
 
@@ -123,6 +136,8 @@ _RULES = (
     _rule(r"/containers/prune", _others),
     _rule(r"/containers/(?P<name>[^/]+)(?:/.*)?", _owner_of_container),
     _rule(r"/exec/(?P<name>[^/]+)(?:/.*)?", _owner_of_exec),
+    # volumes: the node's own and the engine's in one list
+    _rule(r"/volumes(?:/.*)?", _volumes),
     # images: services on this node run from the node's store, which pull, load and ls work on
     _rule(r"/images/(?:json|create|load|get|prune)", _here),
     _rule(r"/images/(?P<name>.+)/(?:json|history|tag|push|get)", _owner_of_image),

@@ -4,25 +4,22 @@ Plain containers are the Docker Engine's, of images that may be this node's; but
 container on a network that only the cluster has is Skep's.
 
 ``docker pull`` and ``docker load`` fill this node's own store, since services run from there.  So that ``docker run``
-finds the same images, an image that the engine lacks is handed over to it, once, when a container of it is made.  An
-image that the engine has stays as it is there: its users may have built it.
+finds the same images, an image that the engine lacks, or has an older one of, is handed over to it when a container of
+it is made (``node.engine_images``).
 """
 
 from collections.abc import Awaitable, Callable
 from urllib.parse import quote
 
 import msgspec
-import structlog
 from aiohttp import web
 
 from skep.api.server import Routes, read_body
 from skep.engine.api.containers import create_container
 from skep.engine.engine import Engine
-from skep.engine.images.store import ImageStore
 from skep.errors import NotFound
 from skep.node.docker_engine import DockerEngine
-
-log = structlog.get_logger()
+from skep.node.engine_images import EngineImages
 
 _PASSED_ON = ("Content-Type", "User-Agent", "X-Registry-Auth", "X-Registry-Config")
 
@@ -42,7 +39,9 @@ class _Request(msgspec.Struct):
     host: _HostConfig = msgspec.field(name="HostConfig", default_factory=_HostConfig)
 
 
-def plain_container_routes(docker: DockerEngine, engine: Engine | None, in_cluster: NetworkKnown) -> Routes:
+def plain_container_routes(
+    docker: DockerEngine, engine: Engine | None, images: EngineImages | None, in_cluster: NetworkKnown
+) -> Routes:
     """``POST /containers/create`` beside a Docker Engine.  ``engine``: this node's own; None: it runs no containers."""
     table = Routes()
 
@@ -52,9 +51,11 @@ def plain_container_routes(docker: DockerEngine, engine: Engine | None, in_clust
         wanted = _request_of(body)
         word = wanted.image
         if engine is not None and await _is_of_cluster(wanted.host.network_mode):
+            if images is not None and word:
+                await images.bring(word)
             return await create_container(engine, request)
-        if engine is not None and word:
-            await _hand_over(docker, engine.images, word)
+        if images is not None and word:
+            await images.hand_over(word)
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
         response = await docker.api.send("POST", request.path_qs, body, headers)
         return web.Response(
@@ -85,17 +86,3 @@ def _request_of(body: bytes) -> _Request:
         return msgspec.json.decode(body, type=_Request)
     except msgspec.DecodeError:
         return _Request()
-
-
-async def _hand_over(docker: DockerEngine, images: ImageStore, word: str) -> None:
-    """Load the image that ``word`` means into the Docker Engine, if this node has it and the engine does not.
-
-    Raises: Unavailable.
-    """
-    if images.resolve(word) is None or await docker.has_image(word):
-        return
-    log.info("image handed to the docker engine", image=word)
-    try:
-        await docker.load(images.save([word]))
-    except NotFound:
-        log.info("image was removed while it was handed over", image=word)

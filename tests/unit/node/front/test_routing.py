@@ -10,8 +10,9 @@ HERE, MANAGER, ENGINE = Destination.HERE, Destination.MANAGER, Destination.ENGIN
 class Owned:
     """A node that has the container ``ours``, the image ``ours:1`` and the exec ``e1``."""
 
-    def __init__(self, *, has_engine: bool = False) -> None:
+    def __init__(self, *, has_engine: bool = False, has_volumes: bool = True) -> None:
         self.has_docker_engine = has_engine
+        self.has_volumes = has_volumes
 
     def owns_container(self, word: str) -> bool:
         return word in ("ours", "our name")
@@ -53,6 +54,9 @@ ALWAYS = [
     ("DELETE", "/images/ours:1", HERE),
     ("GET", "/distribution/library/busybox/json", HERE),
     ("POST", "/containers/create?name=x", HERE),
+    ("GET", "/volumes", HERE),
+    ("POST", "/volumes/create", HERE),
+    ("POST", "/v1.42/volumes/prune?filters=x", HERE),
 ]
 
 OTHERS = [
@@ -62,9 +66,6 @@ OTHERS = [
     ("GET", "/images/theirs:1/json"),
     ("GET", "/images/search?term=x"),
     ("POST", "/images/theirs:1/push"),
-    ("GET", "/volumes"),
-    ("POST", "/volumes/create"),
-    ("POST", "/v1.42/volumes/prune?filters=x"),
     ("POST", "/build/prune"),
     ("POST", "/v1.41/build?version=1"),
     ("POST", "/session"),
@@ -96,3 +97,8 @@ def test_everything_else_is_the_engines_if_there_is_one(method: str, target: str
 def test_networks_of_cluster_engine_and_node_are_one_list(has_engine: bool) -> None:
     assert route("GET", "/v1.41/networks", Owned(has_engine=has_engine)) is HERE
     assert route("POST", "/networks/x/connect", Owned(has_engine=has_engine)) is HERE
+
+
+def test_volumes_are_the_engines_where_this_node_has_none() -> None:
+    assert route("GET", "/v1.41/volumes", Owned(has_engine=True, has_volumes=False)) is ENGINE
+    assert route("GET", "/v1.41/volumes", Owned(has_engine=False, has_volumes=False)) is HERE

@@ -1,0 +1,214 @@
+"""The images of this node and those of the Docker Engine beside it, as one.
+
+Both have a store of their own: services run from this node's, plain containers from the engine's.  An image that the
+other one has is copied when it is needed.  What a name means is decided by the store in which it changed last:
+``theirs_is_newer`` compares the image that the engine has under a name with the one that it had there when it was
+looked at last.  A name that has moved in the engine is taken from this node's image at once (``reconcile``), so that
+the old one is not found any more; the new one comes when a service wants it.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.failures import log_error
+from skep.aio.race import wait_first
+from skep.engine.images.reference import Reference, parse_any
+from skep.engine.images.removal import ImageUser
+from skep.engine.images.store import ImageStore
+from skep.errors import NotFound, SkepError
+from skep.linux.files import replace_file
+from skep.node.docker_engine import DockerEngine
+
+log = structlog.get_logger()
+
+COPY_S_MAX = 1800.0
+"""For an image from one store to the other."""
+LOOK_AGAIN_S = 30.0
+"""Without an event of the engine."""
+SETTLE_S = 0.05
+"""After an event: a build or a load makes several."""
+
+Names = Mapping[str, str]
+"""Familiar name with its tag -> id of the image."""
+
+
+def theirs_is_newer(name: str, ours: str, theirs: str, seen: Names) -> bool:
+    """Whether the engine's image of a name counts, and not this node's.
+
+    Args:
+        ours, theirs: ids; ``ours`` empty: this node has none.
+        seen: what the engine had when it was looked at last.
+    """
+    return bool(theirs) and theirs != ours and (not ours or seen.get(name) != theirs)
+
+
+def merged(
+    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], untagged: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """One list of both stores' images, newest first.
+
+    An image that both have is one entry, with all its names.  A name that both have for different images is this
+    node's: where it is not, ``reconcile`` has taken it.  ``untagged``: the fields of an image without names.
+    """
+    entries = {one["Id"]: dict(one) for one in ours}
+    taken = {name for one in ours for name in one.get("RepoTags") or ()}
+    for one in theirs:
+        present = entries.setdefault(one["Id"], dict(one, RepoTags=[], RepoDigests=one.get("RepoDigests")))
+        tags = [name for name in one.get("RepoTags") or () if name not in taken]
+        for field, names in (("RepoTags", tags), ("RepoDigests", one.get("RepoDigests") or ())):
+            known = [name for name in present.get(field) or () if not name.startswith("<none>")]
+            named = [name for name in names if not name.startswith("<none>")]
+            present[field] = sorted({*known, *named})
+    for one in entries.values():
+        if not one.get("RepoTags") and not one.get("RepoDigests"):
+            one.update(untagged)
+    return sorted(entries.values(), key=lambda one: int(one.get("Created", 0)), reverse=True)
+
+
+class EngineImages:
+    """Exchanges images with the Docker Engine of this machine.
+
+    Args:
+        users: every container of this node.
+        file: keeps what the engine had when it was looked at last.
+    """
+
+    def __init__(
+        self, docker: DockerEngine, images: ImageStore, users: Callable[[], Collection[ImageUser]], file: Path
+    ) -> None:
+        self._docker = docker
+        self._images = images
+        self._users = users
+        self._file = file
+        self._seen = _read(file)
+        self._handed: dict[str, tuple[str, str]] = {}
+        """Names handed to the engine -> our id, and the id that the engine has given it."""
+        self._copying = asyncio.Lock()
+        self._changed = asyncio.Event()
+
+    async def follow(self, clock: Clock, rng: Callable[[], float]) -> None:
+        """Reconcile after each event of the engine's images, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listen(clock, rng), name="events of the engine's images")
+            while True:
+                self._changed.clear()
+                try:
+                    await self.reconcile()
+                except SkepError as error:
+                    log.debug("images of the docker engine not read", reason=str(error))
+                except Exception as error:
+                    log_error(error, "images of the docker engine not compared")
+                await wait_first(self._changed.wait(), clock.sleep(LOOK_AGAIN_S))
+                await clock.sleep(SETTLE_S)
+
+    async def _listen(self, clock: Clock, rng: Callable[[], float]) -> None:
+        backoff = Backoff(0.5, LOOK_AGAIN_S, rng=rng)
+        while True:
+            try:
+                async with self._docker.api.stream("/events", filters={"type": ["image"]}) as events:
+                    self._changed.set()  # what came before is in no event
+                    async for _ in events.objects():
+                        backoff.reset()
+                        self._changed.set()
+            except (SkepError, msgspec.DecodeError) as error:
+                log.debug("events of the docker engine end", reason=str(error))
+            await backoff.sleep(clock)
+
+    async def reconcile(self) -> None:
+        """Take from this node's images the names that have moved in the engine.  Raises: SkepError."""
+        theirs = await self._docker.images()
+        names = {name: str(one["Id"]) for one in theirs for name in one.get("RepoTags") or ()}
+        names = {name: id for name, id in names.items() if not name.startswith("<none>")}
+        if self._seen is not None:
+            for name, id in names.items():
+                ours = self._images.lookup(name)
+                if ours is not None and theirs_is_newer(name, ours.id, id, self._seen):
+                    log.info(
+                        "name of an image has moved in the docker engine", name=name, before=ours.id, now=id
+                    )
+                    await self._images.remove(name, force=True, users=self._users())
+        await self._see(names)
+
+    async def bring(self, word: str) -> None:
+        """Copy the image that ``word`` means here, if the engine has it and this node does not, or an older one.
+
+        One that cannot be copied is logged: then this node has what it had.
+        """
+        try:
+            name = _name_of(word)
+            theirs = await self._docker.image_id(word)
+            ours = self._images.lookup(word)
+            if not theirs_is_newer(name, ours.id if ours is not None else "", theirs, self._seen or {}):
+                return
+            if ours is not None and self._seen is None:
+                return
+            async with self._copying, asyncio.timeout(COPY_S_MAX):
+                again = self._images.lookup(word)
+                if (again.id if again is not None else "") != (ours.id if ours is not None else ""):
+                    return
+                log.info("image copied from the docker engine", image=word)
+                async with self._docker.api.stream(f"/images/{quote(word)}/get") as archive:
+                    await self._images.load(archive.pieces())
+            await self._see({**(self._seen or {}), name: theirs})
+        except NotFound:
+            return
+        except (SkepError, TimeoutError) as error:
+            log.warning("image not copied from the docker engine", image=word, reason=str(error) or "timeout")
+
+    async def hand_over(self, word: str) -> None:
+        """Copy the image that ``word`` means to the engine, if this node has it and the engine does not, or an older
+        one.
+
+        Raises: Unavailable.
+        """
+        ours = self._images.resolve(word)
+        if ours is None:
+            return
+        name, theirs = _name_of(word), await self._docker.image_id(word)
+        if theirs == ours.id or theirs_is_newer(name, ours.id, theirs, self._seen or {}):
+            return
+        if theirs and self._handed.get(name) == (ours.id, theirs):
+            return  # an engine that names images by their manifest
+        log.info("image handed to the docker engine", image=word)
+        try:
+            async with self._copying, asyncio.timeout(COPY_S_MAX):
+                await self._docker.load(self._images.save([word]))
+        except NotFound:
+            log.info("image was removed while it was handed over", image=word)
+            return
+        except TimeoutError:
+            log.warning("image not handed to the docker engine in time", image=word)
+            return
+        given = await self._docker.image_id(word)
+        self._handed[name] = (ours.id, given)
+        await self._see({**(self._seen or {}), name: given})
+
+    async def _see(self, names: Names) -> None:
+        if names != self._seen:
+            self._seen = names
+            await asyncio.to_thread(replace_file, self._file, msgspec.json.encode(names))
+
+
+def _name_of(word: str) -> str:
+    """The familiar name with its tag; an id as it is.  Raises: InvalidArgument."""
+    named = parse_any(word)
+    return named.with_default_tag().familiar if isinstance(named, Reference) else named
+
+
+def _read(file: Path) -> Names | None:
+    """None: the engine was never looked at, so that it is not known which names have moved."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, str])
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        log_error(error, "names of the docker engine's images forgotten", file=str(file))
+        return None

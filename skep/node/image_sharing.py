@@ -1,0 +1,69 @@
+"""The images of this node in its cluster: served to other nodes, and removed when they fill their disk."""
+
+from collections.abc import Callable
+from functools import partial
+
+from skep.agent.images import ClusterSources, ImagePort, needed_images
+from skep.agent.renewal import KeyPairCredentials
+from skep.agent.session_state import SessionState
+from skep.aio.clock import Clock
+from skep.configuration.configuration import Configuration
+from skep.engine.api.containers import image_users
+from skep.engine.engine import Engine
+from skep.engine.images.collecting import ImageCollector, Marks
+from skep.engine.images.serving import ServedImages
+from skep.model.addresses import host_of
+from skep.node.local import LocalNode
+
+
+class ImageSharing:
+    """Parts of a node that need its images, a session with a manager, or both.
+
+    Args:
+        engine: None: the node has no images.
+        configuration: gives the present one, which may be reloaded.
+        sources: where the node gets images from other nodes.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | None,
+        session: SessionState,
+        sources: ClusterSources,
+        clock: Clock,
+        configuration: Callable[[], Configuration],
+    ) -> None:
+        self._engine = engine
+        self._session = session
+        self._sources = sources
+        self._clock = clock
+        self._configuration = configuration
+        self._port = (
+            ImagePort(ServedImages(engine.images, clock), session, clock, configuration().image_port)
+            if engine is not None
+            else None
+        )
+
+    def port(self) -> int:
+        """Where other nodes fetch images from this one; 0: nowhere."""
+        return self._port.port if self._port is not None else 0
+
+    async def exchange(self, credentials: KeyPairCredentials, node: LocalNode) -> None:
+        """Exchange images with the other nodes of the cluster, until cancelled."""
+        with self._sources.using(lambda: credentials.pair):
+            if self._port is not None:
+                await self._port.run(lambda: credentials.pair, host_of(node.listen_addr))
+
+    async def collect(self) -> None:
+        """While this node is in a cluster: remove unused images when their disk fills."""
+        engine = self._engine
+        if engine is None:
+            return
+
+        def marks() -> Marks:
+            configuration = self._configuration()
+            return Marks(configuration.image_disk_high, configuration.image_disk_low)
+
+        await self._session.wait_session()
+        needed = partial(needed_images, self._session)
+        await ImageCollector(engine.images, lambda: image_users(engine), needed, self._clock, marks).run()

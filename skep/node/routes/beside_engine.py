@@ -1,0 +1,188 @@
+"""Images and volumes of this node and of the Docker Engine beside it, in one list and with one removal.
+
+Requests about an image that this node does not have are the engine's (``front.routing``); these are the rest.  A
+volume of a service is this node's, any other the engine's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from skep.api.client import Response
+from skep.api.server import api_version, json_answer, read_body
+from skep.api.versions import ApiVersion
+from skep.engine.volumes import Volumes
+from skep.errors import SkepError
+from skep.node.docker_engine import DockerEngine, Handler
+from skep.node.engine_images import EngineImages, merged
+
+log = structlog.get_logger()
+
+_EMPTY_LISTS = ApiVersion("1.43")
+_NO_NAMES = {"RepoDigests": ["<none>@<none>"], "RepoTags": ["<none>:<none>"]}
+_PASSED_ON = ("Content-Type", "User-Agent")
+
+Wrap = Callable[[Handler], Handler]
+
+
+def with_objects_of(
+    docker: DockerEngine,
+    images: EngineImages,
+    volumes: Volumes,
+    routes: tuple[web.AbstractRouteDef, ...],
+) -> tuple[web.AbstractRouteDef, ...]:
+    """``routes`` of this node, which include the engine's images and volumes."""
+    beside = _Beside(docker, images, volumes)
+    wraps: Mapping[tuple[str, str], Wrap] = {
+        ("GET", "/images/json"): beside.list_images,
+        ("GET", "/images/get"): beside.save_images,
+        ("POST", "/images/prune"): beside.prune_images,
+        ("DELETE", "/images/{name:.+}"): beside.remove_image,
+        ("GET", "/volumes"): beside.list_volumes,
+        ("GET", "/volumes/{name}"): beside.of_volume,
+        ("DELETE", "/volumes/{name}"): beside.of_volume,
+        ("POST", "/volumes/create"): beside.only_theirs,
+        ("POST", "/volumes/prune"): beside.prune_volumes,
+    }
+
+    def wrapped(route: web.AbstractRouteDef) -> web.AbstractRouteDef:
+        if not isinstance(route, web.RouteDef) or (wrap := wraps.get((route.method, route.path))) is None:
+            return route
+        return web.RouteDef(route.method, route.path, wrap(cast("Handler", route.handler)), route.kwargs)
+
+    return tuple(wrapped(route) for route in routes)
+
+
+class _Beside:
+    """Handlers that ask both."""
+
+    def __init__(self, docker: DockerEngine, images: EngineImages, volumes: Volumes) -> None:
+        self._docker = docker
+        self._images = images
+        self._volumes = volumes
+
+    def list_images(self, ours: Handler) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            response = await ours(request)
+            if (listed := _content(response)) is None:
+                return response
+            try:
+                theirs = await self._docker.images(dict(request.query), request.path)
+            except SkepError as error:
+                log.info("images of the engine are missing", reason=str(error))
+                theirs = []
+            untagged = _NO_NAMES if api_version(request) < _EMPTY_LISTS else {}
+            return json_answer(merged(listed, theirs, untagged))
+
+        return handle
+
+    def save_images(self, ours: Handler) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            for name in request.query.getall("names", []):
+                await self._images.bring(name)
+            return await ours(request)
+
+        return handle
+
+    def remove_image(self, ours: Handler) -> Handler:
+        """The engine first: a plain container keeps the image in both."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            theirs = await self._passed(request)
+            if theirs.status not in (200, 404):
+                return _passed_back(theirs)
+            response = await ours(request)
+            here, there = _content(response), _content(_passed_back(theirs))
+            if here is None or there is None:
+                return response
+            return json_answer([*here, *(one for one in there if one not in here)])
+
+        return handle
+
+    def prune_images(self, ours: Handler) -> Handler:
+        return self._prune(ours, "ImagesDeleted")
+
+    def prune_volumes(self, ours: Handler) -> Handler:
+        return self._prune(ours, "VolumesDeleted")
+
+    def _prune(self, ours: Handler, field: str) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            response = await ours(request)
+            here = _content(response)
+            if here is None:
+                return response
+            theirs = await self._passed(request)
+            there = _content(_passed_back(theirs))
+            if there is None:
+                return _passed_back(theirs)
+            deleted = list(here.get(field) or ())
+            deleted += [one for one in there.get(field) or () if one not in deleted]
+            freed = int(here.get("SpaceReclaimed") or 0) + int(there.get("SpaceReclaimed") or 0)
+            return json_answer({field: deleted or there.get(field), "SpaceReclaimed": freed})
+
+        return handle
+
+    def list_volumes(self, ours: Handler) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            theirs = await self._passed(request)
+            there = _content(_passed_back(theirs))
+            here = _content(await ours(request))
+            if there is None or here is None:
+                return _passed_back(theirs)
+            listed = list(there.get("Volumes") or ())
+            names = {one.get("Name") for one in listed}
+            listed += [one for one in here["Volumes"] or () if one["Name"] not in names]
+            return json_answer({**there, "Volumes": listed})
+
+        return handle
+
+    def of_volume(self, ours: Handler) -> Handler:
+        """The engine's, if it has one of that name."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            name = request.match_info["name"]
+            if name in self._volumes.names() and not await self._has_volume(request, name):
+                return await ours(request)
+            return _passed_back(await self._passed(request))
+
+        return handle
+
+    def only_theirs(self, _ours: Handler) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            return _passed_back(await self._passed(request))
+
+        return handle
+
+    async def _has_volume(self, request: web.Request, name: str) -> bool:
+        path = request.path if request.method == "GET" else f"/volumes/{name}"
+        return (await self._docker.api.send("GET", path)).status == 200
+
+    async def _passed(self, request: web.Request) -> Response:
+        """The engine's response to the same request.  Raises: Unavailable."""
+        headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+        return await self._docker.api.send(request.method, request.path_qs, await read_body(request), headers)
+
+
+def _passed_back(response: Response) -> web.Response:
+    return web.Response(
+        status=response.status,
+        body=response.body,
+        headers={"Content-Type": response.content_type or "application/json"},
+    )
+
+
+def _content(response: web.StreamResponse) -> Any:
+    """The decoded body of a successful response; None: it has none."""
+    if (
+        response.status != 200
+        or not isinstance(response, web.Response)
+        or not isinstance(response.body, bytes)
+    ):
+        return None
+    try:
+        return msgspec.json.decode(response.body)
+    except msgspec.DecodeError:
+        return None
