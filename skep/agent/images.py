@@ -37,7 +37,7 @@ DEFAULT_PORT = 2374
 CHECKED_S = 30.0
 """For so long a node counts as one of the cluster after a manager has said so."""
 CHECKED_MAX = 4096
-MANIFEST_S = 8.0
+MANIFEST_S = 15.0
 BIND_AGAIN_S_MAX = 30.0
 
 T = TypeVar("T")

@@ -213,3 +213,21 @@ async def test_what_is_no_image_is_refused(cluster: ImageCluster) -> None:
         for digest in ("", "sha256:../../..", "sha256:" + "0" * 64):
             with pytest.raises(SkepError):
                 await _ask_for(channel, digest)
+
+
+async def test_a_service_is_pinned_to_the_digest_of_the_managers_image_while_the_registry_is_away(
+    cluster: ImageCluster,
+) -> None:
+    made = an_image(1000)
+    reference = parse_reference(APP)
+    await give(cluster.manager, made, with_manifest=True)
+    found = await cluster.manager.images.inspect_remote(reference, "")
+    assert found["Descriptor"]["digest"] == sha256(made.manifest)
+    worker = await cluster.add()
+    assert (await worker.images.pull(f"{APP}@{found['Descriptor']['digest']}")).id == sha256(made.config)
+
+
+async def test_an_image_that_no_registry_has_sent_is_not_pinned(cluster: ImageCluster) -> None:
+    await give(cluster.manager, an_image(1000))
+    with pytest.raises(RegistryError):
+        await cluster.manager.images.inspect_remote(parse_reference(APP), "")

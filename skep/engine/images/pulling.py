@@ -243,6 +243,28 @@ async def inspect(
                 raise InvalidArgument(f"image verification failed for digest {manifest.config.digest}")
             config = parse_config(content)
             platforms = [{"architecture": config.architecture, "os": config.os}]
+    return _described(document, manifest, platforms)
+
+
+async def inspect_here(images: LocalImages, reference: Reference) -> Mapping[str, Any] | None:
+    """The same of an image that is here, by what its registry sent with it; None: it has sent nothing."""
+    image = images.resolve(str(reference))
+    digests = {one.digest for one in image.digests if one.name == reference.name} if image is not None else ()
+    if image is None or not digests:
+        return None
+    for content in await asyncio.to_thread(images.documents, image):
+        document = Document(content, OCI_MANIFEST)
+        if document.digest in digests:
+            manifest = decoded(document)
+            platforms = [one.platform for one in manifest.manifests or () if one.platform]
+            own = {"architecture": image.config.architecture, "os": image.config.os}
+            return _described(document, manifest, platforms or [own])
+    return None
+
+
+def _described(
+    document: Document, manifest: Manifest, platforms: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any]:
     return {
         "Descriptor": {
             "mediaType": manifest.media_type or document.media_type,

@@ -26,7 +26,7 @@ from skep.errors import NotFound, ResourceExhausted, RetryLater, SkepError, Unav
 
 log = structlog.get_logger(__name__)
 
-RESPONSE_S = 10.0
+RESPONSE_S = 20.0
 """For a manifest, and for the begin of a blob; connecting included."""
 GRACE_S = 0.05
 """After the first manifest: whoever responds within it is in the order of the nearest."""
@@ -36,6 +36,8 @@ BYTES_PER_S_MIN = 64 << 10
 """A node that sends more slowly, after a first half minute, is left."""
 WAIT_S_MAX = 600.0
 """For a blob that some node has, or is about to have, and none sends."""
+FAILURES_MAX = 2
+"""Consecutive ones after which a node counts as one that does not have the image."""
 ROUNDS_WITHOUT_MAX = 3
 """Rounds in which no node has a blob, nor is about to have it, until the fetch is given up."""
 DISTRUST_S = 3600.0
@@ -100,7 +102,7 @@ def after_round(outcomes: Sequence[Outcome], empty_rounds: int) -> Step:
     if Outcome.ARRIVING in outcomes:
         return Step.WAIT
     if Outcome.BUSY in outcomes:
-        return Step.INSIST
+        return Step.WAIT if Outcome.FAILED in outcomes else Step.INSIST
     return Step.GIVE_UP if empty_rounds + 1 >= ROUNDS_WITHOUT_MAX else Step.WAIT
 
 
@@ -278,8 +280,7 @@ class Spread:
             async with asyncio.timeout(RESPONSE_S):
                 pieces = await stack.enter_async_context(source.blob(digest, last_resort=last_resort))
         except TimeoutError as error:
-            self._failed(source, error)
-            return Outcome.FAILED, None
+            return self._failed(source, error), None
         except NotFound:
             outcome = Outcome.ABSENT
         except RetryLater:
@@ -287,8 +288,7 @@ class Spread:
         except ResourceExhausted:
             outcome = Outcome.BUSY
         except SkepError as error:
-            self._failed(source, error)
-            return Outcome.FAILED, None
+            return self._failed(source, error), None
         else:
             self._responded(source, started)
             return Outcome.SENT, pieces
@@ -325,7 +325,7 @@ class Spread:
         took = self._clock.monotonic() - started
         self._standings[source.name] = Standing(took if before is None else min(took, before))
 
-    def _failed(self, source: Source, error: Exception) -> None:
+    def _failed(self, source: Source, error: Exception) -> Outcome:
         standing = self._standings.get(source.name, Standing())
         self._standings[source.name] = msgspec.structs.replace(standing, failures=standing.failures + 1)
         log.info(
@@ -334,6 +334,7 @@ class Spread:
             image=self._reference.familiar,
             reason=str(error) or "timeout",
         )
+        return Outcome.FAILED if standing.failures + 1 < FAILURES_MAX else Outcome.ABSENT
 
     def _distrust(self, source: Source, what: str) -> None:
         self._distrusted.pop(source.name, None)

@@ -32,6 +32,7 @@ from skep.engine.images.registry import (
     Denied,
     NoCredentials,
     Policy,
+    RegistryError,
     decode_credentials,
 )
 from skep.engine.images.removal import ImageUser, ancestors_to_prune, removal
@@ -128,12 +129,22 @@ class ImageStore(LocalImages):
                 raise error from other
 
     async def inspect_remote(self, reference: Reference, auth: str) -> Mapping[str, Any]:
-        """What a registry has under a name: as ``pulling.inspect``."""
-        return await self._with_credentials(
-            reference.domain,
-            auth,
-            lambda known: pulling.inspect(self.policy, reference, known, self.limits),
-        )
+        """What a registry has under a name: as ``pulling.inspect``.
+
+        While it cannot be reached, what it sent with the image that is here: a service is pinned to that digest, so
+        that all its nodes run the same, which they fetch from each other.
+        """
+        try:
+            return await self._with_credentials(
+                reference.domain,
+                auth,
+                lambda known: pulling.inspect(self.policy, reference, known, self.limits),
+            )
+        except RegistryError:
+            found = await pulling.inspect_here(self, reference)
+            if found is None:
+                raise
+            return found
 
     async def push(self, reference: Reference, auth: str, report: Report = quiet) -> None:
         """Send an image, or all tags of a repository, to its registry.  Raises: as ``pushing.push``."""

@@ -116,6 +116,13 @@ async def test_a_busy_node_is_told_that_no_other_has_it() -> None:
     assert busy.asked == [False, True]
 
 
+async def test_a_node_that_does_not_respond_again_and_again_is_no_reason_to_wait() -> None:
+    busy = Peer("busy", *[ResourceExhausted("busy")] * 3)
+    away = Peer("away", *[Unavailable("away")] * 99)
+    assert await fetched(a_spread(busy, away)) == BLOB
+    assert busy.asked == [False, False, True, True]
+
+
 async def test_what_no_node_has_is_not_waited_for_for_long() -> None:
     peers = [Peer("a", *[NotFound("none")] * 9), Peer("b", *[Unavailable("away")] * 9)]
     with pytest.raises(NotFound, match="no node of the cluster has"):
@@ -169,7 +176,8 @@ def test_the_quickest_come_first_and_those_that_fail_last() -> None:
     ("outcomes", "empty_rounds", "step"),
     [
         ([Outcome.BUSY, Outcome.ARRIVING], 0, Step.WAIT),
-        ([Outcome.BUSY, Outcome.ABSENT, Outcome.FAILED], 0, Step.INSIST),
+        ([Outcome.BUSY, Outcome.ABSENT], 0, Step.INSIST),
+        ([Outcome.BUSY, Outcome.FAILED], 0, Step.WAIT),
         ([Outcome.ABSENT, Outcome.FAILED], 0, Step.WAIT),
         ([Outcome.ABSENT], ROUNDS_WITHOUT_MAX - 1, Step.GIVE_UP),
         ([], ROUNDS_WITHOUT_MAX - 1, Step.GIVE_UP),
