@@ -31,8 +31,8 @@ def an_entry(id: str, *tags: str, created: int = 0, digests: tuple[str, ...] = (
     return {"Id": id, "RepoTags": list(tags), "RepoDigests": list(digests), "Created": created}
 
 
-def shown(*args: Any) -> dict[str, list[str]]:
-    return {one["Id"]: one["RepoTags"] for one in merged(*args, UNTAGGED)}
+def shown(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, list[str]]:
+    return {one["Id"]: one["RepoTags"] for one in merged(ours, theirs, UNTAGGED)}
 
 
 def test_an_image_that_both_have_is_one_entry_with_all_its_names() -> None:
