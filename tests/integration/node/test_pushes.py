@@ -314,8 +314,9 @@ async def test_an_upload_that_the_registry_has_forgotten_is_begun_again(images: 
 
 
 async def test_a_push_that_never_succeeds_leaves_no_tag_and_no_upload(
-    images: ImageStore, bent: Registry, is_impatient: None
+    images: ImageStore, bent: Registry, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("skep.engine.images.uploads._ATTEMPTS", 2)
     await with_a_large_layer(images, f"{bent.address}/app:1")
     bent.cut_after = [1000] * 10
     with pytest.raises(RegistryError):
