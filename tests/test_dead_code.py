@@ -30,7 +30,6 @@ USED_BY_OTHERS = {
     "__spec__": "read by the import system",
 }
 OBSERVED_BY_TESTS = {
-    "apply_changes": "the changes of a commit, of which the route follows",
     "comparisons": "a test waits until a namespace was compared so many times",
     "held_bytes": "a test holds a server to its bound",
     "write_archive": "tests write images",

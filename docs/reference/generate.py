@@ -490,6 +490,7 @@ CLUSTER_EVENTS = (
 CONTAINER_EVENTS = {
     "archive-path": "files are copied out of it (`docker cp`)",
     "attach": "a client attaches to its streams",
+    "commit": "an image was made of it",
     "create": "",
     "destroy": "it is removed",
     "die": "its process has ended",

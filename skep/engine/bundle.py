@@ -307,7 +307,11 @@ class Bundles:
                 found.append((0, f"/{inside}"))
             else:
                 found.append((1, f"/{inside}"))
-        own = [one for one in found if one[1] not in _FILES_OF_THE_NODE]
+        own = [
+            one
+            for one in found
+            if one[1] not in _FILES_OF_THE_NODE and one not in ((1, "/dev"), (1, "/proc"), (1, "/sys"))
+        ]
         if len(own) < len(found) and not any(inside.startswith("/etc/") for _, inside in own):
             own = [one for one in own if one[1] != "/etc"]  # it holds nothing but them
         return sorted(own, key=lambda one: one[1])

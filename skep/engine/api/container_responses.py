@@ -118,7 +118,7 @@ def inspected(container: Container, bundles: Bundles, exec_ids: Sequence[str]) -
             "Name": "overlay2",
         },
         "Mounts": _mounts(container),
-        "Config": _config(container),
+        "Config": config_of(container),
         "NetworkSettings": network_settings(container),
     }
 
@@ -249,7 +249,8 @@ def _state(container: Container) -> dict[str, Any]:
     return response
 
 
-def _config(container: Container) -> dict[str, Any]:
+def config_of(container: Container) -> dict[str, Any]:
+    """``Config``: what does not depend on the machine; an image that is made of the container has it, too."""
     config = container.config
     attached = container.plain.attached if container.plain is not None else ()
     response: dict[str, Any] = {

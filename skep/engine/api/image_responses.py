@@ -6,10 +6,8 @@ Source: moby 20.10, api/types/types.go (ImageInspect), api/types/image_summary.g
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 from skep.api.server import ApiVersion
-from skep.engine.images.image import ContainerDefaults, Image
+from skep.engine.images.image import Image, as_docker_writes
 from skep.engine.images.listing import Listed, created_ns
 from skep.engine.images.local import LocalImages
 from skep.errors import InvalidArgument
@@ -19,27 +17,6 @@ _NS = 1_000_000_000
 _EMPTY_LISTS = ApiVersion("1.43")
 _WITHOUT_VIRTUAL_SIZE = ApiVersion("1.44")
 _WITHOUT_CONTAINER_CONFIG = ApiVersion("1.45")
-
-_CONFIG: Mapping[str, Any] = {
-    "Hostname": "",
-    "Domainname": "",
-    "User": "",
-    "AttachStdin": False,
-    "AttachStdout": False,
-    "AttachStderr": False,
-    "Tty": False,
-    "OpenStdin": False,
-    "StdinOnce": False,
-    "Env": None,
-    "Cmd": None,
-    "Image": "",
-    "Volumes": None,
-    "WorkingDir": "",
-    "Entrypoint": None,
-    "OnBuild": None,
-    "Labels": None,
-}
-"""The fields that Docker writes even when they are empty."""
 
 
 def summary(
@@ -81,10 +58,10 @@ def inspected(image: Image, images: LocalImages, version: ApiVersion) -> Mapping
         "Comment": config.comment,
         "Created": config.created or ZERO_TIME,
         "Container": config.container,
-        "ContainerConfig": _container_config(config.container_config),
+        "ContainerConfig": as_docker_writes(config.container_config),
         "DockerVersion": config.docker_version,
         "Author": config.author,
-        "Config": _container_config(config.config) if config.config is not None else None,
+        "Config": as_docker_writes(config.config) if config.config is not None else None,
         "Architecture": config.architecture,
         "Variant": config.variant,
         "Os": config.os,
@@ -106,7 +83,7 @@ def inspected(image: Image, images: LocalImages, version: ApiVersion) -> Mapping
 
 
 def history(image: Image, images: LocalImages) -> Sequence[Mapping[str, Any]]:
-    """``docker history``: the steps, the latest first."""
+    """``docker history``: the steps, the latest first, with the images of this node that they made."""
     sizes = [images.layer_store.all()[chain_id].size_bytes for chain_id in image.chain]
     steps: list[dict[str, Any]] = [
         {
@@ -120,14 +97,14 @@ def history(image: Image, images: LocalImages) -> Sequence[Mapping[str, Any]]:
         for entry in image.config.history or ()
     ]
     steps.reverse()
-    if steps:
-        tags = [reference.familiar for reference in image.tags]
-        steps[0] |= {"Id": image.id, "Tags": tags or None}
+    known: Image | None = image
+    for step in steps:
+        if known is None:
+            break
+        tags = [reference.familiar for reference in known.tags]
+        step |= {"Id": known.id, "Tags": tags or None}
+        known = images.lookup(known.parent) if known.parent else None
     return steps
-
-
-def _container_config(defaults: ContainerDefaults | None) -> Mapping[str, Any]:
-    return {**_CONFIG, **msgspec.to_builtins(defaults or ContainerDefaults())}
 
 
 def _graph(image: Image, images: LocalImages) -> Mapping[str, str]:

@@ -18,6 +18,7 @@ from skep.api.server import Filters, api_version, flag, json_answer, json_list_a
 from skep.api.tables import Table
 from skep.api.timestamps import parse_time
 from skep.engine.api import image_responses
+from skep.engine.api.commits import import_image
 from skep.engine.api.progress import answer_with_progress
 from skep.engine.api.uploads import drain, pieces_of
 from skep.engine.images import pulling
@@ -30,7 +31,7 @@ from skep.engine.images.registry import Credentials, decode_credentials, login
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.searching import LIMIT_DEFAULT, SearchFilter, search, shown
 from skep.engine.images.store import ImageStore, Removed
-from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
+from skep.errors import InvalidArgument, NotFound, SkepError
 
 Users = Callable[[], Collection[ImageUser]]
 """Gives every container of this node, as what keeps its image from being removed."""
@@ -70,9 +71,9 @@ async def list_images(served: Served, request: web.Request) -> web.StreamRespons
 
 @_table.post("/images/create")
 async def create_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker pull``, with its progress; an import of a file system is not supported."""
+    """``docker pull`` and ``docker import``, with their progress."""
     if "fromImage" not in request.query:
-        raise Unimplemented('This node imports no file systems: use "docker load", or an engine beside it.')
+        return await import_image(served.images, served.clock, request)
     reference = _wanted(request.query["fromImage"], request.query.get("tag", ""))
     auth = request.headers.get("X-Registry-Auth", "")
     platform = request.query.get("platform", "")

@@ -5,6 +5,7 @@ from aiohttp import web
 from skep.aio.clock import Clock
 from skep.api.server import Routes, json_answer
 from skep.engine.api.builds import build_routes
+from skep.engine.api.commits import commit_routes
 from skep.engine.api.containers import container_routes, image_users
 from skep.engine.api.disk_usage import disk_usage_routes
 from skep.engine.api.images import image_routes
@@ -24,6 +25,7 @@ def engine_routes(engine: Engine, clock: Clock) -> tuple[web.AbstractRouteDef, .
     return (
         *image_routes(engine.images, lambda: image_users(engine), clock=clock),
         *container_routes(engine, clock),
+        *commit_routes(engine, clock),
         *volume_routes(engine.volumes, engine.list),
         *disk_usage_routes(engine, clock),
         *with_sessions(buildkit_for(builder, clock), build_routes(builder)),

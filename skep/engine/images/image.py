@@ -27,8 +27,20 @@ Source: moby, layer/layer.go (maxLayerDepth).
 
 
 class ContainerDefaults(ApiObject):
-    """How a container of the image runs unless its request has other options (``config`` of the configuration)."""
+    """How a container of the image runs unless its request has other options (``config`` of the configuration).
 
+    The first ones are only shown: they are those of the container that the image was made from.
+    """
+
+    hostname: str = ""
+    domainname: str = ""
+    attach_stdin: bool = False
+    attach_stdout: bool = False
+    attach_stderr: bool = False
+    tty: bool = msgspec.field(name="Tty", default=False)
+    open_stdin: bool = False
+    stdin_once: bool = False
+    image: str = ""
     user: str = ""
     exposed_ports: Mapping[str, Any] | None = None
     env: tuple[str, ...] | None = None
@@ -42,6 +54,33 @@ class ContainerDefaults(ApiObject):
     shell: tuple[str, ...] | None = None
     on_build: tuple[str, ...] | None = None
     healthcheck: HealthConfig | None = None
+
+
+_ALWAYS_WRITTEN: Mapping[str, Any] = {
+    "Hostname": "",
+    "Domainname": "",
+    "User": "",
+    "AttachStdin": False,
+    "AttachStdout": False,
+    "AttachStderr": False,
+    "Tty": False,
+    "OpenStdin": False,
+    "StdinOnce": False,
+    "Env": None,
+    "Cmd": None,
+    "Image": "",
+    "Volumes": None,
+    "WorkingDir": "",
+    "Entrypoint": None,
+    "OnBuild": None,
+    "Labels": None,
+}
+"""The fields of a configuration that Docker writes even when they are empty."""
+
+
+def as_docker_writes(defaults: ContainerDefaults | None) -> Mapping[str, Any]:
+    """Options of containers as Docker writes them."""
+    return {**_ALWAYS_WRITTEN, **msgspec.to_builtins(defaults or ContainerDefaults())}
 
 
 class RootFS(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -186,15 +186,16 @@ class Layers:
         changes: Path,
         *,
         below: Digest | None,
+        pin: Callable[[Digest], None],
         without: Collection[str] = (),
         take: bool = False,
-        keep: Callable[[Digest], Awaitable[None]],
     ) -> Layer:
         """Make a layer of an overlay's upper directory, on top of the layer ``below`` (None: of nothing).
 
         The same changes above the same layer are one layer, whatever became of ``changes`` meanwhile.
 
         Args:
+            pin: called with the layer's chain id before the layer is seen, so that it is not deleted as unused.
             without: paths below ``changes`` that are left out.
             take: ``changes`` is moved into the layer instead of being copied, and is gone afterwards; nothing has it
                 mounted or writes to it, and it is on this file system.
@@ -213,9 +214,8 @@ class Layers:
                 packed = await pack_changes(
                     changes, content, limits=self._limits, without=without, removes=take
                 )
-            diff_id = packed.digest
-            chain_id = chain_id_above(below, diff_id)
-            await keep(chain_id)
+            chain_id = chain_id_above(below, packed.digest)
+            pin(chain_id)
             async with self._lock(chain_id):
                 present = self._layers.get(chain_id)
                 if present is not None:
@@ -225,20 +225,47 @@ class Layers:
                     changes.rename(files)
                 else:
                     files.mkdir(mode=0o755)
-                    await self._copied(content, files, diff_id)
-                layer = Layer(
-                    chain_id=chain_id,
-                    diff_id=diff_id,
-                    size_bytes=packed.size_bytes,
-                    plain_bytes=packed.plain_bytes,
-                )
-                await asyncio.to_thread(_publish, workspace, self._root / hex_of(chain_id), layer)
-                self._layers[chain_id] = layer
-                return layer
+                    await self._copied(content, files, packed.digest)
+                return await self._published(workspace, chain_id, packed)
         except OSError as error:
             raise UnpackFailed(describe_error(error)) from error
         finally:
             await asyncio.shield(discard_tree(workspace))
+
+    async def add_archive(self, archive: AsyncIterable[bytes], *, pin: Callable[[Digest], None]) -> Layer:
+        """Make a layer with nothing below it of a tar, compressed or not, whose digest is not known.
+
+        ``pin``: as for ``add_changes``.  Raises: as ``add``.
+        """
+        # Not in a thread: a cancelled caller would leave it behind.
+        workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
+        try:
+            files = workspace / "diff"
+            files.mkdir(mode=0o755)
+            async with self._slots.of(str(workspace)):
+                unpacked = await unpack(
+                    archive, files, limits=self._limits, is_layer=True, copy_to=workspace / "content"
+                )
+            pin(unpacked.digest)
+            async with self._lock(unpacked.digest):
+                present = self._layers.get(unpacked.digest)
+                return present or await self._published(workspace, unpacked.digest, unpacked)
+        except OSError as error:
+            raise UnpackFailed(describe_error(error)) from error
+        finally:
+            await asyncio.shield(discard_tree(workspace))
+
+    async def _published(self, workspace: Path, chain_id: Digest, found: Unpacked) -> Layer:
+        """The layer of a workspace that has its files and its content."""
+        layer = Layer(
+            chain_id=chain_id,
+            diff_id=found.digest,
+            size_bytes=found.size_bytes,
+            plain_bytes=found.plain_bytes,
+        )
+        await asyncio.to_thread(_publish, workspace, self._root / hex_of(chain_id), layer)
+        self._layers[chain_id] = layer
+        return layer
 
     async def _copied(self, content: Path, files: Path, diff_id: Digest) -> None:
         """Fill ``files`` from the tar at ``content``, which stays."""

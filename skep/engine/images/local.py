@@ -21,8 +21,17 @@ import asyncio
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -30,14 +39,16 @@ import structlog
 
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.failures import describe_error, log_error, retry
+from skep.aio.race import run_to_end
 from skep.aio.trees import discard_tree, discard_tree_now
+from skep.engine.images.catalog import Catalog, read_catalog, with_references
 from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest
 from skep.engine.images.image import Image, ImageConfig, parse_config
 from skep.engine.images.layers import Layer, Layers, Limits
 from skep.engine.images.reference import Reference, parse_any, parse_reference
 from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.linux.files import BESIDE, is_no_file, replace_file
-from skep.model.times import ZERO_TIME, Timestamp, timestamp
+from skep.model.times import ZERO_TIME, timestamp
 
 log = structlog.get_logger()
 
@@ -55,21 +66,6 @@ class ImageEvent(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     time_ns: int
     attributes: Mapping[str, str] = {}
-
-
-class Catalog(msgspec.Struct, frozen=True):
-    """What is known of images beyond their configurations.
-
-    ``references``: reference -> image id.  ``tagged_at``, ``parents``: by image id.  ``retired``: images that were
-    removed while containers still use their layers; they are not shown.  ``fetched``: those that came from a registry
-    or another node, and that no user has loaded or tagged.
-    """
-
-    references: Mapping[str, Digest] = {}
-    tagged_at: Mapping[str, Timestamp] = {}
-    parents: Mapping[str, str] = {}
-    retired: frozenset[str] = frozenset()
-    fetched: frozenset[str] = frozenset()
 
 
 class Damage(msgspec.Struct, frozen=True):
@@ -236,10 +232,11 @@ class LocalImages:
         *,
         parent: str = "",
         is_fetched: bool = False,
+        is_tagged: bool = False,
     ) -> Image:
         """Make an image of a configuration whose layers are here; its references move from where they were.
 
-        ``is_fetched``: from a registry or another node.
+        ``is_fetched``: from a registry or another node; ``is_tagged``: by a user, at this moment.
 
         Raises:
             InvalidArgument: the configuration is none.
@@ -251,16 +248,20 @@ class LocalImages:
             for chain_id in chain:
                 self.layer_store.directory(chain_id)
             may_go = is_fetched and (id in self._catalog.fetched or id not in self._images)
-            if id not in self._configs:
-                await asyncio.to_thread(replace_file, self._root / "configs" / hex_of(id), content)
-            catalog = _with_references(self._catalog, references, id)
+            catalog = with_references(self._catalog, references, id)
             fetched = catalog.fetched | {id} if may_go else catalog.fetched - {id}
             catalog = msgspec.structs.replace(catalog, retired=catalog.retired - {id}, fetched=fetched)
             if parent:
                 catalog = msgspec.structs.replace(catalog, parents={**catalog.parents, id: parent})
-            self._configs[id] = config
-            self._damaged.pop(id, None)
-            await self._put(catalog)
+            if is_tagged:
+                stamps = {**catalog.tagged_at, id: timestamp(self._clock.now_ns())}
+                catalog = msgspec.structs.replace(catalog, tagged_at=stamps)
+            async with self._undone_on_error(id):
+                if id not in self._configs:
+                    await self._replace(self._root / "configs" / hex_of(id), content)
+                    self._configs[id] = config
+                self._damaged.pop(id, None)
+                await self._put(catalog)
             self._report(self._problem())
         return self._images[id]
 
@@ -284,7 +285,7 @@ class LocalImages:
         async with self._writing:
             if image.id not in self._images:
                 raise NotFound(f"No such image: {word}")
-            catalog = _with_references(self._catalog, (reference,), image.id)
+            catalog = with_references(self._catalog, (reference,), image.id)
             stamps = {**catalog.tagged_at, image.id: timestamp(self._clock.now_ns())}
             fetched = catalog.fetched - {image.id}
             await self._put(msgspec.structs.replace(catalog, tagged_at=stamps, fetched=fetched))
@@ -346,15 +347,28 @@ class LocalImages:
         """
         self._require_catalog()
         chain = below.chain if below is not None else ()
-        async with self.pinned(chain), AsyncExitStack() as stack:
+        top = chain[-1] if chain else None
+        async with self.pinned(chain), self._pinning() as pin:
+            yield await self.layer_store.add_changes(changes, below=top, pin=pin, without=without, take=take)
 
-            async def keep(chain_id: Digest) -> None:
-                await stack.enter_async_context(self.pinned([chain_id]))
+    @asynccontextmanager
+    async def layer_of_archive(self, archive: AsyncIterable[bytes]) -> AsyncIterator[Layer]:
+        """The same of a tar, on top of nothing.  Raises: as ``Layers.add``."""
+        self._require_catalog()
+        async with self._pinning() as pin:
+            yield await self.layer_store.add_archive(archive, pin=pin)
 
-            below_id = chain[-1] if chain else None
-            yield await self.layer_store.add_changes(
-                changes, below=below_id, without=without, take=take, keep=keep
-            )
+    @asynccontextmanager
+    async def _pinning(self) -> AsyncIterator[Callable[[Digest], None]]:
+        """Gives what pins a layer that is not known before, as long as the block runs."""
+        pinned: list[Digest] = []
+
+        def pin(chain_id: Digest) -> None:
+            pinned.append(chain_id)
+            self._pinned[chain_id] += 1
+
+        async with self.pinned(pinned):
+            yield pin
 
     @asynccontextmanager
     async def workspace(self, prefix: str) -> AsyncIterator[Path]:
@@ -420,7 +434,7 @@ class LocalImages:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             if not self._knows_catalog:
-                self._catalog = _read_catalog(self._root / "catalog.json")
+                self._catalog = read_catalog(self._root / "catalog.json")
                 self._knows_catalog = True
         except OSError as error:
             unread = error
@@ -497,15 +511,34 @@ class LocalImages:
     async def _put(self, catalog: Catalog) -> None:
         """Write the catalog, then show it.  Under ``_writing``.  Raises: Unavailable: it could not be read."""
         self._require_catalog()
-        content = msgspec.json.encode(catalog)
-        await asyncio.to_thread(replace_file, self._root / "catalog.json", content)
+        await self._replace(self._root / "catalog.json", msgspec.json.encode(catalog))
         self._catalog = catalog
         self._index()
+
+    async def _replace(self, file: Path, content: bytes) -> None:
+        """Under ``_writing``, which a caller that is cancelled holds until the file is written."""
+        await run_to_end(asyncio.to_thread(replace_file, file, content))
 
     def _require_catalog(self) -> None:
         """What is in the file must not be lost by writing it anew."""
         if not self._knows_catalog:
             raise Unavailable(self.error)
+
+    @asynccontextmanager
+    async def _undone_on_error(self, id: Digest) -> AsyncIterator[None]:
+        """An image that is being added is not there at all if it does not get its names.  Under ``_writing``."""
+        is_new, damage = id not in self._configs, self._damaged.get(id)
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                self._configs.pop(id, None)
+            if damage is not None:
+                self._damaged[id] = damage
+            elif is_new:
+                with suppress(OSError):  # the next start finds it, without a name
+                    await asyncio.shield(self._forget([id]))
+            raise
 
     async def _forget(self, image_ids: Iterable[str]) -> None:
         """Delete configurations.  Under ``_writing``."""
@@ -539,32 +572,3 @@ def _read_config(file: Path, id: Digest) -> ImageConfig:
     if digest_of(content) != id:
         raise InvalidArgument("the content of its configuration has changed")
     return parse_config(content)
-
-
-def _read_catalog(file: Path) -> Catalog:
-    """What an earlier process wrote; one that is damaged is moved aside, and the images have no names.
-
-    Raises: OSError: it cannot be read now.
-    """
-    try:
-        catalog = msgspec.json.decode(file.read_bytes(), type=Catalog)
-        for text in catalog.references:
-            parse_reference(text)
-    except FileNotFoundError:
-        return Catalog()
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, InvalidArgument) as error:
-        if isinstance(error, OSError) and not is_no_file(error):
-            raise
-        aside = file.with_suffix(".damaged")
-        log_error(error, "names of images lost: their file is damaged", file=str(file), kept_as=str(aside))
-        discard_tree_now(aside)
-        with suppress(OSError):
-            file.rename(aside)
-        return Catalog()
-    return catalog
-
-
-def _with_references(catalog: Catalog, references: Iterable[Reference], id: Digest) -> Catalog:
-    """The catalog after ``references`` were given to the image ``id``."""
-    named = {str(reference): id for reference in references}
-    return msgspec.structs.replace(catalog, references={**catalog.references, **named})

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
@@ -71,6 +71,7 @@ class _Request(msgspec.Struct, frozen=True):
 
     method: str
     path: str
+    query: str
     ownership: Ownership
 
 
@@ -86,7 +87,7 @@ def route(method: str, target: str, ownership: Ownership) -> Destination:
     path = path_of(target)
     if is_for_manager(path):
         return Destination.MANAGER
-    request = _Request(method, path, ownership)
+    request = _Request(method, path, target.partition("?")[2], ownership)
     for rule in _RULES:
         if match := rule.pattern.fullmatch(path):
             return rule.decide(request, unquote(match.groupdict().get("name") or ""))
@@ -104,6 +105,10 @@ def _others(request: _Request, _name: str = "") -> Destination:
 
 def _owner_of_container(request: _Request, name: str) -> Destination:
     return Destination.HERE if request.ownership.owns_container(name) else _others(request)
+
+
+def _owner_of_committed(request: _Request, _name: str) -> Destination:
+    return _owner_of_container(request, dict(parse_qsl(request.query)).get("container", ""))
 
 
 def _owner_of_exec(request: _Request, name: str) -> Destination:
@@ -135,6 +140,7 @@ _RULES = (
     _rule(r"/containers/(?:json|create)", _here),  # both query the engine as well
     _rule(r"/containers/prune", _others),
     _rule(r"/containers/(?P<name>[^/]+)(?:/.*)?", _owner_of_container),
+    _rule(r"/commit", _owner_of_committed),
     _rule(r"/exec/(?P<name>[^/]+)(?:/.*)?", _owner_of_exec),
     # volumes: the node's own and the engine's in one list
     _rule(r"/volumes(?:/.*)?", _volumes),

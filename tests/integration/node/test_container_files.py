@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import tarfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import aiohttp
 import pytest
@@ -312,3 +314,113 @@ async def test_a_client_that_vanishes_ends_its_copy(api: Api, lab: Lab) -> None:
     async with asyncio.timeout(60):
         while lab.remains():  # noqa: ASYNC110  # nothing announces the end of a process
             await asyncio.sleep(0.05)
+
+
+# --- commit, import ------------------------------------------------------------------------------------------------
+
+
+async def made(api: Api, container: str, body: Any = None, **query: str) -> tuple[int, Any]:
+    return await api.ask("POST", f"/commit?{urlencode({'container': container, **query}, doseq=True)}", body)
+
+
+async def test_a_commit_is_an_image_with_the_containers_changes(
+    api: Api, images: ImageStore, executor: OciExecutor
+) -> None:
+    changes = "echo -n new > /new; rm /etc/group; rm -r /var/tmp; mkdir /var/tmp; touch /var/tmp/x; chmod 4755 /bin/ls"
+    id = await run(api, changes, Env=["A=1"], Labels={"x": "y"})
+    status, answer = await made(
+        api, id, repo="made", tag="1", author="me", comment="mine", changes=["ENV B=2", 'CMD ["cat","/new"]']
+    )
+    assert status == 201
+    image = images.get("made:1")
+    assert answer == {"Id": image.id}
+    assert (image.config.author, image.config.defaults.cmd) == ("me", ("cat", "/new"))
+    assert {"A=1", "B=2"} < set(image.config.defaults.env or ())
+    assert (image.config.history or ())[-1].comment == "mine"
+    assert len(image.config.diff_ids) == len(images.get(IMAGE).config.diff_ids) + 1
+    assert image.parent == images.get(IMAGE).id
+    body = {"Image": "made:1", "HostConfig": {"NetworkMode": "none"}}
+    _, created = await api.ask("POST", "/containers/create", body)
+    await api.ask("POST", f"/containers/{created['Id']}/start")
+    await api.ask("POST", f"/containers/{created['Id']}/wait")
+    _, output, _ = await api.docker("logs", created["Id"])
+    assert output.strip() == "new"
+    assert "var/tmp/x" in await got(api, created["Id"], "/var/tmp") or "tmp/x" in await got(
+        api, created["Id"], "/var/tmp"
+    )
+    assert await executor.engine.wait(created["Id"])
+    assert not list(images.scratch.iterdir())
+
+
+async def test_a_container_is_frozen_while_it_is_committed_and_runs_on(
+    api: Api, executor: OciExecutor
+) -> None:
+    id = await start(api, "sh", "-c", "i=0; while :; do i=$((i+1)); echo $i > /a; echo $i > /b; done")
+    for _ in range(3):
+        status, answer = await made(api, id)
+        assert status == 201
+        layer = executor.engine.images.layers(executor.engine.images.get(answer["Id"]))[0]
+        texts = [(layer / name).read_text() for name in ("a", "b")]
+        numbers = [int(text) for text in texts if text]  # a file is empty between its opening and its content
+        assert len(numbers) < 2 or numbers[0] - numbers[1] in (0, 1)
+    _, shown = await api.ask("GET", f"/containers/{id}/json")
+    assert shown["State"]["Status"] == "running"
+    await api.ask("POST", f"/containers/{id}/pause")
+    assert (await made(api, id))[0] == 201
+    _, shown = await api.ask("GET", f"/containers/{id}/json")
+    assert shown["State"]["Status"] == "paused", "it was paused by its user"
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "message"),
+    [
+        ({"changes": "FROM x"}, 400, "from is not a valid change command"),
+        ({"changes": "rubbish"}, 400, "rubbish is not a valid change command"),
+        ({"repo": "BAD"}, 400, "invalid reference format: repository name must be lowercase"),
+        ({"container": "nosuch"}, 404, "No such container: nosuch"),
+    ],
+)
+async def test_a_commit_that_cannot_be_made_leaves_nothing(
+    api: Api, images: ImageStore, query: dict[str, str], status: int, message: str
+) -> None:
+    id = await create(api, "true")
+    answer_status, answer = await made(api, **{"container": id, **query})
+    assert (answer_status, answer["message"].lower()) == (status, message.lower())
+    assert [image.tags for image in images.images()] == [images.get(IMAGE).tags]
+
+
+async def test_an_imported_tree_is_an_image_with_its_changes(api: Api, images: ImageStore) -> None:
+    id = await run(api, "echo -n new > /new")
+    _, archive, _ = await api.send("GET", f"/containers/{id}/export")
+    query = urlencode(
+        {"fromSrc": "-", "repo": "imported", "tag": "1", "message": "mine", "changes": 'CMD ["cat","/new"]'}
+    )
+    status, content, _ = await api.send("POST", f"/images/create?{query}", gzip.compress(archive))
+    image = images.get("imported:1")
+    assert (status, json.loads(content)) == (200, {"status": image.id})
+    assert (image.config.os, len(image.config.diff_ids)) == ("linux", 1)
+    body = {"Image": "imported:1", "HostConfig": {"NetworkMode": "none"}}
+    _, created = await api.ask("POST", "/containers/create", body)
+    await api.ask("POST", f"/containers/{created['Id']}/start")
+    await api.ask("POST", f"/containers/{created['Id']}/wait")
+    assert (await api.docker("logs", created["Id"]))[1].strip() == "new"
+
+
+@pytest.mark.parametrize(
+    ("query", "archive", "message"),
+    [
+        ({"fromSrc": "-"}, b"rubbish" * 200, "archive/tar: invalid tar header"),
+        ({"fromSrc": "-", "repo": "BAD"}, b"", "repository name must be lowercase"),
+        ({"fromSrc": "-", "changes": "FROM x"}, b"", "is not a valid change command"),
+        ({"fromSrc": "-", "platform": "windows/amd64"}, b"", "operating system is not supported"),
+        ({"fromSrc": "http://127.0.0.1/x"}, b"", 'does not download file systems from "http://127.0.0.1/x"'),
+    ],
+)
+async def test_an_import_that_cannot_be_made_says_why_and_leaves_nothing(
+    api: Api, images: ImageStore, query: dict[str, str], archive: bytes, message: str
+) -> None:
+    before = images.images()
+    _, content, _ = await api.send("POST", f"/images/create?{urlencode(query)}", archive)
+    assert message in json.loads(content)["message"]
+    assert images.images() == before
+    assert not list(images.scratch.iterdir())

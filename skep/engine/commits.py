@@ -1,0 +1,125 @@
+"""``docker commit``: an image of a container's file system and options.
+
+Source: moby 20.10, daemon/commit.go (CreateImageFromContainer, merge), daemon/images/image_commit.go.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import msgspec
+
+from skep import __version__
+from skep.engine.build.config import apply_changes
+from skep.engine.bundle import OUTSIDE_OF_IMAGES
+from skep.engine.container import Container, ContainerState, StillRunning
+from skep.engine.engine import Engine
+from skep.engine.images.child import Step, child_config
+from skep.engine.images.image import ContainerDefaults, Image, as_docker_writes
+from skep.engine.images.reference import Reference
+from skep.errors import SkepError
+from skep.model.times import Timestamp
+
+
+class CommitRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``docker commit`` asks for.
+
+    ``config``: options of the image's containers; None: those of the container.  ``changes``: instructions of a
+    Dockerfile that change them.  ``pauses``: the container's processes are frozen meanwhile.
+    """
+
+    reference: Reference | None = None
+    author: str = ""
+    comment: str = ""
+    pauses: bool = True
+    config: ContainerDefaults | None = None
+    changes: tuple[str, ...] = ()
+
+
+async def commit(
+    engine: Engine, word: str, request: CommitRequest, own: ContainerDefaults, now: Timestamp
+) -> Image:
+    """Make an image of the container ``word``, whose options are ``own``.
+
+    Raises: NotFound: no such container, or its image was removed; InvalidArgument: a change is none, or a file has no
+    form in an image; StillRunning: it is being removed; ResourceExhausted; UnpackFailed.
+    """
+    container = engine.get(word)
+    _require_present(container)
+    config = merged(apply_changes(request.config or own, request.changes), own)
+    parent = engine.images.get(container.image_id)
+    upper = engine.bundles.path(container.id) / "upper"
+    async with _paused(engine, container, pauses=request.pauses):
+        async with engine.images.layer_of_changes(upper, parent, without=OUTSIDE_OF_IMAGES) as layer:
+            _require_present(engine.get(container.id))  # what was removed meanwhile is not in the layer
+            step = Step(
+                created=now,
+                diff_id=layer.diff_id,
+                created_by=" ".join(container.config.command),
+                author=request.author,
+                comment=request.comment,
+            )
+            image = await engine.images.add(
+                child_config(
+                    engine.images.config_file(parent).read_bytes(),
+                    step,
+                    as_docker_writes(config),
+                    more={
+                        "container": container.id,
+                        "container_config": as_docker_writes(own),
+                        "docker_version": __version__,
+                    },
+                ),
+                [request.reference] if request.reference is not None else [],
+                parent=parent.id,
+                is_tagged=request.reference is not None,
+            )
+        name = request.reference.familiar if request.reference is not None else ""
+        if name:
+            engine.images.announce("tag", image.id, name)
+        engine.events.publish("commit", container, comment=request.comment, imageID=image.id, imageRef=name)
+    return image
+
+
+def _require_present(container: Container) -> None:
+    if container.state is ContainerState.REMOVING:
+        raise StillRunning(f"You cannot commit container {container.id} which is being removed")
+
+
+@asynccontextmanager
+async def _paused(engine: Engine, container: Container, *, pauses: bool) -> AsyncIterator[None]:
+    """The container does not change meanwhile, if it runs and is not paused already."""
+    if not pauses or container.state is not ContainerState.RUNNING:
+        yield
+        return
+    with suppress(SkepError):  # it has ended meanwhile
+        await engine.pause(container.id)
+    try:
+        yield
+    finally:
+        with suppress(SkepError):
+            if engine.get(container.id).state is ContainerState.PAUSED:
+                await engine.unpause(container.id)
+
+
+def merged(config: ContainerDefaults, other: ContainerDefaults) -> ContainerDefaults:
+    """``config`` with what it leaves out from ``other``.
+
+    Source: moby 20.10, daemon/commit.go (merge).
+    """
+    env = config.env or ()
+    names = {text.partition("=")[0] for text in env}
+    changes: dict[str, Any] = {
+        "user": config.user or other.user,
+        "exposed_ports": {**(other.exposed_ports or {}), **(config.exposed_ports or {})} or None,
+        "env": (*env, *(text for text in other.env or () if text.partition("=")[0] not in names)) or None,
+        "labels": {**(other.labels or {}), **(config.labels or {})} or None,
+        "healthcheck": config.healthcheck or other.healthcheck,
+        "working_dir": config.working_dir or other.working_dir,
+        "volumes": {**(other.volumes or {}), **(config.volumes or {})} or None,
+        "stop_signal": config.stop_signal or other.stop_signal,
+    }
+    if not config.entrypoint:
+        changes["cmd"] = config.cmd or other.cmd
+        changes["entrypoint"] = other.entrypoint if config.entrypoint is None else config.entrypoint
+    return msgspec.structs.replace(config, **changes)
