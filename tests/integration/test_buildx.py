@@ -138,11 +138,12 @@ def test_compose_builds_services_with_what_their_files_say(m1: TestNode, tmp_pat
     (tmp_path / ".docker").mkdir()
     plugins = {"cliPluginsExtraDirs": [str(plugin("docker-buildx").parent)]}
     (tmp_path / ".docker" / "config.json").write_text(json.dumps(plugins))
-    context(tmp_path / "context", f"FROM {IMAGE}\nARG WORD\nRUN echo $WORD > /word\n")
+    for name in ("first", "second"):
+        context(tmp_path / name, f"FROM {IMAGE}\nARG WORD\nRUN echo $WORD > /word\n")
     (tmp_path / "compose.yaml").write_text(
         "services:\n"
-        "  one: {image: 'composed:1', build: {context: context, args: {WORD: first}}}\n"
-        "  two: {image: 'composed:2', build: {context: context, args: {WORD: second}, labels: {a: b}}}\n"
+        "  one: {image: 'composed:1', build: {context: first, args: {WORD: first}}}\n"
+        "  two: {image: 'composed:2', build: {context: second, args: {WORD: second}, labels: {a: b}}}\n"
     )
     run(m1, tmp_path, "docker-compose", "--project-directory", str(tmp_path), "build", COMPOSE_BAKE=bakes)
     for number, word in ((1, "first\n"), (2, "second\n")):
