@@ -195,11 +195,16 @@ class Operators:
         """Demote; returns False if it is refused for ``GIVEN_UP_S`` because the others would lose their quorum."""
         until = self._cluster.loop.time() + GIVEN_UP_S
         while not await self._users.set_role(id, NodeRole.WORKER):
-            if self._cluster.loop.time() > until:
+            # An attempt whose outcome was unknown may have been committed: the operator sees it.
+            if self._cluster.loop.time() > until and not self._is_to_be_worker(id):
                 return False
             await asyncio.sleep(RETRY_S)
         await _until(lambda: id not in self._cluster.raft.members)
         return True
+
+    def _is_to_be_worker(self, id: NodeId) -> bool:
+        node = self._cluster.view.lookup(Node, id)
+        return node is not None and node.spec.role is NodeRole.WORKER
 
     async def _end_manager(self, id: NodeId) -> None:
         if id in self._cluster.nodes:

@@ -16,6 +16,7 @@ FAILED_ONCE = (
     4005196,  # a task of another version that lost its node was taken for one more restart
     4005212,  # a node that the leader could not read was expected to get tasks
     4005341,  # two terms of one manager were taken for one
+    4005372,  # an operator took a demotion for refused that was committed after its deadline
     4005530,  # a node of a global service that becomes active gets its task at once
     4005550,  # a new leader took a task that was stopped with its node for one that was given up
     4005588,  # under a new leader an update whose failures are tolerated did not end
