@@ -106,7 +106,10 @@ class ImagePort:
         await self._check(caller)
         document = await self._images.manifest(request.target)
         return skep.ImageManifestResponse(
-            content=document.content, media_type=document.media_type, made=not document.is_of_registry
+            content=document.content,
+            media_type=document.media_type,
+            made=not document.is_of_registry,
+            own=document.is_own,
         )
 
     async def _blob(
@@ -219,7 +222,12 @@ class NodeSource:
         channel = await self._connected()
         request = skep.ImageManifestRequest(target=target)
         response = await self._called(channel.call(methods.IMAGE_MANIFEST, request, timeout_s=MANIFEST_S))
-        return Document(response.content, response.media_type, is_of_registry=not response.made)
+        return Document(
+            response.content,
+            response.media_type,
+            is_of_registry=not response.made,
+            is_own=response.made and response.own,
+        )
 
     @asynccontextmanager
     async def blob(self, digest: str, *, last_resort: bool) -> AsyncIterator[AsyncIterator[bytes]]:

@@ -1036,20 +1036,24 @@ class ImageManifestResponse(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     MEDIA_TYPE_FIELD_NUMBER: _builtins.int
     MADE_FIELD_NUMBER: _builtins.int
+    OWN_FIELD_NUMBER: _builtins.int
     content: _builtins.bytes
     media_type: _builtins.str
     made: _builtins.bool
     """No registry sent it: the node has made it."""
+    own: _builtins.bool
+    """The image is of no registry either: it was built, loaded or tagged under the requested name."""
     def __init__(
         self,
         *,
         content: _builtins.bytes = ...,
         media_type: _builtins.str = ...,
         made: _builtins.bool = ...,
+        own: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "made", b"made", "media_type", b"media_type"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "made", b"made", "media_type", b"media_type", "own", b"own"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

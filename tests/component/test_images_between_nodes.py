@@ -5,17 +5,19 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry import RegistryError
 from skep.engine.images.serving import COPIES_MAX
-from skep.errors import PermissionDenied, ResourceExhausted, SkepError, Unavailable
+from skep.errors import NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
 from skep.model.ids import new_id
 from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import Channel, connected
 from tests.support.archives import sha256
+from tests.support.bent_registry import Registry, Respond
 from tests.support.images_rig import APP, ImageCluster, ImageNode, MadeImage, an_image, give
 
 
@@ -231,3 +233,76 @@ async def test_an_image_that_no_registry_has_sent_is_not_pinned(cluster: ImageCl
     await give(cluster.manager, an_image(1000))
     with pytest.raises(RegistryError):
         await cluster.manager.images.inspect_remote(parse_reference(APP), "")
+
+
+async def _status(status: int, **headers: str) -> web.Response:
+    return web.Response(
+        status=status, headers={name.replace("_", "-"): text for name, text in headers.items()}
+    )
+
+
+async def _without_credentials(_request: web.Request) -> web.Response:
+    return await _status(401, WWW_Authenticate='Basic realm="x"')
+
+
+async def _repository_denied(request: web.Request) -> web.Response:
+    return await _status(200 if request.path == "/v2/" else 403)
+
+
+def _token_refused(status: int) -> Respond:
+    async def respond(request: web.Request) -> web.Response:
+        if request.path == "/token":
+            return await _status(status)
+        return await _status(401, WWW_Authenticate=f'Bearer realm="http://{request.host}/token",service="x"')
+
+    return respond
+
+
+async def _credentials_not_read(request: web.Request) -> web.Response:
+    return await (_status(431) if "Authorization" in request.headers else _without_credentials(request))
+
+
+@pytest.mark.parametrize(
+    ("respond", "auth"),
+    [
+        (_without_credentials, ""),
+        (_repository_denied, ""),
+        (_token_refused(403), ""),
+        (_token_refused(400), "eyJpZGVudGl0eXRva2VuIjoieCJ9"),
+        (_credentials_not_read, "eyJ1c2VybmFtZSI6InVzZXIiLCJwYXNzd29yZCI6Im9sZCJ9"),
+    ],
+)
+async def test_what_its_registry_denies_is_not_given_by_a_node_that_pulled_it(
+    cluster: ImageCluster, respond: Respond, auth: str
+) -> None:
+    pulled, older, built = an_image(1000), an_image(2000), an_image(3000)
+    registry = Registry()
+    registry.bend = respond
+    async with registry.serving():
+        name = f"{registry.address}/app"
+        await give(cluster.manager, pulled, f"{name}:pulled", with_manifest=True)
+        digest = parse_reference(name).with_digest(sha256(older.manifest))
+        image = await give(cluster.manager, older, f"{name}:older")
+        await cluster.manager.images.add(older.config, [digest])  # its manifest was not kept
+        await give(cluster.manager, built, f"{name}:built")
+        worker = await cluster.add()
+        for word in (f"{name}:pulled", f"{name}@{sha256(pulled.manifest)}", f"{name}:older"):
+            with pytest.raises(SkepError) as raised:
+                await worker.images.pull(word, auth)
+            assert not isinstance(raised.value, RegistryError), "the registry is there"
+        assert worker.images.lookup(image.id) is None
+        assert (await worker.images.pull(f"{name}:built", auth)).id == sha256(built.config)
+
+
+async def test_a_digest_is_given_under_a_name_that_its_image_has(cluster: ImageCluster) -> None:
+    """Else a name without a registry would get what the registry denies under its own."""
+    made = an_image(1000)
+    await give(cluster.manager, made, with_manifest=True)
+    worker = await cluster.add()
+    with pytest.raises(RegistryError, match="connection refused"):
+        await worker.images.pull(f"localhost:1/another@{sha256(made.manifest)}")
+    async with connected(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+        request = skep.ImageManifestRequest(target=f"localhost:1/another@{sha256(made.manifest)}")
+        with pytest.raises(NotFound):
+            await channel.call(methods.IMAGE_MANIFEST, request)
+    assert (await worker.images.pull(at_digest(made))).id == sha256(made.config)

@@ -202,9 +202,15 @@ class LocalImages:
         """Whether it came from a registry or another node, and no user has loaded or tagged it here since."""
         return image.id in self._catalog.fetched
 
-    def document(self, digest: str) -> bytes | None:
-        """The manifest or index with this digest, if an image came with it.  Blocks; call it in a thread."""
+    def document(self, digest: str, name: str = "") -> bytes | None:
+        """The manifest or index with this digest, if an image came with it.  Blocks; call it in a thread.
+
+        ``name``: of the repository, one that the image has; empty: any.
+        """
         for file in (self._root / "manifests").glob(f"*/{hex_of(digest)}"):
+            image = self._images.get(f"sha256:{file.parent.name}")
+            if name and (image is None or all(one.name != name for one in image.references)):
+                continue
             with suppress(OSError):
                 content = file.read_bytes()
                 if digest_of(content) == digest:

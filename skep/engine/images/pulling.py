@@ -176,11 +176,21 @@ async def pull(
 
 
 async def pull_from_nodes(
-    images: LocalImages, nodes: NodeFetcher, reference: Reference, report: Report, *, platform: str = ""
+    images: LocalImages,
+    nodes: NodeFetcher,
+    reference: Reference,
+    report: Report,
+    *,
+    platform: str = "",
+    only_own: bool = False,
 ) -> Image:
-    """Fetch what ``reference`` names from the nodes of the cluster.  Raises: as ``ImageStore.pull``."""
-    async with _lock(_pulls, (images, reference)), nodes.repository(reference) as repository:
-        return await pull_from(images, repository, reference, report, platform=platform)
+    """Fetch what ``reference`` names from the nodes of the cluster.
+
+    ``only_own``: see ``spreading.Spread``.  Raises: as ``ImageStore.pull``.
+    """
+    repository = nodes.repository(reference, only_own=only_own)
+    async with _lock(_pulls, (images, reference)), repository as found:
+        return await pull_from(images, found, reference, report, platform=platform)
 
 
 async def pull_from(

@@ -169,12 +169,14 @@ class _Tags(msgspec.Struct, frozen=True):
 class Document(msgspec.Struct, frozen=True):
     """A manifest or index as the registry sent it.
 
-    ``is_of_registry``: false for one that a node of the cluster made of an image that came from no registry.
+    ``is_of_registry``: false for one that a node of the cluster made of an image of which it has none from a registry.
+    ``is_own``: nor did the image come from the registry of the requested name: it was built, loaded or tagged there.
     """
 
     content: bytes
     media_type: str
     is_of_registry: bool = True
+    is_own: bool = False
 
     @property
     def digest(self) -> Digest:
@@ -215,11 +217,17 @@ class Connection:
         """What the registry's token server gave in place of the password; empty: nothing."""
 
     async def ping(self) -> None:
-        """Check that a registry responds there, and log in if it requires that.  Raises: RegistryError."""
+        """Check that a registry responds there, and log in if it requires that.
+
+        Raises: RegistryError; PermissionDenied: it refuses the credentials.
+        """
         try:
             async with self.request("GET", "/v2/", timeout=SHORT_TIMEOUT) as response:
                 if response.status not in (200, 401, 404, 429):
-                    raise RegistryError(f"{response.url}: unexpected status {response.status}")
+                    text = f"{response.url}: unexpected status {response.status}"
+                    if self._credentials and response.status < 500:
+                        raise PermissionDenied(text)  # it responds, but not to these credentials
+                    raise RegistryError(text)
         except NoCredentials:
             pass  # it responds; what is asked of it next may need none
 
@@ -353,6 +361,10 @@ class Connection:
                 content = await read_bounded(response, _TOKEN_BYTES_MAX)
                 if response.status == 401:
                     raise PermissionDenied("unauthorized: incorrect username or password")
+                if response.status == 403:
+                    raise PermissionDenied("denied: requested access to the resource is denied")
+                if 400 <= response.status < 500 and response.status not in (408, 429):
+                    raise PermissionDenied(f"{realm}: unexpected status {response.status}")
                 if response.status != 200:
                     raise RegistryError(
                         f"{realm}: unexpected status {response.status}", retry_after(response)

@@ -121,7 +121,8 @@ class ServedImages:
         named = parse_any(target)
         digest = named.digest if isinstance(named, Reference) else named
         if digest:
-            content = await asyncio.to_thread(self._images.document, digest)
+            name = named.name if isinstance(named, Reference) else ""
+            content = await asyncio.to_thread(self._images.document, digest, name)
             if content is not None:
                 return _document(content)
         image = self._images.resolve(target) if not isinstance(named, Reference) or not digest else None
@@ -131,7 +132,10 @@ class ServedImages:
             content = await asyncio.to_thread(self._images.document, reference.digest)
             if content is not None and isinstance(named, Reference) and reference.name == named.name:
                 return _document(content)
-        return Document(await self._made_manifest(image), DOCKER_MANIFEST, is_of_registry=False)
+        is_own = isinstance(named, Reference) and all(one.name != named.name for one in image.digests)
+        return Document(
+            await self._made_manifest(image), DOCKER_MANIFEST, is_of_registry=False, is_own=is_own
+        )
 
     @asynccontextmanager
     async def blob(self, digest: str, *, last_resort: bool = False) -> AsyncIterator[Blob]:

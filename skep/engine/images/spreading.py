@@ -139,13 +139,13 @@ class NodeFetcher:
         self._distrusted: dict[str, float] = {}
 
     @asynccontextmanager
-    async def repository(self, reference: Reference) -> AsyncIterator["Spread"]:
+    async def repository(self, reference: Reference, *, only_own: bool = False) -> AsyncIterator["Spread"]:
         """The nodes that may have ``reference``, as a repository.
 
-        Raises: Unavailable: this node is in no cluster, or reaches no manager.
+        ``only_own``: see ``Spread``.  Raises: Unavailable: this node is in no cluster, or reaches no manager.
         """
         async with self._neighbours.sources(reference) as find:
-            yield Spread(reference, find, self._clock, self._rng, self._distrusted)
+            yield Spread(reference, find, self._clock, self._rng, self._distrusted, only_own=only_own)
 
 
 class Spread:
@@ -153,6 +153,7 @@ class Spread:
 
     Args:
         distrusted: nodes that sent something wrong -> when; shared by all fetches of this node.
+        only_own: its registry denies it to the caller: only an image that came from none is taken.
     """
 
     def __init__(
@@ -162,8 +163,11 @@ class Spread:
         clock: Clock,
         rng: Callable[[], float],
         distrusted: dict[str, float],
+        *,
+        only_own: bool = False,
     ) -> None:
         self._reference = reference
+        self._only_own = only_own
         self._find = find
         self._clock = clock
         self._rng = rng
@@ -230,7 +234,7 @@ class Spread:
         if len(document.content) > bytes_max or (is_digest(target) and document.digest != target):
             self._distrust(source, f"another manifest than {target}")
             return None
-        return document
+        return document if document.is_own or not self._only_own else None
 
     @asynccontextmanager
     async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:

@@ -37,7 +37,7 @@ from skep.engine.images.registry import (
 )
 from skep.engine.images.removal import ImageUser, ancestors_to_prune, removal
 from skep.engine.images.spreading import NodeFetcher
-from skep.errors import NotFound, PermissionDenied, SkepError
+from skep.errors import PermissionDenied, SkepError
 
 T = TypeVar("T")
 
@@ -84,7 +84,8 @@ class ImageStore(LocalImages):
     async def pull(self, word: str, auth: str = "", report: Report = quiet, *, platform: str = "") -> Image:
         """Fetch an image from its registry; what is here already is not fetched again.
 
-        One that its registry does not give, and that is not here, is fetched from a node of the cluster that has it.
+        One that its registry does not give, and that is not here, is fetched from a node of the cluster that has it;
+        if the registry denies it, only one that came from no registry.
 
         Args:
             auth: ``X-Registry-Auth``: base64 of JSON; empty for none.
@@ -123,7 +124,11 @@ class ImageStore(LocalImages):
             if self._nodes is None or self.resolve(str(reference)) is not None:
                 raise
             try:
-                return await pulling.pull_from_nodes(self, self._nodes, reference, report, platform=platform)
+                # What a registry keeps from this caller is not given by another node, either.
+                is_denied = isinstance(error, Denied | PermissionDenied | NoCredentials)
+                return await pulling.pull_from_nodes(
+                    self, self._nodes, reference, report, platform=platform, only_own=is_denied
+                )
             except SkepError as other:
                 log.info("image not fetched from a node", image=reference.familiar, reason=str(other))
                 raise error from other
@@ -179,7 +184,7 @@ class ImageStore(LocalImages):
                 if not provided.problem:
                     return await action(provided.credentials)
             if provided.problem:
-                raise NotFound(f"{error} ({provided.problem})") from error
+                raise Denied(f"{error} ({provided.problem})", str(error)) from error
             raise
 
     async def remove(
