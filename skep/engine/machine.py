@@ -158,7 +158,7 @@ def numbers(ranges: str) -> frozenset[int] | None:
 
     Source: moby, pkg/parsers/parsers.go (ParseUintList; at most 8192 processors).
     """
-    found: set[int] = set()
+    bits = 0  # as they may name every number many times
     for part in ranges.split(","):
         first, separator, last = part.partition("-")
         ends = (first, last if separator else first)
@@ -166,8 +166,8 @@ def numbers(ranges: str) -> frozenset[int] | None:
             return None
         if int(ends[0]) > int(ends[1]):
             return None
-        found.update(range(int(ends[0]), int(ends[1]) + 1))
-    return frozenset(found)
+        bits |= (1 << int(ends[1]) + 1) - (1 << int(ends[0]))
+    return frozenset(number for number in range(bits.bit_length()) if bits >> number & 1)
 
 
 def _check_modes(options: MachineOptions) -> None:

@@ -232,14 +232,22 @@ class Volumes:
         left = [name for name, users in self._users.items() if user in users]
         for name in left:
             self._users[name].discard(user)
-        for name in left:
-            await self._unmount_unused(name)
+        await self._unmount_each(left)
 
     async def unmount_unused(self) -> None:
         """Unmount volumes whose users have ended while no node process ran.  Raises: Unavailable."""
-        for name in self.names():
-            if _is_target(self.path(name)):
+        await self._unmount_each([name for name in self.names() if _is_target(self.path(name))])
+
+    async def _unmount_each(self, names: Iterable[str]) -> None:
+        """Raises: Unavailable: one is mounted still; the others are not."""
+        failed: SkepError | None = None
+        for name in names:
+            try:
                 await self._unmount_unused(name)
+            except SkepError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     async def _unmount_unused(self, name: str) -> None:
         """Raises: Unavailable."""

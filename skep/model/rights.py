@@ -24,6 +24,8 @@ DEVICES_LABEL: Final = "skep.devices"
 CDI_LABEL: Final = "skep.cdi"
 """Reported by nodes: the devices that vendors describe (CDI), separated by commas."""
 MORE: Final = "..."
+_WORDS_MAX = 256
+"""Parts of one label of a container."""
 
 _SIZE = re.compile(r"(\d{1,15})([bkmgt]?)b?", re.IGNORECASE)
 _FACTORS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -176,15 +178,16 @@ def is_listed(path: str) -> bool:
 
 def missing_devices(rights: MachineRights, engine_labels: Mapping[str, str]) -> tuple[str, ...]:
     """What of the devices a node lacks, by its labels."""
-    listed = engine_labels.get(DEVICES_LABEL, "").split(",")
+    listed = f",{engine_labels.get(DEVICES_LABEL, '')},"  # searched as text: thousands of nodes list hundreds
     described = [one for one in engine_labels.get(CDI_LABEL, "").split(",") if one]
     missing: list[str] = []
-    if MORE not in listed:
+    if f",{MORE}," not in listed:
         missing += [
             one.path
             for one in rights.devices
             if is_listed(one.path)
-            and not any(path == one.path or path.startswith(f"{one.path.rstrip('/')}/") for path in listed)
+            and f",{one.path}," not in listed
+            and f",{one.path.rstrip('/')}/" not in listed
         ]
     if MORE not in described:
         missing += [name for name in rights.cdi_devices if name not in described]
@@ -209,6 +212,8 @@ def _words(text: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
         raise ValueError("it is empty")
+    if len(words) > _WORDS_MAX:  # each node is searched for each device
+        raise ValueError(f"it has more than {_WORDS_MAX} parts")
     return words
 
 
@@ -312,6 +317,8 @@ def _rates(field: str, amount: Callable[[str], int]) -> Callable[[str], dict[str
             if not separator or not path.startswith("/"):
                 raise ValueError("want DEVICE:RATE, separated by commas")
             found.append((path, amount(rate)))
+            if found[-1][1] >= 2**63:
+                raise ValueError("the rate is too large")
         return {field: tuple(found)}
 
     return read

@@ -32,9 +32,12 @@ _OVERLAY_NEEDS = ("veth", "bridge", "vxlan", "nftables")
 """Without one of these the overlay plugin is not listed, so that tasks on overlay networks are placed elsewhere."""
 
 
-def port_labels(containers: Iterable[Container]) -> Mapping[str, str]:
-    """The label of the ports that no task has: what listens on this machine, and what plain containers publish."""
-    by_tasks: set[UsedPort] = set()
+def port_labels(containers: Iterable[Container], mesh: frozenset[UsedPort]) -> Mapping[str, str]:
+    """The label of the ports that no task has: what listens on this machine, and what plain containers publish.
+
+    ``mesh``: ports of the routing mesh, which serves them on every node: each node would report each.
+    """
+    by_tasks: set[UsedPort] = set(mesh)
     by_others: set[UsedPort] = set()
     for container in containers:
         ports = container.sandbox.ports if container.sandbox is not None else ()

@@ -310,8 +310,10 @@ class Node:
 
     def _part_labels(self) -> Mapping[str, str]:
         """Labels of the node that its parts know."""
-        encryption = self._data_plane.tunnels.labels() if self._data_plane is not None else {}
-        ports = port_labels(self._engine.list()) if self._engine is not None else {}
+        plane = self._data_plane
+        encryption = plane.tunnels.labels() if plane is not None else {}
+        mesh = plane.mesh.published if plane is not None else frozenset()
+        ports = port_labels(self._engine.list(), mesh) if self._engine is not None else {}
         return {**encryption, **ports}
 
     def _node_probes(self) -> NodeProbes | None:

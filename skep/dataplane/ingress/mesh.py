@@ -120,6 +120,12 @@ class Mesh:
             for name, run in parts.items():
                 group.create_task(keep(run, "part of the mesh failed", part=name), name=name)
 
+    @property
+    def published(self) -> frozenset[tuple[str, int]]:
+        """Protocol and number of the ports that it holds or serves here; not of those that another program has."""
+        planned = self._plan.ports if self._plan is not None else ()
+        return frozenset([port.key[:2] for port in planned] + [key[:2] for key in self._held or ()])
+
     def warnings(self) -> tuple[str, ...]:
         """Sentences for ``/info``."""
         conflicts = (

@@ -42,6 +42,8 @@ def change_pools(tx: Transaction, change: PoolChange) -> Swarm:
         NotFound: there is no such pool to remove.
         FailedPrecondition: networks have subnets of a pool that is to be removed, or no pool would be left.
     """
+    if len(change.add) + len(change.remove) > 2 * POOLS_MAX:  # each is compared with the routes of every node
+        raise InvalidArgument(f"a cluster has at most {POOLS_MAX} address pools")
     swarm = tx.get(Swarm, cluster_of(tx).id)
     present = [_pool(text) for text in swarm.default_addr_pool]
     removed = [_pool(text) for text in change.remove]

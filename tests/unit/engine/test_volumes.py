@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from skep.engine.volumes import ANONYMOUS, Volumes, check_local_options, check_subpath, mount_point
-from skep.errors import InvalidArgument
+from skep.errors import InvalidArgument, Unavailable
 from skep.linux import mounting, syscalls
 from skep.model.container import Mount, TmpfsOptions, VolumeOptions
 from skep.model.meta import Driver
@@ -41,6 +41,23 @@ def test_a_mount_with_other_options_than_its_volume_has_is_refused(tmp_path: Pat
     volumes.mount_points([mount, Mount(type="volume", source="data", target="/v")], ())
     with pytest.raises(InvalidArgument, match="volume data exists with other options"):
         volumes.mount_points([with_options(type="nfs", device=":/b", o="addr=10.0.0.1")], ())
+
+
+async def test_a_volume_that_stays_mounted_keeps_no_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = tmp_path / "requests"
+    command = ("sh", "-c", f'cat >>{requests}; echo busy >&2; ! grep -q "/a[0-9]*/_data" {requests}')
+    volumes = Volumes(tmp_path / "volumes", command=command)
+    points = [
+        mount_point(Mount(type="volume", target=f"/{name}"), str(volumes.ensure(name)), name)
+        for name in ("a1", "b1", "a2")
+    ]
+    monkeypatch.setattr(mounting, "mount_targets", lambda: {point.source for point in points})
+    volumes.adopt("c", points)
+    with pytest.raises(Unavailable, match="cannot unmount volume a1: busy"):
+        await volumes.unmount("c")
+    assert [one in requests.read_text() for one in ("/a1/", "/b1/", "/a2/")] == [True, True, True]
 
 
 @pytest.mark.parametrize(

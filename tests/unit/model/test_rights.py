@@ -113,6 +113,8 @@ def test_a_label_asks_for_a_right(name: str, value: str, expected: MachineRights
         ("blkio_weight", "9"),
         ("device_read_bps", "/dev/sda"),
         ("device_read_iops", "/dev/sda:1m"),
+        ("device_write_bps", "/dev/sda:99999999t"),
+        ("devices", ",".join(["/dev/a"] * 257)),
     ],
 )
 def test_a_label_that_cannot_be_read_is_refused_with_its_name(name: str, value: str) -> None:

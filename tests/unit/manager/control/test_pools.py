@@ -79,6 +79,7 @@ async def test_adding_a_pool_that_is_there_changes_nothing(store):
         ({"subnet_size": 15}, InvalidArgument, "Subnet size is too small for pool: 15"),
         ({"remove": ("10.9.0.0/16",)}, NotFound, "no address pool of the cluster"),
         ({"add": tuple(f"10.{n}.0.0/16" for n in range(3, 70))}, InvalidArgument, "at most 64"),
+        ({"add": ("10.3.0.0/16",) * 10_000}, InvalidArgument, "at most 64"),
     ],
 )
 async def test_what_cannot_be_is_refused_and_nothing_changes(store, change, error, message):

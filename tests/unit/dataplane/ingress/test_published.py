@@ -1,0 +1,67 @@
+"""Ports that the routing mesh has on its node."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.dataplane.ingress.mesh import Mesh
+from skep.dataplane.ports import PortReservations
+from skep.errors import AlreadyExists, SkepError, Unavailable
+from skep.model.ids import NetworkId, NodeId, ServiceId
+from skep.model.tables import NetworkHead, Table, TablePort, TableService
+
+NETWORK, SERVICE = NetworkId("ingress"), ServiceId("web")
+TABLE = Table(
+    head=NetworkHead(id=NETWORK, name="ingress", is_ingress=True),
+    services={
+        SERVICE: TableService(
+            id=SERVICE,
+            name="web",
+            ports=tuple(
+                TablePort(protocol=protocol, published=port, target=80)
+                for protocol, port in (("tcp", 80), ("udp", 53), ("tcp", 22))
+            ),
+        )
+    },
+)
+
+
+class Ports(PortReservations):
+    """Port 22 is another program's; an earlier process holds 443."""
+
+    async def reserve(self, protocol: str, port: int, address: str = "") -> int:
+        if port == 22:
+            raise AlreadyExists("port is already allocated")
+        return port
+
+    async def release(self, protocol: str, port: int, address: str = "") -> None:
+        pass
+
+    async def held(self) -> Iterable[tuple[str, int, str]]:
+        return [("tcp", 443, "")]
+
+
+class NoKernel:
+    """Routes of replies cannot be written."""
+
+    async def apply(self, plan: object) -> None:
+        raise Unavailable("no kernel")
+
+
+async def test_ports_that_are_held_are_the_meshs_whatever_fails_later(tmp_path: Path) -> None:
+    mesh = Mesh(
+        namespaces=cast("Any", None),
+        home=cast("Any", None),
+        reply_routing=cast("Any", NoKernel()),
+        ports=Ports(),
+        relays=tmp_path / "relays.json",
+        clock=SystemClock(),
+        rng=lambda: 0.5,
+    )
+    assert mesh.published == frozenset()
+    with pytest.raises(SkepError, match="no kernel"):
+        await mesh.apply(NodeId("n1"), {NETWORK: TABLE}, frozenset({NETWORK}))
+    assert mesh.published == {("tcp", 80), ("udp", 53), ("tcp", 443)}
