@@ -133,7 +133,7 @@ class Files:
                 settings.volumes = [(one.target, one.read_only) for one in binds]
                 settings.read_only = container.config.read_only
                 if target.as_user and container.config.user:
-                    user = identity(root, container.config.user)
+                    user = await asyncio.to_thread(identity, root, container.config.user)
                     settings.owner = (user.uid, user.gid)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-m", files_worker.__name__, json.dumps(vars(settings))),

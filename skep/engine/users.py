@@ -5,6 +5,7 @@ without a group takes the group of its entry, or 0.  Entries with numbers that a
 """
 
 import os
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -104,8 +105,12 @@ def _entries(text: str, fields: int) -> list[list[str]]:
 def _read(root: Path, path: str) -> str:
     """A file of the image, without ever leaving it; empty when there is none."""
     with suppress(OSError):
-        # O_NONBLOCK: an image may hold a FIFO in its place.
-        descriptor = open_in_root(root, path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            return file.read(_FILE_BYTES_MAX).decode(errors="replace")
+        place = open_in_root(root, path, os.O_PATH)
+        try:
+            # A container may have put a FIFO or a device in its place: to open that may wait, or do something.
+            if stat.S_ISREG(os.fstat(place).st_mode):
+                with open(f"/proc/self/fd/{place}", "rb") as file:
+                    return file.read(_FILE_BYTES_MAX).decode(errors="replace")
+        finally:
+            os.close(place)
     return ""

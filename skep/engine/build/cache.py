@@ -7,6 +7,8 @@ index: one that was pulled could say of itself that it is the result of any step
 
 import asyncio
 import hashlib
+import itertools
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -93,11 +95,12 @@ class CacheMounts:
         """The directory with this id.
 
         ``sharing``: ``shared``: by several steps at once; ``locked``: steps wait for each other; ``private``: a step
-        that would have to wait gets an empty directory of its own.
+        that would have to wait gets another directory, which no other step has meanwhile.
         """
         name = hashlib.sha256(id.encode("utf-8", "surrogateescape")).hexdigest()
-        if sharing == "private" and self._used.get(name):
-            name = f"{name}-{self._used[name]}"
+        if sharing == "private" and name in self._used:
+            names = (f"{name}-{number}" for number in itertools.count(1))
+            name = next(one for one in names if one not in self._used)
         async with AsyncExitStack() as stack:
             if sharing == "locked":
                 lock = self._locks.setdefault(name, asyncio.Lock())
@@ -128,7 +131,17 @@ class CacheMounts:
     async def prune(self) -> tuple[list[str], int]:
         """Remove those that no step uses; gives their names and how many bytes that freed."""
         sizes = await asyncio.to_thread(self.sizes)
-        gone = [name for name in sizes if not self.is_used(name)]
-        for name in gone:
-            await discard_tree(self._root / name)
+        gone = []
+        for name in sizes:
+            if self.is_used(name):
+                continue
+            aside = (
+                self._root / f"gone-{secrets.token_hex(8)}"
+            )  # a step may want the name before all is removed
+            try:
+                (self._root / name).rename(aside)
+            except FileNotFoundError:  # by another prune
+                continue
+            gone.append(name)
+            await discard_tree(aside)
         return gone, sum(sizes[name] for name in gone)

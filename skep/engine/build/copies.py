@@ -180,14 +180,16 @@ def _is_archive(source: Source) -> bool:
     if source.is_directory:
         return False
     head = b""
-    with Tree(source.root) as tree, tree.opened(source.resolved, os.O_RDONLY | os.O_NONBLOCK) as descriptor:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    with Tree(source.root) as tree:
+        status = tree.status(source.resolved)
+        if status is None or not stat.S_ISREG(status.st_mode):  # to open a device may do something
             return False
         try:
-            for chunk in plain_chunks(os.fdopen(descriptor, "rb", closefd=False)):
-                head += chunk
-                if len(head) >= tarfile.BLOCKSIZE:
-                    break
+            with tree.opened(source.resolved, os.O_RDONLY | os.O_NONBLOCK) as descriptor:
+                for chunk in plain_chunks(os.fdopen(descriptor, "rb", closefd=False)):
+                    head += chunk
+                    if len(head) >= tarfile.BLOCKSIZE:
+                        break
             tarfile.TarInfo.frombuf(head[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
         except (Malformed, tarfile.HeaderError, OSError, ValueError):
             return False

@@ -86,6 +86,16 @@ class Contexts:
             for used in uses:
                 await self._release(used)
 
+    @asynccontextmanager
+    async def scratch(self) -> AsyncIterator[Path]:
+        """An empty directory while the block runs."""
+        root = self._new()
+        self._used[root] = 1
+        try:
+            yield root
+        finally:
+            await self._release(root)
+
     def _new(self) -> Path:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory.chmod(0o700)  # files in it may be setuid

@@ -10,7 +10,9 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import msgspec
 from google.protobuf.message import DecodeError
@@ -21,11 +23,16 @@ from skep.engine.buildkit.tree import Contents, Entry, KeptTree, Listing, TreeLi
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError, Unavailable
 from skep.rpc.status import CallFailed, Lost
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 DIFF_COPY = "/moby.filesync.v1.FileSync/DiffCopy"
 
 _REQUESTED_MAX = 64
 """Files asked for at one time; clients read four at once."""
 _BATCH_BYTES = 1 << 20
+_LISTED_AT_ONCE = 256
+"""Entries that are taken before other tasks run."""
 _REFUSE_S = 5.0
 _SILENT_S = 120.0
 """A client that sends nothing for this long while something is owed has gone."""
@@ -111,7 +118,7 @@ class _Transfer:
         await self._list(listing)
         if listing.bytes > self._room:
             raise ResourceExhausted(f"no space left on device for a build context of {listing.bytes} bytes")
-        needed = await asyncio.to_thread(write_tree, self._root, listing.entries, kept)
+        needed = await _in_thread(write_tree, self._root, listing.entries, kept)
         contents = Contents(self._root, listing.entries, needed, min(self._limits.bytes, self._room))
         try:
             await self._fetch(contents, deque(needed))
@@ -131,6 +138,8 @@ class _Transfer:
             if not packet.HasField("stat"):
                 return
             listing.add(packet.stat)
+            if len(listing.entries) % _LISTED_AT_ONCE == 0:
+                await asyncio.sleep(0)  # what has come already is received without a pause
         raise Unavailable("the client ended the transfer of its files early")
 
     async def _fetch(self, contents: Contents, waiting: deque[int]) -> None:
@@ -140,7 +149,7 @@ class _Transfer:
                 contents.request(number)
                 await self._messages.send(pb.Packet(type=pb.Packet.REQ, id=number))
             batch = await self._batch()
-            await asyncio.to_thread(_write_batch, contents, batch)
+            await _in_thread(_write_batch, contents, batch)
             self._bytes += sum(len(packet.data) for packet in batch)
             self._progress(self._bytes)
 
@@ -178,3 +187,14 @@ class _Transfer:
 def _write_batch(contents: Contents, batch: Sequence[pb.Packet]) -> None:
     for packet in batch:
         contents.write(packet.id, packet.data)
+
+
+async def _in_thread(act: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """As ``asyncio.to_thread``; cancelled, it ends after the thread, whose descriptors are closed then."""
+    work = asyncio.get_running_loop().run_in_executor(None, partial(act, *arguments, **options))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        work.cancelled() or work.exception()
+        raise

@@ -5,16 +5,14 @@ Source: moby/buildkit, session/secrets, session/sshforward, session/auth.
 
 import asyncio
 import os
-import tempfile
 from base64 import urlsafe_b64encode
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
 from skep.aio.groups import errors_as_they_are
-from skep.aio.trees import discard_tree
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.sessions import Messages, Session
 from skep.errors import NotFound, SkepError, Unimplemented
@@ -33,11 +31,11 @@ _HUB_HOST = "registry-1.docker.io"
 
 
 class ClientProvider:
-    """Asks the client of one build.  ``directory``: where sockets are made; private to this engine."""
+    """Asks the client of one build.  ``scratch``: directories for sockets, private to this engine."""
 
-    def __init__(self, session: Session, directory: Path) -> None:
+    def __init__(self, session: Session, scratch: Callable[[], AbstractAsyncContextManager[Path]]) -> None:
         self._session = session
-        self._directory = directory
+        self._scratch = scratch
 
     async def secret(self, id: str) -> bytes | None:
         """The content of a secret; None: the client has none with this id.  Raises: SkepError."""
@@ -59,13 +57,8 @@ class ClientProvider:
             # The client says in many words that it has none with this id.
             yield None
             return
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix="ssh-", dir=self._directory))
-        try:
-            async with _listening(place, self._session, id):
-                yield place / "agent"
-        finally:
-            await discard_tree(place)
+        async with self._scratch() as place, _listening(place, self._session, id):
+            yield place / "agent"
 
     async def credentials(self, domain: str) -> str:
         """The value of ``X-Registry-Auth`` for a registry; empty: the client has none for it."""

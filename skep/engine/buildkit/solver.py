@@ -227,7 +227,7 @@ class Solver:
         build = asked(frontend, attributes)
         job.request.frontend_attrs.update(attributes)  # for its record
         definition = await self._definition(job, await self._session_of(session, build.dockerfile), build)
-        provider = ClientProvider(session, self.contexts.directory)
+        provider = ClientProvider(session, self.contexts.scratch)
         async with AsyncExitStack() as received:
 
             def opening(source: Source, ignored: str | None, remote: str = "") -> OpenContext:

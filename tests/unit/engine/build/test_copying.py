@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.engine.build.copies import prepare
 from skep.engine.build.copying import (
     Copier,
     CopyLimits,
@@ -19,6 +20,8 @@ from skep.engine.build.copying import (
     digest_of_sources,
     find,
 )
+from skep.engine.build.instructions import Copy
+from skep.engine.images.store import ImageStore
 from skep.engine.users import Identity
 from skep.errors import InvalidArgument, ResourceExhausted
 
@@ -83,6 +86,14 @@ def copied(
 )
 def test_names_and_patterns_mean_files(tree: Path, names: list[str], found: list[str]) -> None:
     assert [one.resolved for one in sources(tree, *names)] == found
+
+
+async def test_a_device_is_no_archive_and_is_not_opened_to_see_that(tree: Path, tmp_path: Path) -> None:
+    os.mknod(tree / "device", 0o20600, os.makedev(450, 7))  # no driver has it: it cannot be opened
+    add = Copy(keyword="ADD", text="", sources=("device",), destination="/", is_add=True)
+    prepared = await prepare(ImageStore(tmp_path / "images"), add, tree, tmp_path)
+    assert [one.resolved for one in prepared.sources] == ["device"]
+    assert not prepared.archives
 
 
 def test_a_pattern_that_fits_nothing_finds_nothing(tree: Path) -> None:
