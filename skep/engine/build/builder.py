@@ -190,13 +190,15 @@ class Build:
         for arg in stages.arguments:
             step = self._next_step(arg)
             self._progress.started(step)
-            ready = self._expanded(arg, self._arguments.known)
+            ready = await self._expanded(arg, self._arguments.known)
             assert isinstance(ready, Arg), "its type stays"
             for name, value in ready.pairs:
                 self._arguments.declare(name, value, before_stages=True)
             self._progress.finished(step, None)
         needed = (
-            targets.needed(stages, self._arguments.of_stages) if self._request.is_buildkit else everything
+            await asyncio.to_thread(targets.needed, stages, dict(self._arguments.of_stages))
+            if self._request.is_buildkit
+            else everything
         )
         names: set[str] = set()
         for number, stage in enumerate(stages.stages):
@@ -255,8 +257,8 @@ class Build:
     async def _begin_stage(self, step: Step, base: From) -> None:
         arguments = dict(self._arguments.of_stages)
         if base.platform:
-            targets.require_platform(substituted(base.platform, arguments, self._stages.escape))
-        name = substituted(base.base, arguments, self._stages.escape)
+            targets.require_platform(await self._substituted(base.platform, arguments))
+        name = await self._substituted(base.base, arguments)
         if not name:
             raise InvalidArgument(f"base name ({base.base}) should not be blank")
         made = await self._stage_or_image(step, name, by_number=False)
@@ -314,7 +316,7 @@ class Build:
     async def _carry_out(self, step: Step, instruction: Instruction) -> None:
         state = self._position.state
         beside = self._arguments.beside(state.config.env or ())
-        ready = self._expanded(instruction, variables_of(state, beside))
+        ready = await self._expanded(instruction, variables_of(state, beside))
         match ready:
             case Run():
                 await self._run(step, ready, beside)
@@ -331,8 +333,12 @@ class Build:
                         self._progress.output(step, Stream.STDOUT, text.encode())
                 await self._change(step, ready)
 
-    def _expanded(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
-        return expanded(instruction, variables, self._stages.escape)
+    async def _expanded(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
+        # In a thread: patterns in substitutions may take seconds of computation.
+        return await asyncio.to_thread(expanded, instruction, variables, self._stages.escape)
+
+    async def _substituted(self, word: str, variables: Mapping[str, str]) -> str:
+        return await asyncio.to_thread(substituted, word, variables, self._stages.escape)
 
     async def _change(self, step: Step, instruction: Instruction) -> None:
         """An instruction that changes the configuration; WORKDIR makes its directory, too."""
@@ -413,10 +419,8 @@ class Build:
         shown = command_of_step(command, self._arguments, beside)
         container = _options(msgspec.structs.replace(state.config, cmd=shown, entrypoint=None))
         variables = variables_of(state, beside)
-        mounts = [
-            parse_mount(text, lambda word: substituted(word, variables, self._stages.escape))
-            for text in run.mounts
-        ]
+        expand = partial(substituted, variables=variables, escape=self._stages.escape)
+        mounts = [await asyncio.to_thread(parse_mount, text, expand) for text in run.mounts]
         async with AsyncExitStack() as stack:
             trees = await self._bound_trees(step, mounts, stack)
             extras = (*run.mounts, run.network, script, *(digest for _, digest in trees.values()))

@@ -139,8 +139,7 @@ class _Reader:
                     words.add(text)
             result.append(text)
             length += len(text)
-            if length > VALUE_BYTES_MAX:
-                raise InvalidArgument(f"a value has more than {VALUE_BYTES_MAX} characters")
+            _check_size(length)
         else:
             if stop:
                 raise InvalidArgument(f"unexpected end of statement while looking for matching {stop}")
@@ -158,6 +157,7 @@ class _Reader:
     def _double_quoted(self, raw_escapes: bool) -> str:
         quote = self._next()
         result = [quote] if self._raw_quotes else []
+        length = 0
         while True:
             match character := self._peek():
                 case "":
@@ -171,6 +171,8 @@ class _Reader:
                     return "".join(result)
                 case "$":
                     result.append(self._dollar())
+                    length += len(result[-1])
+                    _check_size(length)
                 case _:
                     self._next()
                     if character == self._escape:
@@ -313,6 +315,11 @@ def _check_length(steps: int) -> None:
         raise InvalidArgument("the value is too long for a pattern")
 
 
+def _check_size(length: int) -> None:
+    if length > VALUE_BYTES_MAX:
+        raise InvalidArgument(f"a value has more than {VALUE_BYTES_MAX} characters")
+
+
 def _trimmed(value: str, tokens: list[str], *, at_start: bool, greedy: bool) -> str:
     _check_length(len(value) * len(tokens))
     if not at_start:
@@ -323,7 +330,7 @@ def _trimmed(value: str, tokens: list[str], *, at_start: bool, greedy: bool) -> 
 
 def _replaced(value: str, tokens: list[str], replacement: str, *, every: bool) -> str:
     _check_length(len(value) ** 2 * len(tokens))
-    result, at = [], 0
+    result, at, length = [], 0, 0
     while at <= len(value):
         end = max(_ends(tokens, value, at), default=None)
         if end is None or end == at:
@@ -331,6 +338,8 @@ def _replaced(value: str, tokens: list[str], replacement: str, *, every: bool) -
             at += 1
             continue
         result.append(replacement)
+        length += len(replacement)
+        _check_size(length)
         at = end
         if not every:
             break

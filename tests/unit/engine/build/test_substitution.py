@@ -1,6 +1,7 @@
 """Variables in a Dockerfile."""
 
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -99,3 +100,16 @@ def test_any_word_gives_text_or_an_error(word: str) -> None:
         assert len(substituted(word, VARIABLES)) < 10_000
     except InvalidArgument:
         pass
+
+
+@pytest.mark.parametrize("word", ['"' + "$L" * 100 + '"', "${A//a/$L}", "${L:-x}" * 100])
+def test_a_value_that_grows_too_long_is_refused_before_it_is_put_together(word: str) -> None:
+    variables = {"L": "x" * (VALUE_BYTES_MAX // 2), "A": "a" * 100}
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArgument, match=f"more than {VALUE_BYTES_MAX} characters"):
+            substituted(word, variables)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * VALUE_BYTES_MAX
