@@ -84,12 +84,15 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
 async def prune_build_cache(builder: Builder, request: web.Request) -> web.StreamResponse:
     """``docker builder prune``: the directories of ``RUN --mount=type=cache``.
 
-    Results of steps are images, which ``docker image prune`` takes.
+    Results of steps are images, which ``docker image prune`` takes.  With a filter none is removed: they have no label,
+    and no time of their last use.  ``docker system prune --filter`` sends its filters here, too.
     """
     filters = Filters.of(request)
-    filters.refuse_unknown()
+    filters.refuse_unknown("label", "label!", "until")
     if integer(request, "keep-storage", 0):
         raise Unimplemented("docker builder prune --keep-storage is not supported")
+    if any(filters[name] for name in ("label", "label!", "until")):
+        return json_answer({"CachesDeleted": None, "SpaceReclaimed": 0})
     gone, freed_bytes = await builder.mounts.prune()
     return json_answer({"CachesDeleted": gone or None, "SpaceReclaimed": freed_bytes})
 

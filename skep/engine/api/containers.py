@@ -249,7 +249,7 @@ async def update(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/prune")
 async def prune(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker container prune``: remove containers that have ended; those that never ran stay."""
+    """``docker container prune``: remove containers that do not run; a task's that is about to start stays."""
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "until")
     now_ns = served.clock.now_ns()
@@ -257,7 +257,7 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
     for container in served.engine.list():
         if (
             not container.is_running
-            and container.was_started
+            and (container.was_started or container.plain is not None)
             and is_prunable(container.created_at, container.labels, filters, now_ns)
         ):
             freed_bytes += (await _sizes(served, container)).get("SizeRw", 0)

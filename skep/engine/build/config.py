@@ -53,7 +53,6 @@ _CHANGES = (
     Healthcheck,
     Label,
     OnBuild,
-    Shell,
     StopSignal,
     User,
     Volume,
@@ -235,7 +234,7 @@ def apply_changes(config: ContainerDefaults, lines: Sequence[str]) -> ContainerD
     parsed = parse("\n".join(lines))
     for line in parsed.lines:
         if line.keyword.upper() not in {type.__name__.upper() for type in _CHANGES}:
-            raise InvalidArgument(f"{line.keyword} is not a valid change command")
+            raise InvalidArgument(f"{line.keyword.lower()} is not a valid change command")
     instructions = [instruction_of(line) for line in parsed.lines]
     state = StageState(config=config)
     for instruction in instructions:

@@ -184,11 +184,6 @@ async def test_pruning_refuses_filters_that_it_does_not_know(api: Api, volumes: 
     assert volumes.names() == ["free", "used"]
 
 
-async def test_there_is_no_cache_of_builds_to_prune(api: Api) -> None:
-    answer = await (await api.post("/build/prune")).json()
-    assert answer == {"CachesDeleted": None, "SpaceReclaimed": 0}
-
-
 async def test_a_name_with_a_path_in_it_is_no_volume(api: Api) -> None:
     assert (await api.get("/volumes/..%2fused")).status == 404
     assert (await api.delete("/volumes/..%2f..")).status == 404

@@ -79,8 +79,8 @@ def main(clis: Sequence[str], wanted: Sequence[str]) -> None:
                 for group in wanted:
                     with tempfile.TemporaryDirectory() as scratch:
                         found = differences(group, place_of(cluster.node("m1"), cli, Path(scratch)))
+                    print(f"==== {cli} {group}: {len(found)} differences", *found, sep="\n", flush=True)
                     clear(cluster.node("m1"))
-                    print(f"==== {cli} {group}: {len(found)} differences", *found, sep="\n")
         finally:
             cluster.down()
 

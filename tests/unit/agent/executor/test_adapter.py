@@ -85,7 +85,7 @@ def test_a_tasks_options_reach_its_container() -> None:
     request, options = create_request(task, facts), task_options(task, ())
     node = NodeDefaults("m1", "", Driver(name="json-file", options={"max-file": "2"}))
     config = container_config(request, ContainerDefaults(env=("A=1",)), options, node)
-    assert (config.env, config.hosts) == (("A=1", "NODE=m1"), ("10.0.0.1 one two",))
+    assert (config.env, config.hosts) == (("NODE=m1", "A=1"), ("10.0.0.1 one two",))
     assert (config.stop_grace_ns, config.open_stdin, config.init) == (1_500_000_000, True, True)
     assert (config.log.type, config.log.max_files) == ("json-file", 2)
     assert [mount.source for mount in mounts(request)] == ["data-4"]

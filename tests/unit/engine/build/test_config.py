@@ -137,5 +137,5 @@ def test_changes_of_a_commit_are_instructions() -> None:
     config = apply_changes(ContainerDefaults(user="a"), ["ENV A=1", "CMD x $A", "LABEL l=$A"])
     assert (config.user, config.env, config.cmd) == ("a", ("A=1",), ("/bin/sh", "-c", "x $A"))
     assert config.labels == {"l": "1"}
-    with pytest.raises(InvalidArgument, match="RUN is not a valid change command"):
+    with pytest.raises(InvalidArgument, match="run is not a valid change command"):
         apply_changes(ContainerDefaults(), ["RUN x"])
