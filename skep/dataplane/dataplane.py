@@ -120,12 +120,12 @@ class DataPlane:
         self.local = LocalNetworks(
             paths.networks / "local", self.gateway, clock=clock, new_id=new_container_id
         )
-        local_endpoints = LocalEndpoints(self.local, paths.tables, net.names)
+        self._local_endpoints = LocalEndpoints(self.local, paths.tables, net.names)
         self.containers = ContainerNetwork(
             namespaces=namespaces,
             gateway=self.gateway,
             overlays=self.overlays,
-            allocation=EndpointAllocation(local_endpoints, endpoints),
+            allocation=EndpointAllocation(self._local_endpoints, endpoints),
             reply_routing=replies,
             naming=net.names,
             show_condition=partial(host.show_condition, "networks"),
@@ -138,7 +138,7 @@ class DataPlane:
         """
         body = NetworkBody(name=name, driver=driver, config_from=ConfigReference(network=configuration))
         devices = [device for _, device in socket.if_nameindex()]
-        return head_of(self.local.of_cluster(id, body, devices))
+        return head_of(self.local.of_cluster(id, body, devices, self._local_endpoints.is_used))
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

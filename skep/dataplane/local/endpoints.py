@@ -51,6 +51,10 @@ class LocalEndpoints:
             return find(self._networks.all(), word)
         return find(self._networks.bridges(), word)
 
+    def is_used(self, id: str) -> bool:
+        """Whether containers are on the network."""
+        return id in self._endpoints
+
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         """Keep what ``live`` sandboxes hold, and remove the tables of networks without containers."""
         for container, sandbox in live:

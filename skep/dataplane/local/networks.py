@@ -16,7 +16,7 @@ from skep.aio.trees import discard_tree_now
 from skep.api.errors import Forbidden
 from skep.api.networks import NetworkBody, SubnetBody
 from skep.dataplane.local.bridge_request import bridge_of
-from skep.dataplane.local.objects import GATEWAY, PARENT_MODES, LocalNetwork, find, subnet_of
+from skep.dataplane.local.objects import GATEWAY, PARENT_MODES, PARENT_OPTION, LocalNetwork, find, subnet_of
 from skep.dataplane.local.parent_request import parent_network_of
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented
 from skep.linux.files import is_no_file, replace_file
@@ -181,11 +181,16 @@ class LocalNetworks:
         """``bridges``, and those of the cluster that are made here for its tasks."""
         return list(self._opened().bridges)
 
-    def of_cluster(self, cluster_id: str, body: NetworkBody, devices: Collection[str]) -> LocalNetwork:
+    def of_cluster(
+        self, cluster_id: str, body: NetworkBody, devices: Collection[str], is_used: Callable[[str], bool]
+    ) -> LocalNetwork:
         """The cluster's network on a device of this machine, made where it is not there yet.
+
+        Another one of the cluster on the device goes if it is not used: its task was not created in the end.
 
         Args:
             body: with the name of the configuration that it has its settings from.
+            is_used: whether containers are on the network with this id.
 
         Raises: NotFound: there is no such configuration, in Docker's words; InvalidArgument, Forbidden, Unimplemented:
         it cannot be so.
@@ -196,16 +201,19 @@ class LocalNetworks:
         configuration = find(kept.configurations, body.config_source) if body.config_source else None
         if configuration is None:
             raise NotFound(f'configuration network "{body.config_source}" does not exist')
+        lasting = [one for one in kept.bridges if not one.cluster_id or is_used(one.id)]
         network = parent_network_of(
             body,
             id=self._new_id(),
             created_at=self._now(),
-            others=kept.bridges,
+            others=lasting,
             devices=devices,
             configuration=configuration,
         )
         network = replace(network, cluster_id=cluster_id)
-        self._keep(replace(kept, bridges=(*kept.bridges, network)))
+        device = network.options[PARENT_OPTION]
+        others = [one for one in kept.bridges if one in lasting or one.options.get(PARENT_OPTION) != device]
+        self._keep(replace(kept, bridges=(*others, network)))
         log.info("network of the cluster made on a device of this machine", network=network.name)
         return network
 

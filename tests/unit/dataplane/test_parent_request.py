@@ -1,11 +1,18 @@
 """Networks on a device of the machine, as users ask for them."""
 
+from pathlib import Path
+
 import pytest
 
+from skep.aio.clock import SystemClock
+from skep.api.errors import Forbidden
 from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
+from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, head_of
 from skep.dataplane.local.parent_request import parent_network_of
 from skep.errors import SkepError
+from skep.model.ids import new_container_id
+from skep.model.network import ConfigReference
 from skep.model.tables import ParentLink
 from skep.model.times import Timestamp
 
@@ -76,3 +83,23 @@ def test_a_parent_has_one_network():
     with pytest.raises(SkepError, match="network aaaaaaaaaaaa is already using parent interface eth0"):
         made(others=(first,))
     assert made(others=(first,), parent="eth1")
+
+
+def test_a_network_of_the_cluster_that_no_container_came_to_gives_its_device_back(tmp_path: Path) -> None:
+    """Its task failed after the network was made, and the network was removed from the cluster since."""
+    local = LocalNetworks(tmp_path / "local", None, clock=SystemClock(), new_id=new_container_id)
+    for name, device in (("lan", "eth0"), ("wan", "eth1")):
+        local.add_configuration(
+            NetworkBody(name=name, config_only=True, ipam=LAN, options={"parent": device})
+        )
+    lan, wan = (
+        NetworkBody(name=name, driver="macvlan", config_from=ConfigReference(network=name))
+        for name in ("lan", "wan")
+    )
+    devices = ["eth0", "eth1"]
+    first = local.of_cluster("c1", lan, devices, lambda network: False)
+    other = local.of_cluster("c2", wan, devices, lambda network: False)
+    with pytest.raises(Forbidden, match="is already using parent interface eth0"):
+        local.of_cluster("c3", lan, devices, lambda network: network == first.id)
+    again = local.of_cluster("c3", lan, devices, lambda network: False)
+    assert local.all() == [other, again], "what is about to be used on another device stays"
