@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from skep import __version__
+from skep.aio.race import run_to_end
 from skep.engine.build.config import apply_changes
 from skep.engine.bundle import OUTSIDE_OF_IMAGES
 from skep.engine.container import Container, ContainerState, StillRunning
@@ -92,14 +93,15 @@ async def _paused(engine: Engine, container: Container, *, pauses: bool) -> Asyn
     if not pauses or container.state is not ContainerState.RUNNING:
         yield
         return
-    with suppress(SkepError):  # it has ended meanwhile
-        await engine.pause(container.id)
+    # To its end: a client that leaves at this moment does not leave a container behind that is frozen for good.
     try:
+        with suppress(SkepError):  # it has ended meanwhile
+            await run_to_end(engine.pause(container.id))
         yield
     finally:
         with suppress(SkepError):
             if engine.get(container.id).state is ContainerState.PAUSED:
-                await engine.unpause(container.id)
+                await run_to_end(engine.unpause(container.id))
 
 
 def merged(config: ContainerDefaults, other: ContainerDefaults) -> ContainerDefaults:

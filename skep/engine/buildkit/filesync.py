@@ -10,21 +10,17 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import msgspec
 from google.protobuf.message import DecodeError
 
+from skep.aio.race import run_to_end
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.sessions import Messages, Session, header_values
 from skep.engine.buildkit.tree import Contents, Entry, KeptTree, Listing, TreeLimits, write_tree
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError, Unavailable
 from skep.rpc.status import CallFailed, Lost
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 DIFF_COPY = "/moby.filesync.v1.FileSync/DiffCopy"
 
@@ -118,7 +114,7 @@ class _Transfer:
         await self._list(listing)
         if listing.bytes > self._room:
             raise ResourceExhausted(f"no space left on device for a build context of {listing.bytes} bytes")
-        needed = await _in_thread(write_tree, self._root, listing.entries, kept)
+        needed = await run_to_end(asyncio.to_thread(write_tree, self._root, listing.entries, kept))
         contents = Contents(self._root, listing.entries, needed, min(self._limits.bytes, self._room))
         try:
             await self._fetch(contents, deque(needed))
@@ -149,7 +145,8 @@ class _Transfer:
                 contents.request(number)
                 await self._messages.send(pb.Packet(type=pb.Packet.REQ, id=number))
             batch = await self._batch()
-            await _in_thread(_write_batch, contents, batch)
+            # To its end: the descriptors that it writes to are closed afterwards.
+            await run_to_end(asyncio.to_thread(_write_batch, contents, batch))
             self._bytes += sum(len(packet.data) for packet in batch)
             self._progress(self._bytes)
 
@@ -187,14 +184,3 @@ class _Transfer:
 def _write_batch(contents: Contents, batch: Sequence[pb.Packet]) -> None:
     for packet in batch:
         contents.write(packet.id, packet.data)
-
-
-async def _in_thread(act: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """As ``asyncio.to_thread``; cancelled, it ends after the thread, whose descriptors are closed then."""
-    work = asyncio.get_running_loop().run_in_executor(None, partial(act, *arguments, **options))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        work.cancelled() or work.exception()
-        raise
