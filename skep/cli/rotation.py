@@ -171,20 +171,38 @@ class _Rotation:
         click.echo(f"{spec['Name']} created", err=True)
         return {"ID": made["ID"], "Spec": spec}, {one["ID"] for one in known}
 
-    async def move(self, old: Collection[str], new: Mapping[str, Any]) -> list[str]:
-        """Update the services that use an older version; gives the ids of those that use ``new`` now."""
-        using = []
+    async def move(self, old: Collection[str], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """Update the services that use an older version; gives the ids of those that use ``new`` now.
+
+        Then a line for each service that cannot be updated: the others are, nevertheless.
+        """
+        using, failed = list[str](), list[str]()
         for service in await self._client.get("/services", timeout_s=_ANSWERS_WITHIN_S):
             name, mode = service["Spec"]["Name"], service["Spec"]["Mode"]
             is_job = "ReplicatedJob" in mode or "GlobalJob" in mode
             if is_job and moved(self._kind, service["Spec"], old, new) is not None:
                 click.echo(f"{name}: a job, which an update would run again: left as it is", err=True)
                 continue
-            await self._move_one(service["ID"], old, new)
-            current = await self._client.get(f"/services/{service['ID']}", timeout_s=_ANSWERS_WITHIN_S)
+            try:
+                await self._move_one(service["ID"], old, new)
+                current = await self._client.get(f"/services/{service['ID']}", timeout_s=_ANSWERS_WITHIN_S)
+            except SkepError as error:
+                if not (isinstance(error, NotFound) and await self._is_gone(service["ID"])):
+                    failed.append(f"{name}: {error}")
+                continue
             if any(one[self._kind.id_key] == new["ID"] for one in _references(self._kind, current["Spec"])):
                 using.append(service["ID"])
-        return using
+        return using, failed
+
+    async def _is_gone(self, id: str) -> bool:
+        """Whether the service was removed meanwhile; else it is its update that finds something missing."""
+        try:
+            await self._client.get(f"/services/{id}", timeout_s=_ANSWERS_WITHIN_S)
+        except NotFound:
+            return True
+        except SkepError:
+            pass
+        return False
 
     async def _move_one(self, id: str, old: Collection[str], new: Mapping[str, Any]) -> None:
         for attempt in range(_UPDATES_MAX):
@@ -246,14 +264,15 @@ async def _rotate(host: HostOptions, kind: Kind, name: str, data: bytes | None, 
     async with host.client() as client:
         rotation = _Rotation(kind, client)
         new, old = await rotation.next_version(name, data)
-        ids = await rotation.move(old, new)
+        ids, failed = await rotation.move(old, new)
         try:
             async with asyncio.timeout(timeout_s):
                 stuck = await rotation.wait(ids, new)
         except TimeoutError:
-            raise Unavailable(f"not done within {timeout_s:g} s: {rotation.unfinished()}") from None
-        if stuck:
-            raise Unavailable("; ".join(stuck))
+            problems = "; ".join([rotation.unfinished(), *failed])
+            raise Unavailable(f"not done within {timeout_s:g} s: {problems}") from None
+        if problems := failed + stuck:
+            raise Unavailable("; ".join(problems))
         return str(new["Spec"]["Name"])
 
 

@@ -86,7 +86,7 @@ def needed_images(view: View) -> frozenset[str]:
 def image_address(node: Node) -> str:
     """``ip:port`` where the node serves its images; empty: it does not, or has no usable address."""
     port = node.description.engine.labels.get(IMAGES_LABEL, "")
-    if not (port.isascii() and port.isdigit()):
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 1 << 16):
         return ""
     advertised = host_of(node.manager_status.addr) if node.manager_status is not None else ""
     host = usable_address(advertised) or usable_address(node.status.addr, may_be_loopback=True)

@@ -1,12 +1,19 @@
 """Images that no registry gives, between nodes of one cluster over mutual TLS."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+import threading
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 from aiohttp import web
 
+from skep.engine.images import serving
+from skep.engine.images.collecting import ImageCollector, Marks
+from skep.engine.images.digest import Digest
+from skep.engine.images.layers import NO_BLOB
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry import RegistryError
 from skep.engine.images.serving import COPIES_MAX
@@ -18,7 +25,8 @@ from skep.wire import skep_pb2 as skep
 from skep.wire.client import Channel, connected
 from tests.support.archives import sha256
 from tests.support.bent_registry import Registry, Respond
-from tests.support.images_rig import APP, ImageCluster, ImageNode, MadeImage, an_image, give
+from tests.support.images_rig import APP, CLOCK, ImageCluster, ImageNode, MadeImage, an_image, give
+from tests.support.wire_rig import until
 
 
 @pytest.fixture
@@ -245,6 +253,10 @@ async def _without_credentials(_request: web.Request) -> web.Response:
     return await _status(401, WWW_Authenticate='Basic realm="x"')
 
 
+async def _malformed_challenge(_request: web.Request) -> web.Response:
+    return await _status(401, WWW_Authenticate='Bearer realm="https://["')
+
+
 async def _repository_denied(request: web.Request) -> web.Response:
     return await _status(200 if request.path == "/v2/" else 403)
 
@@ -268,6 +280,9 @@ async def _credentials_not_read(request: web.Request) -> web.Response:
         (_without_credentials, ""),
         (_repository_denied, ""),
         (_token_refused(403), ""),
+        (_malformed_challenge, ""),
+        (_without_credentials, "eyJyZWdpc3RyeXRva2VuIjoiYVxuYiJ9"),
+        (_without_credentials, "eyJ1c2VybmFtZSI6ImE6YiIsInBhc3N3b3JkIjoieCJ9"),
         (_token_refused(400), "eyJpZGVudGl0eXRva2VuIjoieCJ9"),
         (_credentials_not_read, "eyJ1c2VybmFtZSI6InVzZXIiLCJwYXNzd29yZCI6Im9sZCJ9"),
     ],
@@ -306,3 +321,47 @@ async def test_a_digest_is_given_under_a_name_that_its_image_has(cluster: ImageC
         with pytest.raises(NotFound):
             await channel.call(methods.IMAGE_MANIFEST, request)
     assert (await worker.images.pull(at_digest(made))).id == sha256(made.config)
+
+
+async def test_a_layer_that_is_read_for_longer_than_a_node_waits_is_read_once(
+    cluster: ImageCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, read, may_end = an_image(1000), list[Path](), threading.Event()
+    await give(cluster.manager, built)
+    layers = cluster.manager.images.layer_store
+    for chain_id, layer in tuple(layers.all().items()):  # as one that came uncompressed
+        layers._layers[chain_id] = msgspec.structs.replace(layer, blob=NO_BLOB)
+    digest_of_file = serving._digest_of_file
+
+    def slow(path: Path) -> Digest:
+        read.append(path)
+        assert may_end.wait(60)
+        return digest_of_file(path)
+
+    monkeypatch.setattr(serving, "_digest_of_file", slow)
+    asked = [asyncio.create_task(cluster.manager.served.manifest(APP)) for _ in range(3)]
+    await until(lambda: read)
+    asked[0].cancel()
+    await asyncio.wait(asked[:1])
+    last = asyncio.create_task(cluster.manager.served.manifest(APP))
+    await asyncio.sleep(0)
+    may_end.set()
+    documents = await asyncio.gather(*asked[1:], last)
+    assert len(read) == 1
+    assert sha256(built.blobs[0]).encode() in documents[0].content
+
+
+async def test_an_image_that_came_again_a_moment_ago_is_not_collected(cluster: ImageCluster) -> None:
+    made, worker = an_image(1000), await cluster.add()
+    await give(cluster.manager, made)
+    image = await worker.images.pull(APP)
+
+    async def nothing() -> Sequence[str]:
+        return ()
+
+    collector = ImageCollector(worker.images, lambda: (), nothing, CLOCK, lambda: Marks(high=1, low=0))
+    os.utime(worker.images.config_file(image), (0, 0))
+    await worker.images.add(made.config, [parse_reference(APP)], is_fetched=True)
+    assert await collector.collect() == []
+    os.utime(worker.images.config_file(image), (0, 0))
+    assert await collector.collect() == [image.id]

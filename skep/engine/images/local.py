@@ -18,6 +18,7 @@ removal beside it leaves them; what is neither pinned nor part of an image is de
 """
 
 import asyncio
+import os
 import secrets
 import tempfile
 from collections import Counter
@@ -266,10 +267,18 @@ class LocalImages:
                 if id not in self._configs:
                     await self._replace(self._root / "configs" / hex_of(id), content)
                     self._configs[id] = config
+                else:
+                    await asyncio.to_thread(self._touch, id)
                 self._damaged.pop(id, None)
                 await self._put(catalog)
             self._report(self._problem())
         return self._images[id]
+
+    def _touch(self, id: Digest) -> None:
+        """It came again, which is as good as new (``collecting``)."""
+        now_s = self._clock.now_ns() / 1e9
+        with suppress(OSError):
+            os.utime(self._root / "configs" / hex_of(id), (now_s, now_s))
 
     async def keep_documents(self, image: Image, contents: Iterable[bytes]) -> None:
         """Keep the manifest, and the index, by which a registry gave ``image``: another node may ask for them."""

@@ -345,7 +345,7 @@ class Connection:
         parameters = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         known = self._credentials
         if scheme.lower() == "basic" and known.username:
-            return aiohttp.encode_basic_auth(known.username, known.password)
+            return _basic(known)
         if scheme.lower() == "bearer" and parameters.get("realm"):
             return f"Bearer {await self._token(parameters, scopes)}"
         return ""
@@ -398,7 +398,7 @@ class Connection:
         headers = {}
         if known.username:
             fields.append(("account", known.username))
-            headers["Authorization"] = aiohttp.encode_basic_auth(known.username, known.password)
+            headers["Authorization"] = _basic(known)
             if not scopes:  # a login: the token that stands for the password is what the client keeps
                 fields += [("offline_token", "true"), ("client_id", "docker")]
         return self._session.get(
@@ -547,6 +547,11 @@ async def login(policy: Policy, domain: str, credentials: Credentials) -> str:
     raise problem
 
 
+def _basic(known: Credentials) -> str:
+    """As Go: a name may have a colon."""
+    return "Basic " + base64.b64encode(f"{known.username}:{known.password}".encode()).decode()
+
+
 def _proxy_for(url: URL) -> str | None:
     """The proxy that the environment names for ``url``.  As in Go, none stands between this machine and itself."""
     host = url.host or ""
@@ -585,6 +590,10 @@ class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
             raise RegistryError(f"{self._request}: dial tcp {where}: connect: {reason}") from error
         if isinstance(error, aiohttp.ClientError | OSError):
             raise RegistryError(f"{self._request}: {error}") from error
+        if isinstance(error, ValueError):  # of a header or a URL; its text may have a part of a secret
+            raise PermissionDenied(
+                f"{self._request}: the credentials, or what the registry wants of them, cannot be used"
+            ) from None
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

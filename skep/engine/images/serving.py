@@ -108,6 +108,7 @@ class ServedImages:
         self._copies = Copies(clock)
         self._digests: dict[str, Digest] = {}
         """Of the compressed layers that came from no registry, by chain id."""
+        self._hashing: dict[Digest, asyncio.Task[Digest]] = {}
 
     def copies(self, digest: str) -> int:
         """How often this blob was sent lately."""
@@ -209,10 +210,25 @@ class ServedImages:
         path = layers.content(chain_id)
         digest = layer.blob or self._digests.get(chain_id)
         if not digest:
-            digest = self._digests[chain_id] = await asyncio.to_thread(_digest_of_file, path)
+            digest = await self._digest(chain_id, path)
             for gone in self._digests.keys() - layers.all().keys():
                 del self._digests[gone]
         return {"mediaType": _LAYER_TYPE, "size": path.stat().st_size, "digest": digest}
+
+    async def _digest(self, chain_id: Digest, path: Path) -> Digest:
+        """Of a layer's file, read once whoever asks; goes on without them: a large one takes longer than they wait."""
+
+        async def read() -> Digest:
+            try:
+                digest = self._digests[chain_id] = await asyncio.to_thread(_digest_of_file, path)
+                return digest
+            finally:
+                del self._hashing[chain_id]
+
+        task = self._hashing.get(chain_id)
+        if task is None:
+            task = self._hashing[chain_id] = asyncio.create_task(read(), name="digest of a layer")
+        return await asyncio.shield(task)
 
 
 def _document(content: bytes) -> Document:

@@ -8,13 +8,14 @@ from skep.cli.rotation import (
     CONFIG,
     SECRET,
     Standing,
+    _Rotation,
     moved,
     next_name,
     standing,
     unused,
     versions,
 )
-from skep.errors import NotFound
+from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.labels import ROTATION_OF
 
 
@@ -111,3 +112,46 @@ def test_superseded_versions_that_no_service_uses_or_returns_to_are_pruned() -> 
     assert [one["ID"] for one in unused(SECRET, OBJECTS, services, all=False)] == ["i1"]
     assert [one["ID"] for one in unused(SECRET, OBJECTS, services, all=True)] == ["i1", "i4", "i5"]
     assert [one["ID"] for one in unused(CONFIG, OBJECTS, services, all=False)] == ["i1", "i2"]
+
+
+class _Services:
+    """The API of services, of which some cannot be updated; ``moved``: those that were."""
+
+    def __init__(self, refused: dict[str, SkepError], *ids: str) -> None:
+        self._refused = refused
+        self._specs = {id: {**a_spec("i1"), "Name": id} for id in ids}
+        self.moved: list[str] = []
+
+    async def get(self, path: str, *, timeout_s: float) -> Any:
+        found = [
+            {"ID": id, "Spec": spec, "Version": {"Index": 1}}
+            for id, spec in self._specs.items()
+            if path in ("/services", f"/services/{id}")
+        ]
+        if path == "/services":
+            return found
+        if not found:
+            raise NotFound(path)
+        return found[0]
+
+    async def post(self, path: str, spec: Any, *, timeout_s: float, version: str) -> None:
+        id = path.split("/")[2]
+        if id in self._refused:
+            if isinstance(self._refused[id], NotFound) and id == "removed":
+                del self._specs[id]
+            raise self._refused[id]
+        self._specs[id] = spec
+        self.moved.append(id)
+
+
+async def test_a_service_that_cannot_be_updated_is_named_and_the_others_are_updated() -> None:
+    refused = {
+        "broken": InvalidArgument("no such mount"),
+        "without-network": NotFound("network gone"),
+        "removed": NotFound("service removed"),
+    }
+    services = _Services(refused, "broken", "removed", "without-network", "whole")
+    rotation = _Rotation(SECRET, services)  # type: ignore[arg-type]
+    using, failed = await rotation.move({"i1"}, an_object("i2", "key-v2", "key"))
+    assert using == services.moved == ["whole"]
+    assert failed == ["broken: no such mount", "without-network: network gone"]

@@ -3,6 +3,7 @@
 from random import Random
 
 import msgspec
+import pytest
 
 from skep.aio.clock import SystemClock
 from skep.manager.image_directory import SOURCES_MAX, image_address, needed_images, sources
@@ -61,6 +62,11 @@ async def test_a_digest_stands_for_every_name_with_it_and_previous_specs_count()
     task = a_task(node="n1", service=web)
     assert await found(serving("n1"), web, task, spellings=("app@sha256:b", DIGEST)) == ["n1"]
     assert await found(serving("n1"), web, task, spellings=("app@sha256:b",)) == []
+
+
+@pytest.mark.parametrize("port", ["", "0", "65536", "9" * 5000, "x"])
+def test_a_port_that_is_none_is_not_given_to_others(port: str) -> None:
+    assert image_address(serving("n1", port=port, role=NodeRole.WORKER)) == ""
 
 
 async def test_nodes_that_do_not_serve_are_down_or_are_asking_are_left_out() -> None:
