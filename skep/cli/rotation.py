@@ -269,8 +269,8 @@ async def _rotate(host: HostOptions, kind: Kind, name: str, data: bytes | None, 
             async with asyncio.timeout(timeout_s):
                 stuck = await rotation.wait(ids, new)
         except TimeoutError:
-            problems = "; ".join([rotation.unfinished(), *failed])
-            raise Unavailable(f"not done within {timeout_s:g} s: {problems}") from None
+            text = "; ".join([rotation.unfinished(), *failed])
+            raise Unavailable(f"not done within {timeout_s:g} s: {text}") from None
         if problems := failed + stuck:
             raise Unavailable("; ".join(problems))
         return str(new["Spec"]["Name"])

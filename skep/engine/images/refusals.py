@@ -4,6 +4,7 @@ Source: OCI distribution-spec (Error codes); RFC 9110, 10.2.3 (Retry-After).
 """
 
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
@@ -13,6 +14,11 @@ from skep.errors import InvalidArgument
 
 _ERROR_BYTES_MAX = 64 << 10
 _RETRY_AFTER_S_MAX = 60.0
+
+
+def status_text(status: int) -> str:
+    """A status as HTTP names it."""
+    return f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else str(status)
 
 
 async def read_bounded(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:

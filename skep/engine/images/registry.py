@@ -18,7 +18,6 @@ import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
@@ -29,7 +28,7 @@ from yarl import URL
 
 from skep.engine.images.digest import Digest, digest_of
 from skep.engine.images.reference import DEFAULT_DOMAIN, Reference
-from skep.engine.images.refusals import read_bounded, refusal_of, retry_after
+from skep.engine.images.refusals import read_bounded, refusal_of, retry_after, status_text
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unauthenticated
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
@@ -146,7 +145,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     mirror: bool = False
 
 
-class Credentials(msgspec.Struct, frozen=True, rename="lower"):
+class Credentials(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", "")):
     """What the client sent in ``X-Registry-Auth``.  Never stored, never logged."""
 
     username: str = ""
@@ -190,7 +189,10 @@ def decode_credentials(header: str) -> Credentials:
         content = base64.urlsafe_b64decode(
             header.replace("+", "-").replace("/", "_") + "=" * (-len(header) % 4)
         )
-        return msgspec.json.decode(content, type=Credentials) if content else Credentials()
+        # docker-py writes IdentityToken; Go reads any case.
+        known = msgspec.json.decode(content, type=dict[str, Any]) if content else {}
+        lowered = {name.lower(): value for name, value in known.items() if value is not None}
+        return msgspec.convert(lowered, Credentials)
     except (binascii.Error, ValueError, msgspec.DecodeError):
         return Credentials()
 
@@ -224,10 +226,9 @@ class Connection:
         try:
             async with self.request("GET", "/v2/", timeout=SHORT_TIMEOUT) as response:
                 if response.status not in (200, 401, 404, 429):
-                    text = f"{response.url}: unexpected status {response.status}"
-                    if self._credentials and response.status < 500:
-                        raise PermissionDenied(text)  # it responds, but not to these credentials
-                    raise RegistryError(text)
+                    # Below 500 it responds, but not to these credentials.
+                    kind = PermissionDenied if self._credentials and response.status < 500 else RegistryError
+                    raise kind(f"{response.url}: unexpected status {response.status}")
         except NoCredentials:
             pass  # it responds; what is asked of it next may need none
 
@@ -247,7 +248,7 @@ class Connection:
         except PermissionDenied as error:
             raise Unauthenticated(f'Get "{url}": {error}') from error
         if status != 200:
-            raise LoginFailed(f"login attempt to {url} failed with status: {_status_text(status)}")
+            raise LoginFailed(f"login attempt to {url} failed with status: {status_text(status)}")
 
     @asynccontextmanager
     async def request(
@@ -361,8 +362,6 @@ class Connection:
                 content = await read_bounded(response, _TOKEN_BYTES_MAX)
                 if response.status == 401:
                     raise PermissionDenied("unauthorized: incorrect username or password")
-                if response.status == 403:
-                    raise PermissionDenied("denied: requested access to the resource is denied")
                 if 400 <= response.status < 500 and response.status not in (408, 429):
                     raise PermissionDenied(f"{realm}: unexpected status {response.status}")
                 if response.status != 200:
@@ -599,7 +598,3 @@ class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     async for piece in response.content.iter_chunked(1 << 18):
         yield piece
-
-
-def _status_text(status: int) -> str:
-    return f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else str(status)

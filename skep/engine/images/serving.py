@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -108,7 +109,7 @@ class ServedImages:
         self._copies = Copies(clock)
         self._digests: dict[str, Digest] = {}
         """Of the compressed layers that came from no registry, by chain id."""
-        self._hashing: dict[Digest, asyncio.Task[Digest]] = {}
+        self._reading: dict[Digest, asyncio.Future[Digest]] = {}
 
     def copies(self, digest: str) -> int:
         """How often this blob was sent lately."""
@@ -217,18 +218,17 @@ class ServedImages:
 
     async def _digest(self, chain_id: Digest, path: Path) -> Digest:
         """Of a layer's file, read once whoever asks; goes on without them: a large one takes longer than they wait."""
+        reading = self._reading.get(chain_id)
+        if reading is None:
+            loop = asyncio.get_running_loop()
+            reading = self._reading[chain_id] = loop.run_in_executor(None, _digest_of_file, path)
+            reading.add_done_callback(partial(self._have_read, chain_id))
+        return await asyncio.shield(reading)
 
-        async def read() -> Digest:
-            try:
-                digest = self._digests[chain_id] = await asyncio.to_thread(_digest_of_file, path)
-                return digest
-            finally:
-                del self._hashing[chain_id]
-
-        task = self._hashing.get(chain_id)
-        if task is None:
-            task = self._hashing[chain_id] = asyncio.create_task(read(), name="digest of a layer")
-        return await asyncio.shield(task)
+    def _have_read(self, chain_id: Digest, reading: asyncio.Future[Digest]) -> None:
+        del self._reading[chain_id]
+        if not reading.cancelled() and reading.exception() is None:
+            self._digests[chain_id] = reading.result()
 
 
 def _document(content: bytes) -> Document:

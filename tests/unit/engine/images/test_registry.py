@@ -1,4 +1,5 @@
 import base64
+import json
 
 import pytest
 
@@ -45,6 +46,12 @@ def test_credentials_are_read_as_clients_write_them():
     header = base64.urlsafe_b64encode(b'{"username":"u","password":"p?>","serveraddress":"x"}').decode()
     assert decode_credentials(header) == Credentials(username="u", password="p?>")
     assert decode_credentials(header.rstrip("=")) == Credentials(username="u", password="p?>")
+
+
+@pytest.mark.parametrize("name", ["identitytoken", "IdentityToken"])
+def test_tokens_are_read_as_clients_write_them(name: str):
+    header = base64.urlsafe_b64encode(json.dumps({name: "t", "RegistryToken": "r", "email": None}).encode())
+    assert decode_credentials(header.decode()) == Credentials(identity_token="t", registry_token="r")
 
 
 @pytest.mark.parametrize("header", ["", "e30=", "%%%", "bm9uc2Vuc2U=", "W10="])
