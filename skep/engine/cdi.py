@@ -8,6 +8,7 @@ Source: cncf-tags/container-device-interface, SPEC.md (0.8), pkg/cdi; moby, daem
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -106,13 +107,19 @@ def described(directories: Iterable[Path] = DIRECTORIES) -> Mapping[str, Describ
             try:
                 content = _read(path)
             except (OSError, ValueError, msgspec.MsgspecError) as error:
-                log.warning("description of devices not read", path=str(path), error=str(error))
+                _report_unread(str(path), str(error))
                 continue
             for device in content.devices:
                 found[f"{content.kind}={device.name}"] = Described(
                     edits=device.container_edits, file=path, shared=content.container_edits
                 )
     return found
+
+
+@lru_cache(_FILES_MAX)
+def _report_unread(path: str, error: str) -> None:
+    """Once for each reason: nodes look at all descriptions every few seconds."""
+    log.warning("description of devices not read", path=path, error=error)
 
 
 def edits_for(requests: Sequence[DeviceRequest], directories: Iterable[Path] = DIRECTORIES) -> Edits:

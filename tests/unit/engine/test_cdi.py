@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from skep.engine.cdi import Hook, described, edits_for, names_of, oci_hooks
 from skep.engine.machine import DeviceRequest
@@ -80,3 +81,11 @@ def test_hooks_are_the_runtimes() -> None:
     assert oci_hooks([hook]) == {
         "createContainer": [{"path": "/bin/true", "args": ["true"], "env": [], "timeout": 3}]
     }
+
+
+def test_a_description_that_stays_unreadable_is_logged_once(tmp_path: Path) -> None:
+    a_file(tmp_path)
+    (tmp_path / "nvidia.yaml").write_text("cdiVersion: 0.5.0\nkind: nvidia.com/gpu\n")
+    with capture_logs() as logged:
+        assert [list(described([tmp_path])) for _ in range(3)] == [["acme.com/gpu=0"]] * 3
+    assert [one["path"] for one in logged] == [str(tmp_path / "nvidia.yaml")]
