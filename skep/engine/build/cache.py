@@ -45,6 +45,7 @@ class StepCache:
         self._file = file
         self._images = images
         self._steps: dict[str, Digest] | None = None
+        self._saving = asyncio.Lock()
 
     def find(self, key: str) -> Image | None:
         """The image that the step gave; None: it was never carried out, or its image is gone."""
@@ -65,7 +66,8 @@ class StepCache:
         self._steps = dict(list(kept.items())[-STEPS_MAX:])
         try:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            await asyncio.to_thread(replace_file, self._file, msgspec.json.encode(self._steps))
+            async with self._saving:  # builds end at the same time, and the file has one writer
+                await asyncio.to_thread(replace_file, self._file, msgspec.json.encode(self._steps))
         except OSError as error:
             log_error(error, "results of build steps not noted", file=str(self._file))
 

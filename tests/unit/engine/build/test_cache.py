@@ -1,6 +1,7 @@
 """Directories of ``RUN --mount=type=cache``: which step has which, and what a prune takes."""
 
 import asyncio
+import threading
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 
 from skep.aio.trees import discard_tree
 from skep.engine.build import cache
-from skep.engine.build.cache import CacheMounts
+from skep.engine.build.cache import CacheMounts, StepCache
+from skep.engine.images.store import ImageStore
+from skep.linux.files import replace_file
 
 
 async def test_private_directories_of_three_steps_at_once_are_three(tmp_path: Path) -> None:
@@ -40,3 +43,24 @@ async def test_a_directory_that_a_step_takes_during_a_prune_stays(
         gone, _ = await asyncio.wait_for(mounts.prune(), 60)
         assert len(gone) == 1
         assert [(place / "new").read_text() for place in taken] == ["new", "new"]
+
+
+async def test_results_of_builds_that_end_at_once_are_written_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, overlaps = threading.Lock(), list[str]()
+
+    def noted(path: Path, content: bytes) -> None:
+        if not alone.acquire(blocking=False):
+            overlaps.append("two at once")
+            return
+        try:
+            replace_file(path, content)
+        finally:
+            alone.release()
+
+    monkeypatch.setattr(cache, "replace_file", noted)
+    steps = StepCache(tmp_path / "steps.json", ImageStore(tmp_path / "images"))
+    await asyncio.gather(*(steps.save() for _ in range(50)))
+    assert not overlaps
+    assert (tmp_path / "steps.json").read_bytes() == b"{}"
