@@ -54,6 +54,9 @@ def clear(node: TestNode) -> None:
     """Remove what a script may have left, and be in a swarm."""
     remove_services(node)
     api = node.client().api
+    for container in api.containers(all=True):
+        if "com.docker.swarm.task.id" not in container["Labels"]:
+            api.remove_container(container["Id"], force=True)
     wait_until(lambda: not api.tasks() and not api.containers(all=True), "everything is removed", within_s=60)
 
 
