@@ -58,6 +58,10 @@ def clear(node: TestNode) -> None:
         if "com.docker.swarm.task.id" not in container["Labels"]:
             api.remove_container(container["Id"], force=True)
     wait_until(lambda: not api.tasks() and not api.containers(all=True), "everything is removed", within_s=60)
+    for secret in api.secrets():
+        api.remove_secret(secret["ID"])
+    for config in api.configs():
+        api.remove_config(config["ID"])
 
 
 def _difference(recorded: records.Record, answer: records.Record) -> str:
