@@ -66,7 +66,7 @@ _DEATH_SIGNAL, _SIGKILL = 1, 9
 def main() -> int:
     """Do what the request says."""
     request = json.load(sys.stdin)
-    # The node process may be killed meanwhile: nothing is mounted afterwards that nobody counts.
+    # The node process may be killed meanwhile: what is mounted after that would not be counted.
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, _SIGKILL, 0, 0, 0)
     try:
         match request:

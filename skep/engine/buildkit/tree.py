@@ -299,7 +299,7 @@ class Contents:
     def write(self, number: int, data: bytes) -> bool:
         """A piece of a file; an empty one ends it, and gives true.  Blocking.
 
-        Raises: InvalidArgument: nobody asked; ResourceExhausted; OSError.
+        Raises: InvalidArgument: that file was not requested; ResourceExhausted; OSError.
         """
         if number not in self.requested:
             raise InvalidArgument(f"invalid file request {number}")

@@ -55,7 +55,7 @@ class Candidate(msgspec.Struct, frozen=True):
     """An image, as far as its removal depends on it.
 
     ``used_at_s``: unix time; ``layers``: chain ids; ``is_needed``: by a container or a service; ``is_fetched``: it came
-    from a registry or another node, and nobody has tagged it since.
+    from a registry or another node, and has not been tagged since.
     """
 
     id: Digest
