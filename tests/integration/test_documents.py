@@ -42,6 +42,7 @@ INSTALL = "docs/guide/install.md"
 UPGRADE = "docs/guide/upgrade.md"
 OPERATE = "docs/guide/operate.md"
 MIGRATE = "docs/guide/migrate.md"
+IMAGES = "docs/guide/images.md"
 
 SYSTEMCTL = """
 start() {
@@ -109,6 +110,7 @@ def test_no_block_is_forgotten() -> None:
         *((INSTALL, number) for number in range(2)),
         *((UPGRADE, number) for number in range(2)),
         *((OPERATE, number) for number in range(4)),
+        *((IMAGES, number) for number in range(4)),
         (MIGRATE, 0),
     }
     assert blocks - set(RUN_ELSEWHERE) == run_here
@@ -190,6 +192,26 @@ def test_the_guide_to_operating(m1: TestNode, checkout: Path) -> None:
     run(maintenance, checkout, **where)
     wait_running(m1, "report", 1)
     assert run(grace, checkout, **where).split("\n")[:2] == ["10s", "10s"]
+
+
+def test_the_guide_to_images(own_cluster: TestCluster, checkout: Path) -> None:
+    m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
+    build, secret, volume, device = shell_blocks(IMAGES)
+    run(build, checkout, **where)
+    assert in_task(m1, "greeter", "cat", "/greeting") == "hello\n"
+    run(secret, checkout, **where)
+    assert in_task(m1, "reader", "cat", "/run/secrets/password") == "two"
+    assert '"type": "tmpfs"' in run(volume, checkout, **where)
+    assert "10240" in in_task(m1, "worker", "df", "-k", "/scratch")
+    run(device, checkout, **where)
+    assert in_task(m1, "clock", "head", "-c", "1", "/dev/zero") == "\0"
+    assert "16384" in in_task(m1, "clock", "df", "-k", "/dev/shm")
+
+
+def in_task(node: TestNode, service: str, *command: str) -> str:
+    """What a command in the one task of a service prints."""
+    (task,) = wait_running(node, service, 1)
+    return node.docker("exec", task["Status"]["ContainerStatus"]["ContainerID"], *command).stdout
 
 
 def test_the_guide_to_migrating(m1: TestNode, checkout: Path) -> None:
