@@ -67,17 +67,17 @@ class Authority:
         self._intermediate_pem = intermediate_pem
 
     @classmethod
-    def create(cls, clock: Clock = _CLOCK) -> "Authority":
+    def create(cls, clock: Clock = _CLOCK, *, name: str = ROOT_NAME) -> "Authority":
         """A new self-signed root, valid for 20 years."""
         now = moment(clock.now_ns())
         key = new_private_key()
         # Go writes names this way: an external authority that signs this root must not change its name.
-        attribute = x509.NameAttribute(NameOID.COMMON_NAME, ROOT_NAME, _type=_ASN1Type.PrintableString)
-        name = x509.Name([attribute])
+        attribute = x509.NameAttribute(NameOID.COMMON_NAME, name, _type=_ASN1Type.PrintableString)
+        subject = x509.Name([attribute])
         builder = (
             x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
+            .subject_name(subject)
+            .issuer_name(subject)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - BACKDATE)

@@ -7,6 +7,7 @@ Source: swarmkit, ca/external.go, ca/certificates.go (PrepareCSR, ValidateCertCh
 """
 
 from datetime import datetime, timedelta
+from secrets import token_hex
 
 import msgspec
 from cryptography import x509
@@ -17,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from skep.errors import InvalidArgument, Unavailable
 from skep.model.swarm import CAConfig, Swarm
 from skep.security.authority import BACKDATE, NODE_LIFETIME_MIN, Authority, PublicKey, names_of, pem
-from skep.security.identity import ROLE_NAMES, Identity
+from skep.security.identity import ROLE_NAMES, ROOT_NAME, Identity
 from skep.security.keys import load_private_key
 
 CROSS_SIGN_PROFILE = "CA"
@@ -236,6 +237,15 @@ def _usage_refusal(certificate: x509.Certificate) -> str:
     return ""
 
 
+def root_with_a_name_of_its_own() -> Authority:
+    """A root that an external authority can sign.
+
+    Go, and cfssl with it, leaves the authority key identifier out of a certificate whose names of issuer and subject
+    are equal, and OpenSSL takes a certificate without it for self-signed.
+    """
+    return Authority.create(name=f"{ROOT_NAME} {token_hex(4)}")
+
+
 def checked_cross_signed(
     certificate: x509.Certificate, wanted: x509.Certificate, root: x509.Certificate, now: datetime
 ) -> x509.Certificate:
@@ -255,6 +265,11 @@ def checked_cross_signed(
         # Engines compare names byte by byte.
         raise Unavailable(
             "it changes the encoding of the next root's subject: use a root made by cfssl or by Skep"
+        )
+    if certificate.issuer == certificate.subject and not _has(certificate, x509.AuthorityKeyIdentifier):
+        raise Unavailable(
+            "its certificate of the next root has the name of its issuer and no authority key identifier, so nodes "
+            "would take it for self-signed: use a root with a name of its own"
         )
     if not certificate.not_valid_before_utc - CLOCK_SKEW <= now < certificate.not_valid_after_utc:
         raise Unavailable("its certificate of the next root is not valid now")

@@ -26,6 +26,7 @@ from skep.security.external import (
     check_external_authorities,
     checked_cross_signed,
     cross_sign_request,
+    root_with_a_name_of_its_own,
     urls_of,
 )
 from skep.security.keypair import KeyPair
@@ -153,7 +154,11 @@ class ExternalAuthorities:
         writer.transport.abort()
 
     async def prepare(
-        self, swarm: Swarm, roots: Roots, config: CAConfig, create: Callable[[], Authority] = Authority.create
+        self,
+        swarm: Swarm,
+        roots: Roots,
+        config: CAConfig,
+        create: Callable[[], Authority] = root_with_a_name_of_its_own,
     ) -> Prepared:
         """Do what a change of the roots needs of external authorities (``security.rotation``).
 
