@@ -199,7 +199,6 @@ class Layers:
             without: paths below ``changes`` that are left out.
             take: ``changes`` is moved into the layer instead of being copied, and is gone afterwards; nothing has it
                 mounted or writes to it, and it is on this file system.
-            keep: called with the layer's id before the layer is there, so that it is not collected at once.
 
         Raises:
             InvalidArgument: something of it has no form in an image.
